@@ -1,0 +1,17 @@
+"""Rule rewards, judged where model-written text can do no harm.
+
+    with Scorer({"accuracy": 1.0, "format": 1.0}) as scorer:
+        scores = scorer.score([Sample(prompt, completion, answer), ...])
+
+A new reward is a function from `Sample` to float and a line in `registry.REWARDS`. This package imports nothing from
+the rest of r1kernels, so that a worker process can load it in a fraction of a second, without torch.
+"""
+
+from .accuracy import accuracy
+from .base import Reward, Sample, Scores
+from .formatting import format_reward
+from .pool import WorkerError
+from .registry import REWARDS
+from .scorer import Scorer
+
+__all__ = ["REWARDS", "Reward", "Sample", "Scorer", "Scores", "WorkerError", "accuracy", "format_reward"]

@@ -1,0 +1,97 @@
+"""The worker process: reads one judgement a line from stdin, writes one verdict a line.
+
+Run as a script with the parent's process id, the memory limit in bytes, the time limit in seconds and the judge
+modules to load. It never imports r1kernels itself (and so not torch): it loads the package around it under a name of
+its own.
+"""
+
+import sys
+
+# The script's own directory comes first, and would offer this package's modules under their bare names.
+del sys.path[0]
+
+import importlib  # noqa: E402
+import importlib.util  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import resource  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+PACKAGE = "r1kernels_rewards"
+
+
+def main() -> None:
+    parent, memory, timeout = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    # Ctrl-C is the parent's to handle; it ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    # Verdicts go to a private copy of stdout, so that nothing a library prints can pass for one.
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        judges = _load(sys.argv[4:])
+    except BaseException as error:
+        verdicts.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+        return
+    verdicts.write(json.dumps({"ready": True}) + "\n")
+    for line in os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass", newline="\n"):
+        name, arguments = json.loads(line)
+        _limit_cpu(timeout)
+        try:
+            value = float(judges[name](*arguments))
+        except MemoryError:
+            # The heap is in an unknown state: let a fresh process take the next one.
+            verdicts.write(json.dumps({"crash": True, "leaving": True}) + "\n")
+            return
+        except Exception:
+            verdicts.write(json.dumps({"crash": True}) + "\n")
+            continue
+        leaving = _address_space() > memory // 2
+        verdicts.write(json.dumps({"value": value, "leaving": leaving}) + "\n")
+        if leaving:
+            return
+
+
+def _load(names: list[str]) -> dict:
+    """Loads this package on its own and returns its judges, by "module:function"."""
+    here = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, here / "__init__.py", submodule_search_locations=[str(here)]
+    )
+    sys.modules[PACKAGE] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    judges = {}
+    for name in names:
+        module, _, function = name.partition(":")
+        judges[name] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
+    return judges
+
+
+def _leave_with(parent: int) -> None:
+    """Ends the process when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+def _limit_cpu(timeout: float) -> None:
+    """Lets the kernel end a judgement that outlives its parent in C code, where no Python thread gets a turn."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = math.ceil(used.ru_utime + used.ru_stime + timeout) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+
+
+def _address_space() -> int:
+    """Bytes of address space in use, which only grow as parsers and computer algebra fill their caches."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()
