@@ -4,8 +4,9 @@
                                   state.pt       everything else a resumed run needs
                                   manifest.json  format version, step, and size and SHA-256 of every file
 
-A checkpoint is written under a hidden name, flushed to the disk, and renamed in one step, so a `step-*` directory is
-always complete, whenever the process was killed. Old ones are removed only after the new one stands.
+A checkpoint is written under a hidden name, flushed to the disk, and renamed in one step, so a `step-*`
+directory is always complete, whenever the process was killed. Old ones are removed only after the new one
+stands.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ _WRITING, _REPLACED, _DELETED = ".writing-", ".replaced-", ".deleted-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is missing, damaged or of an unknown format; the message names the file."""
+    """A checkpoint could not be written, or is missing, damaged or of an unknown format; names the file."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def save_checkpoint(
         model: what has `save_pretrained`.
         tokenizer: likewise, saved beside the model.
         state: tensors and plain containers of numbers and strings, so that loading it runs no code.
-        keep: how many checkpoints to keep, at least 1; the one just written always stays, then the highest steps.
+        keep: how many checkpoints to keep, at least 1; the one just written always stays, then the highest
+            steps.
 
     Returns:
         The directory of the checkpoint.
@@ -91,7 +93,7 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {type(error).__name__}: {error}; earlier checkpoints are untouched"
+            f"cannot write checkpoint {final}: {type(error).__name__}: {error}; earlier ones are untouched"
         ) from error
     _prune(root, final, keep)
     return final
@@ -156,7 +158,7 @@ def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[s
 def _put_in_place(writing: Path, final: Path) -> None:
     """Renames a finished checkpoint to its name, setting aside one of the same step until that is done.
 
-    A kill between the two renames leaves the earlier one under its hidden name, where `_steps` still finds it.
+    A kill between the two renames leaves the earlier one under its hidden name, where `_steps` finds it.
     """
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
@@ -197,8 +199,8 @@ def _clean(root: Path) -> None:
 def _prune(root: Path, newest: Path, keep: int) -> None:
     others = [path for _, path in sorted(_steps(root).items()) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
-        # Renamed first: a kill halfway through the deletion must not leave half a `step-*` directory. Failing to
-        # delete is no reason to stop a run: the next save tries again.
+        # Renamed first: a kill halfway through the deletion must not leave half a `step-*` directory.
+        # Failing to delete is no reason to stop a run: the next save tries again.
         with contextlib.suppress(OSError):
             deleted = path.with_name(f"{_DELETED}{path.name}")
             os.rename(path, deleted)

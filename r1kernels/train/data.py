@@ -33,8 +33,9 @@ def load_gsm8k(path: str | PathLike[str]) -> list[Problem]:
     """Reads GSM8K, or any JSONL file of its shape.
 
     Args:
-        path: a file with one JSON object a line, with the strings "question" and "answer", the answer ending in
-            `#### ` and the reference answer. Blank lines are skipped. Thousands separators are removed from numbers.
+        path: a file with one JSON object a line, with the strings "question" and "answer", the answer ending
+            in `#### ` and the reference answer. Blank lines are skipped. Thousands separators are removed
+            from numbers.
 
     Returns:
         The problems in the order of the file; ids are `<file stem>-<line number>`.
@@ -74,7 +75,7 @@ def _gsm8k_problem(line: bytes, path: Path, number: int) -> Problem:
     gold = gold.strip()
     if not mark or not gold:
         raise DataError(
-            f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference answer, got {row['answer']!r:.80}"
+            f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference, got {row['answer']!r:.80}"
         )
     if plain_number(gold) is not None:
         gold = gold.replace(",", "")

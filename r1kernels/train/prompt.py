@@ -1,11 +1,12 @@
 """The prompt of R1-Zero."""
 
-# DeepSeek-R1, arXiv 2501.12948, Table 1. It fixes the structure of the response and says nothing about how to think.
+# DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
 R1_ZERO_TEMPLATE = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
-    "<think> reasoning process here </think> <answer> answer here </answer>. User: {question}. Assistant:"
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+    "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+    "User: {question}. Assistant:"
 )
 
 
@@ -14,8 +15,8 @@ def render(question: str, *, open_think: bool = False) -> str:
 
     Args:
         question: the question, as it is; braces in it are safe.
-        open_think: end the prompt with `<think>`, so that every completion starts inside the thought. The format
-            reward knows this from the prompt.
+        open_think: end the prompt with `<think>`, so that every completion starts inside the thought. The
+            format reward knows this from the prompt.
 
     Returns:
         The prompt, without trailing white space: a tokenizer would not find the same tokens after one.

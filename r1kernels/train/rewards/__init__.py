@@ -3,8 +3,9 @@
     with Scorer({"accuracy": 1.0, "format": 1.0}) as scorer:
         scores = scorer.score([Sample(prompt, completion, answer), ...])
 
-A new reward is a function from `Sample` to float and a line in `registry.REWARDS`. This package imports nothing from
-the rest of r1kernels, so that a worker process can load it in a fraction of a second, without torch.
+A new reward is a function from `Sample` to float and a line in `registry.REWARDS`. This package imports
+nothing from the rest of r1kernels, so that a worker process can load it in a fraction of a second, without
+torch.
 """
 
 from .accuracy import accuracy

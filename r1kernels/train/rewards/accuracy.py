@@ -1,8 +1,8 @@
 """Accuracy: whether the final answer of a completion equals the reference.
 
-Most answers are plain numbers or literally the reference, and are settled here with exact decimals. The rest is
-mathematics that a model wrote, which can hang or exhaust any computer algebra system: it goes to `math_judge`, in a
-worker process that can be killed.
+Most answers are plain numbers or literally the reference, and are settled here with exact decimals. The rest
+is mathematics that a model wrote, which can hang or exhaust any computer algebra system: it goes to
+`math_judge`, in a worker process that can be killed.
 """
 
 import math

@@ -4,8 +4,8 @@ What counts as the final answer, so that listing many candidates earns nothing:
 
 * only what follows the thought counts (`tags.after_thinking`); the prompt never does;
 * with an `<answer>` tag there must be exactly one pair, and no `\boxed{}` or `####` after it;
-* otherwise the last `\boxed{}` or `#### ` line is the answer, and it alone: an earlier one is ignored, and when the
-  last is malformed there is no answer;
+* otherwise the last `\boxed{}` or `#### ` line is the answer, and it alone: an earlier one is ignored, and
+  when the last is malformed there is no answer;
 * inside the tag, a `\boxed{}` or `####` is read the same way, but a second one makes the answer ambiguous;
 * without any marker there is no answer.
 """
@@ -94,7 +94,7 @@ _LATEX_SPACING = (("\u2212", "-"), ("{,}", ","), (",\\!", ","), ("\\!", ""), ("\
 
 
 def plain_number(text: str) -> tuple[Decimal, bool] | None:
-    """Reads `1,234.50`, `$18`, `18.`, `-5%`: the exact value and whether it was a percentage; None for anything else.
+    """Reads `1,234.50`, `$18`, `18.` or `-5%`: the exact value, and whether it was a percentage; else None.
 
     A comma counts only between groups of three digits, so that the list `3,4` is not 34.
     """
@@ -114,8 +114,9 @@ _WORD = re.compile(r"[^\W\d_]{2,}(?:['\u2019-][^\W\d_]+)*|[aAI]")
 _PUNCTUATION = ".,;:!?*\"'"
 # Words that change the value of the number beside them.
 _OPERATORS = frozenset(
-    "plus minus negative times over divided by point half double twice third quarter hundred thousand million billion "
-    "trillion dozen squared cubed square cube root sqrt power factorial log ln exp sin cos tan pi infinity or".split()
+    "plus minus negative times over divided by point half double twice third quarter hundred thousand "
+    "million billion trillion dozen squared cubed square cube root sqrt power factorial log ln exp sin cos tan pi "
+    "infinity or".split()
 )
 
 

@@ -26,8 +26,8 @@ class Reward:
 
     Args:
         score: the reward itself, from a sample to 1.0, 0.0 or NaN (unscorable), in the calling process.
-        triage: for rewards that must not run in the trainer: settles a sample cheaply and safely, or returns the
-            arguments (strings and numbers) of the judge. None when `score` is itself cheap and safe.
+        triage: for rewards that must not run in the trainer: settles a sample cheaply and safely, or returns
+            the arguments (strings and numbers) of the judge. None when `score` is itself cheap and safe.
         judge: "module:function" inside this package, called in a worker process with what `triage` returned.
         requires: modules that must be installed, so that a missing one is reported before the run starts.
     """

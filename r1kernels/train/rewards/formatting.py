@@ -5,7 +5,7 @@ from .tags import is_well_formed
 
 
 def format_reward(sample: Sample) -> float:
-    """1.0 for `<think>...</think> <answer>...</answer>` with each tag once and only white space outside, else 0.0.
+    """1.0 for `<think>...</think> <answer>...</answer>`, each tag once and nothing outside, else 0.0.
 
     When the prompt ends with `<think>`, the completion must not repeat it.
     """

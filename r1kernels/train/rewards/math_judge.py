@@ -1,8 +1,8 @@
 """The judge of mathematical equality: math-verify, meant for a worker process.
 
-The whole answer is parsed as one LaTeX expression. math-verify could also pick the last of many expressions out of a
-text, but then an answer that lists every candidate would be right; and its reader of plain expressions evaluates them
-as Python, which model text never is here.
+The whole answer is parsed as one LaTeX expression. math-verify could also pick the last of many expressions
+out of a text, but then an answer that lists every candidate would be right; and its reader of plain
+expressions evaluates them as Python, which model text never is here.
 """
 
 import logging
@@ -19,8 +19,8 @@ logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 def judge(answer: str, reference: str) -> float:
     """1.0 when two LaTeX expressions are mathematically equal, else 0.0.
 
-    It can take any time and memory: the caller limits both. (math-verify's own limit is a SIGALRM, works on a main
-    thread only, and cannot interrupt a long integer power.)
+    It can take any time and memory: the caller limits both. (math-verify's own limit is a SIGALRM, works on
+    a main thread only, and cannot interrupt a long integer power.)
     """
     expected, given = _parse(reference), _parse(answer)
     return float(verify(expected, given, timeout_seconds=None))

@@ -1,7 +1,8 @@
 """Killable worker processes, and the loop that hands them judgements.
 
-Plain subprocesses with a line protocol rather than `multiprocessing`: nothing is forked from a parent whose torch
-threads hold locks, the trainer's main module is not imported again, and a hung worker is one `kill` away.
+Plain subprocesses with a line protocol rather than `multiprocessing`: nothing is forked from a parent whose
+torch threads hold locks, the trainer's main module is not imported again, and a hung worker is one `kill`
+away.
 """
 
 import json
@@ -25,7 +26,7 @@ START_LIMIT_S = 120.0
 
 
 class WorkerError(RuntimeError):
-    """A worker could not start at all: a broken installation or too small a memory limit, not a bad sample."""
+    """A worker could not start: a broken installation or too small a memory limit, not a bad sample."""
 
 
 class _Worker:
@@ -33,7 +34,7 @@ class _Worker:
 
     def __init__(self, judges: Sequence[str], memory_bytes: int, timeout_s: float):
         script = str(Path(__file__).with_name("worker.py"))
-        # The worker finds packages where this process finds them. A fixed hash seed makes verdicts repeatable.
+        # The worker finds packages where this process does; a fixed hash seed makes verdicts repeatable.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "PYTHONHASHSEED": "0",
@@ -63,7 +64,7 @@ class _Worker:
         self.task, self.deadline = index, time.monotonic() + timeout_s
         return True
 
-    def receive(self) -> dict | None | bool:
+    def receive(self) -> dict | bool | None:
         """The next message; False when it is not complete yet, None when the process has gone."""
         data = os.read(self.process.stdout.fileno(), 65536)
         if not data:

@@ -16,14 +16,15 @@ class Scorer:
     """Scores samples by a weighted sum of rewards.
 
     Args:
-        parts: the weight of each reward, by name (`REWARDS` lists them). A weight of 0 reports a reward without
-            counting it.
+        parts: the weight of each reward, by name (`REWARDS` lists them). A weight of 0 reports a reward
+            without counting it.
         workers: worker processes at most; none starts before a sample needs one.
         timeout_s: wall-clock seconds one judgement may take.
         memory_bytes: address space of one worker.
 
     Raises:
-        ValueError: an unknown reward, a weight that is not finite, no reward at all, a limit that is not positive.
+        ValueError: an unknown reward, a weight that is not finite, no reward at all, a limit that
+            is not positive.
         ImportError: a reward needs a package that is not installed.
     """
 
@@ -102,5 +103,5 @@ def _check_parts(parts: Mapping[str, float]) -> None:
         for module in REWARDS[name].requires:
             if importlib.util.find_spec(module) is None:
                 raise ImportError(
-                    f"reward {name!r} needs the package {module!r}: install it with `pip install 'r1kernels[train]'`"
+                    f"reward {name!r} needs the package {module!r}: `pip install 'r1kernels[train]'`"
                 )

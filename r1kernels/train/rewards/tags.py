@@ -1,7 +1,7 @@
 """Reading the `<think>` and `<answer>` tags of a completion, with plain string searches only.
 
-Completions come from a model that is rewarded for finding our mistakes, and may be megabytes long, so nothing here
-backtracks: every function is a fixed number of linear scans.
+Completions come from a model that is rewarded for finding our mistakes, and may be megabytes long, so
+nothing here backtracks: every function is a fixed number of linear scans.
 """
 
 THINK, THINK_END = "<think>", "</think>"
@@ -16,8 +16,8 @@ def prompt_opens_think(prompt: str) -> bool:
 def after_thinking(prompt: str, completion: str) -> str | None:
     """The part of a completion in which an answer counts: what follows the last `</think>`.
 
-    A completion without any think tag is all answer, which is how a base model writes. None when the last thought
-    never ends, because then no answer was given.
+    A completion without any think tag is all answer, which is how a base model writes. None when the last
+    thought never ends, because then no answer was given.
     """
     end = completion.rfind(THINK_END)
     if completion.rfind(THINK) > end:
@@ -28,7 +28,7 @@ def after_thinking(prompt: str, completion: str) -> str | None:
 
 
 def is_well_formed(prompt: str, completion: str) -> bool:
-    """Whether a completion is `<think>...</think>` then `<answer>...</answer>`, each tag once, and nothing outside."""
+    """Whether a completion is one thought and then one answer, in their tags, and nothing else."""
     text = completion.strip()
     if not prompt_opens_think(prompt):
         if not text.startswith(THINK):

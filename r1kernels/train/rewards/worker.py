@@ -1,8 +1,8 @@
 """The worker process: reads one judgement a line from stdin, writes one verdict a line.
 
-Run as a script with the parent's process id, the memory limit in bytes, the time limit in seconds and the judge
-modules to load. It never imports r1kernels itself (and so not torch): it loads the package around it under a name of
-its own.
+Run as a script with the parent's process id, the memory limit in bytes, the time limit in seconds and the
+judge modules to load. It never imports r1kernels itself (and so not torch): it loads the package around it
+under a name of its own.
 """
 
 import sys
@@ -81,7 +81,7 @@ def _leave_with(parent: int) -> None:
 
 
 def _limit_cpu(timeout: float) -> None:
-    """Lets the kernel end a judgement that outlives its parent in C code, where no Python thread gets a turn."""
+    """Lets the kernel end a judgement that outlives its parent in C code, where no thread gets a turn."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = math.ceil(used.ru_utime + used.ru_stime + timeout) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
