@@ -73,8 +73,8 @@ _MATH_DELIMITERS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 def unwrap(text: str) -> str:
-    """Strips white space, and the math delimiters when they hold all that could be an answer."""
-    text = text.strip()
+    """Strips white space, a full stop, and math delimiters when they hold all that could be an answer."""
+    text = text.strip().rstrip(".").rstrip()
     for left, right in _MATH_DELIMITERS:
         before, opening, rest = text.partition(left)
         inside, closing, after = rest.partition(right)
@@ -115,8 +115,8 @@ _PUNCTUATION = ".,;:!?*\"'"
 # Words that change the value of the number beside them.
 _OPERATORS = frozenset(
     "plus minus negative times over divided by point half double twice third quarter hundred thousand "
-    "million billion trillion dozen squared cubed square cube root sqrt power factorial log ln exp sin cos tan pi "
-    "infinity or".split()
+    "million billion trillion dozen squared cubed square cube root sqrt power factorial log ln exp sin cos "
+    "tan pi infinity or".split()
 )
 
 

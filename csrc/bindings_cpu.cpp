@@ -1,0 +1,285 @@
+// The CPU operators over PyTorch's stable ABI: check, allocate, launch, register.  The schemas are declared in
+// r1kernels/_library.py.  A message that starts with "r1kernels: " speaks of a bad value and is raised to Python
+// as a ValueError by _library.call.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/group_advantages.h"
+#include "cpu/isa.h"
+#include "cpu/policy_loss.h"
+#include "cpu/token_stats.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
+
+Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+std::vector<int64_t> leading_sizes(const Tensor& logits) {
+  const auto sizes = logits.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  R1K_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name,
+            " must be contiguous, of its declared dtype and hold ", numel, " elements; got ", tensor.numel());
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+const float* floats(const Tensor& tensor, const char* name, int64_t numel) {
+  return data<float>(tensor, name, ScalarType::Float, numel);
+}
+
+const float* floats(const MaybeTensor& tensor, const char* name, int64_t numel) {
+  return tensor.has_value() ? floats(*tensor, name, numel) : nullptr;
+}
+
+const bool* bools(const MaybeTensor& tensor, const char* name, int64_t numel) {
+  return tensor.has_value() ? data<bool>(*tensor, name, ScalarType::Bool, numel) : nullptr;
+}
+
+r1k::RowView row_view(const Tensor& logits) {
+  r1k::RowView view;
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: view.dtype = r1k::DType::float32; break;
+    case ScalarType::BFloat16: view.dtype = r1k::DType::bfloat16; break;
+    case ScalarType::Half: view.dtype = r1k::DType::float16; break;
+    default: R1K_CHECK(false, "logits must be float32, bfloat16 or float16");
+  }
+  view.leading = static_cast<int>(logits.dim()) - 1;
+  R1K_CHECK(view.leading >= 0 && view.leading <= r1k::RowView::max_leading, "logits must have 1 to ",
+            r1k::RowView::max_leading + 1, " dimensions, got ", logits.dim());
+  view.data = logits.data_ptr();
+  view.vocab = logits.size(view.leading);
+  view.vocab_stride = logits.stride(view.leading);
+  for (int k = 0; k < view.leading; ++k) {
+    view.sizes[k] = logits.size(k);
+    view.strides[k] = logits.stride(k);
+  }
+  return view;
+}
+
+// Gradients of vocabulary width are hundreds of megabytes of fresh pages: asking for huge pages saves most of
+// the page faults, which otherwise cost more than the arithmetic.
+void prefer_huge_pages(void* start, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kWorthwhile = 16 << 20;
+  if (bytes < kWorthwhile) return;
+  const intptr_t page = sysconf(_SC_PAGESIZE);
+  const intptr_t begin = (reinterpret_cast<intptr_t>(start) + page - 1) / page * page;
+  const intptr_t end = (reinterpret_cast<intptr_t>(start) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)start;
+  (void)bytes;
+#endif
+}
+
+// Rows per task: enough vocabulary to be worth waking a thread for.
+int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
+
+std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
+                                               double temperature) {
+  const std::vector<int64_t> sizes = leading_sizes(logits);
+  const int64_t count = token_ids.numel();
+  Tensor logprobs = empty(logits, sizes, ScalarType::Float);
+  Tensor lse = empty(logits, sizes, ScalarType::Double);
+  Tensor entropy = empty(logits, sizes, ScalarType::Float);
+  R1K_CHECK(logprobs.numel() == count, "token_ids must have the shape of logits without its last dimension");
+  if (count == 0) return {logprobs, lse, entropy};
+
+  r1k::TokenStatsForward args;
+  args.logits = row_view(logits);
+  args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
+  args.mask = bools(mask, "mask", count);
+  args.temperature = temperature;
+  for (int64_t n = 0; n < count; ++n) {
+    if (args.mask != nullptr && !args.mask[n]) continue;
+    R1K_CHECK(args.token_ids[n] >= 0 && args.token_ids[n] < args.logits.vocab, "token_ids[", n, "] is ",
+              args.token_ids[n], ", expected an id in [0, ", args.logits.vocab, ")");
+  }
+  args.logprobs = static_cast<float*>(logprobs.data_ptr());
+  args.lse = static_cast<double*>(lse.data_ptr());
+  args.entropy = static_cast<float*>(entropy.data_ptr());
+  const auto forward = r1k::token_stats_kernels().forward;
+  torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
+                              [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  return {logprobs, lse, entropy};
+}
+
+Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, MaybeTensor grad_logprobs,
+                            MaybeTensor grad_entropy, double temperature) {
+  const auto sizes = logits.sizes();
+  const int64_t count = token_ids.numel();
+  Tensor grad_logits = empty(logits, std::vector<int64_t>(sizes.begin(), sizes.end()), logits.scalar_type());
+  if (count == 0) return grad_logits;
+
+  r1k::TokenStatsBackward args;
+  args.logits = row_view(logits);
+  args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
+  args.lse = data<double>(lse, "lse", ScalarType::Double, count);
+  args.entropy = floats(entropy, "entropy", count);
+  args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
+  args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
+  args.temperature = temperature;
+  args.grad_logits = grad_logits.data_ptr();
+  const int64_t bytes = count * args.logits.vocab * r1k::size_of(args.logits.dtype);
+  constexpr int64_t kBeyondCaches = 32 << 20;
+  args.stream = bytes >= kBeyondCaches;
+  prefer_huge_pages(args.grad_logits, bytes);
+  const auto backward = r1k::token_stats_kernels().backward;
+  torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
+                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  return grad_logits;
+}
+
+r1k::Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs, int64_t sequences) {
+  if (!tensor.has_value()) return {nullptr, false};
+  const bool per_sequence = tensor->dim() != logprobs.dim() || tensor->numel() != logprobs.numel();
+  return {floats(tensor, name, per_sequence ? sequences : logprobs.numel()), per_sequence};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
+    Tensor logprobs, Tensor advantages, MaybeTensor old_logprobs, MaybeTensor ref_logprobs, MaybeTensor entropy,
+    MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor importance_weights, MaybeTensor normalizer,
+    int64_t surrogate, int64_t ratio, int64_t kl, int64_t aggregate, double clip_low, double clip_high,
+    double ratio_cap, double tau_pos, double tau_neg, double kl_coef, double entropy_coef, double max_length) {
+  const auto sizes = logprobs.sizes();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  const int64_t count = logprobs.numel();
+
+  r1k::PolicyLossArgs args;
+  args.objective = {static_cast<r1k::Surrogate>(surrogate),
+                    static_cast<r1k::Ratio>(ratio),
+                    kl,
+                    static_cast<r1k::Aggregate>(aggregate),
+                    static_cast<float>(clip_low),
+                    static_cast<float>(clip_high),
+                    static_cast<float>(ratio_cap),
+                    static_cast<float>(tau_pos),
+                    static_cast<float>(tau_neg),
+                    static_cast<float>(kl_coef),
+                    static_cast<float>(entropy_coef),
+                    max_length};
+  args.tokens = count;
+  args.length = shape.back();
+  args.cu_seqlens = nullptr;
+  if (cu_seqlens.has_value()) {
+    args.sequences = cu_seqlens->numel() - 1;
+    args.cu_seqlens = data<int64_t>(*cu_seqlens, "cu_seqlens", ScalarType::Long, args.sequences + 1);
+    R1K_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.sequences] == count, "cu_seqlens runs from ",
+              args.cu_seqlens[0], " to ", args.cu_seqlens[args.sequences], ", expected 0 to N = ", count);
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      R1K_CHECK(args.cu_seqlens[s] <= args.cu_seqlens[s + 1], "cu_seqlens[", s + 1, "] is ",
+                args.cu_seqlens[s + 1], ", expected no less than cu_seqlens[", s, "] = ", args.cu_seqlens[s]);
+    }
+  } else {
+    args.sequences = 1;
+    for (size_t k = 0; k + 1 < shape.size(); ++k) args.sequences *= shape[k];
+  }
+  args.logprobs = floats(logprobs, "logprobs", count);
+  args.old_logprobs = floats(old_logprobs, "old_logprobs", count);
+  args.ref_logprobs = floats(ref_logprobs, "ref_logprobs", count);
+  args.entropy = floats(entropy, "entropy", count);
+  args.mask = bools(mask, "mask", count);
+  args.advantages = broadcast(advantages, "advantages", logprobs, args.sequences);
+  args.importance_weights = broadcast(importance_weights, "importance_weights", logprobs, args.sequences);
+  args.normalizer = floats(normalizer, "normalizer", 1);
+  R1K_CHECK(args.normalizer == nullptr || (*args.normalizer > 0 && std::isfinite(*args.normalizer)),
+            "normalizer is ", *args.normalizer, ", expected a positive finite number");
+
+  const bool with_entropy = entropy_coef != 0;
+  Tensor loss = empty(logprobs, {}, ScalarType::Float);
+  Tensor grad_logprobs = empty(logprobs, shape, ScalarType::Float);
+  Tensor grad_entropy = empty(logprobs, with_entropy ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor metrics = empty(logprobs, {r1k::kMetricCount}, ScalarType::Float);
+  args.grad_logprobs = static_cast<float*>(grad_logprobs.data_ptr());
+  args.grad_entropy = with_entropy ? static_cast<float*>(grad_entropy.data_ptr()) : nullptr;
+
+  std::vector<r1k::SequenceSums> sums(args.sequences);
+  const double denominator = r1k::denominator(args, r1k::counted_tokens(args));
+  const int64_t mean_length = std::max<int64_t>(1, count / std::max<int64_t>(args.sequences, 1));
+  torch::stable::parallel_for(0, args.sequences, std::max<int64_t>(1, 4096 / mean_length),
+                              [&](int64_t begin, int64_t end) {
+                                r1k::policy_loss_sequences(args, denominator, begin, end, sums.data());
+                              });
+  r1k::policy_loss_reduce(args, sums.data(), static_cast<float*>(loss.data_ptr()),
+                          static_cast<float*>(metrics.data_ptr()));
+  return {loss, grad_logprobs, grad_entropy, metrics};
+}
+
+Tensor group_advantages(Tensor rewards, MaybeTensor group_ids, int64_t group_size, int64_t scale, int64_t ddof,
+                        double eps) {
+  const int64_t count = rewards.numel();
+  Tensor advantages = empty(rewards, {count}, ScalarType::Float);
+  const float* r = floats(rewards, "rewards", count);
+  for (int64_t k = 0; k < count; ++k) {
+    R1K_CHECK(!std::isinf(r[k]), "rewards[", k, "] is ", r[k], ", expected a finite number, or NaN for unscorable");
+  }
+  const int64_t* ids =
+      group_ids.has_value() ? data<int64_t>(*group_ids, "group_ids", ScalarType::Long, count) : nullptr;
+  r1k::group_advantages({count, r, ids, group_size, static_cast<r1k::AdvantageScale>(scale), ddof, eps,
+                         static_cast<float*>(advantages.data_ptr())});
+  return advantages;
+}
+
+std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int64_t estimator) {
+  const auto sizes = logprobs.sizes();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  const int64_t count = logprobs.numel();
+  Tensor kl = empty(logprobs, shape, ScalarType::Float);
+  Tensor slope = empty(logprobs, shape, ScalarType::Float);
+  const float* l = floats(logprobs, "logprobs", count);
+  const float* l_ref = floats(ref_logprobs, "ref_logprobs", count);
+  float* kl_out = static_cast<float*>(kl.data_ptr());
+  float* slope_out = static_cast<float*>(slope.data_ptr());
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const r1k::Term term = r1k::kl_term(estimator, l_ref[n] - l[n]);
+      kl_out[n] = term.loss;
+      slope_out[n] = term.slope;
+    }
+  });
+  return {kl, slope};
+}
+
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(r1k::token_stats_kernels().name); }
+
+PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
+  m.impl("token_stats", TORCH_BOX(&token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
+}
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

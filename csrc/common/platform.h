@@ -1,0 +1,8 @@
+// One macro so that the arithmetic of csrc/common compiles unchanged for the host and for CUDA devices.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define R1K_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define R1K_HOST_DEVICE inline
+#endif

@@ -1,0 +1,56 @@
+// Arguments of the two vocabulary kernels on the CPU, on raw pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace r1k {
+
+enum class DType : int { float32, bfloat16, float16 };
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Rows of a strided (..., V) tensor, addressed without a copy.  Strides are in elements.
+struct RowView {
+  static constexpr int max_leading = 7;
+  const void* data;
+  DType dtype;
+  int64_t vocab;
+  int64_t vocab_stride;
+  int leading;
+  int64_t sizes[max_leading];
+  int64_t strides[max_leading];
+
+  // Element offset of row `row` of the flattened leading dimensions.
+  int64_t offset(int64_t row) const {
+    int64_t result = 0;
+    for (int k = leading - 1; k > 0; --k) {
+      result += row % sizes[k] * strides[k];
+      row /= sizes[k];
+    }
+    return leading > 0 ? result + row * strides[0] : 0;
+  }
+};
+
+struct TokenStatsForward {
+  RowView logits;
+  const int64_t* token_ids;  // [N]
+  const bool* mask;          // [N] or null; a false row is not read and gives zeros
+  double temperature;
+  float* logprobs;           // [N]
+  double* lse;               // [N]
+  float* entropy;            // [N]
+};
+
+struct TokenStatsBackward {
+  RowView logits;
+  const int64_t* token_ids;     // [N]
+  const double* lse;            // [N]
+  const float* entropy;         // [N]
+  const float* grad_logprobs;   // [N] or null (all zero)
+  const float* grad_entropy;    // [N] or null (all zero)
+  double temperature;
+  void* grad_logits;            // [N, V] contiguous, dtype of logits
+  bool stream;                  // write past the caches: the gradient is larger than they are
+};
+
+}  // namespace r1k

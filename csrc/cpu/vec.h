@@ -1,0 +1,218 @@
+// The few vector operations the vocabulary kernels need, on compiler vector types: one source for every
+// instruction set, as wide as that set's registers.  Included only by files compiled per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace r1k {
+namespace R1K_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef float HalfF __attribute__((vector_size(kLanes * 2)));
+typedef double VecD __attribute__((vector_size(kLanes * 4)));
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline VecF broadcast(float x) { return x - VecF{}; }
+
+template <typename Vec>
+inline Vec load_unaligned(const void* from) {
+  Vec to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline VecF load(const float* from) { return load_unaligned<VecF>(from); }
+
+inline VecF load(const BFloat16* from) {
+  return bit_cast<VecF>(__builtin_convertvector(load_unaligned<VecH>(from), VecU) << 16);
+}
+
+inline void store(float* to, VecF x) { std::memcpy(to, &x, sizeof(x)); }
+
+inline void store(BFloat16* to, VecF x) {
+  const VecU bits = bit_cast<VecU>(x);
+  const VecU rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;  // to nearest, ties to even
+  const VecU quiet = (bits >> 16) | 0x40u;                               // rounding could turn a NaN into inf
+  const VecH half = __builtin_convertvector(x != x ? quiet : rounded, VecH);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+#if defined(__AVX512F__)
+inline VecF load(const Float16* from) {
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void store(Float16* to, VecF x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+inline VecF load(const Float16* from) {
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void store(Float16* to, VecF x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Exponent and mantissa moved into place, then rescaled by 2^112; inf and NaN keep an all-ones exponent.
+inline VecF load(const Float16* from) {
+  const VecU half = __builtin_convertvector(load_unaligned<VecH>(from), VecU);
+  const VecU magnitude = (half & 0x7fffu) << 13;
+  const VecF finite = bit_cast<VecF>(magnitude) * 0x1p112f;
+  const VecU special = magnitude | 0x7f800000u;
+  const VecU bits = (half & 0x7fffu) >= 0x7c00u ? special : bit_cast<VecU>(finite);
+  return bit_cast<VecF>(bits | ((half & 0x8000u) << 16));
+}
+// Adding 2^k aligns the float's mantissa to the half's last place, so the hardware rounds to nearest even.
+inline void store(Float16* to, VecF x) {
+  const VecU bits = bit_cast<VecU>(x);
+  const VecU sign = (bits >> 16) & 0x8000u;
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU normal = (magnitude + (0xc8000fffu + ((magnitude >> 13) & 1u))) >> 13;
+  VecU half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;
+  const VecH packed = __builtin_convertvector(half | sign, VecH);
+  std::memcpy(to, &packed, sizeof(packed));
+}
+#endif
+
+template <typename T>
+inline float to_float(T x) {  // one element, through the vector path so that both agree
+  T lanes[kLanes] = {x};
+  return load(lanes)[0];
+}
+
+template <typename T>
+inline T from_float(float x) {
+  T lanes[kLanes];
+  store(lanes, broadcast(x));
+  return lanes[0];
+}
+
+inline float horizontal_max(VecF x) {
+  float result = x[0];
+  for (int k = 1; k < kLanes; ++k) result = x[k] > result ? x[k] : result;
+  return result;
+}
+
+inline double horizontal_sum(VecF x) {
+  double result = 0;
+  for (int k = 0; k < kLanes; ++k) result += x[k];
+  return result;
+}
+
+inline double horizontal_sum(VecD x) {
+  double result = 0;
+  for (int k = 0; k < kLanes / 2; ++k) result += x[k];
+  return result;
+}
+
+// acc += x in double, both halves.
+inline void accumulate(VecD acc[2], VecF x) {
+  HalfF halves[2];
+  std::memcpy(halves, &x, sizeof(x));
+  acc[0] += __builtin_convertvector(halves[0], VecD);
+  acc[1] += __builtin_convertvector(halves[1], VecD);
+}
+
+// log2(e) / T in two floats (the second carries what the first rounds away), and the difference below which
+// 2^(d log2(e) / T) is set to 0.
+struct Exp2Scale {
+  explicit Exp2Scale(double temperature) {
+    const double exact = 1.4426950408889634 / temperature;
+    hi = broadcast(static_cast<float>(exact));
+    lo = broadcast(static_cast<float>(exact - static_cast<float>(exact)));
+    limit = broadcast(static_cast<float>(-126.0 / exact));
+  }
+  VecF hi, lo, limit;
+};
+
+struct Exp2 {
+  VecF value;
+  VecI underflow;  // lanes (all ones) where value was set to 0
+};
+
+// 2^(d * scale + extra), |extra| small.  Both uses of d * scale.hi are fused multiply-adds (nothing else may use
+// that product, or the compiler would round it first): the fraction stays exact, and the relative error about one
+// unit in the last place, for any exponent.  NaN stays NaN.
+inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, VecF extra) {
+  const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VecI underflow = d < scale.limit;
+  const VecF shifted = d * scale.hi + magic;
+  const VecF n = shifted - magic;
+  const VecF r = (d * scale.hi - n) + (d * scale.lo + extra);
+  VecF p = broadcast(1.5353362e-4f);  // minimax of 2^r on [-0.5, 0.5], relative error 2e-9
+  p = p * r + 1.33988744e-3f;
+  p = p * r + 9.61843736e-3f;
+  p = p * r + 5.55033247e-2f;
+  p = p * r + 2.40226479e-1f;
+  p = p * r + 6.93147203e-1f;
+  p = p * r + 1.0f;
+  const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + 127) << 23);
+  return {underflow ? VecF{} : p * power, underflow};
+}
+
+// Writes bytes past the caches where that is possible; the ends that are not aligned go the normal way.
+inline void stream_copy(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const int64_t head = -reinterpret_cast<intptr_t>(out) & 63;
+  if (head < bytes) {
+    std::memcpy(out, in, head);
+    int64_t k = head;
+#if defined(__AVX512F__)
+    for (; k + 64 <= bytes; k += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + k), _mm512_loadu_si512(in + k));
+#elif defined(__AVX2__)
+    for (; k + 32 <= bytes; k += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + k),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + k)));
+#else
+    for (; k + 16 <= bytes; k += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + k),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + k)));
+#endif
+    std::memcpy(out + k, in + k, bytes - k);
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace R1K_ISA
+}  // namespace r1k

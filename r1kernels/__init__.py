@@ -1,0 +1,30 @@
+"""r1kernels: the loss head of language-model RL, exact and fused. What is exported here is the public API."""
+
+from r1kernels import objectives
+from r1kernels._library import backend
+from r1kernels.objectives import Objective
+from r1kernels.ops.cross_entropy import cross_entropy
+from r1kernels.ops.group_advantages import group_advantages
+from r1kernels.ops.grpo_loss import grpo_loss
+from r1kernels.ops.kl_estimate import kl_estimate
+from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
+from r1kernels.ops.policy_loss_reference import PolicyBatch
+from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Objective",
+    "PolicyBatch",
+    "PolicyLoss",
+    "__version__",
+    "backend",
+    "cross_entropy",
+    "group_advantages",
+    "grpo_loss",
+    "kl_estimate",
+    "objectives",
+    "policy_loss",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+]

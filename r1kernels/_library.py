@@ -1,0 +1,186 @@
+"""The schema page: declares the operators, loads the compiled extension, chooses an implementation.
+
+Every kernel of every backend is registered under the names below, per dispatch key; autograd lives outside, in
+`r1kernels.ops`. `reference` is not registered here: it is plain differentiable PyTorch in the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpu")
+OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---- schemas ----------------------------------------------------------------------------------------------
+
+_NAMESPACE = "r1kernels"
+_schemas = torch.library.Library(_NAMESPACE, "DEF")
+
+# (..., V), (...) -> log-prob, log-sum-exp (float64), entropy, each (...). Masked rows are not read and give 0.
+_schemas.define(
+    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)"
+)
+# d logits (..., V) from dL/dlogprob and dL/dentropy (...); rows where both are 0 are not read and give 0.
+_schemas.define(
+    "token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature) -> Tensor"
+)
+# -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
+_schemas.define(
+    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, "
+    "int surrogate, int ratio, int kl, int aggregate, float clip_low, float clip_high, float ratio_cap, "
+    "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, float max_length) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_schemas.define(
+    "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, int scale, int ddof, float eps) -> Tensor"
+)
+# -> the estimate and its derivative with respect to logprobs.
+_schemas.define("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
+
+POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::token_stats")
+def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.float64),
+        logits.new_empty(shape, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::token_stats_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::policy_loss")
+def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    entropy_coef = args[-2]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(logprobs.shape),
+        logprobs.new_empty(logprobs.shape if entropy_coef != 0 else (0,)),
+        logprobs.new_empty((POLICY_METRICS,)),
+    )
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::group_advantages")
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::kl_estimate")
+def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape)
+
+
+# ---- the compiled extension -------------------------------------------------------------------------------
+
+HOW_TO_BUILD = "build it with `make` in a source tree (needs g++), or install a wheel: `make wheel`"
+
+
+def _load_extension() -> tuple[Any, str]:
+    try:
+        return importlib.import_module("r1kernels._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+extension, extension_error = _load_extension()
+
+# ---- which implementation serves a call -------------------------------------------------------------------
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_requested = _checked_backend(os.environ.get("R1KERNELS_BACKEND", "auto"), "R1KERNELS_BACKEND")
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every operation from one implementation inside a `with` block.
+
+    Args:
+        name: "auto" (the fastest for the tensor's device), "reference" (plain PyTorch, any device, also
+            float64) or "cpu" (the compiled kernels). The environment variable `R1KERNELS_BACKEND`, read at
+            import, sets the same choice for a whole process.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _requested
+    previous = _requested
+    _requested = _checked_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+class Choice(NamedTuple):
+    implementation: str
+    reason: str
+    slow: bool = False
+
+
+def choose(device_type: str, dtype: torch.dtype) -> Choice:
+    """The implementation for a device and dtype, and why. The one place where this is decided."""
+    if _requested == "reference":
+        return Choice("reference", "requested")
+    if _requested == "cpu":
+        if extension is None:
+            raise RuntimeError(f"backend 'cpu' was requested but r1kernels._C is missing ({extension_error}); "
+                               f"{HOW_TO_BUILD}")
+        if device_type not in ("cpu", "meta"):
+            raise ValueError(f"backend 'cpu' was requested for a tensor on {device_type!r}, expected 'cpu'")
+        if dtype not in NATIVE_DTYPES:
+            raise TypeError(f"backend 'cpu' was requested for {dtype}, expected float32, bfloat16 or float16")
+        return Choice("cpu", "requested")
+    if dtype == torch.float64:
+        return Choice("reference", "float64 is computed by plain PyTorch only", slow=True)
+    if device_type not in ("cpu", "meta"):
+        return Choice("reference", f"no kernels for device {device_type!r} yet", slow=True)
+    if extension is None:
+        return Choice("reference", f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}", slow=True)
+    return Choice("cpu", "compiled extension")
+
+
+def select(tensor: Tensor) -> str:
+    """Name of the implementation that serves `tensor`; a slow one is announced once per reason."""
+    choice = choose(tensor.device.type, tensor.dtype)
+    if choice.slow and choice.reason not in _warned and not torch.compiler.is_compiling():
+        _warned.add(choice.reason)
+        warnings.warn(f"r1kernels uses its reference implementation: {choice.reason}", stacklevel=3)
+    return choice.implementation
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Runs an operator; a bad value found inside a kernel surfaces as ValueError, as from Python checks."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error).partition("\n")[0]
+        marker = f"{_NAMESPACE}: "
+        if marker not in message:
+            raise
+        raise ValueError(message[message.index(marker) + len(marker) :]) from None

@@ -1,0 +1,1 @@
+"""One file per operation: its mathematics, reference, autograd and public function."""

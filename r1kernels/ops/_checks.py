@@ -1,0 +1,70 @@
+"""Argument checks shared by the operations. Messages name the argument, the value and the expectation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32)
+
+
+def check_tensor(name: str, value: Any, like: Tensor | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} like the other arguments")
+
+
+def check_floating(name: str, value: Any, like: Tensor | None = None) -> None:
+    check_tensor(name, value, like)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}: {meaning}")
+
+
+def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: bool = False) -> float:
+    """A finite Python number, at least (or above, when `strict`) `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, expected a Python number")
+    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+        raise ValueError(f"{name} is {value!r}, expected a finite number {'>' if strict else '>='} {minimum:g}")
+    return float(value)
+
+
+def ids_int64(name: str, value: Any, like: Tensor) -> Tensor:
+    """An int32 or int64 index tensor as contiguous int64."""
+    check_tensor(name, value, like)
+    if value.dtype not in INT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected int64 or int32")
+    return value.to(torch.int64).contiguous()
+
+
+def as_mask(mask: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask (True or nonzero = counts) as contiguous bool, or None."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask, like)
+    check_shape("mask", mask, shape, "one entry per token")
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+
+
+def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
+    """For the reference on the CPU, where looking costs nothing; kernels look for themselves."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, torch._subclasses.FakeTensor):
+        return
+    bad = (ids < 0) | (ids >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        position = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"{name}[{position}] is {int(ids.flatten()[position])}, expected an id in [0, {vocab})"
+        )

@@ -1,0 +1,72 @@
+"""GRPO and its relatives straight from logits: token statistics and policy loss, composed.
+
+Between the two vocabulary kernels there are only [tokens]-sized tensors, so nothing of vocabulary width exists
+beside the logits and their gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1kernels import objectives
+from r1kernels.objectives import Objective
+from r1kernels.ops._checks import check_floating, check_tensor
+from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute
+from r1kernels.ops.token_stats import token_stats
+
+
+def grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    temperature: float = 1.0,
+    objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+) -> PolicyLoss:
+    r"""Policy-gradient loss from logits: the drop-in for log_softmax, gather, entropy, ratio, clip and KL.
+
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(logits_t / T)[token_t]
+
+    Args:
+        logits: (B, T, V), or packed (N, V) with `cu_seqlens`; float32, bfloat16 or float16 (float64: reference). Any
+            strides, so `model(...).logits[:, :-1]` is read in place. Row t scores token t. -inf entries are allowed.
+        token_ids: (B, T) or (N,), int64 or int32, in [0, V); anything behind the mask.
+        temperature: Python number > 0; the one the tokens were sampled with.
+
+    The other arguments are those of `policy_loss`. Masked rows of logits are not read at all.
+
+    Returns:
+        `PolicyLoss(loss, metrics)`; the gradient of logits has their dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+
+    Memory: the gradient of logits, and 64 bytes a token.
+
+    Equivalent to: `policy_loss(*token_logprobs_and_entropy(logits, token_ids), ...)`.
+    Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
+    """
+    check_floating("logits", logits)
+    check_tensor("token_ids", token_ids, logits)
+    inputs = check_inputs(
+        logits,
+        tuple(token_ids.shape),
+        advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        importance_weights=importance_weights,
+        normalizer=normalizer,
+        objective=objective,
+        dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32,
+    )
+    logprobs, entropy = token_stats(logits, token_ids, inputs.batch.mask, temperature)
+    return compute(logprobs, entropy, inputs)

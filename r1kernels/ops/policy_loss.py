@@ -1,0 +1,288 @@
+r"""The policy-gradient loss of a batch of sequences, from [tokens]-sized inputs.
+
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
+
+`w_t` is the reduction weight of `Objective.aggregate`; the surrogates and the KL estimators are those of
+`Objective`. The kernels return dloss/dlogprob and dloss/dentropy of each token beside the loss, so backward is a
+product; the arithmetic of one token is csrc/common/objective.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library, objectives
+from r1kernels.objectives import Objective
+from r1kernels.ops import policy_loss_reference
+from r1kernels.ops._checks import as_mask, check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops.policy_loss_reference import PolicyBatch
+
+# The order is that of `enum Metric` in csrc/cpu/policy_loss.h.
+METRICS = (
+    "tokens",
+    "sequences",
+    "surrogate_loss",
+    "kl",
+    "entropy",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "approx_kl",
+    "clip_fraction",
+    "clip_low_fraction",
+    "clip_high_fraction",
+    "ratio_cap_fraction",
+    "active_fraction",
+    "nonfinite_tokens",
+)
+CustomObjective = Callable[[Tensor, PolicyBatch], Tensor]
+
+
+class PolicyLoss(NamedTuple):
+    """`loss`: 0-d, float32, differentiable. `metrics`: name -> 0-d float32 tensor on the loss's device.
+
+    Means are over counted tokens. `tokens`, `sequences`: how many there are. `surrogate_loss`: the loss without
+    its KL and entropy terms. `kl`: the estimate of KL(pi || ref) (with `ref_logprobs`). `entropy` (where it is
+    known). `ratio_mean`, `ratio_min`, `ratio_max`; `approx_kl`: mean of r - 1 - log r, how far the policy moved
+    since the rollout. `clip_fraction` and its parts `clip_low_fraction`, `clip_high_fraction`,
+    `ratio_cap_fraction`: tokens whose surrogate has no gradient because a bound holds. `active_fraction`: tokens
+    with a gradient of any kind. `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; not 0 explains a
+    loss that is.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, batch: PolicyBatch, normalizer: Tensor | None,
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor]:
+        loss, grad_logprobs, grad_entropy, metrics = _library.call(
+            torch.ops.r1kernels.policy_loss.default,
+            logprobs,
+            batch.advantages,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            entropy,
+            batch.mask,
+            batch.cu_seqlens,
+            batch.importance_weights,
+            normalizer,
+            objectives.SURROGATES.index(objective.surrogate),
+            objectives.RATIOS.index(objective.ratio),
+            objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+            objectives.AGGREGATES.index(objective.aggregate),
+            objective.clip_low,
+            objective.clip_high,
+            math.inf if objective.ratio_cap is None else objective.ratio_cap,
+            objective.tau_pos,
+            objective.tau_neg,
+            objective.kl_coef,
+            objective.entropy_coef,
+            objective.max_length or 1,
+        )
+        ctx.save_for_backward(grad_logprobs, grad_entropy)
+        ctx.with_entropy = objective.entropy_coef != 0
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = ctx.saved_tensors
+        return grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.with_entropy else None, None, None, None
+
+
+def _per_token_or_sequence(
+    name: str, value: Any, logprobs: Tensor, sequences: tuple[int, ...]
+) -> Tensor:
+    check_floating(name, value, logprobs)
+    if value.shape != logprobs.shape and value.shape != sequences:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {sequences} (one per sequence) or "
+            f"{tuple(logprobs.shape)} (one per token)"
+        )
+    return value
+
+
+def _checked_normalizer(normalizer: Any, logprobs: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        number = check_number("normalizer", normalizer, minimum=0.0, strict=True)
+        return torch.full((), number, dtype=logprobs.dtype, device=logprobs.device)
+    if normalizer.device != logprobs.device:
+        raise ValueError(f"normalizer is on {normalizer.device}, expected {logprobs.device} like logprobs")
+    check_shape("normalizer", normalizer, (), "a 0-d tensor")
+    return normalizer.detach().to(logprobs.dtype)
+
+
+class LossInputs(NamedTuple):
+    """Checked arguments of a policy loss, before log-probs are known: shared by every entry point."""
+
+    batch: PolicyBatch
+    normalizer: Tensor | None
+    objective: Objective
+
+
+def check_inputs(
+    like: Tensor,
+    shape: tuple[int, ...],
+    advantages: Any,
+    *,
+    old_logprobs: Any,
+    ref_logprobs: Any,
+    mask: Any,
+    cu_seqlens: Any,
+    importance_weights: Any,
+    normalizer: Any,
+    objective: Objective | CustomObjective,
+    dtype: torch.dtype,
+) -> LossInputs:
+    """Validates everything but the log-probs, and converts it to the compute dtype.
+
+    `like` gives the device, `shape` the shape of the log-probs. All inputs are constants: no gradient.
+    """
+    if not isinstance(objective, Objective):
+        if not callable(objective):
+            raise TypeError(f"objective is {objective!r}, expected an Objective or a callable (logprobs, batch)")
+        objective = Objective(surrogate=objective, aggregate="token_mean")
+    probe = like.new_empty(()).expand(shape)  # no memory: carries shape and device into the checks
+    if cu_seqlens is not None:
+        if len(shape) != 1:
+            raise ValueError(f"cu_seqlens was given with token_ids of shape {shape}, expected packed (N,)")
+        cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, like)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
+        sequences = (cu_seqlens.numel() - 1,)
+    elif len(shape) == 0:
+        raise ValueError("token_ids is 0-d, expected (B, T), or (N,) with cu_seqlens")
+    elif len(shape) == 1 and objective.needs_sequences:
+        raise ValueError(
+            f"cu_seqlens is None for packed tokens of shape {shape}, expected (S + 1,): the objective depends on "
+            "where sequences end (or give (B, T))"
+        )
+    else:
+        sequences = shape[:-1]
+    if objective.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs is None, expected a tensor: objective.kl_coef is {objective.kl_coef}")
+
+    def constant(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().to(dtype).contiguous()
+
+    for name, value in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if value is not None:
+            check_floating(name, value, like)
+            check_shape(name, value, shape, "one log-prob per token")
+    advantages = _per_token_or_sequence("advantages", advantages, probe, sequences)
+    if importance_weights is not None:
+        importance_weights = _per_token_or_sequence("importance_weights", importance_weights, probe, sequences)
+    batch = PolicyBatch(
+        advantages=constant(advantages),
+        old_logprobs=constant(old_logprobs),
+        ref_logprobs=constant(ref_logprobs),
+        entropy=None,
+        mask=as_mask(mask, like, shape),
+        cu_seqlens=cu_seqlens,
+        importance_weights=constant(importance_weights),
+    )
+    return LossInputs(batch, _checked_normalizer(normalizer, probe.to(dtype)), objective)
+
+
+def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> PolicyLoss:
+    """The loss from checked inputs; `logprobs` and `entropy` in the compute dtype."""
+    batch, normalizer, objective = inputs
+    if objective.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
+    if callable(objective.surrogate) or _library.select(logprobs) == "reference":
+        loss, metrics = policy_loss_reference.reference(
+            logprobs, batch._replace(entropy=entropy), normalizer, objective
+        )
+    else:
+        loss, metrics = _PolicyLoss.apply(
+            logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective
+        )
+    absent = {name for name, value in (("kl", batch.ref_logprobs), ("entropy", entropy)) if value is None}
+    named = zip(METRICS, metrics.unbind(0), strict=True)
+    return PolicyLoss(loss, {name: value for name, value in named if name not in absent})
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+) -> PolicyLoss:
+    r"""Policy-gradient loss of a batch of sequences, with every metric, in one pass over the tokens.
+
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
+
+    Args:
+        logprobs: (B, T), or packed (N,) with `cu_seqlens`; float, computed in float32 (float64 if given so).
+        advantages: (B,) / (S,) per sequence, or per token with the shape of logprobs.
+        old_logprobs: the shape of logprobs: log-probs at the time of the rollout. None: on-policy, ratio exactly 1.
+        ref_logprobs: the shape of logprobs: log-probs of the reference model. Required iff `objective.kl_coef != 0`;
+            given without it, the KL is measured only.
+        entropy: the shape of logprobs. Required iff `objective.entropy_coef != 0`; measured otherwise.
+        mask: the shape of logprobs, True or nonzero = counts. Nothing behind a False matters, not even NaN.
+        cu_seqlens: (S + 1,), int64 or int32, 0 = first, ascending, last = N. Packed tokens may go without when
+            the objective does not depend on sequences (token ratio and token mean).
+        importance_weights: like `advantages`; multiplies the surrogate only (train/rollout mismatch correction).
+        normalizer: 0-d tensor or number > 0; replaces the denominator: the number of sequences ("sequence_mean"), of
+            counted tokens ("token_mean"), or sequences * max_length ("constant"). Give the global one under gradient
+            accumulation or data parallelism and the summed gradient equals that of the whole batch.
+        objective: an `Objective` (see `r1kernels.objectives`), or a callable `(logprobs, batch) -> per-token loss`
+            with the shape of logprobs, averaged over counted tokens and differentiated by autograd; `batch` is a
+            `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it.
+
+    Only logprobs and entropy receive gradients; every other input is a constant. Ratio and clip use the same
+    conventions as torch: on a bound the gradient flows. An empty sequence adds 0 and still counts in B; a batch
+    without counted tokens has loss 0.
+
+    Returns:
+        `PolicyLoss(loss, metrics)`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+
+    Memory: 8 bytes a token beside the inputs.
+
+    Equivalent to: for `objectives.grpo()`, `(-torch.min(r * A, r.clamp(0.8, 1.2) * A)).mean(1).mean()`.
+    Source: the preset's docstring in `r1kernels.objectives`.
+    """
+    check_floating("logprobs", logprobs)
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    if entropy is not None:
+        check_floating("entropy", entropy, logprobs)
+        check_shape("entropy", entropy, logprobs.shape, "one per token")
+        entropy = entropy.to(dtype)
+    inputs = check_inputs(
+        logprobs,
+        tuple(logprobs.shape),
+        advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        importance_weights=importance_weights,
+        normalizer=normalizer,
+        objective=objective,
+        dtype=dtype,
+    )
+    return compute(logprobs.to(dtype), entropy, inputs)

@@ -1,0 +1,205 @@
+"""The policy loss in plain differentiable PyTorch: any device, float64 capable, and the home of callables.
+
+Masked tokens are replaced before any exponential, and clipped ones by predicate, so neither the loss nor
+autograd's gradient meets inf * 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.objectives import Objective
+from r1kernels.ops import kl_estimate
+
+
+class PolicyBatch(NamedTuple):
+    """What a policy loss knows about its tokens, beside their log-probs; absent inputs are None.
+
+    A custom objective receives it with `advantages` and `importance_weights` expanded to one per token, and with
+    0 in place of everything behind the mask.
+    """
+
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    entropy: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    importance_weights: Tensor | None
+
+
+class _Sequences:
+    """Which sequence each token of the flattened batch belongs to, and sums over sequences."""
+
+    def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
+        n, device = logprobs.numel(), logprobs.device
+        if cu_seqlens is not None:
+            _check_cu_seqlens(cu_seqlens, n)
+            self.count = len(cu_seqlens) - 1
+            self.index = torch.searchsorted(cu_seqlens[1:], torch.arange(n, device=device), right=True)
+        else:
+            length = logprobs.shape[-1]
+            self.count = logprobs.shape[:-1].numel()
+            self.index = torch.arange(n, device=device) // max(length, 1)
+
+    def sum(self, per_token: Tensor) -> Tensor:
+        return per_token.new_zeros(self.count).index_add(0, self.index, per_token)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != n:
+        raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}, expected 0 to N = {n}")
+    for s, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
+        if b < a:
+            raise ValueError(f"cu_seqlens[{s + 1}] is {b}, expected no less than cu_seqlens[{s}] = {a}")
+
+
+class _Surrogate(NamedTuple):
+    loss: Tensor
+    active: Tensor  # the surrogate has a gradient
+    clipped_low: Tensor
+    clipped_high: Tensor
+    capped: Tensor
+
+
+def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> _Surrogate:
+    ratio = log_ratio.detach().exp()
+    nonzero = advantages != 0
+    never = torch.zeros_like(nonzero)
+    high = 1 + objective.clip_high
+    if objective.surrogate == "clip":
+        low = 1 - objective.clip_low
+        cap = torch.inf if objective.ratio_cap is None else objective.ratio_cap
+        clipped_high = (advantages > 0) & (ratio > high)
+        clipped_low = (advantages < 0) & (ratio < low)
+        capped = (advantages < 0) & (ratio > cap)
+        flows = nonzero & ~(clipped_high | clipped_low | capped)
+        bound = torch.where(clipped_high, high, torch.where(clipped_low, low, torch.where(capped, cap, 0)))
+        r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound.to(ratio.dtype))
+        return _Surrogate(-r * advantages, flows, clipped_low, clipped_high, capped)
+    if objective.surrogate == "cispo":
+        clipped = nonzero & (ratio > high)
+        weight = torch.where(nonzero, ratio.clamp(max=high), 0) * advantages
+        loss = torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logprobs))
+        return _Surrogate(loss, weight != 0, never, clipped, never)
+    if objective.surrogate == "sapo":
+        tau = torch.where(advantages > 0, objective.tau_pos, objective.tau_neg).to(ratio.dtype)
+        gate = torch.sigmoid(tau * (log_ratio.clamp(max=80).exp() - 1))  # flat long before the clamp
+        loss = torch.where(nonzero, -4 / tau * gate * advantages, 0)
+        return _Surrogate(loss, nonzero & ((gate * (1 - gate)).detach() != 0), never, never, never)
+    loss = torch.where(nonzero, -advantages * torch.where(nonzero, logprobs, 0), 0)
+    return _Surrogate(loss, nonzero, never, never, never)
+
+
+def _weights(objective: Objective, counts: Tensor, sequences: _Sequences, normalizer: Tensor | None) -> Tensor:
+    """Reduction weight of each counted token."""
+    number = max(sequences.count, 1)
+    if objective.aggregate == "token_mean":
+        denominator = counts.sum().clamp(min=1) if normalizer is None else normalizer
+        return counts / denominator
+    if objective.aggregate == "constant":
+        denominator = number * float(objective.max_length or 1) if normalizer is None else normalizer
+        return counts / denominator
+    lengths = sequences.sum(counts).clamp(min=1)
+    return counts / (lengths[sequences.index] * (number if normalizer is None else normalizer))
+
+
+def reference(
+    logprobs: Tensor, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of METRICS) by autograd-visible arithmetic in the dtype of logprobs."""
+    shape = logprobs.shape
+    if normalizer is not None and normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = float(normalizer)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"normalizer is {value}, expected a positive finite number")
+    sequences = _Sequences(logprobs, batch.cu_seqlens)
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
+    mask = mask.reshape(-1)
+    counts = mask.to(logprobs.dtype)
+
+    def counted(value: Tensor | None) -> Tensor | None:
+        """Flattened, one per token, 0 behind the mask."""
+        if value is None:
+            return None
+        per_token = value.reshape(-1) if value.shape == shape else value.reshape(-1)[sequences.index]
+        return torch.where(mask, per_token, 0)
+
+    l, advantages, entropy = counted(logprobs), counted(batch.advantages), counted(batch.entropy)
+    old, ref, importance = counted(batch.old_logprobs), counted(batch.ref_logprobs), counted(batch.importance_weights)
+    log_ratio = l - (l.detach() if old is None else old)
+    if objective.ratio == "sequence":
+        log_ratio = (sequences.sum(log_ratio) / sequences.sum(counts).clamp(min=1))[sequences.index]
+
+    if callable(objective.surrogate):
+        tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
+        view = batch._replace(
+            **{name: None if value is None else value.reshape(shape) for name, value in tokens.items()},
+            importance_weights=None if importance is None else importance.reshape(shape),
+        )
+        loss = objective.surrogate(l.reshape(shape), view)
+        if not isinstance(loss, Tensor) or loss.shape != shape:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the custom objective returned {got}, expected a loss per token of shape {tuple(shape)}")
+        never = torch.zeros_like(mask)
+        terms = _Surrogate(torch.where(mask, loss.reshape(-1), 0), mask, never, never, never)
+    else:
+        terms = _surrogate(objective, log_ratio, advantages, l)
+    active = terms.active
+    surrogate = terms.loss
+    if importance is not None:
+        surrogate = surrogate * importance
+        active = active & (importance != 0)
+    if objective.ratio == "sequence" and objective.surrogate != "cispo":
+        active = (sequences.sum(active.to(logprobs.dtype)) > 0)[sequences.index]
+
+    per_token = surrogate
+    kl = None if ref is None else kl_estimate.reference(l, ref, objective.kl)
+    if objective.kl_coef != 0:
+        per_token = per_token + objective.kl_coef * kl
+        active = active | (ref != l) if objective.kl != "k1" else torch.ones_like(active)
+    if objective.entropy_coef != 0:
+        per_token = per_token - objective.entropy_coef * entropy
+        active = torch.ones_like(active)
+    # where, not a product: a custom objective may return anything behind the mask.
+    weights = _weights(objective, counts, sequences, normalizer)
+    loss = torch.where(mask, per_token * weights, 0).sum()
+
+    with torch.no_grad():
+        tokens = counts.sum()
+        ratio = log_ratio.exp()
+
+        def mean(value: Tensor) -> Tensor:
+            return torch.where(mask, value, 0).sum() / tokens.clamp(min=1)
+
+        def extreme(fill: float, reduce: str) -> Tensor:
+            if mask.numel() == 0:
+                return tokens + 1
+            value = getattr(torch.where(mask, ratio, fill), reduce)()
+            return torch.where(tokens > 0, value, 1)
+
+        zero = torch.zeros_like(tokens)
+        clipped = (terms.clipped_low, terms.clipped_high, terms.capped)
+        fractions = [mean(flag.to(logprobs.dtype)) for flag in clipped]
+        metrics = torch.stack([
+            tokens,
+            zero + sequences.count,
+            torch.where(mask, surrogate * weights, 0).sum(),
+            zero if kl is None else mean(kl),
+            zero if entropy is None else mean(entropy),
+            torch.where(tokens > 0, mean(ratio), 1),
+            extreme(torch.inf, "amin"),
+            extreme(-torch.inf, "amax"),
+            mean(kl_estimate.reference(torch.zeros_like(log_ratio), log_ratio, "k3")),
+            sum(fractions),
+            *fractions,
+            mean(active.to(logprobs.dtype)),
+            (mask & ~per_token.isfinite()).sum().to(logprobs.dtype),
+        ])
+    return loss, metrics

@@ -1,0 +1,75 @@
+"""Builds r1kernels/_C.abi3.so: one extension over PyTorch's stable ABI for every Python >= 3.10 and torch >= 2.10.
+
+The vocabulary kernels are compiled once per instruction set; the widest one the processor has is chosen at run
+time. No network, no torch.utils.cpp_extension: torch only lends its headers and libraries.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH = Path(torch.__file__).parent
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
+MACROS = [
+    ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
+    ("Py_LIMITED_API", "0x030a0000"),
+]
+# GCC 12 warns of its own AVX-512 intrinsics headers.
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c", *QUIET],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+        *QUIET,
+    ],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildExt(build_ext):
+    """Compiles `csrc/cpu/token_stats.cpp` once more for each instruction set and links the objects in."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if IS_X86:
+            ext.define_macros.append(("R1K_X86", None))
+            for isa, flags in X86_ISAS.items():
+                ext.extra_objects += self.compiler.compile(
+                    ["csrc/cpu/token_stats.cpp"],
+                    output_dir=os.path.join(self.build_temp, isa),
+                    macros=[*ext.define_macros, ("R1K_ISA", isa)],
+                    extra_postargs=[*COMMON_FLAGS, *flags],
+                    depends=HEADERS,
+                )
+        super().build_extension(ext)
+
+
+extension = Extension(
+    "r1kernels._C",
+    sources=[
+        "csrc/bindings_cpu.cpp",
+        "csrc/cpu/group_advantages.cpp",
+        "csrc/cpu/policy_loss.cpp",
+        "csrc/cpu/token_stats.cpp",
+    ],
+    depends=HEADERS,
+    library_dirs=[str(TORCH / "lib")],
+    # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use.
+    extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"],
+    define_macros=list(MACROS),
+    extra_compile_args=COMMON_FLAGS,
+    py_limited_api=True,
+    language="c++",
+)
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
