@@ -14,8 +14,9 @@ namespace r1k {
 namespace R1K_ISA {
 namespace {
 
-constexpr int kBlock = 1024;
-static_assert(kBlock % (4 * kLanes) == 0);
+constexpr int kBlock = 2048;  // fp32: 8 KiB, a fraction of the L1 cache
+constexpr int kUnroll = 2;
+static_assert(kBlock % (kUnroll * kLanes) == 0);
 constexpr double kLog2E = 1.4426950408889634;
 
 // Fills `block` with `count` elements of the row from `begin` and pads to whole vectors with -inf, which adds
@@ -27,7 +28,7 @@ int load_block(const T* row, int64_t stride, int64_t begin, int count, float* bl
     for (; k + kLanes <= count; k += kLanes) store(block + k, load(row + begin + k));
   }
   for (; k < count; ++k) block[k] = to_float(row[(begin + k) * stride]);
-  for (; k % (2 * kLanes) != 0; ++k) block[k] = -INFINITY;
+  for (; k % (kUnroll * kLanes) != 0; ++k) block[k] = -INFINITY;
   return k;
 }
 
@@ -62,9 +63,10 @@ RowStats row_stats(const T* row, int64_t stride, int64_t vocab, int64_t token_id
     const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
     const int padded = load_block(row, stride, begin, count, block);
 
-    VecF top[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
-    for (int k = 0; k < padded; k += 2 * kLanes) {
-      for (int u = 0; u < 2; ++u) {
+    VecF top[kUnroll];
+    for (VecF& t : top) t = broadcast(-INFINITY);
+    for (int k = 0; k < padded; k += kUnroll * kLanes) {
+      for (int u = 0; u < kUnroll; ++u) {
         const VecF x = load(block + k + u * kLanes);
         top[u] = x > top[u] ? x : top[u];
       }
@@ -78,20 +80,32 @@ RowStats row_stats(const T* row, int64_t stride, int64_t vocab, int64_t token_id
       continue;
     }
 
-    // S is summed in double so that 1 - p keeps its precision when one token holds nearly all the mass.
+    // The maxima add 1 each and are counted apart: beside them the fp32 sum would lose the rest of the mass, and
+    // with it 1 - p when one token holds nearly all of it.
     const VecF m = broadcast(static_cast<float>(state.max));
-    VecD sum[2] = {};
-    VecF weighted[2] = {};
-    for (int k = 0; k < padded; k += 2 * kLanes) {
-      for (int u = 0; u < 2; ++u) {
+    VecF sum[kUnroll] = {}, weighted[kUnroll] = {};
+    VecI maxima[kUnroll] = {};
+    for (int k = 0; k < padded; k += kUnroll * kLanes) {
+      for (int u = 0; u < kUnroll; ++u) {
         const Difference<kExact> d(load(block + k + u * kLanes), m);
-        const Exp2 e = exp2_scaled(d.value, scale, kExact ? d.error * scale.hi : VecF{});
-        accumulate(sum, e.value);
+        Exp2 e;
+        if constexpr (kExact) {
+          e = exp2_scaled(d.value, scale, d.error * scale.hi);
+        } else {
+          e = exp2_scaled(d.value, scale);
+        }
+        const VecI is_max = d.value == 0.0f;
+        maxima[u] -= is_max;
+        sum[u] += is_max ? VecF{} : e.value;
         weighted[u] += e.value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
       }
     }
-    state.add(horizontal_sum(sum[0]) + horizontal_sum(sum[1]),
-              horizontal_sum(weighted[0]) + horizontal_sum(weighted[1]));
+    double block_sum = 0, block_weighted = 0;
+    for (int u = 0; u < kUnroll; ++u) {
+      block_sum += horizontal_sum(sum[u]) + static_cast<double>(horizontal_sum(maxima[u]));
+      block_weighted += horizontal_sum(weighted[u]);
+    }
+    state.add(block_sum, block_weighted);
   }
 
   const double target = to_float(row[token_id * stride]);
@@ -125,47 +139,69 @@ struct RowGradient {
   double entropy;
 };
 
-// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T
+// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T, for one vector of a row.
+template <bool kExact, bool kEntropy>
+class VectorGradient {
+ public:
+  VectorGradient(const RowGradient& in, double temperature) : scale_(temperature) {
+    const double inv_temperature = 1.0 / temperature;
+    // log p = (x - anchor)/T + rest: the anchor is lse T rounded to fp32, the rest what that rounding lost.
+    const float anchor = canonical(in.lse * temperature);
+    anchor_ = broadcast(anchor);
+    rest_ = broadcast(canonical((anchor - in.lse * temperature) * inv_temperature * kLog2E));
+    minus_g_ = broadcast(canonical(-in.g * inv_temperature));
+    // log p + H = (x - pivot)/T + offset: a pivot of its own, because the two cancel where p is near e^{-H}.
+    const float pivot = canonical((in.lse - in.entropy) * temperature);
+    pivot_ = broadcast(pivot);
+    offset_ = broadcast(canonical((pivot - (in.lse - in.entropy) * temperature) * inv_temperature));
+    minus_eta_ = broadcast(canonical(-in.eta * inv_temperature));
+    slope_ = broadcast(static_cast<float>(inv_temperature));
+  }
+
+  VecF operator()(VecF x) const {
+    const Difference<kExact> d(x, anchor_);
+    Exp2 p;
+    if constexpr (kExact) {
+      p = exp2_scaled(d.value, scale_, d.error * scale_.hi + rest_);
+    } else {
+      p = exp2_scaled(d.value, scale_, rest_);
+    }
+    if constexpr (!kEntropy) return p.value * minus_g_;
+    const VecF log_p_plus_h = (p.underflow ? VecF{} : x - pivot_) * slope_ + offset_;
+    return p.value * (minus_g_ + minus_eta_ * log_p_plus_h);
+  }
+
+ private:
+  Exp2Scale scale_;
+  VecF anchor_, rest_, minus_g_, pivot_, offset_, minus_eta_, slope_;
+};
+
+// The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
+double target_gradient(const RowGradient& in, double target_logit, double temperature) {
+  double logprob = target_logit / temperature - in.lse;
+  if (logprob > 0) logprob = 0;  // rounding only; NaN stays
+  double grad = -in.g * std::expm1(logprob);
+  if (in.eta != 0 && logprob != -INFINITY) grad -= in.eta * std::exp(logprob) * (logprob + in.entropy);
+  return grad / temperature;
+}
+
 template <typename T, bool kEntropy>
 void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature,
                   const RowGradient& in, T* out, bool stream) {
-  constexpr bool kExact = sizeof(T) == 4;
   alignas(64) float block[kBlock];
-  alignas(64) T result[kBlock];
-  const Exp2Scale scale(temperature);
-  const double inv_temperature = 1.0 / temperature;
-  // log p = (x - anchor)/T + rest: the anchor is lse T rounded to fp32, the rest what that rounding lost.
-  const float anchor = static_cast<float>(in.lse * temperature);
-  const double rest = (anchor - in.lse * temperature) * inv_temperature;
-  const VecF a = broadcast(anchor), rest2 = broadcast(static_cast<float>(rest * kLog2E));
-  const VecF minus_g = broadcast(static_cast<float>(-in.g * inv_temperature));
-  const VecF minus_eta = broadcast(static_cast<float>(-in.eta * inv_temperature));
-  const VecF slope = broadcast(static_cast<float>(inv_temperature));
-  // log p + H = (x - pivot)/T + offset: a pivot of its own, because the two cancel where p is near e^{-H}.
-  const double exact_pivot = (in.lse - in.entropy) * temperature;
-  const float pivot = static_cast<float>(exact_pivot);
-  const VecF h = broadcast(pivot), offset = broadcast(static_cast<float>((pivot - exact_pivot) * inv_temperature));
-
-  // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
-  double logprob = to_float(row[token_id * stride]) * inv_temperature - in.lse;
-  if (logprob > 0) logprob = 0;  // rounding only; NaN stays
-  double target = -in.g * std::expm1(logprob);
-  if (kEntropy && logprob != -INFINITY) target -= in.eta * std::exp(logprob) * (logprob + in.entropy);
-  const T grad_target = from_float<T>(static_cast<float>(target * inv_temperature));
+  alignas(64) T result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
+  const VectorGradient<sizeof(T) == 4, kEntropy> gradient(in, temperature);
+  const T grad_target = from_float<T>(canonical(target_gradient(in, to_float(row[token_id * stride]), temperature)));
 
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
-    const int padded = load_block(row, stride, begin, count, block);
-    for (int k = 0; k < padded; k += kLanes) {
-      const VecF x = load(block + k);
-      const Difference<kExact> d(x, a);
-      const Exp2 p = exp2_scaled(d.value, scale, kExact ? d.error * scale.hi + rest2 : rest2);
-      VecF factor = minus_g;
-      if constexpr (kEntropy) {
-        const VecF log_p_plus_h = (p.underflow ? VecF{} : x - h) * slope + offset;
-        factor += minus_eta * log_p_plus_h;
-      }
-      store(result + k, p.value * factor);
+    int k = 0;
+    if (stride == 1) {
+      for (; k + kLanes <= count; k += kLanes) store(result + k, gradient(load(row + begin + k)));
+    }
+    if (k < count) {
+      const int padded = load_block(row, stride, begin + k, count - k, block);
+      for (int j = 0; j < padded; j += kLanes) store(result + k + j, gradient(load(block + j)));
     }
     if (begin <= token_id && token_id < begin + count) result[token_id - begin] = grad_target;
     if (stream) {

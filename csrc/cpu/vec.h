@@ -26,8 +26,6 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
-typedef float HalfF __attribute__((vector_size(kLanes * 2)));
-typedef double VecD __attribute__((vector_size(kLanes * 4)));
 
 template <typename To, typename From>
 inline To bit_cast(From from) {
@@ -46,22 +44,37 @@ inline Vec load_unaligned(const void* from) {
   return to;
 }
 
+// 16-bit lanes to 32 and back.  The compiler's own conversions take four times the instructions.
+#if defined(__AVX512F__)
+inline VecU widen(VecH x) { return (VecU)_mm512_cvtepu16_epi32((__m256i)x); }
+inline VecH narrow(VecU x) { return (VecH)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__AVX2__)
+inline VecU widen(VecH x) { return (VecU)_mm256_cvtepu16_epi32((__m128i)x); }
+inline VecH narrow(VecU x) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // within each 128-bit half
+  return (VecH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+}
+#else
+inline VecU widen(VecH x) { return __builtin_convertvector(x, VecU); }
+inline VecH narrow(VecU x) { return __builtin_convertvector(x, VecH); }
+#endif
+
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
 inline VecF load(const float* from) { return load_unaligned<VecF>(from); }
 
 inline VecF load(const BFloat16* from) {
-  return bit_cast<VecF>(__builtin_convertvector(load_unaligned<VecH>(from), VecU) << 16);
+  return bit_cast<VecF>(widen(load_unaligned<VecH>(from)) << 16);
 }
 
 inline void store(float* to, VecF x) { std::memcpy(to, &x, sizeof(x)); }
 
+// To nearest, ties to even.  A NaN must have its low 16 bits clear, or rounding could carry it into another number:
+// arithmetic on bfloat16 inputs and on canonical() scalars gives no other.
 inline void store(BFloat16* to, VecF x) {
   const VecU bits = bit_cast<VecU>(x);
-  const VecU rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;  // to nearest, ties to even
-  const VecU quiet = (bits >> 16) | 0x40u;                               // rounding could turn a NaN into inf
-  const VecH half = __builtin_convertvector(x != x ? quiet : rounded, VecH);
+  const VecH half = narrow((bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16);
   std::memcpy(to, &half, sizeof(half));
 }
 
@@ -82,7 +95,7 @@ inline void store(Float16* to, VecF x) {
 #else
 // Exponent and mantissa moved into place, then rescaled by 2^112; inf and NaN keep an all-ones exponent.
 inline VecF load(const Float16* from) {
-  const VecU half = __builtin_convertvector(load_unaligned<VecH>(from), VecU);
+  const VecU half = widen(load_unaligned<VecH>(from));
   const VecU magnitude = (half & 0x7fffu) << 13;
   const VecF finite = bit_cast<VecF>(magnitude) * 0x1p112f;
   const VecU special = magnitude | 0x7f800000u;
@@ -99,10 +112,12 @@ inline void store(Float16* to, VecF x) {
   VecU half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : half;
   half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;
-  const VecH packed = __builtin_convertvector(half | sign, VecH);
+  const VecH packed = narrow(half | sign);
   std::memcpy(to, &packed, sizeof(packed));
 }
 #endif
+
+inline float canonical(double x) { return x == x ? static_cast<float>(x) : __builtin_nanf(""); }
 
 template <typename T>
 inline float to_float(T x) {  // one element, through the vector path so that both agree
@@ -129,18 +144,10 @@ inline double horizontal_sum(VecF x) {
   return result;
 }
 
-inline double horizontal_sum(VecD x) {
-  double result = 0;
-  for (int k = 0; k < kLanes / 2; ++k) result += x[k];
+inline int64_t horizontal_sum(VecI x) {
+  int64_t result = 0;
+  for (int k = 0; k < kLanes; ++k) result += x[k];
   return result;
-}
-
-// acc += x in double, both halves.
-inline void accumulate(VecD acc[2], VecF x) {
-  HalfF halves[2];
-  std::memcpy(halves, &x, sizeof(x));
-  acc[0] += __builtin_convertvector(halves[0], VecD);
-  acc[1] += __builtin_convertvector(halves[1], VecD);
 }
 
 // log2(e) / T in two floats (the second carries what the first rounds away), and the difference below which
@@ -160,15 +167,21 @@ struct Exp2 {
   VecI underflow;  // lanes (all ones) where value was set to 0
 };
 
-// 2^(d * scale + extra), |extra| small.  Both uses of d * scale.hi are fused multiply-adds (nothing else may use
+// 2^(d * scale [+ extra]), |extra| small.  Both uses of d * scale.hi are fused multiply-adds (nothing else may use
 // that product, or the compiler would round it first): the fraction stays exact, and the relative error about one
 // unit in the last place, for any exponent.  NaN stays NaN.
-inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, VecF extra) {
+template <typename... Extra>
+inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
   const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecI underflow = d < scale.limit;
   const VecF shifted = d * scale.hi + magic;
   const VecF n = shifted - magic;
-  const VecF r = (d * scale.hi - n) + (d * scale.lo + extra);
+  VecF r = d * scale.hi - n;
+  if constexpr (sizeof...(extra) == 0) {
+    r += d * scale.lo;
+  } else {
+    r += d * scale.lo + (extra + ...);
+  }
   VecF p = broadcast(1.5353362e-4f);  // minimax of 2^r on [-0.5, 0.5], relative error 2e-9
   p = p * r + 1.33988744e-3f;
   p = p * r + 9.61843736e-3f;
