@@ -18,7 +18,7 @@ from .tags import ANSWER, ANSWER_END, after_thinking
 BOXED, HASHES = "\\boxed{", "####"
 
 # Longer than any sensible final answer, and short enough that parsing it stays cheap.
-MAX_ANSWER = 1000
+MAX_ANSWER = 500
 
 # Untagged answers are looked for at the end only: the scan for a matching brace is a Python loop.
 TAIL = 20_000
@@ -113,10 +113,10 @@ def plain_number(text: str) -> tuple[Decimal, bool] | None:
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['\u2019-][^\W\d_]+)*|[aAI]")
 _PUNCTUATION = ".,;:!?*\"'"
 # Words that change the value of the number beside them.
-_OPERATORS = frozenset(
-    "plus minus negative times over divided by point half double twice third quarter hundred thousand "
-    "million billion trillion dozen squared cubed square cube root sqrt power factorial log ln exp sin cos "
-    "tan pi infinity or".split()
+_OPERATOR = re.compile(
+    "plus|minus|negative|times|over|divided|by|point|half|double|twice|third|quarter|dozen|hundred|thousand|"
+    "million|billion|trillion|squared?|cubed?|root|sqrt|power|factorial|log|ln|exp|sin|cos|tan|pi|infinity|or",
+    re.IGNORECASE,
 )
 
 
@@ -134,6 +134,6 @@ def number_in_prose(text: str) -> tuple[Decimal, bool] | None:
         number = plain_number(token)
         if number is not None and found is None:
             found = number
-        elif number is not None or token.lower() in _OPERATORS:
+        elif number is not None or _OPERATOR.fullmatch(token):
             return None
     return found

@@ -58,7 +58,8 @@ class _Worker:
         """Hands over a task; False when the process has died in the meantime."""
         message = (json.dumps(task, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
         try:
-            self.process.stdin.write(message)
+            while message:
+                message = message[self.process.stdin.write(message) :]
         except BrokenPipeError:
             return False
         self.task, self.deadline = index, time.monotonic() + timeout_s

@@ -5,16 +5,18 @@ judge modules to load. It never imports r1kernels itself (and so not torch): it 
 under a name of its own.
 """
 
+import os
 import sys
 
-# The script's own directory comes first, and would offer this package's modules under their bare names.
-del sys.path[0]
+# A script's directory is searched first, and would offer this package's modules under their bare names.
+sys.path[:] = [
+    path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))
+]
 
 import importlib  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
@@ -22,6 +24,9 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 PACKAGE = "r1kernels_rewards"
+
+# Address space a judgement must be able to use.
+ROOM = 64 * 2**20
 
 
 def main() -> None:
@@ -36,6 +41,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         judges = _load(sys.argv[4:])
+        idle, _ = _address_space()
+        if memory - idle < ROOM:
+            raise MemoryError(f"the idle worker takes {idle} bytes and needs {ROOM} more")
     except BaseException as error:
         verdicts.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
         return
@@ -52,8 +60,11 @@ def main() -> None:
         except Exception:
             verdicts.write(json.dumps({"crash": True}) + "\n")
             continue
-        leaving = _address_space() > memory // 2
-        verdicts.write(json.dumps({"value": value, "leaving": leaving}) + "\n")
+        used, peak = _address_space()
+        # Libraries turn a MemoryError of their own into "not equal". Such a verdict is worth nothing.
+        verdict = {"value": value} if peak < 0.9 * memory else {"crash": True}
+        leaving = "crash" in verdict or used > (idle + memory) / 2
+        verdicts.write(json.dumps(verdict | {"leaving": leaving}) + "\n")
         if leaving:
             return
 
@@ -87,10 +98,11 @@ def _limit_cpu(timeout: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
 
 
-def _address_space() -> int:
-    """Bytes of address space in use, which only grow as parsers and computer algebra fill their caches."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
+def _address_space() -> tuple[int, int]:
+    """Bytes of address space in use now, and at most so far."""
+    with open("/proc/self/status") as status:
+        sizes = {key: value for key, _, value in (line.partition(":") for line in status)}
+    return tuple(int(sizes[key].split()[0]) * 1024 for key in ("VmSize", "VmPeak"))
 
 
 if __name__ == "__main__":
