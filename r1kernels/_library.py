@@ -163,6 +163,19 @@ def choose(device_type: str, dtype: torch.dtype) -> Choice:
     return Choice("cpu", "compiled extension")
 
 
+def requested() -> str:
+    """The backend asked for, "auto" unless the environment or `backend` says otherwise."""
+    return _requested
+
+
+def explain(device_type: str, dtype: torch.dtype) -> Choice:
+    """`choose`, with a request that cannot be met as an answer instead of an error."""
+    try:
+        return choose(device_type, dtype)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return Choice("error", str(error))
+
+
 def select(tensor: Tensor) -> str:
     """Name of the implementation that serves `tensor`; a slow one is announced once per reason."""
     choice = choose(tensor.device.type, tensor.dtype)

@@ -1,0 +1,44 @@
+# Four verbs: demo, test, bench, wheel. The first one that runs prepares .venv; later ones re-use it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test bench wheel
+
+demo: $(VENV)/train.stamp $(VENV)/build.stamp
+	$(BIN)/r1kernels train recipes/demo.yaml --overwrite
+
+test: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/report.py
+
+wheel: $(VENV)/base.stamp
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+build: $(VENV)/build.stamp
+
+$(VENV)/base.stamp: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON to a Python 3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "make: g++ not found; it builds the extension" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch numpy setuptools wheel
+	touch $@
+
+# Installing with an extra also builds the extension, hence the touches.
+$(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
+	touch $(VENV)/build.stamp $@
+
+$(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
+
+$(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
