@@ -15,8 +15,9 @@ test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-only
-	$(BIN)/python benchmarks/report.py
+	mkdir -p build
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-json=build/benchmark.json
+	$(BIN)/python benchmarks/report.py build/benchmark.json
 
 wheel: $(VENV)/base.stamp
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

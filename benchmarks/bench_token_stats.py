@@ -1,0 +1,72 @@
+"""Log-prob and entropy forward, log-prob backward, from bfloat16 logits: the head of every RL step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import SHAPES, Batch, quietly
+from torch import Tensor
+
+import r1kernels
+
+Implementation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def eager(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits.float().log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def trl() -> Implementation | None:
+    utils = quietly(lambda: __import__("trl.trainer.utils", fromlist=["utils"]))
+    if utils is None:
+        return None
+    return lambda logits, ids: utils.selective_log_softmax_and_entropy(logits, ids, entropy_requires_grad=False)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Implementation | None]] = {
+    "r1kernels": lambda: r1kernels.token_logprobs_and_entropy,
+    "torch eager": lambda: eager,
+    "torch.compile": lambda: torch.compile(eager),
+    "TRL 1.16 (CPU path)": trl,
+}
+
+
+def check(implementation: Implementation, batch: Batch) -> None:
+    """No number without the equality check: a few rows against float64 (peers' bf16 log-probs are that coarse)."""
+    with torch.no_grad():
+        logprobs, _ = implementation(batch.logits[:1, :8], batch.token_ids[:1, :8])
+        exact, _ = eager(batch.logits[:1, :8].double(), batch.token_ids[:1, :8])
+    torch.testing.assert_close(logprobs.double(), exact.double(), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_copy(shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]) -> None:
+    """The ceiling: one read and one write of the logits into memory that is already mapped."""
+    logits = batches(shape).logits.detach()
+    target = torch.empty_like(logits)
+    measure(lambda: target.copy_(logits), op="token_stats", shape=shape, implementation="copy of the logits")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def bench_token_stats(
+    name: str, shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]
+) -> None:
+    implementation = IMPLEMENTATIONS[name]()
+    if implementation is None:
+        pytest.skip(f"{name} is not installed")
+    batch = batches(shape)
+    check(implementation, batch)
+    grad = torch.ones_like(batch.advantages.unsqueeze(-1).expand(batch.token_ids.shape))
+
+    def run() -> None:
+        batch.logits.grad = None
+        logprobs, _ = implementation(batch.logits, batch.token_ids)
+        logprobs.backward(grad.to(logprobs.dtype))
+
+    measure(run, rounds=7 if name == "r1kernels" else 3, op="token_stats", shape=shape, implementation=name)
