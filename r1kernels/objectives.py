@@ -102,12 +102,13 @@ class Objective:
         return self.ratio == "sequence" or self.aggregate != "token_mean"
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
+
+
 def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
-    fields = {field.name for field in dataclasses.fields(Objective)}
-    unknown = sorted(set(overrides) - fields)
-    if unknown:
-        raise ValueError(f"objectives.{name}: unknown field {unknown[0]!r}, expected one of "
-                         f"{', '.join(sorted(fields))}")
+    for field in overrides:
+        if field not in _FIELDS:
+            raise ValueError(f"objectives.{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
     return Objective(**{**defaults, **overrides})
 
 
