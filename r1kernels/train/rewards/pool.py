@@ -6,7 +6,6 @@ away.
 """
 
 import json
-import math
 import os
 import selectors
 import subprocess
@@ -105,13 +104,13 @@ class Pool:
         Raises:
             WorkerError: a worker died before it was ready.
         """
-        results: list[float | str] = [math.nan] * len(tasks)
+        results: list[float | str | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         try:
             while waiting or any(worker.task is not None for worker in self._workers):
                 self._hand_out(tasks, waiting)
                 for worker in self._wait():
-                    self._take_verdict(worker, results)
+                    self._take_verdict(worker, results, waiting)
                 self._stop_overdue(results)
         except BaseException:
             # An interrupted batch leaves verdicts in the pipes that the next batch must not read.
@@ -146,7 +145,7 @@ class Pool:
             patience = min(worker.deadline for worker in active) - time.monotonic()
             return [key.data for key, _ in selector.select(max(patience, 0.0))]
 
-    def _take_verdict(self, worker: _Worker, results: list[float | str]) -> None:
+    def _take_verdict(self, worker: _Worker, results: list[float | str | None], waiting: deque[int]) -> None:
         message = worker.receive()
         if message is False:
             return
@@ -158,7 +157,10 @@ class Pool:
                     f"a reward worker could not start ({reason}); judges {list(self._judges)}, "
                     f"memory_bytes={self._memory_bytes}"
                 )
-            results[worker.task] = CRASH
+            if results[worker.task] is None:
+                # Perhaps the machine killed it, even before it began: a second death in a row is the task's.
+                results[worker.task] = CRASH
+                waiting.append(worker.task)
             self._retire(worker)
         elif not worker.ready:
             worker.ready = True
@@ -168,7 +170,7 @@ class Pool:
             if message.get("leaving"):
                 self._retire(worker)
 
-    def _stop_overdue(self, results: list[float | str]) -> None:
+    def _stop_overdue(self, results: list[float | str | None]) -> None:
         now = time.monotonic()
         for worker in list(self._workers):
             if not worker.ready and now >= worker.deadline:

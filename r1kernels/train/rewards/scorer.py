@@ -102,6 +102,4 @@ def _check_parts(parts: Mapping[str, float]) -> None:
             raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}")
         for module in REWARDS[name].requires:
             if importlib.util.find_spec(module) is None:
-                raise ImportError(
-                    f"reward {name!r} needs the package {module!r}: `pip install 'r1kernels[train]'`"
-                )
+                raise ImportError(f"reward {name!r} needs the package {module!r}: `pip install 'r1kernels[train]'`")

@@ -9,9 +9,7 @@ import os
 import sys
 
 # A script's directory is searched first, and would offer this package's modules under their bare names.
-sys.path[:] = [
-    path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))
-]
+sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))]
 
 import importlib  # noqa: E402
 import importlib.util  # noqa: E402
@@ -72,9 +70,7 @@ def main() -> None:
 def _load(names: list[str]) -> dict:
     """Loads this package on its own and returns its judges, by "module:function"."""
     here = Path(__file__).resolve().parent
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, here / "__init__.py", submodule_search_locations=[str(here)]
-    )
+    spec = importlib.util.spec_from_file_location(PACKAGE, here / "__init__.py", submodule_search_locations=[str(here)])
     sys.modules[PACKAGE] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
     judges = {}

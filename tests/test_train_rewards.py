@@ -1,0 +1,235 @@
+"""Rewards: what counts as an answer, and when it is right."""
+
+import math
+import subprocess
+import time
+from decimal import Decimal
+
+import pytest
+
+from r1kernels.train.prompt import render
+from r1kernels.train.rewards import Sample, Scorer, accuracy, format_reward
+from r1kernels.train.rewards.accuracy import triage
+from r1kernels.train.rewards.answers import final_answer, number_in_prose, plain_number
+
+
+def tagged(answer):
+    return f"<think>reasons</think> <answer>{answer}</answer>"
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer({"accuracy": 1.0, "format": 0.5}, timeout_s=30) as scorer:
+        yield scorer
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>so</think> <answer> 18 </answer>", "18"),
+        (r"The result is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("She has\n#### 18\n", "18"),
+        (r"<answer>It is \boxed{18}, clearly.</answer>", "18"),
+        ("<answer>9 + 9 =\n#### 18</answer>", "18"),
+        ("no marker: 18", None),
+        ("", None),
+        # The last marker counts, whichever kind it is, and it alone.
+        (r"\boxed{17} and so \boxed{18}", "18"),
+        (r"\boxed{17}" + "\n#### 18", "18"),
+        ("#### 17\n" + r"\boxed{18}", "18"),
+        (r"\boxed{18} and so \boxed{17", None),
+        # A thought is not an answer, even when it never ends.
+        ("<think><answer>18</answer></think>", None),
+        ("<think><answer>18</answer></think><answer>17</answer>", "17"),
+        (r"<think>\boxed{18}", None),
+        ("<answer>18</answer><think>or 17", None),
+        # One pair of tags, or no answer.
+        ("<answer>17</answer><answer>18</answer>", None),
+        ("<answer>17 <answer>18</answer>", None),
+        ("<answer>18", None),
+        ("</answer>18<answer>", None),
+        # Nothing that looks like another answer after it, nor two inside it.
+        (r"<answer>17</answer> \boxed{18}", None),
+        ("<answer>17</answer>\n#### 18", None),
+        (r"<answer>\boxed{17} \boxed{18}</answer>", None),
+        ("<answer>18</answer> That is all.", "18"),
+    ],
+)
+def test_final_answer_is_unique_and_last(completion, answer):
+    assert final_answer("", completion) == answer
+
+
+def test_the_prompt_is_never_an_answer():
+    prompt = "Example: <think>2</think> <answer>18</answer> \\boxed{18}\n#### 18"
+    assert final_answer(prompt, "I do not know.") is None
+    opened = render("9 + 9?", open_think=True)
+    assert final_answer(opened, r"never closed \boxed{18}") is None
+    assert final_answer(opened, r"9 + 9 </think> <answer>18</answer>") == "18"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", "18"),
+        ("18.", "18"),
+        ("18.00", "18"),
+        ("-1,234,567.5", "-1234567.5"),
+        ("1{,}234", "1234"),
+        (r"1,\!234", "1234"),
+        ("1 234", "1234"),
+        ("$18", "18"),
+        (r"-\$18.50", "-18.5"),
+        ("$-3", "-3"),
+        ("\u22125", "-5"),
+        (".5", "0.5"),
+        ("9" * 60, "9" * 60),
+        *[(text, None) for text in ("3,4", "1,2345", "1 2", "1e3", "--1", "-$-1", "0x10", "1/2", "x", "", ".")],
+        *[(text, None) for text in ("\uff11\uff18", "\u0661\u0668", "1_000", "9" * 65, "1.2.3", "inf", "NaN")],
+    ],
+)
+def test_plain_numbers_are_exact(text, value):
+    number = plain_number(text)
+    assert number == (None if value is None else (Decimal(value), False))
+
+
+def test_percent_is_noted():
+    assert plain_number("50%") == plain_number(r"50\%") == (Decimal(50), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18 dollars", 18),
+        ("The answer is $18.", 18),
+        ("**18**", 18),
+        ("18 or 19", None),
+        ("either 18 or so", None),
+        ("minus 18", None),
+        ("18 hundred", None),
+        ("none at all", None),
+    ],
+)
+def test_one_number_in_prose(text, value):
+    number = number_in_prose(text)
+    assert (number and number[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "value"),
+    [
+        ("18", "18", 1.0),
+        ("18.0", "18", 1.0),
+        ("$18$", "18", 1.0),
+        ("The total is $18$ dollars.", "18", 1.0),
+        ("1,000", "1000", 1.0),
+        ("50%", "50", 1.0),
+        (r"\frac{1}{2}", r"\frac{1}{2}", 1.0),
+        ("19", "18", 0.0),
+        ("-18", "18", 0.0),
+        ("17, 18", "18", 0.0),
+        ("18 19 20", "18", 0.0),
+        ("18 " * 400, "18", 0.0),
+        ("", "18", 0.0),
+        ("several words and no number", "18", 0.0),
+        ("0." + "3" * 40, "0.3", 0.0),
+    ],
+)
+def test_simple_answers_need_no_worker(answer, reference, value, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("started a worker"))
+    sample = Sample("", tagged(answer), reference)
+    assert accuracy(sample) == value
+    with Scorer({"accuracy": 1}) as scorer:
+        assert scorer.score([sample]).total == [value]
+
+
+@pytest.mark.parametrize(
+    ("completion", "opened", "value"),
+    [
+        ("<think>a</think><answer>b</answer>", False, 1.0),
+        (" <think>a</think>\n\n<answer>b</answer>\n", False, 1.0),
+        ("a</think><answer>b</answer>", True, 1.0),
+        ("<think>a</think><answer>b</answer>", True, 0.0),
+        ("a</think><answer>b</answer>", False, 0.0),
+        ("Sure! <think>a</think><answer>b</answer>", False, 0.0),
+        ("<think>a</think><answer>b</answer> Bye.", False, 0.0),
+        ("<think>a</think> so <answer>b</answer>", False, 0.0),
+        ("<answer>b</answer><think>a</think>", False, 0.0),
+        ("<think>a<answer>b</answer></think>", False, 0.0),
+        ("<think>a</think><answer>b</answer><answer>b</answer>", False, 0.0),
+        ("<think>a<think></think><answer>b</answer>", False, 0.0),
+        ("<think>a</think></think><answer>b</answer>", False, 0.0),
+        ("<THINK>a</THINK><answer>b</answer>", False, 0.0),
+        ("", False, 0.0),
+    ],
+)
+def test_format(completion, opened, value):
+    assert format_reward(Sample(render("1 + 1?", open_think=opened), completion, "2")) == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "value"),
+    [
+        (r"\frac{36}{2}", "18", 1.0),
+        ("x = 18", "18", 1.0),
+        ("9 * 2 = 18", "18", 1.0),
+        (r"50\%", "0.5", 1.0),
+        (r"1 + x^2", "x^2+1", 1.0),
+        (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)", 1.0),
+        (r"0.333333", r"\frac{1}{3}", 1.0),
+        ("17, 18", "18", 0.0),
+        ("18 or 19", r"\frac{36}{2}", 0.0),
+        (r"\pm 18", "18", 0.0),
+        (r"\{17, 18\}", "18", 0.0),
+        (r"\frac{0}{0}", "18", 0.0),
+        ("__import__('os').abort()", "18", 0.0),
+        ("{18", "18", 0.0),
+        ("\ud800\x00\u202e", "18", 0.0),
+    ],
+)
+def test_the_judge(answer, reference, value, scorer):
+    scores = scorer.score([Sample("", tagged(answer), reference)])
+    assert scores.parts["accuracy"] == [value]
+    assert (scores.timeouts, scores.crashes) == (0, 0)
+
+
+@pytest.mark.parametrize("text", [r"\boxed{", "<answer>", "####", "(", "$", "{", "\\", "<think>", "1,"])
+def test_megabyte_completions_are_cheap(text):
+    flood = text * (1_000_000 // len(text))
+    start = time.monotonic()
+    for completion in (flood, tagged(flood), r"\boxed{" + flood, flood + "}" * 1_000_000):
+        sample = Sample("", completion, "18")
+        assert triage(sample) == 0.0
+        format_reward(sample)
+    assert time.monotonic() - start < 2
+
+
+def test_totals_weigh_the_parts_and_ignore_weight_zero():
+    samples = [Sample("", tagged("18"), "18"), Sample("", "18", "18"), Sample("", tagged("18"), "")]
+    with Scorer({"accuracy": 1.0, "format": 0.5}) as scorer:
+        scores = scorer.score(samples)
+    assert scores.total[:2] == [1.5, 0.0]
+    assert math.isnan(scores.total[2])
+    with Scorer({"accuracy": 0.0, "format": 0.5}) as scorer:
+        scores = scorer.score(samples)
+    assert scores.total == [0.5, 0.0, 0.5]
+    assert math.isnan(scores.parts["accuracy"][2])
+    with Scorer({"format": 1}) as scorer:
+        assert scorer.score([]).total == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "limits", "message"),
+    [
+        ({"accuracy": 1, "speed": 1}, {}, "unknown reward 'speed'; known rewards: accuracy, format"),
+        ({}, {}, "at least one of: accuracy, format"),
+        ({"format": math.nan}, {}, "weight of reward 'format' must be a finite number, got nan"),
+        ({"format": "1"}, {}, "weight of reward 'format' must be a finite number, got '1'"),
+        ({"format": 1}, {"workers": 0}, "workers must be positive, got 0"),
+        ({"format": 1}, {"timeout_s": -1.0}, "timeout_s must be positive, got -1.0"),
+        ({"format": 1}, {"memory_bytes": 0}, "memory_bytes must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(parts, limits, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer(parts, **limits)
