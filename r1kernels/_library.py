@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 BACKENDS = ("auto", "reference", "cpu")
 OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate")
@@ -178,7 +179,9 @@ def explain(device_type: str, dtype: torch.dtype) -> Choice:
 
 def select(tensor: Tensor) -> str:
     """Name of the implementation that serves `tensor`; a slow one is announced once per reason."""
-    choice = choose(tensor.device.type, tensor.dtype)
+    # A fake tensor has no memory wherever it claims to be: the operators' shapes serve it, as they serve meta.
+    device_type = "meta" if isinstance(tensor, FakeTensor) else tensor.device.type
+    choice = choose(device_type, tensor.dtype)
     if choice.slow and choice.reason not in _warned and not torch.compiler.is_compiling():
         _warned.add(choice.reason)
         warnings.warn(f"r1kernels uses its reference implementation: {choice.reason}", stacklevel=3)

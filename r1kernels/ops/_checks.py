@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.int64, torch.int32)
@@ -58,7 +59,7 @@ def as_mask(mask: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
     """For the reference on the CPU, where looking costs nothing; kernels look for themselves."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, torch._subclasses.FakeTensor):
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
         return
     bad = (ids < 0) | (ids >= vocab)
     if mask is not None:
