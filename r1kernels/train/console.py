@@ -1,0 +1,127 @@
+"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+# Column -> (key in the metrics, format)
+COLUMNS = {
+    "step": ("step", "{:.0f}"),
+    "pass@1": ("pass_at_1", "{:.1%}"),
+    "accuracy": ("reward_accuracy", "{:.3f}"),
+    "format": ("reward_format", "{:.3f}"),
+    "length": ("length", "{:.1f}"),
+    "cut off": ("truncated", "{:.1%}"),
+    "KL": ("kl", "{:.4f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "clip lo/hi": (("clip_low_fraction", "clip_high_fraction"), "{:.1%}/{:.1%}"),
+    "no spread": ("zero_spread", "{:.0%}"),
+    "tok/s": ("tokens_per_second", "{:.0f}"),
+}
+
+
+class Console:
+    """Shows metrics as they come.
+
+    Args:
+        plain: lines even on a terminal.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        self._rich = RichConsole()
+        self._plain = plain or not sys.stdout.isatty()
+        self._live: Live | None = None
+        self._rows: list[tuple[str, ...]] = []
+        self._samples: list[tuple[str, str, float]] = []
+        self._status, self._headed = "", False
+        self._started: tuple[float, int] | None = None
+
+    def __enter__(self) -> Console:
+        if not self._plain:
+            self._live = Live(console=self._rich, refresh_per_second=4, transient=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def say(self, text: str, *, warning: bool = False) -> None:
+        self._rich.print(Text(text, style="bold red" if warning else ""), soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        """What is going on now."""
+        self._status = text
+        self._refresh()
+
+    def pretraining(self, step: int, steps: int, loss: float) -> None:
+        text = f"pre-training {step}/{steps}  loss {loss:.3f}  ETA {self._eta(step, steps)}"
+        if self._plain:
+            print(text, flush=True)
+        self.phase(text)
+
+    def samples(self, samples: Sequence[tuple[str, str, float]]) -> None:
+        """Completions to show: (question, completion, reward)."""
+        self._samples = list(samples)
+        if self._plain:
+            for question, completion, reward in samples[:1]:
+                print(f"  [{reward:g}] {question} ->{completion!r}", flush=True)
+
+    def step(self, metrics: Mapping[str, float], steps: int) -> None:
+        """A finished step of RL."""
+        row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
+        self._rows.append(row)
+        eta = self._eta(int(metrics["step"]) + 1, steps)
+        if self._plain:
+            if not self._headed:
+                print("  ".join(f"{name:>10}" for name in (*COLUMNS, "ETA")), flush=True)
+                self._headed = True
+            print("  ".join(f"{cell:>10}" for cell in (*row, eta)), flush=True)
+        self.phase(f"step {metrics['step'] + 1:.0f}/{steps}  ETA {eta}")
+
+    def restart_clock(self) -> None:
+        """Begins a phase whose steps take another time."""
+        self._started = None
+
+    def _eta(self, step: int, steps: int) -> str:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, step)
+            return "?"
+        begin, first = self._started
+        seconds = round((now - begin) / max(1, step - first) * (steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds >= 3600 else (
+            f"{seconds // 60}:{seconds % 60:02}"
+        )
+
+    def _refresh(self) -> None:
+        if not self._live:
+            return
+        table = Table(box=None, header_style="bold", padding=(0, 1))
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for row in self._rows[-15:]:
+            table.add_row(*row)
+        panels = [
+            Panel(Text(completion.strip()[:600]), title=Text(f"{question[:80]}  reward {reward:g}"), title_align="left")
+            for question, completion, reward in self._samples[:3]
+        ]
+        self._live.update(Group(table, *panels, Text(self._status, style="bold")))
+
+
+def _cell(metrics: Mapping[str, float], key: str | tuple[str, ...], form: str) -> str:
+    values = [metrics.get(name) for name in ((key,) if isinstance(key, str) else key)]
+    if any(value is None or not math.isfinite(value) for value in values):
+        return ""
+    return form.format(*values)

@@ -1,0 +1,39 @@
+"""Models and tokenizers from a directory or the hub, checked before any work starts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from r1kernels.train.config import ConfigError
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left; a missing padding token becomes the end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"'model.path' {str(path)!r} has no tokenizer that can be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of 'model.path' {str(path)!r} has no end-of-text token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
+    """The model in evaluation mode, without the sampling defaults it may bring.
+
+    A hub model's generation defaults (top-k, a repetition penalty, ...) would make rollouts off-policy.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {reason}") from error
+    model.generation_config = GenerationConfig(eos_token_id=copy.copy(model.generation_config.eos_token_id))
+    return model.to(device).eval()

@@ -1,0 +1,79 @@
+"""Next-token training of the tiny model: what a base model is before reinforcement learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import r1kernels
+from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from r1kernels.train.config import Config
+from r1kernels.train.console import Console
+from r1kernels.train.interrupt import Interrupt, Interrupted
+from r1kernels.train.loading import load_model, load_tokenizer
+from r1kernels.train.metrics import MetricsLog
+from r1kernels.train.tiny import corpus_batch, make_model, make_tokenizer
+
+LOG_EVERY = 50
+WARMUP = 50
+
+
+def pretrain(
+    config: Config, base_dir: Path, console: Console, interrupt: Interrupt
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Makes the tiny model and trains it, from the last checkpoint in `base_dir` if there is one.
+
+    Raises:
+        Interrupted: after a checkpoint has been written.
+    """
+    settings, data = config.pretrain, config.data
+    path = latest_checkpoint(base_dir)
+    if path is None:
+        tokenizer = make_tokenizer(settings.corpus, data.max_terms, config.seed)
+        model, step = make_model(config.model.tiny, tokenizer, config.seed), 0
+    else:
+        checkpoint = load_checkpoint(path)
+        tokenizer = load_tokenizer(checkpoint.model_dir)
+        model, step = load_model(checkpoint.model_dir), checkpoint.state["step"]
+    if step == settings.steps:
+        return model, tokenizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    if path is not None:
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+
+    def save() -> None:
+        state: dict[str, Any] = {"step": step, "optimizer": optimizer.state_dict()}
+        save_checkpoint(base_dir, step, model=model, tokenizer=tokenizer, state=state, keep=1)
+
+    model.train()
+    with MetricsLog(base_dir / "metrics.jsonl", first_step=step) as log:
+        try:
+            while step < settings.steps:
+                interrupt.check()
+                for group in optimizer.param_groups:
+                    warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
+                    group["lr"] = settings.learning_rate * warmup * decay
+                ids, targets = corpus_batch(
+                    tokenizer, settings.corpus, settings.batch_size, data.max_terms, config.seed, step
+                )
+                logits = model(input_ids=ids, use_cache=False).logits
+                loss = r1kernels.cross_entropy(logits[:, :-1], targets[:, 1:])
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                step += 1
+                if step % LOG_EVERY == 0 or step == settings.steps:
+                    log.write({"step": step - 1, "loss": loss.item()})
+                    console.pretraining(step, settings.steps, loss.item())
+                if step % config.checkpoint.pretrain_every == 0 or step == settings.steps:
+                    save()
+        except Interrupted:
+            save()
+            raise
+    return model, tokenizer

@@ -1,0 +1,166 @@
+"""Sampling completions, and the tensors that training on them needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import r1kernels
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sampled completions of B prompts, by row.
+
+    Args:
+        prompt_ids: (B, P), padded on the left.
+        prompt_mask: (B, P) bool.
+        token_ids: (B, T), padded on the right.
+        mask: (B, T) bool, true up to and with the end-of-text token.
+        logprobs: (B, T), of each token under the distribution it was sampled from, before top-p.
+        texts: B strings, without special tokens.
+        finished: (B,) bool, false where `max_new_tokens` cut a completion off.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    texts: list[str]
+    finished: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(-1)
+
+
+class TransformersSampler:
+    """Rollouts by `generate` of transformers: all rows in one batch, with a key-value cache.
+
+    Args:
+        check: called before every token; what it raises ends the rollout.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, self.tokenizer, self.check = model, tokenizer, check
+        eos = model.generation_config.eos_token_id
+        self._eos = [tokenizer.eos_token_id] if eos is None else eos if isinstance(eos, list) else [eos]
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
+        """One completion of each prompt, drawn from torch's global generator."""
+        encoded = self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
+        prompt_ids, prompt_mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        recorder = _Recorder(sampling.temperature, self.check)
+        output = self.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=encoded["attention_mask"],
+            logits_processor=LogitsProcessorList([recorder]),
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=0,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self._eos,
+                pad_token_id=self.tokenizer.pad_token_id,
+            ),
+        )
+        token_ids = output[:, prompt_ids.shape[1] :]
+        ended = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
+        return Completions(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            token_ids=token_ids,
+            mask=(ended.cumsum(-1) - ended.long()) == 0,
+            logprobs=recorder.finish(token_ids[:, -1]),
+            texts=self.tokenizer.batch_decode(token_ids, skip_special_tokens=True),
+            finished=ended.any(-1),
+        )
+
+
+class _Recorder(LogitsProcessor):
+    """Scores each sampled token when its successor is asked for, so that only one step's logits are kept."""
+
+    def __init__(self, temperature: float, check: Callable[[], None]) -> None:
+        self.temperature, self.check = temperature, check
+        self._logits: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.check()
+        if self._logits is not None:
+            self._score(input_ids[:, -1])
+        self._logits = scores
+        return scores
+
+    def finish(self, last: Tensor) -> Tensor:
+        """All log-probs (B, T), given the last column of tokens (B,)."""
+        self._score(last)
+        return torch.stack(self._columns, dim=1)
+
+    def _score(self, tokens: Tensor) -> None:
+        self._columns.append(r1kernels.token_logprobs(self._logits, tokens, temperature=self.temperature))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one rollout gives to its updates; every field is a tensor with one row a sample.
+
+    Shapes: prompts (B, P), the others (B, T), advantages (B,).
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Some of the samples (n,), without the columns in which all of them are padding."""
+        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
+        start = int(part["prompt_mask"].any(0).long().argmax())
+        end = int(part["mask"].sum(-1).max())
+        for name in ("prompt_ids", "prompt_mask"):
+            part[name] = part[name][:, start:]
+        for name in ("token_ids", "mask", "old_logprobs", "ref_logprobs"):
+            part[name] = part[name][:, :end]
+        return Rollout(**part)
+
+
+def completion_logits(model: PreTrainedModel, batch: Rollout) -> Tensor:
+    """Logits (B, T, V) whose row t scores token t of the completion."""
+    attention = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
+    logits = model(
+        input_ids=torch.cat([batch.prompt_ids, batch.token_ids], dim=1),
+        attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=batch.token_ids.shape[1] + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, :-1]

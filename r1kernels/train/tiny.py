@@ -1,0 +1,142 @@
+"""A tiny world that needs no network: sums to solve, text about them, a tokenizer and a model.
+
+The text mixes what web text mixes. Textbooks work sums out step by step. Conversations mostly answer at once,
+and mostly wrongly; few work the sum out; some use the tags of the prompt and some do not. A model of this
+text can add, but rarely does so when asked: reinforcement learning has to find that out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Literal
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from r1kernels.train.config import CorpusConfig, TinyConfig
+from r1kernels.train.data import Problem
+from r1kernels.train.prompt import render
+from r1kernels.train.randomness import python_generator, torch_seeded
+
+PAD, EOS = "<pad>", "<eos>"
+Split = Literal["pretrain", "train", "test"]
+
+# Shares of all sums, in tenths: what pre-training has seen, RL never asks, and neither has seen the test.
+_SPLITS: dict[Split, range] = {"pretrain": range(6), "train": range(6, 8), "test": range(8, 10)}
+_ERRORS = (-20, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 20)
+
+
+def split_of(terms: list[int]) -> Split:
+    """The split a sum belongs to, whatever the order of its terms."""
+    bucket = hashlib.blake2b(bytes(sorted(terms)), digest_size=8).digest()[0] % 10
+    return next(split for split, buckets in _SPLITS.items() if bucket in buckets)
+
+
+def draw_terms(rng: random.Random, split: Split, low: int, high: int) -> list[int]:
+    """`low` to `high` digits from 1 to 9 whose sum belongs to `split`."""
+    while True:
+        terms = [rng.randint(1, 9) for _ in range(rng.randint(low, high))]
+        if split_of(terms) == split:
+            return terms
+
+
+def ask(terms: list[int]) -> str:
+    return "Compute " + "+".join(map(str, terms))
+
+
+def arithmetic_problems(split: Split, count: int, low: int, high: int, seed: int) -> list[Problem]:
+    """`count` different sums of a split, in a random order given by the seed."""
+    rng = python_generator(seed, "problems", split)
+    found: dict[str, Problem] = {}
+    while len(found) < count:
+        terms = draw_terms(rng, split, low, high)
+        question = ask(terms)
+        found.setdefault(question, Problem(f"{split}-{len(found)}", question, str(sum(terms))))
+    return list(found.values())
+
+
+def work_out(rng: random.Random, terms: list[int], slip: float) -> tuple[str, int]:
+    """One addition a line, each wrong with probability `slip`; the text and its result."""
+    total, lines = terms[0], []
+    for term in terms[1:]:
+        result = total + term
+        if rng.random() < slip:
+            result = max(0, result + rng.choice(_ERRORS))
+        lines.append(f"{total}+{term}={result}")
+        total = result
+    return "\n".join(lines), total
+
+
+def document(rng: random.Random, corpus: CorpusConfig, low: int, high: int) -> tuple[str, str]:
+    """One text of the corpus in two pieces: up to the question, and what follows it."""
+    terms = draw_terms(rng, "pretrain", low, high)
+    if rng.random() < corpus.textbook:
+        return f"Exercise: {ask(terms)}. Solution:", " " + work_out(rng, terms, corpus.slip)[0]
+    if rng.random() < corpus.worked:
+        thought, answer = work_out(rng, terms, corpus.slip)
+        plain = f" {thought}\nIt is {answer}."
+    else:
+        answer = sum(terms)
+        if rng.random() < corpus.terse_wrong:
+            answer = max(0, answer + rng.choice(_ERRORS))
+        thought = plain = f" It is {answer}."
+    tagged = f" <think>{thought.strip()}</think>\n<answer>{answer}</answer>"
+    return render(ask(terms)), tagged if rng.random() < corpus.tagged else plain
+
+
+def make_tokenizer(corpus: CorpusConfig, high: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of the corpus, with every digit and newline a token of its own.
+
+    Nothing else splits the text, so the merges swallow the template: a prompt is little more than its sum.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9\n]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    rng = python_generator(seed, "tokenizer")
+    texts = [piece for _ in range(1000) for piece in document(rng, corpus, 2, high)]
+    trainer = trainers.BpeTrainer(vocab_size=1024, min_frequency=2, special_tokens=[PAD, EOS], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
+
+
+def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        # The usual 0.02 suits a width in the thousands; here learning would start late.
+        initializer_range=0.6 * shape.hidden_size**-0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch_seeded(seed, "model"):
+        model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def corpus_batch(
+    tokenizer: PreTrainedTokenizerFast, corpus: CorpusConfig, size: int, high: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Batch `step` of the endless corpus: ids (B, T), padded on the right, and targets (B, T), -100 at padding."""
+    rng = python_generator(seed, "corpus", step)
+    texts = [document(rng, corpus, 2, high) for _ in range(size)]
+    # Encoded apart, as a prompt and its completion will be.
+    pieces = tokenizer([piece for text in texts for piece in text])["input_ids"]
+    rows = [[*head, *tail, tokenizer.eos_token_id] for head, tail in zip(pieces[::2], pieces[1::2], strict=True)]
+    ids = torch.full((size, max(map(len, rows))), tokenizer.pad_token_id)
+    targets = torch.full_like(ids, -100)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
+    return ids, targets
