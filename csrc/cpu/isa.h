@@ -1,6 +1,8 @@
 // Instruction-set selection: token_stats.cpp is compiled once per instruction set into its own namespace.
 #pragma once
 
+#include <vector>
+
 #include "token_stats.h"
 
 #ifndef R1K_ISA
@@ -21,25 +23,26 @@ namespace avx2 { extern const TokenStatsKernels token_stats_kernels; }
 namespace avx512 { extern const TokenStatsKernels token_stats_kernels; }
 #endif
 
-// The widest set this processor has; read once.
-inline const TokenStatsKernels& token_stats_kernels() {
+// What this processor can run, narrowest first.
+inline std::vector<const TokenStatsKernels*> supported_token_stats_kernels() {
+  std::vector<const TokenStatsKernels*> supported = {&baseline::token_stats_kernels};
 #ifdef R1K_X86
-  static const TokenStatsKernels& chosen = [&]() -> const TokenStatsKernels& {
-    __builtin_cpu_init();
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    supported.push_back(&avx2::token_stats_kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return avx512::token_stats_kernels;
+      supported.push_back(&avx512::token_stats_kernels);
     }
-    // No processor with AVX2 and FMA lacks F16C, but the check costs nothing.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      return avx2::token_stats_kernels;
-    }
-    return baseline::token_stats_kernels;
-  }();
-  return chosen;
-#else
-  return baseline::token_stats_kernels;
+  }
 #endif
+  return supported;
+}
+
+// The set in use: the widest, unless a test asks for another.
+inline const TokenStatsKernels*& active_token_stats_kernels() {
+  static const TokenStatsKernels* active = supported_token_stats_kernels().back();
+  return active;
 }
 
 }  // namespace r1k

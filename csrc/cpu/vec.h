@@ -167,6 +167,20 @@ struct Exp2 {
   VecI underflow;  // lanes (all ones) where value was set to 0
 };
 
+// a * b - n, with n the nearest integer to a * b, rounded once.
+inline VecF product_minus(VecF a, VecF b, VecF n) {
+#if defined(__FP_FAST_FMAF)
+  return a * b - n;  // contracted to a fused multiply-subtract
+#else
+  // Without one: Dekker's product, from halves whose products are exact.
+  const VecF big_a = a * 4097.0f, big_b = b * 4097.0f;
+  const VecF a_hi = big_a - (big_a - a), b_hi = big_b - (big_b - b);
+  const VecF a_lo = a - a_hi, b_lo = b - b_hi;
+  const VecF product = a * b;
+  return (product - n) + (((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo);
+#endif
+}
+
 // 2^(d * scale [+ extra]), |extra| small.  Both uses of d * scale.hi are fused multiply-adds (nothing else may use
 // that product, or the compiler would round it first): the fraction stays exact, and the relative error about one
 // unit in the last place, for any exponent.  NaN stays NaN.
@@ -176,7 +190,7 @@ inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
   const VecI underflow = d < scale.limit;
   const VecF shifted = d * scale.hi + magic;
   const VecF n = shifted - magic;
-  VecF r = d * scale.hi - n;
+  VecF r = product_minus(d, scale.hi, n);
   if constexpr (sizeof...(extra) == 0) {
     r += d * scale.lo;
   } else {
