@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kBlock = 2048;  // fp32: 8 KiB, a fraction of the L1 cache
 constexpr int kUnroll = 2;
-static_assert(kBlock % (kUnroll * kLanes) == 0);
+constexpr int kRun = 8 * kUnroll * kLanes;
+static_assert(kBlock % kRun == 0);
 constexpr double kLog2E = 1.4426950408889634;
 
 // Fills `block` with `count` elements of the row from `begin` and pads to whole vectors with -inf, which adds
@@ -85,20 +86,26 @@ RowStats row_stats(const T* row, int64_t stride, int64_t vocab, int64_t token_id
     const VecF m = broadcast(static_cast<float>(state.max));
     VecF sum[kUnroll] = {}, weighted[kUnroll] = {};
     VecI maxima[kUnroll] = {};
-    for (int k = 0; k < padded; k += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; ++u) {
-        const Difference<kExact> d(load(block + k + u * kLanes), m);
-        Exp2 e;
-        if constexpr (kExact) {
-          e = exp2_scaled(d.value, scale, d.error * scale.hi);
-        } else {
-          e = exp2_scaled(d.value, scale);
+    for (int run = 0; run < padded; run += kRun) {
+      VecF partial[kUnroll] = {};  // two levels of sums: half the rounding errors of one
+      const int run_end = run + kRun < padded ? run + kRun : padded;
+      for (int k = run; k < run_end; k += kUnroll * kLanes) {
+        for (int u = 0; u < kUnroll; ++u) {
+          const Difference<kExact> d(load(block + k + u * kLanes), m);
+          Exp2 e;
+          if constexpr (kExact) {
+            e = exp2_scaled(d.value, scale, d.error * scale.hi);
+          } else {
+            e = exp2_scaled(d.value, scale);
+          }
+          const VecI is_max = d.value == 0.0f;
+          maxima[u] -= is_max;
+          const VecF value = e.value();
+          partial[u] += is_max ? VecF{} : value;
+          weighted[u] += value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
         }
-        const VecI is_max = d.value == 0.0f;
-        maxima[u] -= is_max;
-        sum[u] += is_max ? VecF{} : e.value;
-        weighted[u] += e.value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
       }
+      for (int u = 0; u < kUnroll; ++u) sum[u] += partial[u];
     }
     double block_sum = 0, block_weighted = 0;
     for (int u = 0; u < kUnroll; ++u) {
@@ -149,7 +156,9 @@ class VectorGradient {
     const float anchor = canonical(in.lse * temperature);
     anchor_ = broadcast(anchor);
     rest_ = broadcast(canonical((anchor - in.lse * temperature) * inv_temperature * kLog2E));
-    minus_g_ = broadcast(canonical(-in.g * inv_temperature));
+    const float minus_g = canonical(-in.g * inv_temperature);
+    minus_g_ = broadcast(minus_g);
+    minus_g_rest_ = broadcast(canonical(-in.g * inv_temperature - minus_g));
     // log p + H = (x - pivot)/T + offset: a pivot of its own, because the two cancel where p is near e^{-H}.
     const float pivot = canonical((in.lse - in.entropy) * temperature);
     pivot_ = broadcast(pivot);
@@ -166,14 +175,19 @@ class VectorGradient {
     } else {
       p = exp2_scaled(d.value, scale_, rest_);
     }
-    if constexpr (!kEntropy) return p.value * minus_g_;
-    const VecF log_p_plus_h = (p.underflow ? VecF{} : x - pivot_) * slope_ + offset_;
-    return p.value * (minus_g_ + minus_eta_ * log_p_plus_h);
+    if constexpr (kEntropy) {
+      const VecF log_p_plus_h = (p.underflow ? VecF{} : x - pivot_) * slope_ + offset_;
+      return p.times(minus_g_ + minus_eta_ * log_p_plus_h);
+    } else if constexpr (kExact) {
+      return p.times(minus_g_, minus_g_rest_);
+    } else {
+      return p.times(minus_g_);
+    }
   }
 
  private:
   Exp2Scale scale_;
-  VecF anchor_, rest_, minus_g_, pivot_, offset_, minus_eta_, slope_;
+  VecF anchor_, rest_, minus_g_, minus_g_rest_, pivot_, offset_, minus_eta_, slope_;
 };
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.

@@ -162,9 +162,25 @@ struct Exp2Scale {
   VecF hi, lo, limit;
 };
 
+// 2^x as power * (1 + fraction): multiplying a factor into the power, which is exact, and the fraction in by one
+// fused multiply-add keeps factor * 2^x within about one rounding.
 struct Exp2 {
-  VecF value;
-  VecI underflow;  // lanes (all ones) where value was set to 0
+  VecF fraction;
+  VecF power;
+  VecI underflow;  // lanes (all ones) where 2^x counts as 0
+
+  VecF value() const { return underflow ? VecF{} : fraction * power + power; }
+
+  VecF times(VecF factor) const {
+    const VecF scaled = factor * power;
+    return underflow ? VecF{} : fraction * scaled + scaled;
+  }
+
+  // (factor + rest) * 2^x, where rest is what fp32 rounded away of the factor.
+  VecF times(VecF factor, VecF rest) const {
+    const VecF scaled = factor * power;
+    return underflow ? VecF{} : scaled + (fraction * scaled + rest * power);
+  }
 };
 
 // a * b - n, with n the nearest integer to a * b, rounded once.
@@ -196,15 +212,14 @@ inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
   } else {
     r += d * scale.lo + (extra + ...);
   }
-  VecF p = broadcast(1.5353362e-4f);  // minimax of 2^r on [-0.5, 0.5], relative error 2e-9
+  VecF p = broadcast(1.5353362e-4f);  // minimax of (2^r - 1) / r on [-0.5, 0.5]: 2e-9 of 2^r
   p = p * r + 1.33988744e-3f;
   p = p * r + 9.61843736e-3f;
   p = p * r + 5.55033247e-2f;
   p = p * r + 2.40226479e-1f;
   p = p * r + 6.93147203e-1f;
-  p = p * r + 1.0f;
   const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + 127) << 23);
-  return {underflow ? VecF{} : p * power, underflow};
+  return {p * r, power, underflow};
 }
 
 // Writes bytes past the caches where that is possible; the ends that are not aligned go the normal way.
