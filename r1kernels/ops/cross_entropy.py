@@ -51,12 +51,20 @@ def cross_entropy(
     targets = ids_int64("targets", targets, logits)
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
     mask = targets != ignore_index
-    losses = -token_stats(logits, targets, mask, temperature)[0]
+    # where, not the zeros of token_stats alone: it stops the gradient of ignored targets, whose rows are not read.
+    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature), 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (mask.sum().clamp(min=1) if normalizer is None else _denominator(normalizer, logits))
+
+
+def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    try:
+        return token_stats(logits, targets, mask, temperature)[0]
+    except ValueError as error:  # the argument is called targets here
+        raise ValueError(str(error).replace("token_ids", "targets")) from None
 
 
 def _denominator(normalizer: Any, logits: Tensor) -> Tensor | float:
