@@ -13,6 +13,7 @@ from torch import Tensor
 
 from r1kernels.objectives import Objective
 from r1kernels.ops import kl_estimate
+from r1kernels.ops._checks import values_are_free
 
 
 class PolicyBatch(NamedTuple):
@@ -50,7 +51,7 @@ class _Sequences:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_are_free(cu_seqlens):
         return
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != n:
@@ -115,7 +116,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of METRICS) by autograd-visible arithmetic in the dtype of logprobs."""
     shape = logprobs.shape
-    if normalizer is not None and normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+    if normalizer is not None and values_are_free(normalizer):
         value = float(normalizer)
         if not 0 < value < float("inf"):
             raise ValueError(f"normalizer is {value}, expected a positive finite number")
