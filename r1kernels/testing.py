@@ -1,0 +1,392 @@
+"""Inputs, float64 oracles and the error budget of the tests.
+
+The oracles are the formulas of each operation's docstring once more, in closed form, with no code shared with
+`r1kernels.ops`: gradients are written out instead of differentiated, tokens are Python floats in a loop, and group
+statistics are exact fractions. The budget counts roundings of the data at hand; no tolerance is a free constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.objectives import Objective
+
+EPS32 = torch.finfo(torch.float32).eps
+# torch.compile of any autograd.Function warns about its own use of it.
+DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
+
+# ---- inputs -----------------------------------------------------------------------------------------------
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 4.0, seed: int = 0) -> Tensor:
+    """Normal logits of standard deviation `scale`, within [-32, 32], rounded to `dtype`."""
+    return (torch.randn(shape, generator=generator(seed)) * scale).clamp(-32, 32).to(dtype)
+
+
+def random_ids(*shape: int, vocab: int, seed: int = 0) -> Tensor:
+    return torch.randint(vocab, shape, generator=generator(seed))
+
+
+def random_policy(batch: int = 5, length: int = 7, seed: int = 0, spread: float = 0.5) -> dict[str, Tensor]:
+    """Keyword arguments of `policy_loss`: every bound of every preset is crossed and one advantage is 0.
+
+    `spread` is the standard deviation of log-ratios; those against the reference are half of it.
+    """
+    rng = generator(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    logprobs = -normal(batch, length).abs() - 0.1
+    advantages = normal(batch)
+    advantages[batch // 2] = 0
+    return {
+        "logprobs": logprobs,
+        "advantages": advantages,
+        "old_logprobs": logprobs + spread * normal(batch, length),
+        "ref_logprobs": logprobs + spread / 2 * normal(batch, length),
+        "entropy": normal(batch, length).abs(),
+        "importance_weights": normal(batch).exp(),
+    }
+
+
+def random_lengths(batch: int, length: int, seed: int = 0) -> list[int]:
+    """Sequence lengths from 0 (the second) to `length` (the first)."""
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator(seed)).tolist()
+    return [length, 0, *lengths[2:]][:batch]
+
+
+def length_mask(lengths: list[int], length: int) -> Tensor:
+    return torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+
+
+def packed(inputs: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """The same sequences without padding: (B, T) tensors become (N,), and `cu_seqlens` says where each begins."""
+    keep = length_mask(lengths, inputs["logprobs"].shape[1])
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return {
+        "cu_seqlens": cu_seqlens,
+        **{k: v[keep] if isinstance(v, Tensor) and v.shape == keep.shape else v for k, v in inputs.items()},
+    }
+
+
+def poisoned(value: Tensor, mask: Tensor) -> Tensor:
+    """`value` with NaN, inf and -inf in turn (or ids outside any vocabulary) wherever `mask` is False."""
+    junk = [-1, 2**40] if not value.is_floating_point() else [math.nan, math.inf, -math.inf]
+    junk_of_token = torch.tensor(junk, dtype=value.dtype)[torch.arange(mask.numel()) % len(junk)].reshape(mask.shape)
+    extra = value.dim() - mask.dim()
+    return torch.where(mask[(..., *[None] * extra)], value, junk_of_token[(..., *[None] * extra)])
+
+
+# ---- the error budget -------------------------------------------------------------------------------------
+
+
+def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of rounding `exact` once to `dtype`: half a unit in the last place."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny))[1] - 1
+    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
+
+
+class Expected(NamedTuple):
+    """An exact result and `terms`: the sum of the absolute values that were added up to reach it, each times its
+    condition number. `terms * EPS32` is what one rounding of every fp32 intermediate can do."""
+
+    value: Tensor
+    terms: Tensor
+
+    def budget(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One rounding to the output `dtype`; on the way two of fp32, or 1/256 of that of a narrower output."""
+        on_the_way = max(2 * EPS32, torch.finfo(dtype).eps / 256)
+        return rounding(self.value, dtype) + on_the_way * self.terms + torch.finfo(torch.float32).tiny
+
+
+def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | float | None = None) -> None:
+    """Every element within its budget; inf must be matched exactly and NaN by NaN."""
+    if isinstance(expected, Expected):
+        budget = expected.budget(got.dtype if got.dtype != torch.float64 else torch.float32)
+        expected = expected.value
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    got, expected = got.detach().double(), expected.double()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    error = torch.where(same, 0, (got - expected).abs())
+    bad = ~(error <= torch.as_tensor(budget, dtype=torch.float64))
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        allowed = torch.as_tensor(budget, dtype=torch.float64).expand(got.shape)[where]
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} elements out of budget; the first at {where}: "
+            f"{got[where]} against {expected[where]}, error {error[where]:.3g}, allowed {allowed:.3g}"
+        )
+
+
+# ---- vocabulary statistics --------------------------------------------------------------------------------
+
+
+class TokenStats(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    log_p: Tensor  # (..., V)
+
+
+def token_stats(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> TokenStats:
+    """l = z_y - lse and H = log S - Q / S, with m = max z, S = sum e^(z - m), Q = sum e^(z - m) (z - m)."""
+    z = logits.detach().double() / temperature
+    shifted = z - z.max(-1, keepdim=True).values
+    s = shifted.exp().sum(-1, keepdim=True)
+    q = torch.where(shifted == -math.inf, 0, shifted.exp() * shifted).sum(-1, keepdim=True)
+    log_p = shifted - s.log()
+    logprobs = log_p.gather(-1, token_ids.long().unsqueeze(-1)).squeeze(-1)
+    return TokenStats(logprobs, (s.log() - q / s).squeeze(-1), log_p)
+
+
+def token_stats_gradient(
+    logits: Tensor, token_ids: Tensor, g: Tensor, eta: Tensor | float = 0.0, temperature: float = 1.0
+) -> Expected:
+    """dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T."""
+    _, entropy, log_p = token_stats(logits, token_ids, temperature)
+    p, entropy = log_p.exp(), entropy.unsqueeze(-1)
+    g, eta = g.double().unsqueeze(-1), torch.as_tensor(eta).double().unsqueeze(-1)
+    # 1 - p of the target from the other probabilities: 1 - p cancels as p goes to 1.
+    target = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, token_ids.long().unsqueeze(-1), True)
+    rest = torch.where(target, 0, p).sum(-1, keepdim=True)
+    finite_log_p = torch.where(p == 0, 0, log_p)
+    from_logprob = g * torch.where(target, rest, -p)
+    from_entropy = -eta * p * (finite_log_p + entropy)
+    # log p + H cancels around p = e^-H; log p, and through it 1 - p of the target, is known to a float64 rounding of
+    # the log-sum-exp; probabilities below the smallest normal fp32 number may become 0.
+    terms = from_logprob.abs() + eta.abs() * p * (finite_log_p.abs() + entropy)
+    magnitude = logits.detach().double().abs().max(-1, keepdim=True).values / temperature + 1
+    terms += (g.abs() * target + eta.abs()) * p * 2 * magnitude * torch.finfo(torch.float64).eps / EPS32
+    underflow = torch.finfo(torch.float32).tiny / EPS32 * (g.abs() + eta.abs() * (entropy + 88))
+    return Expected((from_logprob + from_entropy) / temperature, (terms + underflow) / temperature)
+
+
+# ---- policy loss ------------------------------------------------------------------------------------------
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else (x if math.isnan(x) else math.inf)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + _exp(-x))
+
+
+def _product(*factors: float) -> float:
+    return 0.0 if 0 in factors else math.prod(factors)
+
+
+def kl_term(kind: str, d: float) -> tuple[float, float]:
+    """(value, derivative with respect to l) of an estimator at d = l_ref - l, from 60 decimal digits."""
+    if kind == "k1":
+        return -d, 1.0
+    if kind == "k2":
+        return d * d / 2, -d
+    if not math.isfinite(d):
+        return math.inf if d == d else d, 1 - _exp(d)
+    with localcontext() as context:
+        context.prec = 60
+        e = Decimal(d).exp()
+        return float(e - Decimal(d) - 1), float(1 - e)
+
+
+class _Token(NamedTuple):
+    loss: float
+    slope: float  # with respect to log r (clip, sapo) or to l (cispo, reinforce)
+    condition: float  # relative error of loss and slope, in units of that of one rounding
+    clip: str = ""  # "low", "high" or "cap"
+
+
+def _surrogate(o: Objective, log_ratio: float, a: float, l: float) -> _Token:
+    if a == 0:
+        return _Token(0, 0, 1)
+    if o.surrogate == "reinforce":
+        return _Token(-a * l, -a, 1)
+    r, condition = _exp(log_ratio), 2 + abs(log_ratio)
+    high, low, cap = 1 + o.clip_high, 1 - o.clip_low, o.ratio_cap or math.inf
+    if o.surrogate == "cispo":
+        weight = min(r, high)
+        return _Token(-_product(weight, a, l), -weight * a, condition, "high" if r > high else "")
+    if o.surrogate == "sapo":
+        tau = o.tau_pos if a > 0 else o.tau_neg
+        x = tau * (r - 1)
+        sigma, other = _sigmoid(x), _sigmoid(-x)
+        slope = -4 * _product(sigma, other, r, a)
+        return _Token(-4 / tau * sigma * a, slope, condition * (1 + tau * min(r, 100)))
+    clipped = min(max(r, low), high)
+    loss = -min(min(r, cap) * a, clipped * a)
+    if a > 0:
+        return _Token(loss, 0, 1, "high") if r > high else _Token(loss, -r * a, condition)
+    if r < low:
+        return _Token(loss, 0, 1, "low")
+    return _Token(loss, 0, 1, "cap") if r > cap else _Token(loss, -r * a, condition)
+
+
+class PolicyExpected(NamedTuple):
+    loss: Expected
+    grad_logprobs: Expected
+    grad_entropy: Expected
+    metrics: dict[str, Expected]
+
+
+def _sequences(inputs: dict[str, Any]) -> Iterator[list[int]]:
+    """Flat token positions of each sequence."""
+    logprobs, cu_seqlens = inputs["logprobs"], inputs.get("cu_seqlens")
+    length = logprobs.shape[-1]
+    if cu_seqlens is None:
+        bounds = [length * s for s in range(logprobs.shape[:-1].numel() + 1)]
+    else:
+        bounds = cu_seqlens.tolist()
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        yield list(range(begin, end))
+
+
+def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
+    """loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t), its gradients and metrics."""
+    o, shape, n = objective, inputs["logprobs"].shape, inputs["logprobs"].numel()
+    sequences = list(_sequences(inputs))
+    owner = {t: s for s, tokens in enumerate(sequences) for t in tokens}
+
+    def column(name: str, default: float) -> list[float]:
+        value = inputs.get(name)
+        if value is None:
+            return [default] * n
+        flat = value.detach().double().flatten().tolist()
+        return flat if value.shape == shape else [flat[owner[t]] for t in range(n)]
+
+    l, a, iw = column("logprobs", 0), column("advantages", 0), column("importance_weights", 1)
+    old, ref, entropy = column("old_logprobs", math.nan), column("ref_logprobs", math.nan), column("entropy", 0)
+    counts = [m != 0 for m in column("mask", 1)]
+    on_policy = inputs.get("old_logprobs") is None
+    has_kl, has_entropy = inputs.get("ref_logprobs") is not None, inputs.get("entropy") is not None
+    counted = [[t for t in tokens if counts[t]] for tokens in sequences]
+    total = sum(map(len, counted))
+
+    normalizer = inputs.get("normalizer")
+    if normalizer is None:
+        number = max(len(sequences), 1)
+        normalizer = {
+            "sequence_mean": number, "token_mean": max(total, 1), "constant": number * (o.max_length or 0),
+        }[o.aggregate]
+
+    g, g_terms, eta = [0.0] * n, [0.0] * n, [0.0] * n
+    sums = dict.fromkeys(("loss", "surrogate_loss", "kl", "entropy", "ratio_mean", "approx_kl"), 0.0)
+    terms = dict.fromkeys(sums, 0.0)
+    ratios, clips = [], []
+
+    def add(name: str, value: float, condition: float = 1.0) -> None:
+        sums[name] += value
+        terms[name] += abs(value) * condition
+
+    for tokens in counted:
+        weight = 1 / float(normalizer) / (len(tokens) if tokens and o.aggregate == "sequence_mean" else 1)
+        log_ratios = {t: 0.0 if on_policy else l[t] - old[t] for t in tokens}
+        if o.ratio == "sequence":
+            log_ratios = dict.fromkeys(tokens, sum(log_ratios.values()) / max(len(tokens), 1))
+        shared = o.ratio == "sequence" and o.surrogate in ("clip", "sapo")
+        slopes = {}
+        for t in tokens:
+            token = _surrogate(o, log_ratios[t], a[t], l[t])
+            slopes[t] = (_product(iw[t], token.slope), token.condition)
+            clips.append(token.clip)
+            add("loss", weight * _product(iw[t], token.loss), token.condition)
+            add("surrogate_loss", weight * _product(iw[t], token.loss), token.condition)
+            ratio = _exp(log_ratios[t])
+            ratios.append(Expected(torch.tensor(ratio), torch.tensor(ratio * (1 + abs(log_ratios[t])))))
+            add("ratio_mean", ratio, 1 + abs(log_ratios[t]))
+            distance = kl_term("k3", log_ratios[t])
+            add("approx_kl", distance[0])
+            terms["approx_kl"] += abs(_product(distance[1], log_ratios[t]))
+            if has_kl:
+                d = ref[t] - l[t]
+                value, slope = kl_term(o.kl, d)
+                add("kl", value, 2)
+                terms["kl"] += abs(_product(d, slope))
+                add("loss", weight * _product(o.kl_coef, value), 2)
+                terms["loss"] += weight * abs(_product(o.kl_coef, d, slope))
+                g[t] += weight * _product(o.kl_coef, slope)
+                g_terms[t] += weight * abs(o.kl_coef) * (abs(slope) + _product(abs(d), _exp(d) + 1))
+            if has_entropy:
+                add("entropy", entropy[t])
+                add("loss", -weight * o.entropy_coef * entropy[t])
+            eta[t] = -weight * o.entropy_coef
+        for t in tokens:
+            given = slopes.values() if shared else [slopes[t]]
+            share = weight / len(tokens) if shared else weight
+            g[t] += share * sum(slope for slope, _ in given)
+            g_terms[t] += share * sum(abs(slope) * condition for slope, condition in given)
+
+    def tensor(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).reshape(shape)
+
+    def exactly(value: float) -> Expected:
+        return Expected(torch.tensor(float(value), dtype=torch.float64), torch.tensor(abs(float(value))))
+
+    def mean(name: str) -> Expected:
+        return Expected(torch.tensor(sums[name]).double() / max(total, 1), torch.tensor(terms[name]) / max(total, 1))
+
+    def fraction(kind: str) -> Expected:
+        return exactly(sum(clip == kind for clip in clips) / max(total, 1))
+
+    moving = sum(g[t] != 0 or eta[t] != 0 for tokens in counted for t in tokens)
+    one = exactly(1)
+    metrics = {
+        "tokens": exactly(total),
+        "sequences": exactly(len(sequences)),
+        "surrogate_loss": Expected(exactly(sums["surrogate_loss"]).value, exactly(terms["surrogate_loss"]).value),
+        **({"kl": mean("kl")} if has_kl else {}),
+        **({"entropy": mean("entropy")} if has_entropy else {}),
+        "ratio_mean": mean("ratio_mean") if total else one,
+        "ratio_min": min(ratios, key=lambda r: float(r.value), default=one),
+        "ratio_max": max(ratios, key=lambda r: float(r.value), default=one),
+        "approx_kl": mean("approx_kl"),
+        "clip_fraction": exactly(sum(clip != "" for clip in clips) / max(total, 1)),
+        "clip_low_fraction": fraction("low"),
+        "clip_high_fraction": fraction("high"),
+        "ratio_cap_fraction": fraction("cap"),
+        "active_fraction": exactly(moving / max(total, 1)),
+        "nonfinite_tokens": exactly(0),
+    }
+    return PolicyExpected(
+        loss=Expected(exactly(sums["loss"]).value, exactly(terms["loss"]).value),
+        grad_logprobs=Expected(tensor(g), tensor(g_terms)),
+        grad_entropy=Expected(tensor(eta), tensor(eta).abs()),
+        metrics=metrics,
+    )
+
+
+# ---- group advantages -------------------------------------------------------------------------------------
+
+
+def _moments(rewards: list[Fraction], ddof: int) -> tuple[Fraction, float]:
+    mean = Fraction(sum(rewards), max(len(rewards), 1))
+    variance = sum(((r - mean) ** 2 for r in rewards), Fraction(0)) / max(len(rewards) - ddof, 1)
+    return mean, math.sqrt(variance)
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, scale: str = "group_std", ddof: int = 1, eps: float = 1e-4
+) -> Tensor:
+    """(r - mean) / (std + eps) with exact means: a constant group has mean r and std 0, not nearly so."""
+    values, groups = rewards.double().tolist(), group_ids.tolist()
+    scorable = [k for k, r in enumerate(values) if not math.isnan(r)]
+    batch_std = _moments([Fraction(values[k]) for k in scorable], ddof)[1]
+    result = [0.0] * len(values)
+    for k in scorable:
+        mean, std = _moments([Fraction(values[j]) for j in scorable if groups[j] == groups[k]], ddof)
+        centred = float(Fraction(values[k]) - mean)
+        denominator = {"group_std": std + eps, "batch_std": batch_std + eps, "none": 1.0}[scale]
+        result[k] = centred / denominator if centred else 0.0
+    return torch.tensor(result, dtype=torch.float64)
