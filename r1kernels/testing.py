@@ -7,6 +7,7 @@ statistics are exact fractions. The budget counts roundings of the data at hand;
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from decimal import Decimal, localcontext
@@ -209,16 +210,16 @@ class _Token(NamedTuple):
     clip: str = ""  # "low", "high" or "cap"
 
 
-def _surrogate(o: Objective, log_ratio: float, a: float, l: float) -> _Token:
+def _surrogate(o: Objective, log_ratio: float, a: float, logp: float) -> _Token:
     if a == 0:
         return _Token(0, 0, 1)
     if o.surrogate == "reinforce":
-        return _Token(-a * l, -a, 1)
+        return _Token(-a * logp, -a, 1)
     r, condition = _exp(log_ratio), 2 + abs(log_ratio)
     high, low, cap = 1 + o.clip_high, 1 - o.clip_low, o.ratio_cap or math.inf
     if o.surrogate == "cispo":
         weight = min(r, high)
-        return _Token(-_product(weight, a, l), -weight * a, condition, "high" if r > high else "")
+        return _Token(-_product(weight, a, logp), -weight * a, condition, "high" if r > high else "")
     if o.surrogate == "sapo":
         tau = o.tau_pos if a > 0 else o.tau_neg
         x = tau * (r - 1)
@@ -245,11 +246,8 @@ def _sequences(inputs: dict[str, Any]) -> Iterator[list[int]]:
     """Flat token positions of each sequence."""
     logprobs, cu_seqlens = inputs["logprobs"], inputs.get("cu_seqlens")
     length = logprobs.shape[-1]
-    if cu_seqlens is None:
-        bounds = [length * s for s in range(logprobs.shape[:-1].numel() + 1)]
-    else:
-        bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    padded = [length * s for s in range(logprobs.shape[:-1].numel() + 1)]
+    for begin, end in itertools.pairwise(padded if cu_seqlens is None else cu_seqlens.tolist()):
         yield list(range(begin, end))
 
 
@@ -266,7 +264,7 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
         flat = value.detach().double().flatten().tolist()
         return flat if value.shape == shape else [flat[owner[t]] for t in range(n)]
 
-    l, a, iw = column("logprobs", 0), column("advantages", 0), column("importance_weights", 1)
+    logp, a, iw = column("logprobs", 0), column("advantages", 0), column("importance_weights", 1)
     old, ref, entropy = column("old_logprobs", math.nan), column("ref_logprobs", math.nan), column("entropy", 0)
     counts = [m != 0 for m in column("mask", 1)]
     on_policy = inputs.get("old_logprobs") is None
@@ -292,13 +290,13 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
 
     for tokens in counted:
         weight = 1 / float(normalizer) / (len(tokens) if tokens and o.aggregate == "sequence_mean" else 1)
-        log_ratios = {t: 0.0 if on_policy else l[t] - old[t] for t in tokens}
+        log_ratios = {t: 0.0 if on_policy else logp[t] - old[t] for t in tokens}
         if o.ratio == "sequence":
             log_ratios = dict.fromkeys(tokens, sum(log_ratios.values()) / max(len(tokens), 1))
         shared = o.ratio == "sequence" and o.surrogate in ("clip", "sapo")
         slopes = {}
         for t in tokens:
-            token = _surrogate(o, log_ratios[t], a[t], l[t])
+            token = _surrogate(o, log_ratios[t], a[t], logp[t])
             slopes[t] = (_product(iw[t], token.slope), token.condition)
             clips.append(token.clip)
             add("loss", weight * _product(iw[t], token.loss), token.condition)
@@ -310,7 +308,7 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
             add("approx_kl", distance[0])
             terms["approx_kl"] += abs(_product(distance[1], log_ratios[t]))
             if has_kl:
-                d = ref[t] - l[t]
+                d = ref[t] - logp[t]
                 value, slope = kl_term(o.kl, d)
                 add("kl", value, 2)
                 terms["kl"] += abs(_product(d, slope))

@@ -57,9 +57,14 @@ def as_mask(mask: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
 
 
+def values_are_free(value: Tensor) -> bool:
+    """Whether Python may look at the values: on the CPU that costs no synchronisation; while tracing there are none."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
+
+
 def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
-    """For the reference on the CPU, where looking costs nothing; kernels look for themselves."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
+    """For the reference; kernels look for themselves."""
+    if not values_are_free(ids):
         return
     bad = (ids < 0) | (ids >= vocab)
     if mask is not None:

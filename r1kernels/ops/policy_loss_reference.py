@@ -6,6 +6,7 @@ autograd's gradient meets inf * 0.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != n:
         raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}, expected 0 to N = {n}")
-    for s, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
+    for s, (a, b) in enumerate(itertools.pairwise(values)):
         if b < a:
             raise ValueError(f"cu_seqlens[{s + 1}] is {b}, expected no less than cu_seqlens[{s}] = {a}")
 
@@ -132,9 +133,9 @@ def reference(
         per_token = value.reshape(-1) if value.shape == shape else value.reshape(-1)[sequences.index]
         return torch.where(mask, per_token, 0)
 
-    l, advantages, entropy = counted(logprobs), counted(batch.advantages), counted(batch.entropy)
+    logp, advantages, entropy = counted(logprobs), counted(batch.advantages), counted(batch.entropy)
     old, ref, importance = counted(batch.old_logprobs), counted(batch.ref_logprobs), counted(batch.importance_weights)
-    log_ratio = l - (l.detach() if old is None else old)
+    log_ratio = logp - (logp.detach() if old is None else old)
     if objective.ratio == "sequence":
         log_ratio = (sequences.sum(log_ratio) / sequences.sum(counts).clamp(min=1))[sequences.index]
 
@@ -144,14 +145,14 @@ def reference(
             **{name: None if value is None else value.reshape(shape) for name, value in tokens.items()},
             importance_weights=None if importance is None else importance.reshape(shape),
         )
-        loss = objective.surrogate(l.reshape(shape), view)
+        loss = objective.surrogate(logp.reshape(shape), view)
         if not isinstance(loss, Tensor) or loss.shape != shape:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the custom objective returned {got}, expected a loss per token of shape {tuple(shape)}")
         never = torch.zeros_like(mask)
         terms = _Surrogate(torch.where(mask, loss.reshape(-1), 0), mask, never, never, never)
     else:
-        terms = _surrogate(objective, log_ratio, advantages, l)
+        terms = _surrogate(objective, log_ratio, advantages, logp)
     active = terms.active
     surrogate = terms.loss
     if importance is not None:
@@ -161,10 +162,10 @@ def reference(
         active = (sequences.sum(active.to(logprobs.dtype)) > 0)[sequences.index]
 
     per_token = surrogate
-    kl = None if ref is None else kl_estimate.reference(l, ref, objective.kl)
+    kl = None if ref is None else kl_estimate.reference(logp, ref, objective.kl)
     if objective.kl_coef != 0:
         per_token = per_token + objective.kl_coef * kl
-        active = active | (ref != l) if objective.kl != "k1" else torch.ones_like(active)
+        active = active | (ref != logp) if objective.kl != "k1" else torch.ones_like(active)
     if objective.entropy_coef != 0:
         per_token = per_token - objective.entropy_coef * entropy
         active = torch.ones_like(active)
