@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -22,6 +22,12 @@ from r1kernels.objectives import Objective
 EPS32 = torch.finfo(torch.float32).eps
 # torch.compile of any autograd.Function warns about its own use of it.
 DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:
+    """`function` under torch.compile as one graph, with nothing left of earlier compilations."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
 
 # ---- inputs -----------------------------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def test_compile_fullgraph(entry: Callable[..., Tensor], implementation: str) ->
         return entry(logits * 2, ids, temperature=0.8).square().sum()
 
     results = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+    for function in (run, testing.compiled(run)):
         logits = testing.random_logits(3, 4, 33).requires_grad_()
         loss = function(logits)
         loss.backward()

@@ -1,0 +1,277 @@
+"""The policy loss against the float64 oracle, for every objective, KL estimator, aggregate and layout."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from r1kernels import Objective, PolicyLoss, backend, objectives, policy_loss, testing
+from r1kernels.ops.policy_loss import METRICS
+
+OBJECTIVES = {
+    "grpo": {},
+    "r1": {"clip_low": 10.0, "clip_high": 10.0},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28},
+    "two_sided": {"ratio_cap": 1.5},
+    "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "gspo_wide": {"ratio": "sequence", "clip_low": 0.5, "clip_high": 0.5, "ratio_cap": 1.6},
+    "cispo": {"surrogate": "cispo", "clip_high": 0.3},
+    "cispo_sequence": {"surrogate": "cispo", "ratio": "sequence", "clip_high": 0.1},
+    "sapo": {"surrogate": "sapo"},
+    "sapo_sequence": {"surrogate": "sapo", "ratio": "sequence", "tau_pos": 0.7, "tau_neg": 2.0},
+    "reinforce": {"surrogate": "reinforce"},
+}
+KLS = {
+    "no_kl": {},
+    "k1": {"kl": "k1", "kl_coef": 0.3},
+    "k2": {"kl": "k2", "kl_coef": 0.04},
+    "k3": {"kl": "k3", "kl_coef": 1.7, "entropy_coef": 0.01},
+}
+AGGREGATES = {
+    "sequence_mean": {"aggregate": "sequence_mean"},
+    "token_mean": {"aggregate": "token_mean"},
+    "constant": {"aggregate": "constant", "max_length": 13},
+}
+# What a caller may add: {name: {keyword: value}}; the values are made by `with_extras`.
+EXTRAS = ["plain", "on_policy", "holes", "float_mask", "token_advantages", "token_weights", "normalizer", "bare"]
+
+
+def with_extras(extra: str, seed: int = 0) -> dict[str, Any]:
+    inputs = testing.random_policy(seed=seed)
+    shape = inputs["logprobs"].shape
+    holes = torch.rand(shape, generator=testing.generator(seed + 1)) < 0.7
+    token_values = torch.randn(shape, generator=testing.generator(seed + 2))
+    if extra == "on_policy":
+        del inputs["old_logprobs"]
+    elif extra == "holes":
+        inputs["mask"] = holes
+    elif extra == "float_mask":
+        inputs["mask"] = holes * 0.5
+    elif extra == "token_advantages":
+        inputs["advantages"] = torch.where(holes, token_values, 0)
+    elif extra == "token_weights":
+        inputs["importance_weights"] = token_values.exp()
+    elif extra == "normalizer":
+        inputs["normalizer"] = torch.tensor(37.5)
+    elif extra == "bare":
+        inputs = {k: inputs[k] for k in ("logprobs", "advantages", "ref_logprobs", "entropy")}
+    return inputs
+
+
+def evaluate(inputs: dict[str, Any], objective: Any) -> tuple[PolicyLoss, Tensor, Tensor | None]:
+    """The loss and its gradients with respect to logprobs and entropy."""
+    inputs = dict(inputs)
+    sources = []
+    for name in ("logprobs", "entropy"):
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name].detach().requires_grad_()
+            sources.append(inputs[name])
+    result = policy_loss(**inputs, objective=objective)
+    grads = torch.autograd.grad(result.loss, sources, allow_unused=True, materialize_grads=True)
+    return result, grads[0], grads[1] if len(sources) == 2 else None
+
+
+def check(inputs: dict[str, Any], objective: Objective) -> None:
+    expected = testing.policy_loss(objective, **inputs)
+    result, grad_logprobs, grad_entropy = evaluate(inputs, objective)
+    testing.assert_within(result.loss, expected.loss)
+    testing.assert_within(grad_logprobs, expected.grad_logprobs)
+    if grad_entropy is not None:
+        testing.assert_within(grad_entropy, expected.grad_entropy)
+    assert set(result.metrics) == set(expected.metrics)
+    for name, value in result.metrics.items():
+        assert value.dim() == 0 and not value.requires_grad
+        try:
+            testing.assert_within(value, expected.metrics[name])
+        except AssertionError as error:
+            raise AssertionError(f"metric {name}: {error}") from None
+
+
+# ---- 1. gradcheck -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reference_gradcheck(name: str) -> None:
+    objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.2)
+    inputs = {k: v.double() for k, v in testing.random_policy().items()}
+    inputs["mask"] = testing.random_ids(5, 7, vocab=4) > 0
+    if objective.surrogate == "cispo":  # its ratio is a constant by definition, which finite differences cannot know
+        del inputs["old_logprobs"]
+    logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
+    if objective.surrogate == "cispo" or objective.ratio == "token":
+        inputs["advantages"] = inputs["advantages"].abs()
+
+    def loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return policy_loss(logprobs, entropy=entropy, **inputs, objective=objective).loss
+
+    with backend("reference"):
+        assert torch.autograd.gradcheck(loss, (logprobs.requires_grad_(), entropy.requires_grad_()))
+
+
+# ---- 2. against the float64 oracle ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_oracle_padded(name: str, kl: str, aggregate: str, implementation: str) -> None:
+    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    for seed, extra in enumerate(EXTRAS):
+        check(with_extras(extra, seed), objective)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_oracle_packed(name: str, kl: str, aggregate: str, implementation: str) -> None:
+    """The second sequence is empty: it adds nothing and still counts as one of S."""
+    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    for seed, extra in enumerate(EXTRAS):
+        check(testing.packed(with_extras(extra, seed), testing.random_lengths(5, 7, seed)), objective)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_equals_padded_bit_for_bit(name: str, implementation: str) -> None:
+    objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.1)
+    lengths = testing.random_lengths(5, 7)
+    mask = testing.length_mask(lengths, 7)
+    inputs = with_extras("token_weights")
+    (padded, padded_grad, _), (packed, packed_grad, _) = (
+        evaluate(inputs | {"mask": mask}, objective),
+        evaluate(testing.packed(inputs, lengths), objective),
+    )
+    if implementation == "cpu":
+        assert torch.equal(padded.loss, packed.loss)
+        assert torch.equal(padded_grad[mask], packed_grad)
+    torch.testing.assert_close(padded_grad[mask], packed_grad, rtol=1e-6, atol=0)
+    assert not padded_grad[~mask].any()
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce"])
+def test_presets_match_the_oracle(preset: str, implementation: str) -> None:
+    make = getattr(objectives, preset)
+    check(with_extras("holes"), make(max_length=11) if preset == "dr_grpo" else make())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_computed_in_float32(dtype: torch.dtype, implementation: str) -> None:
+    inputs = {k: v.to(dtype) for k, v in testing.random_policy().items()}
+    objective = Objective(kl_coef=0.1, entropy_coef=0.1)
+    result, grad, _ = evaluate(inputs, objective)
+    expected = testing.policy_loss(objective, **inputs)
+    assert result.loss.dtype == torch.float32 and grad.dtype == dtype
+    testing.assert_within(result.loss, expected.loss)
+    testing.assert_within(grad, expected.grad_logprobs)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2])
+def test_a_policy_near_its_reference_keeps_the_kl_precise(scale: float, implementation: str) -> None:
+    """k3 = e^d - d - 1 as written is 0, or negative, in fp32 below |d| = 3e-4."""
+    inputs = testing.random_policy()
+    inputs["ref_logprobs"] = inputs["logprobs"] + scale * torch.randn(5, 7, generator=testing.generator(3))
+    inputs["advantages"] *= 0
+    check(inputs, Objective(kl_coef=1.0))
+
+
+def test_three_leading_dimensions_are_sequences_of_the_last(implementation: str) -> None:
+    flat = with_extras("holes")
+    objective = Objective(ratio="sequence", clip_low=0.5, clip_high=0.5)
+    flat = {k: torch.cat([v, v[:1]]) for k, v in flat.items()}
+    cube = {k: v.reshape(2, 3, *v.shape[1:]) for k, v in flat.items()}
+    (a, grad_a, _), (b, grad_b, _) = evaluate(flat, objective), evaluate(cube, objective)
+    assert torch.equal(a.loss, b.loss) and torch.equal(grad_a.flatten(), grad_b.flatten())
+
+
+def test_packed_tokens_need_no_sequences_where_the_objective_has_none(implementation: str) -> None:
+    inputs = with_extras("token_advantages")
+    inputs = {k: v.flatten() for k, v in inputs.items() if k != "importance_weights"}
+    check(inputs, objectives.dapo())
+
+
+def test_the_gradient_of_the_loss_scales_with_its_own(implementation: str) -> None:
+    inputs = testing.random_policy()
+    logprobs = inputs.pop("logprobs").requires_grad_()
+    loss = policy_loss(logprobs, **inputs).loss
+    one, three = (torch.autograd.grad(k * loss, logprobs, retain_graph=True)[0] for k in (1, 3))
+    torch.testing.assert_close(three, 3 * one, rtol=1e-6, atol=0)
+
+
+def test_constants_receive_no_gradient(implementation: str) -> None:
+    inputs = {k: v.requires_grad_() for k, v in testing.random_policy().items()}
+    policy_loss(**inputs, objective=Objective(kl_coef=0.1)).loss.backward()
+    assert inputs["logprobs"].grad is not None
+    assert all(v.grad is None for k, v in inputs.items() if k not in ("logprobs", "entropy"))
+
+
+# ---- 3. opcheck -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("layout", ["padded", "packed", "bare"])
+def test_opcheck(layout: str, entropy_coef: float) -> None:
+    inputs: dict[str, Any] = with_extras("plain")
+    if layout == "packed":
+        inputs = testing.packed(inputs | {"normalizer": torch.tensor(3.0)}, testing.random_lengths(5, 7))
+    if layout == "bare":
+        inputs = {k: inputs[k] for k in ("logprobs", "advantages")}
+    names = (
+        *("logprobs", "advantages", "old_logprobs", "ref_logprobs", "entropy"),
+        *("mask", "cu_seqlens", "importance_weights", "normalizer"),
+    )
+    entropy_coef = entropy_coef if layout != "bare" else 0.0
+    scalars = (0, 0, 3, 0, 0.2, 0.2, math.inf, 1.0, 1.05, 0.0, entropy_coef, 1.0)
+    torch.library.opcheck(torch.ops.r1kernels.policy_loss, (*(inputs.get(name) for name in names), *scalars))
+
+
+# ---- 4. compile and fakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_compile_fullgraph(name: str, layout: str, implementation: str) -> None:
+    inputs = with_extras("holes")
+    if layout == "packed":
+        inputs = testing.packed(inputs, testing.random_lengths(5, 7))
+    objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.1)
+    source = inputs.pop("logprobs")
+
+    def run(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_loss(logprobs * 1.5, **inputs, objective=objective)
+
+    results = []
+    for function in (run, testing.compiled(run)):
+        logprobs = source.clone().requires_grad_()
+        loss, metrics = function(logprobs)
+        loss.backward()
+        results.append((loss.detach(), logprobs.grad, *metrics.values()))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [(d, t) for d in ("cpu", "meta", "cuda") for t in (torch.float32, torch.bfloat16)] + [("cpu", torch.float64)],
+)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, layout: str, dtype: torch.dtype) -> None:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    shape, extra = ((4, 6), {}) if layout == "padded" else ((24,), {"cu_seqlens": torch.empty(5, dtype=torch.int64)})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logprobs = torch.empty(shape, dtype=dtype, device=device).requires_grad_(device != "cuda")
+        extra = {k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in extra.items()}
+        others = {k: torch.empty_like(logprobs) for k in ("old_logprobs", "ref_logprobs", "entropy", "mask")}
+        result = policy_loss(
+            logprobs, torch.empty(4, dtype=dtype, device=device), **others, **extra,
+            normalizer=torch.ones((), device=device), objective=Objective(kl_coef=0.1, entropy_coef=0.1),
+        )
+        if logprobs.requires_grad:
+            (grad,) = torch.autograd.grad(result.loss, logprobs)
+            assert (grad.shape, grad.dtype, grad.device) == (logprobs.shape, dtype, logprobs.device)
+    for value in (result.loss, *result.metrics.values()):
+        assert (value.shape, value.dtype, value.device.type) == ((), compute, device)
+    assert list(result.metrics) == list(METRICS)
