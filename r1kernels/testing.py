@@ -174,7 +174,8 @@ def token_stats_gradient(
     # log p + H cancels around p = e^-H; log p, and through it 1 - p of the target, is known to a float64 rounding of
     # the log-sum-exp; probabilities below the smallest normal fp32 number may become 0.
     terms = from_logprob.abs() + eta.abs() * p * (finite_log_p.abs() + entropy)
-    magnitude = logits.detach().double().abs().max(-1, keepdim=True).values / temperature + 1
+    finite = torch.where(logits.isfinite(), logits.detach().double(), 0)
+    magnitude = finite.abs().max(-1, keepdim=True).values / temperature + 1
     terms += (g.abs() * target + eta.abs()) * p * 2 * magnitude * torch.finfo(torch.float64).eps / EPS32
     underflow = torch.finfo(torch.float32).tiny / EPS32 * (g.abs() + eta.abs() * (entropy + 88))
     return Expected((from_logprob + from_entropy) / temperature, (terms + underflow) / temperature)
