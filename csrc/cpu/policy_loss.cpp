@@ -53,9 +53,11 @@ SequenceSums one_sequence(const PolicyLossArgs& args, double denominator, int64_
 
     const float logprob = args.logprobs[t];
     const float delta = sequence_ratio ? mean_log_ratio : log_ratio(args, t);
-    const SurrogateTerm surrogate = surrogate_term(objective, delta, args.advantages.at(t, sequence), logprob);
     const double importance =
         args.importance_weights.data == nullptr ? 1.0 : args.importance_weights.at(t, sequence);
+    // A weight of 0 rejects the token: its ratio may have overflowed, so it goes by the advantage, not by 0 * inf.
+    const float advantage = importance == 0 ? 0.0f : args.advantages.at(t, sequence);
+    const SurrogateTerm surrogate = surrogate_term(objective, delta, advantage, logprob);
     const double surrogate_loss = surrogate.loss == 0 ? 0 : importance * surrogate.loss;
     const double surrogate_slope = surrogate.slope == 0 ? 0 : importance * surrogate.slope;
 

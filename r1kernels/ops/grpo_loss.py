@@ -59,6 +59,7 @@ def grpo_loss(
         logits,
         tuple(token_ids.shape),
         advantages,
+        tokens="token_ids",
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         mask=mask,

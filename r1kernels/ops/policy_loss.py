@@ -139,6 +139,7 @@ def check_inputs(
     shape: tuple[int, ...],
     advantages: Any,
     *,
+    tokens: str,
     old_logprobs: Any,
     ref_logprobs: Any,
     mask: Any,
@@ -150,7 +151,8 @@ def check_inputs(
 ) -> LossInputs:
     """Validates everything but the log-probs, and converts it to the compute dtype.
 
-    `like` gives the device, `shape` the shape of the log-probs. All inputs are constants: no gradient.
+    `like` gives the device, `shape` the shape of the log-probs and `tokens` the argument it was read from. All inputs
+    are constants: no gradient.
     """
     if not isinstance(objective, Objective):
         if not callable(objective):
@@ -159,13 +161,13 @@ def check_inputs(
     probe = like.new_empty(()).expand(shape)  # no memory: carries shape and device into the checks
     if cu_seqlens is not None:
         if len(shape) != 1:
-            raise ValueError(f"cu_seqlens was given with token_ids of shape {shape}, expected packed (N,)")
+            raise ValueError(f"cu_seqlens was given with {tokens} of shape {shape}, expected packed (N,)")
         cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, like)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
         sequences = (cu_seqlens.numel() - 1,)
     elif len(shape) == 0:
-        raise ValueError("token_ids is 0-d, expected (B, T), or (N,) with cu_seqlens")
+        raise ValueError(f"{tokens} is 0-d, expected (B, T), or (N,) with cu_seqlens")
     elif len(shape) == 1 and objective.needs_sequences:
         raise ValueError(
             f"cu_seqlens is None for packed tokens of shape {shape}, expected (S + 1,): the objective depends on "
@@ -243,7 +245,8 @@ def policy_loss(
         mask: the shape of logprobs, True or nonzero = counts. Nothing behind a False matters, not even NaN.
         cu_seqlens: (S + 1,), int64 or int32, 0 = first, ascending, last = N. Packed tokens may go without when
             the objective does not depend on sequences (token ratio and token mean).
-        importance_weights: like `advantages`; multiplies the surrogate only (train/rollout mismatch correction).
+        importance_weights: like `advantages`; multiplies the surrogate only (train/rollout mismatch correction). 0
+            rejects a token, even one whose ratio has overflowed.
         normalizer: 0-d tensor or number > 0; replaces the denominator: the number of sequences ("sequence_mean"), of
             counted tokens ("token_mean"), or sequences * max_length ("constant"). Give the global one under gradient
             accumulation or data parallelism and the summed gradient equals that of the whole batch.
@@ -276,6 +279,7 @@ def policy_loss(
         logprobs,
         tuple(logprobs.shape),
         advantages,
+        tokens="logprobs",
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         mask=mask,

@@ -152,6 +152,8 @@ def reference(
         never = torch.zeros_like(mask)
         terms = _Surrogate(torch.where(mask, loss.reshape(-1), 0), mask, never, never, never)
     else:
+        if importance is not None:  # a weight of 0 rejects the token: by its advantage, not by 0 * inf
+            advantages = torch.where(importance == 0, 0, advantages)
         terms = _surrogate(objective, log_ratio, advantages, logp)
     active = terms.active
     surrogate = terms.loss
