@@ -68,12 +68,22 @@ def report(path: Positional[Path]) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; settings and data that cannot be used end it with a message."""
-    from r1kernels.train.checkpoint import CheckpointError
-    from r1kernels.train.config import ConfigError
-    from r1kernels.train.data import DataError
-    from r1kernels.train.grpo import TrainingError
-
     try:
         sys.exit(app.cli(args=arguments))
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
         sys.exit(f"r1kernels: {error}")
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What needs no traceback. Imported late: `--help` should not wait for torch."""
+    from r1kernels.train.checkpoint import CheckpointError
+    from r1kernels.train.data import DataError
+    from r1kernels.train.grpo import TrainingError
+    from r1kernels.train.rewards import WorkerError
+    from r1kernels.train.schema import ConfigError
+
+    return CheckpointError, ConfigError, DataError, TrainingError, WorkerError

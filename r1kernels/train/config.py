@@ -6,10 +6,7 @@ Every check that needs no model is made here, before any work starts.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +14,12 @@ from typing import Any, Literal
 import yaml
 
 from r1kernels import Objective, objectives
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the key, its value and what was expected."""
+from r1kernels.train.schema import ConfigError, build, override_key
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Shape of the model made on the spot (Qwen2 architecture)."""
+    """Shape of the model made on the spot (Llama architecture)."""
 
     hidden_size: int = 96
     intermediate_size: int = 256
@@ -55,10 +49,11 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Next-token training of a tiny model on generated text."""
+    """Next-token training of a tiny model on rows of `window` tokens of generated text."""
 
     steps: int = 600
-    batch_size: int = 32
+    batch_size: int = 8
+    window: int = 128
     learning_rate: float = 3e-3
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
@@ -106,13 +101,15 @@ class ObjectiveConfig:
 class GRPOConfig:
     """Pure RL. One step = one rollout of `questions * group_size` samples, then `minibatches` updates.
 
-    `micro_batch_size` bounds the samples in memory at once and changes no gradient.
+    `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training;
+    the latter changes no gradient.
     """
 
     steps: int = 40
     questions: int = 32
     group_size: int = 16
     minibatches: int = 4
+    rollout_batch_size: int | None = None
     micro_batch_size: int | None = None
     learning_rate: float = 3e-6
     warmup_updates: int = 0
@@ -182,9 +179,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {values!r:.40}, expected a mapping with the keys of a recipe")
     for override in overrides:
-        _override(values, override)
+        override_key(values, override)
     try:
-        config = _build(Config, values, "")
+        config = build(Config, values)
         _check(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -196,93 +193,66 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def differences(first: Config, second: Config) -> list[str]:
-    """The dotted keys, with both values, in which two configurations differ."""
-
-    def flat(values: Any, key: str = "") -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {key: values}
-        return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
-
-    a, b = flat(dataclasses.asdict(first)), flat(dataclasses.asdict(second))
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
-
-
-def _override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as grpo.steps=10")
-    for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
-            values[parent] = {}
-        values = values[parent]
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping; `where` is its dotted key, empty at the top."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"'{where}' is {values!r:.60}, expected a mapping")
-    hints, keys = typing.get_type_hints(cls), [item.name for item in dataclasses.fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(keys)}"
-            raise ConfigError(f"unknown key '{key}'" + (f" in '{where}'" if where else "") + f" ({hint})")
-        arguments[key] = _convert(hints[key], value, f"{where}.{key}" if where else key)
-    for item in dataclasses.fields(cls):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in arguments:
-            raise ConfigError(f"missing key '{item.name}'" + (f" in '{where}'" if where else ""))
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    def wrong(expected: str) -> ConfigError:
-        return ConfigError(f"'{where}' is {value!r:.60}, expected {expected}")
-
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(options[0], value, where)
-    if origin is Literal:
-        if value not in options:
-            raise wrong("one of " + ", ".join(map(str, options)))
-        return value
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise wrong("a mapping from names to numbers")
-        return {str(key): _convert(options[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if hint is float:
-        try:  # YAML reads 1e-3, without a dot, as a string
-            if not isinstance(value, bool):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-        raise wrong("a number")
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise wrong({int: "an integer", str: "a string", bool: "true or false"}[hint])
-    return value
+_AT_LEAST_1 = (
+    "threads", "pretrain.steps", "pretrain.batch_size", "pretrain.window", "data.train_size", "reward.workers",
+    "grpo.steps", "grpo.questions", "grpo.minibatches", "grpo.rollout_batch_size", "grpo.micro_batch_size",
+    "grpo.max_new_tokens", "grpo.ref_refresh_every", "eval.every", "eval.questions", "eval.samples",
+    "eval.max_new_tokens", "eval.batch_size", "checkpoint.every", "checkpoint.pretrain_every", "checkpoint.keep",
+)
+_AT_LEAST_0 = ("seed", "grpo.warmup_updates")
+_POSITIVE = (
+    "pretrain.learning_rate", "reward.timeout_s", "grpo.learning_rate", "grpo.temperature", "grpo.grad_clip",
+    "eval.temperature", "eval.top_p",
+)
+_PROBABILITIES = (
+    "eval.top_p", *(f"pretrain.corpus.{item.name}" for item in dataclasses.fields(CorpusConfig)),
+)
 
 
 def _check(config: Config) -> None:
-    """The rules that concern more than one key, and the ranges."""
-    model, data, grpo = config.model, config.data, config.grpo
+    """The ranges, and the rules that concern more than one key."""
+    ranges = (
+        (_AT_LEAST_1, lambda value: value >= 1, "at least 1"),
+        (_AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+        (_POSITIVE, lambda value: 0 < value < float("inf"), "a positive number"),
+        (_PROBABILITIES, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    )
+    for keys, holds, expected in ranges:
+        for key in keys:
+            value = _lookup(config, key)
+            if value is not None and not holds(value):
+                raise ConfigError(f"'{key}' is {value}, expected {expected}")
+    _check_model_and_data(config)
+    grpo = config.grpo
+    if grpo.group_size < 2:
+        raise ConfigError(f"'grpo.group_size' is {grpo.group_size}, expected at least 2: advantages compare samples")
+    samples = grpo.questions * grpo.group_size
+    if samples % grpo.minibatches:
+        raise ConfigError(
+            f"'grpo.minibatches' is {grpo.minibatches}, expected a divisor of the {samples} samples of a rollout "
+            f"(questions {grpo.questions} x group_size {grpo.group_size})"
+        )
+    if "accuracy" not in config.reward.parts:
+        raise ConfigError(
+            f"'reward.parts' is {config.reward.parts}, expected 'accuracy' among them: pass@1 is its mean (a weight "
+            "of 0 reports it without rewarding it)"
+        )
+    grpo.objective.build()
+
+
+def _check_model_and_data(config: Config) -> None:
+    model, data = config.model, config.data
     if (model.path is None) == (model.tiny is None):
         raise ConfigError(f"'model' has path {model.path!r} and tiny {model.tiny!r}, expected exactly one of them")
-    if config.pretrain is not None and model.tiny is None:
-        raise ConfigError("'pretrain' is set, expected none with 'model.path': only a tiny model is pre-trained")
-    if model.tiny and model.tiny.hidden_size % (2 * model.tiny.heads):
-        raise ConfigError(
-            f"'model.tiny.hidden_size' is {model.tiny.hidden_size}, expected a multiple of twice the "
-            f"{model.tiny.heads} heads"
-        )
+    if (model.tiny is None) != (config.pretrain is None):
+        raise ConfigError("'pretrain' and 'model.tiny' come together: only a tiny model is pre-trained, and it must be")
+    if model.tiny:
+        if min(dataclasses.astuple(model.tiny)) < 1 or model.tiny.hidden_size % (2 * model.tiny.heads):
+            raise ConfigError(
+                f"'model.tiny' is {model.tiny}, expected sizes of at least 1 and hidden_size a multiple of 2 x heads"
+            )
+        if data.kind != "arithmetic":
+            raise ConfigError(f"'data.kind' is '{data.kind}', expected 'arithmetic' with 'model.tiny'")
     if data.kind == "gsm8k":
         for key in ("path", "test_path"):
             if getattr(data, key) is None:
@@ -292,36 +262,6 @@ def _check(config: Config) -> None:
             f"'data.min_terms' and 'data.max_terms' are {data.min_terms} and {data.max_terms}, expected "
             "2 <= min_terms <= max_terms"
         )
-    samples = grpo.questions * grpo.group_size
-    if grpo.minibatches < 1 or samples % grpo.minibatches:
-        raise ConfigError(
-            f"'grpo.minibatches' is {grpo.minibatches}, expected a divisor of the {samples} samples of a "
-            f"rollout (questions {grpo.questions} x group_size {grpo.group_size})"
-        )
-    if grpo.group_size < 2:
-        raise ConfigError(f"'grpo.group_size' is {grpo.group_size}, expected at least 2: advantages compare samples")
-    at_least = {
-        1: ("grpo.steps", "grpo.questions", "grpo.max_new_tokens", "grpo.ref_refresh_every", "grpo.micro_batch_size",
-            "eval.every", "eval.questions", "eval.samples", "eval.batch_size", "eval.max_new_tokens", "threads",
-            "checkpoint.every", "checkpoint.pretrain_every", "checkpoint.keep", "pretrain.steps",
-            "pretrain.batch_size", "reward.workers"),
-        0: ("grpo.warmup_updates", "seed"),
-    }
-    for bound, keys in at_least.items():
-        for key in keys:
-            value = _lookup(config, key)
-            if value is not None and value < bound:
-                raise ConfigError(f"'{key}' is {value}, expected at least {bound}")
-    for key in ("grpo.learning_rate", "grpo.temperature", "grpo.grad_clip", "eval.temperature", "eval.top_p",
-                "pretrain.learning_rate", "reward.timeout_s"):
-        value = _lookup(config, key)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"'{key}' is {value}, expected a positive number")
-    corpus = dataclasses.asdict(config.pretrain.corpus) if config.pretrain else {}
-    for key, value in {"eval.top_p": config.eval.top_p, **{f"pretrain.corpus.{k}": v for k, v in corpus.items()}}.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"'{key}' is {value}, expected a probability between 0 and 1")
-    grpo.objective.build()
 
 
 def _lookup(config: Any, key: str) -> Any:

@@ -14,18 +14,19 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-# Column -> (key in the metrics, format)
+# Column -> (key in the metrics, format). "cut": completions cut off at the limit; "flat": groups whose samples all
+# have the same reward; "clip -/+": tokens without a gradient because of the lower and the upper bound.
 COLUMNS = {
     "step": ("step", "{:.0f}"),
     "pass@1": ("pass_at_1", "{:.1%}"),
-    "accuracy": ("reward_accuracy", "{:.3f}"),
-    "format": ("reward_format", "{:.3f}"),
-    "length": ("length", "{:.1f}"),
-    "cut off": ("truncated", "{:.1%}"),
+    "acc.": ("reward_accuracy", "{:.2f}"),
+    "form.": ("reward_format", "{:.2f}"),
+    "len.": ("length", "{:.1f}"),
+    "cut": ("truncated", "{:.0%}"),
     "KL": ("kl", "{:.4f}"),
-    "entropy": ("entropy", "{:.3f}"),
-    "clip lo/hi": (("clip_low_fraction", "clip_high_fraction"), "{:.1%}/{:.1%}"),
-    "no spread": ("zero_spread", "{:.0%}"),
+    "entr.": ("entropy", "{:.3f}"),
+    "clip -/+": (("clip_low_fraction", "clip_high_fraction"), "{:.0%}/{:.0%}"),
+    "flat": ("zero_spread", "{:.0%}"),
     "tok/s": ("tokens_per_second", "{:.0f}"),
 }
 
@@ -85,9 +86,9 @@ class Console:
         eta = self._eta(int(metrics["step"]) + 1, steps)
         if self._plain:
             if not self._headed:
-                print("  ".join(f"{name:>10}" for name in (*COLUMNS, "ETA")), flush=True)
+                print("  ".join(f"{name:>8}" for name in (*COLUMNS, "ETA")), flush=True)
                 self._headed = True
-            print("  ".join(f"{cell:>10}" for cell in (*row, eta)), flush=True)
+            print("  ".join(f"{cell:>8}" for cell in (*row, eta)), flush=True)
         self.phase(f"step {metrics['step'] + 1:.0f}/{steps}  ETA {eta}")
 
     def restart_clock(self) -> None:

@@ -66,19 +66,16 @@ def evaluate(
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers."""
     k = settings.samples
     prompts = [render(problem.question, open_think=open_think) for problem in problems]
-    sampling = Sampling(settings.temperature, settings.max_new_tokens or max_new_tokens, settings.top_p)
-    samples, lengths, finished = [], [], []
+    sampling = Sampling(
+        settings.temperature, settings.max_new_tokens or max_new_tokens, settings.top_p, settings.batch_size
+    )
     rows = [index for index in range(len(problems)) for _ in range(k)]
-    for number, start in enumerate(range(0, len(rows), settings.batch_size)):
-        batch = rows[start : start + settings.batch_size]
-        with torch_seeded(seed, "evaluate", number):
-            completions = sampler.sample([prompts[index] for index in batch], sampling)
-        samples += [
-            Sample(prompts[index], text, problems[index].answer)
-            for index, text in zip(batch, completions.texts, strict=True)
-        ]
-        lengths.append(completions.lengths)
-        finished.append(completions.finished)
+    with torch_seeded(seed, "evaluate"):
+        completions = sampler.sample([prompts[index] for index in rows], sampling)
+    samples = [
+        Sample(prompts[index], text, problems[index].answer)
+        for index, text in zip(rows, completions.texts, strict=True)
+    ]
     scores = scorer.score(samples)
     correct = torch.tensor(scores.parts["accuracy"], dtype=torch.float64)
     per_question = correct.view(len(problems), k).nanmean(-1)
@@ -88,8 +85,8 @@ def evaluate(
         pass_at_1=known.mean().item(),
         standard_error=spread / math.sqrt(max(1, len(known))),
         parts={name: torch.tensor(values).nanmean().item() for name, values in scores.parts.items()},
-        length=torch.cat(lengths).double().mean().item(),
-        truncated=1 - torch.cat(finished).double().mean().item(),
+        length=completions.lengths.double().mean().item(),
+        truncated=1 - completions.finished.double().mean().item(),
         unscorable=int(correct.isnan().sum()),
         prompt_hash=hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
         examples=[

@@ -34,7 +34,8 @@ from r1kernels.train.metrics import MetricsLog
 from r1kernels.train.prompt import render
 from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Sample, Scorer
-from r1kernels.train.rollout import Rollout, Sampling, TransformersSampler, completion_logits
+from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.update import Rollout, minibatch_gradient, rollout_logprobs
 
 # With the log-probs of the rollout just recomputed in the same batches, only unordered sums can differ.
 RATIO_TOLERANCE = 1e-2
@@ -181,7 +182,10 @@ class GRPOTrainer:
         problems = [problem for problem in self._questions() for _ in range(settings.group_size)]
         prompts = [render(problem.question, open_think=settings.open_think) for problem in problems]
         with torch_seeded(self.config.seed, "rollout", self.step):
-            completions = self.sampler.sample(prompts, Sampling(settings.temperature, settings.max_new_tokens))
+            sampling = Sampling(
+                settings.temperature, settings.max_new_tokens, batch_size=settings.rollout_batch_size
+            )
+            completions = self.sampler.sample(prompts, sampling)
         sampled = time.monotonic()
         scores = self.scorer.score([
             Sample(prompt, text, problem.answer)
@@ -189,18 +193,25 @@ class GRPOTrainer:
         ])
         scored = time.monotonic()
         rewards = torch.tensor(scores.total, device=self.model.device)
-        empty = torch.zeros_like(completions.logprobs)
+        zeros = torch.zeros_like(completions.logprobs)
         rollout = Rollout(
             prompt_ids=completions.prompt_ids,
             prompt_mask=completions.prompt_mask,
             token_ids=completions.token_ids,
             mask=completions.mask,
             advantages=r1kernels.group_advantages(rewards, settings.group_size),
-            old_logprobs=empty,
-            ref_logprobs=empty.clone(),
+            old_logprobs=zeros,
+            ref_logprobs=zeros,
         )
         self.console.phase(f"step {self.step}: log-probs of the rollout")
-        rollout = self._with_logprobs(rollout)
+        batches = [rows for minibatch in self._minibatches() for rows in minibatch]
+        policies = {"old_logprobs": self.model, "ref_logprobs": self.reference}
+        rollout = dataclasses.replace(rollout, **{
+            name: rollout_logprobs(
+                model, rollout, batches, temperature=settings.temperature, check=self.interrupt.check
+            )
+            for name, model in policies.items() if model is not None
+        })
         gap = (completions.logprobs - rollout.old_logprobs)[completions.mask].abs()
         idle = (rollout.advantages.view(-1, settings.group_size) == 0).all(-1)
         measured = {
@@ -238,79 +249,39 @@ class GRPOTrainer:
         size = self.settings.micro_batch_size or count
         return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
 
-    @torch.no_grad()
-    def _with_logprobs(self, rollout: Rollout) -> Rollout:
-        """Adds log-probs under the policy and the reference, in the very batches that the updates will use.
-
-        A row's result may depend in its last bits on the batch around it; this way the first ratio is exactly 1.
-        """
-        old, ref = rollout.old_logprobs.clone(), rollout.ref_logprobs.clone()
-        for rows in (rows for minibatch in self._minibatches() for rows in minibatch):
-            batch = rollout.rows(rows)
-            width = batch.token_ids.shape[1]
-            for model, target in ((self.model, old), (self.reference, ref)):
-                if model is not None:
-                    self.interrupt.check()
-                    target[rows, :width] = r1kernels.token_logprobs(
-                        completion_logits(model, batch), batch.token_ids, temperature=self.settings.temperature
-                    )
-        return dataclasses.replace(rollout, old_logprobs=old, ref_logprobs=ref)
-
     def _update(self) -> None:
         """One optimiser step, on the next minibatch of the rollout."""
         started, settings = time.monotonic(), self.settings
         self.console.phase(f"step {self.step}: update {self.minibatch + 1}/{settings.minibatches}")
-        parts = self._minibatches()[self.minibatch]
-        mask = self.rollout.mask[torch.cat(parts)]
-        sequences, tokens = len(mask), mask.sum()
-        normalizer = {
-            "sequence_mean": torch.tensor(float(sequences)),
-            "token_mean": tokens.float(),
-            "constant": torch.tensor(float(sequences * (self.objective.max_length or 1))),
-        }[self.objective.aggregate].to(mask.device)
         self.optimizer.zero_grad()
-        metrics: dict[str, float] = {"loss": 0.0}
-        low, high = 1.0, 1.0
-        for rows in parts:
-            self.interrupt.check()
-            batch = self.rollout.rows(rows)
-            loss, part = r1kernels.grpo_loss(
-                completion_logits(self.model, batch),
-                batch.token_ids,
-                batch.advantages,
-                old_logprobs=batch.old_logprobs,
-                ref_logprobs=batch.ref_logprobs if self.reference is not None else None,
-                mask=batch.mask,
-                normalizer=normalizer,
-                temperature=settings.temperature,
-                objective=self.objective,
-            )
-            loss.backward()
-            part = {name: value.item() for name, value in part.items()}
-            metrics["loss"] += loss.item()
-            low, high = min(low, part["ratio_min"]), max(high, part["ratio_max"])
-            for name in ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction"):
-                if name in part:
-                    metrics[name] = metrics.get(name, 0.0) + part[name] * part["tokens"] / tokens.item()
+        metrics = minibatch_gradient(
+            self.model,
+            self.rollout,
+            self._minibatches()[self.minibatch],
+            self.objective,
+            temperature=settings.temperature,
+            check=self.interrupt.check,
+        )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
-        where = f"step {self.step}, minibatch {self.minibatch}"
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-            raise TrainingError(f"{where}: loss {metrics['loss']} and gradient norm {norm}, expected finite numbers")
-        deviation = max(high - 1, 1 - low)
-        if self.minibatch == 0:
-            self.measured["first_ratio_deviation"] = deviation
-            if deviation > RATIO_TOLERANCE:
-                raise TrainingError(
-                    f"{where}: the ratio to the policy of the rollout differs from 1 by {deviation:.2g} before any "
-                    "update, so the model does not compute the same log-probs twice"
-                )
+        self._check_update(metrics, norm)
         done = self.step * settings.minibatches + self.minibatch + 1
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
         self.optimizer.step()
-        metrics |= {"grad_norm": norm, "ratio_deviation": deviation, "seconds_updates": time.monotonic() - started}
-        self.updates.append(metrics)
+        self.updates.append({**metrics, "grad_norm": norm, "seconds_updates": time.monotonic() - started})
         self.minibatch += 1
+
+    def _check_update(self, metrics: dict[str, float], norm: float) -> None:
+        where = f"step {self.step}, minibatch {self.minibatch}"
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+            raise TrainingError(f"{where}: loss {metrics['loss']}, gradient norm {norm}, expected finite numbers")
+        if self.minibatch == 0:
+            self.measured["first_ratio_deviation"] = metrics["ratio_deviation"]
+            if not metrics["ratio_deviation"] <= RATIO_TOLERANCE:
+                raise TrainingError(
+                    f"{where}: the ratio to the policy of the rollout differs from 1 by "
+                    f"{metrics['ratio_deviation']:.2g} before any update: the model does not repeat its log-probs"
+                )
 
     def _finish_step(self, log: MetricsLog, samples: MetricsLog) -> None:
         """Writes the step's line, and moves on to the next step."""

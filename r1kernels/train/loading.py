@@ -6,15 +6,27 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from r1kernels.train.config import ConfigError
+from r1kernels.train.schema import ConfigError
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing padding token becomes the end-of-text token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        # For some architectures AutoTokenizer rebuilds its own pre-tokenizer over a directory's tokenizer.json. One
+        # that declares the generic class is to be read as it is.
+        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(path, padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"'model.path' {str(path)!r} has no tokenizer that can be loaded: {reason}") from error

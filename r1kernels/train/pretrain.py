@@ -58,10 +58,9 @@ def pretrain(
                 for group in optimizer.param_groups:
                     warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
                     group["lr"] = settings.learning_rate * warmup * decay
-                ids, targets = corpus_batch(
-                    tokenizer, settings.corpus, settings.batch_size, data.max_terms, config.seed, step
-                )
-                logits = model(input_ids=ids, use_cache=False).logits
+                batch = corpus_batch(tokenizer, settings, data.max_terms, config.seed, step)
+                targets = batch.pop("targets")
+                logits = model(**batch, use_cache=False).logits
                 loss = r1kernels.cross_entropy(logits[:, :-1], targets[:, 1:])
                 optimizer.zero_grad()
                 loss.backward()

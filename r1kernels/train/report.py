@@ -106,7 +106,8 @@ def _text(run_dir: Path, lines: list[dict[str, Any]]) -> str:
         ]
     parts += _examples(run_dir)
     parts += ["## Settings", "", "```yaml", (run_dir / "config.yaml").read_text(encoding="utf-8").strip(), "```", ""]
-    parts += ["## Versions", "", f"Python {platform.python_version()}, {platform.platform()}, " + ", ".join(_versions())]
+    versions = ", ".join([f"Python {platform.python_version()}", platform.platform(), *_versions()])
+    parts += ["## Versions", "", versions]
     return "\n".join(parts) + "\n"
 
 

@@ -1,12 +1,12 @@
-"""Sampling completions, and the tensors that training on them needs."""
+"""Sampling completions."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -21,11 +21,12 @@ import r1kernels
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How tokens are drawn; `batch_size` rows at a time, or all at once."""
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,39 @@ class TransformersSampler:
         eos = model.generation_config.eos_token_id
         self._eos = [tokenizer.eos_token_id] if eos is None else eos if isinstance(eos, list) else [eos]
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
         """One completion of each prompt, drawn from torch's global generator."""
         encoded = self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
-        prompt_ids, prompt_mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        prompt_ids, prompt_mask = encoded["input_ids"], encoded["attention_mask"]
+        size = sampling.batch_size or len(prompts)
+        batches = [
+            self._generate(ids, mask, sampling)
+            for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True)
+        ]
+        width = max(ids.shape[1] for ids, _ in batches)
+        token_ids, logprobs = (
+            torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+            for parts, value in zip(zip(*batches, strict=True), (self.tokenizer.pad_token_id, 0.0), strict=True)
+        )
+        ended = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
+        mask = (ended.cumsum(-1) - ended.long()) == 0
+        return Completions(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask.bool(),
+            token_ids=token_ids,
+            mask=mask,
+            logprobs=logprobs,
+            texts=self.tokenizer.batch_decode(token_ids, skip_special_tokens=True),
+            finished=ended.any(-1),
+        )
+
+    @torch.no_grad()
+    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs, each (b, t)."""
         recorder = _Recorder(sampling.temperature, self.check)
         output = self.model.generate(
             input_ids=prompt_ids,
-            attention_mask=encoded["attention_mask"],
+            attention_mask=prompt_mask,
             logits_processor=LogitsProcessorList([recorder]),
             generation_config=GenerationConfig(
                 do_sample=True,
@@ -90,16 +115,7 @@ class TransformersSampler:
             ),
         )
         token_ids = output[:, prompt_ids.shape[1] :]
-        ended = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
-        return Completions(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            token_ids=token_ids,
-            mask=(ended.cumsum(-1) - ended.long()) == 0,
-            logprobs=recorder.finish(token_ids[:, -1]),
-            texts=self.tokenizer.batch_decode(token_ids, skip_special_tokens=True),
-            finished=ended.any(-1),
-        )
+        return token_ids, recorder.finish(token_ids[:, -1])
 
 
 class _Recorder(LogitsProcessor):
@@ -124,43 +140,3 @@ class _Recorder(LogitsProcessor):
 
     def _score(self, tokens: Tensor) -> None:
         self._columns.append(r1kernels.token_logprobs(self._logits, tokens, temperature=self.temperature))
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one rollout gives to its updates; every field is a tensor with one row a sample.
-
-    Shapes: prompts (B, P), the others (B, T), advantages (B,).
-    """
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    token_ids: Tensor
-    mask: Tensor
-    advantages: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-
-    def rows(self, index: Tensor) -> Rollout:
-        """Some of the samples (n,), without the columns in which all of them are padding."""
-        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
-        start = int(part["prompt_mask"].any(0).long().argmax())
-        end = int(part["mask"].sum(-1).max())
-        for name in ("prompt_ids", "prompt_mask"):
-            part[name] = part[name][:, start:]
-        for name in ("token_ids", "mask", "old_logprobs", "ref_logprobs"):
-            part[name] = part[name][:, :end]
-        return Rollout(**part)
-
-
-def completion_logits(model: PreTrainedModel, batch: Rollout) -> Tensor:
-    """Logits (B, T, V) whose row t scores token t of the completion."""
-    attention = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
-    logits = model(
-        input_ids=torch.cat([batch.prompt_ids, batch.token_ids], dim=1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=batch.token_ids.shape[1] + 1,
-        use_cache=False,
-    ).logits
-    return logits[:, :-1]

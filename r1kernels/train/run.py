@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
-from r1kernels.train.config import Config, ConfigError, differences, dump_config, load_config
+from r1kernels.train.config import Config, dump_config, load_config
 from r1kernels.train.console import Console
 from r1kernels.train.data import Problem, load_gsm8k
 from r1kernels.train.evaluate import evaluate as run_evaluation
@@ -24,6 +24,7 @@ from r1kernels.train.pretrain import pretrain
 from r1kernels.train.report import measured, write_report
 from r1kernels.train.rewards import Scorer
 from r1kernels.train.rollout import TransformersSampler
+from r1kernels.train.schema import ConfigError, differences
 from r1kernels.train.tiny import arithmetic_problems
 
 CONFIG = "config.yaml"
@@ -35,32 +36,26 @@ INTERRUPTED = 130
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, plain: bool = False) -> int:
     """Trains; returns the exit status: 0, or 130 when interrupted."""
     run_dir, started = Path(config.run_dir), time.monotonic()
-    _quiet()
+    _prepare(config)
     train_problems, test_problems = load_problems(config)
     if config.model.path is not None:
         load_tokenizer(config.model.path)  # a directory without one is refused before anything is deleted
-    _claim(run_dir, config, resume=resume, overwrite=overwrite)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    command = f"r1kernels train {run_dir / CONFIG} --resume"
-    with Interrupt() as interrupt, Console(plain) as console:
+    with make_scorer(config) as scorer, Interrupt() as interrupt, Console(plain) as console:
+        _claim(run_dir, config, resume=resume, overwrite=overwrite)
         try:
-            with Scorer(config.reward.parts, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as scorer:
-                path = latest_checkpoint(run_dir)
-                checkpoint = load_checkpoint(path) if path else None
-                if checkpoint is None:
-                    model, tokenizer = _base(config, run_dir, console, interrupt)
-                else:
-                    model = load_model(checkpoint.model_dir, device=config.model.device)
-                    tokenizer = load_tokenizer(checkpoint.model_dir)
-                console.restart_clock()
-                trainer = GRPOTrainer(
-                    config, model, tokenizer, train_problems, test_problems, scorer, console, interrupt,
-                    state=checkpoint.state if checkpoint else None,
-                )
-                trainer.run()
+            path = latest_checkpoint(run_dir)
+            checkpoint = load_checkpoint(path) if path else None
+            if checkpoint is None:
+                model, tokenizer = _base(config, run_dir, console, interrupt)
+            else:
+                model = load_model(checkpoint.model_dir, device=config.model.device)
+                tokenizer = load_tokenizer(checkpoint.model_dir)
+            GRPOTrainer(
+                config, model, tokenizer, train_problems, test_problems, scorer, console, interrupt,
+                state=checkpoint.state if checkpoint else None,
+            ).run()
         except Interrupted as signal:
-            console.say(f"stopped by {signal}; go on with: {command}")
+            console.say(f"stopped by {signal}; go on with: r1kernels train {run_dir / CONFIG} --resume")
             return INTERRUPTED
     report, curves = write_report(run_dir)
     points = measured(read_metrics(run_dir / "metrics.jsonl"))
@@ -82,17 +77,15 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     if run_dir is None:
         raise ConfigError(f"{path} is neither a run nor a checkpoint of one: no {CONFIG} in it or above it")
     config = load_config(run_dir / CONFIG, overrides)
-    checkpoint_dir = path if (path / "manifest.json").is_file() else latest_checkpoint(path)
+    checkpoint_dir = path if (path / "model").is_dir() else latest_checkpoint(path)
     if checkpoint_dir is None:
         raise ConfigError(f"{path} holds no checkpoint")
-    _quiet()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    _prepare(config)
     checkpoint = load_checkpoint(checkpoint_dir)
     _, problems = load_problems(config)
     model = load_model(checkpoint.model_dir, device=config.model.device)
     tokenizer = load_tokenizer(checkpoint.model_dir)
-    with Scorer(config.reward.parts, workers=config.reward.workers, timeout_s=config.reward.timeout_s) as scorer:
+    with make_scorer(config) as scorer:
         sampler = TransformersSampler(model, tokenizer)
         result = run_evaluation(
             sampler, problems, scorer, config.eval,
@@ -138,6 +131,8 @@ def _claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> N
         ]
         if changed:
             raise ConfigError(f"--resume: settings differ from those of {run_dir}: {'; '.join(changed)}")
+    elif run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"'run_dir' {str(run_dir)!r} is a file, expected a directory or nothing")
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         if not saved.is_file():
             raise ConfigError(f"'run_dir' {str(run_dir)!r} holds files that are not a run's; name another directory")
@@ -161,7 +156,18 @@ def _base(
     return model.to(config.model.device), tokenizer
 
 
-def _quiet() -> None:
-    """No progress bars of transformers through the live table."""
+def make_scorer(config: Config) -> Scorer:
+    """The rewards; none of their workers runs yet."""
+    reward = config.reward
+    try:
+        return Scorer(reward.parts, workers=reward.workers, timeout_s=reward.timeout_s)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"'reward': {error}") from error
+
+
+def _prepare(config: Config) -> None:
+    """Threads as configured, and no progress bars of transformers through the live table."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

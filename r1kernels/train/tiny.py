@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r1kernels.train.config import CorpusConfig, TinyConfig
+from r1kernels.train.config import CorpusConfig, PretrainConfig, TinyConfig
 from r1kernels.train.data import Problem
 from r1kernels.train.prompt import render
 from r1kernels.train.randomness import python_generator, torch_seeded
@@ -102,8 +102,8 @@ def make_tokenizer(corpus: CorpusConfig, high: int, seed: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
 
 
-def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
+def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -119,7 +119,7 @@ def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int)
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch_seeded(seed, "model"):
-        model = Qwen2ForCausalLM(config)
+        model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -127,16 +127,24 @@ def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def corpus_batch(
-    tokenizer: PreTrainedTokenizerFast, corpus: CorpusConfig, size: int, high: int, seed: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """Batch `step` of the endless corpus: ids (B, T), padded on the right, and targets (B, T), -100 at padding."""
+    tokenizer: PreTrainedTokenizerFast, settings: PretrainConfig, high: int, seed: int, step: int
+) -> dict[str, Tensor]:
+    """Batch `step` of the endless corpus, packed without padding; a row's last document is cut off.
+
+    Returns:
+        input_ids, position_ids and targets, each (batch_size, window). Positions restart at 0 with each document,
+        by which the model knows to keep its attention inside; no target (-100) asks for the start of a document.
+    """
     rng = python_generator(seed, "corpus", step)
-    texts = [document(rng, corpus, 2, high) for _ in range(size)]
-    # Encoded apart, as a prompt and its completion will be.
-    pieces = tokenizer([piece for text in texts for piece in text])["input_ids"]
-    rows = [[*head, *tail, tokenizer.eos_token_id] for head, tail in zip(pieces[::2], pieces[1::2], strict=True)]
-    ids = torch.full((size, max(map(len, rows))), tokenizer.pad_token_id)
-    targets = torch.full_like(ids, -100)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
-    return ids, targets
+    shape = (settings.batch_size, settings.window)
+    ids, positions = torch.empty(shape, dtype=torch.long), torch.empty(shape, dtype=torch.long)
+    for row in range(settings.batch_size):
+        filled = 0
+        while filled < settings.window:
+            # Encoded apart, as a prompt and its completion will be.
+            head, tail = tokenizer(list(document(rng, settings.corpus, 2, high)))["input_ids"]
+            text = torch.tensor([*head, *tail, tokenizer.eos_token_id])[: settings.window - filled]
+            ids[row, filled : filled + len(text)] = text
+            positions[row, filled : filled + len(text)] = torch.arange(len(text))
+            filled += len(text)
+    return {"input_ids": ids, "position_ids": positions, "targets": ids.masked_fill(positions == 0, -100)}

@@ -1,0 +1,92 @@
+"""From YAML to dataclasses and back, with errors that name the key, its value and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, its value and what was expected."""
+
+
+def override_key(values: dict, override: str) -> None:
+    """Changes one key of nested mappings in place; `override` is "grpo.steps=10", its value YAML."""
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as grpo.steps=10")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            values[parent] = {}
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def build(cls: type, values: Any, where: str = "") -> Any:
+    """An instance of the dataclass `cls` from a mapping; `where` is its dotted key, empty at the top."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"'{where}' is {values!r:.60}, expected a mapping")
+    hints, keys = typing.get_type_hints(cls), [item.name for item in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(keys)}"
+            raise ConfigError(f"unknown key '{key}'" + (f" in '{where}'" if where else "") + f" ({hint})")
+        arguments[key] = _convert(hints[key], value, f"{where}.{key}" if where else key)
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in arguments:
+            raise ConfigError(f"missing key '{item.name}'" + (f" in '{where}'" if where else ""))
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    def wrong(expected: str) -> ConfigError:
+        return ConfigError(f"'{where}' is {value!r:.60}, expected {expected}")
+
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(options[0], value, where)
+    if origin is Literal:
+        if value not in options:
+            raise wrong("one of " + ", ".join(map(str, options)))
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong("a mapping from names to numbers")
+        return {str(key): _convert(options[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if hint is float:
+        try:  # YAML reads 1e-3, without a dot, as a string
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+        raise wrong("a number")
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise wrong({int: "an integer", str: "a string", bool: "true or false"}[hint])
+    return value
+
+
+def differences(first: Any, second: Any) -> list[str]:
+    """The dotted keys, with both values, in which two configurations differ."""
+
+    def flat(values: Any, key: str = "") -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {key: values}
+        return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
+
+    a, b = flat(dataclasses.asdict(first)), flat(dataclasses.asdict(second))
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]

@@ -1,0 +1,134 @@
+"""The arithmetic of an update: log-probs of a rollout, and the gradient of a minibatch of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import r1kernels
+
+# Means over tokens, which micro-batches contribute to by their tokens.
+TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one rollout gives to its updates; every field is a tensor with one row a sample.
+
+    Shapes: prompts (B, P), the others (B, T), advantages (B,).
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Some of the samples (n,), without the columns in which all of them are padding."""
+        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
+        start = int(part["prompt_mask"].any(0).long().argmax())
+        end = int(part["mask"].sum(-1).max())
+        for name in ("prompt_ids", "prompt_mask"):
+            part[name] = part[name][:, start:]
+        for name in ("token_ids", "mask", "old_logprobs", "ref_logprobs"):
+            part[name] = part[name][:, :end]
+        return Rollout(**part)
+
+
+def completion_logits(model: PreTrainedModel, batch: Rollout) -> Tensor:
+    """Logits (B, T, V) whose row t scores token t of the completion."""
+    attention = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
+    logits = model(
+        input_ids=torch.cat([batch.prompt_ids, batch.token_ids], dim=1),
+        attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=batch.token_ids.shape[1] + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, :-1]
+
+
+@torch.no_grad()
+def rollout_logprobs(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    batches: Sequence[Tensor],
+    *,
+    temperature: float,
+    check: Callable[[], None],
+) -> Tensor:
+    """Log-probs (B, T) of the rollout's tokens, 0 beyond each batch's longest completion.
+
+    Args:
+        batches: rows of the rollout, to be those of the updates: a row's result may depend in its last bits on the
+            rows beside it, and this way the first ratio is exactly 1.
+        check: called before every batch.
+    """
+    logprobs = torch.zeros_like(rollout.old_logprobs)
+    for rows in batches:
+        check()
+        batch = rollout.rows(rows)
+        logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.token_logprobs(
+            completion_logits(model, batch), batch.token_ids, temperature=temperature
+        )
+    return logprobs
+
+
+def minibatch_gradient(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    batches: Sequence[Tensor],
+    objective: r1kernels.Objective,
+    *,
+    temperature: float,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches.
+
+    Args:
+        batches: rows of each micro-batch.
+        check: called before every micro-batch.
+
+    Returns:
+        Metrics of the minibatch. "ratio_deviation" is the largest |ratio - 1| of a token.
+    """
+    mask = rollout.mask[torch.cat(list(batches))]
+    tokens = mask.sum()
+    normalizer = {
+        "sequence_mean": tokens.new_tensor(len(mask)),
+        "token_mean": tokens,
+        "constant": tokens.new_tensor(len(mask) * (objective.max_length or 1)),
+    }[objective.aggregate].float()
+    metrics = {"loss": 0.0, "ratio_deviation": 0.0}
+    for rows in batches:
+        check()
+        batch = rollout.rows(rows)
+        loss, part = r1kernels.grpo_loss(
+            completion_logits(model, batch),
+            batch.token_ids,
+            batch.advantages,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
+            mask=batch.mask,
+            normalizer=normalizer,
+            temperature=temperature,
+            objective=objective,
+        )
+        loss.backward()
+        values = {name: value.item() for name, value in part.items()}
+        metrics["loss"] += loss.item()
+        deviation = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
+        metrics["ratio_deviation"] = max(metrics["ratio_deviation"], deviation)
+        for name in TOKEN_MEANS:
+            if name in values:
+                share = values["tokens"] / tokens.item()
+                metrics[name] = metrics.get(name, 0.0) + values[name] * share
+    return metrics
