@@ -1,6 +1,7 @@
 """Rewards: what counts as an answer, and when it is right."""
 
 import math
+import random
 import subprocess
 import time
 from decimal import Decimal
@@ -191,6 +192,27 @@ def test_the_judge(answer, reference, value, scorer):
     scores = scorer.score([Sample("", tagged(answer), reference)])
     assert scores.parts["accuracy"] == [value]
     assert (scores.timeouts, scores.crashes) == (0, 0)
+
+
+def test_any_text_can_be_read():
+    draw = random.Random(0)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", r"\boxed{", "}", "####", "$", r"\(", "(", ")", "18", ","]
+    pieces += [".", "-", "%", r"\%", "=", "or", "x", "^", r"\frac", "1,8", r"\u", "\u0661", "\ud800", "\0"]
+    for _ in range(20_000):
+        text = draw.choice(["", " ", "\n"]).join(draw.choices(pieces, k=draw.randint(1, 12)))
+        sample = Sample(draw.choice(["", "<think>"]), text, draw.choice(["18", r"\frac{1}{2}", text]))
+        outcome = triage(sample)
+        if isinstance(outcome, tuple):
+            answer, reference = outcome
+            assert answer
+            assert reference
+            assert answer != reference
+            assert answer in text
+        elif math.isnan(outcome):
+            assert sample.answer == text
+        else:
+            assert outcome in (0.0, 1.0)
+        assert format_reward(sample) in (0.0, 1.0)
 
 
 @pytest.mark.parametrize("text", [r"\boxed{", "<answer>", "####", "(", "$", "{", "\\", "<think>", "1,"])

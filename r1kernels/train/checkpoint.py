@@ -114,13 +114,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         try:
             actual = file.stat().st_size
             if actual != size:
-                raise CheckpointError(
-                    f"damaged checkpoint: {file} has {actual} bytes, its manifest says {size}"
-                )
+                raise CheckpointError(f"damaged checkpoint: {file} has {actual} bytes, its manifest says {size}")
             if _sha256(file) != digest:
-                raise CheckpointError(
-                    f"damaged checkpoint: {file} does not match the SHA-256 in its manifest"
-                )
+                raise CheckpointError(f"damaged checkpoint: {file} does not match the SHA-256 in its manifest")
         except OSError as error:
             raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
     try:
@@ -212,18 +208,14 @@ def _manifest_entries(path: Path) -> Iterator[tuple[str, int, str]]:
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"no checkpoint at {path}: cannot read {manifest_file}: {error.strerror}"
-        ) from error
+        raise CheckpointError(f"no checkpoint at {path}: cannot read {manifest_file}: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"damaged checkpoint: {manifest_file} is not JSON: {error}") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:
         raise CheckpointError(f"{manifest_file}: format {version!r}, expected {FORMAT}")
     try:
-        entries = [
-            (name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        ]
+        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged checkpoint: {manifest_file} does not list its files") from error
     if not any(name == STATE for name, _, _ in entries):
@@ -256,9 +248,7 @@ def _check_plain(value: Any, where: str) -> None:
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
     elif type(value) not in _PLAIN_LEAVES:
-        raise TypeError(
-            f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values only"
-        )
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values only")
 
 
 def _files(directory: Path) -> list[Path]:

@@ -74,9 +74,7 @@ def _gsm8k_problem(line: bytes, path: Path, number: int) -> Problem:
     _, mark, gold = row["answer"].rpartition(GOLD_MARK)
     gold = gold.strip()
     if not mark or not gold:
-        raise DataError(
-            f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference, got {row['answer']!r:.80}"
-        )
+        raise DataError(f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference, got {row['answer']!r:.80}")
     if plain_number(gold) is not None:
         gold = gold.replace(",", "")
     return Problem(f"{path.stem}-{number}", row["question"].strip(), gold)
