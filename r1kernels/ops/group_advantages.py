@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import _library
-from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64, values_are_free
 
 SCALES = ("group_std", "batch_std", "none")
 
@@ -34,6 +34,10 @@ def reference(
     rewards: Tensor, group_ids: Tensor | None, group_size: int, scale: str, ddof: int, eps: float
 ) -> Tensor:
     """The same in plain PyTorch, in float64 inside."""
+    if values_are_free(rewards) and rewards.isinf().any():
+        position = int(rewards.isinf().nonzero()[0])
+        raise ValueError(f"rewards[{position}] is {float(rewards[position])}, expected a finite number, or NaN for "
+                         "unscorable")
     r = rewards.double()
     if group_ids is None:
         groups, count = torch.arange(len(r), device=r.device) // group_size, len(r) // max(group_size, 1)
