@@ -45,7 +45,7 @@ class Console:
         self._rows: list[tuple[str, ...]] = []
         self._samples: list[tuple[str, str, float]] = []
         self._status, self._headed = "", False
-        self._started: tuple[float, int] | None = None
+        self._clocks: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
         if not self._plain:
@@ -67,7 +67,7 @@ class Console:
         self._refresh()
 
     def pretraining(self, step: int, steps: int, loss: float) -> None:
-        text = f"pre-training {step}/{steps}  loss {loss:.3f}  ETA {self._eta(step, steps)}"
+        text = f"pre-training {step}/{steps}  loss {loss:.3f}  ETA {self._eta('pretrain', step, steps)}"
         if self._plain:
             print(text, flush=True)
         self.phase(text)
@@ -83,7 +83,7 @@ class Console:
         """A finished step of RL."""
         row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
         self._rows.append(row)
-        eta = self._eta(int(metrics["step"]) + 1, steps)
+        eta = self._eta("rl", int(metrics["step"]) + 1, steps)
         if self._plain:
             if not self._headed:
                 print("  ".join(f"{name:>8}" for name in (*COLUMNS, "ETA")), flush=True)
@@ -91,20 +91,14 @@ class Console:
             print("  ".join(f"{cell:>8}" for cell in (*row, eta)), flush=True)
         self.phase(f"step {metrics['step'] + 1:.0f}/{steps}  ETA {eta}")
 
-    def restart_clock(self) -> None:
-        """Begins a phase whose steps take another time."""
-        self._started = None
-
-    def _eta(self, step: int, steps: int) -> str:
+    def _eta(self, phase: str, step: int, steps: int) -> str:
+        """Time left in a phase, at the pace since its first step that was seen here."""
         now = time.monotonic()
-        if self._started is None:
-            self._started = (now, step)
+        begin, first = self._clocks.setdefault(phase, (now, step))
+        if step == first:
             return "?"
-        begin, first = self._started
-        seconds = round((now - begin) / max(1, step - first) * (steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds >= 3600 else (
-            f"{seconds // 60}:{seconds % 60:02}"
-        )
+        minutes, seconds = divmod(round((now - begin) / (step - first) * (steps - step)), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
     def _refresh(self) -> None:
         if not self._live:
