@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -21,6 +19,9 @@ from r1kernels.train.schema import ConfigError
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing padding token becomes the end-of-text token."""
+    looks_local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ConfigError(f"'model.path' {str(path)!r} is not a directory")
     try:
         # For some architectures AutoTokenizer rebuilds its own pre-tokenizer over a directory's tokenizer.json. One
         # that declares the generic class is to be read as it is.
@@ -38,14 +39,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
-    """The model in evaluation mode, without the sampling defaults it may bring.
-
-    A hub model's generation defaults (top-k, a repetition penalty, ...) would make rollouts off-policy.
-    """
+    """The model, in float32 and in evaluation mode."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {reason}") from error
-    model.generation_config = GenerationConfig(eos_token_id=copy.copy(model.generation_config.eos_token_id))
     return model.to(device).eval()

@@ -69,6 +69,9 @@ class TransformersSampler:
         self.model, self.tokenizer, self.check = model, tokenizer, check
         eos = model.generation_config.eos_token_id
         self._eos = [tokenizer.eos_token_id] if eos is None else eos if isinstance(eos, list) else [eos]
+        # `generate` takes what it is not told from here; a model's own top-k or repetition penalty would make
+        # rollouts off-policy.
+        model.generation_config = GenerationConfig(eos_token_id=self._eos)
 
     def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
         """One completion of each prompt, drawn from torch's global generator."""

@@ -1,0 +1,174 @@
+"""Rollouts: what was sampled, with which probability, and the gradient of an update on it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import r1kernels
+from r1kernels.train.config import CorpusConfig, EvalConfig, TinyConfig
+from r1kernels.train.data import Problem
+from r1kernels.train.evaluate import evaluate
+from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.randomness import permutation, torch_seeded
+from r1kernels.train.rewards import Scorer, Scores
+from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.tiny import make_model, make_tokenizer
+from r1kernels.train.update import Rollout, completion_logits, minibatch_gradient, rollout_logprobs
+
+PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(CorpusConfig(), 6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = make_model(TinyConfig(hidden_size=32, intermediate_size=32, layers=2, heads=2), tokenizer, seed=0).eval()
+    with torch.no_grad():  # so that some completions end and some do not
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def completions(model, tokenizer):
+    with torch_seeded(0, "test"):
+        return TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
+
+
+@pytest.fixture
+def rollout(completions):
+    zeros = torch.zeros_like(completions.logprobs)
+    advantages = torch.linspace(-1, 1, len(PROMPTS))
+    of_completions = {name: getattr(completions, name) for name in ("prompt_ids", "prompt_mask", "token_ids", "mask")}
+    return Rollout(**of_completions, advantages=advantages, old_logprobs=zeros, ref_logprobs=zeros)
+
+
+def test_completions_end_where_they_say(completions, tokenizer):
+    assert completions.finished.any() and not completions.finished.all()
+    for row, text in enumerate(completions.texts):
+        ids = completions.token_ids[row][completions.mask[row]].tolist()
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert (tokenizer.eos_token_id in ids) == bool(completions.finished[row])
+        assert tokenizer.eos_token_id not in ids[:-1]
+        assert len(ids) == completions.lengths[row] and (completions.finished[row] or len(ids) == 12)
+
+
+def test_sampled_logprobs_are_those_of_a_plain_forward(completions, model):
+    for row in range(len(PROMPTS)):
+        prompt = completions.prompt_ids[row][completions.prompt_mask[row]]
+        tokens = completions.token_ids[row][completions.mask[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(completions.logprobs[row][completions.mask[row]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_follows_the_seed_and_leaves_the_generator_alone(model, tokenizer):
+    sampler, before = TransformersSampler(model, tokenizer), torch.get_rng_state()
+    texts = []
+    for seed in (0, 0, 1):
+        with torch_seeded(seed, "here"):
+            texts.append(sampler.sample(PROMPTS, Sampling(1.0, 8)).texts)
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_defaults_of_the_model_do_not_shape_rollouts(model, tokenizer):
+    with torch_seeded(0, "here"):
+        plain = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, do_sample=False)
+    with torch_seeded(0, "here"):
+        assert TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts == plain
+
+
+def test_a_rollout_can_be_stopped_between_tokens(model, tokenizer):
+    checks = []
+
+    def check():
+        checks.append(0)
+        if len(checks) == 3:
+            raise Interrupted("SIGINT")
+
+    with pytest.raises(Interrupted):
+        TransformersSampler(model, tokenizer, check).sample(PROMPTS, Sampling(1.0, 8))
+    assert len(checks) == 3
+
+
+def test_rows_drop_only_padding(rollout, model):
+    rows = torch.tensor([0, 3])
+    part = rollout.rows(rows)
+    assert part.prompt_ids.shape[1] < rollout.prompt_ids.shape[1]
+    whole, cut = completion_logits(model, rollout)[rows], completion_logits(model, part)
+    mask = part.mask
+    torch.testing.assert_close(whole[:, : mask.shape[1]][mask], cut[mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["r1", "dapo", "dr_grpo"])
+def test_micro_batches_change_no_gradient(rollout, model, preset):
+    options = {"max_length": 12} if preset == "dr_grpo" else {}
+    objective = getattr(r1kernels.objectives, preset)(**options)
+    rows = torch.tensor(permutation(len(PROMPTS), 0))
+    gradients, metrics = [], []
+    for size in (12, 5, 1):
+        batches = rows.split(size)
+        old = rollout_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+        shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1, ref_logprobs=old + 0.2)
+        model.zero_grad()
+        metrics.append(
+            minibatch_gradient(model, shifted, batches, objective, temperature=0.7, check=lambda: None)
+        )
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].norm() > 0
+    for gradient, metric in zip(gradients[1:], metrics[1:], strict=True):
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
+        assert metric == pytest.approx(metrics[0], rel=1e-3, abs=1e-6)
+
+
+def test_the_first_ratio_is_exactly_one(rollout, model):
+    batches = torch.tensor(permutation(len(PROMPTS), 0)).split(5)
+    old = rollout_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+    fresh = dataclasses.replace(rollout, old_logprobs=old)
+    metrics = minibatch_gradient(
+        model, fresh, batches, r1kernels.objectives.grpo(), temperature=0.7, check=lambda: None
+    )
+    assert metrics["ratio_deviation"] == 0.0
+
+
+class FixedScores:
+    """Scores the first two questions 1, 1, 1, 0 and 0, 0, 1, NaN."""
+
+    def score(self, samples):
+        accuracy = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, float("nan")]
+        assert len(samples) == len(accuracy)
+        return Scores({"accuracy": accuracy, "format": [1.0] * 8}, accuracy)
+
+
+def test_pass_at_1_and_its_standard_error(model, tokenizer):
+    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
+    settings = EvalConfig(samples=4, questions=2, batch_size=3)
+    result = evaluate(
+        TransformersSampler(model, tokenizer), problems, FixedScores(), settings,
+        max_new_tokens=5, open_think=False, seed=0,
+    )
+    shares = torch.tensor([3 / 4, 1 / 3], dtype=torch.float64)
+    assert result.pass_at_1 == pytest.approx(shares.mean().item())
+    assert result.standard_error == pytest.approx((shares.std() / 2**0.5).item())
+    assert (result.unscorable, result.parts["format"]) == (1, 1.0)
+    assert len(result.examples) == 2 and result.examples[1][:2] == ("Compute 2+2", "4")
+
+
+def test_evaluation_is_repeatable(model, tokenizer):
+    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
+    with Scorer({"accuracy": 1.0}) as scorer:
+        results = [
+            evaluate(
+                TransformersSampler(model, tokenizer), problems, scorer, EvalConfig(samples=3),
+                max_new_tokens=6, open_think=True, seed=seed,
+            )
+            for seed in (0, 0, 1)
+        ]
+    assert results[0] == results[1]
+    assert results[0].prompt_hash == results[2].prompt_hash and results[0].examples != results[2].examples
