@@ -156,9 +156,12 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   return grad_logits;
 }
 
-r1k::Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs, int64_t sequences) {
+// Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
+r1k::Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs, int64_t sequences,
+                         bool packed) {
   if (!tensor.has_value()) return {nullptr, false};
-  const bool per_sequence = tensor->dim() != logprobs.dim() || tensor->numel() != logprobs.numel();
+  const bool per_token = tensor->dim() == logprobs.dim() && tensor->numel() == logprobs.numel();
+  const bool per_sequence = !per_token || (packed && tensor->numel() == sequences);
   return {floats(tensor, name, per_sequence ? sequences : logprobs.numel()), per_sequence};
 }
 
@@ -205,8 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   args.ref_logprobs = floats(ref_logprobs, "ref_logprobs", count);
   args.entropy = floats(entropy, "entropy", count);
   args.mask = bools(mask, "mask", count);
-  args.advantages = broadcast(advantages, "advantages", logprobs, args.sequences);
-  args.importance_weights = broadcast(importance_weights, "importance_weights", logprobs, args.sequences);
+  const bool packed = cu_seqlens.has_value();
+  args.advantages = broadcast(advantages, "advantages", logprobs, args.sequences, packed);
+  args.importance_weights =
+      broadcast(importance_weights, "importance_weights", logprobs, args.sequences, packed);
   args.normalizer = floats(normalizer, "normalizer", 1);
   R1K_CHECK(args.normalizer == nullptr || (*args.normalizer > 0 && std::isfinite(*args.normalizer)),
             "normalizer is ", *args.normalizer, ", expected a positive finite number");

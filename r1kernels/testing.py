@@ -20,6 +20,7 @@ from torch import Tensor
 from r1kernels.objectives import Objective
 
 EPS32 = torch.finfo(torch.float32).eps
+REPEATED = ("advantages", "importance_weights")  # one per token or one per sequence
 # torch.compile of any autograd.Function warns about its own use of it.
 DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
 
@@ -269,7 +270,8 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
         if value is None:
             return [default] * n
         flat = value.detach().double().flatten().tolist()
-        return flat if value.shape == shape else [flat[owner[t]] for t in range(n)]
+        packed_per_sequence = inputs.get("cu_seqlens") is not None and len(flat) == len(sequences) and name in REPEATED
+        return flat if value.shape == shape and not packed_per_sequence else [flat[owner[t]] for t in range(n)]
 
     logp, a, iw = column("logprobs", 0), column("advantages", 0), column("importance_weights", 1)
     old, ref, entropy = column("old_logprobs", math.nan), column("ref_logprobs", math.nan), column("entropy", 0)

@@ -237,7 +237,7 @@ def policy_loss(
 
     Args:
         logprobs: (B, T), or packed (N,) with `cu_seqlens`; float, computed in float32 (float64 if given so).
-        advantages: (B,) / (S,) per sequence, or per token with the shape of logprobs.
+        advantages: (B,) / (S,) per sequence, or per token with the shape of logprobs; per sequence where S = N.
         old_logprobs: the shape of logprobs: log-probs at the time of the rollout. None: on-policy, ratio exactly 1.
         ref_logprobs: the shape of logprobs: log-probs of the reference model. Required iff `objective.kl_coef != 0`;
             given without it, the KL is measured only.

@@ -38,6 +38,7 @@ class _Sequences:
 
     def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
         n, device = logprobs.numel(), logprobs.device
+        self.packed = cu_seqlens is not None
         if cu_seqlens is not None:
             _check_cu_seqlens(cu_seqlens, n)
             self.count = len(cu_seqlens) - 1
@@ -46,6 +47,11 @@ class _Sequences:
             length = logprobs.shape[-1]
             self.count = logprobs.shape[:-1].numel()
             self.index = torch.arange(n, device=device) // max(length, 1)
+
+    def per_token(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """Flattened; one value per sequence is repeated. Where packed S = N, a value is one per sequence."""
+        given_per_token = value.shape == shape and not (self.packed and value.numel() == self.count)
+        return value.reshape(-1) if given_per_token else value.reshape(-1)[self.index]
 
     def sum(self, per_token: Tensor) -> Tensor:
         return per_token.new_zeros(self.count).index_add(0, self.index, per_token)
@@ -127,14 +133,16 @@ def reference(
     counts = mask.to(logprobs.dtype)
 
     def counted(value: Tensor | None) -> Tensor | None:
-        """Flattened, one per token, 0 behind the mask."""
-        if value is None:
-            return None
-        per_token = value.reshape(-1) if value.shape == shape else value.reshape(-1)[sequences.index]
-        return torch.where(mask, per_token, 0)
+        """Flattened, 0 behind the mask."""
+        return None if value is None else torch.where(mask, value.reshape(-1), 0)
 
-    logp, advantages, entropy = counted(logprobs), counted(batch.advantages), counted(batch.entropy)
-    old, ref, importance = counted(batch.old_logprobs), counted(batch.ref_logprobs), counted(batch.importance_weights)
+    def repeated(value: Tensor | None) -> Tensor | None:
+        """`counted`, of one value per token or per sequence."""
+        return None if value is None else counted(sequences.per_token(value, shape))
+
+    logp, entropy = counted(logprobs), counted(batch.entropy)
+    old, ref = counted(batch.old_logprobs), counted(batch.ref_logprobs)
+    advantages, importance = repeated(batch.advantages), repeated(batch.importance_weights)
     log_ratio = logp - (logp.detach() if old is None else old)
     if objective.ratio == "sequence":
         log_ratio = (sequences.sum(log_ratio) / sequences.sum(counts).clamp(min=1))[sequences.index]
