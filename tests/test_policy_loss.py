@@ -191,6 +191,19 @@ def test_packed_tokens_need_no_sequences_where_the_objective_has_none(implementa
     check(inputs, objectives.dapo())
 
 
+@pytest.mark.parametrize("lengths", [[2, 0, 1], [1, 1, 1], [0, 3, 0]])
+def test_as_many_packed_sequences_as_tokens(lengths: list[int], implementation: str) -> None:
+    """Three values for three sequences of three tokens in all are one per sequence."""
+    inputs = testing.packed(testing.random_policy(3, 3), lengths)
+    assert inputs["advantages"].shape == inputs["logprobs"].shape
+    result, grad, _ = evaluate(inputs, objectives.grpo())
+    owner = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    repeated = inputs | {k: inputs[k][owner] for k in ("advantages", "importance_weights")}
+    repeated["cu_seqlens"] = torch.cat([inputs["cu_seqlens"], torch.tensor([3])])  # a fourth, empty one ends the doubt
+    expected, expected_grad, _ = evaluate(repeated | {"normalizer": 3}, objectives.grpo())
+    assert torch.equal(result.loss, expected.loss) and torch.equal(grad, expected_grad)
+
+
 def test_the_gradient_of_the_loss_scales_with_its_own(implementation: str) -> None:
     inputs = testing.random_policy()
     logprobs = inputs.pop("logprobs").requires_grad_()
