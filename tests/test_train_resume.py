@@ -130,8 +130,9 @@ def test_stopped_again_and_again(uninterrupted, tmp_path, monkeypatch):
     rng = random.Random(0)
     seen, stops = set(), 0
     while True:
-        # A rollout with its log-probs takes 14 checks, and begins again when stopped before their end.
-        StopAfter.patience = rng.randint(1, 22)
+        # Twice within pre-training; then a rollout with its log-probs takes 14 checks, and begins again when stopped
+        # before their end.
+        StopAfter.patience = 3 if stops < 2 else rng.randint(1, 22)
         if run_module.train(config, resume=stops > 0, plain=True) == 0:
             break
         stops += 1
