@@ -1,6 +1,10 @@
-"""Every test runs with fresh memory filled with NaN (deterministic mode does that) and on at most two threads."""
+"""Every test runs with fresh memory filled with NaN (deterministic mode does that) and on one thread.
 
-from collections.abc import Iterator
+On busy cores a second thread mostly waits: the same tests take 60 times as long. What threads may change, which is
+nothing, has tests of its own.
+"""
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,10 +13,17 @@ from hypothesis import settings
 from r1kernels import backend
 
 torch.use_deterministic_algorithms(True)
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40, database=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture
+def on_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for the rest of a test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -127,22 +127,18 @@ def test_padding(name: str, lengths: list[int], seed: int, more: int) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_threads_change_no_bit(name: str) -> None:
+def test_threads_change_no_bit(name: str, on_threads: Callable[[int], None]) -> None:
     """More tokens than a thread takes at once, in sequences of very different length."""
     inputs = testing.random_policy(64, 400)
     inputs["mask"] = testing.length_mask(testing.random_lengths(64, 400), 400)
     inputs["logprobs"].requires_grad_()
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with backend("cpu"):
-                loss, metrics = policy_loss(**inputs, objective=make_objective(name, "token_mean"))
-            (grad,) = torch.autograd.grad(loss, inputs["logprobs"])
-            results.append((loss, grad, *metrics.values()))
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        on_threads(threads)
+        with backend("cpu"):
+            loss, metrics = policy_loss(**inputs, objective=make_objective(name, "token_mean"))
+        (grad,) = torch.autograd.grad(loss, inputs["logprobs"])
+        results.append((loss, grad, *metrics.values()))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

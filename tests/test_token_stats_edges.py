@@ -232,7 +232,9 @@ def test_all_masked(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [5, 4099])
-def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype, vocab: int) -> None:
+def test_rows_do_not_depend_on_their_batch(
+    dtype: torch.dtype, vocab: int, on_threads: Callable[[int], None]
+) -> None:
     """Bit for bit: alone, in a batch, in another order, padded, with another number of threads."""
     logits, ids = testing.random_logits(24, vocab, dtype=dtype, scale=8), testing.random_ids(24, vocab=vocab)
 
@@ -244,16 +246,14 @@ def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype, vocab: int) -> No
 
     whole = run(slice(None))
     order = torch.randperm(24, generator=testing.generator(5))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single_thread = run(slice(None))
-    finally:
-        torch.set_num_threads(threads)
+    one_by_one = [run(slice(n, n + 1)) for n in range(24)]
+    reordered = run(order)
     for k, value in enumerate(whole):
-        assert torch.equal(value, single_thread[k])
-        assert torch.equal(value[order], run(order)[k])
-        assert torch.equal(value, torch.cat([run(slice(n, n + 1))[k] for n in range(24)]))
+        assert torch.equal(value[order], reordered[k])
+        assert torch.equal(value, torch.cat([row[k] for row in one_by_one]))
+    for threads in (2, 3):
+        on_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(whole, run(slice(None)), strict=True))
 
 
 # ---- more than 2^31 elements ------------------------------------------------------------------------------
