@@ -40,7 +40,7 @@ class ModelConfig:
 class CorpusConfig:
     """What the generated text of pre-training is made of (see `tiny.document`); all are probabilities."""
 
-    textbook: float = 0.5
+    textbook: float = 0.6
     worked: float = 0.15
     tagged: float = 0.5
     terse_wrong: float = 0.8
