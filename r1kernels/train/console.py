@@ -44,7 +44,7 @@ class Console:
         self._live: Live | None = None
         self._rows: list[tuple[str, ...]] = []
         self._samples: list[tuple[str, str, float]] = []
-        self._status, self._headed = "", False
+        self._status, self._left, self._headed = "", "", False
         self._clocks: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
@@ -67,9 +67,10 @@ class Console:
         self._refresh()
 
     def pretraining(self, step: int, steps: int, loss: float) -> None:
-        text = f"pre-training {step}/{steps}  loss {loss:.3f}  ETA {self._eta('pretrain', step, steps)}"
+        text = f"pre-training {step}/{steps}  loss {loss:.3f}"
+        self._left = self._eta("pretrain", step, steps)
         if self._plain:
-            print(text, flush=True)
+            print(f"{text}  ETA {self._left}", flush=True)
         self.phase(text)
 
     def samples(self, samples: Sequence[tuple[str, str, float]]) -> None:
@@ -83,13 +84,13 @@ class Console:
         """A finished step of RL."""
         row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
         self._rows.append(row)
-        eta = self._eta("rl", int(metrics["step"]) + 1, steps)
+        self._left = self._eta("rl", int(metrics["step"]) + 1, steps)
         if self._plain:
             if not self._headed:
                 print("  ".join(f"{name:>8}" for name in (*COLUMNS, "ETA")), flush=True)
                 self._headed = True
-            print("  ".join(f"{cell:>8}" for cell in (*row, eta)), flush=True)
-        self.phase(f"step {metrics['step'] + 1:.0f}/{steps}  ETA {eta}")
+            print("  ".join(f"{cell:>8}" for cell in (*row, self._left)), flush=True)
+        self.phase(f"step {metrics['step'] + 1:.0f}/{steps}")
 
     def _eta(self, phase: str, step: int, steps: int) -> str:
         """Time left in a phase, at the pace since its first step that was seen here."""
@@ -112,7 +113,8 @@ class Console:
             Panel(Text(completion.strip()[:600]), title=Text(f"{question[:80]}  reward {reward:g}"), title_align="left")
             for question, completion, reward in self._samples[:3]
         ]
-        self._live.update(Group(table, *panels, Text(self._status, style="bold")))
+        status = f"{self._status}  ETA {self._left}" if self._left else self._status
+        self._live.update(Group(table, *panels, Text(status, style="bold")))
 
 
 def _cell(metrics: Mapping[str, float], key: str | tuple[str, ...], form: str) -> str:

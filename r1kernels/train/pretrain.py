@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ def pretrain(
     path = latest_checkpoint(base_dir)
     if path is None:
         tokenizer = make_tokenizer(settings.corpus, data.max_terms, config.seed)
-        model, step = make_model(config.model.tiny, tokenizer, config.seed), 0
+        model, step, spent = make_model(config.model.tiny, tokenizer, config.seed), 0, 0.0
     else:
         checkpoint = load_checkpoint(path)
         tokenizer = load_tokenizer(checkpoint.model_dir)
-        model, step = load_model(checkpoint.model_dir), checkpoint.state["step"]
+        model = load_model(checkpoint.model_dir)
+        step, spent = checkpoint.state["step"], checkpoint.state["seconds"]
     if step == settings.steps:
         return model, tokenizer
     optimizer = torch.optim.AdamW(
@@ -46,8 +48,11 @@ def pretrain(
     if path is not None:
         optimizer.load_state_dict(checkpoint.state["optimizer"])
 
+    started = time.monotonic() - spent
+
     def save() -> None:
-        state: dict[str, Any] = {"step": step, "optimizer": optimizer.state_dict()}
+        seconds = time.monotonic() - started
+        state: dict[str, Any] = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
         save_checkpoint(base_dir, step, model=model, tokenizer=tokenizer, state=state, keep=1)
 
     model.train()
@@ -68,7 +73,8 @@ def pretrain(
                 optimizer.step()
                 step += 1
                 if step % LOG_EVERY == 0 or step == settings.steps:
-                    log.write({"step": step - 1, "loss": loss.item()})
+                    seconds = time.monotonic() - started
+                    log.write({"step": step - 1, "loss": loss.item(), "seconds_total": seconds})
                     console.pretraining(step, settings.steps, loss.item())
                 if step % config.checkpoint.pretrain_every == 0 or step == settings.steps:
                     save()

@@ -92,7 +92,9 @@ def _text(run_dir: Path, lines: list[dict[str, Any]]) -> str:
         seconds = {name: sum(line[f"seconds_{name}"] for line in steps) for name in names}
         total = lines[-1]["seconds_total"]
         seconds["evaluation, saving and the rest"] = total - sum(seconds.values())
+        base = read_metrics(run_dir / "base" / "metrics.jsonl")
         parts += [
+            *(f"Pre-training: {line['step'] + 1} steps in {line['seconds_total']:.0f} s." for line in base[-1:]),
             f"{len(steps)} steps of RL in {total:.0f} s: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
             + ".",
