@@ -92,7 +92,8 @@ class Objective:
     def _check_number(self, field: str, minimum: float = -math.inf, strict: bool = False) -> None:
         value = getattr(self, field)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < minimum or (strict and value == minimum):
+        # Comparisons alone, which torch.compile can trace.
+        if not number or not (-math.inf < value < math.inf and (value > minimum if strict else value >= minimum)):
             bound = "" if minimum == -math.inf else f" {'>' if strict else '>='} {minimum:g}"
             raise ValueError(f"{field} is {value!r}, expected a finite number{bound}")
 

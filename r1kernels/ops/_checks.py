@@ -35,7 +35,8 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: b
     """A finite Python number, at least (or above, when `strict`) `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}, expected a Python number")
-    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+    # Comparisons alone: torch.compile traces them for a number that changes between calls, math.isfinite it does not.
+    if not (-math.inf < value < math.inf and (value > minimum if strict else value >= minimum)):
         raise ValueError(f"{name} is {value!r}, expected a finite number {'>' if strict else '>='} {minimum:g}")
     return float(value)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64, values_are_free
 from r1kernels.ops.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,6 +46,8 @@ def cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer was given with reduction {reduction!r}, expected 'mean'")
     check_floating("logits", logits)
@@ -72,5 +75,7 @@ def _denominator(normalizer: Any, logits: Tensor) -> Tensor | float:
         if normalizer.device != logits.device:
             raise ValueError(f"normalizer is on {normalizer.device}, expected {logits.device} like logits")
         check_shape("normalizer", normalizer, (), "a 0-d tensor")
+        if values_are_free(normalizer) and not 0 < float(normalizer) < math.inf:
+            raise ValueError(f"normalizer is {float(normalizer)}, expected a positive finite number")
         return normalizer.detach().to(torch.float32)
     return check_number("normalizer", normalizer, minimum=0.0, strict=True)

@@ -91,7 +91,7 @@ def group_advantages(
     check_floating("rewards", rewards)
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
-    if ddof not in (0, 1):
+    if not isinstance(ddof, int) or ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof!r}, expected 0 or 1")
     eps = check_number("eps", eps, minimum=0.0)
     if group_ids is None and group_size is None and rewards.dim() == 2:

@@ -155,6 +155,9 @@ def check_inputs(
     are constants: no gradient.
     """
     if not isinstance(objective, Objective):
+        if objective is Objective or getattr(objective, "__module__", "") == objectives.__name__:
+            name = objective.__name__
+            raise TypeError(f"objective is {name} itself, expected what it returns: {name}(...)")
         if not callable(objective):
             raise TypeError(f"objective is {objective!r}, expected an Objective or a callable (logprobs, batch)")
         objective = Objective(surrogate=objective, aggregate="token_mean")
