@@ -24,10 +24,10 @@ REPEATED = ("advantages", "importance_weights")  # one per token or one per sequ
 # torch.compile of any autograd.Function warns about its own use of it.
 DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
 
-def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
     """`function` under torch.compile as one graph, with nothing left of earlier compilations."""
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=backend)
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------
@@ -341,18 +341,20 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
     def exactly(value: float) -> Expected:
         return Expected(torch.tensor(float(value), dtype=torch.float64), torch.tensor(abs(float(value))))
 
+    def total_of(name: str, count: int = 1) -> Expected:
+        return Expected(exactly(sums[name] / count).value, exactly(terms[name] / count).value)
+
     def mean(name: str) -> Expected:
-        return Expected(torch.tensor(sums[name]).double() / max(total, 1), torch.tensor(terms[name]) / max(total, 1))
+        return total_of(name, max(total, 1))
 
     def fraction(kind: str) -> Expected:
         return exactly(sum(clip == kind for clip in clips) / max(total, 1))
 
-    moving = sum(g[t] != 0 or eta[t] != 0 for tokens in counted for t in tokens)
-    one = exactly(1)
+    one, moving = exactly(1), sum(g[t] != 0 or eta[t] != 0 for tokens in counted for t in tokens)
     metrics = {
         "tokens": exactly(total),
         "sequences": exactly(len(sequences)),
-        "surrogate_loss": Expected(exactly(sums["surrogate_loss"]).value, exactly(terms["surrogate_loss"]).value),
+        "surrogate_loss": total_of("surrogate_loss"),
         **({"kl": mean("kl")} if has_kl else {}),
         **({"entropy": mean("entropy")} if has_entropy else {}),
         "ratio_mean": mean("ratio_mean") if total else one,
@@ -367,7 +369,7 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
         "nonfinite_tokens": exactly(0),
     }
     return PolicyExpected(
-        loss=Expected(exactly(sums["loss"]).value, exactly(terms["loss"]).value),
+        loss=total_of("loss"),
         grad_logprobs=Expected(tensor(g), tensor(g_terms)),
         grad_entropy=Expected(tensor(eta), tensor(eta).abs()),
         metrics=metrics,
@@ -379,8 +381,7 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
 
 def _moments(rewards: list[Fraction], ddof: int) -> tuple[Fraction, float]:
     mean = Fraction(sum(rewards), max(len(rewards), 1))
-    variance = sum(((r - mean) ** 2 for r in rewards), Fraction(0)) / max(len(rewards) - ddof, 1)
-    return mean, math.sqrt(variance)
+    return mean, math.sqrt(Fraction(sum((r - mean) ** 2 for r in rewards), max(len(rewards) - ddof, 1)))
 
 
 def group_advantages(

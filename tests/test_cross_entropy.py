@@ -138,6 +138,8 @@ LOGITS, TARGETS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         ((LOGITS, TARGETS), {"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of mean, sum, none"),
         ((LOGITS, TARGETS), {"temperature": 0.0}, ValueError, r"temperature is 0\.0, expected"),
         ((LOGITS, TARGETS), {"normalizer": 0}, ValueError, "normalizer is 0, expected a finite number > 0"),
+        ((LOGITS, TARGETS), {"normalizer": torch.tensor(0.0)}, ValueError, r"normalizer is 0\.0, expected a positive"),
+        ((LOGITS, TARGETS), {"ignore_index": None}, TypeError, "ignore_index is None, expected an integer"),
         ((LOGITS, TARGETS), {"normalizer": torch.ones(2)}, ValueError, r"normalizer has shape \(2,\), expected \(\)"),
         (
             (LOGITS, TARGETS), {"normalizer": 2, "reduction": "sum"},

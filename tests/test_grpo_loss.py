@@ -213,6 +213,24 @@ def test_compile_fullgraph(compiler: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_with_lengths_and_temperatures_that_change(packed: bool, implementation: str) -> None:
+    def loss_of(temperature: float, **inputs: Tensor) -> Tensor:
+        return grpo_loss(**inputs, temperature=temperature).loss
+
+    run = testing.compiled(loss_of, dynamic=True)
+    for sequences, length, temperature in ((2, 3, 1.0), (4, 5, 0.7), (3, 7, 0.6)):
+        inputs = {k: v[:sequences, :length] if v.dim() > 1 else v[:sequences] for k, v in batch().items()}
+        if packed:
+            inputs = {k: v.flatten(0, 1) if v.dim() > 1 else v for k, v in inputs.items()}
+            inputs["cu_seqlens"] = torch.arange(sequences + 1) * length
+        inputs["logits"] = inputs["logits"].clone().requires_grad_()
+        losses = run(temperature, **inputs), loss_of(temperature, **inputs)
+        grads = [torch.autograd.grad(loss, inputs["logits"])[0] for loss in losses]
+        assert torch.equal(*losses) and torch.equal(*grads)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_fakes(device: str, packed: bool) -> None:
