@@ -378,7 +378,6 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
 
 # ---- group advantages -------------------------------------------------------------------------------------
 
-
 def _moments(rewards: list[Fraction], ddof: int) -> tuple[Fraction, float]:
     mean = Fraction(sum(rewards), max(len(rewards), 1))
     return mean, math.sqrt(Fraction(sum((r - mean) ** 2 for r in rewards), max(len(rewards) - ddof, 1)))
