@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   const int64_t count = token_ids.numel();
   Tensor logprobs = empty(logits, sizes, ScalarType::Float);
   Tensor lse = empty(logits, sizes, ScalarType::Double);
-  Tensor entropy = empty(logits, sizes, ScalarType::Float);
+  Tensor entropy = empty(logits, sizes, ScalarType::Double);
   R1K_CHECK(logprobs.numel() == count, "token_ids must have the shape of logits without its last dimension");
   if (count == 0) return {logprobs, lse, entropy};
 
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   }
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
   args.lse = static_cast<double*>(lse.data_ptr());
-  args.entropy = static_cast<float*>(entropy.data_ptr());
+  args.entropy = static_cast<double*>(entropy.data_ptr());
   const auto forward = r1k::active_token_stats_kernels()->forward;
   torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { forward(args, begin, end); });
@@ -141,7 +141,7 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   args.logits = row_view(logits);
   args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
   args.lse = data<double>(lse, "lse", ScalarType::Double, count);
-  args.entropy = floats(entropy, "entropy", count);
+  args.entropy = data<double>(entropy, "entropy", ScalarType::Double, count);
   args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
   args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
   args.temperature = temperature;

@@ -26,7 +26,7 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMESPACE = "r1kernels"
 _schemas = torch.library.Library(_NAMESPACE, "DEF")
 
-# (..., V), (...) -> log-prob, log-sum-exp (float64), entropy, each (...). Masked rows are not read and give 0.
+# (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
 _schemas.define(
     "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)"
 )
@@ -58,7 +58,7 @@ def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
     return (
         logits.new_empty(shape, dtype=torch.float32),
         logits.new_empty(shape, dtype=torch.float64),
-        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.float64),
     )
 
 

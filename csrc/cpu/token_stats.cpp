@@ -135,7 +135,7 @@ void forward_rows(const TokenStatsForward& args, int64_t row_begin, int64_t row_
                                      args.token_ids[n], args.temperature);
     args.logprobs[n] = static_cast<float>(stats.logprob);
     args.lse[n] = stats.lse;
-    args.entropy[n] = static_cast<float>(stats.entropy);
+    args.entropy[n] = stats.entropy;
   }
 }
 
@@ -192,7 +192,7 @@ class VectorGradient {
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
 double target_gradient(const RowGradient& in, double target_logit, double temperature) {
-  double logprob = target_logit / temperature - in.lse;
+  double logprob = target_logit * (1.0 / temperature) - in.lse;  // the product lse was built with
   if (logprob > 0) logprob = 0;  // rounding only; NaN stays
   double grad = -in.g * std::expm1(logprob);
   if (in.eta != 0 && logprob != -INFINITY) grad -= in.eta * std::exp(logprob) * (logprob + in.entropy);

@@ -38,14 +38,14 @@ struct TokenStatsForward {
   double temperature;
   float* logprobs;           // [N]
   double* lse;               // [N]
-  float* entropy;            // [N]
+  double* entropy;           // [N]
 };
 
 struct TokenStatsBackward {
   RowView logits;
   const int64_t* token_ids;     // [N]
   const double* lse;            // [N]
-  const float* entropy;         // [N]
+  const double* entropy;        // [N]
   const float* grad_logprobs;   // [N] or null (all zero)
   const float* grad_entropy;    // [N] or null (all zero)
   double temperature;

@@ -53,7 +53,8 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, token_ids, lse, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        # The backward keeps float64: log p + H cancels in nearly uniform rows.
+        return logprobs, entropy.float()
 
     @staticmethod
     @once_differentiable
