@@ -68,7 +68,10 @@ def _time(seconds: float) -> str:
 
 
 def table(results: list[dict]) -> str:
-    lines = ["| operation, forward + backward | shape | | time | r1kernels is | peak extra memory |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| operation, forward + backward | shape | | time | r1kernels is | peak extra memory |",
+        "|---|---|---|---|---|---|",
+    ]
     ours = {(row["op"], row["shape"]): row for row in results if row["implementation"] == "r1kernels"}
     for row in results:
         base = ours[row["op"], row["shape"]]
