@@ -16,6 +16,10 @@ float log_ratio(const PolicyLossArgs& args, int64_t token) {
   return args.old_logprobs == nullptr ? 0.0f : args.logprobs[token] - args.old_logprobs[token];
 }
 
+bool has_gradient(const PolicyLossArgs& args, int64_t token) {
+  return args.grad_logprobs[token] != 0 || (args.grad_entropy != nullptr && args.grad_entropy[token] != 0);
+}
+
 int64_t counted_in(const PolicyLossArgs& args, int64_t begin, int64_t end) {
   return args.mask == nullptr ? end - begin : std::count(args.mask + begin, args.mask + end, true);
 }
@@ -81,6 +85,8 @@ SequenceSums one_sequence(const PolicyLossArgs& args, double denominator, int64_
     if (args.grad_entropy != nullptr) args.grad_entropy[t] = static_cast<float>(-weight * objective.entropy_coef);
     args.grad_logprobs[t] = static_cast<float>(weight * slope);
 
+    if (!shared_slope) sums.active += has_gradient(args, t);
+
     const float ratio = std::exp(delta);
     sums.loss += weight * loss;
     sums.surrogate += weight * surrogate_loss;
@@ -94,11 +100,13 @@ SequenceSums one_sequence(const PolicyLossArgs& args, double denominator, int64_
     sums.nonfinite += !(std::isfinite(loss) && std::isfinite(slope) && std::isfinite(surrogate_slope));
   }
 
-  const double shared = shared_slope ? weight * slope_sum / length : 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (!counts(args, t)) continue;
-    if (shared != 0) args.grad_logprobs[t] = static_cast<float>(args.grad_logprobs[t] + shared);
-    sums.active += args.grad_logprobs[t] != 0 || (args.grad_entropy != nullptr && args.grad_entropy[t] != 0);
+  if (shared_slope) {
+    const double shared = weight * slope_sum / length;
+    for (int64_t t = begin; t < end; ++t) {
+      if (!counts(args, t)) continue;
+      args.grad_logprobs[t] = static_cast<float>(args.grad_logprobs[t] + shared);
+      sums.active += has_gradient(args, t);
+    }
   }
   return sums;
 }
