@@ -98,6 +98,15 @@ void prefer_huge_pages(void* start, int64_t bytes) {
 #endif
 }
 
+// Rows for which `skipped` holds are never looked up: anything may stand there.
+template <typename Skipped>
+void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& skipped) {
+  for (int64_t n = 0; n < count; ++n) {
+    R1K_CHECK(skipped(n) || (ids[n] >= 0 && ids[n] < vocab), "token_ids[", n, "] is ", ids[n],
+              ", expected an id in [0, ", vocab, ") (position counted over all dimensions)");
+  }
+}
+
 // Rows per task: enough vocabulary to be worth waking a thread for.
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
 
@@ -116,11 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
   args.mask = bools(mask, "mask", count);
   args.temperature = temperature;
-  for (int64_t n = 0; n < count; ++n) {
-    if (args.mask != nullptr && !args.mask[n]) continue;
-    R1K_CHECK(args.token_ids[n] >= 0 && args.token_ids[n] < args.logits.vocab, "token_ids[", n, "] is ",
-              args.token_ids[n], ", expected an id in [0, ", args.logits.vocab, ")");
-  }
+  check_ids(args.token_ids, count, args.logits.vocab,
+            [&](int64_t n) { return args.mask != nullptr && !args.mask[n]; });
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = static_cast<double*>(entropy.data_ptr());
@@ -145,6 +151,12 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
   args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
   args.temperature = temperature;
+  R1K_CHECK(logits.numel() == count * args.logits.vocab,
+            "token_ids must have the shape of logits without its last dimension");
+  check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
+    return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
+           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
+  });
   args.grad_logits = grad_logits.data_ptr();
   const int64_t bytes = count * args.logits.vocab * r1k::size_of(args.logits.dtype);
   constexpr int64_t kBeyondCaches = 32 << 20;
@@ -246,6 +258,8 @@ Tensor group_advantages(Tensor rewards, MaybeTensor group_ids, int64_t group_siz
   }
   const int64_t* ids =
       group_ids.has_value() ? data<int64_t>(*group_ids, "group_ids", ScalarType::Long, count) : nullptr;
+  R1K_CHECK(ids != nullptr || (group_size > 0 && count % group_size == 0), "group_size is ", group_size,
+            ", expected a positive integer that divides the ", count, " rewards");
   r1k::group_advantages({count, r, ids, group_size, static_cast<r1k::AdvantageScale>(scale), ddof, eps,
                          static_cast<float*>(advantages.data_ptr())});
   return advantages;

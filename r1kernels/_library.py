@@ -111,7 +111,7 @@ def _checked_backend(name: str, source: str) -> str:
     return name
 
 
-_requested = _checked_backend(os.environ.get("R1KERNELS_BACKEND", "auto"), "R1KERNELS_BACKEND")
+_requested = _checked_backend(os.environ.get("R1KERNELS_BACKEND") or "auto", "R1KERNELS_BACKEND")
 _warned: set[str] = set()
 
 
@@ -122,7 +122,7 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: "auto" (the fastest for the tensor's device), "reference" (plain PyTorch, any device, also
             float64) or "cpu" (the compiled kernels). The environment variable `R1KERNELS_BACKEND`, read at
-            import, sets the same choice for a whole process.
+            import, sets the same choice; either holds for the whole process, all threads included.
 
     Raises:
         ValueError: unknown name.

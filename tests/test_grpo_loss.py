@@ -149,6 +149,22 @@ def test_nothing_behind_the_mask_matters(dtype: torch.dtype, name: str, implemen
     assert not poisoned_grad[~mask].any()
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_an_upstream_gradient_of_nan_or_inf_does_not_bring_masked_tokens_to_life(
+    factor: float, implementation: str
+) -> None:
+    """0 * NaN: a loss scaler that overflowed must not make the kernels read rows, or ids, behind the mask."""
+    inputs = batch()
+    inputs["token_ids"][0, 2] = 2**40
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[0, 2] = False
+    logits = inputs["logits"].requires_grad_()
+    loss, _ = grpo_loss(**inputs, mask=mask, objective=objectives.grpo(**EVERYTHING))
+    (loss * factor).backward()
+    assert logits.grad[0, 2].eq(0).all()
+    assert not logits.grad[0, 1].isfinite().any()
+
+
 def test_model_logits_are_used_without_their_last_position(implementation: str) -> None:
     inputs = batch()
     longer = torch.cat([inputs["logits"], torch.full_like(inputs["logits"][:, :1], float("nan"))], 1).requires_grad_()

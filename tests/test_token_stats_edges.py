@@ -56,6 +56,19 @@ def test_instruction_sets_keep_to_the_same_budget(isa: str, dtype: torch.dtype, 
     check(logits, torch.full((5,), vocab - 1), temperature=0.7)
 
 
+@pytest.mark.parametrize("vocab", [17, 2049, 151_936])
+def test_many_equal_terms_do_not_drift(isa: str, vocab: int) -> None:
+    """One peak over a flat floor: every addition of the floor rounds the same way."""
+    peaks = torch.arange(1.0, 17.0)
+    logits = torch.zeros(len(peaks), vocab)
+    logits[:, vocab // 3] = peaks
+    ids = torch.full((len(peaks),), vocab // 3)
+    exact = testing.token_stats(logits, ids)
+    logprobs, entropy = token_logprobs_and_entropy(logits, ids)
+    testing.assert_within(logprobs, exact.logprobs, 4e-6)
+    testing.assert_within(entropy, exact.entropy, 4e-6)
+
+
 def test_every_bfloat16_and_float16_is_read_exactly(isa: str) -> None:
     """One row holds every finite 16-bit number in turn as its only difference to a row of zeros."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -301,6 +314,19 @@ def at(value: int, *position: int) -> Tensor:
     return ids
 
 
+def test_operators_called_directly_do_not_read_outside_a_row() -> None:
+    logits, ids = torch.zeros(2, 5), torch.tensor([1, -100])
+    stats, g = torch.zeros(2, dtype=torch.float64), torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"token_ids\[1\] is -100, expected an id in \[0, 5\)"):
+        torch.ops.r1kernels.token_stats_backward(logits, ids, stats, stats, g, None, 1.0)
+    g[1] = 0  # a row without a gradient is not looked up
+    grad = torch.ops.r1kernels.token_stats_backward(logits, ids, stats, stats, g, None, 1.0)
+    assert grad[1].eq(0).all()
+    for group_size in (0, 3):
+        with pytest.raises(RuntimeError, match=f"group_size is {group_size}, expected a positive integer that divides"):
+            torch.ops.r1kernels.group_advantages(torch.ones(4), None, group_size, 0, 1, 1e-4)
+
+
 BAD_INPUTS = {
     "id too large": (ValueError, OK_LOGITS, at(5, 1, 1), {}, r"token_ids\[4\] is 5, expected an id in \[0, 5\)"),
     "id negative": (ValueError, OK_LOGITS, at(-1, 0, 2), {}, r"token_ids\[2\] is -1, expected an id in \[0, 5\)"),
@@ -318,6 +344,8 @@ BAD_INPUTS = {
     "temperature < 0": (ValueError, OK_LOGITS, OK_IDS, {"temperature": -1.0}, r"temperature is -1\.0, expected"),
     "temperature NaN": (ValueError, OK_LOGITS, OK_IDS, {"temperature": math.nan}, "temperature is nan, expected"),
     "temperature inf": (ValueError, OK_LOGITS, OK_IDS, {"temperature": math.inf}, "temperature is inf, expected"),
+    "temperature huge": (ValueError, OK_LOGITS, OK_IDS, {"temperature": 1e37}, r"temperature is 1e\+37, expected"),
+    "temperature tiny": (ValueError, OK_LOGITS, OK_IDS, {"temperature": 1e-39}, "temperature is 1e-39, expected"),
     "temperature str": (TypeError, OK_LOGITS, OK_IDS, {"temperature": "1"}, "temperature is '1', expected a Python"),
 }
 

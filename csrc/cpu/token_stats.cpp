@@ -14,7 +14,7 @@ namespace r1k {
 namespace R1K_ISA {
 namespace {
 
-constexpr int kBlock = 2048;  // fp32: 8 KiB, a fraction of the L1 cache
+constexpr int kBlock = 128 * kLanes;  // fp32: at most 8 KiB, a fraction of the L1 cache; as many adds in every lane
 constexpr int kUnroll = 2;
 constexpr int kRun = 8 * kUnroll * kLanes;
 static_assert(kBlock % kRun == 0);
@@ -87,7 +87,8 @@ RowStats row_stats(const T* row, int64_t stride, int64_t vocab, int64_t token_id
     VecF sum[kUnroll] = {}, weighted[kUnroll] = {};
     VecI maxima[kUnroll] = {};
     for (int run = 0; run < padded; run += kRun) {
-      VecF partial[kUnroll] = {};  // two levels of sums: half the rounding errors of one
+      // Two levels of sums: equal terms round the same way every time, so long sums of them would drift.
+      VecF partial[kUnroll] = {}, partial_weighted[kUnroll] = {};
       const int run_end = run + kRun < padded ? run + kRun : padded;
       for (int k = run; k < run_end; k += kUnroll * kLanes) {
         for (int u = 0; u < kUnroll; ++u) {
@@ -102,10 +103,13 @@ RowStats row_stats(const T* row, int64_t stride, int64_t vocab, int64_t token_id
           maxima[u] -= is_max;
           const VecF value = e.value();
           partial[u] += is_max ? VecF{} : value;
-          weighted[u] += value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
+          partial_weighted[u] += value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
         }
       }
-      for (int u = 0; u < kUnroll; ++u) sum[u] += partial[u];
+      for (int u = 0; u < kUnroll; ++u) {
+        sum[u] += partial[u];
+        weighted[u] += partial_weighted[u];
+      }
     }
     double block_sum = 0, block_weighted = 0;
     for (int u = 0; u < kUnroll; ++u) {

@@ -73,5 +73,6 @@ def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) 
     if bad.any():
         position = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"{name}[{position}] is {int(ids.flatten()[position])}, expected an id in [0, {vocab})"
+            f"{name}[{position}] is {int(ids.flatten()[position])}, expected an id in [0, {vocab}) "
+            "(position counted over all dimensions)"
         )

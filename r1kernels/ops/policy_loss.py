@@ -99,7 +99,13 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = ctx.saved_tensors
-        return grad_loss * grad_logprobs, grad_loss * grad_entropy if ctx.with_entropy else None, None, None, None
+        grad_entropy = _scaled(grad_entropy, grad_loss) if ctx.with_entropy else None
+        return _scaled(grad_logprobs, grad_loss), grad_entropy, None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    return torch.where(grad == 0, grad, grad * factor)
 
 
 def _per_token_or_sequence(

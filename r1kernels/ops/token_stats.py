@@ -89,6 +89,8 @@ def token_stats(
     token_ids = ids_int64("token_ids", token_ids, logits)
     check_shape("token_ids", token_ids, logits.shape[:-1], "logits (..., V) score token_ids (...)")
     temperature = check_number("temperature", temperature, minimum=0.0, strict=True)
+    if not 1e-30 < temperature < 1e30:
+        raise ValueError(f"temperature is {temperature!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
     if _library.select(logits) == "reference":
         return reference(logits, token_ids, mask, temperature)
     return _TokenStats.apply(logits, token_ids, mask, temperature)
