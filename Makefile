@@ -8,8 +8,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .DEFAULT_GOAL := build
 .PHONY: build demo test bench wheel
 
+# A run that was interrupted is continued; a finished one (it has a report) is made anew.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
-	$(BIN)/r1kernels train recipes/demo.yaml --overwrite
+	$(BIN)/r1kernels train recipes/demo.yaml \
+	  $(if $(and $(wildcard runs/demo/config.yaml),$(if $(wildcard runs/demo/report.md),,unfinished)),--resume,--overwrite)
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m pytest

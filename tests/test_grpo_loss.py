@@ -169,8 +169,17 @@ def test_model_logits_are_used_without_their_last_position(implementation: str) 
     inputs = batch()
     longer = torch.cat([inputs["logits"], torch.full_like(inputs["logits"][:, :1], float("nan"))], 1).requires_grad_()
     grpo_loss(**(inputs | {"logits": longer[:, :-1]})).loss.backward()
-    _, grad, _ = evaluate(inputs)
+    loss, grad, _ = evaluate(inputs)
     assert torch.equal(longer.grad[:, :-1], grad) and not longer.grad[:, -1].any()
+
+    # The cheaper way: whole logits, shifted ids, the last column masked.
+    def padded(value: Tensor) -> Tensor:
+        return torch.cat([value, torch.zeros_like(value[:, :1])], 1) if value.dim() == 2 else value
+
+    whole = {name: padded(value) for name, value in inputs.items()} | {"logits": longer}
+    masked = padded(torch.ones(5, 7, dtype=torch.bool))
+    whole_loss, whole_grad, _ = evaluate(whole, mask=masked)
+    assert torch.equal(whole_loss, loss) and torch.equal(whole_grad, longer.grad)
 
 
 def test_on_policy_needs_no_old_logprobs(implementation: str) -> None:

@@ -36,7 +36,9 @@ def grpo_loss(
 
     Args:
         logits: (B, T, V), or packed (N, V) with `cu_seqlens`; float32, bfloat16 or float16 (float64: reference). Any
-            strides, so `model(...).logits[:, :-1]` is read in place. Row t scores token t. -inf entries are allowed.
+            strides: rows are read in place. Row t scores token t; give the model's logits whole, with
+            `input_ids.roll(-1, 1)` and the last column masked: the backward of a slice `[:, :-1]` would copy the
+            gradient into a second tensor of full width. -inf entries are allowed.
         token_ids: (B, T) or (N,), int64 or int32, in [0, V); anything behind the mask.
         temperature: Python number > 0; the one the tokens were sampled with.
 
