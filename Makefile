@@ -18,7 +18,7 @@ test: $(VENV)/dev.stamp $(VENV)/build.stamp
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	mkdir -p build
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-json=build/benchmark.json
+	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(BIN)/python benchmarks/report.py build/benchmark.json
 
 wheel: $(VENV)/base.stamp

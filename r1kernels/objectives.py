@@ -77,9 +77,9 @@ class Objective:
             raise ValueError(f"ratio is 'sequence' with surrogate {self.surrogate!r}, which uses no ratio of ours; "
                              "expected 'token'")
         if self.aggregate == "constant":
-            if self.max_length is None:
-                raise ValueError("max_length is None, expected a positive integer with aggregate 'constant'")
-            self._check_number("max_length", minimum=0.0, strict=True)
+            if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
+                raise ValueError(f"max_length is {self.max_length!r}, expected a positive integer with aggregate "
+                                 "'constant'")
         elif self.max_length is not None:
             raise ValueError(f"max_length is {self.max_length!r} with aggregate {self.aggregate!r}, expected None: "
                              "only 'constant' uses it")

@@ -73,7 +73,8 @@ def test_an_objective_is_frozen_and_hashable() -> None:
         ({"ratio": "sequence", "surrogate": "reinforce"}, "ratio is 'sequence' with surrogate 'reinforce'"),
         ({"ratio": "sequence", "surrogate": lambda logprobs, batch: logprobs}, "ratio is 'sequence' with surrogate"),
         ({"aggregate": "constant"}, "max_length is None, expected a positive integer with aggregate 'constant'"),
-        ({"aggregate": "constant", "max_length": 0}, "max_length is 0, expected a finite number > 0"),
+        ({"aggregate": "constant", "max_length": 0}, "max_length is 0, expected a positive integer"),
+        ({"aggregate": "constant", "max_length": 1.5}, "max_length is 1.5, expected a positive integer"),
         ({"max_length": 100}, "max_length is 100 with aggregate 'sequence_mean', expected None"),
     ],
 )
