@@ -24,16 +24,16 @@ def train(
     """Trains as a recipe says.
 
     Args:
-        recipe: a YAML file, such as recipes/demo.yaml.
+        recipe: a YAML file, such as recipes/demo.yaml; the config.yaml of a run means that run, wherever it lies.
         overrides: settings to change, such as grpo.steps=10.
         resume: go on with the run that the run directory holds.
         overwrite: delete the run that the run directory holds.
         plain: lines instead of a live table.
     """
-    from r1kernels.train.config import load_config
     from r1kernels.train.run import train as train_run
+    from r1kernels.train.rundir import run_config
 
-    return train_run(load_config(recipe, overrides), resume=resume, overwrite=overwrite, plain=plain)
+    return train_run(run_config(recipe, overrides), resume=resume, overwrite=overwrite, plain=plain)
 
 
 @app.command(name="eval")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
-from r1kernels.train.config import Config, dump_config, load_config
+from r1kernels.train.config import Config, load_config
 from r1kernels.train.console import Console
 from r1kernels.train.data import Problem, load_gsm8k
 from r1kernels.train.evaluate import evaluate as run_evaluation
@@ -24,50 +26,82 @@ from r1kernels.train.pretrain import pretrain
 from r1kernels.train.report import measured, write_report
 from r1kernels.train.rewards import Scorer
 from r1kernels.train.rollout import TransformersSampler
-from r1kernels.train.schema import ConfigError, differences
+from r1kernels.train.rundir import CONFIG, check_run_dir, claim
+from r1kernels.train.schema import ConfigError
 from r1kernels.train.tiny import arithmetic_problems
 
-CONFIG = "config.yaml"
-# What may change when a run is resumed: it alters no step that was already made.
-MAY_CHANGE = ("grpo.steps", "checkpoint.", "run_dir", "threads", "reward.workers")
 INTERRUPTED = 130
+Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, plain: bool = False) -> int:
     """Trains; returns the exit status: 0, or 130 when interrupted."""
-    run_dir, started = Path(config.run_dir), time.monotonic()
+    started = time.monotonic()
     _prepare(config)
-    train_problems, test_problems = load_problems(config)
-    if config.model.path is not None:
-        load_tokenizer(config.model.path)  # a directory without one is refused before anything is deleted
-    with make_scorer(config) as scorer, Interrupt() as interrupt, Console(plain) as console:
-        _claim(run_dir, config, resume=resume, overwrite=overwrite)
-        try:
-            path = latest_checkpoint(run_dir)
-            checkpoint = load_checkpoint(path) if path else None
-            if checkpoint is None:
-                model, tokenizer = _base(config, run_dir, console, interrupt)
-            else:
-                model = load_model(checkpoint.model_dir, device=config.model.device)
-                tokenizer = load_tokenizer(checkpoint.model_dir)
-            GRPOTrainer(
-                config, model, tokenizer, train_problems, test_problems, scorer, console, interrupt,
-                state=checkpoint.state if checkpoint else None,
-            ).run()
-        except Interrupted as signal:
-            console.say(f"stopped by {signal}; go on with: r1kernels train {run_dir / CONFIG} --resume")
-            return INTERRUPTED
+    check_run_dir(config, resume=resume, overwrite=overwrite)
+    problems, base = load_problems(config), None
+    if config.model.path is not None and not resume:
+        tokenizer = load_tokenizer(config.model.path)
+        base = load_model(config.model.path, device=config.model.device), tokenizer
+    with make_scorer(config) as scorer, claim(config, resume=resume, overwrite=overwrite):
+        with Interrupt() as interrupt, Console(plain) as console:
+            try:
+                _train(config, base, problems, scorer, console, interrupt)
+            except Interrupted as signal:
+                console.say(f"stopped by {signal}; go on with: {_command('train', config, CONFIG)} --resume")
+                return INTERRUPTED
+        _conclude(config, time.monotonic() - started)
+    return 0
+
+
+def _train(
+    config: Config,
+    base: Base | None,
+    problems: tuple[list[Problem], list[Problem]],
+    scorer: Scorer,
+    console: Console,
+    interrupt: Interrupt,
+) -> None:
+    """Trains from the last checkpoint, or from `base`, or from the base that the settings name."""
+    path = latest_checkpoint(config.run_dir)
+    checkpoint = load_checkpoint(path) if path else None
+    if checkpoint is not None:
+        model = load_model(checkpoint.model_dir, device=config.model.device)
+        tokenizer = load_tokenizer(checkpoint.model_dir)
+    else:
+        model, tokenizer = base or _base(config, console, interrupt)
+    GRPOTrainer(
+        config, model, tokenizer, *problems, scorer, console, interrupt,
+        state=checkpoint.state if checkpoint else None,
+    ).run()
+
+
+def _conclude(config: Config, seconds: float) -> None:
+    """Writes the report, and says what came out, where it is and what can be done with it."""
+    run_dir = Path(config.run_dir)
     report, curves = write_report(run_dir)
     points = measured(read_metrics(run_dir / "metrics.jsonl"))
     first, last = points[0], points[-1]
     print(
         f"pass@1 {first['pass_at_1']:.1%} -> {last['pass_at_1']:.1%}, response length {first['eval_length']:.1f} -> "
-        f"{last['eval_length']:.1f} tokens, in {time.monotonic() - started:.0f} s\n"
+        f"{last['eval_length']:.1f} tokens, in {seconds:.0f} s\n"
         f"report      {report}\ncurves      {curves}\nmetrics     {run_dir / 'metrics.jsonl'}\n"
         f"checkpoint  {latest_checkpoint(run_dir)}\n"
-        f"next: r1kernels eval {run_dir}    r1kernels train {run_dir / CONFIG} --resume --set grpo.steps=N"
+        f"next: {_command('eval', config)}\n"
+        f"      {_command('train', config, CONFIG)} --resume --set grpo.steps=N"
     )
-    return 0
+
+
+def _command(verb: str, config: Config, *parts: str) -> str:
+    """A command about the run, as this process was called, that works from any directory."""
+    program = Path(sys.argv[0])
+    if program.name != "r1kernels":  # called as a library
+        program = Path("r1kernels")
+    elif shutil.which(program.name) != str(program):
+        program = program.absolute()
+    else:
+        program = Path(program.name)
+    return shlex.join([str(program), verb, str(Path(config.run_dir, *parts).absolute())])
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -118,41 +152,12 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def _claim(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run directory, or refuses the one there is."""
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite were both given, expected at most one")
-    saved = run_dir / CONFIG
-    if resume:
-        if not saved.is_file():
-            raise ConfigError(f"--resume: {run_dir} holds no run (no {CONFIG})")
-        changed = [
-            change for change in differences(load_config(saved), config) if not change.startswith(MAY_CHANGE)
-        ]
-        if changed:
-            raise ConfigError(f"--resume: settings differ from those of {run_dir}: {'; '.join(changed)}")
-    elif run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"'run_dir' {str(run_dir)!r} is a file, expected a directory or nothing")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        if not saved.is_file():
-            raise ConfigError(f"'run_dir' {str(run_dir)!r} holds files that are not a run's; name another directory")
-        if not overwrite:
-            raise ConfigError(f"'run_dir' {str(run_dir)!r} holds a run; give --resume or --overwrite")
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    aside = run_dir / f".{CONFIG}"
-    aside.write_text(dump_config(config), encoding="utf-8")
-    aside.replace(saved)
-
-
-def _base(
-    config: Config, run_dir: Path, console: Console, interrupt: Interrupt
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _base(config: Config, console: Console, interrupt: Interrupt) -> Base:
     """The model that RL starts from."""
     if config.model.path is not None:
-        model = load_model(config.model.path, device=config.model.device)
-        return model, load_tokenizer(config.model.path)
-    model, tokenizer = pretrain(config, run_dir / "base", console, interrupt)
+        tokenizer = load_tokenizer(config.model.path)
+        return load_model(config.model.path, device=config.model.device), tokenizer
+    model, tokenizer = pretrain(config, Path(config.run_dir) / "base", console, interrupt)
     return model.to(config.model.device), tokenizer
 
 
