@@ -69,4 +69,4 @@ def bench_token_stats(
         logprobs, _ = implementation(batch.logits, batch.token_ids)
         logprobs.backward(grad.to(logprobs.dtype))
 
-    measure(run, rounds=7 if name == "r1kernels" else 3, op="token_stats", shape=shape, implementation=name)
+    measure(run, rounds=21 if name == "r1kernels" else 3, op="token_stats", shape=shape, implementation=name)

@@ -96,7 +96,7 @@ def batches() -> Callable[[str], Batch]:
 def measure(benchmark: Any) -> Callable[..., None]:
     """Times `run` and records its peak memory beside what the report needs to tell the rows apart."""
 
-    def measured(run: Callable[[], object], rounds: int = 7, **row: object) -> None:
+    def measured(run: Callable[[], object], rounds: int = 21, **row: object) -> None:
         benchmark.extra_info.update(row, peak_extra_bytes=peak_extra_bytes(run))
         benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
 
