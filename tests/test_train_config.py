@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from r1kernels import objectives
 from r1kernels.train.config import dump_config, load_config
 from r1kernels.train.schema import ConfigError, differences
 
@@ -42,6 +43,26 @@ def test_overrides(recipe):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{preset: gspo, options: {kl_coef: 0.04, kl: k2}}", objectives.gspo(kl_coef=0.04, kl="k2")),
+        ("{preset: dr_grpo, options: {max_length: 64, kl_coef: 1e-3}}", objectives.dr_grpo(64, kl_coef=1e-3)),
+        (
+            "{preset: grpo, options: {surrogate: cispo, ratio: sequence, aggregate: token_mean, ratio_cap: null}}",
+            objectives.grpo(surrogate="cispo", ratio="sequence", aggregate="token_mean"),
+        ),
+    ],
+)
+def test_every_field_of_an_objective_can_be_written(recipe, tmp_path, text, expected):
+    config = load_config(recipe, [f"grpo.objective={text}"])
+    assert config.grpo.objective.build() == expected
+    assert type(config.grpo.objective.build().max_length) is type(expected.max_length)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("grpo.groop_size=8", "unknown key 'groop_size' in 'grpo' (did you mean 'group_size'?)"),
@@ -59,7 +80,14 @@ def test_overrides(recipe):
         ("grpo=3", "'grpo' is 3, expected a mapping"),
         ("grpo.objective.preset=ppo", "grpo.objective.preset is 'ppo', expected one of grpo, r1,"),
         ("grpo.objective.options={clip: 1}", "unknown field 'clip'"),
-        ("grpo.objective.options={kl_coef: -1}", "kl_coef is -1.0"),
+        ("grpo.objective.options={kl_coef: -1}", "kl_coef is -1,"),
+        ("grpo.objective.options={kl: k4}", "kl is 'k4', expected one of k1, k2, k3"),
+        ("grpo.objective.options={kl_coef: high}", "kl_coef is 'high', expected a finite number"),
+        ("grpo.objective.options={kl: [k1]}", "'grpo.objective.options.kl' is ['k1'], expected a number or a word"),
+        ("grpo.objective.options={kl_coef: true}", "is True, expected a number or a word"),
+        ("grpo.objective={preset: dr_grpo}", "max_length"),
+        ("model.device=gpu", "'model.device' is 'gpu', expected the name of a device, such as cpu"),
+        ("eval={every: 1, every: 2}", "key 'every' is given twice"),
         ("data.kind=poems", "'data.kind' is 'poems', expected one of arithmetic, gsm8k"),
         ("data.kind=gsm8k", "'data.path' is missing"),
         ("data.min_terms=9", "expected 2 <= min_terms <= max_terms"),
@@ -86,6 +114,7 @@ def test_files_that_are_no_recipe(tmp_path):
         ("missing", None, "cannot read recipe"),
         ("list", "- 1", "expected a mapping"),
         ("broken", "a: [", "is not YAML"),
+        ("twice", "run_dir: a\ngrpo:\n  steps: 1\n  steps: 2\n", "'steps' is given twice, in the mapping of line 3"),
         ("empty", "{}", "missing key 'run_dir'"),
     ):
         path = tmp_path / name

@@ -114,10 +114,22 @@ def test_models_and_data_are_checked_before_work(recipe, model_dir, tmp_path):
     assert "nowhere' is not a directory" in message
     for file in model_dir.glob("tokenizer*"):
         file.unlink()
-    assert "has no tokenizer" in command("train", recipe, "--plain", *path, f"model.path={model_dir}")
+    message = command("train", recipe, "--plain", *path, f"model.path={model_dir}")
+    assert "has no tokenizer" in message and "\n" not in message and not message.endswith(":")
     missing = [f"model.path={model_dir}", "data={kind: gsm8k, path: nope.jsonl, test_path: nope.jsonl}"]
     assert "nope.jsonl" in command("train", recipe, "--plain", *path, *missing)
+    message = command("train", recipe, "--plain", "--set", f"run_dir={tmp_path / 'new'}", "data.train_size=4096")
+    assert "'data.train_size' is 4096, expected at most" in message
     assert not (tmp_path / "new").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_work(recipe, tmp_path):
+    message = command("train", recipe, "--plain", "--set", "model.device=meta")
+    assert message.startswith("r1kernels: 'model.device' is 'meta', which cannot be used here: ")
+    if not torch.cuda.is_available():
+        message = command("train", recipe, "--plain", "--set", "model.device=cuda")
+        assert "'model.device' is 'cuda', which cannot be used here: " in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_directory_trains_like_a_tiny_one(recipe, model_dir, tmp_path):

@@ -9,6 +9,7 @@ from r1kernels.train.config import CorpusConfig, PretrainConfig, TinyConfig
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Sample, accuracy, format_reward
+from r1kernels.train.schema import ConfigError
 from r1kernels.train.tiny import (
     arithmetic_problems,
     corpus_batch,
@@ -17,6 +18,7 @@ from r1kernels.train.tiny import (
     make_model,
     make_tokenizer,
     split_of,
+    sums_of,
     work_out,
 )
 
@@ -50,6 +52,33 @@ def test_problems_are_distinct_right_and_depend_on_the_seed():
     assert all(int(problem.answer) == sum(terms_of(problem.question)) for problem in problems)
     assert all(4 <= len(terms_of(problem.question)) <= 6 for problem in problems)
     assert problems == arithmetic_problems("train", 300, 4, 6, 0) != arithmetic_problems("train", 300, 4, 6, 1)
+
+
+def test_small_worlds_are_used_up_but_not_beyond():
+    problems = arithmetic_problems("train", 140, 2, 3, 0)
+    assert len({problem.question for problem in problems}) == 140
+    assert {len(terms_of(problem.question)) for problem in problems} == {2, 3}
+    with pytest.raises(ConfigError) as error:
+        arithmetic_problems("train", 4096, 2, 3, 0, key="data.train_size")
+    there = len(list(sums_of("train", 2, 3)))
+    assert f"'data.train_size' is 4096, expected at most {there}: " in str(error.value)
+    assert "'data.min_terms' 2 to 'data.max_terms' 3" in str(error.value)
+    assert len(arithmetic_problems("train", there, 2, 3, 0)) == there
+    with pytest.raises(ConfigError, match=f"expected at most {there}"):
+        arithmetic_problems("train", there + 1, 2, 3, 0)
+
+
+def test_a_split_without_sums_is_an_error():
+    empty = next(split for split in ("pretrain", "train", "test") if split_of([5]) != split)
+    with pytest.raises(ConfigError, match="leave no sum"):
+        draw_terms(FiveAlone(), empty, 1, 1)
+
+
+class FiveAlone(random.Random):
+    """Draws as if 5 were the only digit."""
+
+    def randint(self, low, high):
+        return 5 if high > 1 else 1
 
 
 def test_working_out_is_right_without_slips():

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from r1kernels import Objective, objectives
-from r1kernels.train.schema import ConfigError, build, override_key
+from r1kernels.train.schema import ConfigError, Scalar, build, override_key, read_yaml
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """A preset of `r1kernels.objectives` and the fields of it to override."""
+    """A preset of `r1kernels.objectives` and the fields of it to override, which the objective itself checks."""
 
     preset: str = "r1"
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Scalar] = field(default_factory=dict)
 
     def build(self) -> Objective:
         """The objective; raises ConfigError for an unknown preset or field."""
@@ -171,11 +172,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {values!r:.40}, expected a mapping with the keys of a recipe")
     for override in overrides:
@@ -222,6 +225,12 @@ def _check(config: Config) -> None:
             value = _lookup(config, key)
             if value is not None and not holds(value):
                 raise ConfigError(f"'{key}' is {value}, expected {expected}")
+    try:
+        torch.device(config.model.device)
+    except RuntimeError:
+        raise ConfigError(
+            f"'model.device' is {config.model.device!r}, expected the name of a device, such as cpu, cuda or cuda:1"
+        ) from None
     _check_model_and_data(config)
     grpo = config.grpo
     if grpo.group_size < 2:

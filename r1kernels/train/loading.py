@@ -17,6 +17,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from r1kernels.train.schema import ConfigError
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that this installation of torch, or this machine, does not have."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"'model.device' is {device!r}, which cannot be used here: {_reason(error)}") from error
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing padding token becomes the end-of-text token."""
     looks_local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
@@ -29,8 +37,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"'model.path' {str(path)!r} has no tokenizer that can be loaded: {reason}") from error
+        raise ConfigError(
+            f"'model.path' {str(path)!r} has no tokenizer that can be loaded: {_reason(error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of 'model.path' {str(path)!r} has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -43,6 +52,13 @@ def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {reason}") from error
+        raise ConfigError(
+            f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
+        ) from error
     return model.to(device).eval()
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence or so of a message, on one line; a line that announces others is no sentence."""
+    first, _, rest = str(error).strip().partition("\n")
+    return " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first

@@ -20,7 +20,7 @@ from r1kernels.train.data import Problem, load_gsm8k
 from r1kernels.train.evaluate import evaluate as run_evaluation
 from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.interrupt import Interrupt, Interrupted
-from r1kernels.train.loading import load_model, load_tokenizer
+from r1kernels.train.loading import check_device, load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.pretrain import pretrain
 from r1kernels.train.report import measured, write_report
@@ -147,8 +147,8 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         return train_problems, test_problems[:wanted]
     bounds = (data.min_terms, data.max_terms, config.seed)
     return (
-        arithmetic_problems("train", data.train_size, *bounds),
-        arithmetic_problems("test", wanted, *bounds),
+        arithmetic_problems("train", data.train_size, *bounds, key="data.train_size"),
+        arithmetic_problems("test", wanted, *bounds, key="eval.questions"),
     )
 
 
@@ -171,7 +171,8 @@ def make_scorer(config: Config) -> Scorer:
 
 
 def _prepare(config: Config) -> None:
-    """Threads as configured, and no progress bars of transformers through the live table."""
+    """The device there, threads as configured, and no progress bars of transformers through the live table."""
+    check_device(config.model.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     transformers_logging.set_verbosity_error()

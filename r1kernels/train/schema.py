@@ -16,6 +16,31 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, its value and what was expected."""
 
 
+# A value of an open set of settings, to be checked by whoever takes them.
+Scalar = int | float | str | None
+
+
+class _Loader(yaml.SafeLoader):
+    """Of a key given twice, YAML readers keep the last value without a word; this one refuses it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise ConfigError(f"key '{key}' is given twice, in the mapping of line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ConfigError: a mapping has a key twice.
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def override_key(values: dict, override: str) -> None:
     """Changes one key of nested mappings in place; `override` is "grpo.steps=10", its value YAML."""
     key, equals, text = override.partition("=")
@@ -27,9 +52,11 @@ def override_key(values: dict, override: str) -> None:
             values[parent] = {}
         values = values[parent]
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"--set {override!r}: {error}") from None
 
 
 def build(cls: type, values: Any, where: str = "") -> Any:
@@ -55,6 +82,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     def wrong(expected: str) -> ConfigError:
         return ConfigError(f"'{where}' is {value!r:.60}, expected {expected}")
 
+    if hint == Scalar:
+        if isinstance(value, bool) or not isinstance(value, Scalar):
+            raise wrong("a number or a word")
+        return _number(value) if isinstance(value, str) else value
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(options[0], value, where)
@@ -64,20 +95,26 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise wrong("a mapping from names to numbers")
+            raise wrong("a mapping from names to values")
         return {str(key): _convert(options[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if hint is float:
-        try:  # YAML reads 1e-3, without a dot, as a string
-            if not isinstance(value, bool):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-        raise wrong("a number")
+        number = _number(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise wrong("a number")
+        return float(number)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong({int: "an integer", str: "a string", bool: "true or false"}[hint])
     return value
+
+
+def _number(text: str) -> float | str:
+    """YAML reads 1e-3, without a dot, as a string."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def differences(first: Any, second: Any) -> list[str]:

@@ -8,7 +8,9 @@ text can add, but rarely does so when asked: reinforcement learning has to find 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,12 +22,15 @@ from r1kernels.train.config import CorpusConfig, PretrainConfig, TinyConfig
 from r1kernels.train.data import Problem
 from r1kernels.train.prompt import render
 from r1kernels.train.randomness import python_generator, torch_seeded
+from r1kernels.train.schema import ConfigError
 
 PAD, EOS = "<pad>", "<eos>"
 Split = Literal["pretrain", "train", "test"]
 
 # Shares of all sums, in tenths: what pre-training has seen, RL never asks, and neither has seen the test.
 _SPLITS: dict[Split, range] = {"pretrain": range(6), "train": range(6, 8), "test": range(8, 10)}
+# Of the smallest range of terms, one draw in some tens hits a split.
+_TRIES = 10_000
 _ERRORS = (-20, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 20)
 
 
@@ -37,24 +42,48 @@ def split_of(terms: list[int]) -> Split:
 
 def draw_terms(rng: random.Random, split: Split, low: int, high: int) -> list[int]:
     """`low` to `high` digits from 1 to 9 whose sum belongs to `split`."""
-    while True:
+    for _ in range(_TRIES):
         terms = [rng.randint(1, 9) for _ in range(rng.randint(low, high))]
         if split_of(terms) == split:
             return terms
+    raise ConfigError(
+        f"'data.min_terms' {low} and 'data.max_terms' {high} leave no sum to the {split!r} split; widen the range"
+    )
+
+
+def sums_of(split: Split, low: int, high: int) -> Iterator[list[int]]:
+    """All the sums that `draw_terms` draws from, those of few terms first."""
+    for count in range(low, high + 1):
+        for terms in itertools.product(range(1, 10), repeat=count):
+            if split_of(list(terms)) == split:
+                yield list(terms)
 
 
 def ask(terms: list[int]) -> str:
     return "Compute " + "+".join(map(str, terms))
 
 
-def arithmetic_problems(split: Split, count: int, low: int, high: int, seed: int) -> list[Problem]:
-    """`count` different sums of a split, in a random order given by the seed."""
+def arithmetic_problems(split: Split, count: int, low: int, high: int, seed: int, key: str = "count") -> list[Problem]:
+    """`count` different sums of a split, in a random order given by the seed; `key` is the setting to blame for it."""
     rng = python_generator(seed, "problems", split)
+    # Twice as many as asked for, or all there are: among fewer, drawing until all are different would take for ever.
+    some = list(itertools.islice(sums_of(split, low, high), 2 * count))
+    if len(some) < count:
+        raise ConfigError(
+            f"'{key}' is {count}, expected at most {len(some)}: no more different sums of 'data.min_terms' {low} to "
+            f"'data.max_terms' {high} digits are in the {split!r} split"
+        )
     found: dict[str, Problem] = {}
-    while len(found) < count:
-        terms = draw_terms(rng, split, low, high)
+
+    def add(terms: list[int]) -> None:
         question = ask(terms)
         found.setdefault(question, Problem(f"{split}-{len(found)}", question, str(sum(terms))))
+
+    if len(some) < 2 * count:
+        for terms in rng.sample(some, count):
+            add(terms)
+    while len(found) < count:
+        add(draw_terms(rng, split, low, high))
     return list(found.values())
 
 
