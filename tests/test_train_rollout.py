@@ -137,6 +137,28 @@ def test_the_first_ratio_is_exactly_one(rollout, model):
     assert metrics["ratio_deviation"] == 0.0
 
 
+def test_logits_are_not_cut_out_of_larger_ones(rollout, model):
+    """The gradient of a slice is a second tensor of the logits' size."""
+    logits = completion_logits(model, rollout)
+    assert logits.is_contiguous() and logits.shape[:2] == rollout.token_ids.shape
+
+
+def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
+    reads = []
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+        return lambda tensor: reads.append(name) or real(tensor)
+
+    for name in ("item", "tolist", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    batches = torch.arange(len(PROMPTS)).split(5)
+    metrics = minibatch_gradient(
+        model, rollout, batches, r1kernels.objectives.grpo(), temperature=0.7, check=lambda: None
+    )
+    assert reads == ["tolist"] and all(isinstance(value, float) for value in metrics.values())
+
+
 class FixedScores:
     """Scores the first two questions 1, 1, 1, 0 and 0, 0, 1, NaN."""
 

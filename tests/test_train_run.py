@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console as RichConsole
 
 from r1kernels.train import console as console_module
-from r1kernels.train import grpo
+from r1kernels.train import grpo, pretrain, tiny
 from r1kernels.train import run as run_module
 from r1kernels.train.cli import main
 from r1kernels.train.config import load_config
@@ -195,6 +195,24 @@ def test_the_live_table_shows_a_step(monkeypatch):
         console.step({"step": 0, "pass_at_1": 0.125, "length": 17.25, "reward_accuracy": 0.5}, 4)
     text = screen.getvalue()
     assert all(part in text for part in ("pass@1", "12.5%", "17.2", "[b]2", "Compute 1+1", "step 1/4"))
+
+
+def test_pretraining_scores_whole_logits(recipe, monkeypatch):
+    """Of a row of logits the next token's, and no slice of them: its gradient would be a second one of their size."""
+    real, seen = pretrain.r1kernels.cross_entropy, []
+
+    def recording(logits, targets):
+        seen.append((logits.shape[:2], logits.is_contiguous(), targets))
+        return real(logits, targets)
+
+    monkeypatch.setattr(pretrain.r1kernels, "cross_entropy", recording)
+    assert run_module.train(load_config(recipe, ["grpo.steps=1"]), plain=True) == 0
+    shape, contiguous, targets = seen[0]
+    assert shape == targets.shape == (1, 64) and contiguous
+    config = load_config(recipe)
+    tokenizer = tiny.make_tokenizer(config.pretrain.corpus, config.data.max_terms, config.seed)
+    batch = tiny.corpus_batch(tokenizer, config.pretrain, config.data.max_terms, config.seed, 0)
+    assert torch.equal(targets[:, :-1], batch["targets"][:, 1:]) and (targets[:, -1] == -100).all()
 
 
 def test_metrics_are_json_for_every_reader(recipe, tmp_path):

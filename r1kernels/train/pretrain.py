@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
@@ -64,9 +65,10 @@ def pretrain(
                     warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
                     group["lr"] = settings.learning_rate * warmup * decay
                 batch = corpus_batch(tokenizer, settings, data.max_terms, config.seed, step)
-                targets = batch.pop("targets")
-                logits = model(**batch, use_cache=False).logits
-                loss = r1kernels.cross_entropy(logits[:, :-1], targets[:, 1:])
+                # Row t scores token t + 1. The targets are shifted and not the logits, whose gradient a slice would
+                # copy.
+                targets = F.pad(batch.pop("targets")[:, 1:], (0, 1), value=-100)
+                loss = r1kernels.cross_entropy(model(**batch, use_cache=False).logits, targets)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -44,16 +44,19 @@ class Rollout:
 
 
 def completion_logits(model: PreTrainedModel, batch: Rollout) -> Tensor:
-    """Logits (B, T, V) whose row t scores token t of the completion."""
-    attention = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
-    logits = model(
-        input_ids=torch.cat([batch.prompt_ids, batch.token_ids], dim=1),
+    """Logits (B, T, V) whose row t scores token t of the completion.
+
+    The last token is not fed: it would add a row that scores nothing, and slicing that off would cost a second
+    gradient of the logits' size.
+    """
+    attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
+    return model(
+        input_ids=torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1),
         attention_mask=attention,
         position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=batch.token_ids.shape[1] + 1,
+        logits_to_keep=batch.token_ids.shape[1],
         use_cache=False,
     ).logits
-    return logits[:, :-1]
 
 
 @torch.no_grad()
@@ -107,7 +110,7 @@ def minibatch_gradient(
         "token_mean": tokens,
         "constant": tokens.new_tensor(len(mask) * (objective.max_length or 1)),
     }[objective.aggregate].float()
-    metrics = {"loss": 0.0, "ratio_deviation": 0.0}
+    table = []
     for rows in batches:
         check()
         batch = rollout.rows(rows)
@@ -123,12 +126,16 @@ def minibatch_gradient(
             objective=objective,
         )
         loss.backward()
-        values = {name: value.item() for name, value in part.items()}
-        metrics["loss"] += loss.item()
-        deviation = max(values["ratio_max"] - 1, 1 - values["ratio_min"])
-        metrics["ratio_deviation"] = max(metrics["ratio_deviation"], deviation)
-        for name in TOKEN_MEANS:
-            if name in values:
-                share = values["tokens"] / tokens.item()
-                metrics[name] = metrics.get(name, 0.0) + values[name] * share
+        names = ("loss", *part)
+        table.append(torch.stack([loss.detach(), *part.values()]))
+    # The one transfer from the device: until here it need not have caught up.
+    micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
+    shares = [values["tokens"] / sum(other["tokens"] for other in micro) for values in micro]
+    metrics = {
+        "loss": sum(values["loss"] for values in micro),
+        "ratio_deviation": max(max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in micro),
+    }
+    for name in TOKEN_MEANS:
+        if name in names:
+            metrics[name] = sum(values[name] * share for values, share in zip(micro, shares, strict=True))
     return metrics
