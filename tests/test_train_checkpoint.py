@@ -265,3 +265,16 @@ def test_a_kill_at_any_moment_leaves_the_latest_checkpoint_whole(tmp_path):
     # The kills came in the middle of saves, and saves completed between them: both ends were exercised.
     assert number > 10
     assert interrupted > 5
+
+
+def test_a_damaged_one_names_the_next_older(tmp_path):
+    first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
+    for path in (second, first):
+        (path / "model" / "weights").write_bytes(b"x")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(second)
+    assert str(error.value).endswith(f"; {first} is older: remove {second} to go on from there")
+    with pytest.raises(CheckpointError, match="damaged") as error:
+        load_checkpoint(first)
+    assert "older" not in str(error.value)
+    load_checkpoint(third)

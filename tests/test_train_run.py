@@ -74,6 +74,25 @@ def test_train_eval_and_report(recipe, tmp_path, capsys):
     assert (run_dir / "report.md").read_text() == text
 
 
+@pytest.mark.parametrize("line", ["{oops", "3", "{}", '{"step": "one"}', "\udcff"])
+def test_a_damaged_log_is_named(recipe, tmp_path, line):
+    run_dir = tmp_path / "runs" / "it"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(recipe.read_text())
+    (run_dir / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n', errors="surrogateescape")
+    for verb in (["report", run_dir], ["train", recipe, "--plain", "--resume", "--set", "pretrain.steps=2"]):
+        message = command(*verb)
+        assert message.startswith(f"r1kernels: {run_dir / 'metrics.jsonl'}, line 2: damaged: ") and "\n" not in message
+
+
+def test_a_report_needs_a_run_and_a_place(recipe, tmp_path):
+    run_dir = tmp_path / "runs" / "it"
+    assert command("report", run_dir) == f"r1kernels: {run_dir} holds no run: no config.yaml in it"
+    (run_dir / "report.md").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(recipe.read_text())
+    assert f"the report of {run_dir} cannot be written: {run_dir / 'report.md'}: " in command("report", run_dir)
+
+
 def test_a_run_is_not_lost_by_accident(recipe, tmp_path):
     run_dir = tmp_path / "runs" / "it"
     assert f"--resume: {run_dir} holds no run" in command("train", recipe, "--plain", "--resume")

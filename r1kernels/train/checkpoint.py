@@ -106,9 +106,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         path: a checkpoint directory, as `save_checkpoint` and `latest_checkpoint` return it.
 
     Raises:
-        CheckpointError: a file is missing or not what was written, or the format is unknown.
+        CheckpointError: a file is missing or not what was written, or the format is unknown; says what else there is.
     """
     path = Path(path)
+    try:
+        return _load(path)
+    except CheckpointError as error:
+        paths = [other for _, other in sorted(_steps(path.parent).items())]
+        older = paths[: paths.index(path)] if path in paths else []
+        if not older:
+            raise
+        raise CheckpointError(f"{error}; {older[-1]} is older: remove {path} to go on from there") from error
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the highest step in a run, or None. Changes nothing on the disk."""
+    steps = _steps(Path(run_dir) / "checkpoints")
+    return steps[max(steps)] if steps else None
+
+
+def _load(path: Path) -> Checkpoint:
     for name, size, digest in _manifest_entries(path):
         file = path / name
         try:
@@ -124,12 +141,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"cannot load {path / STATE}: {error}") from error
     return Checkpoint(path, path / MODEL, state)
-
-
-def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the highest step in a run, or None. Changes nothing on the disk."""
-    steps = _steps(Path(run_dir) / "checkpoints")
-    return steps[max(steps)] if steps else None
 
 
 def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1kernels.train.data import DataError
+
 
 class MetricsLog:
     """Appends lines that hold a "step".
@@ -40,10 +42,27 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a log; none if there is no file. A last line that was not finished is left out."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of a log; none if there is no file. A last line that was not finished is left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not one that a log writes.
+    """
+    path, lines = Path(path), []
+    try:
+        written = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for number, text in enumerate(written, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise DataError(f"{path}, line {number}: damaged: {text!r:.60}, expected a JSON object with a 'step'")
+        lines.append(line)
+    return lines
 
 
 def _encode(metrics: Mapping[str, Any]) -> str:

@@ -8,19 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from r1kernels.train.metrics import read_metrics
+from r1kernels.train.rundir import CONFIG
+from r1kernels.train.schema import ConfigError
 
 PACKAGES = ("r1kernels", "torch", "transformers", "tokenizers", "math-verify", "numpy")
 
 
 def write_report(run_dir: str | Path) -> tuple[Path, Path]:
-    """Writes the curves and the report of a run, finished or not; returns their paths."""
+    """Writes the curves and the report of a run, finished or not; returns their paths.
+
+    Raises:
+        ConfigError: there is no run, or its directory cannot be written.
+        DataError: a log is damaged.
+    """
     run_dir = Path(run_dir)
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir} holds no run: no {CONFIG} in it")
     lines = read_metrics(run_dir / "metrics.jsonl")
-    curves = run_dir / "curves.png"
-    if lines:
-        _draw(lines, curves)
-    report = run_dir / "report.md"
-    report.write_text(_text(run_dir, lines), encoding="utf-8")
+    curves, report = run_dir / "curves.png", run_dir / "report.md"
+    text = _text(run_dir, lines)
+    try:
+        if lines:
+            _draw(lines, curves)
+        report.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the report of {run_dir} cannot be written: {error.filename}: {error.strerror}") from error
     return report, curves
 
 
@@ -107,7 +119,7 @@ def _text(run_dir: Path, lines: list[dict[str, Any]]) -> str:
             "",
         ]
     parts += _examples(run_dir)
-    parts += ["## Settings", "", "```yaml", (run_dir / "config.yaml").read_text(encoding="utf-8").strip(), "```", ""]
+    parts += ["## Settings", "", "```yaml", (run_dir / CONFIG).read_text(encoding="utf-8").strip(), "```", ""]
     versions = ", ".join([f"Python {platform.python_version()}", platform.platform(), *_versions()])
     parts += ["## Versions", "", versions]
     return "\n".join(parts) + "\n"
