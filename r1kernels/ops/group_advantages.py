@@ -77,7 +77,8 @@ def group_advantages(
         eps: added to the std, >= 0.
 
     Returns:
-        the shape of rewards, float32 (float64 for float64 rewards), not differentiable. Exactly 0 for a group of equal rewards or of one.
+        the shape of rewards, float32 (float64 for float64 rewards), not differentiable.
+        Exactly 0 for a group of equal rewards or of one.
 
     Raises:
         TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,
