@@ -40,7 +40,7 @@ def cross_entropy(
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape or device, id out of range, unknown reduction.
 
-    Memory: the gradient of logits, and 25 bytes a token.
+    Memory: the gradient of logits, and less than 64 bytes a token.
 
     Equivalent to: `torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())`
     """
