@@ -14,6 +14,7 @@ demo: $(VENV)/train.stamp $(VENV)/build.stamp
 	  $(if $(and $(wildcard runs/demo/config.yaml),$(if $(wildcard runs/demo/report.md),,unfinished)),--resume,--overwrite)
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp

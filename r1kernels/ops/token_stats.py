@@ -114,7 +114,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
 
-    Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of vocabulary width.
+    Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of
+    vocabulary width.
 
     Equivalent to: `(logits.float() / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`
     """
