@@ -10,7 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -111,7 +113,7 @@ void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& 
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
-                                               double temperature) {
+                                               double temperature, MaybeTensor temperatures) {
   const std::vector<int64_t> sizes = leading_sizes(logits);
   const int64_t count = token_ids.numel();
   Tensor logprobs = empty(logits, sizes, ScalarType::Float);
@@ -124,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.logits = row_view(logits);
   args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
   args.mask = bools(mask, "mask", count);
-  args.temperature = temperature;
+  args.temperature = {temperature, floats(temperatures, "temperatures", count)};
   check_ids(args.token_ids, count, args.logits.vocab,
             [&](int64_t n) { return args.mask != nullptr && !args.mask[n]; });
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
@@ -136,6 +138,28 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   return {logprobs, lse, entropy};
 }
 
+// All of `args` but where the result goes.
+r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
+                                      const Tensor& entropy, const MaybeTensor& grad_logprobs,
+                                      const MaybeTensor& grad_entropy, double temperature) {
+  const int64_t count = token_ids.numel();
+  r1k::TokenStatsBackward args = {};
+  args.logits = row_view(logits);
+  args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
+  args.lse = data<double>(lse, "lse", ScalarType::Double, count);
+  args.entropy = data<double>(entropy, "entropy", ScalarType::Double, count);
+  args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
+  args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
+  args.temperature = {temperature, nullptr};
+  R1K_CHECK(logits.numel() == count * args.logits.vocab,
+            "token_ids must have the shape of logits without its last dimension");
+  check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
+    return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
+           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
+  });
+  return args;
+}
+
 Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, MaybeTensor grad_logprobs,
                             MaybeTensor grad_entropy, double temperature) {
   const auto sizes = logits.sizes();
@@ -143,29 +167,67 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   Tensor grad_logits = empty(logits, std::vector<int64_t>(sizes.begin(), sizes.end()), logits.scalar_type());
   if (count == 0) return grad_logits;
 
-  r1k::TokenStatsBackward args;
-  args.logits = row_view(logits);
-  args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
-  args.lse = data<double>(lse, "lse", ScalarType::Double, count);
-  args.entropy = data<double>(entropy, "entropy", ScalarType::Double, count);
-  args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
-  args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
-  args.temperature = temperature;
-  R1K_CHECK(logits.numel() == count * args.logits.vocab,
-            "token_ids must have the shape of logits without its last dimension");
-  check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
-    return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
-           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
-  });
-  args.grad_logits = grad_logits.data_ptr();
+  r1k::TokenStatsBackward args =
+      backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  args.out = grad_logits.data_ptr();
+  args.out_dtype = args.logits.dtype;
+  args.out_stride = args.logits.vocab;
   const int64_t bytes = count * args.logits.vocab * r1k::size_of(args.logits.dtype);
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = bytes >= kBeyondCaches;
-  prefer_huge_pages(args.grad_logits, bytes);
+  prefer_huge_pages(args.out, bytes);
   const auto backward = r1k::active_token_stats_kernels()->backward;
   torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   return grad_logits;
+}
+
+// Moves the rows [R] up to the top, each by column ranges so that threads never meet.
+void compact_rows(char* data, int64_t row_bytes, int64_t stride_bytes, const int64_t* rows, int64_t count) {
+  constexpr int64_t kColumns = 64 << 10;
+  torch::stable::parallel_for(0, (row_bytes + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns, last = std::min(end * kColumns, row_bytes);
+    for (int64_t r = 0; r < count; ++r) {  // ascending: rows[r] >= r, so nothing is overwritten before it has moved
+      if (rows[r] != r) {
+        std::memcpy(data + r * stride_bytes + first, data + rows[r] * stride_bytes + first, last - first);
+      }
+    }
+  });
+}
+
+void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
+                              MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
+                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
+  const int64_t count = token_ids.numel();
+  const int64_t row_count = rows.has_value() ? rows->numel() : count;
+  if (row_count == 0) return;
+  r1k::TokenStatsBackward args =
+      backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  args.temperature.factors = floats(temperatures, "temperatures", count);
+  args.softcap = softcap;
+  const r1k::RowView out_view = row_view(out);
+  R1K_CHECK(logits.dim() == 2 && out.dim() == 2 && out.size(0) == count && out_view.vocab == args.logits.vocab &&
+                (out_view.vocab_stride == 1 || out_view.vocab == 1),
+            "out must be (N, V) like logits, with adjacent columns");
+  R1K_CHECK(out_view.dtype == args.logits.dtype || args.logits.dtype == r1k::DType::float32,
+            "out must have the dtype of logits, or a narrower one of float32 logits");
+  if (rows.has_value()) {
+    args.rows = data<int64_t>(*rows, "rows", ScalarType::Long, row_count);
+    for (int64_t r = 0; r < row_count; ++r) {
+      R1K_CHECK(args.rows[r] < count && args.rows[r] >= r && (r == 0 || args.rows[r] > args.rows[r - 1]),
+                "rows must ascend within [0, ", count, ")");
+    }
+  }
+  args.out = out.data_ptr();
+  args.out_dtype = out_view.dtype;
+  args.out_stride = out_view.strides[0];
+  const auto backward = r1k::active_token_stats_kernels()->backward;
+  torch::stable::parallel_for(0, row_count, row_grain(args.logits.vocab),
+                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  if (args.rows != nullptr) {
+    const int64_t size = r1k::size_of(out_view.dtype);
+    compact_rows(static_cast<char*>(args.out), out_view.vocab * size, args.out_stride * size, args.rows, row_count);
+  }
 }
 
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
@@ -319,6 +381,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
+  m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));
   m.impl("kl_estimate", TORCH_BOX(&kl_estimate));

@@ -27,13 +27,22 @@ _NAMESPACE = "r1kernels"
 _schemas = torch.library.Library(_NAMESPACE, "DEF")
 
 # (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
+# `temperatures` (...) float32 multiply `temperature`.
 _schemas.define(
-    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature) -> (Tensor, Tensor, Tensor)"
+    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures=None) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 # d logits (..., V) from dL/dlogprob and dL/dentropy (...); rows where both are 0 are not read and give 0.
 _schemas.define(
     "token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature) -> Tensor"
+)
+# The same of (N, V) logits into `out`, of their dtype or narrower: fresh memory, or the logits' own, row for row.
+# softcap > 0: the logits are softcap * tanh(u / softcap), and the gradient is that of u. With `rows` (R,), ascending,
+# only those are computed, and moved to the top of `out`.
+_schemas.define(
+    "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
 # -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
 _schemas.define(
@@ -53,7 +62,7 @@ POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::token_stats")
-def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = logits.shape[:-1]
     return (
         logits.new_empty(shape, dtype=torch.float32),
@@ -65,6 +74,11 @@ def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
 @torch.library.register_fake(f"{_NAMESPACE}::token_stats_backward")
 def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::token_stats_backward_out")
+def _(*_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::policy_loss")

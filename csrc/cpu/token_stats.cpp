@@ -136,7 +136,7 @@ void forward_rows(const TokenStatsForward& args, int64_t row_begin, int64_t row_
       continue;
     }
     const RowStats stats = row_stats(data + args.logits.offset(n), args.logits.vocab_stride, args.logits.vocab,
-                                     args.token_ids[n], args.temperature);
+                                     args.token_ids[n], args.temperature.of(n));
     args.logprobs[n] = static_cast<float>(stats.logprob);
     args.lse[n] = stats.lse;
     args.entropy[n] = stats.entropy;
@@ -154,7 +154,7 @@ struct RowGradient {
 template <bool kExact, bool kEntropy>
 class VectorGradient {
  public:
-  VectorGradient(const RowGradient& in, double temperature) : scale_(temperature) {
+  VectorGradient(const RowGradient& in, double temperature, double softcap) : scale_(temperature) {
     const double inv_temperature = 1.0 / temperature;
     // log p = (x - anchor)/T + rest: the anchor is lse T rounded to fp32, the rest what that rounding lost.
     const float anchor = canonical(in.lse * temperature);
@@ -169,6 +169,13 @@ class VectorGradient {
     offset_ = broadcast(canonical((pivot - (in.lse - in.entropy) * temperature) * inv_temperature));
     minus_eta_ = broadcast(canonical(-in.eta * inv_temperature));
     slope_ = broadcast(static_cast<float>(inv_temperature));
+    inv_softcap_ = broadcast(softcap > 0 ? static_cast<float>(1.0 / softcap) : 0.0f);
+  }
+
+  // What the soft cap multiplies the gradient with, 1 - tanh^2(u / c), from the capped logit c tanh(u / c).
+  VecF through_softcap(VecF x) const {
+    const VecF tanh = x * inv_softcap_;
+    return (1.0f - tanh) * (1.0f + tanh);
   }
 
   VecF operator()(VecF x) const {
@@ -191,7 +198,7 @@ class VectorGradient {
 
  private:
   Exp2Scale scale_;
-  VecF anchor_, rest_, minus_g_, minus_g_rest_, pivot_, offset_, minus_eta_, slope_;
+  VecF anchor_, rest_, minus_g_, minus_g_rest_, pivot_, offset_, minus_eta_, slope_, inv_softcap_;
 };
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
@@ -203,13 +210,23 @@ double target_gradient(const RowGradient& in, double target_logit, double temper
   return grad / temperature;
 }
 
-template <typename T, bool kEntropy>
-void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature,
-                  const RowGradient& in, T* out, bool stream) {
+template <typename T, typename Out, bool kEntropy, bool kSoftcap>
+void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature, double softcap,
+                  const RowGradient& in, Out* out, bool stream) {
   alignas(64) float block[kBlock];
-  alignas(64) T result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
-  const VectorGradient<sizeof(T) == 4, kEntropy> gradient(in, temperature);
-  const T grad_target = from_float<T>(canonical(target_gradient(in, to_float(row[token_id * stride]), temperature)));
+  alignas(64) Out result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
+  const VectorGradient<sizeof(Out) == 4, kEntropy> vector(in, temperature, softcap);
+  const auto gradient = [&](VecF x) {
+    VecF value = vector(x);
+    if constexpr (kSoftcap) value *= vector.through_softcap(x);
+    // Narrowing wants NaN without a payload, which float32 logits may carry.
+    if constexpr (sizeof(Out) < sizeof(T)) value = value == value ? value : broadcast(__builtin_nanf(""));
+    return value;
+  };
+  const float target = to_float(row[token_id * stride]);
+  double exact_target = target_gradient(in, target, temperature);
+  if constexpr (kSoftcap) exact_target *= (1 - target / softcap) * (1 + target / softcap);
+  const Out grad_target = from_float<Out>(canonical(exact_target));
 
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
@@ -223,29 +240,37 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
     }
     if (begin <= token_id && token_id < begin + count) result[token_id - begin] = grad_target;
     if (stream) {
-      stream_copy(out + begin, result, count * sizeof(T));
+      stream_copy(out + begin, result, count * sizeof(Out));
     } else {
-      std::memcpy(out + begin, result, count * sizeof(T));
+      std::memcpy(out + begin, result, count * sizeof(Out));
     }
   }
 }
 
-template <typename T>
-void backward_rows(const TokenStatsBackward& args, int64_t row_begin, int64_t row_end) {
+template <typename T, typename Out>
+auto row_gradient_variant(bool entropy, bool softcap) {
+  if (softcap) return entropy ? row_gradient<T, Out, true, true> : row_gradient<T, Out, false, true>;
+  return entropy ? row_gradient<T, Out, true, false> : row_gradient<T, Out, false, false>;
+}
+
+template <typename T, typename Out>
+void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
   const T* data = static_cast<const T*>(args.logits.data);
   const int64_t vocab = args.logits.vocab;
-  for (int64_t n = row_begin; n < row_end; ++n) {
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = args.rows != nullptr ? args.rows[r] : r;
     const double g = args.grad_logprobs != nullptr ? args.grad_logprobs[n] : 0;
     const double eta = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
-    T* out = static_cast<T*>(args.grad_logits) + n * vocab;
+    Out* out = static_cast<Out*>(args.out) + n * args.out_stride;
     if (g == 0 && eta == 0) {  // masked or clipped: the row is not read, so nothing in it can matter
-      std::memset(out, 0, vocab * sizeof(T));
+      std::memset(out, 0, vocab * sizeof(Out));
       continue;
     }
     const T* row = data + args.logits.offset(n);
     const RowGradient in = {g, eta, args.lse[n], args.entropy[n]};
-    const auto run = eta != 0 ? row_gradient<T, true> : row_gradient<T, false>;
-    run(row, args.logits.vocab_stride, vocab, args.token_ids[n], args.temperature, in, out, args.stream);
+    const auto run = row_gradient_variant<T, Out>(eta != 0, args.softcap > 0);
+    run(row, args.logits.vocab_stride, vocab, args.token_ids[n], args.temperature.of(n), args.softcap, in, out,
+        args.stream);
   }
   if (args.stream) stream_fence();
 }
@@ -258,11 +283,16 @@ void forward(const TokenStatsForward& args, int64_t row_begin, int64_t row_end) 
   }
 }
 
-void backward(const TokenStatsBackward& args, int64_t row_begin, int64_t row_end) {
+void backward(const TokenStatsBackward& args, int64_t begin, int64_t end) {
   switch (args.logits.dtype) {
-    case DType::float32: return backward_rows<float>(args, row_begin, row_end);
-    case DType::bfloat16: return backward_rows<BFloat16>(args, row_begin, row_end);
-    case DType::float16: return backward_rows<Float16>(args, row_begin, row_end);
+    case DType::bfloat16: return backward_rows<BFloat16, BFloat16>(args, begin, end);
+    case DType::float16: return backward_rows<Float16, Float16>(args, begin, end);
+    case DType::float32: break;
+  }
+  switch (args.out_dtype) {
+    case DType::float32: return backward_rows<float, float>(args, begin, end);
+    case DType::bfloat16: return backward_rows<float, BFloat16>(args, begin, end);
+    case DType::float16: return backward_rows<float, Float16>(args, begin, end);
   }
 }
 

@@ -31,25 +31,39 @@ struct RowView {
   }
 };
 
+// One temperature for all rows, or one factor more for each.
+struct Temperature {
+  double common;
+  const float* factors;  // [N] or null
+
+  double of(int64_t row) const { return factors != nullptr ? common * factors[row] : common; }
+};
+
 struct TokenStatsForward {
   RowView logits;
   const int64_t* token_ids;  // [N]
   const bool* mask;          // [N] or null; a false row is not read and gives zeros
-  double temperature;
+  Temperature temperature;
   float* logprobs;           // [N]
   double* lse;               // [N]
   double* entropy;           // [N]
 };
 
+// The gradient of `rows` of the logits (of all of them where it is null) in rows of their own, in the dtype of the
+// logits or, from float32 logits, a narrower one.
 struct TokenStatsBackward {
   RowView logits;
+  const int64_t* rows;          // [R] or null: row r of the launch is row rows[r] of everything below
   const int64_t* token_ids;     // [N]
   const double* lse;            // [N]
   const double* entropy;        // [N]
   const float* grad_logprobs;   // [N] or null (all zero)
   const float* grad_entropy;    // [N] or null (all zero)
-  double temperature;
-  void* grad_logits;            // [N, V] contiguous, dtype of logits
+  Temperature temperature;
+  double softcap;               // c > 0: the logits are c tanh(u / c), and the gradient is with respect to u
+  void* out;                    // row n at n * out_stride elements; may be the logits' own memory, row for row
+  DType out_dtype;
+  int64_t out_stride;
   bool stream;                  // write past the caches: the gradient is larger than they are
 };
 
