@@ -7,6 +7,10 @@ from r1kernels.ops.cross_entropy import cross_entropy
 from r1kernels.ops.group_advantages import group_advantages
 from r1kernels.ops.grpo_loss import grpo_loss
 from r1kernels.ops.kl_estimate import kl_estimate
+from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
+from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
+from r1kernels.ops.linear_options import LinearOptions
+from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
 from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
@@ -14,6 +18,7 @@ from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearOptions",
     "Objective",
     "PolicyBatch",
     "PolicyLoss",
@@ -23,6 +28,10 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "kl_estimate",
+    "linear_cross_entropy",
+    "linear_grpo_loss",
+    "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "objectives",
     "policy_loss",
     "token_logprobs",

@@ -52,6 +52,27 @@ _schemas.define(
     "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, float max_length) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+# The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
+# on every device, over its products and its two vocabulary kernels.
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, Tensor token_ids, "
+    "Tensor? temperatures, float temperature, float logit_scale, float softcap, ScalarType logits_dtype, int rows, "
+    "int capacity, bool batch_invariant"
+)
+# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_hidden (N, R) and lora_weight (R, V); (0,) unless needed.
+_HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+# -> log-prob, log-sum-exp and entropy (float64), each (N,).
+_schemas.define(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
+_schemas.define(
+    f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t of an objective of single tokens.
+_schemas.define(
+    f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float[] coefficients, bool[] needs) "
+    f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
 _schemas.define(
     "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, int scale, int ddof, float eps) -> Tensor"
 )
@@ -90,6 +111,44 @@ def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
         logprobs.new_empty(logprobs.shape if entropy_coef != 0 else (0,)),
         logprobs.new_empty((POLICY_METRICS,)),
     )
+
+
+def _per_token(token_ids: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(token_ids.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+
+def _head_gradients(hidden: Tensor, head: tuple[Any, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    weight, bias, lora_hidden, lora_weight, token_ids = head[:5]
+    accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    whole = (
+        lambda: hidden.new_empty((token_ids.numel(), weight.shape[1])),
+        lambda: weight.new_empty(weight.shape, dtype=accumulator),
+        lambda: bias.new_empty(bias.shape, dtype=accumulator),
+        lambda: lora_hidden.new_empty(lora_hidden.shape),
+        lambda: lora_weight.new_empty(lora_weight.shape, dtype=accumulator),
+    )
+    return tuple(
+        make() if needed else hidden.new_empty((0,), dtype=torch.float32)
+        for make, needed in zip(whole, needs, strict=True)
+    )
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::linear_token_stats")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[4]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    return _per_token(ids, hidden), *statistics
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::linear_token_stats_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1])
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::linear_policy_gradient")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[4]
+    return _per_token(ids, hidden), _per_token(ids, hidden), *_head_gradients(hidden, args, args[-1])
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::group_advantages")

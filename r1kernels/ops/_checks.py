@@ -13,6 +13,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.int64, torch.int32)
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_tensor(name: str, value: Any, like: Tensor | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")

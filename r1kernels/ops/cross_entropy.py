@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64, values_are_free
+from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops.policy_loss_reference import check_normalizer
 from r1kernels.ops.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -44,12 +44,7 @@ def cross_entropy(
 
     Equivalent to: `torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())`
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer was given with reduction {reduction!r}, expected 'mean'")
+    check_reduction(reduction, ignore_index, normalizer)
     check_floating("logits", logits)
     targets = ids_int64("targets", targets, logits)
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
@@ -60,7 +55,7 @@ def cross_entropy(
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / (mask.sum().clamp(min=1) if normalizer is None else _denominator(normalizer, logits))
+    return losses.sum() / denominator(mask, normalizer, losses.dtype)
 
 
 def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -70,12 +65,23 @@ def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float)
         raise ValueError(str(error).replace("token_ids", "targets")) from None
 
 
-def _denominator(normalizer: Any, logits: Tensor) -> Tensor | float:
+def check_reduction(reduction: Any, ignore_index: Any, normalizer: Any) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer was given with reduction {reduction!r}, expected 'mean'")
+
+
+def denominator(mask: Tensor, normalizer: Any, dtype: torch.dtype) -> Tensor | float:
+    """What a mean divides by: `normalizer`, or the number of counted targets."""
+    if normalizer is None:
+        return mask.sum().clamp(min=1)
     if isinstance(normalizer, Tensor):
-        if normalizer.device != logits.device:
-            raise ValueError(f"normalizer is on {normalizer.device}, expected {logits.device} like logits")
+        if normalizer.device != mask.device:
+            raise ValueError(f"normalizer is on {normalizer.device}, expected {mask.device} like the other arguments")
         check_shape("normalizer", normalizer, (), "a 0-d tensor")
-        if values_are_free(normalizer) and not 0 < float(normalizer) < math.inf:
-            raise ValueError(f"normalizer is {float(normalizer)}, expected a positive finite number")
-        return normalizer.detach().to(torch.float32)
+        check_normalizer(normalizer)
+        return normalizer.detach().to(dtype)
     return check_number("normalizer", normalizer, minimum=0.0, strict=True)

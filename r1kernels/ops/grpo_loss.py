@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r1kernels import objectives
 from r1kernels.objectives import Objective
-from r1kernels.ops._checks import check_floating, check_tensor
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute
 from r1kernels.ops.token_stats import token_stats
 
@@ -69,7 +69,7 @@ def grpo_loss(
         importance_weights=importance_weights,
         normalizer=normalizer,
         objective=objective,
-        dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32,
+        dtype=accumulator_dtype(logits.dtype),
     )
     logprobs, entropy = token_stats(logits, token_ids, inputs.batch.mask, temperature)
     return compute(logprobs, entropy, inputs)

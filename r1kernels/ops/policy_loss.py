@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import policy_loss_reference
-from r1kernels.ops._checks import as_mask, check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
 # The order is that of `enum Metric` in csrc/cpu/policy_loss.h.
@@ -60,36 +60,60 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+def _kernel(
+    logprobs: Tensor, entropy: Tensor | None, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogprobs, dloss/dentropy or (0,), metrics)."""
+    return _library.call(
+        torch.ops.r1kernels.policy_loss.default,
+        logprobs,
+        batch.advantages,
+        batch.old_logprobs,
+        batch.ref_logprobs,
+        entropy,
+        batch.mask,
+        batch.cu_seqlens,
+        batch.importance_weights,
+        normalizer,
+        objectives.SURROGATES.index(objective.surrogate),
+        objectives.RATIOS.index(objective.ratio),
+        objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+        objectives.AGGREGATES.index(objective.aggregate),
+        objective.clip_low,
+        objective.clip_high,
+        math.inf if objective.ratio_cap is None else objective.ratio_cap,
+        objective.tau_pos,
+        objective.tau_neg,
+        objective.kl_coef,
+        objective.entropy_coef,
+        objective.max_length or 1,
+    )
+
+
+def evaluate(
+    logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(loss, dloss/dlogprobs, dloss/dentropy or None, metrics) as values, for losses that own the chain rule."""
+    batch, normalizer, objective = inputs
+    if _library.select(logprobs) != "reference":
+        loss, g, eta, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
+        return loss, g, eta if objective.entropy_coef != 0 else None, metrics
+    with torch.enable_grad():
+        wanted = [value.detach().requires_grad_() for value in (logprobs, entropy) if value is not None]
+        loss, metrics = policy_loss_reference.reference(
+            wanted[0], batch._replace(entropy=None if entropy is None else wanted[1]), normalizer, objective
+        )
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads[0], grads[1] if objective.entropy_coef != 0 else None, metrics
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logprobs: Tensor, entropy: Tensor | None, batch: PolicyBatch, normalizer: Tensor | None,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
-        loss, grad_logprobs, grad_entropy, metrics = _library.call(
-            torch.ops.r1kernels.policy_loss.default,
-            logprobs,
-            batch.advantages,
-            batch.old_logprobs,
-            batch.ref_logprobs,
-            entropy,
-            batch.mask,
-            batch.cu_seqlens,
-            batch.importance_weights,
-            normalizer,
-            objectives.SURROGATES.index(objective.surrogate),
-            objectives.RATIOS.index(objective.ratio),
-            objectives.KL_ESTIMATORS.index(objective.kl) + 1,
-            objectives.AGGREGATES.index(objective.aggregate),
-            objective.clip_low,
-            objective.clip_high,
-            math.inf if objective.ratio_cap is None else objective.ratio_cap,
-            objective.tau_pos,
-            objective.tau_neg,
-            objective.kl_coef,
-            objective.entropy_coef,
-            objective.max_length or 1,
-        )
+        loss, grad_logprobs, grad_entropy, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
         ctx.save_for_backward(grad_logprobs, grad_entropy)
         ctx.with_entropy = objective.entropy_coef != 0
         ctx.mark_non_differentiable(metrics)
@@ -222,9 +246,14 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
         loss, metrics = _PolicyLoss.apply(
             logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective
         )
-    absent = {name for name, value in (("kl", batch.ref_logprobs), ("entropy", entropy)) if value is None}
+    return PolicyLoss(loss, named_metrics(metrics, kl=batch.ref_logprobs is not None, entropy=entropy is not None))
+
+
+def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
+    """The metrics (METRICS,) by name, those that were measured."""
+    absent = {name for name, there in (("kl", kl), ("entropy", entropy)) if not there}
     named = zip(METRICS, metrics.unbind(0), strict=True)
-    return PolicyLoss(loss, {name: value for name, value in named if name not in absent})
+    return {name: value for name, value in named if name not in absent}
 
 
 def policy_loss(
@@ -279,7 +308,7 @@ def policy_loss(
     Source: the preset's docstring in `r1kernels.objectives`.
     """
     check_floating("logprobs", logprobs)
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(logprobs.dtype)
     if entropy is not None:
         check_floating("entropy", entropy, logprobs)
         check_shape("entropy", entropy, logprobs.shape, "one per token")

@@ -33,7 +33,7 @@ class PolicyBatch(NamedTuple):
     importance_weights: Tensor | None
 
 
-class _Sequences:
+class Sequences:
     """Which sequence each token of the flattened batch belongs to, and sums over sequences."""
 
     def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -55,6 +55,14 @@ class _Sequences:
 
     def sum(self, per_token: Tensor) -> Tensor:
         return per_token.new_zeros(self.count).index_add(0, self.index, per_token)
+
+
+def check_normalizer(normalizer: Tensor | None) -> None:
+    """For the reference and for losses that divide by it themselves; the kernel looks for itself."""
+    if normalizer is not None and values_are_free(normalizer):
+        value = float(normalizer)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"normalizer is {value}, expected a positive finite number")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
@@ -105,7 +113,9 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
     return _Surrogate(loss, nonzero, never, never, never)
 
 
-def _weights(objective: Objective, counts: Tensor, sequences: _Sequences, normalizer: Tensor | None) -> Tensor:
+def reduction_weights(
+    objective: Objective, counts: Tensor, sequences: Sequences, normalizer: Tensor | None
+) -> Tensor:
     """Reduction weight of each counted token."""
     number = max(sequences.count, 1)
     if objective.aggregate == "token_mean":
@@ -123,11 +133,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of METRICS) by autograd-visible arithmetic in the dtype of logprobs."""
     shape = logprobs.shape
-    if normalizer is not None and values_are_free(normalizer):
-        value = float(normalizer)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"normalizer is {value}, expected a positive finite number")
-    sequences = _Sequences(logprobs, batch.cu_seqlens)
+    check_normalizer(normalizer)
+    sequences = Sequences(logprobs, batch.cu_seqlens)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
     mask = mask.reshape(-1)
     counts = mask.to(logprobs.dtype)
@@ -180,7 +187,7 @@ def reference(
         per_token = per_token - objective.entropy_coef * entropy
         active = torch.ones_like(active)
     # where, not a product: a custom objective may return anything behind the mask.
-    weights = _weights(objective, counts, sequences, normalizer)
+    weights = reduction_weights(objective, counts, sequences, normalizer)
     loss = torch.where(mask, per_token * weights, 0).sum()
 
     with torch.no_grad():

@@ -10,6 +10,7 @@ These two kernels are the only ones that touch the vocabulary axis; every loss i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
 from r1kernels.ops._checks import (
+    accumulator_dtype,
     check_floating,
     check_ids_in_range,
     check_number,
@@ -29,7 +31,7 @@ from r1kernels.ops._checks import (
 def reference(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """(log-prob, entropy) in plain differentiable PyTorch; fp32 arithmetic, or fp64 for fp64 logits."""
     check_ids_in_range("token_ids", token_ids, logits.shape[-1], mask)
-    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    z = logits.to(accumulator_dtype(logits.dtype)) / temperature
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), z, 0)
         token_ids = torch.where(mask, token_ids, 0)
@@ -74,6 +76,96 @@ class _TokenStats(torch.autograd.Function):
             ctx.temperature,
         )
         return grad_logits, None, None, None
+
+
+# ---- the two kernels on a matrix of logits, without autograd: for losses that own their logits, row chunk by chunk
+
+
+def statistics(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob float32, log-sum-exp float64, entropy float64), each (N,), of (N, V) logits of any dtype.
+
+    `temperatures` (N,) multiply `temperature`. Rows where `mask` is False are not read and give 0.
+    """
+    if _library.select(logits) != "reference":
+        return torch.ops.r1kernels.token_stats.default(logits, token_ids, mask, temperature, temperatures)
+    results = [token_ids.new_empty(token_ids.shape, dtype=torch.float64) for _ in range(3)]
+    for rows in _row_blocks(logits):
+        z, ids = _scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]
+        if mask is not None:
+            z = torch.where(mask[rows, None], z, 0)
+            ids = torch.where(mask[rows], ids, 0)
+        lse = z.logsumexp(-1)
+        log_p = z - lse.unsqueeze(-1)
+        entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
+        block = (log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), lse, entropy)
+        for result, value in zip(results, block, strict=True):
+            result[rows] = value.double() if mask is None else torch.where(mask[rows], value, 0).double()
+    logprobs, lse, entropy = results
+    return logprobs if logits.dtype == torch.float64 else logprobs.float(), lse, entropy
+
+
+def gradient_into(
+    out: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    eta: Tensor | None,
+    *,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    rows: Tensor | None,
+) -> Tensor:
+    """dL/dlogits of (N, V) logits, written to `out` (N, V), which may be the logits' own memory, row for row.
+
+    `out` has the dtype of logits, or a narrower one than their float32. With `softcap` c > 0 the logits are
+    c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only those rows are computed.
+
+    Returns:
+        The first R (or N) rows of `out`.
+    """
+    result = out if rows is None else out[: len(rows)]
+    if _library.select(logits) != "reference":
+        torch.ops.r1kernels.token_stats_backward_out.default(
+            logits, token_ids, lse, entropy, g, eta, temperature, temperatures, softcap, rows, out
+        )
+        return result
+    for block in _row_blocks(result):
+        source = block if rows is None else rows[block]
+        x = logits[source].to(accumulator_dtype(logits.dtype))
+        t = _row_temperatures(x, source, temperature, temperatures)
+        log_p = x / t - lse[source, None].to(x.dtype)
+        p = log_p.exp()
+        grad = -g[source, None] * p
+        grad.scatter_add_(-1, token_ids[source, None], g[source, None].to(x.dtype))
+        if eta is not None:
+            finite_log_p = torch.where(log_p == -torch.inf, 0, log_p)
+            grad = grad - eta[source, None] * p * (finite_log_p + entropy[source, None].to(x.dtype))
+        grad = grad / t
+        if softcap > 0:
+            grad = grad * (1 - (x / softcap).square())
+        active = (g[source] != 0) if eta is None else (g[source] != 0) | (eta[source] != 0)
+        result[block] = torch.where(active[:, None], grad, 0).to(out.dtype)
+    return result
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Blocks of rows whose float32 copies take 16 MiB: what plain PyTorch may hold beside the chunk."""
+    step = max(1, (4 << 20) // max(matrix.shape[-1], 1))
+    return (slice(begin, min(begin + step, len(matrix))) for begin in range(0, len(matrix), step))
+
+
+def _row_temperatures(x: Tensor, rows: slice | Tensor, temperature: float, temperatures: Tensor | None) -> Any:
+    return temperature if temperatures is None else temperature * temperatures[rows, None].to(x.dtype)
+
+
+def _scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures: Tensor | None) -> Tensor:
+    x = logits[rows].to(accumulator_dtype(logits.dtype))
+    return x / _row_temperatures(x, rows, temperature, temperatures)
 
 
 def token_stats(

@@ -1,0 +1,72 @@
+"""Cross-entropy from hidden states: the one-pass walk of the linear policy loss, whose slopes are constants here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from r1kernels import objectives
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
+from r1kernels.ops.cross_entropy import check_reduction, denominator
+from r1kernels.ops.linear_grpo_loss import one_pass_sum
+from r1kernels.ops.linear_options import LinearOptions, prepare
+from r1kernels.ops.linear_token_stats import linear_token_stats
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    **options: Unpack[LinearOptions],
+) -> Tensor:
+    r"""Negative log-likelihood of targets from hidden states, without a tensor of logits.
+
+    loss = -sum_t log softmax(z_t)[target_t] / (number of targets that are not ignored),
+    z = softcap(logit_scale (hidden W^T + bias)) / temperature
+
+    Args:
+        hidden: (..., H), as in `linear_token_logprobs`. Row t scores target t: shift before the call.
+        weight: (V, H), dtype of hidden.
+        targets: (...), int64 or int32, in [0, V) or `ignore_index`. Rows of ignored targets are not computed.
+        reduction: "mean", "sum" or "none". With "none" the gradients wait for those of the losses, and backward
+            computes the logits once more.
+        normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
+        **options: the keywords of `LinearOptions`.
+
+    Returns:
+        0-d, or (...) for "none"; float32, nats. Ignored targets give 0, and a batch of them alone a mean of 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+
+    Memory: `chunk_bytes`, the weight's gradient in float32, that of hidden, and 64 bytes a token.
+
+    Equivalent to: `cross_entropy(hidden.float() @ weight.float().T, targets)`
+    """
+    check_reduction(reduction, ignore_index, normalizer)
+    check_floating("hidden", hidden)
+    targets = ids_int64("targets", targets, hidden)
+    check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")
+    mask = targets != ignore_index
+    inputs, head = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask)
+    wanted = mask.reshape(-1)
+    dtype = accumulator_dtype(hidden.dtype)
+    if reduction == "none" or not inputs.wanted:
+        logprobs = linear_token_stats(inputs, head, wanted)[0].reshape(targets.shape)
+        losses = torch.where(mask, -logprobs, 0)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        return total if reduction == "sum" else total / denominator(mask, normalizer, dtype)
+    divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
+    ones = torch.ones(wanted.shape, dtype=dtype, device=hidden.device)
+    return one_pass_sum(inputs, head, wanted, ones / divisor, ones, objectives.reinforce())

@@ -1,0 +1,297 @@
+r"""GRPO and its relatives straight from hidden states and the weight of the head.
+
+The slope of a token's loss depends on that token's log-prob alone when the ratio is a token's own. One walk over the
+chunks then does everything: product -> statistics -> slopes -> d logits in place -> two products; 3 units of
+2 N H V floating-point operations, 1 + 2 k when a share k of the tokens has a gradient, and 3 k when the others are
+known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences and callables take
+two phases: statistics of all tokens, then d logits of those with a gradient, from logits computed once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library, objectives
+from r1kernels.objectives import Objective
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
+from r1kernels.ops.linear_head import Head, Needs, run_one_pass
+from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear_token_stats import (
+    finished_gradients,
+    gradient_shapes,
+    linear_token_stats,
+    no_autocast,
+)
+from r1kernels.ops.policy_loss import (
+    CustomObjective,
+    LossInputs,
+    PolicyLoss,
+    check_inputs,
+    compute,
+    evaluate,
+    named_metrics,
+)
+from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+# ---- the one-pass operator --------------------------------------------------------------------------------
+
+
+class TokenObjective(NamedTuple):
+    """What the slope of one token needs, flattened to (N,): `weights` are those of the reduction."""
+
+    weights: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    objective: Objective
+
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of the operator `linear_policy_gradient`."""
+        o = self.objective
+        coefficients = [
+            o.clip_low, o.clip_high, math.inf if o.ratio_cap is None else o.ratio_cap, o.tau_pos, o.tau_neg,
+            o.kl_coef, o.entropy_coef,
+        ]
+        surrogate, kl = objectives.SURROGATES.index(o.surrogate), objectives.KL_ESTIMATORS.index(o.kl)
+        return *self[:5], surrogate, kl, coefficients
+
+    @staticmethod
+    def from_arguments(*arguments: Any) -> TokenObjective:
+        *tensors, surrogate, kl, coefficients = arguments
+        clip_low, clip_high, ratio_cap, tau_pos, tau_neg, kl_coef, entropy_coef = coefficients
+        objective = Objective(
+            surrogate=objectives.SURROGATES[surrogate], clip_low=clip_low, clip_high=clip_high,
+            ratio_cap=None if ratio_cap == math.inf else ratio_cap, tau_pos=tau_pos, tau_neg=tau_neg,
+            kl=objectives.KL_ESTIMATORS[kl], kl_coef=kl_coef, entropy_coef=entropy_coef, aggregate="token_mean",
+        )
+        return TokenObjective(*tensors, objective)
+
+    def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
+
+        def taken(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows].contiguous()
+
+        batch = PolicyBatch(
+            taken(self.advantages), taken(self.old_logprobs), taken(self.ref_logprobs), None, None, None,
+            taken(self.importance_weights),
+        )
+        one = logprobs.new_ones(())
+        _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
+        weights = self.weights[rows]
+        return g * weights, None if eta is None else eta * weights
+
+
+@torch.library.impl("r1kernels::linear_policy_gradient", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    fields = len(Head._fields)
+    head, mask, tokens, needs = Head(*args[:fields]), args[fields], args[fields + 1 : -1], args[-1]
+    with no_autocast(hidden):
+        return run_one_pass(head, hidden, mask, TokenObjective.from_arguments(*tokens).slopes, Needs(*needs))
+
+
+class _OnePass(torch.autograd.Function):
+    """(log-prob, entropy) (N,) and a loss whose gradients were computed with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
+        lora_weight: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
+        whole: LossInputs, shape: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (hidden, weight, bias, lora_hidden, lora_weight)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        logprobs, entropy, *grads = _library.call(
+            torch.ops.r1kernels.linear_policy_gradient.default,
+            hidden,
+            *with_tensors(head, *inputs[1:]),
+            wanted,
+            *tokens.arguments(),
+            list(needs),
+        )
+        loss, _, _, metrics = evaluate(logprobs.reshape(shape), entropy.reshape(shape), whole)
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        ctx.wanted = gradient_shapes(inputs)
+        ctx.into = into
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.needs, ctx.wanted, ctx.into)
+        return *grads, *[None] * 6
+
+
+def one_pass_sum(
+    inputs: Differentiable, head: Head, wanted: Tensor, weights: Tensor, advantages: Tensor, objective: Objective
+) -> Tensor:
+    """sum_t weights_t loss_t over the tokens where `wanted` (N,) is True, differentiable; without KL or entropy."""
+    tokens = TokenObjective(weights, advantages, None, None, None, objective)
+    batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
+    whole = LossInputs(batch, weights.new_ones(()), objective)
+    return _OnePass.apply(*inputs.tensors, inputs.into, head, wanted, tokens, whole, tuple(wanted.shape))[0]
+
+
+# ---- which tokens take part, and what they weigh ----------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """`wanted` (N,): tokens whose log-prob is computed, None for all. `tokens`: of the one-pass operator. `inputs`:
+    the loss over the tokens that are computed, equal to that over all of them. `counted`: how many the mask counts,
+    where fewer are measured."""
+
+    wanted: Tensor | None
+    tokens: TokenObjective | None
+    inputs: LossInputs
+    counted: Tensor | None
+
+
+def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all: bool) -> _Plan:
+    batch, normalizer, objective = inputs
+    if callable(objective.surrogate):
+        return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
+    check_normalizer(normalizer)
+    dtype = batch.advantages.dtype
+    probe = like.new_empty((), dtype=dtype).expand(shape)  # no memory: the shape for `Sequences`
+    sequences = Sequences(probe, batch.cu_seqlens)
+    mask = None if batch.mask is None else batch.mask.reshape(-1)
+    counts = torch.ones(probe.numel(), dtype=dtype, device=like.device) if mask is None else mask.to(dtype)
+    weights = reduction_weights(objective, counts, sequences, normalizer)
+    size = torch.Size(shape)
+
+    def per_token(value: Tensor | None) -> Tensor | None:
+        return None if value is None else sequences.per_token(value, size)
+
+    advantages, importance = per_token(batch.advantages), per_token(batch.importance_weights)
+    flat = [None if value is None else value.reshape(-1) for value in (batch.old_logprobs, batch.ref_logprobs)]
+    tokens = TokenObjective(
+        weights, advantages, *flat, importance, dataclasses.replace(objective, aggregate="token_mean", max_length=None)
+    )
+    if measure_all or objective.kl_coef != 0 or objective.entropy_coef != 0:
+        return _Plan(mask, tokens, inputs, None)
+    moving = advantages != 0
+    if importance is not None:
+        moving = moving & (importance != 0)
+    if mask is not None:
+        moving = moving & mask
+    if objective.ratio == "sequence":  # the ratio of a sequence needs all of its tokens
+        moving = sequences.sum(moving.to(dtype))[sequences.index] > 0
+        moving = moving if mask is None else moving & mask
+    # The tokens left out have loss 0, so the loss is a sum over the others with the weights of the whole batch.
+    scaled = weights if importance is None else weights * importance
+    part = LossInputs(
+        batch._replace(mask=moving.reshape(shape), importance_weights=scaled.reshape(shape)),
+        probe.new_ones(()),
+        tokens.objective,
+    )
+    return _Plan(moving, tokens, part, counts.sum())
+
+
+def _metrics(metrics: dict[str, Tensor], plan: _Plan, inputs: LossInputs, sequences: int) -> dict[str, Tensor]:
+    """Adds how many tokens were measured, and puts back what speaks of the whole batch."""
+    measured = metrics["tokens"]
+    if plan.counted is None:
+        return {**metrics, "measured_tokens": measured}
+    share = measured / plan.counted.clamp(min=1)
+    whole = {
+        "tokens": plan.counted.to(measured.dtype),
+        "sequences": torch.full_like(measured, sequences),
+        "active_fraction": metrics["active_fraction"] * share,
+        **{name: metrics[name] * share for name in metrics if name.endswith("_fraction")},
+    }
+    return {**metrics, **whole, "measured_tokens": measured}
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+    measure_all: bool = False,
+    **options: Unpack[LinearOptions],
+) -> PolicyLoss:
+    r"""Policy-gradient loss from hidden states: `grpo_loss` without a tensor of logits.
+
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(z_t)[token_t],
+    z = softcap(logit_scale (hidden W^T + bias)) / temperature
+
+    Args:
+        hidden: (B, T, H), or packed (N, H) with `cu_seqlens`; as in `linear_token_logprobs`. Row t scores token t.
+        weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
+        token_ids: (B, T) or (N,), int64 or int32, in [0, V); anything behind the mask.
+        measure_all: compute the log-probs of tokens whose loss is known to be 0 too, so that the metrics speak of
+            them. Otherwise tokens of advantage (or importance weight) 0 are not computed when the objective has
+            neither a KL nor an entropy term: their hidden states may hold anything, and the means in the metrics are
+            over `metrics["measured_tokens"]` tokens.
+        **options: the keywords of `LinearOptions`.
+
+    The other arguments are those of `policy_loss`. Tokens whose gradient is exactly 0 take no part in the backward
+    products; `metrics["active_fraction"]` is the share of the others among the counted tokens. (Of tokens whose
+    gradient turns out to be 0 only when their log-prob is known, that holds on CPUs; elsewhere it would take a
+    synchronisation a chunk.) On a device there is one synchronisation a call, to count the tokens that take part when
+    there is a mask or an advantage of 0 may be skipped, and none with `capacity`.
+
+    Returns:
+        `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` besides those of `policy_loss`. Gradients are
+        computed with the loss where the objective allows it, and only scaled in backward.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+
+    Memory: `chunk_bytes`, the weight's gradient in float32, that of hidden, and 64 bytes a token.
+
+    Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
+    Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
+    """
+    check_floating("hidden", hidden)
+    check_tensor("token_ids", token_ids, hidden)
+    shape = tuple(token_ids.shape)
+    given = check_inputs(
+        hidden,
+        shape,
+        advantages,
+        tokens="token_ids",
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        importance_weights=importance_weights,
+        normalizer=normalizer,
+        objective=objective,
+        dtype=accumulator_dtype(hidden.dtype),
+    )
+    if not isinstance(measure_all, bool):
+        raise TypeError(f"measure_all is {measure_all!r}, expected True or False")
+    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=given.batch.mask)
+    plan = _plan(given, hidden, shape, measure_all)
+    sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
+    if plan.tokens is not None and given.objective.ratio == "token" and inputs.wanted:
+        loss, metrics = _OnePass.apply(
+            *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape
+        )
+        metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)
+    else:
+        logprobs, entropy = linear_token_stats(inputs, head, plan.wanted)
+        loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
+    return PolicyLoss(loss, _metrics(metrics, plan, given, sequences))

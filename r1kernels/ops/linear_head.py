@@ -1,0 +1,371 @@
+r"""The language-model head in row chunks: logits of a few rows at a time, used and overwritten where they lie.
+
+    x = h W^T + t B + b,  u = scale x,  v = cap tanh(u / cap) (or u),  z = v / T
+
+Every loss from hidden states is the same walk over chunks: product -> statistics -> two scalars per token ->
+d logits in place -> products with W and h. The logits of one chunk are the only buffer of vocabulary width, and rows
+without a gradient take part in none of the later products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.ops import token_stats
+from r1kernels.ops._checks import accumulator_dtype, values_are_free
+from r1kernels.ops.gemm import matmul
+
+# The default budget of a chunk. Larger chunks read and write the float32 gradient of the weight less often.
+DEFAULT_CHUNK_BYTES = 1 << 30
+
+
+class Head(NamedTuple):
+    """Everything between hidden states and the scores of tokens, checked.
+
+    Attributes:
+        weight: (V, H). bias: (V,) or None. lora_hidden, lora_weight: (N, R) and (R, V), or None.
+        token_ids: (N,) int64. temperatures: (N,) float32 or None; they multiply `temperature`.
+        softcap: 0 for none. logits_dtype: of the chunk: float32 (float64), or that of hidden.
+        rows: of a chunk. capacity: rows that may take part, -1 for any number.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_hidden: Tensor | None
+    lora_weight: Tensor | None
+    token_ids: Tensor
+    temperatures: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float
+    logits_dtype: torch.dtype
+    rows: int
+    capacity: int
+    batch_invariant: bool
+
+    @property
+    def kernel_temperature(self) -> float:
+        """Without a soft cap, z = x / (T / scale): the scale costs no pass over the logits."""
+        return self.temperature if self.softcap > 0 else self.temperature / self.logit_scale
+
+    @property
+    def kernel_scale(self) -> float:
+        """What is left of the scale for the gradient to be multiplied with."""
+        return self.logit_scale if self.softcap > 0 else 1.0
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_hidden: bool
+    lora_weight: bool
+
+
+class Selection(NamedTuple):
+    """The rows that take part. `index` (R,), ascending, or None for all N; with a capacity, `valid` (R,) says which
+    entries of index are rows, and the others are N."""
+
+    index: Tensor | None
+    valid: Tensor | None
+
+
+ALL_ROWS = Selection(None, None)
+
+
+def select_rows(wanted: Tensor | None, capacity: int) -> Selection:
+    """The rows where `wanted` (N,) is True: one synchronisation, or none with a capacity.
+
+    More rows than the capacity raise: at once where values are free to look at, else at the device's next
+    synchronisation.
+    """
+    if wanted is None or wanted.numel() == 0:
+        return ALL_ROWS
+    n = wanted.numel()
+    if capacity < 0:
+        index = wanted.nonzero().squeeze(-1)
+        return ALL_ROWS if len(index) == n else Selection(index, None)
+    if values_are_free(wanted):
+        count = int(wanted.sum())
+        if count > capacity:
+            raise ValueError(f"capacity is {capacity}, expected at least {count}: the tokens that take part")
+    else:
+        torch._assert_async(wanted.sum() <= capacity, "r1kernels: more tokens take part than capacity allows")
+    index = torch.nonzero_static(wanted, size=min(capacity, n), fill_value=n).squeeze(-1)
+    return Selection(index, index < n)
+
+
+def row_bytes(vocab: int, hidden: int, logits_dtype: torch.dtype) -> int:
+    """Memory that one row of a chunk takes: its logits, and float32 and 16-bit copies of width H."""
+    return vocab * logits_dtype.itemsize + 2 * hidden * accumulator_dtype(logits_dtype).itemsize
+
+
+class Chunk(NamedTuple):
+    rows: Tensor | slice  # of the flattened batch; with a capacity, padding is clamped to row N - 1
+    write: Tensor | slice  # the same for results; padding goes to row N
+    valid: Tensor | None
+    hidden: Tensor  # (n, H), zeros where not valid
+    lora_hidden: Tensor | None
+    token_ids: Tensor
+    temperatures: Tensor | None
+    logits: Tensor  # (n, V) in the chunk buffer
+
+
+class Walk:
+    """One walk over the chunks of a selection, collecting gradients.
+
+    Args:
+        hidden: (..., H), any strides.
+        needs: gradients to collect; None for statistics only.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, selection: Selection, needs: Needs | None = None) -> None:
+        self.head, self.selection = head, selection
+        self.needs = needs or Needs(False, False, False, False, False)
+        self.count = head.token_ids.numel()
+        self.source = _Rows(hidden)
+        self.total = self.count if selection.index is None else len(selection.index)
+        self.device = hidden.device
+        self.accumulator = accumulator_dtype(hidden.dtype)
+        self.dtype = hidden.dtype
+        vocab, width = head.weight.shape
+        # Rows of padding write to one row more, which is cut off at the end.
+        self.padded = self.count + (selection.valid is not None)
+        whole = selection.index is None
+        self._grad_hidden = self._rows(width, whole) if self.needs.hidden else None
+        self._grad_lora_hidden = (
+            self._rows(head.lora_weight.shape[0], whole) if self.needs.lora_hidden else None
+        )
+        self._grad_weight: Tensor | None = None
+        self._grad_lora_weight: Tensor | None = None
+        self._grad_bias = hidden.new_zeros(vocab, dtype=self.accumulator) if self.needs.bias else None
+        self._buffer: Tensor | None = None
+
+    def _rows(self, width: int, whole: bool) -> Tensor:
+        make = torch.empty if whole else torch.zeros
+        return make(self.padded, width, dtype=self.dtype, device=self.device)
+
+    def per_token(self, dtype: torch.dtype) -> Tensor:
+        """Zeros for a result of each token, to be written at `Chunk.write` and finished by `trim`."""
+        return torch.zeros(self.padded, dtype=dtype, device=self.device)
+
+    def trim(self, per_token: Tensor) -> Tensor:
+        return per_token[: self.count]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks with their logits, ready for statistics. Each overwrites the one before."""
+        if self.total == 0:
+            return
+        number = math.ceil(self.total / self.head.rows)
+        rows = math.ceil(self.total / number)
+        vocab = self.head.weight.shape[0]
+        self._buffer = torch.empty(rows, vocab, dtype=self.head.logits_dtype, device=self.device)
+        for begin in range(0, self.total, rows):
+            chunk = self._chunk(slice(begin, min(begin + rows, self.total)))
+            self._logits(chunk)
+            yield chunk
+
+    def _chunk(self, part: slice) -> Chunk:
+        index, valid = self.selection
+        rows: Tensor | slice = part if index is None else index[part]
+        write = rows
+        if valid is not None:
+            valid = valid[part]
+            rows = rows.clamp(max=self.count - 1)
+        head = self.head
+        hidden = self.source.take(rows)
+        lora_hidden = None if head.lora_hidden is None else head.lora_hidden[rows]
+        if valid is not None:  # the row that stands in for padding may hold anything, and 0 * NaN is NaN
+            hidden = torch.where(valid[:, None], hidden, 0)
+            lora_hidden = None if lora_hidden is None else torch.where(valid[:, None], lora_hidden, 0)
+        temperatures = None if head.temperatures is None else head.temperatures[rows]
+        logits = self._buffer[: part.stop - part.start]
+        return Chunk(rows, write, valid, hidden, lora_hidden, head.token_ids[rows], temperatures, logits)
+
+    def _logits(self, chunk: Chunk) -> None:
+        head, logits = self.head, chunk.logits
+        if logits.dtype == self.accumulator:
+            matmul(chunk.hidden, head.weight.t(), logits, batch_invariant=head.batch_invariant)
+            if chunk.lora_hidden is not None:
+                matmul(chunk.lora_hidden, head.lora_weight, logits, accumulate=True,
+                       batch_invariant=head.batch_invariant)
+        else:  # as an engine that keeps 16-bit logits: rounded after every step
+            torch.mm(chunk.hidden, head.weight.t(), out=logits)
+            if chunk.lora_hidden is not None:
+                logits += chunk.lora_hidden @ head.lora_weight
+        if head.bias is not None:
+            logits += head.bias
+        if head.softcap > 0:
+            logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+
+    def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-prob, log-sum-exp float64, entropy float64), each (n,)."""
+        return token_stats.statistics(
+            chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures
+        )
+
+    def backward(self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None) -> None:
+        """Adds the gradients of a chunk, whose logits it overwrites. g = dL/dlogprob, eta = dL/dentropy, each (n,)."""
+        head = self.head
+        if chunk.valid is not None:
+            g = torch.where(chunk.valid, g, 0)
+            eta = None if eta is None else torch.where(chunk.valid, eta, 0)
+        rows = None
+        if values_are_free(g):  # elsewhere it would cost a synchronisation for each chunk
+            active = g != 0 if eta is None else (g != 0) | (eta != 0)
+            rows = active.nonzero().squeeze(-1)
+            rows = None if len(rows) == len(g) else rows
+        if head.kernel_scale != 1.0:
+            g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
+        grad_logits = token_stats.gradient_into(
+            self._narrow(chunk.logits),
+            chunk.logits,
+            chunk.token_ids,
+            lse,
+            entropy,
+            g,
+            eta,
+            temperature=head.kernel_temperature,
+            temperatures=chunk.temperatures,
+            softcap=head.softcap,
+            rows=rows,
+        )
+        self.add_gradients(chunk, grad_logits, rows)
+
+    def _narrow(self, logits: Tensor) -> Tensor:
+        """(n, V) in the dtype of hidden, each row at the beginning of the memory of the row of logits."""
+        return logits if logits.dtype == self.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
+
+    def add_gradients(self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None) -> None:
+        """The products with d logits (R, V): `rows` (R,) of the chunk, or all of it."""
+        head, needs = self.head, self.needs
+        hidden, lora_hidden = chunk.hidden, chunk.lora_hidden
+        if rows is not None:
+            hidden = hidden[rows] if needs.weight else hidden
+            lora_hidden = lora_hidden[rows] if needs.lora_weight else lora_hidden
+        if needs.hidden:
+            _write(self._grad_hidden, chunk.write, rows, self._product(grad_logits, head.weight))
+        if needs.lora_hidden:
+            _write(self._grad_lora_hidden, chunk.write, rows, self._product(grad_logits, head.lora_weight.t()))
+        if len(grad_logits) == 0:
+            return
+        if needs.weight:
+            self._grad_weight = self._accumulated(self._grad_weight, grad_logits.t(), hidden)
+        if needs.lora_weight:
+            self._grad_lora_weight = self._accumulated(self._grad_lora_weight, lora_hidden.t(), grad_logits)
+        if needs.bias:
+            self._grad_bias += grad_logits.sum(0, dtype=self.accumulator)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return matmul(a, b, torch.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device))
+
+    def _accumulated(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is None:
+            return self._product(a, b)
+        return matmul(a, b, total, accumulate=True)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """(hidden, weight, bias, lora_hidden, lora_weight): rows (N, ...) in the dtype of hidden, sums over tokens in
+        float32; (0,) where not needed."""
+        head, needs = self.head, self.needs
+
+        def total(wanted: bool, value: Tensor | None, like: Tensor | None) -> Tensor:
+            if not wanted:
+                return torch.empty(0, device=self.device)
+            return torch.zeros(like.shape, dtype=self.accumulator, device=self.device) if value is None else value
+
+        nothing = torch.empty(0, device=self.device)
+        return (
+            self.trim(self._grad_hidden) if needs.hidden else nothing,
+            total(needs.weight, self._grad_weight, head.weight),
+            total(needs.bias, self._grad_bias, head.bias),
+            self.trim(self._grad_lora_hidden) if needs.lora_hidden else nothing,
+            total(needs.lora_weight, self._grad_lora_weight, head.lora_weight),
+        )
+
+
+def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
+    """out[where] = value, or value at `rows` of `where` and 0 at the others."""
+    if rows is None:
+        out[where] = value.to(out.dtype)
+        return
+    if isinstance(where, slice):
+        out[where] = 0
+        where = torch.arange(where.start, where.stop, device=rows.device)
+    out[where[rows]] = value.to(out.dtype)
+
+
+class _Rows:
+    """Rows of (..., H) by their flat number, copied only chunk by chunk where no view can flatten the tensor."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        try:
+            self.flat = hidden.view(-1, hidden.shape[-1])
+        except RuntimeError:
+            self.flat = None
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        if self.flat is not None:
+            taken = self.flat[rows]
+            return taken if taken.stride(-1) == 1 else taken.contiguous()
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        return self.hidden[torch.unravel_index(rows, self.hidden.shape[:-1])]
+
+
+def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
+    walk = Walk(head, hidden, select_rows(wanted, head.capacity))
+    results = (
+        walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
+    )
+    for chunk in walk.chunks():
+        for result, value in zip(results, walk.statistics(chunk), strict=True):
+            result[chunk.write] = value
+    return tuple(walk.trim(result) for result in results)
+
+
+def run_backward(
+    head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, needs: Needs
+) -> tuple[Tensor, ...]:
+    """The gradients from statistics and dL/dlogprob, dL/dentropy (N,): recomputes the logits of rows that have any."""
+    if g is None:
+        g = torch.zeros_like(eta)
+    active = g != 0 if eta is None else (g != 0) | (eta != 0)
+    walk = Walk(head, hidden, select_rows(active, head.capacity), needs)
+    for chunk in walk.chunks():
+        rows = chunk.rows
+        walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows])
+    return walk.gradients()
+
+
+Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def run_one_pass(
+    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropies and gradients in one walk, for losses whose slope in a token depends on that token alone.
+
+    Args:
+        scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).
+
+    Returns:
+        (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
+    """
+    walk = Walk(head, hidden, select_rows(wanted, head.capacity), needs)
+    logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
+    for chunk in walk.chunks():
+        logprob, lse, entropy = walk.statistics(chunk)
+        logprobs[chunk.write], entropies[chunk.write] = logprob, entropy.to(walk.accumulator)
+        g, eta = scalars(chunk.rows, logprob, entropy.to(walk.accumulator))
+        walk.backward(chunk, lse, entropy, g, eta)
+    return walk.trim(logprobs), walk.trim(entropies), *walk.gradients()

@@ -1,0 +1,226 @@
+"""The keywords that every function of hidden states shares, checked once and turned into a `Head`."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from r1kernels.ops._checks import (
+    accumulator_dtype,
+    check_floating,
+    check_ids_in_range,
+    check_number,
+    check_shape,
+    check_tensor,
+    ids_int64,
+    values_are_free,
+)
+from r1kernels.ops.linear_head import DEFAULT_CHUNK_BYTES, Head, row_bytes
+
+
+class LinearOptions(TypedDict, total=False):
+    """Keywords of the `linear_*` functions, all optional.
+
+    Attributes:
+        bias: (V,), added to the logits.
+        lora: (A (H, R), B (R, V)), a low-rank adapter beside a frozen weight: hidden @ A @ B is added to the logits.
+            Its scaling belongs into A or B.
+        logit_scale: Python number > 0 that multiplies the logits.
+        softcap: Python number c > 0: the scaled logits u become c tanh(u / c).
+        temperature: Python number > 0, or a tensor of one per token, that divides the logits; the one the tokens
+            were sampled with.
+        logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
+        chunk_bytes: memory for the logits of one chunk; 1 GiB by default. Sets how many rows are computed at a time.
+        capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
+            then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
+            can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at
+            the next synchronisation.
+        grad_accumulation_into: (V, H), float32 or the weight's dtype: backward adds the weight's gradient, summed in
+            float32, to this tensor (`weight.main_grad`, `weight.grad`) and returns none for the weight.
+        batch_invariant: the bits of a token's log-prob depend on nothing but its hidden state: not on the batch, the
+            size of a chunk or padding. On CPUs this holds without asking except on those with matrix units
+            (AMX), where it turns them off; on other devices products are made in blocks of 128 rows.
+    """
+
+    bias: Tensor | None
+    lora: tuple[Tensor, Tensor] | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float | Tensor
+    logits_dtype: torch.dtype | None
+    chunk_bytes: int | None
+    capacity: int | None
+    grad_accumulation_into: Tensor | None
+    batch_invariant: bool
+
+
+class Differentiable:
+    """The tensors of a head that may receive gradients, and where that of the weight goes."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
+        lora_weight: Tensor | None, into: Tensor | None,
+    ) -> None:
+        self.tensors = (hidden, weight, bias, lora_hidden, lora_weight)
+        self.into = into
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient will be asked for."""
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
+
+
+def prepare(
+    hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
+    mask: Tensor | None = None,
+) -> tuple[Differentiable, Head]:
+    """Checks the arguments of a linear function.
+
+    Returns:
+        What autograd sees, and the `Head` without those tensors (see `with_tensors`).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+    """
+    for name in options:
+        if name not in LinearOptions.__annotations__:
+            raise TypeError(f"unknown keyword {name!r}, expected one of {', '.join(LinearOptions.__annotations__)}")
+    check_floating("hidden", hidden)
+    check_floating("weight", weight, hidden)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected 2 dimensions (V, H)")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight (V, H) {tuple(weight.shape)}, expected the same H"
+        )
+    vocab, width = weight.shape
+    if vocab == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected V >= 1")
+    _check_dtype("weight", weight, hidden)
+    ids = ids_int64(tokens, token_ids, hidden)
+    check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
+    check_ids_in_range(tokens, ids, vocab, mask)
+    bias = options.get("bias")
+    if bias is not None:
+        check_floating("bias", bias, hidden)
+        check_shape("bias", bias, (vocab,), "one entry for each row of weight")
+        _check_dtype("bias", bias, hidden)
+    lora_hidden, lora_weight = _lora(options.get("lora"), hidden, weight)
+    temperature, temperatures = _temperature(options.get("temperature", 1.0), ids, mask)
+    softcap = options.get("softcap")
+    logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden)
+    invariant = options.get("batch_invariant", False)
+    if not isinstance(invariant, bool):
+        raise TypeError(f"batch_invariant is {invariant!r}, expected True or False")
+    if invariant and logits_dtype != accumulator_dtype(hidden.dtype):
+        raise ValueError(f"logits_dtype is {logits_dtype} with batch_invariant, expected float32 logits")
+    head = Head(
+        weight=None,
+        bias=None,
+        lora_hidden=None,
+        lora_weight=None,
+        token_ids=ids.reshape(-1),
+        temperatures=temperatures,
+        temperature=temperature,
+        logit_scale=check_number("logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True),
+        softcap=0.0 if softcap is None else check_number("softcap", softcap, minimum=0.0, strict=True),
+        logits_dtype=logits_dtype,
+        rows=_rows(options.get("chunk_bytes"), vocab, width, logits_dtype),
+        capacity=_capacity(options.get("capacity")),
+        batch_invariant=invariant,
+    )
+    into = _accumulation(options.get("grad_accumulation_into"), weight)
+    return Differentiable(hidden, weight, bias, lora_hidden, lora_weight, into), head
+
+
+def with_tensors(head: Head, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
+                 lora_weight: Tensor | None) -> Head:
+    """The head complete. autograd passes these tensors by themselves; the rest of a head is constant."""
+    return head._replace(weight=weight, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight)
+
+
+def _check_dtype(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.dtype != hidden.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {hidden.dtype} like hidden")
+
+
+def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if lora is None:
+        return None, None
+    if not isinstance(lora, (tuple, list)) or len(lora) != 2:
+        raise TypeError(f"lora is a {type(lora).__name__}, expected a pair (A (H, R), B (R, V))")
+    a, b = lora
+    for name, matrix in (("lora A", a), ("lora B", b)):
+        check_floating(name, matrix, hidden)
+        _check_dtype(name, matrix, hidden)
+    vocab, width = weight.shape
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != width or b.shape[1] != vocab or a.shape[1] != b.shape[0]:
+        raise ValueError(
+            f"lora has shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (H, R) and (R, V) with H = {width} and "
+            f"V = {vocab}"
+        )
+    return (hidden @ a).reshape(-1, a.shape[1]), b
+
+
+def _temperature(value: Any, ids: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
+    if not isinstance(value, Tensor):
+        number = check_number("temperature", value, minimum=0.0, strict=True)
+        if not 1e-30 < number < 1e30:
+            raise ValueError(f"temperature is {value!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
+        return number, None
+    check_floating("temperature", value, ids)
+    check_shape("temperature", value, ids.shape, "one per token")
+    value = value.detach().reshape(-1).float()
+    if mask is not None:
+        value = torch.where(mask.reshape(-1), value, 1)
+    if values_are_free(value):
+        bad = ~((value > 1e-30) & (value < 1e30))
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise ValueError(f"temperature[{at}] is {float(value[at])}, expected a number from 1e-30 to 1e30")
+    return 1.0, value.contiguous()
+
+
+def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
+    full = accumulator_dtype(hidden.dtype)
+    if value is None or value == full:
+        return full
+    if value != hidden.dtype:
+        raise ValueError(f"logits_dtype is {value}, expected {full}, or {hidden.dtype} like hidden")
+    return value
+
+
+def _rows(budget: Any, vocab: int, width: int, logits_dtype: torch.dtype) -> int:
+    each = row_bytes(vocab, width, logits_dtype)
+    if budget is None:
+        return max(1, DEFAULT_CHUNK_BYTES // each)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
+    if budget < each:
+        raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
+    return budget // each
+
+
+def _capacity(value: Any) -> int:
+    if value is None:
+        return -1
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"capacity is {value!r}, expected a positive integer")
+    return value
+
+
+def _accumulation(into: Any, weight: Tensor) -> Tensor | None:
+    if into is None:
+        return None
+    check_tensor("grad_accumulation_into", into, weight)
+    check_shape("grad_accumulation_into", into, tuple(weight.shape), "the shape of weight")
+    if into.dtype not in (accumulator_dtype(weight.dtype), weight.dtype):
+        raise TypeError(
+            f"grad_accumulation_into has dtype {into.dtype}, expected {accumulator_dtype(weight.dtype)} or "
+            f"{weight.dtype} like weight"
+        )
+    if not weight.requires_grad:
+        raise ValueError("grad_accumulation_into was given for a weight that does not require grad")
+    return into

@@ -1,0 +1,205 @@
+r"""Log-prob and entropy of each token from hidden states and the weight of the head.
+
+    l = z_y - lse,  H = -sum_j p_j log p_j,  z = logits(hidden) / T
+
+Forward keeps two float64 numbers a token; backward computes the logits of a row once more, if it has a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library
+from r1kernels.ops._checks import as_mask, check_tensor, values_are_free
+from r1kernels.ops.linear_head import Head, Needs, run_backward, run_statistics
+from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+def no_autocast(hidden: Tensor) -> Any:
+    """Precision is decided here, call by call: autocast would round float32 operands."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+@torch.library.impl("r1kernels::linear_token_stats", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *head, mask = args
+    with no_autocast(hidden):
+        return run_statistics(Head(*head), hidden, mask)
+
+
+@torch.library.impl("r1kernels::linear_token_stats_backward", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *head, lse, entropy, grad_logprobs, grad_entropy, needs = args
+    with no_autocast(hidden):
+        return run_backward(Head(*head), hidden, lse, entropy, grad_logprobs, grad_entropy, Needs(*needs))
+
+
+def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    if factor is None:
+        return grad.to(dtype)
+    if values_are_free(factor):
+        value = float(factor)
+        if value == 1:
+            return grad.to(dtype)
+        if abs(value) < float("inf"):
+            return torch.mul(grad, value, out=torch.empty_like(grad, dtype=dtype))
+    return torch.where(grad == 0, grad, grad * factor.to(grad.dtype)).to(dtype)
+
+
+Shape = tuple[torch.Size, torch.dtype]
+
+
+def gradient_shapes(inputs: tuple[Tensor | None, ...]) -> tuple[Shape | None, ...]:
+    """(shape, dtype) of the gradient of each input. A parameter may ask for one that is wider than itself
+    (`Tensor.grad_dtype`, torch 2.10)."""
+
+    def dtype(value: Tensor) -> torch.dtype:
+        if torch.compiler.is_compiling() or not value.is_leaf:
+            return value.dtype
+        return getattr(value, "grad_dtype", None) or value.dtype
+
+    return tuple(None if value is None else (value.shape, dtype(value)) for value in inputs)
+
+
+def finished_gradients(
+    grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
+    into: Tensor | None,
+) -> list[Tensor | None]:
+    """What backward returns for (hidden, weight, bias, lora_hidden, lora_weight): scaled, in the dtype and shape
+    wanted; that of the weight goes to `into` instead where there is one."""
+    results: list[Tensor | None] = []
+    for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
+        if not needed:
+            results.append(None)
+        elif name == "weight" and into is not None:
+            into += scaled(grad, factor, grad.dtype)
+            results.append(None)
+        else:
+            shape, dtype = wanted
+            results.append(scaled(grad, factor, dtype).reshape(shape))
+    return results
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
+        lora_weight: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        full = with_tensors(head, weight, bias, lora_hidden, lora_weight)
+        logprobs, lse, entropy = _library.call(
+            torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
+        )
+        ctx.save_for_backward(
+            hidden, weight, bias, lora_hidden, lora_weight, head.token_ids, head.temperatures, lse, entropy
+        )
+        ctx.head = head._replace(token_ids=None, temperatures=None)
+        ctx.wanted = gradient_shapes((hidden, weight, bias, lora_hidden, lora_weight))
+        ctx.into = into
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy.to(logprobs.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 8
+        *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
+        hidden, *others = tensors
+        head = with_tensors(ctx.head._replace(token_ids=token_ids, temperatures=temperatures), *others)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        grads = torch.ops.r1kernels.linear_token_stats_backward.default(
+            hidden,
+            *head,
+            lse,
+            entropy,
+            None if grad_logprobs is None else grad_logprobs.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            list(needs),
+        )
+        return *finished_gradients(grads, None, needs, ctx.wanted, ctx.into), None, None, None
+
+
+def linear_token_stats(inputs: Differentiable, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(log-prob, entropy), each (N,), 0 where `mask` (N,) is False; from checked arguments, differentiable.
+
+    Callers send gradient 0 to masked tokens.
+    """
+    return _LinearTokenStats.apply(*inputs.tensors, inputs.into, head, mask)
+
+
+def _public(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor | None, options: LinearOptions
+) -> tuple[Tensor, Tensor]:
+    check_tensor("token_ids", token_ids)
+    mask = as_mask(mask, token_ids, tuple(token_ids.shape))
+    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=mask)
+    results = linear_token_stats(inputs, head, None if mask is None else mask.reshape(-1))
+    if mask is not None:  # stops the gradient of masked tokens
+        results = tuple(torch.where(mask.reshape(-1), value, 0) for value in results)
+    logprobs, entropy = (value.reshape(token_ids.shape) for value in results)
+    return logprobs, entropy
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Unpack[LinearOptions],
+) -> Tensor:
+    r"""Log-probability of each token from hidden states, without a tensor of logits.
+
+    l = z_y - log sum_j e^{z_j},  z = softcap(logit_scale (hidden W^T + bias)) / temperature
+
+    Args:
+        hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides: `hidden[:, :-1]`
+            is not copied. Row t scores token t: shift before the call.
+        weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
+        token_ids: (...), int64 or int32, in [0, V).
+        mask: (...), True or nonzero = counts. Tokens behind a False are not computed, give 0, and may hold anything.
+        **options: the keywords of `LinearOptions`.
+
+    Returns:
+        (...), float32 (float64 for float64 hidden), nats. Differentiable once with respect to hidden, weight, bias
+        and the adapter; backward computes the logits of rows that have a gradient once more, and only theirs.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation.
+
+    Memory: `chunk_bytes`, 20 bytes a token, and the gradients, that of the weight in float32.
+
+    Equivalent to: `token_logprobs(hidden.float() @ weight.float().T, token_ids)`
+    """
+    return _public(hidden, weight, token_ids, mask, options)[0]
+
+
+def linear_token_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of each token and entropy of each row from hidden states, without a tensor of logits.
+
+    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
+
+    Args, errors and memory are those of `linear_token_logprobs`.
+
+    Returns:
+        (logprobs, entropy), each (...), float32, nats.
+
+    Equivalent to: `token_logprobs_and_entropy(hidden.float() @ weight.float().T, token_ids)`
+    """
+    return _public(hidden, weight, token_ids, mask, options)
