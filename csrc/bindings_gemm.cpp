@@ -74,8 +74,9 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
             "), expected (M, K), (K, N) and (M, N)");
   R1K_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
   R1K_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
-  R1K_CHECK(out.stride(1) == 1 || out.size(1) <= 1, "out has strides (", out.stride(0), ", ", out.stride(1),
-            "), expected columns of stride 1");
+  R1K_CHECK((out.stride(1) == 1 || out.size(1) <= 1) && (out.stride(0) >= out.size(1) || out.size(0) <= 1),
+            "out has strides (", out.stride(0), ", ", out.stride(1),
+            "), expected columns of stride 1 and rows that do not overlap");
   r1k::Gemm gemm;
   switch (a.scalar_type()) {
     case ScalarType::Float: gemm.dtype = r1k::DType::float32; break;
