@@ -45,7 +45,7 @@ Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads)
   constexpr int64_t kMaxRows = 2048, kMaxColumns = 1024;  // 8 MiB of result, 1 MiB of packed b
   constexpr double kWorthAThread = 1 << 20;               // multiplications: some 10 microseconds
   const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
-  const int64_t useful_threads = std::min<int64_t>(threads, std::max(1.0, work / kWorthAThread));
+  const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
   int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, kMaxColumns);
   for (;;) {
     const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), kernels.tile_rows) * kernels.tile_rows,

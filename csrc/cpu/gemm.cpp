@@ -24,8 +24,8 @@ constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
 static_assert(kTileRows <= kLanes);
 
-constexpr int64_t kSteps = 256;  // lanes along k in a slice: a panel of the left and one of the right fill the L1 cache
-constexpr int64_t kPackedRows = 36 * kTileRows;  // left panels in half of the L2 cache
+constexpr int64_t kPackedRows = 18 * kTileRows;  // left panels in half of the L2 cache
+constexpr int64_t kRightInL2 = 256 << 10;        // bytes
 
 // sum_k a[k][r] b[k][c] of kRows x kTileColumns lanes; the first `columns` of them reach `out`.
 template <typename Lanes, int kRows>
@@ -86,10 +86,14 @@ int64_t packed_left(int64_t rows, int64_t steps) {
   return tiles(min(rows, kPackedRows), kTileRows) * panel_stride<kTileRows>(steps);
 }
 
+int64_t packed_right(int64_t columns, int64_t steps) {
+  return tiles(columns, kTileColumns) * panel_stride<kTileColumns>(steps);
+}
+
 template <typename Lanes>
 void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
   using T = typename Lanes::Element;
-  constexpr int64_t kSlice = kSteps * Lanes::kDepth;
+  constexpr int64_t kSlice = Lanes::kSteps * Lanes::kDepth;
   const T* const a = static_cast<const T*>(gemm.a.data);
   const T* const b = static_cast<const T*>(gemm.b.data);
   for (int64_t k = 0; k < gemm.k; k += kSlice) {
@@ -99,6 +103,7 @@ void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
     uint32_t* const left = workspace;
     uint32_t* const right = workspace + packed_left(block.row_end - block.row_begin, steps);
     const int64_t left_stride = panel_stride<kTileRows>(steps), right_stride = panel_stride<kTileColumns>(steps);
+    const int64_t right_bytes = packed_right(block.column_end - block.column_begin, steps) * sizeof(uint32_t);
     pack<Lanes, kTileColumns>(b + k * gemm.b.k_stride + block.column_begin * gemm.b.outer_stride, gemm.b.outer_stride,
                               gemm.b.k_stride, block.column_end - block.column_begin,
                               gemm.columns - block.column_begin, depth, right);
@@ -106,13 +111,21 @@ void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
       const int64_t row_end = min(row_begin + kPackedRows, block.row_end);
       pack<Lanes, kTileRows>(a + k * gemm.a.k_stride + row_begin * gemm.a.outer_stride, gemm.a.outer_stride,
                              gemm.a.k_stride, row_end - row_begin, gemm.rows - row_begin, depth, left);
-      const uint32_t* right_panel = right;
-      for (int64_t c = block.column_begin; c < block.column_end; c += kTileColumns, right_panel += right_stride) {
-        const int64_t columns = min(kTileColumns, block.column_end - c);
-        const uint32_t* left_panel = left;
-        for (int64_t r = row_begin; r < row_end; r += kTileRows, left_panel += left_stride) {
-          tile_of<Lanes>(row_end - r)(left_panel, right_panel, steps, gemm.out + r * gemm.out_stride + c,
-                                      gemm.out_stride, columns, add);
+      const auto compute = [&](int64_t r, int64_t c) {
+        tile_of<Lanes>(row_end - r)(left + (r - row_begin) / kTileRows * left_stride,
+                                    right + (c - block.column_begin) / kTileColumns * right_stride, steps,
+                                    gemm.out + r * gemm.out_stride + c, gemm.out_stride,
+                                    min(kTileColumns, block.column_end - c), add);
+      };
+      // A right panel stays in the L1 cache while the left ones pass; where k is short, and the traffic of the result
+      // is what counts, its rows are written front to back instead.
+      if (right_bytes <= kRightInL2) {
+        for (int64_t r = row_begin; r < row_end; r += kTileRows) {
+          for (int64_t c = block.column_begin; c < block.column_end; c += kTileColumns) compute(r, c);
+        }
+      } else {
+        for (int64_t c = block.column_begin; c < block.column_end; c += kTileColumns) {
+          for (int64_t r = row_begin; r < row_end; r += kTileRows) compute(r, c);
         }
       }
     }
@@ -128,9 +141,9 @@ using BFloat16Lanes = FloatLanes<BFloat16>;
 #endif
 
 int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
-  const int64_t steps = min(gemm.k, kSteps);
-  return (packed_left(rows, steps) + tiles(columns, kTileColumns) * panel_stride<kTileColumns>(steps)) *
-         static_cast<int64_t>(sizeof(uint32_t));
+  const int64_t steps = min(gemm.k, kBFloat16Dot && gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps
+                                                                                  : FloatLanes<float>::kSteps);
+  return (packed_left(rows, steps) + packed_right(columns, steps)) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {

@@ -15,7 +15,8 @@ namespace R1K_ISA {
 template <typename T>
 struct FloatLanes {
   using Element = T;
-  static constexpr int kDepth = 1;  // elements along k in a lane
+  static constexpr int kDepth = 1;        // elements along k in a lane
+  static constexpr int64_t kSteps = 256;  // lanes along k in a slice, which is summed in one chain
 
   static VecU load_along_k(const T* from) { return bit_cast<VecU>(load(from)); }
   static VecU load_across(const T* from, int64_t) { return bit_cast<VecU>(load(from)); }
@@ -27,6 +28,7 @@ struct FloatLanes {
 struct BFloat16Pairs {
   using Element = BFloat16;
   static constexpr int kDepth = 2;
+  static constexpr int64_t kSteps = 512;  // at twice the speed, half the visits to the result
 
   static VecU load_along_k(const BFloat16* from) { return load_unaligned<VecU>(from); }
   static VecU load_across(const BFloat16* from, int64_t k_stride) {
