@@ -25,7 +25,7 @@ constexpr int kTileColumns = kTileVectors * kLanes;
 static_assert(kTileRows <= kLanes);
 
 constexpr int64_t kPackedRows = 18 * kTileRows;  // left panels in half of the L2 cache
-constexpr int64_t kRightInL2 = 256 << 10;        // bytes
+constexpr int64_t kRightNear = 1200 << 10;       // bytes of right panels that can be read anew for every row of tiles
 
 // sum_k a[k][r] b[k][c] of kRows x kTileColumns lanes; the first `columns` of them reach `out`.
 template <typename Lanes, int kRows>
@@ -117,9 +117,9 @@ void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
                                     gemm.out + r * gemm.out_stride + c, gemm.out_stride,
                                     min(kTileColumns, block.column_end - c), add);
       };
-      // A right panel stays in the L1 cache while the left ones pass; where k is short, and the traffic of the result
-      // is what counts, its rows are written front to back instead.
-      if (right_bytes <= kRightInL2) {
+      // Where k is long, a right panel stays in the L1 cache while the left ones pass.  Where it is short the traffic
+      // of the result counts more, and its rows are visited front to back.
+      if (right_bytes <= kRightNear) {
         for (int64_t r = row_begin; r < row_end; r += kTileRows) {
           for (int64_t c = block.column_begin; c < block.column_end; c += kTileColumns) compute(r, c);
         }
@@ -141,8 +141,8 @@ using BFloat16Lanes = FloatLanes<BFloat16>;
 #endif
 
 int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
-  const int64_t steps = min(gemm.k, kBFloat16Dot && gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps
-                                                                                  : FloatLanes<float>::kSteps);
+  const int64_t steps =
+      min(gemm.k, gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps : FloatLanes<float>::kSteps);
   return (packed_left(rows, steps) + packed_right(columns, steps)) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
