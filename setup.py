@@ -30,18 +30,19 @@ X86_ISAS = {
         *QUIET,
     ],
 }
+PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildExt(build_ext):
-    """Compiles `csrc/cpu/token_stats.cpp` once more for each instruction set and links the objects in."""
+    """Compiles `PER_ISA` once more for each instruction set and links the objects in."""
 
     def build_extension(self, ext: Extension) -> None:
         if IS_X86:
             ext.define_macros.append(("R1K_X86", None))
             for isa, flags in X86_ISAS.items():
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/cpu/token_stats.cpp"],
+                    PER_ISA,
                     output_dir=os.path.join(self.build_temp, isa),
                     macros=[*ext.define_macros, ("R1K_ISA", isa)],
                     extra_postargs=[*COMMON_FLAGS, *flags],
@@ -56,7 +57,7 @@ extension = Extension(
         "csrc/bindings_cpu.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",
-        "csrc/cpu/token_stats.cpp",
+        *PER_ISA,
     ],
     depends=HEADERS,
     library_dirs=[str(TORCH / "lib")],

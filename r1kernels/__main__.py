@@ -16,6 +16,7 @@ PUBLIC_OPS = {
     "policy_loss": "policy_loss; grpo_loss = token_stats + policy_loss",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
+    "divergence": "distillation_loss",
 }
 
 

@@ -1,8 +1,9 @@
-// Instruction-set selection: token_stats.cpp is compiled once per instruction set into its own namespace.
+// Instruction-set selection: the vocabulary kernels are compiled once per instruction set into its own namespace.
 #pragma once
 
 #include <vector>
 
+#include "divergence.h"
 #include "token_stats.h"
 
 #ifndef R1K_ISA
@@ -17,10 +18,18 @@ struct TokenStatsKernels {
   void (*backward)(const TokenStatsBackward&, int64_t row_begin, int64_t row_end);
 };
 
+struct DivergenceKernels {
+  void (*forward)(const DivergenceForward&, int64_t row_begin, int64_t row_end);
+  void (*backward)(const DivergenceBackward&, int64_t row_begin, int64_t row_end);
+};
+
 namespace baseline { extern const TokenStatsKernels token_stats_kernels; }
+namespace baseline { extern const DivergenceKernels divergence_kernels; }
 #ifdef R1K_X86
 namespace avx2 { extern const TokenStatsKernels token_stats_kernels; }
 namespace avx512 { extern const TokenStatsKernels token_stats_kernels; }
+namespace avx2 { extern const DivergenceKernels divergence_kernels; }
+namespace avx512 { extern const DivergenceKernels divergence_kernels; }
 #endif
 
 // What this processor can run, narrowest first.
@@ -43,6 +52,15 @@ inline std::vector<const TokenStatsKernels*> supported_token_stats_kernels() {
 inline const TokenStatsKernels*& active_token_stats_kernels() {
   static const TokenStatsKernels* active = supported_token_stats_kernels().back();
   return active;
+}
+
+// Those of the same set.
+inline const DivergenceKernels* active_divergence_kernels() {
+#ifdef R1K_X86
+  if (active_token_stats_kernels() == &avx512::token_stats_kernels) return &avx512::divergence_kernels;
+  if (active_token_stats_kernels() == &avx2::token_stats_kernels) return &avx2::divergence_kernels;
+#endif
+  return &baseline::divergence_kernels;
 }
 
 }  // namespace r1k
