@@ -134,11 +134,15 @@ struct JsdTerms {
   VecF student, teacher;  // of KL(p||m) and KL(q||m)
 };
 
+struct Mixture {
+  explicit Mixture(double beta) : q(broadcast(static_cast<float>(beta))), p(broadcast(static_cast<float>(1 - beta))) {}
+  VecF q, p;
+};
+
 // Weights of the larger and of the smaller probability in m.
 struct JsdWeights {
-  JsdWeights(const Entry& entry, float beta)
-      : big(entry.q_is_big ? broadcast(beta) : broadcast(1.0f - beta)),
-        small(entry.q_is_big ? broadcast(1.0f - beta) : broadcast(beta)) {}
+  JsdWeights(const Entry& entry, const Mixture& m)
+      : big(entry.q_is_big ? m.q : m.p), small(entry.q_is_big ? m.p : m.q) {}
   VecF big, small;
 };
 
@@ -151,15 +155,13 @@ Log1p log_of_m_over_small(const Entry& entry, const JsdWeights& weights) {
   return log1p_of(weights.big * entry.one_minus / entry.t, weights.big / entry.t + weights.small);
 }
 
-JsdTerms jsd_terms(const Entry& entry, float beta) {
-  const JsdWeights weights(entry, beta);
+JsdTerms jsd_terms(const Entry& entry, const Mixture& mixture) {
+  const JsdWeights weights(entry, mixture);
   const VecF of_big = entry.big * log_of_m_over_big(entry, weights).gap;
   const Log1p log_small = log_of_m_over_small(entry, weights);
   const VecF small = entry.big * entry.t;
-  // small (m / small - 1): where the ratio is large its gap would overflow.
-  const VecF linear = entry.big * (weights.big * entry.one_minus);
-  const VecF wide = entry.t == 0.0f ? linear : linear - small * log_small.log;
-  const VecF of_small = log_small.log < 0.3f ? small * log_small.gap : wide;
+  // small (m / small - 1) alone is left where the logarithm's part of the gap is rounded away.
+  const VecF of_small = entry.t < 0x1p-60f ? entry.big * weights.big : small * log_small.gap;
   const VecF student = entry.q_is_big ? of_small : of_big;
   const VecF teacher = entry.q_is_big ? of_big : of_small;
   return {entry.dead ? VecF{} : student, entry.dead ? VecF{} : teacher};
@@ -172,7 +174,7 @@ struct Sums {
 template <bool kExact, Divergence kKind>
 Sums row_sums(const DivergenceForward& args, int64_t row, const Entries<kExact>& entries) {
   alignas(64) float student[kBlock], teacher[kBlock];
-  const float beta = static_cast<float>(args.beta);
+  const Mixture mixture(args.beta);
   Sums total;
   for (int64_t begin = 0; begin < args.student.vocab; begin += kBlock) {
     const int64_t left = args.student.vocab - begin;
@@ -186,7 +188,7 @@ Sums row_sums(const DivergenceForward& args, int64_t row, const Entries<kExact>&
       for (int k = run; k < run_end; k += kLanes) {
         const Entry entry = entries(load(student + k), load(teacher + k));
         if constexpr (kKind == Divergence::jsd) {
-          const JsdTerms terms = jsd_terms(entry, beta);
+          const JsdTerms terms = jsd_terms(entry, mixture);
           partial_student += terms.student;
           partial_teacher += terms.teacher;
         } else {
@@ -238,7 +240,7 @@ class VectorGradient {
  public:
   VectorGradient(const DivergenceBackward& args, int64_t row)
       : entries_(args.lse_student[row], args.lse_teacher[row], args.temperature),
-        beta_(static_cast<float>(args.beta)),
+        mixture_(args.beta),
         inner_(broadcast(canonical(args.inner[row]))),
         g_(broadcast(canonical(args.grad[row] * (kKind == Divergence::jsd ? 1 - args.beta : 1) / args.temperature))) {}
 
@@ -254,7 +256,7 @@ class VectorGradient {
       if constexpr (kKind == Divergence::reverse_kl) {
         log_ratio = entry.q_is_big ? -entry.distance : entry.distance;
       } else {
-        const JsdWeights weights(entry, beta_);
+        const JsdWeights weights(entry, mixture_);
         const VecF f = entry.q_is_big ? weights.big * entry.one_minus / entry.t : -weights.small * entry.one_minus;
         const VecF one_plus = entry.q_is_big ? weights.big / entry.t + weights.small
                                              : weights.big + weights.small * entry.t;
@@ -267,7 +269,7 @@ class VectorGradient {
 
  private:
   Entries<kExact> entries_;
-  float beta_;
+  Mixture mixture_;
   VecF inner_, g_;
 };
 

@@ -13,7 +13,7 @@ struct Log1p {
 };
 
 // `one_plus` is 1 + f rounded once, a positive normal number (or inf or NaN); `f` carries what that rounding lost.
-// Within about one unit in the last place of either result (two of `log` where 1 + f is far from 1).
+// Within about two units in the last place of either result.
 inline Log1p log1p_of(VecF f, VecF one_plus) {
   // one_plus = 2^e m with m in [sqrt(1/2), sqrt(2)).
   const VecI bits = bit_cast<VecI>(one_plus);
@@ -36,7 +36,11 @@ inline Log1p log1p_of(VecF f, VecF one_plus) {
   // log 2 in two floats: products of the first with an exponent are exact.
   VecF log = e * 0.693145752f + (x - (square - e * 1.42860677e-6f));
   log = one_plus <= 3.40282347e38f ? log : one_plus;  // inf and NaN
-  return {log, near_one ? square : f - log};
+  // f - log(1 + f) = square + what the change from f to x leaves, which is small beside it for the powers next to 1.
+  VecF gap = f - log;
+  gap = exponent == 1 ? square + (one_plus * 0.5f - 0.693147181f) : gap;
+  gap = exponent == -1 ? square + (-0.306852819f - f) : gap;
+  return {log, near_one ? square : gap};
 }
 
 }  // namespace R1K_ISA
