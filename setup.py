@@ -55,6 +55,7 @@ extension = Extension(
     "r1kernels._C",
     sources=[
         "csrc/bindings_cpu.cpp",
+        "csrc/bindings_divergence.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",
         *PER_ISA,

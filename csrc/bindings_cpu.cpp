@@ -5,22 +5,12 @@
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include "cpu/divergence.h"
+#include "bindings.h"
 #include "cpu/group_advantages.h"
 #include "cpu/isa.h"
 #include "cpu/policy_loss.h"
@@ -28,76 +18,7 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-#define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
-
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-std::vector<int64_t> leading_sizes(const Tensor& logits) {
-  const auto sizes = logits.sizes();
-  return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
-}
-
-template <typename T>
-const T* data(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
-  R1K_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name,
-            " must be contiguous, of its declared dtype and hold ", numel, " elements; got ", tensor.numel());
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-const float* floats(const Tensor& tensor, const char* name, int64_t numel) {
-  return data<float>(tensor, name, ScalarType::Float, numel);
-}
-
-const float* floats(const MaybeTensor& tensor, const char* name, int64_t numel) {
-  return tensor.has_value() ? floats(*tensor, name, numel) : nullptr;
-}
-
-const bool* bools(const MaybeTensor& tensor, const char* name, int64_t numel) {
-  return tensor.has_value() ? data<bool>(*tensor, name, ScalarType::Bool, numel) : nullptr;
-}
-
-r1k::RowView row_view(const Tensor& logits) {
-  r1k::RowView view;
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: view.dtype = r1k::DType::float32; break;
-    case ScalarType::BFloat16: view.dtype = r1k::DType::bfloat16; break;
-    case ScalarType::Half: view.dtype = r1k::DType::float16; break;
-    default: R1K_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
-  view.leading = static_cast<int>(logits.dim()) - 1;
-  R1K_CHECK(view.leading >= 0 && view.leading <= r1k::RowView::max_leading, "logits must have 1 to ",
-            r1k::RowView::max_leading + 1, " dimensions, got ", logits.dim());
-  view.data = logits.data_ptr();
-  view.vocab = logits.size(view.leading);
-  view.vocab_stride = logits.stride(view.leading);
-  for (int k = 0; k < view.leading; ++k) {
-    view.sizes[k] = logits.size(k);
-    view.strides[k] = logits.stride(k);
-  }
-  return view;
-}
-
-// Gradients of vocabulary width are hundreds of megabytes of fresh pages: asking for huge pages saves most of
-// the page faults, which otherwise cost more than the arithmetic.
-void prefer_huge_pages(void* start, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kWorthwhile = 16 << 20;
-  if (bytes < kWorthwhile) return;
-  const intptr_t page = sysconf(_SC_PAGESIZE);
-  const intptr_t begin = (reinterpret_cast<intptr_t>(start) + page - 1) / page * page;
-  const intptr_t end = (reinterpret_cast<intptr_t>(start) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-  (void)start;
-  (void)bytes;
-#endif
-}
+using namespace r1k::bindings;
 
 // Rows for which `skipped` holds are never looked up: anything may stand there.
 template <typename Skipped>
@@ -107,9 +28,6 @@ void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& 
               ", expected an id in [0, ", vocab, ") (position counted over all dimensions)");
   }
 }
-
-// Rows per task: enough vocabulary to be worth waking a thread for.
-int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
                                                double temperature) {
@@ -167,102 +85,6 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   return grad_logits;
-}
-
-void check_divergence(const r1k::RowView& student, const r1k::RowView& teacher, int64_t kind) {
-  bool same = student.leading == teacher.leading && student.vocab == teacher.vocab;
-  for (int k = 0; same && k < student.leading; ++k) same = student.sizes[k] == teacher.sizes[k];
-  R1K_CHECK(same, "student and teacher must have the same shape");
-  R1K_CHECK(kind >= 0 && kind <= 2, "kind is ", kind, ", expected 0, 1 or 2");
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, MaybeTensor mask,
-                                                                      int64_t kind, double beta, double temperature) {
-  const std::vector<int64_t> sizes = leading_sizes(student);
-  Tensor value = empty(student, sizes, ScalarType::Float);
-  Tensor lse_student = empty(student, sizes, ScalarType::Double), lse_teacher = empty(student, sizes, ScalarType::Double);
-  Tensor inner = empty(student, sizes, ScalarType::Double);
-  Tensor student_entropy = empty(student, sizes, ScalarType::Double);
-  Tensor teacher_entropy = empty(student, sizes, ScalarType::Double);
-  const auto result = std::make_tuple(value, lse_student, lse_teacher, inner, student_entropy, teacher_entropy);
-
-  r1k::DivergenceForward args;
-  args.student = row_view(student);
-  args.teacher = row_view(teacher);
-  check_divergence(args.student, args.teacher, kind);
-  const int64_t count = value.numel();
-  if (count == 0) return result;
-  args.mask = bools(mask, "mask", count);
-  args.kind = static_cast<r1k::Divergence>(kind);
-  args.beta = beta;
-  args.temperature = temperature;
-  args.value = static_cast<float*>(value.data_ptr());
-  args.lse_student = static_cast<double*>(lse_student.data_ptr());
-  args.lse_teacher = static_cast<double*>(lse_teacher.data_ptr());
-  args.inner = static_cast<double*>(inner.data_ptr());
-  args.student_entropy = static_cast<double*>(student_entropy.data_ptr());
-  args.teacher_entropy = static_cast<double*>(teacher_entropy.data_ptr());
-  const auto forward = r1k::active_divergence_kernels()->forward;
-  torch::stable::parallel_for(0, count, row_grain(args.student.vocab),
-                              [&](int64_t begin, int64_t end) { forward(args, begin, end); });
-  return result;
-}
-
-// First and last byte of all rows.
-struct Extent {
-  explicit Extent(const r1k::RowView& view) {
-    int64_t last = (view.vocab - 1) * view.vocab_stride;
-    for (int k = 0; k < view.leading; ++k) last += (view.sizes[k] - 1) * view.strides[k];
-    begin = static_cast<const char*>(view.data);
-    end = begin + (last + 1) * r1k::size_of(view.dtype);
-  }
-  bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
-  const char *begin, *end;
-};
-
-// Whether row r of `out` starts where row r of `in` starts and is no longer.
-bool in_place(const r1k::RowView& out, const r1k::RowView& in) {
-  const int64_t out_size = r1k::size_of(out.dtype), in_size = r1k::size_of(in.dtype);
-  bool same = out.data == in.data && in.vocab_stride == 1 && out_size <= in_size;
-  for (int k = 0; k < out.leading; ++k) {
-    same = same && (out.sizes[k] == 1 || out.strides[k] * out_size == in.strides[k] * in_size);
-  }
-  return same;
-}
-
-void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner,
-                         Tensor grad, int64_t kind, double beta, double temperature, Tensor out) {
-  r1k::DivergenceBackward args;
-  args.student = row_view(student);
-  args.teacher = row_view(teacher);
-  args.out = row_view(out);
-  check_divergence(args.student, args.teacher, kind);
-  check_divergence(args.student, args.out, kind);
-  R1K_CHECK(args.out.vocab_stride == 1 || args.out.vocab == 1, "out must have unit stride over the vocabulary, got ",
-            args.out.vocab_stride);
-  args.out.vocab_stride = 1;
-  int64_t count = 1;
-  for (const int64_t size : leading_sizes(student)) count *= size;
-  args.lse_student = data<double>(lse_student, "lse_student", ScalarType::Double, count);
-  args.lse_teacher = data<double>(lse_teacher, "lse_teacher", ScalarType::Double, count);
-  args.inner = data<double>(inner, "inner", ScalarType::Double, count);
-  args.grad = floats(grad, "grad", count);
-  if (count == 0 || args.student.vocab == 0) return;
-  const Extent written(args.out);
-  const bool shared = written.overlaps(Extent(args.student));
-  R1K_CHECK(!shared || in_place(args.out, args.student),
-            "out overlaps student, expected rows that start together and elements of out that are no wider");
-  R1K_CHECK(!written.overlaps(Extent(args.teacher)), "out overlaps teacher, expected memory of its own");
-  args.kind = static_cast<r1k::Divergence>(kind);
-  args.beta = beta;
-  args.temperature = temperature;
-  const int64_t bytes = count * args.out.vocab * r1k::size_of(args.out.dtype);
-  constexpr int64_t kBeyondCaches = 32 << 20;
-  args.stream = !shared && bytes >= kBeyondCaches;
-  if (args.stream && out.is_contiguous()) prefer_huge_pages(out.data_ptr(), bytes);
-  const auto backward = r1k::active_divergence_kernels()->backward;
-  torch::stable::parallel_for(0, count, row_grain(args.student.vocab),
-                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
@@ -419,8 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));
   m.impl("kl_estimate", TORCH_BOX(&kl_estimate));
-  m.impl("divergence", TORCH_BOX(&divergence));
-  m.impl("divergence_backward", TORCH_BOX(&divergence_backward));
 }
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
