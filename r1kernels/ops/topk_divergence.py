@@ -27,7 +27,7 @@ from r1kernels import _library
 from r1kernels.ops import divergence
 from r1kernels.ops._checks import values_are_free
 
-SCRATCH_BYTES = 32 << 20  # the copy of the logits of one chunk of rows; the backward has a second of that size
+SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach; the backward has two
 ROUNDING = 1e-3  # how far above 0 a log-prob may be; what a teacher's tail may hold and still count as none
 TOO_MUCH = 1.01  # log-probs in bfloat16 can add up to a little more than 1
 
