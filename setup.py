@@ -28,7 +28,7 @@ X86_ISAS = {
     "avx512": [*AVX512, *QUIET],
     "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
 }
-PER_ISA = ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
+PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -53,6 +53,7 @@ extension = Extension(
     "r1kernels._C",
     sources=[
         "csrc/bindings_cpu.cpp",
+        "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",

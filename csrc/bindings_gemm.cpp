@@ -1,10 +1,6 @@
 // The matrix product over PyTorch's stable ABI: check, cut into blocks, launch, register.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,15 +8,13 @@
 #include <memory>
 #include <new>
 
+#include "bindings.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-#define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
+using namespace r1k::bindings;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -100,6 +94,10 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     return;
   }
 
+  // A result that is written, not added to, is fresh memory more often than not.
+  if (!accumulate) {
+    prefer_huge_pages(gemm.out, ((gemm.rows - 1) * gemm.out_stride + gemm.columns) * int64_t{sizeof(float)});
+  }
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
   const Cut size = cut(gemm, kernels, torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);

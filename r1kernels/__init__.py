@@ -4,6 +4,7 @@ from r1kernels import objectives
 from r1kernels._library import backend
 from r1kernels.objectives import Objective
 from r1kernels.ops.cross_entropy import cross_entropy
+from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
 from r1kernels.ops.group_advantages import group_advantages
 from r1kernels.ops.grpo_loss import grpo_loss
 from r1kernels.ops.kl_estimate import kl_estimate
@@ -18,6 +19,7 @@ from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationLoss",
     "LinearOptions",
     "Objective",
     "PolicyBatch",
@@ -25,6 +27,7 @@ __all__ = [
     "__version__",
     "backend",
     "cross_entropy",
+    "distillation_loss",
     "group_advantages",
     "grpo_loss",
     "kl_estimate",

@@ -17,6 +17,7 @@ PUBLIC_OPS = {
     "policy_loss": "policy_loss; grpo_loss and linear_grpo_loss = token_stats + policy_loss",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
+    "divergence": "distillation_loss",
 }
 
 

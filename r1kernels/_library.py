@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 BACKENDS = ("auto", "reference", "cpu")
-OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate")
+OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---- schemas ----------------------------------------------------------------------------------------------
@@ -80,6 +80,18 @@ _schemas.define(
 _schemas.define("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits follow from its row and column alone.
 _schemas.define("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
+# Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
+# both entropies (float64), each (...). Masked rows are not read and give 0.
+_schemas.define(
+    "divergence(Tensor student, Tensor teacher, Tensor? mask, int kind, float beta, float temperature) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# d student into out (..., V), of unit stride over V; a row of out may start where the student's starts. Rows where grad
+# (float32) is 0 are not read and give 0.
+_schemas.define(
+    "divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner, "
+    "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out) -> ()"
+)
 
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
 
@@ -165,6 +177,18 @@ def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake(f"{_NAMESPACE}::gemm_f32")
 def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::divergence")
+def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = student.shape[:-1]
+    statistics = [student.new_empty(shape, dtype=torch.float64) for _ in range(5)]
+    return student.new_empty(shape, dtype=torch.float32), *statistics
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::divergence_backward")
+def _(*_: Any) -> None:
     return None
 
 

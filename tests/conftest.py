@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from r1kernels import backend
+from r1kernels import _library, backend
 
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
@@ -31,3 +31,13 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per implementation."""
     with backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=_library.extension.cpu_isas() if _library.extension else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each set of CPU instructions that this processor has."""
+    in_use = _library.extension.cpu_isa()
+    _library.extension.use_cpu_isa(request.param)
+    with backend("cpu"):
+        yield request.param
+    _library.extension.use_cpu_isa(in_use)

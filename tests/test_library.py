@@ -118,6 +118,10 @@ OPERATIONS: dict[str, Callable[[], Tensor]] = {
     "grpo_loss": lambda: r1kernels.grpo_loss(ROW.unsqueeze(0), ID.unsqueeze(0), torch.ones(1)).loss,
     "group_advantages": lambda: r1kernels.group_advantages(torch.arange(4.0), 2),
     "kl_estimate": lambda: r1kernels.kl_estimate(ROW, ROW + 0.1),
+    "distillation_loss": lambda: r1kernels.distillation_loss(ROW, ROW + 0.1).loss,
+    "distillation_loss, top-k": lambda: r1kernels.distillation_loss(
+        ROW, teacher_token_ids=ID.unsqueeze(0), teacher_logprobs=torch.tensor([[-1.0]])
+    ).loss,
 }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,6 @@ from r1kernels import _library, backend, testing, token_logprobs, token_logprobs
 from r1kernels.ops.token_stats import token_stats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = _library.extension.cpu_isas() if _library.extension else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test with each set of CPU instructions that this processor has."""
-    in_use = _library.extension.cpu_isa()
-    _library.extension.use_cpu_isa(request.param)
-    with backend("cpu"):
-        yield request.param
-    _library.extension.use_cpu_isa(in_use)
 
 
 def check(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> None:

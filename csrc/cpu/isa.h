@@ -1,9 +1,10 @@
-// Instruction-set selection: token_stats.cpp and gemm.cpp are compiled once per instruction set, each time into
+// Instruction-set selection: the kernels of PER_ISA in setup.py are compiled once per instruction set, each time into
 // that set's own namespace.
 #pragma once
 
 #include <vector>
 
+#include "divergence.h"
 #include "gemm.h"
 #include "token_stats.h"
 
@@ -18,9 +19,15 @@ struct TokenStatsKernels {
   void (*backward)(const TokenStatsBackward&, int64_t row_begin, int64_t row_end);
 };
 
+struct DivergenceKernels {
+  void (*forward)(const DivergenceForward&, int64_t row_begin, int64_t row_end);
+  void (*backward)(const DivergenceBackward&, int64_t row_begin, int64_t row_end);
+};
+
 #define R1K_DECLARE_KERNELS(isa)                      \
   namespace isa {                                     \
   extern const TokenStatsKernels token_stats_kernels; \
+  extern const DivergenceKernels divergence_kernels;  \
   extern const GemmKernels gemm_kernels;              \
   }
 R1K_DECLARE_KERNELS(baseline)
@@ -33,21 +40,24 @@ R1K_DECLARE_KERNELS(avx512_bf16)  // gemm_kernels alone: nothing else multiplies
 struct Kernels {
   const char* name;
   const TokenStatsKernels* token_stats;
+  const DivergenceKernels* divergence;
   const GemmKernels* gemm;
 };
 
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {
-  std::vector<Kernels> supported = {{"baseline", &baseline::token_stats_kernels, &baseline::gemm_kernels}};
+  std::vector<Kernels> supported = {
+      {"baseline", &baseline::token_stats_kernels, &baseline::divergence_kernels, &baseline::gemm_kernels}};
 #ifdef R1K_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    supported.push_back({"avx2", &avx2::token_stats_kernels, &avx2::gemm_kernels});
+    supported.push_back({"avx2", &avx2::token_stats_kernels, &avx2::divergence_kernels, &avx2::gemm_kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      supported.push_back({"avx512", &avx512::token_stats_kernels, &avx512::gemm_kernels});
+      supported.push_back({"avx512", &avx512::token_stats_kernels, &avx512::divergence_kernels, &avx512::gemm_kernels});
       if (__builtin_cpu_supports("avx512bf16")) {
-        supported.push_back({"avx512_bf16", &avx512::token_stats_kernels, &avx512_bf16::gemm_kernels});
+        supported.push_back({"avx512_bf16", &avx512::token_stats_kernels, &avx512::divergence_kernels,
+                             &avx512_bf16::gemm_kernels});
       }
     }
   }

@@ -34,7 +34,7 @@ def route(tensor: Tensor, batch_invariant: bool = False) -> str:
     an accelerator, told to keep its accumulators. "copies": float32 copies, block by block. "torch": operands that
     are float32 or float64 already.
     """
-    if _library.select(tensor) == "cpu":
+    if _library.choose(tensor.device.type, tensor.dtype).implementation == "cpu":
         amx = tensor.dtype == torch.bfloat16 and _library.extension.has_amx_bf16()
         return "onednn" if amx and not batch_invariant else "native"
     if tensor.dtype not in HALF_DTYPES:

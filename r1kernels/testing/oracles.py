@@ -1,15 +1,14 @@
-"""Inputs, float64 oracles and the error budget of the tests.
+"""Oracles in float64: the formulas of each operation's docstring once more, in closed form.
 
-The oracles are the formulas of each operation's docstring once more, in closed form, with no code shared with
-`r1kernels.ops`: gradients are written out instead of differentiated, tokens are Python floats in a loop, and group
-statistics are exact fractions. The budget counts roundings of the data at hand; no tolerance is a free constant.
+They share no code with `r1kernels.ops`: gradients are written out instead of differentiated, tokens are Python floats
+in a loop, and group statistics are exact fractions.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,126 +17,9 @@ import torch
 from torch import Tensor
 
 from r1kernels.objectives import Objective
+from r1kernels.testing.budget import EPS32, Expected
 
-EPS32 = torch.finfo(torch.float32).eps
 REPEATED = ("advantages", "importance_weights")  # one per token or one per sequence
-# torch.compile of any autograd.Function warns about its own use of it.
-DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
-
-def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
-    """`function` under torch.compile as one graph, with nothing left of earlier compilations."""
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=backend, **options)
-
-
-# ---- inputs -----------------------------------------------------------------------------------------------
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 4.0, seed: int = 0) -> Tensor:
-    """Normal logits of standard deviation `scale`, within [-32, 32], rounded to `dtype`."""
-    return (torch.randn(shape, generator=generator(seed)) * scale).clamp(-32, 32).to(dtype)
-
-
-def random_ids(*shape: int, vocab: int, seed: int = 0) -> Tensor:
-    return torch.randint(vocab, shape, generator=generator(seed))
-
-
-def random_policy(batch: int = 5, length: int = 7, seed: int = 0, spread: float = 0.5) -> dict[str, Tensor]:
-    """Keyword arguments of `policy_loss`: every bound of every preset is crossed and one advantage is 0.
-
-    `spread` is the standard deviation of log-ratios; those against the reference are half of it.
-    """
-    rng = generator(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng)
-
-    logprobs = -normal(batch, length).abs() - 0.1
-    advantages = normal(batch)
-    advantages[batch // 2] = 0
-    return {
-        "logprobs": logprobs,
-        "advantages": advantages,
-        "old_logprobs": logprobs + spread * normal(batch, length),
-        "ref_logprobs": logprobs + spread / 2 * normal(batch, length),
-        "entropy": normal(batch, length).abs(),
-        "importance_weights": normal(batch).exp(),
-    }
-
-
-def random_lengths(batch: int, length: int, seed: int = 0) -> list[int]:
-    """Sequence lengths from 0 (the second) to `length` (the first)."""
-    lengths = torch.randint(1, length + 1, (batch,), generator=generator(seed)).tolist()
-    return [length, 0, *lengths[2:]][:batch]
-
-
-def length_mask(lengths: list[int], length: int) -> Tensor:
-    return torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
-
-
-def packed(inputs: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
-    """The same sequences without padding: (B, T) tensors become (N,), and `cu_seqlens` says where each begins."""
-    keep = length_mask(lengths, inputs["logprobs"].shape[1])
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    return {
-        "cu_seqlens": cu_seqlens,
-        **{k: v[keep] if isinstance(v, Tensor) and v.shape == keep.shape else v for k, v in inputs.items()},
-    }
-
-
-def poisoned(value: Tensor, mask: Tensor) -> Tensor:
-    """`value` with NaN, inf and -inf in turn (or ids outside any vocabulary) wherever `mask` is False."""
-    junk = [-1, 2**40] if not value.is_floating_point() else [math.nan, math.inf, -math.inf]
-    junk_of_token = torch.tensor(junk, dtype=value.dtype)[torch.arange(mask.numel()) % len(junk)].reshape(mask.shape)
-    extra = value.dim() - mask.dim()
-    return torch.where(mask[(..., *[None] * extra)], value, junk_of_token[(..., *[None] * extra)])
-
-
-# ---- the error budget -------------------------------------------------------------------------------------
-
-
-def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest error of rounding `exact` once to `dtype`: half a unit in the last place."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(exact.abs().clamp(min=info.tiny))[1] - 1
-    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
-
-
-class Expected(NamedTuple):
-    """An exact result and `terms`: the sum of the absolute values that were added up to reach it, each times its
-    condition number. `terms * EPS32` is what one rounding of every fp32 intermediate can do."""
-
-    value: Tensor
-    terms: Tensor
-
-    def budget(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One rounding to the output `dtype`; on the way two of fp32, or 1/256 of that of a narrower output."""
-        on_the_way = max(2 * EPS32, torch.finfo(dtype).eps / 256)
-        return rounding(self.value, dtype) + on_the_way * self.terms + torch.finfo(torch.float32).tiny
-
-
-def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | float | None = None) -> None:
-    """Every element within its budget; inf must be matched exactly and NaN by NaN."""
-    if isinstance(expected, Expected):
-        budget = expected.budget(got.dtype if got.dtype != torch.float64 else torch.float32)
-        expected = expected.value
-    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    got, expected = got.detach().double(), expected.double()
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    error = torch.where(same, 0, (got - expected).abs())
-    bad = ~(error <= torch.as_tensor(budget, dtype=torch.float64))
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        allowed = torch.as_tensor(budget, dtype=torch.float64).expand(got.shape)[where]
-        raise AssertionError(
-            f"{int(bad.sum())} of {bad.numel()} elements out of budget; the first at {where}: "
-            f"{got[where]} against {expected[where]}, error {error[where]:.3g}, allowed {allowed:.3g}"
-        )
-
 
 # ---- vocabulary statistics --------------------------------------------------------------------------------
 

@@ -1,0 +1,100 @@
+// What the bindings of every operator share: tensors of the stable ABI checked and turned into raw pointers.
+// A message that starts with "r1kernels: " speaks of a bad value and is raised to Python as a ValueError by
+// _library.call.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/token_stats.h"
+
+#define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
+
+namespace r1k {
+namespace bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline std::vector<int64_t> leading_sizes(const Tensor& logits) {
+  const auto sizes = logits.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  R1K_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == numel, name,
+            " must be contiguous, of its declared dtype and hold ", numel, " elements; got ", tensor.numel());
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+inline const float* floats(const Tensor& tensor, const char* name, int64_t numel) {
+  return data<float>(tensor, name, ScalarType::Float, numel);
+}
+
+inline const float* floats(const MaybeTensor& tensor, const char* name, int64_t numel) {
+  return tensor.has_value() ? floats(*tensor, name, numel) : nullptr;
+}
+
+inline const bool* bools(const MaybeTensor& tensor, const char* name, int64_t numel) {
+  return tensor.has_value() ? data<bool>(*tensor, name, ScalarType::Bool, numel) : nullptr;
+}
+
+inline r1k::RowView row_view(const Tensor& logits) {
+  r1k::RowView view;
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: view.dtype = r1k::DType::float32; break;
+    case ScalarType::BFloat16: view.dtype = r1k::DType::bfloat16; break;
+    case ScalarType::Half: view.dtype = r1k::DType::float16; break;
+    default: R1K_CHECK(false, "logits must be float32, bfloat16 or float16");
+  }
+  view.leading = static_cast<int>(logits.dim()) - 1;
+  R1K_CHECK(view.leading >= 0 && view.leading <= r1k::RowView::max_leading, "logits must have 1 to ",
+            r1k::RowView::max_leading + 1, " dimensions, got ", logits.dim());
+  view.data = logits.data_ptr();
+  view.vocab = logits.size(view.leading);
+  view.vocab_stride = logits.stride(view.leading);
+  for (int k = 0; k < view.leading; ++k) {
+    view.sizes[k] = logits.size(k);
+    view.strides[k] = logits.stride(k);
+  }
+  return view;
+}
+
+// Gradients of vocabulary width are hundreds of megabytes of fresh pages: asking for huge pages saves most of
+// the page faults, which otherwise cost more than the arithmetic.
+inline void prefer_huge_pages(void* start, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kWorthwhile = 16 << 20;
+  if (bytes < kWorthwhile) return;
+  const intptr_t page = sysconf(_SC_PAGESIZE);
+  const intptr_t begin = (reinterpret_cast<intptr_t>(start) + page - 1) / page * page;
+  const intptr_t end = (reinterpret_cast<intptr_t>(start) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)start;
+  (void)bytes;
+#endif
+}
+
+// Rows per task: enough vocabulary to be worth waking a thread for.
+inline int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
+
+}  // namespace bindings
+}  // namespace r1k

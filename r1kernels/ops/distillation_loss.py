@@ -1,0 +1,204 @@
+r"""Distillation from a teacher's logits, or from its K likeliest tokens: the mean divergence of the counted tokens.
+
+    loss = sum_t D_t / normalizer,    D_t = D(teacher's row t, student's row t)
+
+The vocabulary axis is `r1kernels.ops.divergence` (full teachers) and `r1kernels.ops.topk_divergence`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.ops._checks import (
+    as_mask,
+    check_floating,
+    check_number,
+    check_shape,
+    ids_int64,
+    values_are_free,
+)
+from r1kernels.ops.divergence import KINDS
+from r1kernels.ops.divergence import divergence as _divergence
+from r1kernels.ops.topk_divergence import Teacher, check_values, make_teacher, topk_divergence
+
+
+class DistillationLoss(NamedTuple):
+    """`loss`: 0-d, float32, differentiable. `metrics`: name -> 0-d float32 tensor on the loss's device.
+
+    Means are over counted tokens. `tokens`: how many there are. `divergence`: its mean, whatever the normalizer.
+    `student_entropy`, and `teacher_entropy` (full teachers). `teacher_tail_mass`, `student_tail_mass`: probability
+    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence or gradient is inf or NaN;
+    not 0 explains a loss that is.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def _checked_teacher_kind(teacher_logits: Any, teacher_token_ids: Any, teacher_logprobs: Any) -> None:
+    given = [
+        name
+        for name, value in (
+            ("teacher_logits", teacher_logits),
+            ("teacher_token_ids", teacher_token_ids),
+            ("teacher_logprobs", teacher_logprobs),
+        )
+        if value is not None
+    ]
+    if given not in (["teacher_logits"], ["teacher_token_ids", "teacher_logprobs"]):
+        raise ValueError(
+            f"the teacher is given by {' and '.join(given) or 'nothing'}, expected teacher_logits, or "
+            "teacher_token_ids and teacher_logprobs"
+        )
+
+
+def check_settings(divergence: Any, beta: Any, temperature: Any) -> tuple[str, float, float]:
+    """The settings every distillation loss shares."""
+    if divergence not in KINDS:
+        raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(KINDS)}")
+    beta = check_number("beta", beta)
+    if not 1e-6 <= beta <= 1 - 1e-6:
+        raise ValueError(
+            f"beta is {beta!r}, expected a number from 1e-6 to 1 - 1e-6 (at the ends use forward_kl and reverse_kl)"
+        )
+    temperature = check_number("temperature", temperature, minimum=0.0, strict=True)
+    if not 1e-30 < temperature < 1e30:
+        raise ValueError(f"temperature is {temperature!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
+    return divergence, beta, temperature
+
+
+def check_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
+    """None, a number > 0, or a constant 0-d tensor on the device of `like`."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        return check_number("normalizer", normalizer, minimum=0.0, strict=True)
+    if normalizer.device != like.device:
+        raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device} like the logits")
+    check_shape("normalizer", normalizer, (), "a 0-d tensor")
+    if values_are_free(normalizer) and not 0 < float(normalizer) < float("inf"):
+        raise ValueError(f"normalizer is {float(normalizer)}, expected a positive finite number")
+    return normalizer.detach().double()
+
+
+def check_topk(
+    token_ids: Any, logprobs: Any, like: Tensor, shape: tuple[int, ...], vocab: int, mask: Tensor | None
+) -> Teacher:
+    """A top-k teacher of tokens of `shape`, as constants."""
+    token_ids = ids_int64("teacher_token_ids", token_ids, like)
+    check_floating("teacher_logprobs", logprobs, like)
+    if token_ids.dim() != len(shape) + 1 or token_ids.shape[:-1] != shape or not 1 <= token_ids.shape[-1] <= vocab:
+        raise ValueError(
+            f"teacher_token_ids has shape {tuple(token_ids.shape)}, expected {(*shape, 'K')} with 1 <= K <= V = {vocab}"
+        )
+    check_shape("teacher_logprobs", logprobs, token_ids.shape, "one log-prob for each of teacher_token_ids")
+    check_values(token_ids, logprobs.detach(), vocab, mask)
+    return make_teacher(token_ids, logprobs, mask)
+
+
+def reduce(
+    value: Tensor, mask: Tensor | None, normalizer: Tensor | float | None, means: dict[str, Tensor]
+) -> DistillationLoss:
+    """Loss and metrics from the divergence of every token and what else was measured of it; 0 behind the mask."""
+    if mask is None:
+        tokens = torch.full((), float(value.numel()), dtype=torch.float64, device=value.device)
+    else:
+        tokens = mask.sum().double()
+        # The gradient behind the mask is 0 by choice, not as a product with 0.
+        value = torch.where(mask, value, 0)
+    total, at_least_one = value.double().sum(), tokens.clamp(min=1)
+    dtype = value.dtype
+    loss = (total / (at_least_one if normalizer is None else normalizer)).to(dtype)
+    metrics = {"tokens": tokens, "divergence": total.detach() / at_least_one}
+    metrics |= {name: row.double().sum() / at_least_one for name, row in means.items()}
+    metrics["nonfinite_tokens"] = (~value.detach().isfinite()).sum()
+    return DistillationLoss(loss, {name: metric.to(dtype) for name, metric in metrics.items()})
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    teacher_token_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    normalizer: Tensor | float | None = None,
+) -> DistillationLoss:
+    r"""Mean divergence of a student from a teacher, over the whole vocabulary or the teacher's K likeliest tokens.
+
+    forward_kl  KL(q||p) = sum_j q_j (log q_j - log p_j)
+    reverse_kl  KL(p||q)
+    jsd         beta KL(q||m) + (1 - beta) KL(p||m),  m = beta q + (1 - beta) p
+
+    with p = softmax(student_logits / T), q = softmax(teacher_logits / T) and 0 log 0 = 0.
+
+    Args:
+        student_logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
+        teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient.
+        teacher_token_ids: (..., K), int64 or int32, in [0, V), distinct in a row, 1 <= K <= V; instead of
+            teacher_logits.
+        teacher_logprobs: (..., K), float: their log-probs, taken as they are (at the temperature the teacher was
+            asked for). -inf marks an absent entry, whose id says nothing. Up to 1e-3 above 0 is rounding and counts
+            as 0; a row that adds up to a little more than 1 is scaled down, to more than 1.01 refused.
+        mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        beta: Python number from 1e-6 to 1 - 1e-6, used by "jsd". As beta goes to 0, jsd / beta goes to KL(q||p); as it
+            goes to 1, jsd / (1 - beta) goes to KL(p||q).
+        temperature: Python number > 0, of the student and of teacher_logits. There is no factor T^2: multiply the
+            loss by it to keep gradients comparable across temperatures (Hinton et al., 2015).
+        normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Give the global one under
+            gradient accumulation or data parallelism and the summed gradient equals that of the whole batch.
+
+    A top-k teacher is compared over K + 1 outcomes, the K tokens and all the others together;
+    q_rest = max(0, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
+    divergence: how the student spreads its tail is free. A teacher without a tail (q_rest = 0) pushes the student's
+    tail to 0 under forward_kl and is infinitely far under reverse_kl, as long as the student has one: truncated
+    teachers that were renormalised are for forward_kl and jsd.
+
+    Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q finite; where p_j > 0 = q_j, reverse_kl is inf and its
+    gradient 0, for no finite change of the logits makes it finite. jsd is always finite. A batch without counted tokens
+    has loss 0.
+
+    Returns:
+        `DistillationLoss(loss, metrics)`; float32 (float64 for float64 logits), nats. Differentiable once with respect
+        to student_logits; the gradient has their dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
+        error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
+
+    Memory: 24 bytes a token are kept for the backward and 52 pass by; the gradient is the only buffer of vocabulary
+    width. Top-k: about 35 (K + 1) bytes a token are kept and 105 (K + 1) pass by, with two buffers of 8 MiB or a row.
+
+    Equivalent to: `torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / tokens` (forward_kl).
+    Source: Hinton et al. 2015 (1503.02531); generalised JSD: Agarwal et al. 2023 (2306.13649), eq. 2.
+    """
+    kind, beta, temperature = check_settings(divergence, beta, temperature)
+    _checked_teacher_kind(teacher_logits, teacher_token_ids, teacher_logprobs)
+    check_floating("student_logits", student_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (..., V) with V >= 1")
+    shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
+    mask = as_mask(mask, student_logits, shape)
+    normalizer = check_normalizer(normalizer, student_logits)
+    if teacher_logits is None:
+        teacher = check_topk(teacher_token_ids, teacher_logprobs, student_logits, shape, vocab, mask)
+        rows = topk_divergence(student_logits, teacher, mask, kind, beta, temperature)
+        names = ("student_entropy", "teacher_tail_mass", "student_tail_mass")
+    else:
+        check_floating("teacher_logits", teacher_logits, student_logits)
+        if teacher_logits.dim() > 0 and teacher_logits.shape[-1] != vocab:
+            raise ValueError(
+                f"teacher_logits has a vocabulary of {teacher_logits.shape[-1]} and student_logits one of {vocab}, "
+                "expected the same tokens in the same order"
+            )
+        check_shape("teacher_logits", teacher_logits, student_logits.shape, "one row for each of student_logits")
+        rows = _divergence(student_logits, teacher_logits, mask, kind, beta, temperature)
+        names = ("student_entropy", "teacher_entropy")
+    return reduce(rows[0], mask, normalizer, dict(zip(names, (row.detach() for row in rows[1:]), strict=True)))

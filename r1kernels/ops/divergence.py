@@ -1,0 +1,102 @@
+r"""Divergence of a student p = softmax(x / T) from a teacher q = softmax(y / T), row by row, and its gradient.
+
+    forward_kl  KL(q||p) = sum_j q_j (log q_j - log p_j)        dL/dx_j = g (p_j - q_j) / T
+    reverse_kl  KL(p||q) = sum_j p_j (log p_j - log q_j)        dL/dx_j = g p_j (log p_j - log q_j - KL) / T
+    jsd         beta KL(q||m) + (1 - beta) KL(p||m),            dL/dx_j = g (1 - beta) p_j (log(p_j/m_j) - KL(p||m)) / T
+                m = beta q + (1 - beta) p
+
+The kernels add terms that cannot be negative (q_j log(q_j / p_j) + p_j - q_j and the like), so a divergence near 0 is
+as accurate, relatively, as a large one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")  # the order is that of `enum Divergence` in csrc/cpu/divergence.h
+
+
+def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """Divergence over the last dimension, differentiable with respect to log_p.
+
+    -inf is probability 0 and 0 log 0 is 0, in the gradient too. An infinite reverse KL has gradient 0: it stays
+    infinite under any finite change of p.
+    """
+    finite_p, finite_q = (torch.where(x == -torch.inf, 0, x) for x in (log_p, log_q))
+    no_p, no_q = log_p == -torch.inf, log_q == -torch.inf
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        return torch.where(no_q, 0, q * (finite_q - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        value = torch.where(no_p, 0, p * (finite_p - finite_q)).sum(-1)
+        return torch.where((~no_p & no_q).any(-1), torch.inf, value)
+    nowhere = no_p & no_q  # logaddexp(-inf, -inf) has no gradient
+    log_m = torch.logaddexp(
+        torch.where(nowhere, 0, log_q) + math.log(beta), torch.where(nowhere, 0, log_p) + math.log1p(-beta)
+    )
+    of_teacher = torch.where(no_q, 0, q * (finite_q - log_m)).sum(-1)
+    of_student = torch.where(no_p, 0, p * (finite_p - log_m)).sum(-1)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
+
+
+def reference(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence, student's entropy, teacher's entropy) in plain differentiable PyTorch, 0 behind the mask."""
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+    def log_probs(logits: Tensor) -> Tensor:
+        z = logits.to(dtype) / temperature
+        return (z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)).log_softmax(-1)
+
+    log_p, log_q = log_probs(student), log_probs(teacher.detach())
+    rows = of_log_probs(log_p, log_q, kind, beta), entropy(log_p.detach()), entropy(log_q)
+    return rows if mask is None else tuple(torch.where(mask, row, 0) for row in rows)
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, kind: int, beta: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value, lse_student, lse_teacher, inner, student_entropy, teacher_entropy = _library.call(
+            torch.ops.r1kernels.divergence.default, student, teacher, mask, kind, beta, temperature
+        )
+        ctx.save_for_backward(student, teacher, lse_student, lse_teacher, inner)
+        ctx.arguments = kind, beta, temperature
+        student_entropy, teacher_entropy = student_entropy.float(), teacher_entropy.float()
+        ctx.mark_non_differentiable(student_entropy, teacher_entropy)
+        return value, student_entropy, teacher_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        student, *statistics = ctx.saved_tensors
+        grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+        torch.ops.r1kernels.divergence_backward.default(
+            student, *statistics, grad.contiguous(), *ctx.arguments, grad_student
+        )
+        return grad_student, None, None, None, None, None
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence, student's entropy, teacher's entropy) of checked logits, 0 where `mask` is False.
+
+    The caller sends gradient 0 to masked tokens; their rows are then read neither forward nor backward.
+    """
+    if _library.select(teacher if teacher.dtype == torch.float64 else student) == "reference":
+        return reference(student, teacher, mask, kind, beta, temperature)
+    return _Divergence.apply(student, teacher.detach(), mask, KINDS.index(kind), beta, temperature)

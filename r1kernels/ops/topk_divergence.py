@@ -1,0 +1,275 @@
+r"""Divergence of a student from a teacher known by its K likeliest tokens only.
+
+The divergence is taken over K + 1 outcomes: the K tokens, and one that stands for all the others together,
+
+    q_rest = max(0, 1 - sum_k q_k),    p_rest = sum of p_j over the tokens that are not listed.
+
+Merging outcomes cannot increase a divergence (log-sum inequality), so it is a lower bound of the full one, and 0 does
+not mean that the tails agree. With z = x / T, D a function of the outcomes' probabilities P_i and w_i the gradient of
+D with respect to log P_i (of a normalised P),
+
+    dD/dx_j = w_j / T  for a listed j,        dD/dx_j = w_rest softmax_j(z over the tail) / T  for the others:
+
+the gradient kernel of `token_stats` on a copy of the logits in which the listed ones are -inf, and K entries over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library
+from r1kernels.ops import divergence
+from r1kernels.ops._checks import values_are_free
+
+SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach; the backward has two
+ROUNDING = 1e-3  # how far above 0 a log-prob may be; what a teacher's tail may hold and still count as none
+TOO_MUCH = 1.01  # log-probs in bfloat16 can add up to a little more than 1
+
+
+class Teacher(NamedTuple):
+    """K tokens a row: ids in [0, V) and log-probs in float64, -inf for absent entries (whose ids say nothing).
+
+    Absent entries carry the id of the row's first present one, or 0 in rows without any.
+    """
+
+    token_ids: Tensor  # (..., K)
+    logprobs: Tensor  # (..., K)
+
+    def present(self) -> Tensor:
+        return self.logprobs > -torch.inf
+
+
+def _position(bad: Tensor) -> tuple[int, ...]:
+    return tuple(bad.nonzero()[0].tolist())
+
+
+def check_values(token_ids: Tensor, logprobs: Tensor, vocab: int, mask: Tensor | None) -> None:
+    """Raises ValueError for values no teacher returns. Only where looking costs no synchronisation."""
+    if not values_are_free(token_ids):
+        return
+    active = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(token_ids)
+    bad = active & ~(logprobs <= ROUNDING)
+    if bad.any():
+        at = _position(bad)
+        raise ValueError(f"teacher_logprobs{list(at)} is {float(logprobs[at])}, expected a log-prob <= 0 (or -inf)")
+    active = active & (logprobs > -torch.inf)
+    bad = active & ((token_ids < 0) | (token_ids >= vocab))
+    if bad.any():
+        at = _position(bad)
+        raise ValueError(f"teacher_token_ids{list(at)} is {int(token_ids[at])}, expected an id in [0, {vocab})")
+    # Ids of absent entries are made distinct, and no id's.
+    absent = -1 - torch.arange(token_ids.shape[-1], device=token_ids.device)
+    ordered = torch.where(active, token_ids, absent).sort(-1).values
+    bad = ordered[..., 1:] == ordered[..., :-1]
+    if bad.any():
+        at = _position(bad)
+        raise ValueError(
+            f"teacher_token_ids{list(at[:-1])} holds {int(ordered[at])} twice, expected distinct ids "
+            "(-inf in teacher_logprobs marks an entry as absent)"
+        )
+    total = torch.where(active, logprobs.double(), -torch.inf).exp().sum(-1)
+    bad = total > TOO_MUCH
+    if bad.any():
+        at = _position(bad)
+        raise ValueError(
+            f"teacher_logprobs{list(at)} add up to a probability of {float(total[at]):.4g}, expected at most 1"
+        )
+
+
+def make_teacher(token_ids: Tensor, logprobs: Tensor, mask: Tensor | None) -> Teacher:
+    """Everything absent or behind the mask replaced by harmless values."""
+    present = logprobs > -torch.inf
+    if mask is not None:
+        present = present & mask.unsqueeze(-1)
+    first = torch.where(present, token_ids, 0).gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
+    logprobs = torch.where(present, logprobs.detach().double().clamp(max=0), -torch.inf)
+    # More than 1 by rounding: scaled down.
+    total = logprobs.exp().sum(-1, keepdim=True)
+    logprobs = torch.where(total > 1, logprobs - total.log(), logprobs)
+    return Teacher(torch.where(present, token_ids, first), logprobs)
+
+
+def teacher_outcomes(teacher: Teacher, log_p_rest: Tensor) -> Tensor:
+    """Log-probabilities (..., K + 1) of the teacher's outcomes, the tail last.
+
+    Where the student has no tail at all (K = V, say), a tail of the teacher within rounding is none either: taken
+    literally, it would be infinitely far away.
+    """
+    total = teacher.logprobs.exp().sum(-1)
+    log_rest = torch.log1p(-total.clamp(max=1))
+    none = (log_p_rest == -torch.inf) & (total > 1 - ROUNDING)
+    log_top = torch.where(none.unsqueeze(-1), teacher.logprobs - total.log().unsqueeze(-1), teacher.logprobs)
+    return torch.cat([log_top, torch.where(none, -torch.inf, log_rest).unsqueeze(-1)], -1)
+
+
+def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """w_i = P_i (h_i - sum_k P_k h_k) with h = dD/dP: the gradient through a softmax over the outcomes."""
+    p = log_p.exp()
+    if kind == "forward_kl":
+        return p - log_q.exp()
+    log_other = log_q
+    if kind == "jsd":
+        log_other = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    # 0 * inf = 0; an infinite reverse KL has gradient 0, as in `divergence.of_log_probs`.
+    infinite = ((log_p > -torch.inf) & (log_other == -torch.inf)).any(-1, keepdim=True)
+    log_ratio = torch.where((p == 0) | infinite, 0, log_p - log_other)
+    inner = (p * log_ratio).sum(-1, keepdim=True)
+    return (1 - beta if kind == "jsd" else 1) * p * (log_ratio - inner)
+
+
+def reference(
+    student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(divergence, student's entropy, teacher's tail, student's tail) in plain differentiable PyTorch."""
+    z = student.to(torch.float64 if student.dtype == torch.float64 else torch.float32) / temperature
+    if mask is not None:
+        z = torch.where(mask.unsqueeze(-1), z, 0)
+    log_p, present = z.log_softmax(-1), teacher.present()
+    listed = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, teacher.token_ids, True)
+    listed = listed & present.any(-1, keepdim=True)
+    log_top = torch.where(present, log_p.gather(-1, teacher.token_ids), -torch.inf)
+    # logsumexp of nothing has no gradient.
+    empty = (listed | (log_p == -torch.inf)).all(-1, keepdim=True)
+    rest = torch.where(listed, -torch.inf, log_p)
+    log_rest = torch.where(empty, -torch.inf, torch.where(empty, 0, rest).logsumexp(-1, keepdim=True))
+    outcomes = torch.cat([log_top, log_rest], -1)
+    log_q = teacher_outcomes(teacher, log_rest.squeeze(-1)).to(log_p.dtype)
+    value = divergence.of_log_probs(outcomes, log_q, kind, beta)
+    rows = value, divergence.entropy(log_p.detach()), log_q[..., -1].exp(), log_rest.detach().squeeze(-1).exp()
+    return rows if mask is None else tuple(torch.where(mask, row, 0) for row in rows)
+
+
+class ChunkStatistics(NamedTuple):
+    value: Tensor  # (n,), float64 like the rest
+    weights: Tensor  # (n, K + 1): w
+    lse_rest: Tensor  # (n,)
+    student_entropy: Tensor
+    teacher_tail: Tensor
+    student_tail: Tensor
+
+
+def hide_listed(logits: Tensor, teacher: Teacher) -> None:
+    """Sets the listed logits of (n, V) rows to -inf, in place."""
+    some = teacher.present().any(-1, keepdim=True)
+    hidden = torch.where(some, -torch.inf, logits.gather(-1, teacher.token_ids)).to(logits.dtype)
+    logits.scatter_(-1, teacher.token_ids, hidden)
+
+
+def chunk_statistics(
+    logits: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> ChunkStatistics:
+    """Of (n, V) rows. Hides the listed logits in place: `chunk_gradient` wants them so."""
+    present = teacher.present()
+    z_top = torch.where(present, logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
+    hide_listed(logits, teacher)
+    _, lse_rest, entropy_rest = _library.call(
+        torch.ops.r1kernels.token_stats.default, logits, teacher.token_ids[:, 0].contiguous(), mask, temperature
+    )
+    lse_top = z_top.logsumexp(-1)
+    lse = torch.logaddexp(lse_rest, lse_top)
+    log_p = torch.cat([z_top, lse_rest.unsqueeze(-1)], -1) - lse.unsqueeze(-1)
+    p, log_p_rest = log_p.exp(), log_p[:, -1]
+    log_q = teacher_outcomes(teacher, log_p_rest)
+    value = divergence.of_log_probs(log_p, log_q, kind, beta)
+    weights = log_gradient(log_p, log_q, kind, beta)
+    empty = lse_rest == -torch.inf  # nothing finite to give a gradient to
+    weights[:, -1] = torch.where(empty, 0, weights[:, -1])
+    within = torch.where(empty, 0, p[:, -1] * entropy_rest)
+    entropy = divergence.entropy(log_p) + within
+    rows = value, weights, lse_rest, entropy, log_q[:, -1].exp(), p[:, -1]
+    if mask is not None:
+        rows = tuple(torch.where(mask if row.dim() == 1 else mask.unsqueeze(-1), row, 0) for row in rows)
+    return ChunkStatistics(*rows)
+
+
+def chunk_gradient(
+    hidden: Tensor, teacher: Teacher, weights: Tensor, lse_rest: Tensor, grad: Tensor, temperature: float
+) -> Tensor:
+    """dL/dlogits (n, V) from rows whose listed logits are hidden. Rows where `grad` is 0 are not read and give 0."""
+    weights = torch.where(grad.unsqueeze(-1) == 0, 0, weights * grad.unsqueeze(-1))
+    present = teacher.present()
+    # The kernel treats its token apart: it is a listed one, which is written over.
+    grad_logits = torch.ops.r1kernels.token_stats_backward.default(
+        hidden, teacher.token_ids[:, 0].contiguous(), lse_rest, torch.zeros_like(lse_rest),
+        -weights[:, -1].float(), None, temperature,
+    )
+    top = weights[:, :-1] / temperature
+    # Absent entries repeat the first present one, id and value.
+    first = top.gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
+    some = present.any(-1, keepdim=True)
+    top = torch.where(some, torch.where(present, top, first), grad_logits.gather(-1, teacher.token_ids).double())
+    return grad_logits.scatter_(-1, teacher.token_ids, top.to(grad_logits.dtype))
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Copies of consecutive rows of (..., V), within the scratch memory, and where they lie among all rows."""
+    vocab, count = logits.shape[-1], logits.shape[:-1].numel()
+    step = max(1, SCRATCH_BYTES // (vocab * logits.element_size()))
+    for begin in range(0, count, step):
+        rows = slice(begin, min(begin + step, count))
+        if logits.dim() == 2:
+            yield rows, logits[rows].clone(memory_format=torch.contiguous_format)
+        elif logits.is_contiguous():
+            yield rows, logits.view(count, vocab)[rows].clone()
+        else:
+            index = torch.arange(rows.start, rows.stop, device=logits.device)
+            yield rows, logits[torch.unravel_index(index, logits.shape[:-1])].contiguous()
+
+
+class _TopKDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, token_ids: Tensor, logprobs: Tensor, mask: Tensor | None, kind: str, beta: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lead, k = student.shape[:-1], token_ids.shape[-1]
+        teacher = Teacher(token_ids.reshape(-1, k), logprobs.reshape(-1, k))
+        flat_mask = None if mask is None else mask.reshape(-1)
+        chunks = [
+            chunk_statistics(
+                logits, Teacher(*(part[rows] for part in teacher)), None if flat_mask is None else flat_mask[rows],
+                kind, beta, temperature,
+            )
+            for rows, logits in _chunks(student)
+        ]
+        if chunks:
+            statistics = ChunkStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        else:
+            none = logprobs.new_empty(0)
+            statistics = ChunkStatistics(none, logprobs.new_empty(0, k + 1), none, none, none, none)
+        ctx.save_for_backward(student, *teacher, statistics.weights, statistics.lse_rest)
+        ctx.temperature = temperature
+        results = tuple(
+            part.float().reshape(lead)
+            for part in (statistics.value, statistics.student_entropy, statistics.teacher_tail, statistics.student_tail)
+        )
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        student, token_ids, logprobs, weights, lse_rest = ctx.saved_tensors
+        grad, teacher = grad.reshape(-1), Teacher(token_ids, logprobs)
+        grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+        by_row = grad_student.view(-1, student.shape[-1])
+        for rows, logits in _chunks(student):
+            part = Teacher(*(tensor[rows] for tensor in teacher))
+            hide_listed(logits, part)
+            by_row[rows] = chunk_gradient(logits, part, weights[rows], lse_rest[rows], grad[rows], ctx.temperature)
+        return grad_student, None, None, None, None, None, None
+
+
+def topk_divergence(
+    student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(divergence, student's entropy, teacher's tail mass, student's tail mass) of checked inputs."""
+    if _library.select(student) == "reference":
+        return reference(student, teacher, mask, kind, beta, temperature)
+    return _TopKDivergence.apply(student, *teacher, mask, kind, beta, temperature)

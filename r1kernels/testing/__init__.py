@@ -1,0 +1,60 @@
+"""Inputs, float64 oracles and the error budget of the tests."""
+
+from r1kernels.testing.budget import EPS32, Expected, assert_within, rounding
+from r1kernels.testing.divergences import (
+    DivergenceExpected,
+    divergence,
+    random_pair,
+    random_topk,
+    topk_divergence,
+)
+from r1kernels.testing.inputs import (
+    DYNAMO_WARNING,
+    compiled,
+    generator,
+    length_mask,
+    packed,
+    poisoned,
+    random_ids,
+    random_lengths,
+    random_logits,
+    random_policy,
+)
+from r1kernels.testing.oracles import (
+    PolicyExpected,
+    TokenStats,
+    group_advantages,
+    kl_term,
+    policy_loss,
+    token_stats,
+    token_stats_gradient,
+)
+
+__all__ = [
+    "DYNAMO_WARNING",
+    "EPS32",
+    "DivergenceExpected",
+    "Expected",
+    "PolicyExpected",
+    "TokenStats",
+    "assert_within",
+    "compiled",
+    "divergence",
+    "generator",
+    "group_advantages",
+    "kl_term",
+    "length_mask",
+    "packed",
+    "poisoned",
+    "policy_loss",
+    "random_ids",
+    "random_lengths",
+    "random_logits",
+    "random_pair",
+    "random_policy",
+    "random_topk",
+    "rounding",
+    "token_stats",
+    "token_stats_gradient",
+    "topk_divergence",
+]

@@ -1,0 +1,49 @@
+"""The error budget: counts roundings of the data at hand; no tolerance is a free constant."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of rounding `exact` once to `dtype`: half a unit in the last place."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny))[1] - 1
+    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
+
+
+class Expected(NamedTuple):
+    """An exact result and `terms`: the sum of the absolute values that were added up to reach it, each times its
+    condition number. `terms * EPS32` is what one rounding of every fp32 intermediate can do."""
+
+    value: Tensor
+    terms: Tensor
+
+    def budget(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One rounding to the output `dtype`; on the way two of fp32, or 1/256 of that of a narrower output."""
+        on_the_way = max(2 * EPS32, torch.finfo(dtype).eps / 256)
+        return rounding(self.value, dtype) + on_the_way * self.terms + torch.finfo(torch.float32).tiny
+
+
+def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | float | None = None) -> None:
+    """Every element within its budget; inf must be matched exactly and NaN by NaN."""
+    if isinstance(expected, Expected):
+        budget = expected.budget(got.dtype if got.dtype != torch.float64 else torch.float32)
+        expected = expected.value
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    got, expected = got.detach().double(), expected.double()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    error = torch.where(same, 0, (got - expected).abs())
+    bad = ~(error <= torch.as_tensor(budget, dtype=torch.float64))
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        allowed = torch.as_tensor(budget, dtype=torch.float64).expand(got.shape)[where]
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} elements out of budget; the first at {where}: "
+            f"{got[where]} against {expected[where]}, error {error[where]:.3g}, allowed {allowed:.3g}"
+        )
