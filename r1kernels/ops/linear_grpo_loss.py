@@ -3,8 +3,8 @@ r"""GRPO and its relatives straight from hidden states and the weight of the hea
 The slope of a token's loss depends on that token's log-prob alone when the ratio is a token's own. One walk over the
 chunks then does everything: product -> statistics -> slopes -> d logits in place -> two products; 3 units of
 2 N H V floating-point operations, 1 + 2 k when a share k of the tokens has a gradient, and 3 k when the others are
-known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences and callables take
-two phases: statistics of all tokens, then d logits of those with a gradient, from logits computed once more.
+known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables and
+float16 (whose gradients need the loss scale before they are rounded) take two phases: statistics of all tokens, then d logits of those with a gradient, from logits computed once more.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def linear_grpo_loss(
     inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=given.batch.mask)
     plan = _plan(given, hidden, shape, measure_all)
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
-    if plan.tokens is not None and given.objective.ratio == "token" and inputs.wanted:
+    if plan.tokens is not None and given.objective.ratio == "token" and inputs.one_pass:
         loss, metrics = _OnePass.apply(
             *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape
         )

@@ -71,6 +71,12 @@ class Differentiable:
         """Whether any gradient will be asked for."""
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether gradients may be computed with the loss: in float16 most of them would be 0 before the loss scale of
+        mixed precision, which backward alone knows, has multiplied them."""
+        return self.wanted and self.tensors[0].dtype != torch.float16
+
 
 def prepare(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
