@@ -295,18 +295,15 @@ def test_an_upstream_gradient_of_nan_or_inf_does_not_bring_masked_tokens_to_life
         assert not grads["hidden"][0, 1].isfinite().any()
 
 
-def test_gradients_of_leaves_may_be_changed_between_two_backwards(implementation: str) -> None:
-    """Gradients are kept for a second backward: `.grad` is not their memory."""
+def test_a_gradient_changed_between_two_backwards_is_noticed(implementation: str) -> None:
+    """Gradients are kept for a second backward, and a float32 leaf is given that very memory."""
     inputs = make()
     leaves = {key: value.detach().requires_grad_() for key, value in cases.tensors(inputs).items()}
     loss = linear_grpo_loss(**cases.with_tensors(inputs, leaves)).loss
     loss.backward(retain_graph=True)
-    before = {key: leaf.grad.clone() for key, leaf in leaves.items()}
-    for leaf in leaves.values():
-        leaf.grad.zero_()
-    loss.backward()
-    for key, leaf in leaves.items():
-        assert torch.equal(leaf.grad, before[key])
+    leaves["weight"].grad.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_an_optimiser_step_between_two_backwards_is_noticed_or_harmless(implementation: str) -> None:

@@ -7,7 +7,6 @@ import linear_cases as cases
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from r1kernels import (
     backend,

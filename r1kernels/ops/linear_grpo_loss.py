@@ -4,7 +4,8 @@ The slope of a token's loss depends on that token's log-prob alone when the rati
 chunks then does everything: product -> statistics -> slopes -> d logits in place -> two products; 3 units of
 2 N H V floating-point operations, 1 + 2 k when a share k of the tokens has a gradient, and 3 k when the others are
 known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables and
-float16 (whose gradients need the loss scale before they are rounded) take two phases: statistics of all tokens, then d logits of those with a gradient, from logits computed once more.
+float16 (whose gradients need the loss scale before they are rounded) take two phases: statistics of all tokens, then
+d logits of those with a gradient, from logits computed once more.
 """
 
 from __future__ import annotations
@@ -106,11 +107,11 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
-        lora_weight: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
         whole: LossInputs, shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        inputs = (hidden, weight, bias, lora_hidden, lora_weight)
+        inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
         logprobs, entropy, *grads = _library.call(
             torch.ops.r1kernels.linear_policy_gradient.default,
