@@ -36,6 +36,7 @@ from r1kernels.ops.policy_loss import (
     check_inputs,
     compute,
     evaluate,
+    measure,
     named_metrics,
 )
 from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
@@ -121,7 +122,7 @@ class _OnePass(torch.autograd.Function):
             *tokens.arguments(),
             list(needs),
         )
-        loss, _, _, metrics = evaluate(logprobs.reshape(shape), entropy.reshape(shape), whole)
+        loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         ctx.wanted = gradient_shapes(inputs)
