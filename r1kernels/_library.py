@@ -55,11 +55,11 @@ _schemas.define(
 # The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
 # on every device, over its products and its two vocabulary kernels.
 _HEAD = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, Tensor token_ids, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
     "Tensor? temperatures, float temperature, float logit_scale, float softcap, ScalarType logits_dtype, int rows, "
     "int capacity, bool batch_invariant"
 )
-# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_hidden (N, R) and lora_weight (R, V); (0,) unless needed.
+# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_a (H, R) and lora_b (R, V); (0,) unless needed.
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # -> log-prob, log-sum-exp and entropy (float64), each (N,).
 _schemas.define(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
@@ -132,14 +132,14 @@ def _per_token(token_ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _head_gradients(hidden: Tensor, head: tuple[Any, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    weight, bias, lora_hidden, lora_weight, token_ids = head[:5]
+    weight, bias, lora_a, lora_b, token_ids = head[:5]
     accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     whole = (
         lambda: hidden.new_empty((token_ids.numel(), weight.shape[1])),
         lambda: weight.new_empty(weight.shape, dtype=accumulator),
         lambda: bias.new_empty(bias.shape, dtype=accumulator),
-        lambda: lora_hidden.new_empty(lora_hidden.shape),
-        lambda: lora_weight.new_empty(lora_weight.shape, dtype=accumulator),
+        lambda: lora_a.new_empty(lora_a.shape, dtype=accumulator),
+        lambda: lora_b.new_empty(lora_b.shape, dtype=accumulator),
     )
     return tuple(
         make() if needed else hidden.new_empty((0,), dtype=torch.float32)

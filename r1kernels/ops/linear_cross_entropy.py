@@ -60,7 +60,7 @@ def linear_cross_entropy(
     inputs, head = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask)
     wanted = mask.reshape(-1)
     dtype = accumulator_dtype(hidden.dtype)
-    if reduction == "none" or not inputs.wanted:
+    if reduction == "none" or not inputs.one_pass:
         logprobs = linear_token_stats(inputs, head, wanted)[0].reshape(targets.shape)
         losses = torch.where(mask, -logprobs, 0)
         if reduction == "none":

@@ -3,8 +3,9 @@ r"""GRPO and its relatives straight from hidden states and the weight of the hea
 The slope of a token's loss depends on that token's log-prob alone when the ratio is a token's own. One walk over the
 chunks then does everything: product -> statistics -> slopes -> d logits in place -> two products; 3 units of
 2 N H V floating-point operations, 1 + 2 k when a share k of the tokens has a gradient, and 3 k when the others are
-known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences and callables take
-two phases: statistics of all tokens, then d logits of those with a gradient, from logits computed once more.
+known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables and
+float16 (whose gradients need the loss scale before they are rounded) take two phases: statistics of all tokens, then
+d logits of those with a gradient, from logits computed once more.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from r1kernels.ops.policy_loss import (
     check_inputs,
     compute,
     evaluate,
+    measure,
     named_metrics,
 )
 from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
@@ -106,11 +108,11 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
-        lora_weight: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
         whole: LossInputs, shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        inputs = (hidden, weight, bias, lora_hidden, lora_weight)
+        inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
         logprobs, entropy, *grads = _library.call(
             torch.ops.r1kernels.linear_policy_gradient.default,
@@ -120,7 +122,7 @@ class _OnePass(torch.autograd.Function):
             *tokens.arguments(),
             list(needs),
         )
-        loss, _, _, metrics = evaluate(logprobs.reshape(shape), entropy.reshape(shape), whole)
+        loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         ctx.wanted = gradient_shapes(inputs)
@@ -286,7 +288,7 @@ def linear_grpo_loss(
     inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=given.batch.mask)
     plan = _plan(given, hidden, shape, measure_all)
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
-    if plan.tokens is not None and given.objective.ratio == "token" and inputs.wanted:
+    if plan.tokens is not None and given.objective.ratio == "token" and inputs.one_pass:
         loss, metrics = _OnePass.apply(
             *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape
         )

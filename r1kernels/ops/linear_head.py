@@ -1,6 +1,6 @@
 r"""The language-model head in row chunks: logits of a few rows at a time, used and overwritten where they lie.
 
-    x = h W^T + t B + b,  u = scale x,  v = cap tanh(u / cap) (or u),  z = v / T
+    x = h W^T + h A B + b,  u = scale x,  v = cap tanh(u / cap) (or u),  z = v / T
 
 Every loss from hidden states is the same walk over chunks: product -> statistics -> two scalars per token ->
 d logits in place -> products with W and h. The logits of one chunk are the only buffer of vocabulary width, and rows
@@ -28,7 +28,7 @@ class Head(NamedTuple):
     """Everything between hidden states and the scores of tokens, checked.
 
     Attributes:
-        weight: (V, H). bias: (V,) or None. lora_hidden, lora_weight: (N, R) and (R, V), or None.
+        weight: (V, H). bias: (V,) or None. lora_a, lora_b: (H, R) and (R, V), or None.
         token_ids: (N,) int64. temperatures: (N,) float32 or None; they multiply `temperature`.
         softcap: 0 for none. logits_dtype: of the chunk: float32 (float64), or that of hidden.
         rows: of a chunk. capacity: rows that may take part, -1 for any number.
@@ -36,8 +36,8 @@ class Head(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    lora_hidden: Tensor | None
-    lora_weight: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
     token_ids: Tensor
     temperatures: Tensor | None
     temperature: float
@@ -65,8 +65,8 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-    lora_hidden: bool
-    lora_weight: bool
+    lora_a: bool
+    lora_b: bool
 
 
 class Selection(NamedTuple):
@@ -80,26 +80,30 @@ class Selection(NamedTuple):
 ALL_ROWS = Selection(None, None)
 
 
-def select_rows(wanted: Tensor | None, capacity: int) -> Selection:
-    """The rows where `wanted` (N,) is True: one synchronisation, or none with a capacity.
+def select_rows(wanted: Tensor | None, count: int, capacity: int) -> Selection:
+    """The rows of `count` where `wanted` (N,) is True: one synchronisation, or none with a capacity.
 
     More rows than the capacity raise: at once where values are free to look at, else at the device's next
     synchronisation.
     """
-    if wanted is None or wanted.numel() == 0:
+    if wanted is None:
+        _check_capacity(count, capacity)
+    if wanted is None or count == 0:
         return ALL_ROWS
-    n = wanted.numel()
     if capacity < 0:
         index = wanted.nonzero().squeeze(-1)
-        return ALL_ROWS if len(index) == n else Selection(index, None)
+        return ALL_ROWS if len(index) == count else Selection(index, None)
     if values_are_free(wanted):
-        count = int(wanted.sum())
-        if count > capacity:
-            raise ValueError(f"capacity is {capacity}, expected at least {count}: the tokens that take part")
+        _check_capacity(int(wanted.sum()), capacity)
     else:
         torch._assert_async(wanted.sum() <= capacity, "r1kernels: more tokens take part than capacity allows")
-    index = torch.nonzero_static(wanted, size=min(capacity, n), fill_value=n).squeeze(-1)
-    return Selection(index, index < n)
+    index = torch.nonzero_static(wanted, size=min(capacity, count), fill_value=count).squeeze(-1)
+    return Selection(index, index < count)
+
+
+def _check_capacity(count: int, capacity: int) -> None:
+    if 0 <= capacity < count:
+        raise ValueError(f"capacity is {capacity}, expected at least {count}: the tokens that take part")
 
 
 def row_bytes(vocab: int, hidden: int, logits_dtype: torch.dtype) -> int:
@@ -112,7 +116,7 @@ class Chunk(NamedTuple):
     write: Tensor | slice  # the same for results; padding goes to row N
     valid: Tensor | None
     hidden: Tensor  # (n, H), zeros where not valid
-    lora_hidden: Tensor | None
+    lora_hidden: Tensor | None  # (n, R): hidden A
     token_ids: Tensor
     temperatures: Tensor | None
     logits: Tensor  # (n, V) in the chunk buffer
@@ -138,19 +142,15 @@ class Walk:
         vocab, width = head.weight.shape
         # Rows of padding write to one row more, which is cut off at the end.
         self.padded = self.count + (selection.valid is not None)
-        whole = selection.index is None
-        self._grad_hidden = self._rows(width, whole) if self.needs.hidden else None
-        self._grad_lora_hidden = (
-            self._rows(head.lora_weight.shape[0], whole) if self.needs.lora_hidden else None
+        make = torch.empty if selection.index is None else torch.zeros
+        self._grad_hidden = (
+            make(self.padded, width, dtype=self.dtype, device=self.device) if self.needs.hidden else None
         )
         self._grad_weight: Tensor | None = None
-        self._grad_lora_weight: Tensor | None = None
+        self._grad_lora_a: Tensor | None = None
+        self._grad_lora_b: Tensor | None = None
         self._grad_bias = hidden.new_zeros(vocab, dtype=self.accumulator) if self.needs.bias else None
         self._buffer: Tensor | None = None
-
-    def _rows(self, width: int, whole: bool) -> Tensor:
-        make = torch.empty if whole else torch.zeros
-        return make(self.padded, width, dtype=self.dtype, device=self.device)
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
         """Zeros for a result of each token, to be written at `Chunk.write` and finished by `trim`."""
@@ -181,10 +181,11 @@ class Walk:
             rows = rows.clamp(max=self.count - 1)
         head = self.head
         hidden = self.source.take(rows)
-        lora_hidden = None if head.lora_hidden is None else head.lora_hidden[rows]
         if valid is not None:  # the row that stands in for padding may hold anything, and 0 * NaN is NaN
             hidden = torch.where(valid[:, None], hidden, 0)
-            lora_hidden = None if lora_hidden is None else torch.where(valid[:, None], lora_hidden, 0)
+        lora_hidden = None
+        if head.lora_a is not None:  # rounded to the dtype of hidden, as an adapter's own layer does
+            lora_hidden = self._product(hidden, head.lora_a, batch_invariant=head.batch_invariant).to(self.dtype)
         temperatures = None if head.temperatures is None else head.temperatures[rows]
         logits = self._buffer[: part.stop - part.start]
         return Chunk(rows, write, valid, hidden, lora_hidden, head.token_ids[rows], temperatures, logits)
@@ -194,12 +195,12 @@ class Walk:
         if logits.dtype == self.accumulator:
             matmul(chunk.hidden, head.weight.t(), logits, batch_invariant=head.batch_invariant)
             if chunk.lora_hidden is not None:
-                matmul(chunk.lora_hidden, head.lora_weight, logits, accumulate=True,
+                matmul(chunk.lora_hidden, head.lora_b, logits, accumulate=True,
                        batch_invariant=head.batch_invariant)
         else:  # as an engine that keeps 16-bit logits: rounded after every step
             torch.mm(chunk.hidden, head.weight.t(), out=logits)
             if chunk.lora_hidden is not None:
-                logits += chunk.lora_hidden @ head.lora_weight
+                logits += chunk.lora_hidden @ head.lora_b
         if head.bias is not None:
             logits += head.bias
         if head.softcap > 0:
@@ -248,23 +249,30 @@ class Walk:
         head, needs = self.head, self.needs
         hidden, lora_hidden = chunk.hidden, chunk.lora_hidden
         if rows is not None:
-            hidden = hidden[rows] if needs.weight else hidden
-            lora_hidden = lora_hidden[rows] if needs.lora_weight else lora_hidden
+            hidden = hidden[rows] if needs.weight or needs.lora_a else hidden
+            lora_hidden = lora_hidden[rows] if needs.lora_b else lora_hidden
+        grad_lora_hidden = None
+        if lora_hidden is not None and (needs.hidden or needs.lora_a):
+            grad_lora_hidden = self._product(grad_logits, head.lora_b.t()).to(self.dtype)
         if needs.hidden:
-            _write(self._grad_hidden, chunk.write, rows, self._product(grad_logits, head.weight))
-        if needs.lora_hidden:
-            _write(self._grad_lora_hidden, chunk.write, rows, self._product(grad_logits, head.lora_weight.t()))
+            grad_hidden = self._product(grad_logits, head.weight)
+            if grad_lora_hidden is not None:
+                matmul(grad_lora_hidden, head.lora_a.t(), grad_hidden, accumulate=True)
+            _write(self._grad_hidden, chunk.write, rows, grad_hidden)
         if len(grad_logits) == 0:
             return
         if needs.weight:
             self._grad_weight = self._accumulated(self._grad_weight, grad_logits.t(), hidden)
-        if needs.lora_weight:
-            self._grad_lora_weight = self._accumulated(self._grad_lora_weight, lora_hidden.t(), grad_logits)
+        if needs.lora_a:
+            self._grad_lora_a = self._accumulated(self._grad_lora_a, hidden.t(), grad_lora_hidden)
+        if needs.lora_b:
+            self._grad_lora_b = self._accumulated(self._grad_lora_b, lora_hidden.t(), grad_logits)
         if needs.bias:
             self._grad_bias += grad_logits.sum(0, dtype=self.accumulator)
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return matmul(a, b, torch.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device))
+    def _product(self, a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
+        out = torch.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
+        return matmul(a, b, out, batch_invariant=batch_invariant)
 
     def _accumulated(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None:
@@ -272,8 +280,8 @@ class Walk:
         return matmul(a, b, total, accumulate=True)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """(hidden, weight, bias, lora_hidden, lora_weight): rows (N, ...) in the dtype of hidden, sums over tokens in
-        float32; (0,) where not needed."""
+        """(hidden, weight, bias, lora_a, lora_b): that of hidden (N, H) in its dtype, sums over tokens in float32;
+        (0,) where not needed."""
         head, needs = self.head, self.needs
 
         def total(wanted: bool, value: Tensor | None, like: Tensor | None) -> Tensor:
@@ -281,13 +289,12 @@ class Walk:
                 return torch.empty(0, device=self.device)
             return torch.zeros(like.shape, dtype=self.accumulator, device=self.device) if value is None else value
 
-        nothing = torch.empty(0, device=self.device)
         return (
-            self.trim(self._grad_hidden) if needs.hidden else nothing,
+            self.trim(self._grad_hidden) if needs.hidden else torch.empty(0, device=self.device),
             total(needs.weight, self._grad_weight, head.weight),
             total(needs.bias, self._grad_bias, head.bias),
-            self.trim(self._grad_lora_hidden) if needs.lora_hidden else nothing,
-            total(needs.lora_weight, self._grad_lora_weight, head.lora_weight),
+            total(needs.lora_a, self._grad_lora_a, head.lora_a),
+            total(needs.lora_b, self._grad_lora_b, head.lora_b),
         )
 
 
@@ -323,7 +330,7 @@ class _Rows:
 
 def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, hidden, select_rows(wanted, head.capacity))
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity))
     results = (
         walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
     )
@@ -340,7 +347,7 @@ def run_backward(
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, hidden, select_rows(active, head.capacity), needs)
+    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows])
@@ -361,7 +368,7 @@ def run_one_pass(
     Returns:
         (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
     """
-    walk = Walk(head, hidden, select_rows(wanted, head.capacity), needs)
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs)
     logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
     for chunk in walk.chunks():
         logprob, lse, entropy = walk.statistics(chunk)

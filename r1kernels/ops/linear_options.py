@@ -60,16 +60,22 @@ class Differentiable:
     """The tensors of a head that may receive gradients, and where that of the weight goes."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
-        lora_weight: Tensor | None, into: Tensor | None,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+        into: Tensor | None,
     ) -> None:
-        self.tensors = (hidden, weight, bias, lora_hidden, lora_weight)
+        self.tensors = (hidden, weight, bias, lora_a, lora_b)
         self.into = into
 
     @property
     def wanted(self) -> bool:
         """Whether any gradient will be asked for."""
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether gradients may be computed with the loss: in float16 most of them would be 0 before the loss scale of
+        mixed precision, which backward alone knows, has multiplied them."""
+        return self.wanted and self.tensors[0].dtype != torch.float16
 
 
 def prepare(
@@ -107,7 +113,7 @@ def prepare(
         check_floating("bias", bias, hidden)
         check_shape("bias", bias, (vocab,), "one entry for each row of weight")
         _check_dtype("bias", bias, hidden)
-    lora_hidden, lora_weight = _lora(options.get("lora"), hidden, weight)
+    lora_a, lora_b = _lora(options.get("lora"), hidden, weight)
     temperature, temperatures = _temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
     logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden)
@@ -119,8 +125,8 @@ def prepare(
     head = Head(
         weight=None,
         bias=None,
-        lora_hidden=None,
-        lora_weight=None,
+        lora_a=None,
+        lora_b=None,
         token_ids=ids.reshape(-1),
         temperatures=temperatures,
         temperature=temperature,
@@ -132,13 +138,14 @@ def prepare(
         batch_invariant=invariant,
     )
     into = _accumulation(options.get("grad_accumulation_into"), weight)
-    return Differentiable(hidden, weight, bias, lora_hidden, lora_weight, into), head
+    return Differentiable(hidden, weight, bias, lora_a, lora_b, into), head
 
 
-def with_tensors(head: Head, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
-                 lora_weight: Tensor | None) -> Head:
+def with_tensors(
+    head: Head, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
+) -> Head:
     """The head complete. autograd passes these tensors by themselves; the rest of a head is constant."""
-    return head._replace(weight=weight, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight)
+    return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
 def _check_dtype(name: str, value: Tensor, hidden: Tensor) -> None:
@@ -161,7 +168,7 @@ def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Ten
             f"lora has shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (H, R) and (R, V) with H = {width} and "
             f"V = {vocab}"
         )
-    return (hidden @ a).reshape(-1, a.shape[1]), b
+    return a, b
 
 
 def _temperature(value: Any, ids: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:

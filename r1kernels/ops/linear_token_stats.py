@@ -73,7 +73,7 @@ def finished_gradients(
     grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
     into: Tensor | None,
 ) -> list[Tensor | None]:
-    """What backward returns for (hidden, weight, bias, lora_hidden, lora_weight): scaled, in the dtype and shape
+    """What backward returns for (hidden, weight, bias, lora_a, lora_b): scaled, in the dtype and shape
     wanted; that of the weight goes to `into` instead where there is one."""
     results: list[Tensor | None] = []
     for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
@@ -91,18 +91,18 @@ def finished_gradients(
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_hidden: Tensor | None,
-        lora_weight: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        full = with_tensors(head, weight, bias, lora_hidden, lora_weight)
+        full = with_tensors(head, weight, bias, lora_a, lora_b)
         logprobs, lse, entropy = _library.call(
             torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
         )
         ctx.save_for_backward(
-            hidden, weight, bias, lora_hidden, lora_weight, head.token_ids, head.temperatures, lse, entropy
+            hidden, weight, bias, lora_a, lora_b, head.token_ids, head.temperatures, lse, entropy
         )
         ctx.head = head._replace(token_ids=None, temperatures=None)
-        ctx.wanted = gradient_shapes((hidden, weight, bias, lora_hidden, lora_weight))
+        ctx.wanted = gradient_shapes((hidden, weight, bias, lora_a, lora_b))
         ctx.into = into
         ctx.set_materialize_grads(False)
         return logprobs, entropy.to(logprobs.dtype)

@@ -90,6 +90,16 @@ def _kernel(
     )
 
 
+def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) as values. Plain PyTorch runs without autograd here, which torch.compile can trace."""
+    batch, normalizer, objective = inputs
+    if _library.select(logprobs) == "reference":
+        batch = batch._replace(entropy=entropy)
+        return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
+    loss, _, _, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
+    return loss, metrics
+
+
 def evaluate(
     logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -96,8 +96,10 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         clipped_low = (advantages < 0) & (ratio < low)
         capped = (advantages < 0) & (ratio > cap)
         flows = nonzero & ~(clipped_high | clipped_low | capped)
-        bound = torch.where(clipped_high, high, torch.where(clipped_low, low, torch.where(capped, cap, 0)))
-        r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound.to(ratio.dtype))
+        # Filled in the dtype of the ratio: a choice between two Python numbers would be rounded to float32.
+        bound = torch.zeros_like(ratio).masked_fill(capped, cap).masked_fill(clipped_low, low)
+        bound = bound.masked_fill(clipped_high, high)
+        r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound)
         return _Surrogate(-r * advantages, flows, clipped_low, clipped_high, capped)
     if objective.surrogate == "cispo":
         clipped = nonzero & (ratio > high)
@@ -105,7 +107,7 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         loss = torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logprobs))
         return _Surrogate(loss, weight != 0, never, clipped, never)
     if objective.surrogate == "sapo":
-        tau = torch.where(advantages > 0, objective.tau_pos, objective.tau_neg).to(ratio.dtype)
+        tau = torch.full_like(ratio, objective.tau_neg).masked_fill(advantages > 0, objective.tau_pos)
         gate = torch.sigmoid(tau * (log_ratio.clamp(max=80).exp() - 1))  # flat long before the clamp
         loss = torch.where(nonzero, -4 / tau * gate * advantages, 0)
         return _Surrogate(loss, nonzero & ((gate * (1 - gate)).detach() != 0), never, never, never)
