@@ -53,16 +53,15 @@ def head_arguments(full: bool, dtype: torch.dtype, capacity: int, n: int = 6) ->
 MASK = torch.tensor([True, True, False, True, True, False])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize(("mask", "capacity"), [(None, -1), (MASK, -1), (MASK, 5)])
+@pytest.mark.parametrize(("full", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(("mask", "capacity"), [(None, -1), (MASK, 5)])
 def test_opcheck(full: bool, dtype: torch.dtype, mask: Tensor | None, capacity: int) -> None:
     arguments = head_arguments(full, dtype, capacity)
     torch.library.opcheck(torch.ops.r1kernels.linear_token_stats, (*arguments, mask))
     _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, mask)
     g = torch.ones(6) if mask is None else mask.float()
-    for needs in ([True, True, full, full, full], [True, False, False, False, False], [False] * 5):
-        for upstream in ((g, None), (None, g), (g, g)):
+    for needs in ([True, True, full, full, full], [True, False, False, False, False]):
+        for upstream in ((g, None), (g, g)):
             torch.library.opcheck(
                 torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, needs)
             )
@@ -101,10 +100,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "gspo": lambda policy, **head: linear_grpo_loss(**head, **policy, objective=objectives.gspo()).loss,
     "callable": lambda policy, **head: linear_grpo_loss(
         **head, **policy, objective=lambda logprobs, batch: -batch.advantages * logprobs).loss,
-    "metrics": lambda policy, **head: torch.stack([
-        value for name, value in sorted(linear_grpo_loss(**head, **policy).metrics.items())]).sum()
-    + linear_grpo_loss(**head, **policy).loss,
 }
+# The others run on the reference what these do.
+ON_BOTH = [(loss, "cpu") for loss in LOSSES] + [(loss, "reference") for loss in ("both", "cross_entropy", "grpo")]
 
 
 def split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,10 +113,9 @@ def split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("head", ["plain", "everything"])
-def test_compile_fullgraph(loss: str, head: str, implementation: str) -> None:
-    policy, arguments = split(make(head, "holes"))
+@pytest.mark.parametrize(("loss", "served_by"), ON_BOTH)
+def test_compile_fullgraph(loss: str, served_by: str) -> None:
+    policy, arguments = split(make("everything", "holes"))
     arguments["chunk_bytes"] = cases.chunk_of(8, 37, 12)
 
     def run(**tensors: Any) -> Tensor:
@@ -127,21 +124,22 @@ def test_compile_fullgraph(loss: str, head: str, implementation: str) -> None:
     results = []
     for function in (run, testing.compiled(run)):
         leaves = {name: value.clone().requires_grad_() for name, value in cases.tensors(arguments).items()}
-        value = function(**{k: v for k, v in cases.with_tensors({}, leaves).items()})
-        value.backward()
+        with backend(served_by):
+            value = function(**cases.with_tensors({}, leaves))
+            value.backward()
         results.append((value.detach(), *(leaf.grad for leaf in leaves.values())))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
-@pytest.mark.parametrize("loss", ["logprobs", "cross_entropy", "grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["logprobs", "cross_entropy", "grpo"])
 def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
     def loss_of(policy: dict[str, Any], temperature: float, **arguments: Any) -> Tensor:
         return LOSSES[loss](policy, temperature=temperature, **arguments)
 
     run = testing.compiled(loss_of, dynamic=True)
-    policy, arguments = split(make("bias", "holes"))
+    policy, arguments = split(make("plain", "holes"))
 
     def cut(values: dict[str, Any], sequences: int, length: int) -> dict[str, Any]:
         def short(value: Any) -> Any:
@@ -151,7 +149,7 @@ def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
 
         return {name: short(value) for name, value in values.items()}
 
-    for sequences, length, temperature in ((2, 3, 1.0), (4, 5, 0.7), (3, 7, 0.6)):
+    for sequences, length, temperature in ((2, 3, 0.9), (4, 5, 0.7)):
         given, head = cut(policy, sequences, length), cut(arguments, sequences, length)
         leaves = {name: value.clone().requires_grad_() for name, value in cases.tensors(head).items()}
         losses = [function(given, temperature, **head | leaves) for function in (run, loss_of)]
@@ -164,14 +162,15 @@ def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
 def test_compile_with_a_capacity() -> None:
     policy, arguments = split(make("plain", "holes"))
 
-    def run(hidden: Tensor) -> Tensor:
-        return LOSSES["grpo"](policy, **arguments | {"hidden": hidden}, capacity=30)
+    def run(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return linear_grpo_loss(**policy, **arguments | {"hidden": hidden}, capacity=30)
 
     results = []
     for function in (run, testing.compiled(run)):
         hidden = arguments["hidden"].clone().requires_grad_()
-        loss = function(hidden)
-        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+        loss, metrics = function(hidden)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden), *metrics.values()))
+    assert len(results[0]) == len(results[1]) == 18
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -179,8 +178,11 @@ def test_compile_with_a_capacity() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
-@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    # The float64 policy loss is plain PyTorch, which cannot index fakes of a device that torch was built without.
+    [*((device, dtype) for device in ("cpu", "meta", "cuda") for dtype in DTYPES), ("cpu", torch.float64)],
+)
 def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, dtype: torch.dtype) -> None:
     with FakeTensorMode():
         hidden = torch.empty(2, 5, 8, dtype=dtype, device=device).narrow(1, 0, 4)
@@ -191,8 +193,10 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, dtype: torch.d
         for leaf in leaves:
             leaf.requires_grad_(device != "cuda")  # torch without CUDA cannot start a backward there
         logprobs, entropy = linear_token_logprobs_and_entropy(hidden, weight, ids, lora=lora)
-        advantages = torch.empty(2, device=device, dtype=torch.float32)
-        loss, metrics = linear_grpo_loss(hidden, weight, ids, advantages, lora=lora, mask=ids)
+        advantages = torch.empty(2, 4, device=device, dtype=torch.float32)
+        loss, metrics = linear_grpo_loss(
+            hidden, weight, ids, advantages, lora=lora, mask=ids, objective=objectives.dapo()
+        )
         nll = linear_cross_entropy(hidden, weight, ids, lora=lora, normalizer=3.0)
         if device != "cuda":
             for value in ((logprobs + entropy).sum(), loss, nll):

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from r1kernels import _library
 from r1kernels.ops._checks import (
     accumulator_dtype,
     check_floating,
@@ -74,8 +75,11 @@ class Differentiable:
     @property
     def one_pass(self) -> bool:
         """Whether gradients may be computed with the loss: in float16 most of them would be 0 before the loss scale of
-        mixed precision, which backward alone knows, has multiplied them."""
-        return self.wanted and self.tensors[0].dtype != torch.float16
+        mixed precision, which backward alone knows, has multiplied them; and the reference finds slopes by autograd,
+        which a compiled graph runs its operators without."""
+        hidden = self.tensors[0]
+        compiled_reference = torch.compiler.is_compiling() and _library.select(hidden) == "reference"
+        return self.wanted and hidden.dtype != torch.float16 and not compiled_reference
 
 
 def prepare(

@@ -97,6 +97,7 @@ def statistics(
             z = torch.where(mask[rows, None], z, 0)
             ids = torch.where(mask[rows], ids, 0)
         lse = z.logsumexp(-1)
+        lse = lse.masked_fill(lse == torch.inf, torch.nan)  # as log_softmax: inf - inf, not a log-prob of -inf
         log_p = z - lse.unsqueeze(-1)
         entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
         block = (log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), lse, entropy)
