@@ -6,7 +6,6 @@ beside the logits and their gradient.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from r1kernels import objectives
