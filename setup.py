@@ -22,26 +22,25 @@ MACROS = [
 ]
 # GCC 12 warns of its own AVX-512 intrinsics headers.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", *QUIET],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-        *QUIET,
-    ],
+    "avx512": [*AVX512, *QUIET],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
 }
+PER_ISA = ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildExt(build_ext):
-    """Compiles `csrc/cpu/token_stats.cpp` once more for each instruction set and links the objects in."""
+    """Compiles the sources of `PER_ISA` once more for each instruction set and links the objects in."""
 
     def build_extension(self, ext: Extension) -> None:
         if IS_X86:
             ext.define_macros.append(("R1K_X86", None))
             for isa, flags in X86_ISAS.items():
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/cpu/token_stats.cpp"],
+                    PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"],  # nothing else multiplies bf16
                     output_dir=os.path.join(self.build_temp, isa),
                     macros=[*ext.define_macros, ("R1K_ISA", isa)],
                     extra_postargs=[*COMMON_FLAGS, *flags],
@@ -54,9 +53,10 @@ extension = Extension(
     "r1kernels._C",
     sources=[
         "csrc/bindings_cpu.cpp",
+        "csrc/bindings_gemm.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",
-        "csrc/cpu/token_stats.cpp",
+        *PER_ISA,
     ],
     depends=HEADERS,
     library_dirs=[str(TORCH / "lib")],

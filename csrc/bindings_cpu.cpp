@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = static_cast<double*>(entropy.data_ptr());
-  const auto forward = r1k::active_token_stats_kernels()->forward;
+  const auto forward = r1k::active_kernels()->token_stats->forward;
   torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return {logprobs, lse, entropy};
@@ -176,7 +176,7 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = bytes >= kBeyondCaches;
   prefer_huge_pages(args.out, bytes);
-  const auto backward = r1k::active_token_stats_kernels()->backward;
+  const auto backward = r1k::active_kernels()->token_stats->backward;
   torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   return grad_logits;
@@ -221,7 +221,7 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
   args.out = out.data_ptr();
   args.out_dtype = out_view.dtype;
   args.out_stride = out_view.strides[0];
-  const auto backward = r1k::active_token_stats_kernels()->backward;
+  const auto backward = r1k::active_kernels()->token_stats->backward;
   torch::stable::parallel_for(0, row_count, row_grain(args.logits.vocab),
                               [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   if (args.rows != nullptr) {
@@ -347,12 +347,12 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int
   return {kl, slope};
 }
 
-PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(r1k::active_token_stats_kernels()->name); }
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(r1k::active_kernels()->name); }
 
 PyObject* cpu_isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
-  for (const r1k::TokenStatsKernels* kernels : r1k::supported_token_stats_kernels()) {
-    PyObject* name = PyUnicode_FromString(kernels->name);
+  for (const r1k::Kernels& kernels : r1k::supported_kernels()) {
+    PyObject* name = PyUnicode_FromString(kernels.name);
     PyList_Append(names, name);
     Py_DECREF(name);
   }
@@ -360,19 +360,27 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
 }
 
 PyObject* use_cpu_isa(PyObject*, PyObject* wanted) {
-  for (const r1k::TokenStatsKernels* kernels : r1k::supported_token_stats_kernels()) {
-    if (PyUnicode_CompareWithASCIIString(wanted, kernels->name) == 0) {
-      r1k::active_token_stats_kernels() = kernels;
+  for (const r1k::Kernels& kernels : r1k::supported_kernels()) {
+    if (PyUnicode_CompareWithASCIIString(wanted, kernels.name) == 0) {
+      r1k::active_kernels() = &kernels;
       Py_RETURN_NONE;
     }
   }
   return PyErr_Format(PyExc_ValueError, "instruction set is %R, expected one of cpu_isas()", wanted);
 }
 
+PyObject* has_bf16_dot(PyObject*, PyObject*) {
+  return PyBool_FromLong(r1k::active_kernels()->gemm->bfloat16_dot);
+}
+
+PyObject* has_amx_bf16(PyObject*, PyObject*) { return PyBool_FromLong(r1k::supports_amx_bfloat16()); }
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this processor can run, narrowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},
+    {"has_bf16_dot", has_bf16_dot, METH_NOARGS, "Whether gemm_f32 multiplies bfloat16 by instructions of its own."},
+    {"has_amx_bf16", has_amx_bf16, METH_NOARGS, "Whether this processor has matrix tiles for bfloat16 (AMX)."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -10,13 +10,36 @@ import torch
 
 import r1kernels
 from r1kernels import _library
+from r1kernels.ops.gemm import route
 
 PUBLIC_OPS = {
-    "token_stats": "token_logprobs, token_logprobs_and_entropy, cross_entropy",
-    "policy_loss": "policy_loss; grpo_loss = token_stats + policy_loss",
+    "token_stats": "token_logprobs, token_logprobs_and_entropy, cross_entropy; linear_* = products + token_stats",
+    "policy_loss": "policy_loss; grpo_loss and linear_grpo_loss = token_stats + policy_loss",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
 }
+
+
+PRODUCTS = {
+    "native": "our kernel",
+    "onednn": "oneDNN on matrix tiles (AMX)",
+    "out_dtype": "the device's library, float32 result",
+    "copies": "torch, float32 copies block by block",
+    "torch": "torch",
+}
+
+
+def _products() -> list[str]:
+    """How the linear_* functions multiply matrices of each dtype."""
+    lines = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+            chosen = route(torch.empty(0, dtype=dtype, device=device))
+            how = PRODUCTS[chosen]
+            if chosen == "native" and dtype == torch.bfloat16 and _library.extension.has_bf16_dot():
+                how += ", bfloat16 dot-product instructions"
+            lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
+    return lines
 
 
 def _devices() -> list[str]:
@@ -53,6 +76,8 @@ def report() -> str:
         for device, dtype, name in rows:
             choice = _library.explain(device, dtype)
             lines.append(f"{op:<18}{device:<8}{name:<16}{choice.implementation:<12}{choice.reason}")
+    if extension is not None or _library.requested() != "cpu":
+        lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
     if importlib.util.find_spec("transformers") is None:
         lines += ["", "trainer      transformers is missing: pip install 'r1kernels[train]'"]

@@ -78,6 +78,8 @@ _schemas.define(
 )
 # -> the estimate and its derivative with respect to logprobs.
 _schemas.define("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
+# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits follow from its row and column alone.
+_schemas.define("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
 
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
 
@@ -159,6 +161,11 @@ def _(rewards: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake(f"{_NAMESPACE}::kl_estimate")
 def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::gemm_f32")
+def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
 
 
 # ---- the compiled extension -------------------------------------------------------------------------------

@@ -298,9 +298,7 @@ void backward(const TokenStatsBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define R1K_STRING_(x) #x
-#define R1K_STRING(x) R1K_STRING_(x)
-const TokenStatsKernels token_stats_kernels = {R1K_STRING(R1K_ISA), forward, backward};
+const TokenStatsKernels token_stats_kernels = {forward, backward};
 
 }  // namespace R1K_ISA
 }  // namespace r1k

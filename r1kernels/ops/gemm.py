@@ -35,7 +35,7 @@ def route(tensor: Tensor, batch_invariant: bool = False) -> str:
     are float32 or float64 already.
     """
     if _library.select(tensor) == "cpu":
-        amx = tensor.dtype == torch.bfloat16 and getattr(_library.extension, "has_amx_bf16", bool)()
+        amx = tensor.dtype == torch.bfloat16 and _library.extension.has_amx_bf16()
         return "onednn" if amx and not batch_invariant else "native"
     if tensor.dtype not in HALF_DTYPES:
         return "torch"
@@ -51,10 +51,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
         batch_invariant: the bits of a row of out depend on nothing but that row of a (and b).
     """
     chosen = route(a, batch_invariant)
-    if chosen == "native" and hasattr(torch.ops.r1kernels, "gemm_f32"):
+    if chosen == "native":
         torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate)
-    elif chosen == "native":
-        _product("copies" if a.dtype in HALF_DTYPES else "torch", a, b, out, accumulate)
     elif batch_invariant:
         _by_fixed_rows(chosen, a, b, out, accumulate)
     else:

@@ -1,0 +1,122 @@
+// The matrix product over PyTorch's stable ABI: check, cut into blocks, launch, register.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// The stride of a dimension of size 1 is never used: it counts as 1.
+r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
+  const int64_t outer_stride = matrix.size(outer) == 1 ? 1 : matrix.stride(outer);
+  const int64_t k_stride = matrix.size(1 - outer) == 1 ? 1 : matrix.stride(1 - outer);
+  R1K_CHECK(matrix.numel() == 0 || outer_stride == 1 || k_stride == 1, name, " has strides (", matrix.stride(0), ", ",
+            matrix.stride(1), "), expected one of them to be 1");
+  return {matrix.data_ptr(), outer_stride, k_stride};
+}
+
+// How the result is cut into blocks.  The cut changes no bits: it only weighs the cost of packing, which falls with
+// the size of a block, against threads without work.
+struct Cut {
+  int64_t rows, columns;  // of a block
+
+  int64_t blocks(const r1k::Gemm& gemm) const { return ceil_div(gemm.rows, rows) * ceil_div(gemm.columns, columns); }
+};
+
+Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads) {
+  constexpr int64_t kMaxRows = 2048, kMaxColumns = 1024;  // 8 MiB of result, 1 MiB of packed b
+  constexpr double kWorthAThread = 1 << 20;               // multiplications: some 10 microseconds
+  const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
+  const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
+  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, kMaxColumns);
+  for (;;) {
+    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), kernels.tile_rows) * kernels.tile_rows,
+                        ceil_div(ceil_div(gemm.columns, column_cuts), kernels.tile_columns) * kernels.tile_columns};
+    const int64_t blocks = result.blocks(gemm);
+    const bool balanced = blocks >= 4 * useful_threads || blocks % useful_threads == 0;
+    const bool rows_left = result.rows > kernels.tile_rows, columns_left = result.columns > kernels.tile_columns;
+    if (balanced || !(rows_left || columns_left)) return result;
+    if (columns_left && (result.columns >= result.rows || !rows_left)) {
+      ++column_cuts;
+    } else {
+      ++row_cuts;
+    }
+  }
+}
+
+struct Aligned {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+
+void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
+  R1K_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2, "a, b and out must be matrices, got ", a.dim(), ", ",
+            b.dim(), " and ", out.dim(), " dimensions");
+  R1K_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), "a is (", a.size(0), ", ",
+            a.size(1), "), b is (", b.size(0), ", ", b.size(1), ") and out is (", out.size(0), ", ", out.size(1),
+            "), expected (M, K), (K, N) and (M, N)");
+  R1K_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
+  R1K_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
+  R1K_CHECK((out.stride(1) == 1 || out.size(1) <= 1) && (out.stride(0) >= out.size(1) || out.size(0) <= 1),
+            "out has strides (", out.stride(0), ", ", out.stride(1),
+            "), expected columns of stride 1 and rows that do not overlap");
+  r1k::Gemm gemm;
+  switch (a.scalar_type()) {
+    case ScalarType::Float: gemm.dtype = r1k::DType::float32; break;
+    case ScalarType::BFloat16: gemm.dtype = r1k::DType::bfloat16; break;
+    case ScalarType::Half: gemm.dtype = r1k::DType::float16; break;
+    default: R1K_CHECK(false, "a and b must be float32, bfloat16 or float16");
+  }
+  gemm.rows = a.size(0);
+  gemm.columns = b.size(1);
+  gemm.k = a.size(1);
+  gemm.a = operand(a, "a", 0);
+  gemm.b = operand(b, "b", 1);
+  gemm.out = static_cast<float*>(out.data_ptr());
+  gemm.out_stride = out.stride(0);
+  gemm.accumulate = accumulate;
+  if (gemm.rows == 0 || gemm.columns == 0) return;
+  if (gemm.k == 0) {
+    for (int64_t r = 0; r < gemm.rows && !accumulate; ++r) {
+      std::memset(gemm.out + r * gemm.out_stride, 0, gemm.columns * sizeof(float));
+    }
+    return;
+  }
+
+  const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
+  const Cut size = cut(gemm, kernels, torch::stable::get_num_threads());
+  const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
+  const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
+  // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(blocks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<void, Aligned> workspace(::operator new(bytes, std::align_val_t(64)));
+    for (int64_t block = next++; block < blocks; block = next++) {
+      const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
+      kernels.block(gemm,
+                    {row, std::min(row + size.rows, gemm.rows), column, std::min(column + size.columns, gemm.columns)},
+                    workspace.get());
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) { m.impl("gemm_f32", TORCH_BOX(&gemm_f32)); }

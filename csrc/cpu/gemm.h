@@ -1,0 +1,39 @@
+// Arguments of the matrix product with an fp32 result, on raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "token_stats.h"
+
+namespace r1k {
+
+// One operand: `outer` is the dimension it gives the result, rows of a or columns of b.  One stride is 1.
+struct GemmOperand {
+  const void* data;
+  int64_t outer_stride;
+  int64_t k_stride;
+};
+
+struct Gemm {
+  DType dtype;
+  int64_t rows, columns, k;
+  GemmOperand a, b;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;  // out += a b instead of out = a b
+};
+
+// A rectangle of the result.
+struct GemmBlock {
+  int64_t row_begin, row_end, column_begin, column_end;
+};
+
+struct GemmKernels {
+  // Computes one block, sequentially.  `workspace` is aligned to 64 bytes.
+  void (*block)(const Gemm&, const GemmBlock&, void* workspace);
+  int64_t (*workspace_bytes)(const Gemm&, int64_t rows, int64_t columns);
+  int64_t tile_rows, tile_columns;  // blocks that are multiples of these waste nothing
+  bool bfloat16_dot;                // bfloat16 is multiplied by instructions of its own
+};
+
+}  // namespace r1k
