@@ -41,19 +41,16 @@ def step(implementation: Callable[[Batch], Tensor], batch: Batch) -> Callable[[]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def bench_grpo_loss(
-    name: str, shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]
-) -> None:
+def bench_grpo_loss(shape: str, batches: Callable[[str], Batch], in_turns: Callable[..., object]) -> None:
     batch = batches(shape)
     with torch.no_grad():
         torch.testing.assert_close(ours(batch), eager(batch))
-    run = step(IMPLEMENTATIONS[name], batch)
-    measure(run, rounds=21 if name == "r1kernels" else 3, op="grpo_loss", shape=shape, implementation=name)
+    candidates = {name: step(implementation, batch) for name, implementation in IMPLEMENTATIONS.items()}
+    in_turns(candidates, op="grpo_loss", shape=shape, rounds=21, slow={"torch eager": 5})
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def bench_overhead(name: str, measure: Callable[..., None]) -> None:
+def bench_overhead(in_turns: Callable[..., object]) -> None:
     """8 x 16 tokens over 64 ids: nothing but call overhead."""
-    run = step(IMPLEMENTATIONS[name], make_batch(Shape(8, 16, 64)))
-    measure(run, rounds=2000, op="grpo_loss", shape="8 x 16 x 64, overhead", implementation=name)
+    batch = make_batch(Shape(8, 16, 64))
+    candidates = {name: step(implementation, batch) for name, implementation in IMPLEMENTATIONS.items()}
+    in_turns(candidates, op="grpo_loss", shape="8 x 16 x 64, overhead", rounds=2000)

@@ -44,24 +44,7 @@ def check(implementation: Implementation, batch: Batch) -> None:
     torch.testing.assert_close(logprobs.double(), exact.double(), rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_copy(shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]) -> None:
-    """The ceiling: one read and one write of the logits into memory that is already mapped."""
-    logits = batches(shape).logits.detach()
-    target = torch.empty_like(logits)
-    measure(lambda: target.copy_(logits), op="token_stats", shape=shape, implementation="copy of the logits")
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def bench_token_stats(
-    name: str, shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]
-) -> None:
-    implementation = IMPLEMENTATIONS[name]()
-    if implementation is None:
-        pytest.skip(f"{name} is not installed")
-    batch = batches(shape)
-    check(implementation, batch)
+def step(implementation: Implementation, batch: Batch) -> Callable[[], None]:
     grad = torch.ones_like(batch.advantages.unsqueeze(-1).expand(batch.token_ids.shape))
 
     def run() -> None:
@@ -69,4 +52,20 @@ def bench_token_stats(
         logprobs, _ = implementation(batch.logits, batch.token_ids)
         logprobs.backward(grad.to(logprobs.dtype))
 
-    measure(run, rounds=21 if name == "r1kernels" else 3, op="token_stats", shape=shape, implementation=name)
+    return run
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_token_stats(shape: str, batches: Callable[[str], Batch], in_turns: Callable[..., object]) -> None:
+    """The copy of the logits is the ceiling: one read and one write of them into memory that is already mapped."""
+    batch = batches(shape)
+    candidates: dict[str, Callable[[], object]] = {}
+    for name, load in IMPLEMENTATIONS.items():
+        if (implementation := load()) is not None:
+            check(implementation, batch)
+            candidates[name] = step(implementation, batch)
+    logits = batch.logits.detach()
+    target = torch.empty_like(logits)
+    candidates["copy of the logits"] = lambda: target.copy_(logits)
+    slow = {name: 5 for name in IMPLEMENTATIONS if name != "r1kernels"}
+    in_turns(candidates, op="token_stats", shape=shape, rounds=21, slow=slow)

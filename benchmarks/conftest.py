@@ -1,11 +1,14 @@
-"""What every benchmark shares: named shapes, a batch, peers that may be absent, time and peak memory."""
+"""What every benchmark shares: named shapes, a batch, peers that may be absent, time in turns and peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import gc
+import os
 import re
+import statistics
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +28,12 @@ class Shape(NamedTuple):
     vocab: int
 
 
-SHAPES = {
-    "qwen2.5, 1024 tokens": Shape(8, 128, 151_936),
-    "llama-3, 1024 tokens": Shape(8, 128, 128_256),
+# Shapes so small that all benchmarks together take a minute: to see that they work, not for their numbers.
+SMALL = bool(os.environ.get("R1KERNELS_BENCH_SMALL"))
+SHAPES = {"small": Shape(2, 16, 512)} if SMALL else {
     "llama-2, 4096 tokens": Shape(16, 256, 32_000),
+    "llama-3, 1024 tokens": Shape(8, 128, 128_256),
+    "qwen2.5, 1024 tokens": Shape(8, 128, 151_936),
 }
 
 
@@ -93,11 +98,41 @@ def batches() -> Callable[[str], Batch]:
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[..., None]:
-    """Times `run` and records its peak memory beside what the report needs to tell the rows apart."""
+def in_turns(benchmark: Any) -> Callable[..., list[dict[str, Any]]]:
+    """Times candidates in turns, and keeps a row of each for the report.
 
-    def measured(run: Callable[[], object], rounds: int = 21, **row: object) -> None:
-        benchmark.extra_info.update(row, peak_extra_bytes=peak_extra_bytes(run))
-        benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+    What else a machine does changes by the minute, so only times of one round are compared: `ratio` is the median over
+    rounds of a candidate's time over that of the first candidate.
+    """
+
+    def measured(
+        candidates: dict[str, Callable[[], object]], *, op: str, shape: str, rounds: int, slow: dict[str, int] = {},  # noqa: B006
+    ) -> list[dict[str, Any]]:
+        """`slow`: candidates that take part in so many rounds only, by name."""
+        memory = {}
+        for name, run in candidates.items():
+            run()
+            memory[name] = peak_extra_bytes(run)
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+
+        def one_round() -> None:
+            for name, run in candidates.items():
+                if len(times[name]) < slow.get(name, rounds):
+                    started = time.perf_counter()
+                    run()
+                    times[name].append(time.perf_counter() - started)
+
+        benchmark.pedantic(one_round, rounds=rounds)
+        first = next(iter(times.values()))
+        rows = []
+        for name, taken in times.items():
+            low, median, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
+            ratio = statistics.median(mine / base for mine, base in zip(taken, first, strict=False))
+            rows.append({
+                "op": op, "shape": shape, "implementation": name, "peak_extra_bytes": memory[name],
+                "median_s": median, "iqr_s": high - low, "rounds": len(taken), "ratio": ratio,
+            })
+        benchmark.extra_info["rows"] = rows
+        return rows
 
     return measured

@@ -42,15 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def rows(benchmarks: list[dict]) -> list[dict]:
-    return [
-        {
-            **entry["extra_info"],
-            "median_s": entry["stats"]["median"],
-            "iqr_s": entry["stats"]["iqr"],
-            "rounds": entry["stats"]["rounds"],
-        }
-        for entry in benchmarks
-    ]
+    return [row for entry in benchmarks for row in entry["extra_info"]["rows"]]
 
 
 def save(results: list[dict]) -> Path:
@@ -63,39 +55,73 @@ def save(results: list[dict]) -> Path:
     return folder
 
 
+GROWTH = "linear_grpo_loss_growth"
+ORDER = ("token_stats", "grpo_loss", "linear_grpo_loss")
+
+
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.0f} ms"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    ratio = "" if row["implementation"] == "r1kernels" else f", {row['ratio']:.2g} x"
+    memory = row["peak_extra_bytes"]
+    return _time(row["median_s"]) + ratio + ("" if not memory or memory < 2**20 else f", {memory / 2**20:.0f} MiB")
 
 
 def table(results: list[dict]) -> str:
-    lines = [
-        "| operation, forward + backward | shape | | time | r1kernels is | peak extra memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    ours = {(row["op"], row["shape"]): row for row in results if row["implementation"] == "r1kernels"}
+    """Of one operation: a row for each implementation, a column for each shape."""
+    shapes = list(dict.fromkeys(row["shape"] for row in results))
+    by_place = {(row["implementation"], row["shape"]): row for row in results}
+    return "\n".join([
+        f"| {results[0]['op']} | {' | '.join(shapes)} |",
+        "|---" * (len(shapes) + 1) + "|",
+        *(
+            f"| {name} | {' | '.join(_cell(by_place.get((name, shape))) for shape in shapes)} |"
+            for name in dict.fromkeys(row["implementation"] for row in results)
+        ),
+    ])
+
+
+def growth(results: list[dict]) -> str:
+    """How time and memory grow with the number of tokens, in a sentence."""
+    results = sorted(results, key=lambda row: row["tokens"])
+    first, last = results[0]["tokens"], results[-1]["tokens"]
+    text = (
+        f"linear_grpo_loss from {first} to {last} tokens ({results[0]['shape']}): time is a straight line in their "
+        f"number (R² = {results[0]['r_squared']:.4f})"
+    )
+    memory = [row.get("beyond_gradients_bytes") for row in results if row["tokens"] > first]
+    if None in memory:
+        return text + "."
+    low, high = min(memory) / 2**20, max(memory) / 2**20
+    return f"{text}; peak memory beyond the gradient of hidden is {low:.0f} to {high:.0f} MiB."
+
+
+def summary(results: list[dict]) -> str:
+    by_op: dict[str, list[dict]] = {}
     for row in results:
-        base = ours[row["op"], row["shape"]]
-        ratio = row["median_s"] / base["median_s"]
-        comparison = "" if row is base else f"{ratio:.1f} x faster" if ratio >= 1 else f"{1 / ratio:.1f} x slower"
-        memory = row["peak_extra_bytes"]
-        memory_text = "" if memory is None or "overhead" in row["shape"] else f"{memory / 2**20:.0f} MiB"
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {row['implementation']} | {_time(row['median_s'])} | {comparison} | "
-            f"{memory_text} |"
-        )
+        by_op.setdefault(row["op"], []).append(row)
+    parts = [table(by_op[op]) for op in ORDER if op in by_op]
+    if GROWTH in by_op:
+        parts.append(growth(by_op[GROWTH]))
     info = versions()
-    caption = (
-        f"{info['device']} ({info['instruction_set']}), torch {info['torch']}, bfloat16 logits, medians of one run; "
+    parts.append(
+        f"Forward + backward: time, times that of r1kernels, peak extra memory. {info['device']} "
+        f"({info['instruction_set']}), torch {info['torch']}, bfloat16; medians of rounds in which all took turns; "
         "`make bench` measures yours."
     )
-    return "\n".join([*lines, "", caption])
+    return "\n\n".join(parts)
 
 
 def main() -> None:
     results = rows(json.loads(Path(sys.argv[1]).read_text())["benchmarks"])
-    results.sort(key=lambda row: (row["op"] != "token_stats", row["shape"], row["implementation"] != "r1kernels"))
     folder = save(results)
-    text = table(results)
+    text = summary(results)
     readme = ROOT / "README.md"
     before, begin, rest = readme.read_text().partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])

@@ -14,7 +14,7 @@ from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Scorer, Scores
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.tiny import make_model, make_tokenizer
-from r1kernels.train.update import Rollout, completion_logits, minibatch_gradient, rollout_logprobs
+from r1kernels.train.update import Rollout, completion_hidden_states, minibatch_gradient, rollout_logprobs
 
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
 
@@ -101,7 +101,7 @@ def test_rows_drop_only_padding(rollout, model):
     rows = torch.tensor([0, 3])
     part = rollout.rows(rows)
     assert part.prompt_ids.shape[1] < rollout.prompt_ids.shape[1]
-    whole, cut = completion_logits(model, rollout)[rows], completion_logits(model, part)
+    whole, cut = completion_hidden_states(model, rollout)[rows], completion_hidden_states(model, part)
     mask = part.mask
     torch.testing.assert_close(whole[:, : mask.shape[1]][mask], cut[mask], rtol=1e-4, atol=1e-5)
 
@@ -137,10 +137,59 @@ def test_the_first_ratio_is_exactly_one(rollout, model):
     assert metrics["ratio_deviation"] == 0.0
 
 
-def test_logits_are_not_cut_out_of_larger_ones(rollout, model):
-    """The gradient of a slice is a second tensor of the logits' size."""
-    logits = completion_logits(model, rollout)
-    assert logits.is_contiguous() and logits.shape[:2] == rollout.token_ids.shape
+@pytest.mark.parametrize("preset", ["grpo", "r1"])
+def test_no_ratio_moves_when_advantages_are_zero(rollout, model, preset):
+    """Tokens without a gradient are measured too: metrics speak of all of them, and the first ratio stays 1."""
+    batches = torch.arange(len(PROMPTS)).split(5)
+    old = rollout_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+    advantages = torch.where(torch.arange(len(PROMPTS)) % 3 == 0, rollout.advantages, 0)
+    metrics = []
+    for given in (rollout.advantages, advantages):
+        fresh = dataclasses.replace(rollout, old_logprobs=old, ref_logprobs=old, advantages=given)
+        metrics.append(minibatch_gradient(
+            model, fresh, batches, getattr(r1kernels.objectives, preset)(), temperature=0.7, check=lambda: None
+        ))
+    assert [metric["ratio_deviation"] for metric in metrics] == [0.0, 0.0]
+    assert metrics[0]["entropy"] == metrics[1]["entropy"] > 0
+    assert metrics[1]["active_fraction"] < metrics[0]["active_fraction"]
+
+
+def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
+    """Through the logits that transformers makes, and losses written by hand: the tied embedding included."""
+    batches = torch.arange(len(PROMPTS)).split(5)
+    old = rollout_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+    shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1)
+    model.zero_grad()
+    objective = r1kernels.objectives.grpo()
+    minibatch_gradient(model, shifted, batches, objective, temperature=0.7, check=lambda: None)
+    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    ids = torch.cat([rollout.prompt_ids, rollout.token_ids], dim=1)
+    attention = torch.cat([rollout.prompt_mask, rollout.mask], dim=1).long()
+    logits = model(
+        input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(-1) - 1).clamp(min=0)
+    ).logits[:, rollout.prompt_ids.shape[1] - 1 : -1]
+    logprobs = (logits / 0.7).log_softmax(-1).gather(-1, rollout.token_ids[..., None])[..., 0]
+    torch.testing.assert_close(logprobs[rollout.mask], old[rollout.mask], rtol=1e-4, atol=1e-5)
+    ratio, advantages = (logprobs - shifted.old_logprobs).exp(), rollout.advantages[:, None]
+    per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * rollout.mask
+    (per_token.sum(-1) / rollout.mask.sum(-1)).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_no_logits_of_a_batch_are_made(rollout, model, monkeypatch):
+    """Neither the model's own head nor a loss that takes logits is called."""
+
+    def refused(*arguments, **keywords):
+        raise AssertionError("logits")
+
+    monkeypatch.setattr(model.lm_head, "forward", refused)
+    for name in ("grpo_loss", "token_logprobs", "token_logprobs_and_entropy"):
+        monkeypatch.setattr(r1kernels, name, refused)
+    batches = torch.arange(len(PROMPTS)).split(5)
+    rollout_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+    minibatch_gradient(model, rollout, batches, r1kernels.objectives.grpo(), temperature=0.7, check=lambda: None)
 
 
 def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
@@ -156,7 +205,9 @@ def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
     metrics = minibatch_gradient(
         model, rollout, batches, r1kernels.objectives.grpo(), temperature=0.7, check=lambda: None
     )
-    assert reads == ["tolist"] and all(isinstance(value, float) for value in metrics.values())
+    # Where values are free, on a CPU, the loss itself looks at the gradient's factor.
+    assert [name for name in reads if name != "__float__"] == ["tolist"]
+    assert all(isinstance(value, float) for value in metrics.values())
 
 
 class FixedScores:

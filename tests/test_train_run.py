@@ -216,15 +216,15 @@ def test_the_live_table_shows_a_step(monkeypatch):
     assert all(part in text for part in ("pass@1", "12.5%", "17.2", "[b]2", "Compute 1+1", "step 1/4"))
 
 
-def test_pretraining_scores_whole_logits(recipe, monkeypatch):
-    """Of a row of logits the next token's, and no slice of them: its gradient would be a second one of their size."""
-    real, seen = pretrain.r1kernels.cross_entropy, []
+def test_pretraining_scores_whole_rows(recipe, monkeypatch):
+    """Of a row of hidden states the next token, and no slice of them: its gradient would be copied."""
+    real, seen = pretrain.r1kernels.linear_cross_entropy, []
 
-    def recording(logits, targets):
-        seen.append((logits.shape[:2], logits.is_contiguous(), targets))
-        return real(logits, targets)
+    def recording(hidden, *, targets, **head):
+        seen.append((hidden.shape[:2], hidden.is_contiguous(), targets))
+        return real(hidden, targets=targets, **head)
 
-    monkeypatch.setattr(pretrain.r1kernels, "cross_entropy", recording)
+    monkeypatch.setattr(pretrain.r1kernels, "linear_cross_entropy", recording)
     assert run_module.train(load_config(recipe, ["grpo.steps=1"]), plain=True) == 0
     shape, contiguous, targets = seen[0]
     assert shape == targets.shape == (1, 64) and contiguous

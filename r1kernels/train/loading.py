@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from r1kernels.train.head import check_head
 from r1kernels.train.schema import ConfigError
 
 
@@ -48,14 +49,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
-    """The model, in float32 and in evaluation mode."""
+    """The model, in float32 and in evaluation mode, with a head that the losses can compute."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
         ) from error
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    check_head(model)
+    return model
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.config import Config
 from r1kernels.train.console import Console
+from r1kernels.train.head import head_of, hidden_states
 from r1kernels.train.interrupt import Interrupt, Interrupted
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import MetricsLog
@@ -65,10 +66,11 @@ def pretrain(
                     warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
                     group["lr"] = settings.learning_rate * warmup * decay
                 batch = corpus_batch(tokenizer, settings, data.max_terms, config.seed, step)
-                # Row t scores token t + 1. The targets are shifted and not the logits, whose gradient a slice would
-                # copy.
+                # Row t scores token t + 1. The targets are shifted and not the hidden states, whose gradient a slice
+                # would copy.
                 targets = F.pad(batch.pop("targets")[:, 1:], (0, 1), value=-100)
-                loss = r1kernels.cross_entropy(model(**batch, use_cache=False).logits, targets)
+                hidden = hidden_states(model, **batch)
+                loss = r1kernels.linear_cross_entropy(hidden, targets=targets, **head_of(model))
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
+from r1kernels.train.head import head_of, hidden_states
 
 # Means over tokens, which micro-batches contribute to by their tokens.
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
@@ -43,20 +44,16 @@ class Rollout:
         return Rollout(**part)
 
 
-def completion_logits(model: PreTrainedModel, batch: Rollout) -> Tensor:
-    """Logits (B, T, V) whose row t scores token t of the completion.
-
-    The last token is not fed: it would add a row that scores nothing, and slicing that off would cost a second
-    gradient of the logits' size.
-    """
+def completion_hidden_states(model: PreTrainedModel, batch: Rollout) -> Tensor:
+    """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
-    return model(
+    hidden = hidden_states(
+        model,
         input_ids=torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1),
         attention_mask=attention,
         position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=batch.token_ids.shape[1],
-        use_cache=False,
-    ).logits
+    )
+    return hidden[:, -batch.token_ids.shape[1] :]
 
 
 @torch.no_grad()
@@ -68,7 +65,7 @@ def rollout_logprobs(
     temperature: float,
     check: Callable[[], None],
 ) -> Tensor:
-    """Log-probs (B, T) of the rollout's tokens, 0 beyond each batch's longest completion.
+    """Log-probs (B, T) of the rollout's tokens, 0 behind the mask.
 
     Args:
         batches: rows of the rollout, to be those of the updates: a row's result may depend in its last bits on the
@@ -79,8 +76,12 @@ def rollout_logprobs(
     for rows in batches:
         check()
         batch = rollout.rows(rows)
-        logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.token_logprobs(
-            completion_logits(model, batch), batch.token_ids, temperature=temperature
+        logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
+            completion_hidden_states(model, batch),
+            token_ids=batch.token_ids,
+            mask=batch.mask,
+            temperature=temperature,
+            **head_of(model),
         )
     return logprobs
 
@@ -114,21 +115,25 @@ def minibatch_gradient(
     for rows in batches:
         check()
         batch = rollout.rows(rows)
-        loss, part = r1kernels.grpo_loss(
-            completion_logits(model, batch),
-            batch.token_ids,
-            batch.advantages,
+        loss, part = r1kernels.linear_grpo_loss(
+            completion_hidden_states(model, batch),
+            token_ids=batch.token_ids,
+            advantages=batch.advantages,
             old_logprobs=batch.old_logprobs,
             ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask,
             normalizer=normalizer,
             temperature=temperature,
             objective=objective,
+            # Metrics speak of every token; and with the rows of `rollout_logprobs`, the first ratio is exactly 1 even
+            # where the bits of a product depend on how many rows it has.
+            measure_all=True,
+            **head_of(model),
         )
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
-    # The one transfer from the device: until here it need not have caught up.
+    # One transfer from the device for all metrics of all micro-batches.
     micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
     shares = [values["tokens"] / sum(other["tokens"] for other in micro) for values in micro]
     metrics = {
