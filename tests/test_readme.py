@@ -12,7 +12,7 @@ TEXT = (ROOT / "README.md").read_text()
 def code() -> dict[str, object]:
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     return names
@@ -34,6 +34,21 @@ def test_before_and_after_agree() -> None:
 
     for ours, by_hand in zip(run("loss_fused"), run("loss_by_hand"), strict=True):
         torch.testing.assert_close(ours, by_hand)
+
+
+def test_from_hidden_states_agrees_too() -> None:
+    names = code()
+    torch.manual_seed(0)
+    hidden, lm_head = torch.randn(4, 9, 16), torch.nn.Linear(16, 50, bias=False)
+    arguments = (torch.randint(50, (4, 9)), torch.randn(4), torch.randn(4, 9) - 4, torch.rand(4, 9) < 0.8)
+    loss, metrics = names["loss_linear"](hidden, lm_head, *arguments)
+    loss.backward()
+    grad, lm_head.weight.grad = lm_head.weight.grad, None
+    expected, _ = names["loss_by_hand"](lm_head(hidden), *arguments)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, lm_head.weight.grad)
+    assert metrics["measured_tokens"] == arguments[-1].sum()
 
 
 def test_paths_named_in_the_tree_exist() -> None:
