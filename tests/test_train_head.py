@@ -101,6 +101,13 @@ def test_heads_other_than_a_linear_layer_are_refused(wrap):
         check_head(model)
 
 
+def test_a_model_that_takes_other_inputs_is_named(monkeypatch):
+    model = build(FAMILIES["llama"][0])
+    monkeypatch.setattr(model, "forward", lambda input_ids, attention_mask: None)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not take input_ids, attention_mask, position_ids"):
+        check_head(model)
+
+
 def test_a_damaged_model_is_named(tmp_path):
     model = build(FAMILIES["llama"][0])
     with torch.no_grad():

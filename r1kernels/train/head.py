@@ -89,7 +89,10 @@ def check_head(model: PreTrainedModel) -> None:
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(8, device=ids.device).expand(2, 8),
     }
-    logits = model(**inputs, use_cache=False).logits
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    except TypeError as error:
+        raise ConfigError(f"{family} does not take {', '.join(inputs)} as the trainer gives them: {error}") from error
     largest = logits.abs().max().item()
     if not math.isfinite(largest):
         raise ConfigError(f"{family} gives logits that are not finite: its weights are damaged")
