@@ -294,7 +294,15 @@ PyObject* has_bf16_dot(PyObject*, PyObject*) {
 
 PyObject* has_amx_bf16(PyObject*, PyObject*) { return PyBool_FromLong(r1k::supports_amx_bfloat16()); }
 
+PyObject* advise_huge_pages(PyObject*, PyObject* args) {
+  Py_ssize_t address, bytes;
+  if (!PyArg_ParseTuple(args, "nn", &address, &bytes)) return nullptr;
+  prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
+    {"prefer_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages in fresh memory (address, bytes)."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this processor can run, narrowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},

@@ -206,6 +206,20 @@ def _load_extension() -> tuple[Any, str]:
 
 extension, extension_error = _load_extension()
 
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty for large results: on a CPU the faults of small pages would cost as much as the arithmetic."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    if result.device.type == "cpu" and extension is not None and not isinstance(result, FakeTensor):
+        extension.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
+
+
+def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """value.to(dtype), into memory as that of `empty`."""
+    return empty(*value.shape, dtype=dtype, device=value.device).copy_(value)
+
+
 # ---- which implementation serves a call -------------------------------------------------------------------
 
 

@@ -1,13 +1,12 @@
 """The operators behind the linear head: opcheck, compile, fake tensors, and the vocabulary gradient in given memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import linear_cases as cases
 import pytest
 import torch
 from test_linear_grpo_loss import EVERYTHING, make
-from test_token_stats_edges import ISAS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -25,16 +24,6 @@ from r1kernels import (
 from r1kernels.ops import token_stats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test with each set of CPU instructions that this processor has."""
-    in_use = _library.extension.cpu_isa()
-    _library.extension.use_cpu_isa(request.param)
-    with backend("cpu"):
-        yield request.param
-    _library.extension.use_cpu_isa(in_use)
 
 
 # ---- opcheck ------------------------------------------------------------------------------------------------

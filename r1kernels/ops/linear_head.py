@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from r1kernels import _library
 from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 from r1kernels.ops.gemm import matmul
@@ -142,10 +143,11 @@ class Walk:
         vocab, width = head.weight.shape
         # Rows of padding write to one row more, which is cut off at the end.
         self.padded = self.count + (selection.valid is not None)
-        make = torch.empty if selection.index is None else torch.zeros
         self._grad_hidden = (
-            make(self.padded, width, dtype=self.dtype, device=self.device) if self.needs.hidden else None
+            _library.empty(self.padded, width, dtype=self.dtype, device=self.device) if self.needs.hidden else None
         )
+        if self._grad_hidden is not None and selection.index is not None:
+            self._grad_hidden.zero_()  # rows that take no part
         self._grad_weight: Tensor | None = None
         self._grad_lora_a: Tensor | None = None
         self._grad_lora_b: Tensor | None = None
@@ -166,7 +168,7 @@ class Walk:
         number = math.ceil(self.total / self.head.rows)
         rows = math.ceil(self.total / number)
         vocab = self.head.weight.shape[0]
-        self._buffer = torch.empty(rows, vocab, dtype=self.head.logits_dtype, device=self.device)
+        self._buffer = _library.empty(rows, vocab, dtype=self.head.logits_dtype, device=self.device)
         for begin in range(0, self.total, rows):
             chunk = self._chunk(slice(begin, min(begin + rows, self.total)))
             self._logits(chunk)
@@ -271,7 +273,7 @@ class Walk:
             self._grad_bias += grad_logits.sum(0, dtype=self.accumulator)
 
     def _product(self, a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
-        out = torch.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
+        out = _library.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
         return matmul(a, b, out, batch_invariant=batch_invariant)
 
     def _accumulated(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -301,7 +303,7 @@ class Walk:
 def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
     """out[where] = value, or value at `rows` of `where` and 0 at the others."""
     if rows is None:
-        out[where] = value.to(out.dtype)
+        out[where] = value if isinstance(where, slice) else value.to(out.dtype)  # a slice converts as it copies
         return
     if isinstance(where, slice):
         out[where] = 0
@@ -313,7 +315,7 @@ class _Rows:
     """Rows of (..., H) by their flat number, copied only chunk by chunk where no view can flatten the tensor."""
 
     def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+        self.hidden, self.count = hidden, hidden.shape[:-1].numel()
         try:
             self.flat = hidden.view(-1, hidden.shape[-1])
         except RuntimeError:
@@ -324,6 +326,8 @@ class _Rows:
             taken = self.flat[rows]
             return taken if taken.stride(-1) == 1 else taken.contiguous()
         if isinstance(rows, slice):
+            if rows.stop - rows.start == self.count:
+                return self.hidden.reshape(self.count, -1)
             rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
         return self.hidden[torch.unravel_index(rows, self.hidden.shape[:-1])]
 

@@ -43,14 +43,14 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    value = None
     if factor is None:
-        return grad.to(dtype)
-    if values_are_free(factor):
+        value = 1.0
+    elif values_are_free(factor):
         value = float(factor)
-        if value == 1:
-            return grad.to(dtype)
-        if abs(value) < float("inf"):
-            return torch.mul(grad, value, out=torch.empty_like(grad, dtype=dtype))
+    if value is not None and abs(value) < float("inf"):
+        product = grad if value == 1 else grad * value
+        return product if product.dtype == dtype else _library.converted(product, dtype)
     return torch.where(grad == 0, grad, grad * factor.to(grad.dtype)).to(dtype)
 
 
