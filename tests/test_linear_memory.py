@@ -122,7 +122,7 @@ def test_memory_follows_the_budget_and_not_the_batch() -> None:
     assert many - few <= grown + 6 * MIB, f"{(many - few) / MIB:.1f} MiB, allowed {grown / MIB:.1f}"
     assert many <= bar(16_384, 64, 4096, 4, 8 * MIB, trained=False) + WORKSPACE
     wide = peak(tokens=16_384, vocab=4096, width=64, chunk_bytes=128 * MIB, train_weight=False)["extra"]
-    assert 100 * MIB <= wide - many <= 130 * MIB  # the budget is used, and it is what is used
+    assert 70 * MIB <= wide - many <= 125 * MIB  # the budget, of which three chunks of equal size leave a third
 
 
 @pytest.mark.skipif(not os.environ.get("R1KERNELS_TEST_LARGE"), reason="8 GiB and many minutes: R1KERNELS_TEST_LARGE=1")
