@@ -132,6 +132,9 @@ class Walk:
     """
 
     def __init__(self, head: Head, hidden: Tensor, selection: Selection, needs: Needs | None = None) -> None:
+        head = head._replace(
+            weight=_adjacent(head.weight), lora_a=_adjacent(head.lora_a), lora_b=_adjacent(head.lora_b)
+        )
         self.head, self.selection = head, selection
         self.needs = needs or Needs(False, False, False, False, False)
         self.count = head.token_ids.numel()
@@ -298,6 +301,11 @@ class Walk:
             total(needs.lora_a, self._grad_lora_a, head.lora_a),
             total(needs.lora_b, self._grad_lora_b, head.lora_b),
         )
+
+
+def _adjacent(matrix: Tensor | None) -> Tensor | None:
+    """Itself, or a copy where neither its rows nor its columns are adjacent, which products expect."""
+    return matrix if matrix is None or 1 in matrix.stride() else matrix.contiguous()
 
 
 def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
