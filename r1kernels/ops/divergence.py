@@ -164,7 +164,8 @@ def gradient_into(
         g = grad[rows, None].to(dtype)
         result = g * log_gradient(log_p, log_q, kind, beta) / temperature
         if softcap > 0:
-            result = result * (1 - (student[rows].to(dtype) / softcap).square())
+            tanh = student[rows].to(dtype) / softcap
+            result = result * (1 - tanh) * (1 + tanh)
         out[rows] = torch.where(g == 0, 0, result).to(out.dtype)
     return out
 

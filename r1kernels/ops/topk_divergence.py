@@ -15,7 +15,6 @@ the gradient kernel of `token_stats` on a copy of the logits in which the listed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
