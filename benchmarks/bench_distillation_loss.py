@@ -1,13 +1,15 @@
-"""Divergence from a teacher's bfloat16 logits, forward and backward, and from its 64 likeliest tokens."""
+"""Divergence from a teacher's bfloat16 logits, from its 64 likeliest tokens, and from the hidden states of both."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SHAPES, Batch
+from conftest import SHAPES, Batch, quietly
 from torch import Tensor
 
 import r1kernels
@@ -84,3 +86,74 @@ def bench_topk_teacher(shape: str, batches: Callable[[str], Batch], measure: Cal
         loss.backward()
 
     measure(run, rounds=11, op=f"distillation_loss, top {K}", shape=shape, implementation="r1kernels")
+
+
+# ---- from hidden states -------------------------------------------------------------------------------------
+
+WIDTHS = 1024, 2048  # of student and teacher
+
+
+class Models(NamedTuple):
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+
+
+def make_models(shape: str) -> Models:
+    """bfloat16 hidden states and heads whose logits have a standard deviation of 3."""
+    b, t, vocab = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, width: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(rows, width, generator=generator) * size).bfloat16()
+
+    tensors = [x for width in WIDTHS for x in (normal(b * t, width), normal(vocab, width, 3 / math.sqrt(width)))]
+    for student in tensors[:2]:
+        student.requires_grad_()
+    return Models(*tensors)
+
+
+def linear_ours(models: Models) -> Tensor:
+    return r1kernels.linear_distillation_loss(*models, divergence="jsd").loss
+
+
+def linear_dense(models: Models) -> Tensor:
+    """As trainers write it, logits in the dtype of the models."""
+    hidden, weight, teacher_hidden, teacher_weight = models
+    return eager(hidden @ weight.T, teacher_hidden @ teacher_weight.T, "jsd")
+
+
+def liger() -> Callable[[Models], Tensor] | None:
+    chunked = quietly(lambda: importlib.import_module("liger_kernel.chunked_loss"))
+    if chunked is None:
+        return None
+    loss = chunked.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+    return lambda models: loss(*models, torch.zeros(len(models.student_hidden), dtype=torch.int64))
+
+
+LINEAR: dict[str, tuple[Callable[[], Callable[[Models], Tensor] | None], float]] = {  # and the loss's tolerance
+    "r1kernels": (lambda: linear_ours, 1e-5),
+    "torch eager": (lambda: linear_dense, 1e-2),
+    "Liger 0.8.5": (liger, 1e-2),  # its divergence is computed in bfloat16
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LINEAR)
+def bench_linear_distillation_loss(name: str, shape: str, measure: Callable[..., None]) -> None:
+    make, tolerance = LINEAR[name]
+    implementation, models = make(), make_models(shape)
+    if implementation is None:
+        pytest.skip(f"{name} is not installed")
+    hidden, weight, *teacher = (x.detach() for x in models)
+    few = Models(hidden[:8], weight, teacher[0][:8], teacher[1])
+    exact = linear_dense(Models(*(x.double() for x in few)))
+    torch.testing.assert_close(implementation(few).double(), exact, rtol=tolerance, atol=0)
+
+    def run() -> None:
+        for x in models[:2]:
+            x.grad = None
+        implementation(models).backward()
+
+    measure(run, rounds=3, op="linear_distillation_loss, jsd", shape=shape, implementation=name)

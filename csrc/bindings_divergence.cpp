@@ -75,7 +75,7 @@ bool in_place(const r1k::RowView& out, const r1k::RowView& in) {
 }
 
 void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner,
-                         Tensor grad, int64_t kind, double beta, double temperature, Tensor out) {
+                         Tensor grad, int64_t kind, double beta, double temperature, Tensor out, double softcap) {
   r1k::DivergenceBackward args;
   args.student = row_view(student);
   args.teacher = row_view(teacher);
@@ -100,6 +100,8 @@ void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Ten
   args.kind = static_cast<r1k::Divergence>(kind);
   args.beta = beta;
   args.temperature = temperature;
+  R1K_CHECK(softcap >= 0, "softcap is ", softcap, ", expected a number >= 0");
+  args.softcap = softcap;
   const int64_t bytes = count * args.out.vocab * r1k::size_of(args.out.dtype);
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = !shared && bytes >= kBeyondCaches;

@@ -9,6 +9,7 @@ from r1kernels.ops.group_advantages import group_advantages
 from r1kernels.ops.grpo_loss import grpo_loss
 from r1kernels.ops.kl_estimate import kl_estimate
 from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
+from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
 from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
 from r1kernels.ops.linear_options import LinearOptions
 from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "grpo_loss",
     "kl_estimate",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_grpo_loss",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",

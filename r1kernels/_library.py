@@ -87,10 +87,18 @@ _schemas.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # d student into out (..., V), of unit stride over V; a row of out may start where the student's starts. Rows where grad
-# (float32) is 0 are not read and give 0.
+# (float32) is 0 are not read and give 0. softcap: as in token_stats_backward_out, of the student.
 _schemas.define(
     "divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner, "
-    "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out) -> ()"
+    "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
+)
+# Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
+# float64. -> the rows of `linear_divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+_schemas.define(
+    f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "
+    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, Tensor factor, int kind, float beta, bool[] needs) "
+    f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
@@ -190,6 +198,16 @@ def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake(f"{_NAMESPACE}::divergence_backward")
 def _(*_: Any) -> None:
     return None
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::linear_divergence")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, teacher_hidden = args[4], args[14]
+    wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
+    measured = hidden.new_empty(
+        (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
+    )
+    return measured, *_head_gradients(hidden, args, args[-1])
 
 
 # ---- the compiled extension -------------------------------------------------------------------------------

@@ -317,12 +317,19 @@ void backward_rows(const DivergenceBackward& args, int64_t row_begin, int64_t ro
       continue;
     }
     const VectorGradient<kExact, kKind> gradient(args, n);
+    const VecF inv_softcap = broadcast(args.softcap > 0 ? static_cast<float>(1.0 / args.softcap) : 0.0f);
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
       const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
       const int padded = load_rows(args.student, n, begin, count, student);
       load_rows(args.teacher, n, begin, count, teacher);
       for (int k = 0; k < padded; k += kLanes) {
-        store(student + k, gradient(load(student + k), load(teacher + k)));
+        const VecF x = load(student + k);
+        VecF grad = gradient(x, load(teacher + k));
+        if (args.softcap > 0) {  // 1 - tanh^2, whose factors lose nothing near the cap
+          const VecF tanh = x * inv_softcap;
+          grad *= (1.0f - tanh) * (1.0f + tanh);
+        }
+        store(student + k, grad);
       }
       write_block(args.out, n, begin, student, count, args.stream);
     }

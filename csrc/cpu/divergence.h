@@ -31,6 +31,7 @@ struct DivergenceBackward {
   Divergence kind;
   double beta;
   double temperature;
+  double softcap;             // > 0: the student's logits are softcap * tanh(u / softcap), and the gradient is that of u
   RowView out;                // vocabulary stride 1; a row may start where the student's starts
   bool stream;                // write past the caches: out is larger than they are and apart from its inputs
 };

@@ -38,20 +38,14 @@ class DistillationLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def _checked_teacher_kind(teacher_logits: Any, teacher_token_ids: Any, teacher_logprobs: Any) -> None:
-    given = [
-        name
-        for name, value in (
-            ("teacher_logits", teacher_logits),
-            ("teacher_token_ids", teacher_token_ids),
-            ("teacher_logprobs", teacher_logprobs),
-        )
-        if value is not None
-    ]
-    if given not in (["teacher_logits"], ["teacher_token_ids", "teacher_logprobs"]):
+def check_teacher_kind(full: dict[str, Any], teacher_token_ids: Any, teacher_logprobs: Any) -> None:
+    """Either all of `full` is given, the arguments of a teacher of the whole vocabulary, or a top-k teacher."""
+    topk = {"teacher_token_ids": teacher_token_ids, "teacher_logprobs": teacher_logprobs}
+    given = [name for name, value in (full | topk).items() if value is not None]
+    if given not in (list(full), list(topk)):
         raise ValueError(
-            f"the teacher is given by {' and '.join(given) or 'nothing'}, expected teacher_logits, or "
-            "teacher_token_ids and teacher_logprobs"
+            f"the teacher is given by {' and '.join(given) or 'nothing'}, expected {' and '.join(full)}, or "
+            f"{' and '.join(topk)}"
         )
 
 
@@ -174,13 +168,13 @@ def distillation_loss(
         error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
 
     Memory: 24 bytes a token are kept for the backward and 52 pass by; the gradient is the only buffer of vocabulary
-    width. Top-k: about 35 (K + 1) bytes a token are kept and 105 (K + 1) pass by, with two buffers of 8 MiB or a row.
+    width. Top-k: about 35 (K + 1) bytes a token are kept and 105 (K + 1) pass by, with a buffer of 8 MiB or a row.
 
     Equivalent to: `torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / tokens` (forward_kl).
     Source: Hinton et al. 2015 (1503.02531); generalised JSD: Agarwal et al. 2023 (2306.13649), eq. 2.
     """
     kind, beta, temperature = check_settings(divergence, beta, temperature)
-    _checked_teacher_kind(teacher_logits, teacher_token_ids, teacher_logprobs)
+    check_teacher_kind({"teacher_logits": teacher_logits}, teacher_token_ids, teacher_logprobs)
     check_floating("student_logits", student_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
         raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (..., V) with V >= 1")

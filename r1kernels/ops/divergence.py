@@ -12,13 +12,14 @@ as accurate, relatively, as a large one.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
+from r1kernels.ops.token_stats import row_blocks
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")  # the order is that of `enum Divergence` in csrc/cpu/divergence.h
 
@@ -44,6 +45,21 @@ def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor
     of_teacher = torch.where(no_q, 0, q * (finite_q - log_m)).sum(-1)
     of_student = torch.where(no_p, 0, p * (finite_p - log_m)).sum(-1)
     return beta * of_teacher + (1 - beta) * of_student
+
+
+def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """w_i = P_i (h_i - sum_k P_k h_k) with h = dD/dP: the gradient through a softmax over the outcomes."""
+    p = log_p.exp()
+    if kind == "forward_kl":
+        return p - log_q.exp()
+    log_other = log_q
+    if kind == "jsd":
+        log_other = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    # 0 * inf = 0; an infinite reverse KL has gradient 0, as in `of_log_probs`.
+    infinite = ((log_p > -torch.inf) & (log_other == -torch.inf)).any(-1, keepdim=True)
+    log_ratio = torch.where((p == 0) | infinite, 0, log_p - log_other)
+    inner = (p * log_ratio).sum(-1, keepdim=True)
+    return (1 - beta if kind == "jsd" else 1) * p * (log_ratio - inner)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -90,6 +106,70 @@ class _Divergence(torch.autograd.Function):
         return grad_student, None, None, None, None, None
 
 
+# ---- values and gradient of two matrices of logits, without autograd: for losses that own them, row chunk by chunk
+
+
+class Statistics(NamedTuple):
+    """(N,) each: the divergence, and in float64 both log-sum-exps, the constant of the gradient, both entropies."""
+
+    value: Tensor
+    lse_student: Tensor
+    lse_teacher: Tensor
+    inner: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+def _served_by(student: Tensor, teacher: Tensor) -> str:
+    return _library.select(teacher if teacher.dtype == torch.float64 else student)
+
+
+def _block_log_probs(logits: Tensor, rows: slice, dtype: torch.dtype, temperature: float) -> Tensor:
+    return (logits[rows].to(dtype) / temperature).log_softmax(-1)
+
+
+def statistics(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
+) -> Statistics:
+    """Of (N, V) logits. Rows where `mask` is False give 0. The reference has no use for the inner statistics: 0."""
+    if _served_by(student, teacher) != "reference":
+        return Statistics(*torch.ops.r1kernels.divergence.default(
+            student, teacher, mask, KINDS.index(kind), beta, temperature
+        ))
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    value, *entropies = (torch.zeros(len(student), dtype=dtype, device=student.device) for _ in range(3))
+    for rows in row_blocks(student):
+        log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
+        block = of_log_probs(log_p, log_q, kind, beta), entropy(log_p), entropy(log_q)
+        for result, part in zip((value, *entropies), block, strict=True):
+            result[rows] = part if mask is None else torch.where(mask[rows], part, 0)
+    none = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+    return Statistics(value, none, none, none, *(part.double() for part in entropies))
+
+
+def gradient_into(
+    out: Tensor, student: Tensor, teacher: Tensor, given: Statistics, grad: Tensor, kind: str, beta: float,
+    temperature: float, softcap: float,
+) -> Tensor:
+    """sum_t grad_t D_t differentiated by the student's logits (N, V), written to `out`: see `divergence_backward`."""
+    if _served_by(student, teacher) != "reference":
+        torch.ops.r1kernels.divergence_backward.default(
+            student, teacher, given.lse_student, given.lse_teacher, given.inner, grad, KINDS.index(kind), beta,
+            temperature, out, softcap,
+        )
+        return out
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    for rows in row_blocks(student):
+        log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
+        g = grad[rows, None].to(dtype)
+        result = g * log_gradient(log_p, log_q, kind, beta) / temperature
+        if softcap > 0:
+            tanh = student[rows].to(dtype) / softcap
+            result = result * (1 - tanh) * (1 + tanh)
+        out[rows] = torch.where(g == 0, 0, result).to(out.dtype)
+    return out
+
+
 def divergence(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +177,6 @@ def divergence(
 
     The caller sends gradient 0 to masked tokens; their rows are then read neither forward nor backward.
     """
-    if _library.select(teacher if teacher.dtype == torch.float64 else student) == "reference":
+    if _served_by(student, teacher) == "reference":
         return reference(student, teacher, mask, kind, beta, temperature)
     return _Divergence.apply(student, teacher.detach(), mask, KINDS.index(kind), beta, temperature)

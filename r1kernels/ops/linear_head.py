@@ -231,7 +231,7 @@ class Walk:
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
         grad_logits = token_stats.gradient_into(
-            self._narrow(chunk.logits),
+            self.narrow(chunk.logits),
             chunk.logits,
             chunk.token_ids,
             lse,
@@ -245,7 +245,7 @@ class Walk:
         )
         self.add_gradients(chunk, grad_logits, rows)
 
-    def _narrow(self, logits: Tensor) -> Tensor:
+    def narrow(self, logits: Tensor) -> Tensor:
         """(n, V) in the dtype of hidden, each row at the beginning of the memory of the row of logits."""
         return logits if logits.dtype == self.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
 

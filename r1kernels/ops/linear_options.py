@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ class LinearOptions(TypedDict, total=False):
     batch_invariant: bool
 
 
+class Names(NamedTuple):
+    """What errors call the arguments of a head."""
+
+    hidden: str = "hidden"
+    weight: str = "weight"
+    options: str = ""  # before the name of an option
+
+
 class Differentiable:
     """The tensors of a head that may receive gradients, and where that of the weight goes."""
 
@@ -84,7 +92,7 @@ class Differentiable:
 
 def prepare(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, names: Names = Names(), extra_row_bytes: int = 0,  # noqa: B008 - frozen
 ) -> tuple[Differentiable, Head]:
     """Checks the arguments of a linear function.
 
@@ -97,27 +105,28 @@ def prepare(
     for name in options:
         if name not in LinearOptions.__annotations__:
             raise TypeError(f"unknown keyword {name!r}, expected one of {', '.join(LinearOptions.__annotations__)}")
-    check_floating("hidden", hidden)
-    check_floating("weight", weight, hidden)
+    check_floating(names.hidden, hidden)
+    check_floating(names.weight, weight, hidden)
     if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected 2 dimensions (V, H)")
+        raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected 2 dimensions (V, H)")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and weight (V, H) {tuple(weight.shape)}, expected the same H"
+            f"{names.hidden} has shape {tuple(hidden.shape)} and {names.weight} (V, H) {tuple(weight.shape)}, expected "
+            "the same H"
         )
     vocab, width = weight.shape
     if vocab == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected V >= 1")
-    _check_dtype("weight", weight, hidden)
+        raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
+    _check_dtype(names.weight, weight, hidden, names.hidden)
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
     check_ids_in_range(tokens, ids, vocab, mask)
     bias = options.get("bias")
     if bias is not None:
-        check_floating("bias", bias, hidden)
-        check_shape("bias", bias, (vocab,), "one entry for each row of weight")
-        _check_dtype("bias", bias, hidden)
-    lora_a, lora_b = _lora(options.get("lora"), hidden, weight)
+        check_floating(f"{names.options}bias", bias, hidden)
+        check_shape(f"{names.options}bias", bias, (vocab,), f"one entry for each row of {names.weight}")
+        _check_dtype(f"{names.options}bias", bias, hidden, names.hidden)
+    lora_a, lora_b = _lora(options.get("lora"), hidden, weight, names)
     temperature, temperatures = _temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
     logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden)
@@ -134,10 +143,12 @@ def prepare(
         token_ids=ids.reshape(-1),
         temperatures=temperatures,
         temperature=temperature,
-        logit_scale=check_number("logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True),
-        softcap=0.0 if softcap is None else check_number("softcap", softcap, minimum=0.0, strict=True),
+        logit_scale=check_number(
+            f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True
+        ),
+        softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
-        rows=_rows(options.get("chunk_bytes"), vocab, width, logits_dtype),
+        rows=_rows(options.get("chunk_bytes"), vocab, row_bytes(vocab, width, logits_dtype) + extra_row_bytes),
         capacity=_capacity(options.get("capacity")),
         batch_invariant=invariant,
     )
@@ -152,25 +163,25 @@ def with_tensors(
     return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
-def _check_dtype(name: str, value: Tensor, hidden: Tensor) -> None:
+def _check_dtype(name: str, value: Tensor, hidden: Tensor, like: str) -> None:
     if value.dtype != hidden.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {hidden.dtype} like hidden")
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {hidden.dtype} like {like}")
 
 
-def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _lora(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tuple[Tensor | None, Tensor | None]:
     if lora is None:
         return None, None
     if not isinstance(lora, (tuple, list)) or len(lora) != 2:
-        raise TypeError(f"lora is a {type(lora).__name__}, expected a pair (A (H, R), B (R, V))")
+        raise TypeError(f"{names.options}lora is a {type(lora).__name__}, expected a pair (A (H, R), B (R, V))")
     a, b = lora
-    for name, matrix in (("lora A", a), ("lora B", b)):
+    for name, matrix in ((f"{names.options}lora A", a), (f"{names.options}lora B", b)):
         check_floating(name, matrix, hidden)
-        _check_dtype(name, matrix, hidden)
+        _check_dtype(name, matrix, hidden, names.hidden)
     vocab, width = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != width or b.shape[1] != vocab or a.shape[1] != b.shape[0]:
         raise ValueError(
-            f"lora has shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (H, R) and (R, V) with H = {width} and "
-            f"V = {vocab}"
+            f"{names.options}lora has shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (H, R) and (R, V) with "
+            f"H = {width} and V = {vocab}"
         )
     return a, b
 
@@ -203,8 +214,7 @@ def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
     return value
 
 
-def _rows(budget: Any, vocab: int, width: int, logits_dtype: torch.dtype) -> int:
-    each = row_bytes(vocab, width, logits_dtype)
+def _rows(budget: Any, vocab: int, each: int) -> int:
     if budget is None:
         return max(1, DEFAULT_CHUNK_BYTES // each)
     if isinstance(budget, bool) or not isinstance(budget, int):

@@ -91,7 +91,7 @@ def statistics(
     if _library.select(logits) != "reference":
         return torch.ops.r1kernels.token_stats.default(logits, token_ids, mask, temperature, temperatures)
     results = [token_ids.new_empty(token_ids.shape, dtype=torch.float64) for _ in range(3)]
-    for rows in _row_blocks(logits):
+    for rows in row_blocks(logits):
         z, ids = _scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]
         if mask is not None:
             z = torch.where(mask[rows, None], z, 0)
@@ -135,7 +135,7 @@ def gradient_into(
             logits, token_ids, lse, entropy, g, eta, temperature, temperatures, softcap, rows, out
         )
         return result
-    for block in _row_blocks(result):
+    for block in row_blocks(result):
         source = block if rows is None else rows[block]
         x = logits[source].to(accumulator_dtype(logits.dtype))
         t = _row_temperatures(x, source, temperature, temperatures)
@@ -154,7 +154,7 @@ def gradient_into(
     return result
 
 
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Blocks of rows whose float32 copies take 16 MiB: what plain PyTorch may hold beside the chunk."""
     step = max(1, (4 << 20) // max(matrix.shape[-1], 1))
     return (slice(begin, min(begin + step, len(matrix))) for begin in range(0, len(matrix), step))

@@ -15,7 +15,6 @@ the gradient kernel of `token_stats` on a copy of the logits in which the listed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,10 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
-from r1kernels.ops import divergence
-from r1kernels.ops._checks import values_are_free
+from r1kernels.ops import divergence, token_stats
+from r1kernels.ops._checks import accumulator_dtype, values_are_free
 
-SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach; the backward has two
+SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach
 ROUNDING = 1e-3  # how far above 0 a log-prob may be; what a teacher's tail may hold and still count as none
 TOO_MUCH = 1.01  # log-probs in bfloat16 can add up to a little more than 1
 
@@ -108,21 +107,6 @@ def teacher_outcomes(teacher: Teacher, log_p_rest: Tensor) -> Tensor:
     return torch.cat([log_top, torch.where(none, -torch.inf, log_rest).unsqueeze(-1)], -1)
 
 
-def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """w_i = P_i (h_i - sum_k P_k h_k) with h = dD/dP: the gradient through a softmax over the outcomes."""
-    p = log_p.exp()
-    if kind == "forward_kl":
-        return p - log_q.exp()
-    log_other = log_q
-    if kind == "jsd":
-        log_other = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-    # 0 * inf = 0; an infinite reverse KL has gradient 0, as in `divergence.of_log_probs`.
-    infinite = ((log_p > -torch.inf) & (log_other == -torch.inf)).any(-1, keepdim=True)
-    log_ratio = torch.where((p == 0) | infinite, 0, log_p - log_other)
-    inner = (p * log_ratio).sum(-1, keepdim=True)
-    return (1 - beta if kind == "jsd" else 1) * p * (log_ratio - inner)
-
-
 def reference(
     student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,8 +152,8 @@ def chunk_statistics(
     present = teacher.present()
     z_top = torch.where(present, logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
     hide_listed(logits, teacher)
-    _, lse_rest, entropy_rest = _library.call(
-        torch.ops.r1kernels.token_stats.default, logits, teacher.token_ids[:, 0].contiguous(), mask, temperature
+    _, lse_rest, entropy_rest = token_stats.statistics(
+        logits, teacher.token_ids[:, 0].contiguous(), mask, temperature, None
     )
     lse_top = z_top.logsumexp(-1)
     lse = torch.logaddexp(lse_rest, lse_top)
@@ -177,7 +161,7 @@ def chunk_statistics(
     p, log_p_rest = log_p.exp(), log_p[:, -1]
     log_q = teacher_outcomes(teacher, log_p_rest)
     value = divergence.of_log_probs(log_p, log_q, kind, beta)
-    weights = log_gradient(log_p, log_q, kind, beta)
+    weights = divergence.log_gradient(log_p, log_q, kind, beta)
     empty = lse_rest == -torch.inf  # nothing finite to give a gradient to
     weights[:, -1] = torch.where(empty, 0, weights[:, -1])
     within = torch.where(empty, 0, p[:, -1] * entropy_rest)
@@ -188,23 +172,28 @@ def chunk_statistics(
     return ChunkStatistics(*rows)
 
 
-def chunk_gradient(
-    hidden: Tensor, teacher: Teacher, weights: Tensor, lse_rest: Tensor, grad: Tensor, temperature: float
+def chunk_gradient_into(
+    out: Tensor, hidden: Tensor, teacher: Teacher, weights: Tensor, lse_rest: Tensor, grad: Tensor, temperature: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """dL/dlogits (n, V) from rows whose listed logits are hidden. Rows where `grad` is 0 are not read and give 0."""
+    """dL/dlogits (n, V) from rows whose listed logits are hidden, into `out`: see `token_stats.gradient_into`.
+
+    Rows where `grad` is 0 are not read and give 0. With a `softcap` the weights of the listed tokens have its slope.
+    """
     weights = torch.where(grad.unsqueeze(-1) == 0, 0, weights * grad.unsqueeze(-1))
     present = teacher.present()
     # The kernel treats its token apart: it is a listed one, which is written over.
-    grad_logits = torch.ops.r1kernels.token_stats_backward.default(
-        hidden, teacher.token_ids[:, 0].contiguous(), lse_rest, torch.zeros_like(lse_rest),
-        -weights[:, -1].float(), None, temperature,
+    token_stats.gradient_into(
+        out, hidden, teacher.token_ids[:, 0].contiguous(), lse_rest, torch.zeros_like(lse_rest),
+        -weights[:, -1].to(accumulator_dtype(hidden.dtype)), None, temperature=temperature, temperatures=None,
+        softcap=softcap, rows=None,
     )
     top = weights[:, :-1] / temperature
     # Absent entries repeat the first present one, id and value.
     first = top.gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
     some = present.any(-1, keepdim=True)
-    top = torch.where(some, torch.where(present, top, first), grad_logits.gather(-1, teacher.token_ids).double())
-    return grad_logits.scatter_(-1, teacher.token_ids, top.to(grad_logits.dtype))
+    top = torch.where(some, torch.where(present, top, first), out.gather(-1, teacher.token_ids).double())
+    return out.scatter_(-1, teacher.token_ids, top.to(out.dtype))
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -262,7 +251,9 @@ class _TopKDivergence(torch.autograd.Function):
         for rows, logits in _chunks(student):
             part = Teacher(*(tensor[rows] for tensor in teacher))
             hide_listed(logits, part)
-            by_row[rows] = chunk_gradient(logits, part, weights[rows], lse_rest[rows], grad[rows], ctx.temperature)
+            chunk_gradient_into(
+                by_row[rows], logits, part, weights[rows], lse_rest[rows], grad[rows], ctx.temperature
+            )
         return grad_student, None, None, None, None, None, None
 
 

@@ -1,0 +1,230 @@
+r"""Distillation from hidden states: the mean divergence of the counted tokens without a tensor of logits.
+
+One walk over row chunks (`r1kernels.ops.linear_divergence`) computes values and gradients together, for the slope of a
+token's divergence is known with the divergence itself. In float16 gradients need the loss scale before they are rounded,
+and only backward knows it: it walks once more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library
+from r1kernels.ops._checks import as_mask, check_floating
+from r1kernels.ops.distillation_loss import (
+    DistillationLoss,
+    check_normalizer,
+    check_settings,
+    check_teacher_kind,
+    check_topk,
+    reduce,
+)
+from r1kernels.ops.divergence import KINDS
+from r1kernels.ops.linear_divergence import LinearTeacher, measures
+from r1kernels.ops.linear_head import Head, Needs, row_bytes
+from r1kernels.ops.linear_options import LinearOptions, Names, prepare, with_tensors
+from r1kernels.ops.linear_token_stats import finished_gradients, gradient_shapes
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
+# Of the K + 1 outcomes of a row of a top-k teacher, in float64: what passes by in `topk_divergence`.
+_OUTCOME_BYTES = 128
+_NO_GRADIENTS = Needs(False, False, False, False, False)
+
+
+def _run(
+    inputs: tuple[Tensor | None, ...], head: Head, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor,
+    kind: int, beta: float, needs: Needs,
+) -> tuple[Tensor, ...]:
+    hidden, *others = inputs
+    return _library.call(
+        torch.ops.r1kernels.linear_divergence.default,
+        hidden,
+        *with_tensors(head, *others),
+        mask,
+        *teacher,
+        factor,
+        kind,
+        beta,
+        list(needs),
+    )
+
+
+def _factor(head: Head, mask: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
+    """What the sum of the divergences is multiplied with: 0-d, float64."""
+    ids = head.token_ids
+    if normalizer is None:
+        normalizer = max(ids.numel(), 1) if mask is None else mask.sum().double().clamp(min=1)
+    return 1 / torch.as_tensor(normalizer, dtype=torch.float64, device=ids.device)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """The loss, and as constants the metrics of `reduce` in its order.
+
+    With `one_pass` gradients are computed with the loss; with `two_phases` everything is kept for backward instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None, teacher: LinearTeacher,
+        normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
+    ) -> tuple[Tensor, ...]:
+        inputs = (hidden, weight, bias, lora_a, lora_b)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        factor = _factor(head, mask, normalizer)
+        measured, *grads = _run(
+            inputs, head, mask, teacher, factor, kind, beta, needs if one_pass else _NO_GRADIENTS
+        )
+        value, *rows = measured.unbind(0)
+        loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
+        if one_pass:
+            ctx.save_for_backward(*grads)
+        elif two_phases:
+            tensors = [value for value in teacher if not isinstance(value, float)]
+            ctx.save_for_backward(*inputs, head.token_ids, mask, factor, *tensors)
+            ctx.arguments = head._replace(token_ids=None), kind, beta
+            ctx.teacher_scalars = teacher.logit_scale, teacher.softcap
+        ctx.needs, ctx.wanted, ctx.into, ctx.one_pass = needs, gradient_shapes(inputs), into, one_pass
+        ctx.mark_non_differentiable(*metrics.values())
+        return loss, *metrics.values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads, upstream = ctx.saved_tensors, grad_loss
+        if not ctx.one_pass:
+            inputs, (token_ids, mask, factor), teacher = grads[:5], grads[5:8], grads[8:]
+            head, kind, beta = ctx.arguments
+            _, *grads = _run(
+                inputs, head._replace(token_ids=token_ids), mask,
+                LinearTeacher(*teacher[:5], *ctx.teacher_scalars, *teacher[5:]), factor * grad_loss, kind, beta,
+                ctx.needs,
+            )
+            upstream = None
+        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 9
+
+
+def _full_teacher(
+    hidden: Any, weight: Any, options: Any, student: Tensor
+) -> tuple[LinearTeacher, int]:
+    """The teacher, and the bytes one of its rows takes."""
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise TypeError(f"teacher_options is a {type(options).__name__}, expected a dict")
+    for name in options:
+        if name not in TEACHER_OPTIONS:
+            raise TypeError(f"teacher_options has the key {name!r}, expected one of {', '.join(TEACHER_OPTIONS)}")
+    check_floating("teacher_hidden", hidden, student)
+    if hidden.dim() == 0 or hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden has shape {tuple(hidden.shape)}, expected {(*student.shape[:-1], 'H')}: one row for each "
+            "of student_hidden"
+        )
+    names = Names("teacher_hidden", "teacher_weight", "teacher_options ")
+    inputs, head = prepare(hidden, weight, _no_tokens(hidden), dict(options), names=names)
+    constants = [None if value is None else value.detach() for value in inputs.tensors]
+    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap, None, None)
+    return teacher, row_bytes(*teacher.weight.shape, head.logits_dtype)
+
+
+def _no_tokens(hidden: Tensor) -> Tensor:
+    """Heads count their tokens by ids, which a divergence has no use for."""
+    return hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    *,
+    teacher_token_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    normalizer: Tensor | float | None = None,
+    teacher_options: LinearOptions | None = None,
+    **options: Unpack[LinearOptions],
+) -> DistillationLoss:
+    r"""Distillation from hidden states of both models: `distillation_loss` without a tensor of logits.
+
+    loss = sum_t D(q_t, p_t) / normalizer,  p = softmax(z_student / T),  q = softmax(z_teacher / T),
+    z = softcap(logit_scale (hidden W^T + bias)), each with its own weight, width H and options
+
+    Args:
+        student_hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
+        student_weight: (V, H), dtype of student_hidden.
+        teacher_hidden: (..., H'), one row for each of student_hidden; any of these dtypes and any width.
+        teacher_weight: (V, H'), dtype of teacher_hidden. Constants: the teacher gets no gradient.
+        teacher_token_ids, teacher_logprobs: (..., K), a top-k teacher instead; as in `distillation_loss`.
+        mask: (...), True or nonzero = counts. Rows behind a False take part in no product, and may hold anything.
+        divergence, beta, normalizer: as in `distillation_loss`.
+        teacher_options: `bias`, `lora`, `logit_scale` and `softcap` of the teacher, as in `LinearOptions`. Its logits
+            are float32.
+        **options: the keywords of `LinearOptions`, of the student. `temperature` is one number, of both; `chunk_bytes`
+            is for the logits of both; `batch_invariant` speaks of the value of a token's divergence.
+
+    Returns:
+        `DistillationLoss(loss, metrics)`, those of `distillation_loss`. Gradients are computed with the loss and only
+        scaled in backward; in float16, backward computes all logits once more.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
+        error, never padded.
+
+    Memory: `chunk_bytes`, the weight's gradient in float32, that of student_hidden, and 64 bytes a token; top-k: and
+    26 (K + 1) bytes a token.
+
+    Equivalent to: `distillation_loss(student_hidden.float() @ student_weight.float().T,
+    teacher_hidden.float() @ teacher_weight.float().T)`
+    Source: as in `distillation_loss`.
+    """
+    kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
+    check_teacher_kind(
+        {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}, teacher_token_ids, teacher_logprobs
+    )
+    check_floating("student_hidden", student_hidden)
+    shape = student_hidden.shape[:-1]
+    mask = as_mask(mask, student_hidden, shape)
+    normalizer = check_normalizer(normalizer, student_hidden)
+    names = Names("student_hidden", "student_weight")
+    if teacher_hidden is not None:
+        teacher, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden)
+    elif teacher_options is not None:
+        raise ValueError("teacher_options is given with teacher_logprobs, expected a teacher of hidden states for it")
+    else:
+        teacher, extra = None, _OUTCOME_BYTES * (_outcomes(teacher_token_ids))
+    inputs, head = prepare(
+        student_hidden, student_weight, _no_tokens(student_hidden), dict(options), mask=mask, names=names,
+        extra_row_bytes=extra,
+    )
+    vocab = student_weight.shape[0]
+    if teacher is None:
+        listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, vocab, mask)
+        k = listed.token_ids.shape[-1]
+        flat = (value.reshape(-1, k) for value in listed)
+        teacher = LinearTeacher(None, None, None, None, None, 1.0, 0.0, *flat)
+    elif teacher_weight.shape[0] != vocab:
+        raise ValueError(
+            f"teacher_weight has a vocabulary of {teacher_weight.shape[0]} and student_weight one of {vocab}, "
+            "expected the same tokens in the same order"
+        )
+    loss, *metrics = _LinearDivergence.apply(
+        *inputs.tensors, inputs.into, head, None if mask is None else mask.reshape(-1), teacher, normalizer,
+        KINDS.index(kind), beta, inputs.one_pass, inputs.wanted and not inputs.one_pass,
+    )
+    named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")
+    return DistillationLoss(loss, dict(zip(named, metrics, strict=True)))
+
+
+def _outcomes(token_ids: Any) -> int:
+    """K + 1; `check_topk` refuses what has no K."""
+    return token_ids.shape[-1] + 1 if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 1

@@ -1,0 +1,149 @@
+r"""Divergence of a student from a teacher, both given by hidden states, in one walk over row chunks.
+
+Student's logits, teacher's logits -> divergence -> d logits over the student's -> products with W and h: 3 units of
+2 N H V floating-point operations for the student, 1 for the teacher, and two buffers of vocabulary width. A top-k
+teacher needs neither its unit nor its buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.ops import divergence, topk_divergence
+from r1kernels.ops._checks import accumulator_dtype
+from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk, select_rows
+from r1kernels.ops.linear_token_stats import no_autocast
+from r1kernels.ops.topk_divergence import Teacher
+
+
+class LinearTeacher(NamedTuple):
+    """Constants, in the order of the operator: hidden (..., H') and a head, or K tokens a row (N, K)."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    logit_scale: float
+    softcap: float
+    token_ids: Tensor | None
+    logprobs: Tensor | None
+
+    def walk(self, student: Walk) -> Walk | None:
+        """The chunks of the teacher that go with those of the student."""
+        if self.hidden is None:
+            return None
+        head = student.head._replace(
+            weight=self.weight, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, logit_scale=self.logit_scale,
+            softcap=self.softcap, logits_dtype=accumulator_dtype(self.hidden.dtype),
+        )
+        return Walk(head, self.hidden, student.selection)
+
+
+def measures(teacher: LinearTeacher) -> tuple[str, ...]:
+    """What is measured of every token, after the divergence."""
+    if teacher.hidden is None:
+        return "student_entropy", "teacher_tail_mass", "student_tail_mass"
+    return "student_entropy", "teacher_entropy"
+
+
+def _left_of_scale(head: Head) -> float:
+    """What the logits of a chunk are still to be multiplied with: a soft cap has had the scale applied before it."""
+    return 1.0 if head.softcap > 0 else head.logit_scale
+
+
+class _Full:
+    """A chunk with a teacher of the whole vocabulary."""
+
+    def __init__(self, walk: Walk, chunk: Chunk, teacher: Walk, other: Chunk, kind: str, beta: float) -> None:
+        self.walk, self.chunk, self.logits, self.settings = walk, chunk, other.logits, (kind, beta)
+        # The temperature of the kernels has the student's scale in it.
+        scale = _left_of_scale(teacher.head) / _left_of_scale(walk.head)
+        if scale != 1.0:
+            self.logits.mul_(scale)
+        self.statistics = divergence.statistics(
+            chunk.logits, self.logits, chunk.valid, *self.settings, walk.head.kernel_temperature
+        )
+
+    def rows(self) -> tuple[Tensor, ...]:
+        given = self.statistics
+        return given.value, given.student_entropy, given.teacher_entropy
+
+    def gradient_into(self, out: Tensor, grad: Tensor) -> Tensor:
+        head = self.walk.head
+        return divergence.gradient_into(
+            out, self.chunk.logits, self.logits, self.statistics, grad, *self.settings, head.kernel_temperature,
+            head.softcap,
+        )
+
+
+class _TopK:
+    """A chunk with a teacher of K tokens."""
+
+    def __init__(self, walk: Walk, chunk: Chunk, teacher: LinearTeacher, kind: str, beta: float) -> None:
+        self.walk, self.chunk = walk, chunk
+        self.teacher = Teacher(teacher.token_ids[chunk.rows], teacher.logprobs[chunk.rows])
+        self.listed = chunk.logits.gather(-1, self.teacher.token_ids) if walk.head.softcap > 0 else None
+        self.statistics = topk_divergence.chunk_statistics(
+            chunk.logits, self.teacher, chunk.valid, kind, beta, walk.head.kernel_temperature
+        )
+
+    def rows(self) -> tuple[Tensor, ...]:
+        given = self.statistics
+        return given.value, given.student_entropy, given.teacher_tail, given.student_tail
+
+    def gradient_into(self, out: Tensor, grad: Tensor) -> Tensor:
+        head, weights = self.walk.head, self.statistics.weights
+        if self.listed is not None:
+            weights[:, :-1] *= 1 - (self.listed.double() / head.softcap).square()
+        return topk_divergence.chunk_gradient_into(
+            out, self.chunk.logits, self.teacher, weights, self.statistics.lse_rest, grad, head.kernel_temperature,
+            head.softcap,
+        )
+
+
+def run_divergence(
+    head: Head, hidden: Tensor, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor, kind: str, beta: float,
+    needs: Needs,
+) -> tuple[Tensor, ...]:
+    """Measurements and gradients in one walk.
+
+    Args:
+        mask: (N,); rows behind it are not computed and give 0.
+        factor: 0-d; the gradients are those of factor sum_t D_t.
+
+    Returns:
+        (M, N): the divergence and `measures`; and the gradients.
+    """
+    walk = Walk(head, hidden, select_rows(mask, head.token_ids.numel(), head.capacity), needs)
+    other = teacher.walk(walk)
+    dtype = walk.accumulator if other is None else torch.promote_types(walk.accumulator, other.accumulator)
+    measured = torch.zeros(1 + len(measures(teacher)), walk.padded, dtype=dtype, device=walk.device)
+    others = None if other is None else other.chunks()
+    for chunk in walk.chunks():
+        if others is None:
+            part = _TopK(walk, chunk, teacher, kind, beta)
+        else:
+            part = _Full(walk, chunk, other, next(others), kind, beta)
+        measured[:, chunk.write] = torch.stack([row.to(dtype) for row in part.rows()])
+        if not any(needs):
+            continue
+        grad = (factor.to(walk.accumulator) * head.kernel_scale).repeat(len(chunk.logits))
+        if chunk.valid is not None:
+            grad = torch.where(chunk.valid, grad, 0)
+        walk.add_gradients(chunk, part.gradient_into(walk.narrow(chunk.logits), grad), None)
+    return measured[:, : walk.count].contiguous(), *walk.gradients()
+
+
+@torch.library.impl("r1kernels::linear_divergence", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    fields, after = len(Head._fields), len(Head._fields) + 1
+    teacher = LinearTeacher(*args[after:-4])
+    factor, kind, beta, needs = args[-4:]
+    with no_autocast(hidden):
+        return run_divergence(
+            Head(*args[:fields]), hidden, args[fields], teacher, factor, divergence.KINDS[kind], beta, Needs(*needs)
+        )
