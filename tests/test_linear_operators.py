@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 from r1kernels import (
     Objective,
-    _library,
     backend,
     linear_cross_entropy,
     linear_grpo_loss,
