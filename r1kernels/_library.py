@@ -228,7 +228,8 @@ extension, extension_error = _load_extension()
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty for large results: on a CPU the faults of small pages would cost as much as the arithmetic."""
     result = torch.empty(shape, dtype=dtype, device=device)
-    if result.device.type == "cpu" and extension is not None and not isinstance(result, FakeTensor):
+    real = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
+    if real and result.device.type == "cpu" and extension is not None:
         extension.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result
 
