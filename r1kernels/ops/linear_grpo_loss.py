@@ -256,7 +256,7 @@ def linear_grpo_loss(
 
     Returns:
         `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` besides those of `policy_loss`. Gradients are
-        computed with the loss where the objective allows it, and only scaled in backward.
+        computed with the loss where the objective and the dtype (not float16) allow it, and only scaled in backward.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
