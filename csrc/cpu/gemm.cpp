@@ -1,7 +1,7 @@
 // Matrix product with an fp32 result.  Slices of both operands along k are packed into cache-sized panels; a tile of
 // the result is summed over a slice in registers and then added to memory.  The order of every sum follows from k
-// alone: slices of a fixed length, in order, each summed from 0 in order.  So an entry has the same bits whatever
-// the rest of the matrices, their strides, its place in a tile or the number of threads.
+// alone: slices of a fixed length in order, made of runs of a fixed length in order, each summed from 0 in order.  So an
+// entry has the same bits whatever the rest of the matrices, their strides, its place in a tile or the number of threads.
 
 #include "gemm.h"
 
@@ -27,6 +27,8 @@ static_assert(kTileRows <= kLanes);
 constexpr int64_t kPackedRows = 18 * kTileRows;  // left panels in half of the L2 cache
 constexpr int64_t kRightNear = 1200 << 10;       // bytes of right panels that can be read anew for every row of tiles
 
+constexpr int64_t kRun = 64;  // steps along k summed in one chain
+
 // sum_k a[k][r] b[k][c] of kRows x kTileColumns lanes; the first `columns` of them reach `out`.
 template <typename Lanes, int kRows>
 void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, int64_t out_stride, int64_t columns,
@@ -36,16 +38,32 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, int64
     __builtin_prefetch(out + r * out_stride, 1);
     __builtin_prefetch(out + r * out_stride + kTileColumns - 1, 1);
   }
+  // Two levels of sums: the rounding errors of one long chain would reach the sixth digit of a log-prob.
+  alignas(64) float total[kRows][kTileColumns] = {};
   VecF sum[kRows][kTileVectors] = {};
-  for (int64_t k = 0; k < steps; ++k, a += kTileRows, b += kTileColumns) {
-    VecU right[kTileVectors];
+  for (int64_t k = 0; k < steps;) {
+    const int64_t run_end = k + kRun < steps ? k + kRun : steps;
+    for (; k < run_end; ++k, a += kTileRows, b += kTileColumns) {
+      VecU right[kTileVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) right[v] = load_unaligned<VecU>(b + v * kLanes);
+      for (int v = 0; v < kTileVectors; ++v) right[v] = load_unaligned<VecU>(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const VecU left = VecU{} + a[r];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Lanes::multiply_add(left, right[v], sum[r][v]);
+      }
+    }
+    if (steps <= kRun) break;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const VecU left = VecU{} + a[r];
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Lanes::multiply_add(left, right[v], sum[r][v]);
+      for (int v = 0; v < kTileVectors; ++v) {
+        sum[r][v] += load(total[r] + v * kLanes);
+        if (k == steps) continue;
+        store(total[r] + v * kLanes, sum[r][v]);
+        sum[r][v] = VecF{};
+      }
     }
   }
   if (columns == kTileColumns) {

@@ -16,7 +16,7 @@ template <typename T>
 struct FloatLanes {
   using Element = T;
   static constexpr int kDepth = 1;        // elements along k in a lane
-  static constexpr int64_t kSteps = 256;  // lanes along k in a slice, which is summed in one chain
+  static constexpr int64_t kSteps = 256;  // lanes along k in a slice
 
   static VecU load_along_k(const T* from) { return bit_cast<VecU>(load(from)); }
   static VecU load_across(const T* from, int64_t) { return bit_cast<VecU>(load(from)); }
