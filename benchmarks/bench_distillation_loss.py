@@ -156,4 +156,5 @@ def bench_linear_distillation_loss(name: str, shape: str, measure: Callable[...,
             x.grad = None
         implementation(models).backward()
 
-    measure(run, rounds=5 if name == "r1kernels" else 1, op="linear_distillation_loss, jsd", shape=shape, implementation=name)
+    rounds = 5 if name == "r1kernels" else 1
+    measure(run, rounds=rounds, op="linear_distillation_loss, jsd", shape=shape, implementation=name)
