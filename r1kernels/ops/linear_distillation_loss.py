@@ -1,8 +1,8 @@
 r"""Distillation from hidden states: the mean divergence of the counted tokens without a tensor of logits.
 
 One walk over row chunks (`r1kernels.ops.linear_divergence`) computes values and gradients together, for the slope of a
-token's divergence is known with the divergence itself. In float16 gradients need the loss scale before they are rounded,
-and only backward knows it: it walks once more.
+token's divergence is known with the divergence itself. In float16 gradients need the loss scale before they are
+rounded, and only backward knows it: it walks once more.
 """
 
 from __future__ import annotations
