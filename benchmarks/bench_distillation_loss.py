@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -55,37 +56,43 @@ def check(implementation: Implementation, student: Tensor, teacher: Tensor, kind
     torch.testing.assert_close(implementation(student, teacher, kind).double(), exact, rtol=1e-5, atol=0)
 
 
+def step(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        run().backward()
+
+    return both
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def bench_distillation_loss(
-    name: str, kind: str, shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]
+    kind: str, shape: str, batches: Callable[[str], Batch], in_turns: Callable[..., object]
 ) -> None:
-    implementation, batch = IMPLEMENTATIONS[name](), batches(shape)
-    teacher = make_teacher(batch)
-    check(implementation, batch.logits, teacher, kind)
-
-    def run() -> None:
-        batch.logits.grad = None
-        implementation(batch.logits, teacher, kind).backward()
-
-    rounds = 11 if name == "r1kernels" else 3
-    measure(run, rounds=rounds, op=f"distillation_loss, {kind}", shape=shape, implementation=name)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_topk_teacher(shape: str, batches: Callable[[str], Batch], measure: Callable[..., None]) -> None:
     batch = batches(shape)
-    top = make_teacher(batch).float().log_softmax(-1).topk(K)
+    teacher = make_teacher(batch)
+    candidates: dict[str, Callable[[], None]] = {}
+    for name, make in IMPLEMENTATIONS.items():
+        implementation = make()
+        check(implementation, batch.logits, teacher, kind)
+        candidates[name] = step(partial(implementation, batch.logits, teacher, kind), [batch.logits])
+    if kind == "forward_kl":
+        candidates[f"r1kernels, top {K} of the teacher"] = topk_step(batch, teacher)
+    slow = {name: 3 for name in IMPLEMENTATIONS if name != "r1kernels"}
+    in_turns(candidates, op=f"distillation_loss, {kind}", shape=shape, rounds=7, slow=slow)
 
-    def run() -> None:
-        batch.logits.grad = None
-        loss, _ = r1kernels.distillation_loss(
+
+def topk_step(batch: Batch, teacher: Tensor) -> Callable[[], None]:
+    top = teacher.float().log_softmax(-1).topk(K)
+    return step(
+        lambda: r1kernels.distillation_loss(
             batch.logits, teacher_token_ids=top.indices, teacher_logprobs=top.values
-        )
-        loss.backward()
-
-    measure(run, rounds=11, op=f"distillation_loss, top {K}", shape=shape, implementation="r1kernels")
+        ).loss,
+        [batch.logits],
+    )
 
 
 # ---- from hidden states -------------------------------------------------------------------------------------
@@ -139,22 +146,15 @@ LINEAR: dict[str, tuple[Callable[[], Callable[[Models], Tensor] | None], float]]
 }
 
 
-@pytest.mark.parametrize("shape", ["llama-2, 4096 tokens"])
-@pytest.mark.parametrize("name", LINEAR)
-def bench_linear_distillation_loss(name: str, shape: str, measure: Callable[..., None]) -> None:
-    make, tolerance = LINEAR[name]
-    implementation, models = make(), make_models(shape)
-    if implementation is None:
-        pytest.skip(f"{name} is not installed")
+def bench_linear_distillation_loss(in_turns: Callable[..., object]) -> None:
+    shape = next(iter(SHAPES))
+    models = make_models(shape)
     hidden, weight, *teacher = (x.detach() for x in models)
     few = Models(hidden[:8], weight, teacher[0][:8], teacher[1])
     exact = linear_dense(Models(*(x.double() for x in few)))
-    torch.testing.assert_close(implementation(few).double(), exact, rtol=tolerance, atol=0)
-
-    def run() -> None:
-        for x in models[:2]:
-            x.grad = None
-        implementation(models).backward()
-
-    rounds = 5 if name == "r1kernels" else 1
-    measure(run, rounds=rounds, op="linear_distillation_loss, jsd", shape=shape, implementation=name)
+    candidates: dict[str, Callable[[], None]] = {}
+    for name, (make, tolerance) in LINEAR.items():
+        if (implementation := make()) is not None:
+            torch.testing.assert_close(implementation(few).double(), exact, rtol=tolerance, atol=0)
+            candidates[name] = step(partial(implementation, models), models[:2])
+    in_turns(candidates, op="linear_distillation_loss, jsd", shape=shape, rounds=3)

@@ -51,11 +51,12 @@ def save(results: list[dict]) -> Path:
     for op in sorted({row["op"] for row in results}):
         selected = [row for row in results if row["op"] == op]
         text = json.dumps({**versions(), "results": selected}, indent=1)
-        (folder / f"{op}.json").write_text(text + "\n")
+        (folder / f"{op.replace(', ', '-')}.json").write_text(text + "\n")
     return folder
 
 
 GROWTH = "linear_grpo_loss_growth"
+# Those of README, in its order; every result is in the files.
 ORDER = ("token_stats", "grpo_loss", "linear_grpo_loss")
 
 
