@@ -227,10 +227,13 @@ def test_the_padding_row_of_a_capacity_is_not_looked_up() -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "reinforce"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("on_policy", [False, True])
 def test_nan_in_an_active_row_reaches_loss_metric_and_gradient(
-    name: str, poison: float, implementation: str
+    name: str, poison: float, on_policy: bool, implementation: str
 ) -> None:
     inputs = make("plain", "plain")
+    if on_policy:
+        inputs["old_logprobs"] = None
     inputs["hidden"][1, 3, 0] = poison
     result, grads = run(inputs, objective=Objective(**OBJECTIVES[name]))
     assert result.loss.isnan() and grads["weight"].isnan().any()

@@ -1,6 +1,7 @@
 """Every keyword of the linear head: errors name argument, value and expectation; gradients go where they are sent."""
 
 import math
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -244,24 +245,55 @@ def test_a_parameter_may_ask_for_a_float32_gradient(kind: str, implementation: s
 
 
 @pytest.mark.parametrize("how", ["into", "returned"])
-def test_sixty_four_micro_batches(how: str) -> None:
+@pytest.mark.parametrize("normalizer", [1000.0, 1024.0])  # the first has no exact bfloat16 reciprocal
+@pytest.mark.parametrize("loss", ["cross_entropy", "dapo"])
+def test_sixty_four_micro_batches(how: str, normalizer: float, loss: str) -> None:
     """A bfloat16 model's weight.grad over 64 micro-batches is within 1e-3 of float64."""
     micro, tokens, width, vocab = 64, 16, 64, 200
     case = cases.make("plain", micro * tokens, width=width, vocab=vocab, dtype=torch.bfloat16)
     weight = case["weight"].requires_grad_()
     into = torch.zeros(vocab, width)
+    keywords = {"normalizer": normalizer, "grad_accumulation_into": into if how == "into" else None}
     if how == "returned":
         weight.grad_dtype = torch.float32
+    advantages = torch.ones(micro * tokens)
+    if loss == "dapo":
+        advantages.normal_(generator=testing.generator(1))
     for n in range(micro):
         part = slice(n * tokens, (n + 1) * tokens)
-        linear_cross_entropy(
-            case["hidden"][part], weight, case["token_ids"][part], normalizer=float(micro * tokens),
-            grad_accumulation_into=into if how == "into" else None,
-        ).backward()
+        given = case["hidden"][part], weight, case["token_ids"][part]
+        if loss == "dapo":
+            linear_grpo_loss(*given, advantages[part], objective=objectives.dapo(), **keywords).loss.backward()
+        else:
+            linear_cross_entropy(*given, **keywords).backward()
     got = into if how == "into" else weight.grad
-    exact = cases.exact(case, torch.full((micro * tokens,), -1 / (micro * tokens)))
+    exact = cases.exact(case, -advantages / normalizer)
     expected = exact.grads["weight"]
     assert got.dtype == torch.float32
     assert (got - expected).norm() <= 1e-3 * expected.norm()
     # d logits are rounded to bfloat16, so one entry may be half an eps off where one token makes all of it.
     testing.assert_within(got, expected, 0.51 * torch.finfo(torch.bfloat16).eps * exact.terms["weight"])
+
+
+def test_memory_of_the_weight_gradient_must_be_its_own() -> None:
+    hidden, weight, ids = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True), torch.arange(5)
+    for into, message in (
+        (weight.detach(), "shares memory with weight"),
+        (torch.zeros(4).expand(7, 4), "entries of its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(hidden, weight, ids, grad_accumulation_into=into)
+    with pytest.raises(ValueError, match="expected a leaf"):
+        linear_cross_entropy(hidden, 2 * weight, ids, grad_accumulation_into=torch.zeros(7, 4))
+
+
+def test_temperature_over_scale_has_a_range() -> None:
+    with pytest.raises(ValueError, match="temperature / logit_scale is 1e-40"):
+        linear_token_logprobs(
+            torch.randn(5, 4), torch.randn(7, 4), torch.arange(5), temperature=1e-20, logit_scale=1e20
+        )
+
+
+@pytest.mark.parametrize("function", [linear_token_logprobs, linear_grpo_loss, linear_cross_entropy])
+def test_type_hints_can_be_read(function: Callable[..., object]) -> None:
+    assert "options" in typing.get_type_hints(function)

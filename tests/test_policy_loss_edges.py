@@ -310,3 +310,13 @@ def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, i
     sequences = 1 if cu_seqlens is None else max(len(cu_seqlens) - 1, 0)
     with pytest.raises(error, match=message):
         policy_loss(torch.zeros(6), torch.zeros(sequences), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("objective", [objectives.grpo(), objectives.dapo(), objectives.gspo(), objectives.sapo()])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_log_prob_that_is_no_number_is_seen_on_policy(implementation: str, objective: Objective, bad: float) -> None:
+    """Without old log-probs the ratio is 1, which must not hide it."""
+    logprobs = -torch.rand(3, 4) - 0.1
+    logprobs[1, 2] = bad
+    loss, metrics = policy_loss(logprobs, torch.tensor([1.0, -1.0, 0.5]), objective=objective)
+    assert loss.isnan() and metrics["nonfinite_tokens"] >= 1

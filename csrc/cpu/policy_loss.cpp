@@ -12,8 +12,10 @@ namespace {
 
 bool counts(const PolicyLossArgs& args, int64_t token) { return args.mask == nullptr || args.mask[token]; }
 
+// Without old log-probs l - l: 0, unless l is NaN or infinite, which must not pass for on-policy.
 float log_ratio(const PolicyLossArgs& args, int64_t token) {
-  return args.old_logprobs == nullptr ? 0.0f : args.logprobs[token] - args.old_logprobs[token];
+  const float* const old = args.old_logprobs == nullptr ? args.logprobs : args.old_logprobs;
+  return args.logprobs[token] - old[token];
 }
 
 bool has_gradient(const PolicyLossArgs& args, int64_t token) {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from r1kernels import objectives
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
@@ -13,9 +12,6 @@ from r1kernels.ops.cross_entropy import check_reduction, denominator
 from r1kernels.ops.linear_grpo_loss import one_pass_sum
 from r1kernels.ops.linear_options import LinearOptions, prepare
 from r1kernels.ops.linear_token_stats import linear_token_stats
-
-if TYPE_CHECKING:
-    from typing import Unpack
 
 
 def linear_cross_entropy(
@@ -48,7 +44,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, the weight's gradient in float32, that of hidden, and 64 bytes a token.
+    Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, that of hidden, and 64 bytes a token.
 
     Equivalent to: `cross_entropy(hidden.float() @ weight.float().T, targets)`
     """

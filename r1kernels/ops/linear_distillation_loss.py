@@ -7,11 +7,12 @@ rounded, and only backward knows it: it walks once more.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
 from r1kernels import _library
 from r1kernels.ops._checks import as_mask, check_floating
@@ -25,12 +26,9 @@ from r1kernels.ops.distillation_loss import (
 )
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear_divergence import LinearTeacher, measures
+from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_head import Head, Needs, row_bytes
 from r1kernels.ops.linear_options import LinearOptions, Names, prepare, with_tensors
-from r1kernels.ops.linear_token_stats import finished_gradients, gradient_shapes
-
-if TYPE_CHECKING:
-    from typing import Unpack
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Of the K + 1 outcomes of a row of a top-k teacher, in float64: what passes by in `topk_divergence`.

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
-from r1kernels.ops.linear_head import Head, Needs, run_one_pass
+from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
-from r1kernels.ops.linear_token_stats import (
-    finished_gradients,
-    gradient_shapes,
-    linear_token_stats,
-    no_autocast,
-)
+from r1kernels.ops.linear_passes import run_one_pass
+from r1kernels.ops.linear_token_stats import linear_token_stats, no_autocast
 from r1kernels.ops.policy_loss import (
     CustomObjective,
     LossInputs,
@@ -40,10 +38,6 @@ from r1kernels.ops.policy_loss import (
     named_metrics,
 )
 from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
 
 # ---- the one-pass operator --------------------------------------------------------------------------------
 
@@ -214,7 +208,12 @@ def _metrics(metrics: dict[str, Tensor], plan: _Plan, inputs: LossInputs, sequen
         "active_fraction": metrics["active_fraction"] * share,
         **{name: metrics[name] * share for name in metrics if name.endswith("_fraction")},
     }
-    return {**metrics, **whole, "measured_tokens": measured}
+    # Means over no tokens are not 0 or 1 but unknown.
+    unknown = {
+        name: torch.where(measured > 0, metrics[name], torch.nan)
+        for name in ("kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "approx_kl") if name in metrics
+    }
+    return {**metrics, **unknown, **whole, "measured_tokens": measured}
 
 
 def linear_grpo_loss(
@@ -245,7 +244,7 @@ def linear_grpo_loss(
         measure_all: compute the log-probs of tokens whose loss is known to be 0 too, so that the metrics speak of
             them. Otherwise tokens of advantage (or importance weight) 0 are not computed when the objective has
             neither a KL nor an entropy term: their hidden states may hold anything, and the means in the metrics are
-            over `metrics["measured_tokens"]` tokens.
+            over `metrics["measured_tokens"]` tokens (NaN when there are none). Callables are always measured.
         **options: the keywords of `LinearOptions`.
 
     The other arguments are those of `policy_loss`. Tokens whose gradient is exactly 0 take no part in the backward
@@ -261,7 +260,8 @@ def linear_grpo_loss(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, the weight's gradient in float32, that of hidden, and 64 bytes a token.
+    Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, that of hidden, and 64 bytes a token
+    (a callable's own arithmetic aside).
 
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.

@@ -10,8 +10,8 @@ without a gradient take part in none of the later products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -230,6 +230,12 @@ class Walk:
             rows = None if len(rows) == len(g) else rows
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
+        exact = None
+        if self.dtype != self.accumulator and (self.needs.weight or self.needs.bias):
+            exact = token_stats.target_gradient(
+                chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
+                head.softcap,
+            )
         grad_logits = token_stats.gradient_into(
             self.narrow(chunk.logits),
             chunk.logits,
@@ -244,6 +250,23 @@ class Walk:
             rows=rows,
         )
         self.add_gradients(chunk, grad_logits, rows)
+        if exact is not None:
+            self._add_rounding(chunk, grad_logits, exact, rows)
+
+    def _add_rounding(self, chunk: Chunk, grad_logits: Tensor, exact: Tensor, rows: Tensor | None) -> None:
+        """Adds to the sums over tokens what the 16-bit d logits lost in the targets' own entries: most of all that
+        rounding loses, for the other entries are many, small and of all signs."""
+        hidden, ids = chunk.hidden, chunk.token_ids
+        if rows is not None:
+            hidden, ids, exact = hidden[rows], ids[rows], exact[rows]
+        if len(ids) == 0:
+            return
+        lost = (exact - grad_logits.gather(-1, ids[:, None]).squeeze(-1)).to(self.accumulator)
+        # index_put_ adds in a fixed order on every device.
+        if self.needs.weight:
+            self._grad_weight.index_put_((ids,), lost[:, None] * hidden, accumulate=True)
+        if self.needs.bias:
+            self._grad_bias.index_put_((ids,), lost, accumulate=True)
 
     def narrow(self, logits: Tensor) -> Tensor:
         """(n, V) in the dtype of hidden, each row at the beginning of the memory of the row of logits."""
@@ -338,53 +361,3 @@ class _Rows:
                 return self.hidden.reshape(self.count, -1)
             rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
         return self.hidden[torch.unravel_index(rows, self.hidden.shape[:-1])]
-
-
-def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity))
-    results = (
-        walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
-    )
-    for chunk in walk.chunks():
-        for result, value in zip(results, walk.statistics(chunk), strict=True):
-            result[chunk.write] = value
-    return tuple(walk.trim(result) for result in results)
-
-
-def run_backward(
-    head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, needs: Needs
-) -> tuple[Tensor, ...]:
-    """The gradients from statistics and dL/dlogprob, dL/dentropy (N,): recomputes the logits of rows that have any."""
-    if g is None:
-        g = torch.zeros_like(eta)
-    active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs)
-    for chunk in walk.chunks():
-        rows = chunk.rows
-        walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows])
-    return walk.gradients()
-
-
-Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-
-
-def run_one_pass(
-    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs
-) -> tuple[Tensor, ...]:
-    """Log-probs, entropies and gradients in one walk, for losses whose slope in a token depends on that token alone.
-
-    Args:
-        scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).
-
-    Returns:
-        (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
-    """
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs)
-    logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
-    for chunk in walk.chunks():
-        logprob, lse, entropy = walk.statistics(chunk)
-        logprobs[chunk.write], entropies[chunk.write] = logprob, entropy.to(walk.accumulator)
-        g, eta = scalars(chunk.rows, logprob, entropy.to(walk.accumulator))
-        walk.backward(chunk, lse, entropy, g, eta)
-    return walk.trim(logprobs), walk.trim(entropies), *walk.gradients()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import (
@@ -30,19 +32,24 @@ class LinearOptions(TypedDict, total=False):
             Its scaling belongs into A or B.
         logit_scale: Python number > 0 that multiplies the logits.
         softcap: Python number c > 0: the scaled logits u become c tanh(u / c).
-        temperature: Python number > 0, or a tensor of one per token, that divides the logits; the one the tokens
-            were sampled with.
+        temperature: Python number > 0, or a tensor of one per token (a constant: no gradient), that divides the
+            logits; the one the tokens were sampled with.
         logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
         chunk_bytes: memory for the logits of one chunk; 1 GiB by default. Sets how many rows are computed at a time.
         capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
             then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
             can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at
             the next synchronisation.
-        grad_accumulation_into: (V, H), float32 or the weight's dtype: backward adds the weight's gradient, summed in
-            float32, to this tensor (`weight.main_grad`, `weight.grad`) and returns none for the weight.
+        grad_accumulation_into: (V, H), float32 or the weight's dtype: every backward through the loss adds the
+            weight's gradient, summed in float32, to this tensor (`weight.main_grad`, `weight.grad`), and returns none
+            for the weight, which must be a leaf: hooks on it, and what works through them (DDP), see no gradient.
         batch_invariant: the bits of a token's log-prob depend on nothing but its hidden state: not on the batch, the
-            size of a chunk or padding. On CPUs this holds without asking except on those with matrix units
-            (AMX), where it turns them off; on other devices products are made in blocks of 128 rows.
+            size of a chunk or padding. With the compiled CPU kernels and float32 logits this holds without asking,
+            except on processors with matrix tiles (AMX), where it turns them off; elsewhere products are made in
+            blocks of 128 rows.
+
+    With AMX, bfloat16 products set `torch.backends.mkldnn.matmul.fp32_precision` for their duration, process-wide: a
+    float32 product of another thread in that time would be rounded as well. `batch_invariant` avoids it.
     """
 
     bias: Tensor | None
@@ -117,7 +124,11 @@ def prepare(
     vocab, width = weight.shape
     if vocab == 0:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
-    _check_dtype(names.weight, weight, hidden, names.hidden)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{names.weight} has dtype {weight.dtype}, expected {hidden.dtype} like {names.hidden}: convert one of "
+            f"them (under autocast, {names.weight}.to({names.hidden}.dtype))"
+        )
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
     check_ids_in_range(tokens, ids, vocab, mask)
@@ -135,6 +146,12 @@ def prepare(
         raise TypeError(f"batch_invariant is {invariant!r}, expected True or False")
     if invariant and logits_dtype != accumulator_dtype(hidden.dtype):
         raise ValueError(f"logits_dtype is {logits_dtype} with batch_invariant, expected float32 logits")
+    scale = check_number(f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True)
+    if not 1e-30 < temperature / scale < 1e30:
+        raise ValueError(
+            f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
+            "1e30 (logits are fp32)"
+        )
     head = Head(
         weight=None,
         bias=None,
@@ -143,9 +160,7 @@ def prepare(
         token_ids=ids.reshape(-1),
         temperatures=temperatures,
         temperature=temperature,
-        logit_scale=check_number(
-            f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True
-        ),
+        logit_scale=scale,
         softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
         rows=_rows(options.get("chunk_bytes"), vocab, row_bytes(vocab, width, logits_dtype) + extra_row_bytes),
@@ -210,15 +225,17 @@ def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
     if value is None or value == full:
         return full
     if value != hidden.dtype:
-        raise ValueError(f"logits_dtype is {value}, expected {full}, or {hidden.dtype} like hidden")
+        choices = f"{full}" if full == hidden.dtype else f"{full}, or {hidden.dtype} like hidden"
+        raise ValueError(f"logits_dtype is {value}, expected {choices}")
     return value
 
 
 def _rows(budget: Any, vocab: int, each: int) -> int:
     if budget is None:
         return max(1, DEFAULT_CHUNK_BYTES // each)
-    if isinstance(budget, bool) or not isinstance(budget, int):
+    if isinstance(budget, bool) or not hasattr(budget, "__index__"):
         raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
+    budget = operator.index(budget)
     if budget < each:
         raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
     return budget // each
@@ -237,11 +254,18 @@ def _accumulation(into: Any, weight: Tensor) -> Tensor | None:
         return None
     check_tensor("grad_accumulation_into", into, weight)
     check_shape("grad_accumulation_into", into, tuple(weight.shape), "the shape of weight")
-    if into.dtype not in (accumulator_dtype(weight.dtype), weight.dtype):
+    choices = dict.fromkeys((accumulator_dtype(weight.dtype), weight.dtype))
+    if into.dtype not in choices:
         raise TypeError(
-            f"grad_accumulation_into has dtype {into.dtype}, expected {accumulator_dtype(weight.dtype)} or "
-            f"{weight.dtype} like weight"
+            f"grad_accumulation_into has dtype {into.dtype}, expected {' or '.join(str(choice) for choice in choices)}"
         )
     if not weight.requires_grad:
         raise ValueError("grad_accumulation_into was given for a weight that does not require grad")
+    if not weight.is_leaf:
+        raise ValueError("grad_accumulation_into was given for a weight that is computed from others, expected a leaf")
+    if any(size > 1 and stride == 0 for size, stride in zip(into.shape, into.stride(), strict=True)):
+        raise ValueError(f"grad_accumulation_into has strides {into.stride()}, expected entries of its own")
+    real = not torch.compiler.is_compiling() and not isinstance(into, FakeTensor)
+    if real and into.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+        raise ValueError("grad_accumulation_into shares memory with weight, expected a tensor of its own")
     return into

@@ -7,19 +7,19 @@ Forward keeps two float64 numbers a token; backward computes the logits of a row
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
 from r1kernels import _library
-from r1kernels.ops._checks import as_mask, check_tensor, values_are_free
-from r1kernels.ops.linear_head import Head, Needs, run_backward, run_statistics
+from r1kernels.ops._checks import as_mask, check_tensor
+from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
-
-if TYPE_CHECKING:
-    from typing import Unpack
+from r1kernels.ops.linear_passes import run_backward, run_statistics
 
 
 def no_autocast(hidden: Tensor) -> Any:
@@ -39,53 +39,6 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *head, lse, entropy, grad_logprobs, grad_entropy, needs = args
     with no_autocast(hidden):
         return run_backward(Head(*head), hidden, lse, entropy, grad_logprobs, grad_entropy, Needs(*needs))
-
-
-def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
-    value = None
-    if factor is None:
-        value = 1.0
-    elif values_are_free(factor):
-        value = float(factor)
-    if value is not None and abs(value) < float("inf"):
-        product = grad if value == 1 else grad * value
-        return product if product.dtype == dtype else _library.converted(product, dtype)
-    return torch.where(grad == 0, grad, grad * factor.to(grad.dtype)).to(dtype)
-
-
-Shape = tuple[torch.Size, torch.dtype]
-
-
-def gradient_shapes(inputs: tuple[Tensor | None, ...]) -> tuple[Shape | None, ...]:
-    """(shape, dtype) of the gradient of each input. A parameter may ask for one that is wider than itself
-    (`Tensor.grad_dtype`, torch 2.10)."""
-
-    def dtype(value: Tensor) -> torch.dtype:
-        if torch.compiler.is_compiling() or not value.is_leaf:
-            return value.dtype
-        return getattr(value, "grad_dtype", None) or value.dtype
-
-    return tuple(None if value is None else (value.shape, dtype(value)) for value in inputs)
-
-
-def finished_gradients(
-    grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
-    into: Tensor | None,
-) -> list[Tensor | None]:
-    """What backward returns for (hidden, weight, bias, lora_a, lora_b): scaled, in the dtype and shape
-    wanted; that of the weight goes to `into` instead where there is one."""
-    results: list[Tensor | None] = []
-    for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
-        if not needed:
-            results.append(None)
-        elif name == "weight" and into is not None:
-            into += scaled(grad, factor, grad.dtype)
-            results.append(None)
-        else:
-            shape, dtype = wanted
-            results.append(scaled(grad, factor, dtype).reshape(shape))
-    return results
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -176,7 +129,7 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, 20 bytes a token, and the gradients, that of the weight in float32.
+    Memory: `chunk_bytes`, 48 bytes a token, and the gradients, that of the weight in float32.
 
     Equivalent to: `token_logprobs(hidden.float() @ weight.float().T, token_ids)`
     """

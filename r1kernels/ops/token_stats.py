@@ -154,9 +154,34 @@ def gradient_into(
     return result
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Blocks of rows whose float32 copies take 16 MiB: what plain PyTorch may hold beside the chunk."""
-    step = max(1, (4 << 20) // max(matrix.shape[-1], 1))
+def target_gradient(
+    logits: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    eta: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """The entry of each row's own token (N,) of what `gradient_into` writes, in float64 and not rounded."""
+    x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
+    t = temperature if temperatures is None else temperature * temperatures.double()
+    logprobs = (x / t - lse).clamp(max=0)
+    grad = -g.double() * torch.expm1(logprobs)
+    if eta is not None:
+        surprise = torch.where(logprobs == -torch.inf, 0, logprobs) + entropy
+        grad = grad - eta.double() * logprobs.exp() * surprise
+    if softcap > 0:
+        grad = grad * (1 - (x / softcap).square())
+    inactive = g == 0 if eta is None else (g == 0) & (eta == 0)
+    return torch.where(inactive, 0, grad / t)
+
+
+def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:
+    """Blocks of rows of so many elements: by default 16 MiB of float32, what plain PyTorch may hold beside a chunk."""
+    step = max(1, elements // max(matrix.shape[-1], 1))
     return (slice(begin, min(begin + step, len(matrix))) for begin in range(0, len(matrix), step))
 
 

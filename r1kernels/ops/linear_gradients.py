@@ -1,0 +1,93 @@
+"""From the sums of a walk to what backward returns: scaled, in the dtype wanted, without a second large copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1kernels import _library
+from r1kernels.ops._checks import values_are_free
+from r1kernels.ops.linear_head import Needs
+from r1kernels.ops.token_stats import row_blocks
+
+Shape = tuple[torch.Size, torch.dtype]
+
+
+def gradient_shapes(inputs: tuple[Tensor | None, ...]) -> tuple[Shape | None, ...]:
+    """(shape, dtype) of the gradient of each input. A parameter may ask for one that is wider than itself
+    (`Tensor.grad_dtype`, torch 2.10)."""
+
+    def dtype(value: Tensor) -> torch.dtype:
+        if torch.compiler.is_compiling() or not value.is_leaf:
+            return value.dtype
+        return getattr(value, "grad_dtype", None) or value.dtype
+
+    return tuple(None if value is None else (value.shape, dtype(value)) for value in inputs)
+
+
+def finished_gradients(
+    grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
+    into: Tensor | None,
+) -> list[Tensor | None]:
+    """What backward returns for (hidden, weight, bias, lora_a, lora_b): grads * factor in the dtype and shape wanted;
+    that of the weight is added to `into` instead where there is one."""
+    results: list[Tensor | None] = []
+    for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
+        if not needed:
+            results.append(None)
+        elif name == "weight" and into is not None:
+            _add(into, grad, factor)
+            results.append(None)
+        else:
+            shape, dtype = wanted
+            results.append(_scaled(grad, factor, dtype).reshape(shape))
+    return results
+
+
+def _known(factor: Tensor | None) -> float | None:
+    """The factor as a finite number, where looking at it is free."""
+    if factor is None:
+        return 1.0
+    value = float(factor) if values_are_free(factor) else float("nan")
+    return value if abs(value) < float("inf") else None
+
+
+def _product(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    value = _known(factor)
+    if value is not None:
+        return grad if value == 1 else grad * value
+    return torch.where(grad == 0, grad, grad * factor.to(grad.dtype))
+
+
+def _blocks(grad: Tensor) -> list[slice]:
+    """Blocks of rows, so that what passes by stays in the caches; a compiler does better with the whole."""
+    if grad.dim() != 2 or torch.compiler.is_compiling():
+        return [slice(None)]
+    return list(row_blocks(grad, elements=1 << 18))
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may run again (`retain_graph`), so that what it was given must stay as it is."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None or torch.compiler.is_compiling() else ask()
+
+
+def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if grad.dtype == dtype and not _graph_is_kept():
+        value = _known(factor)
+        if value is not None:  # the sum itself becomes the gradient
+            return grad if value == 1 else grad.mul_(value)
+    result = _library.empty(*grad.shape, dtype=dtype, device=grad.device)
+    for rows in _blocks(grad):
+        result[rows] = _product(grad[rows], factor)
+    return result
+
+
+def _add(into: Tensor, grad: Tensor, factor: Tensor | None) -> None:
+    value = _known(factor)
+    if value is not None and into.dtype == grad.dtype:
+        into.add_(grad, alpha=value)
+        return
+    for rows in _blocks(grad):
+        into[rows] += _product(grad[rows], factor)

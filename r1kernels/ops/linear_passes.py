@@ -1,0 +1,61 @@
+"""The walks over a head that losses are made of: statistics, gradients from given slopes, and both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1kernels.ops.linear_head import Head, Needs, Walk, select_rows
+
+
+def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity))
+    results = (
+        walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
+    )
+    for chunk in walk.chunks():
+        for result, value in zip(results, walk.statistics(chunk), strict=True):
+            result[chunk.write] = value
+    return tuple(walk.trim(result) for result in results)
+
+
+def run_backward(
+    head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, needs: Needs
+) -> tuple[Tensor, ...]:
+    """The gradients from statistics and dL/dlogprob, dL/dentropy (N,): recomputes the logits of rows that have any."""
+    if g is None:
+        g = torch.zeros_like(eta)
+    active = g != 0 if eta is None else (g != 0) | (eta != 0)
+    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs)
+    for chunk in walk.chunks():
+        rows = chunk.rows
+        walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows])
+    return walk.gradients()
+
+
+Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def run_one_pass(
+    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropies and gradients in one walk, for losses whose slope in a token depends on that token alone.
+
+    Args:
+        scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).
+
+    Returns:
+        (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
+    """
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs)
+    logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
+    for chunk in walk.chunks():
+        logprob, lse, entropy = walk.statistics(chunk)
+        logprobs[chunk.write], entropies[chunk.write] = logprob, entropy.to(walk.accumulator)
+        g, eta = scalars(chunk.rows, logprob, entropy.to(walk.accumulator))
+        walk.backward(chunk, lse, entropy, g, eta)
+    return walk.trim(logprobs), walk.trim(entropies), *walk.gradients()
