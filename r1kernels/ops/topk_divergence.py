@@ -199,6 +199,7 @@ def chunk_gradient_into(
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Copies of consecutive rows of (..., V), within the scratch memory, and where they lie among all rows."""
     vocab, count = logits.shape[-1], logits.shape[:-1].numel()
+    logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
     step = max(1, SCRATCH_BYTES // (vocab * logits.element_size()))
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))
