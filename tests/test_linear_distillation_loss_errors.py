@@ -56,7 +56,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "temperatures": (TypeError, FULL | {"temperature": torch.ones(2, 3)}, "temperature is tensor"),
     "temperature": (ValueError, FULL | {"temperature": 0.0}, r"temperature is 0\.0, expected"),
     "divergence": (ValueError, FULL | {"divergence": "kl"}, "divergence is 'kl', expected one of forward_kl"),
-    "beta": (ValueError, FULL | {"beta": 1.0}, r"beta is 1\.0, expected a number from 1e-6"),
+    "beta": (ValueError, FULL | {"beta": 1.0, "divergence": "jsd"}, r"beta is 1\.0, expected a number from 1e-6"),
     "mask": (ValueError, FULL | {"mask": torch.ones(2)}, r"mask has shape \(2,\), expected \(2, 3\)"),
     "normalizer": (ValueError, FULL | {"normalizer": 0}, "normalizer is 0, expected a finite number > 0"),
     "capacity": (ValueError, FULL | {"capacity": 0}, "capacity is 0, expected a positive integer"),

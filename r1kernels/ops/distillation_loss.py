@@ -54,7 +54,7 @@ def check_settings(divergence: Any, beta: Any, temperature: Any) -> tuple[str, f
     if divergence not in KINDS:
         raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(KINDS)}")
     beta = check_number("beta", beta)
-    if not 1e-6 <= beta <= 1 - 1e-6:
+    if divergence == "jsd" and not 1e-6 <= beta <= 1 - 1e-6:
         raise ValueError(
             f"beta is {beta!r}, expected a number from 1e-6 to 1 - 1e-6 (at the ends use forward_kl and reverse_kl)"
         )
@@ -142,8 +142,8 @@ def distillation_loss(
             as 0; a row that adds up to a little more than 1 is scaled down, to more than 1.01 refused.
         mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: Python number from 1e-6 to 1 - 1e-6, used by "jsd". As beta goes to 0, jsd / beta goes to KL(q||p); as it
-            goes to 1, jsd / (1 - beta) goes to KL(p||q).
+        beta: Python number; from 1e-6 to 1 - 1e-6 for "jsd", unused otherwise. As beta goes to 0, jsd / beta goes to
+            KL(q||p); as it goes to 1, jsd / (1 - beta) goes to KL(p||q).
         temperature: Python number > 0, of the student and of teacher_logits. There is no factor T^2: multiply the
             loss by it to keep gradients comparable across temperatures (Hinton et al., 2015).
         normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Give the global one under
