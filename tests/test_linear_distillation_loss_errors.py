@@ -34,7 +34,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "teacher a list": (TypeError, FULL | {"teacher_hidden": [1.0]}, "teacher_hidden is a list, expected a torch.Tens"),
     "teacher weight a list": (TypeError, FULL | {"teacher_weight": [1]}, "teacher_weight is a list, expected a torch"),
     "teacher rows": (ValueError, FULL | {"teacher_hidden": torch.zeros(3, 2, 6)},
-                     r"teacher_hidden has shape \(3, 2, 6\), expected \(2, 3, 'H'\)"),
+                     r"teacher_hidden has shape \(3, 2, 6\), expected \(2, 3, H\): one row"),
     "teacher 0-d": (ValueError, FULL | {"teacher_hidden": torch.tensor(1.0)}, r"teacher_hidden has shape \(\), expect"),
     "teacher H": (ValueError, FULL | {"teacher_weight": torch.zeros(5, 7)}, "teacher_hidden has .* teacher_weight .*H"),
     "teacher dtypes": (TypeError, FULL | {"teacher_weight": torch.zeros(5, 6).half()}, "teacher_weight .*teacher_hidd"),

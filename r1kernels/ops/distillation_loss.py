@@ -78,6 +78,11 @@ def check_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
     return normalizer.detach().double()
 
 
+def shape_text(shape: tuple[int, ...], name: str) -> str:
+    """A shape whose last dimension has a name and no number: (2, 3, K)."""
+    return f"({', '.join([*map(str, shape), name])}{'' if shape else ','})"
+
+
 def check_topk(
     token_ids: Any, logprobs: Any, like: Tensor, shape: tuple[int, ...], vocab: int, mask: Tensor | None
 ) -> Teacher:
@@ -86,7 +91,8 @@ def check_topk(
     check_floating("teacher_logprobs", logprobs, like)
     if token_ids.dim() != len(shape) + 1 or token_ids.shape[:-1] != shape or not 1 <= token_ids.shape[-1] <= vocab:
         raise ValueError(
-            f"teacher_token_ids has shape {tuple(token_ids.shape)}, expected {(*shape, 'K')} with 1 <= K <= V = {vocab}"
+            f"teacher_token_ids has shape {tuple(token_ids.shape)}, expected {shape_text(shape, 'K')} with "
+            f"1 <= K <= V = {vocab}"
         )
     check_shape("teacher_logprobs", logprobs, token_ids.shape, "one log-prob for each of teacher_token_ids")
     check_values(token_ids, logprobs.detach(), vocab, mask)
