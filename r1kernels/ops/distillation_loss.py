@@ -156,10 +156,12 @@ def distillation_loss(
             gradient accumulation or data parallelism and the summed gradient equals that of the whole batch.
 
     A top-k teacher is compared over K + 1 outcomes, the K tokens and all the others together;
-    q_rest = max(0, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
-    divergence: how the student spreads its tail is free. A teacher without a tail (q_rest = 0) pushes the student's
-    tail to 0 under forward_kl and is infinitely far under reverse_kl, as long as the student has one: truncated
-    teachers that were renormalised are for forward_kl and jsd.
+    q_rest = max(1e-7, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
+    divergence (but for the floor): how the student spreads its tail is free. A tail below 1e-7 is not known to be 0,
+    for log-probs are rounded; with the floor, for which the q_k are scaled to add up to 1 - 1e-7, no teacher is
+    infinitely far from a student that forbids no token. A truncated teacher that was renormalised pushes the student's
+    tail down as against one of 1e-7: reverse_kl has p_rest log(p_rest / 1e-7) of it. Where the student has no tail
+    (K = V, or -inf outside the list), one of the teacher below 1e-3 is none either; K = V is the full divergence.
 
     Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q finite; where p_j > 0 = q_j, reverse_kl is inf and its
     gradient 0, for no finite change of the logits makes it finite. jsd is always finite. A batch without counted tokens
