@@ -318,6 +318,23 @@ def test_nonfinite_tokens_are_counted(implementation: str) -> None:
     assert grad.isfinite().all(-1).tolist() == [True, False, True, True]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("topk", [False, True])
+def test_every_nan_of_a_gradient_is_counted(topk: bool, kind: str, implementation: str) -> None:
+    """And tokens at an infinite distance, whose gradient is finite."""
+    student, teacher = testing.random_pair(6, 30)
+    student[0, 3], student[1, 4], student[2] = math.nan, math.inf, -math.inf
+    student[3, teacher[3].argmax()] = teacher[4, 5] = -math.inf
+    given = topk_arguments(teacher, 8) if topk else {"teacher_logits": teacher}
+    (_, metrics), grad = gradient(student, **given, divergence=kind)
+    alone = [distillation_loss(student[t], **{n: v[t] for n, v in given.items()}, divergence=kind) for t in range(6)]
+    finite = [bool(result.loss.isfinite()) for result in alone]
+    infinite = {3} if kind == "forward_kl" else {4} if kind == "reverse_kl" and not topk else set()
+    assert finite == [t > 2 and t not in infinite for t in range(6)]
+    assert metrics["nonfinite_tokens"] == 3 + len(infinite) == finite.count(False)
+    assert grad.isfinite().all(-1).tolist() == [t > 2 for t in range(6)]
+
+
 def test_temperature_has_no_factor_of_its_square(implementation: str) -> None:
     student, teacher = testing.random_pair(4, 30)
     torch.testing.assert_close(

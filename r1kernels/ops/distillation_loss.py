@@ -30,8 +30,8 @@ class DistillationLoss(NamedTuple):
 
     Means are over counted tokens. `tokens`: how many there are. `divergence`: its mean, whatever the normalizer.
     `student_entropy`, and `teacher_entropy` (full teachers). `teacher_tail_mass`, `student_tail_mass`: probability
-    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence or gradient is inf or NaN;
-    not 0 explains a loss that is.
+    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence is inf or NaN, finite
+    gradient or not; those whose gradient is NaN are among them. Not 0 explains a loss that is not finite.
     """
 
     loss: Tensor
