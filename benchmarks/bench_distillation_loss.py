@@ -80,19 +80,30 @@ def bench_distillation_loss(
         check(implementation, batch.logits, teacher, kind)
         candidates[name] = step(partial(implementation, batch.logits, teacher, kind), [batch.logits])
     if kind == "forward_kl":
-        candidates[f"r1kernels, top {K} of the teacher"] = topk_step(batch, teacher)
+        candidates[f"r1kernels, top {K} of the teacher"] = topk_step(batch.logits, teacher)
     slow = {name: 3 for name in IMPLEMENTATIONS if name != "r1kernels"}
     in_turns(candidates, op=f"distillation_loss, {kind}", shape=shape, rounds=7, slow=slow)
 
 
-def topk_step(batch: Batch, teacher: Tensor) -> Callable[[], None]:
+def topk_ours(student: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    return r1kernels.distillation_loss(student, teacher_token_ids=token_ids, teacher_logprobs=logprobs).loss
+
+
+def topk_eager(student: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Forward KL over the listed tokens and one that stands for all the others."""
+    log_p = student.log_softmax(-1)
+    log_p_rest = log_p.scatter(-1, token_ids, -math.inf).logsumexp(-1, keepdim=True)
+    log_p = torch.cat([log_p.gather(-1, token_ids), log_p_rest], -1)
+    log_q = torch.cat([logprobs, torch.log1p(-logprobs.exp().sum(-1, keepdim=True))], -1)
+    return torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / log_p[..., 0].numel()
+
+
+def topk_step(student: Tensor, teacher: Tensor) -> Callable[[], None]:
     top = teacher.float().log_softmax(-1).topk(K)
-    return step(
-        lambda: r1kernels.distillation_loss(
-            batch.logits, teacher_token_ids=top.indices, teacher_logprobs=top.values
-        ).loss,
-        [batch.logits],
-    )
+    student_rows, *listed = (x[:1, :8].detach() for x in (student, top.indices, top.values))
+    exact = topk_eager(student_rows.double(), listed[0], listed[1].double())
+    torch.testing.assert_close(topk_ours(student_rows, *listed).double(), exact, rtol=1e-5, atol=0)
+    return step(partial(topk_ours, student, top.indices, top.values), [student])
 
 
 # ---- from hidden states -------------------------------------------------------------------------------------

@@ -182,17 +182,56 @@ def test_a_row_with_nothing_listed_says_nothing(kind: str, implementation: str) 
     testing.assert_within(grad[1], torch.zeros(20), testing.EPS32 if implementation == "reference" else 0)
 
 
-def test_a_teacher_without_a_tail(implementation: str) -> None:
-    """Forward KL and jsd push the student's tail to 0; reverse KL is infinite as long as there is one."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_without_a_tail(kind: str, implementation: str) -> None:
+    """It counts as one of 1e-7: the student's tail is pushed down, and nothing is infinite."""
     student, ids = testing.random_logits(2, 20), torch.tensor([[3, 4], [5, 6]])
-    listed = {"teacher_token_ids": ids, "teacher_logprobs": torch.tensor([[0.0, -math.inf], [0.0, -math.inf]])}
+    logprobs = torch.tensor([[0.0, -math.inf], [0.0, -math.inf]])
+    listed = {"teacher_token_ids": ids, "teacher_logprobs": logprobs}
     inside = torch.zeros(2, 20, dtype=torch.bool).scatter_(-1, ids[:, :1], True)
-    for kind in ("forward_kl", "jsd"):
-        (loss, metrics), grad = gradient(student, **listed, divergence=kind)
-        assert loss.isfinite() and metrics["teacher_tail_mass"] == 0
-        assert (grad[~inside] > 0).all() and (grad[inside] < 0).all()
-    (loss, metrics), grad = gradient(student, **listed, divergence="reverse_kl")
-    assert loss == math.inf and metrics["nonfinite_tokens"] == 2 and not grad.any()
+    (loss, metrics), grad = gradient(student, **listed, divergence=kind)
+    p = student.double().softmax(-1)[inside]
+    q = torch.full_like(p, 1 - 1e-7)
+    pair = torch.stack([p, 1 - p], -1).log(), torch.stack([q, 1 - q], -1).log()
+    testing.assert_within(loss, testing.divergence(*pair, kind).value.value.mean(), 16 * testing.EPS32 * (1 + loss))
+    assert metrics["nonfinite_tokens"] == 0 and abs(metrics["teacher_tail_mass"] * 1e7 - 1) < 1e-6
+    assert (grad[~inside] > 0).all() and (grad[inside] < 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [20, 999, 1000])
+def test_confident_teachers_are_at_a_finite_distance(k: int, kind: str, implementation: str) -> None:
+    """Their log-probs in float32 add up to 1 give or take a rounding, which is not to decide over inf."""
+    student, teacher = testing.random_logits(64, 1000, scale=1.0), testing.random_logits(64, 1000, scale=1.0, seed=1)
+    teacher[torch.arange(64), testing.random_ids(64, vocab=1000)] += 25
+    top = teacher.log_softmax(-1).topk(k)
+    logprobs = top.values.double().log_softmax(-1) + torch.linspace(-3e-7, 3e-7, 64).double().unsqueeze(-1)
+    for x, far in ((student, True), (teacher, False)):
+        (full, _), _ = gradient(x, teacher, divergence=kind)
+        (loss, metrics), grad = gradient(x, teacher_token_ids=top.indices, teacher_logprobs=logprobs, divergence=kind)
+        assert metrics["nonfinite_tokens"] == 0 and grad.isfinite().all()
+        # A tail of up to 3e-7 against one of 1e-12 (K = 999), at most.
+        assert -1e-7 <= loss <= full * (1 + 1e-6) + 5e-6
+        assert loss > 0.75 * full if far else loss < 5e-6
+        expected = testing.topk_divergence(x, top.indices, logprobs, kind)
+        testing.assert_within(loss, expected.value.value.mean(), 32 * testing.EPS32 * (1 + loss))
+        exact = expected.grad.value / 64
+        testing.assert_within(grad, exact, 32 * testing.EPS32 * (expected.grad.terms + 1) / 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_floor_of_a_teachers_tail_is_no_jump(kind: str) -> None:
+    student, ids = testing.random_logits(3, 20).double(), torch.tensor([[3, 4]]).expand(3, 2)
+    with backend("reference"):
+        losses = []
+        for tail in (1.001e-7, 0.999e-7, 0.0, -1e-7, -1e-3):  # the sum is 1 - tail
+            logprobs = (torch.tensor([0.7, 0.3], dtype=torch.float64) * (1 - tail)).log().expand(3, 2)
+            losses.append(
+                distillation_loss(student, teacher_token_ids=ids, teacher_logprobs=logprobs, divergence=kind).loss
+            )
+    above, *floored = (loss.item() for loss in losses)
+    assert all(loss == pytest.approx(floored[0], rel=1e-12) for loss in floored)
+    assert above == pytest.approx(floored[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,6 +316,23 @@ def test_nonfinite_tokens_are_counted(implementation: str) -> None:
     (loss, metrics), grad = gradient(student, teacher, mask=mask)
     assert loss.isnan() and metrics["nonfinite_tokens"] == 2 and metrics["tokens"] == 3
     assert grad.isfinite().all(-1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("topk", [False, True])
+def test_every_nan_of_a_gradient_is_counted(topk: bool, kind: str, implementation: str) -> None:
+    """And tokens at an infinite distance, whose gradient is finite."""
+    student, teacher = testing.random_pair(6, 30)
+    student[0, 3], student[1, 4], student[2] = math.nan, math.inf, -math.inf
+    student[3, teacher[3].argmax()] = teacher[4, 5] = -math.inf
+    given = topk_arguments(teacher, 8) if topk else {"teacher_logits": teacher}
+    (_, metrics), grad = gradient(student, **given, divergence=kind)
+    alone = [distillation_loss(student[t], **{n: v[t] for n, v in given.items()}, divergence=kind) for t in range(6)]
+    finite = [bool(result.loss.isfinite()) for result in alone]
+    infinite = {3} if kind == "forward_kl" else {4} if kind == "reverse_kl" and not topk else set()
+    assert finite == [t > 2 and t not in infinite for t in range(6)]
+    assert metrics["nonfinite_tokens"] == 3 + len(infinite) == finite.count(False)
+    assert grad.isfinite().all(-1).tolist() == [t > 2 for t in range(6)]
 
 
 def test_temperature_has_no_factor_of_its_square(implementation: str) -> None:

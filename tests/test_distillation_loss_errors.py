@@ -38,8 +38,8 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "vocabularies": (ValueError, {"teacher_logits": torch.zeros(2, 3, 6)}, "vocabulary of 6 and student_logits one"),
     "teacher rows": (ValueError, {"teacher_logits": LOGITS[:, :2]}, r"teacher_logits has shape \(2, 2, 5\), expected"),
     "divergence": (ValueError, FULL | {"divergence": "kl"}, "divergence is 'kl', expected one of forward_kl"),
-    "beta 0": (ValueError, FULL | {"beta": 0.0}, r"beta is 0\.0, expected a number from 1e-6 to 1 - 1e-6"),
-    "beta 1": (ValueError, FULL | {"beta": 1}, r"beta is 1\.0, expected a number from 1e-6"),
+    "beta 0": (ValueError, FULL | {"beta": 0.0, "divergence": "jsd"}, r"beta is 0\.0, expected a number from 1e-6 to"),
+    "beta 1": (ValueError, FULL | {"beta": 1, "divergence": "jsd"}, r"beta is 1\.0, expected a number from 1e-6"),
     "beta NaN": (ValueError, FULL | {"beta": math.nan}, "beta is nan, expected a finite number"),
     "beta str": (TypeError, FULL | {"beta": "1"}, "beta is '1', expected a Python number"),
     "temperature": (ValueError, FULL | {"temperature": 0}, "temperature is 0, expected .* > 0"),
@@ -50,7 +50,8 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "normalizer < 0": (ValueError, FULL | {"normalizer": torch.tensor(-1.0)}, r"normalizer is -1\.0, expected a pos"),
     "normalizer 1-d": (ValueError, FULL | {"normalizer": torch.ones(2)}, r"normalizer has shape \(2,\), expected \(\)"),
     "normalizer device": (ValueError, FULL | {"normalizer": torch.ones((), device="meta")}, "normalizer is on meta"),
-    "K missing": (ValueError, TOPK | {"teacher_token_ids": IDS[..., 0]}, r"shape \(2, 3\), expected \(2, 3, 'K'\)"),
+    "K missing": (ValueError, TOPK | {"teacher_token_ids": IDS[..., 0]}, r"shape \(2, 3\), expected \(2, 3, K\) w"),
+    "K of one token": (ValueError, TOPK | {"student_logits": LOGITS[0, 0]}, r"shape \(2, 3, 2\), expected \(K,\) with"),
     "K 0": (ValueError, TOPK | {"teacher_token_ids": IDS[..., :0]}, r"shape \(2, 3, 0\), expected .* 1 <= K <= V = 5"),
     "K > V": (ValueError, TOPK | {"teacher_token_ids": IDS.repeat(1, 1, 3)}, r"shape \(2, 3, 6\), expected .* V = 5"),
     "K differs": (ValueError, TOPK | {"teacher_logprobs": LOGPROBS[..., :1]}, r"teacher_logprobs has shape \(2, 3, 1"),
@@ -80,3 +81,12 @@ def test_values_behind_the_mask_are_not_checked(implementation: str) -> None:
     mask[1, 1] = False
     bad = TOPK | {"teacher_logprobs": at(math.nan, 1, 1, 1), "teacher_token_ids": at(77, 1, 1, 0, of=IDS)}
     assert distillation_loss(LOGITS, **bad, mask=mask).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("beta", [0.0, 1, -3.0])
+def test_only_jsd_has_a_beta(beta: float, kind: str, implementation: str) -> None:
+    student = torch.arange(5.0).expand(2, 3, 5)
+    for teacher in (FULL, TOPK):
+        given = {"student_logits": student, "divergence": kind} | teacher
+        assert torch.equal(distillation_loss(**given, beta=beta).loss, distillation_loss(**given).loss)

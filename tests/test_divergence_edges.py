@@ -48,6 +48,7 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
     "padded vocabulary cut off": lambda x: x[..., :-3],
     "unaligned rows": lambda x: x[..., 1:],
     "one row for all": lambda x: x[:1, :1].expand(2, 4, -1),
+    "one token alone": lambda x: x[0, 0, ::2],
 }
 
 

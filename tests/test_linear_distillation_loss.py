@@ -260,6 +260,19 @@ def test_a_nan_of_a_counted_token_is_counted(implementation: str) -> None:
     assert result.loss.isnan() and result.metrics["nonfinite_tokens"] == 1 and grads["weight"].isnan().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_confident_topk_teachers_are_at_a_finite_distance(kind: str, implementation: str) -> None:
+    """Whether or not their log-probs add up to 1 by rounding."""
+    case = Case(k=5, kind=kind)
+    logprobs = torch.tensor([0.0, -25.0, -26.0, -27.0, -28.0]).expand(3, 5, 5).contiguous()
+    logprobs[0, :, 1:] = -math.inf
+    logprobs[2, :, 0] = -3e-7
+    case.dense = case.given = case.given | {"teacher_logprobs": logprobs}
+    result, grads = case.run()
+    assert result.metrics["nonfinite_tokens"] == 0 and all(grad.isfinite().all() for grad in grads.values())
+    assert_close((result, grads), case.exact(), 4e-6)
+
+
 # ---- options ------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,29 @@ def test_rows_drop_only_padding(rollout, model):
     torch.testing.assert_close(whole[:, : mask.shape[1]][mask], cut[mask], rtol=1e-4, atol=1e-5)
 
 
+def test_a_micro_batch_of_empty_completions_gives_nothing(rollout, model):
+    """It keeps a column, behind the mask: as many hidden states as tokens, no log-prob and no gradient."""
+    mask = rollout.mask.clone()
+    mask[4:8] = False
+    empty = dataclasses.replace(rollout, mask=mask)
+    part = empty.rows(torch.arange(4, 8))
+    assert part.token_ids.shape == part.mask.shape == part.old_logprobs.shape == (4, 1) and not part.mask.any()
+    assert completion_hidden_states(model, part).shape[:2] == (4, 1)
+    batches = torch.arange(len(PROMPTS)).split(4)
+    old = rollout_logprobs(model, empty, batches, temperature=0.7, check=lambda: None)
+    assert not old[4:8].any() and old[:4].any()
+    gradients, metrics = [], []
+    for size in (4, len(PROMPTS)):
+        model.zero_grad()
+        metrics.append(minibatch_gradient(
+            model, dataclasses.replace(empty, old_logprobs=old - 0.1), torch.arange(len(PROMPTS)).split(size),
+            r1kernels.objectives.dapo(), temperature=0.7, check=lambda: None,
+        ))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["r1", "dapo", "dr_grpo"])
 def test_micro_batches_change_no_gradient(rollout, model, preset):
     options = {"max_length": 12} if preset == "dr_grpo" else {}

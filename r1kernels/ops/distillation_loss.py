@@ -30,8 +30,8 @@ class DistillationLoss(NamedTuple):
 
     Means are over counted tokens. `tokens`: how many there are. `divergence`: its mean, whatever the normalizer.
     `student_entropy`, and `teacher_entropy` (full teachers). `teacher_tail_mass`, `student_tail_mass`: probability
-    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence or gradient is inf or NaN;
-    not 0 explains a loss that is.
+    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence is inf or NaN, finite
+    gradient or not; those whose gradient is NaN are among them. Not 0 explains a loss that is not finite.
     """
 
     loss: Tensor
@@ -54,7 +54,7 @@ def check_settings(divergence: Any, beta: Any, temperature: Any) -> tuple[str, f
     if divergence not in KINDS:
         raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(KINDS)}")
     beta = check_number("beta", beta)
-    if not 1e-6 <= beta <= 1 - 1e-6:
+    if divergence == "jsd" and not 1e-6 <= beta <= 1 - 1e-6:
         raise ValueError(
             f"beta is {beta!r}, expected a number from 1e-6 to 1 - 1e-6 (at the ends use forward_kl and reverse_kl)"
         )
@@ -78,6 +78,11 @@ def check_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
     return normalizer.detach().double()
 
 
+def shape_text(shape: tuple[int, ...], name: str) -> str:
+    """A shape whose last dimension has a name and no number: (2, 3, K)."""
+    return f"({', '.join([*map(str, shape), name])}{'' if shape else ','})"
+
+
 def check_topk(
     token_ids: Any, logprobs: Any, like: Tensor, shape: tuple[int, ...], vocab: int, mask: Tensor | None
 ) -> Teacher:
@@ -86,7 +91,8 @@ def check_topk(
     check_floating("teacher_logprobs", logprobs, like)
     if token_ids.dim() != len(shape) + 1 or token_ids.shape[:-1] != shape or not 1 <= token_ids.shape[-1] <= vocab:
         raise ValueError(
-            f"teacher_token_ids has shape {tuple(token_ids.shape)}, expected {(*shape, 'K')} with 1 <= K <= V = {vocab}"
+            f"teacher_token_ids has shape {tuple(token_ids.shape)}, expected {shape_text(shape, 'K')} with "
+            f"1 <= K <= V = {vocab}"
         )
     check_shape("teacher_logprobs", logprobs, token_ids.shape, "one log-prob for each of teacher_token_ids")
     check_values(token_ids, logprobs.detach(), vocab, mask)
@@ -142,18 +148,20 @@ def distillation_loss(
             as 0; a row that adds up to a little more than 1 is scaled down, to more than 1.01 refused.
         mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: Python number from 1e-6 to 1 - 1e-6, used by "jsd". As beta goes to 0, jsd / beta goes to KL(q||p); as it
-            goes to 1, jsd / (1 - beta) goes to KL(p||q).
+        beta: Python number; from 1e-6 to 1 - 1e-6 for "jsd", unused otherwise. As beta goes to 0, jsd / beta goes to
+            KL(q||p); as it goes to 1, jsd / (1 - beta) goes to KL(p||q).
         temperature: Python number > 0, of the student and of teacher_logits. There is no factor T^2: multiply the
             loss by it to keep gradients comparable across temperatures (Hinton et al., 2015).
         normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Give the global one under
             gradient accumulation or data parallelism and the summed gradient equals that of the whole batch.
 
     A top-k teacher is compared over K + 1 outcomes, the K tokens and all the others together;
-    q_rest = max(0, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
-    divergence: how the student spreads its tail is free. A teacher without a tail (q_rest = 0) pushes the student's
-    tail to 0 under forward_kl and is infinitely far under reverse_kl, as long as the student has one: truncated
-    teachers that were renormalised are for forward_kl and jsd.
+    q_rest = max(1e-7, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
+    divergence (but for the floor): how the student spreads its tail is free. A tail below 1e-7 is not known to be 0,
+    for log-probs are rounded; with the floor, for which the q_k are scaled to add up to 1 - 1e-7, no teacher is
+    infinitely far from a student that forbids no token. A truncated teacher that was renormalised pushes the student's
+    tail down as against one of 1e-7: reverse_kl has p_rest log(p_rest / 1e-7) of it. Where the student has no tail
+    (K = V, or -inf outside the list), one of the teacher below 1e-3 is none either; K = V is the full divergence.
 
     Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q finite; where p_j > 0 = q_j, reverse_kl is inf and its
     gradient 0, for no finite change of the logits makes it finite. jsd is always finite. A batch without counted tokens

@@ -23,6 +23,7 @@ from r1kernels.ops.distillation_loss import (
     check_teacher_kind,
     check_topk,
     reduce,
+    shape_text,
 )
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear_divergence import LinearTeacher, measures
@@ -122,8 +123,8 @@ def _full_teacher(
     check_floating("teacher_hidden", hidden, student)
     if hidden.dim() == 0 or hidden.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"teacher_hidden has shape {tuple(hidden.shape)}, expected {(*student.shape[:-1], 'H')}: one row for each "
-            "of student_hidden"
+            f"teacher_hidden has shape {tuple(hidden.shape)}, expected {shape_text(student.shape[:-1], 'H')}: one "
+            "row for each of student_hidden"
         )
     names = Names("teacher_hidden", "teacher_weight", "teacher_options ")
     inputs, head = prepare(hidden, weight, _no_tokens(hidden), dict(options), names=names)

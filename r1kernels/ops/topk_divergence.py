@@ -2,11 +2,15 @@ r"""Divergence of a student from a teacher known by its K likeliest tokens only.
 
 The divergence is taken over K + 1 outcomes: the K tokens, and one that stands for all the others together,
 
-    q_rest = max(0, 1 - sum_k q_k),    p_rest = sum of p_j over the tokens that are not listed.
+    q_rest = max(1e-7, 1 - sum_k q_k),    p_rest = sum of p_j over the tokens that are not listed.
 
-Merging outcomes cannot increase a divergence (log-sum inequality), so it is a lower bound of the full one, and 0 does
-not mean that the tails agree. With z = x / T, D a function of the outcomes' probabilities P_i and w_i the gradient of
-D with respect to log P_i (of a normalised P),
+Log-probs in float32 do not tell a smaller tail from none: those of a confident teacher add up to 1 give or take a
+rounding, and whether reverse KL is infinite must not hang on that. Where the floor takes effect, the q_k are scaled to
+add up to 1 - 1e-7: the outcomes stay a distribution, and the divergence at least 0.
+
+Merging outcomes cannot increase a divergence (log-sum inequality), so it is a lower bound of the full one but for the
+floor, and 0 does not mean that the tails agree. With z = x / T, D a function of the outcomes' probabilities P_i and w_i
+the gradient of D with respect to log P_i (of a normalised P),
 
     dD/dx_j = w_j / T  for a listed j,        dD/dx_j = w_rest softmax_j(z over the tail) / T  for the others:
 
@@ -15,6 +19,7 @@ the gradient kernel of `token_stats` on a copy of the logits in which the listed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +33,7 @@ from r1kernels.ops._checks import accumulator_dtype, values_are_free
 
 SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach
 ROUNDING = 1e-3  # how far above 0 a log-prob may be; what a teacher's tail may hold and still count as none
+TAIL_FLOOR = 1e-7  # the least tail a teacher can have where the student has one
 TOO_MUCH = 1.01  # log-probs in bfloat16 can add up to a little more than 1
 
 
@@ -97,14 +103,18 @@ def make_teacher(token_ids: Tensor, logprobs: Tensor, mask: Tensor | None) -> Te
 def teacher_outcomes(teacher: Teacher, log_p_rest: Tensor) -> Tensor:
     """Log-probabilities (..., K + 1) of the teacher's outcomes, the tail last.
 
-    Where the student has no tail at all (K = V, say), a tail of the teacher within rounding is none either: taken
-    literally, it would be infinitely far away.
+    The teacher's tail is at least `TAIL_FLOOR`. Where the student has none at all (K = V, say), one within rounding is
+    none either: taken literally, it would be infinitely far away.
     """
     total = teacher.logprobs.exp().sum(-1)
-    log_rest = torch.log1p(-total.clamp(max=1))
-    none = (log_p_rest == -torch.inf) & (total > 1 - ROUNDING)
-    log_top = torch.where(none.unsqueeze(-1), teacher.logprobs - total.log().unsqueeze(-1), teacher.logprobs)
-    return torch.cat([log_top, torch.where(none, -torch.inf, log_rest).unsqueeze(-1)], -1)
+    no_tail = log_p_rest == -torch.inf
+    none, least = no_tail & (total > 1 - ROUNDING), ~no_tail & (total > 1 - TAIL_FLOOR)
+    log_rest = torch.where(least, math.log(TAIL_FLOOR), torch.log1p(-total.clamp(max=1)))
+    log_rest = torch.where(none, -torch.inf, log_rest)
+    # The listed ones are scaled to what the tail leaves of 1.
+    to_one = -total.log()
+    shift = torch.where(least, to_one + math.log1p(-TAIL_FLOOR), torch.where(none, to_one, 0))
+    return torch.cat([teacher.logprobs + shift.unsqueeze(-1), log_rest.unsqueeze(-1)], -1)
 
 
 def reference(
@@ -199,6 +209,7 @@ def chunk_gradient_into(
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Copies of consecutive rows of (..., V), within the scratch memory, and where they lie among all rows."""
     vocab, count = logits.shape[-1], logits.shape[:-1].numel()
+    logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
     step = max(1, SCRATCH_BYTES // (vocab * logits.element_size()))
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))

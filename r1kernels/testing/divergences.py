@@ -122,8 +122,10 @@ def topk_divergence(
         log_p_top, log_p_rest = row[tokens], row[~inside].logsumexp(0) if (~inside).any() else torch.tensor(-math.inf)
         log_q_top = torch.tensor(list(listed.values()), dtype=torch.float64)
         total = log_q_top.exp().sum()
-        if total > 1 or (log_p_rest == -math.inf and total > 1 - 1e-3):
-            log_q_top, total = log_q_top - total.log(), torch.tensor(1.0, dtype=torch.float64)
+        # Against a tail of the student's stands one of 1e-7 at least; against none, what is below 1e-3 is none.
+        most, within = (1.0, 1e-3) if log_p_rest == -math.inf else (1 - 1e-7, 1e-7)
+        if total > 1 - within:
+            log_q_top, total = log_q_top - total.log() + math.log(most), torch.tensor(most, dtype=torch.float64)
         outcomes_p = torch.cat([log_p_top, log_p_rest.double().reshape(1)])
         outcomes_q = torch.cat([log_q_top, (1 - total).log().reshape(1)])
         exact = divergence(outcomes_p.unsqueeze(0), outcomes_q.unsqueeze(0), kind, beta)

@@ -33,10 +33,13 @@ class Rollout:
     ref_logprobs: Tensor
 
     def rows(self, index: Tensor) -> Rollout:
-        """Some of the samples (n,), without the columns in which all of them are padding."""
+        """Some of the samples (n,), without the columns in which all of them are padding.
+
+        A completion has at least one column, also where all of them are empty.
+        """
         part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
         start = int(part["prompt_mask"].any(0).long().argmax())
-        end = int(part["mask"].sum(-1).max())
+        end = max(1, int(part["mask"].sum(-1).max()))
         for name in ("prompt_ids", "prompt_mask"):
             part[name] = part[name][:, start:]
         for name in ("token_ids", "mask", "old_logprobs", "ref_logprobs"):
