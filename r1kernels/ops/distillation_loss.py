@@ -175,8 +175,9 @@ def distillation_loss(
         TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
         error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
 
-    Memory: 24 bytes a token are kept for the backward and 52 pass by; the gradient is the only buffer of vocabulary
-    width. Top-k: about 35 (K + 1) bytes a token are kept and 105 (K + 1) pass by, with a buffer of 8 MiB or a row.
+    Memory: 70 bytes a token at the peak of the forward, of which 24 are kept for the backward; the gradient is the only
+    buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak, 24 (K + 1) of them kept, and two
+    buffers of 8 MiB (or a row) at a time, in the backward too.
 
     Equivalent to: `torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / tokens` (forward_kl).
     Source: Hinton et al. 2015 (1503.02531); generalised JSD: Agarwal et al. 2023 (2306.13649), eq. 2.

@@ -180,7 +180,7 @@ def linear_distillation_loss(
         error, never padded.
 
     Memory: `chunk_bytes`, the weight's gradient in float32, that of student_hidden, and 64 bytes a token; top-k: and
-    26 (K + 1) bytes a token.
+    about 35 (K + 1) bytes a token.
 
     Equivalent to: `distillation_loss(student_hidden.float() @ student_weight.float().T,
     teacher_hidden.float() @ teacher_weight.float().T)`
