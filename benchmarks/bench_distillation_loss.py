@@ -81,8 +81,8 @@ def bench_distillation_loss(
         candidates[name] = step(partial(implementation, batch.logits, teacher, kind), [batch.logits])
     if kind == "forward_kl":
         candidates[f"r1kernels, top {K} of the teacher"] = topk_step(batch.logits, teacher)
-    slow = {name: 3 for name in IMPLEMENTATIONS if name != "r1kernels"}
-    in_turns(candidates, op=f"distillation_loss, {kind}", shape=shape, rounds=7, slow=slow)
+    slow = {name: 2 for name in IMPLEMENTATIONS if name != "r1kernels"}
+    in_turns(candidates, op=f"distillation_loss, {kind}", shape=shape, rounds=5, slow=slow)
 
 
 def topk_ours(student: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ def bench_token_stats(shape: str, batches: Callable[[str], Batch], in_turns: Cal
     logits = batch.logits.detach()
     target = torch.empty_like(logits)
     candidates["copy of the logits"] = lambda: target.copy_(logits)
-    slow = {name: 5 for name in IMPLEMENTATIONS if name != "r1kernels"}
-    in_turns(candidates, op="token_stats", shape=shape, rounds=21, slow=slow)
+    slow = {name: 3 for name in IMPLEMENTATIONS if name != "r1kernels"}
+    in_turns(candidates, op="token_stats", shape=shape, rounds=11, slow=slow)

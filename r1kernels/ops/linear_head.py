@@ -21,7 +21,9 @@ from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 from r1kernels.ops.gemm import matmul
 
-# The default budget of a chunk. Larger chunks read and write the float32 gradient of the weight less often.
+# The default budget of a chunk: so many rows, within so much memory. Every chunk reads and writes the float32 gradient
+# of the weight, which costs some 45 / rows of the products; larger chunks would gain nothing but page faults.
+DEFAULT_ROWS = 1024
 DEFAULT_CHUNK_BYTES = 1 << 30
 
 

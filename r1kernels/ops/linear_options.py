@@ -20,7 +20,7 @@ from r1kernels.ops._checks import (
     ids_int64,
     values_are_free,
 )
-from r1kernels.ops.linear_head import DEFAULT_CHUNK_BYTES, Head, row_bytes
+from r1kernels.ops.linear_head import DEFAULT_CHUNK_BYTES, DEFAULT_ROWS, Head, row_bytes
 
 
 class LinearOptions(TypedDict, total=False):
@@ -35,7 +35,8 @@ class LinearOptions(TypedDict, total=False):
         temperature: Python number > 0, or a tensor of one per token (a constant: no gradient), that divides the
             logits; the one the tokens were sampled with.
         logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
-        chunk_bytes: memory for the logits of one chunk; 1 GiB by default. Sets how many rows are computed at a time.
+        chunk_bytes: memory for the logits of one chunk; that of 1,024 rows by default, at most 1 GiB. Sets how many rows
+            are computed at a time.
         capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
             then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
             can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at
@@ -232,7 +233,7 @@ def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
 
 def _rows(budget: Any, vocab: int, each: int) -> int:
     if budget is None:
-        return max(1, DEFAULT_CHUNK_BYTES // each)
+        return min(DEFAULT_ROWS, max(1, DEFAULT_CHUNK_BYTES // each))
     if isinstance(budget, bool) or not hasattr(budget, "__index__"):
         raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
     budget = operator.index(budget)
