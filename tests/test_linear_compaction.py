@@ -241,3 +241,16 @@ def test_nan_in_an_active_row_reaches_loss_metric_and_gradient(
     others = torch.ones(5, 7, dtype=torch.bool)
     others[1, slice(None) if name == "gspo" else 3] = False
     assert grads["hidden"][others].isfinite().all() and not grads["hidden"][1, 3].isfinite().all()
+
+
+def test_the_row_that_stands_in_for_padding_may_hold_any_id(implementation: str) -> None:
+    """A capacity beyond the tokens that take part is filled up with the last row, here an ignored one."""
+    hidden, weight = torch.randn(6, 5, dtype=torch.bfloat16), torch.randn(9, 5, dtype=torch.bfloat16)
+    targets = torch.tensor([1, 8, -100, 0, 3, -100])
+    grads = []
+    for capacity in (None, 4, 6):
+        leaf = weight.clone().requires_grad_()
+        linear_cross_entropy(hidden, leaf, targets, capacity=capacity).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])

@@ -188,14 +188,16 @@ class Walk:
             rows = rows.clamp(max=self.count - 1)
         head = self.head
         hidden = self.source.take(rows)
+        token_ids = head.token_ids[rows]
         if valid is not None:  # the row that stands in for padding may hold anything, and 0 * NaN is NaN
             hidden = torch.where(valid[:, None], hidden, 0)
+            token_ids = torch.where(valid, token_ids, 0)
         lora_hidden = None
         if head.lora_a is not None:  # rounded to the dtype of hidden, as an adapter's own layer does
             lora_hidden = self._product(hidden, head.lora_a, batch_invariant=head.batch_invariant).to(self.dtype)
         temperatures = None if head.temperatures is None else head.temperatures[rows]
         logits = self._buffer[: part.stop - part.start]
-        return Chunk(rows, write, valid, hidden, lora_hidden, head.token_ids[rows], temperatures, logits)
+        return Chunk(rows, write, valid, hidden, lora_hidden, token_ids, temperatures, logits)
 
     def _logits(self, chunk: Chunk) -> None:
         head, logits = self.head, chunk.logits
