@@ -1,0 +1,199 @@
+"""What every Triton kernel shares: how it is declared and launched, the device, and arithmetic of a single number.
+
+Three rules hold for every kernel of this package. An argument's value never makes a variant: `kernel` turns Triton's
+specialisation off, integers are annotated int64, and what must be known at compile time is a constexpr with few
+values. Offsets are 64-bit. Under the interpreter (`TRITON_INTERPRET=1`, for tests) the same lines run on the CPU: 16-bit
+values are widened as soon as they are loaded, and `rounded` does what a store would get wrong there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+# The interpreter multiplies 16-bit matrices wrongly and has no fused multiply-add.
+UPCAST = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
+
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.bool: "*i1",
+}
+
+
+# ---- declaring and launching ------------------------------------------------------------------------------
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` without specialisation: no argument's value or alignment compiles a variant of its own."""
+    return triton.jit(do_not_specialize=_runtime_arguments(function))(function)
+
+
+def checking_kernel(function: Callable[..., Any]) -> Any:
+    """A `kernel` whose `tl.device_assert` is kept: for one that looks at values as it passes by.
+
+    A failed assertion ends the process's use of the device, as those of torch's own indexing do: its message goes to
+    stderr and the next synchronisation raises. Under the interpreter it raises at once.
+    """
+    return triton.jit(do_not_specialize=_runtime_arguments(function), debug=True)(function)
+
+
+def _runtime_arguments(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+
+
+class Device(NamedTuple):
+    """arch: "sm_90", "gfx942". processors: streaming multiprocessors or compute units. warp: threads of one."""
+
+    arch: str
+    processors: int
+    warp: int
+
+
+@functools.cache
+def device_of_index(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.partition(":")[0], properties.multi_processor_count, 64)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, 32)
+
+
+def device_of(tensor: Tensor) -> Device:
+    if INTERPRETED:
+        return Device("sm_90", 4, 32)
+    return device_of_index(tensor.device.index)
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel: `signature` has the types of the runtime arguments (`POINTERS`, "i64", "fp64"; an
+    absent tensor is a constant None), `constants` the others, `options` num_warps and num_stages.
+
+    `expects` are instructions it must have: "wide_loads", "wide_stores" (16 bytes), "matrix" (tensor cores).
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    expects: tuple[str, ...] = ()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, num_warps: int, num_stages: int = 1,
+    **constants: Any,
+) -> None:
+    """Runs a kernel on the device of `like`. The one place where this happens: tests see every launch here."""
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    with torch.cuda.device(like.device):
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+# ---- rows of a tensor (..., V) ----------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Rows of V entries: row n starts `(n // inner) * outer_stride + (n % inner) * inner_stride` entries from data."""
+
+    data: Tensor
+    count: int
+    vocab: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    vocab_stride: int
+
+    @property
+    def misalignment(self) -> int:
+        """Entries by which the first one lies beyond a multiple of 16 bytes."""
+        return self.data.data_ptr() % 16 // self.data.element_size()
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.data, self.misalignment, self.inner, self.outer_stride, self.inner_stride, self.vocab_stride
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """The rows of (..., V) with any strides: a copy only where three or more dimensions defy merging."""
+    sizes, strides = list(tensor.shape[:-1]), list(tensor.stride()[:-1])
+    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return rows_of(tensor.contiguous())
+    count = tensor.shape[:-1].numel()
+    (_, outer), (inner_size, inner) = ([(1, 0)] * 2 + merged)[-2:]
+    vocab = tensor.shape[-1]
+    return Rows(tensor, count, vocab, max(inner_size, 1), outer, inner, tensor.stride(-1) if vocab > 1 else 1)
+
+
+@triton.jit
+def row_offset(n, inner, outer_stride, inner_stride):
+    """Entries from the data to row n, in 64 bits."""
+    n = n.to(tl.int64)
+    return (n // inner) * outer_stride + (n % inner) * inner_stride
+
+
+# ---- arithmetic of single numbers -------------------------------------------------------------------------
+
+
+@triton.jit
+def wide(value):
+    """A number given to the kernel (a Python float under the interpreter) as a float64 scalar."""
+    return tl.full((), value, tl.float64)
+
+
+@triton.jit
+def product_error(a, b, product):
+    """a b - product, exactly: what rounding the product of two float32 lost."""
+    if UPCAST:
+        return (a.to(tl.float64) * b - product).to(tl.float32)
+    else:
+        return tl.fma(a, b, -product)
+
+
+@triton.jit
+def difference_error(a, b, difference):
+    """(a - b) - difference, exactly (Knuth's two-sum); 0 where that is inf - inf."""
+    bb = difference - a
+    lost = (a - (difference - bb)) - (b + bb)
+    return tl.where(lost == lost, lost, 0.0)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 in float32 without cancellation near 0: a series below 1/2, whose next term is under one rounding."""
+    series = x * (
+        1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0 + x * (1 / 720.0 + x * (
+            1 / 5040.0 + x * (1 / 40320.0 + x / 362880.0)))))))
+    )
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to `dtype`, to nearest even; the interpreter would cut a bfloat16 off."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x).to(dtype)
+    else:
+        return x.to(dtype)
