@@ -2,8 +2,8 @@
 
 Three rules hold for every kernel of this package. An argument's value never makes a variant: `kernel` turns Triton's
 specialisation off, integers are annotated int64, and what must be known at compile time is a constexpr with few
-values. Offsets are 64-bit. Under the interpreter (`TRITON_INTERPRET=1`, for tests) the same lines run on the CPU: 16-bit
-values are widened as soon as they are loaded, and `rounded` does what a store would get wrong there.
+values. Offsets are 64-bit. Under the interpreter (`TRITON_INTERPRET=1`, for tests) the same lines run on the CPU:
+16-bit values are widened as soon as they are loaded, and `rounded` does what a store would get wrong there.
 """
 
 from __future__ import annotations
