@@ -247,8 +247,8 @@ def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 TRITON_OPERATORS = {
     "token_stats": "token_stats",
-    "token_stats_backward": "token_stats",
-    "token_stats_backward_out": "token_stats",
+    "token_stats_backward": "token_stats_backward",
+    "token_stats_backward_out": "token_stats_backward",
 }
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY = (8, 0)

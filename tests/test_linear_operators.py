@@ -312,5 +312,6 @@ def test_memory_of_another_shape_is_refused(out: Tensor, message: str) -> None:
     with backend(testing.KERNELS), pytest.raises(RuntimeError, match=message):
         case.into(out, case.logits, None)
     wide = Gradient(torch.bfloat16, 11, 0.0, False)
-    with backend(testing.KERNELS), pytest.raises(RuntimeError, match="out must have the dtype of logits, or a narrower one"):
+    narrower = "out must have the dtype of logits, or a narrower one"
+    with backend(testing.KERNELS), pytest.raises(RuntimeError, match=narrower):
         wide.into(torch.empty(6, 11), wide.logits, None)

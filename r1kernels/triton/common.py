@@ -56,6 +56,18 @@ def _runtime_arguments(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if "constexpr" not in str(p.annotation)]
 
 
+_SCALARS = {"tl.int64": "i64", "tl.float64": "fp64", "tl.float32": "fp32"}
+
+
+def signature(kernel: Any, **pointers: str) -> dict[str, str]:
+    """Types of the runtime arguments of a kernel: numbers are as annotated, `pointers` gives those of tensors."""
+    types = {}
+    for name, parameter in inspect.signature(kernel.fn).parameters.items():
+        if "constexpr" not in str(parameter.annotation):
+            types[name] = pointers[name] if name in pointers else _SCALARS[parameter.annotation]
+    return types
+
+
 class Device(NamedTuple):
     """arch: "sm_90", "gfx942". processors: streaming multiprocessors or compute units. warp: threads of one."""
 
@@ -194,10 +206,9 @@ def product_error(a, b, product):
 
 @triton.jit
 def difference_error(a, b, difference):
-    """(a - b) - difference, exactly (Knuth's two-sum); 0 where that is inf - inf."""
+    """(a - b) - difference of finite numbers, exactly (Knuth's two-sum)."""
     bb = difference - a
-    lost = (a - (difference - bb)) - (b + bb)
-    return tl.where(lost == lost, lost, 0.0)
+    return (a - (difference - bb)) - (b + bb)
 
 
 @triton.jit

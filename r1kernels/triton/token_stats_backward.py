@@ -1,0 +1,256 @@
+r"""The gradient of token statistics with respect to the logits: one read and one write of V entries a row.
+
+    dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T,    g = dL/dlogprob,  eta = dL/dentropy
+
+Rows without a gradient are written without being read. The result may take the logits' own memory, also as narrower
+entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1kernels.triton.common import (
+    ALIGNED,
+    LOG2E,
+    LOWEST,
+    POINTERS,
+    UNIT_STRIDE,
+    Device,
+    Rows,
+    Variant,
+    device_of,
+    difference_error,
+    entries,
+    expm1,
+    kernel,
+    launch,
+    optional,
+    rounded,
+    row_offset,
+    rows_of,
+    signature,
+)
+from r1kernels.triton.token_stats import DTYPES, LAYOUTS, SEGMENT, config, exp2_of_product, temperature_of
+
+
+@triton.jit
+def tile_gradient(
+    x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+    EXACT: tl.constexpr,
+):
+    """-(g + eta (log p_j + H)) p_j / T of a tile.
+
+    log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
+    offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
+    """
+    lost = anchor_rest
+    if EXACT:
+        lowest = anchor - 1000.0 / c  # as in `below`
+        x = tl.where(x < lowest, lowest, x)
+        d = x - anchor
+        lost += difference_error(x, anchor, d) * c
+    else:
+        d = x - anchor
+    p = exp2_of_product(d, c, c_rest, lost, EXACT)
+    log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
+    gradient = p * (minus_g + minus_eta * log_p_plus_h)
+    if EXACT:
+        gradient += p * minus_g_rest
+    tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
+    return gradient * ((1.0 - tanh) * (1.0 + tanh))
+
+
+@triton.jit
+def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap):
+    """(g (1 - p) - eta p (log p + H)) / T of the token itself, a scalar."""
+    log_p = x.to(tl.float64) * inv_t - log_sum
+    log_p = tl.where(log_p > 0, 0.0, log_p)  # rounding alone
+    p = tl.exp(log_p)
+    # g (1 - p) cancels as p goes to 1, -g expm1(log p) does not.
+    gradient = -g * expm1(log_p.to(tl.float32), p.to(tl.float32)) - eta * tl.where(p == 0, 0.0, p * (log_p + h))
+    tanh = tl.maximum(x, LOWEST) * inv_softcap
+    return (gradient * inv_t * ((1.0 - tanh) * (1.0 + tanh))).to(tl.float32)
+
+
+@kernel
+def gradient_kernel(
+    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, out,
+    out_inner: tl.int64, out_outer_stride: tl.int64, out_inner_stride: tl.int64, token_ids, lse, entropy, grad_logprobs,
+    grad_entropy, with_entropy: tl.int64, temperatures, many: tl.int64, temperature: tl.float64,
+    inv_softcap: tl.float32, rows, moved: tl.int64, vocab: tl.int64, segments: tl.int64,
+    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr,
+):
+    """A segment of a row. `out` may be the logits' own memory: with entries of the same size a thread overwrites what
+    it has read itself; narrower ones land on entries before them, so one program walks the WHOLE_ROW upwards."""
+    pid = tl.program_id(0)
+    r = (pid // segments).to(tl.int64)
+    segment = (pid % segments).to(tl.int64)
+    n = r
+    if moved != 0:
+        n = tl.load(rows + r)
+    out_row = out + row_offset(r, out_inner, out_outer_stride, out_inner_stride)
+    row = logits + row_offset(n, inner, outer_stride, inner_stride)
+    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
+    TILE: tl.constexpr = LANES * UNROLL
+    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    begin = segment * SEGMENT
+    end = vocab
+    if not WHOLE_ROW:
+        end = tl.minimum(begin + SEGMENT, vocab)
+    full_end = begin + (end - begin) // TILE * TILE
+    left = (end - full_end).to(tl.int32)
+    inside = cols < left
+    if LAYOUT == ALIGNED:  # all but the last few entries, in whole vectors
+        inside = cols < tl.multiple_of(left // VEC * VEC, VEC)
+    last = end // VEC * VEC + tl.arange(0, LANES)[None, :]
+
+    dtype: tl.constexpr = out.dtype.element_ty
+    g = tl.load(grad_logprobs + n)
+    eta = g * 0
+    if with_entropy != 0:
+        eta = tl.load(grad_entropy + n)
+    if (g == 0) & (eta == 0):  # masked or clipped: the row is not read, so nothing in it can matter
+        zeros = tl.zeros((UNROLL, LANES), dtype)
+        for at in range(begin, full_end, TILE):
+            tl.store(entries(out_row, at, cols, 1, OUT_LAYOUT), zeros)
+        if full_end < end:
+            tl.store(entries(out_row, full_end, cols, 1, OUT_LAYOUT), zeros, mask=inside)
+            if LAYOUT == ALIGNED:
+                tl.store(out_row + last, tl.zeros((1, LANES), dtype), mask=last < end)
+        return
+
+    target = tl.load(token_ids + n)
+    t = temperature_of(temperature, temperatures, many, n)
+    log_sum, h = tl.load(lse + n), tl.load(entropy + n)
+    inv_t = 1 / t
+    scale = inv_t * LOG2E
+    c = scale.to(tl.float32)
+    c_rest = (scale - c).to(tl.float32)
+    anchor = (log_sum * t).to(tl.float32)
+    anchor_rest = ((anchor - log_sum * t) * scale).to(tl.float32)
+    pivot = ((log_sum - h) * t).to(tl.float32)
+    offset = ((pivot - (log_sum - h) * t) * inv_t).to(tl.float32)
+    minus_g = (-g * inv_t).to(tl.float32)
+    minus_g_rest = (-g * inv_t - minus_g).to(tl.float32)
+    minus_eta = (-eta * inv_t).to(tl.float32)
+    slope = inv_t.to(tl.float32)
+    own = own_gradient(
+        tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap
+    )
+    tl.debug_barrier()  # every thread has read the token's logit
+
+    for at in range(begin, full_end, TILE):
+        x = tl.load(entries(row, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
+        gradient = tile_gradient(
+            x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+            EXACT,
+        )
+        if (target >= at) & (target < at + TILE):
+            gradient = tl.where(cols == (target - at).to(tl.int32), own, gradient)
+        if WHOLE_ROW:
+            tl.debug_barrier()  # every thread has read this tile, and those before it
+        tl.store(entries(out_row, at, cols, 1, OUT_LAYOUT), rounded(gradient, dtype))
+    if full_end < end:
+        x = tl.load(entries(row, full_end, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
+        gradient = tile_gradient(
+            x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+            EXACT,
+        )
+        if target >= full_end:
+            gradient = tl.where(cols == (target - full_end).to(tl.int32), own, gradient)
+        if LAYOUT == ALIGNED:
+            few = tl.load(row + last, mask=last < end, other=0).to(tl.float32)
+            few = tile_gradient(
+                few, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope,
+                inv_softcap, EXACT,
+            )
+            few = tl.where(last == target, own, few)
+        if WHOLE_ROW:
+            tl.debug_barrier()
+        tl.store(entries(out_row, full_end, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
+        if LAYOUT == ALIGNED:
+            tl.store(out_row + last, rounded(few, dtype), mask=last < end)
+
+
+# ---- launching ---------------------------------------------------------------------------------------------
+
+
+def token_stats_backward(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, temperature: float,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    slopes = (grad_logprobs, grad_entropy)
+    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, *slopes, temperature, None, 0.0, None)
+    return out
+
+
+def token_stats_backward_out(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
+    out: Tensor,
+) -> None:
+    source, target = rows_of(logits), rows_of(out)
+    if target.vocab_stride != 1:
+        raise ValueError(f"out has stride {target.vocab_stride} over the vocabulary, expected 1")
+    shared = logits.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    if shared and rows is not None:
+        raise ValueError("rows was given with an out in the memory of logits, expected memory of its own")
+    if rows is not None:
+        target = target._replace(count=len(rows))
+    _gradient(
+        source, target, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, temperatures, softcap, rows
+    )
+
+
+def _gradient(
+    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
+) -> None:
+    logits, out = source.data, target.data
+    device = device_of(logits)
+    chosen = config((target.count, source.vocab), logits.dtype, device)
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    whole = out.dtype.itemsize < logits.dtype.itemsize
+    layout = source.layout
+    if layout == ALIGNED.value and target.layout != layout:
+        layout = UNIT_STRIDE.value
+    segments = 1 if whole else triton.cdiv(source.vocab, SEGMENT)
+    launch(
+        gradient_kernel, (target.count * segments,), logits, *source.arguments(), out, target.inner,
+        target.outer_stride, target.inner_stride, token_ids, lse, entropy, grad_logprobs,
+        *optional(grad_entropy, torch.float32, token_ids), *optional(temperatures, torch.float32, token_ids),
+        temperature, 1 / softcap if softcap > 0 else 0.0, *optional(rows, torch.int64, token_ids), source.vocab,
+        segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, LAYOUT=layout,
+        EXACT=out.dtype == torch.float32, WHOLE_ROW=whole, **chosen.constants(logits.dtype, device),
+    )
+
+
+def variants(device: Device) -> Iterator[Variant]:
+    """Every compilation that a launch above can ask for."""
+    for dtype in DTYPES:
+        chosen = config((1, 1), dtype, device)
+        options, constants = {"num_warps": chosen.num_warps, "num_stages": 1}, chosen.constants(dtype, device)
+        for narrow in DTYPES if dtype == torch.float32 else (dtype,):
+            for layout in LAYOUTS:
+                yield Variant(
+                    gradient_kernel,
+                    signature(
+                        gradient_kernel, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
+                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", temperatures="*fp32", rows="*i64",
+                    ),
+                    {
+                        "SEGMENT": SEGMENT, "LAYOUT": layout, "EXACT": narrow == torch.float32,
+                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **constants,
+                    },
+                    options,
+                    ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),
+                )
