@@ -84,11 +84,15 @@ def options(variant: Variant) -> dict[str, Any]:
 
 
 def signature(variant: Variant) -> dict[str, str]:
-    """The type of each argument in order; a variant may name types of arguments that its kernel has not."""
+    """The type of each argument in order; a variant may name types of arguments that its kernel has not.
+
+    Triton's own launcher gives "*u1" to tensors of bool; a variant may say "*i1".
+    """
     names = [parameter.name for parameter in variant.kernel.params]
     if unknown := set(variant.constants) - set(names):
         raise ValueError(f"{variant.kernel.__name__} has no arguments {sorted(unknown)}")
-    return {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
+    types = {name: "*u1" if type_ == "*i1" else type_ for name, type_ in variant.signature.items()}
+    return {name: "constexpr" if name in variant.constants else types[name] for name in names}
 
 
 def compile_variant(variant: Variant, device: Device) -> Compiled:
