@@ -3,8 +3,8 @@
     python triton_launches.py OUT.json
 
 Calls every launcher with tensors on the CPU while `launch` only takes notes: the key under which Triton would look the
-compilation up, by Triton's own binder of the target. `SETTINGS` of a call (dtypes, which tensors are there, codes of
-an objective) may make compilations; its values (sizes, strides, alignment, numbers) must not.
+compilation up, by Triton's own binder for the target. The settings of a call (dtypes, which tensors are there, codes
+of an objective) may make compilations; its values (sizes, strides, alignment, numbers) must not.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from r1kernels.triton import aot, common
 from r1kernels.triton.common import Device
 
 Value = TypeVar("Value")
-SETTINGS, DRAWS = 8, 50
-LISTED_DRAWS = 400
+SETTINGS, DRAWS = 8, 50  # values are drawn so many times for each of so many settings
+LISTED_DRAWS = 400  # of settings and values
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "padded", "misaligned", "transposed", "permuted", "expanded")
-ENTRIES = 2**24
+ENTRIES = 2**24  # of a tensor whose memory is its own
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------
@@ -231,6 +231,17 @@ def divergence_backward(draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def linear_statistics(draw: Draw) -> tuple[Any, ...]:
+    dtype, count, vocab = draw.choice(DTYPES[1:]), draw.count(2**13), draw.count(2**15)
+    width = draw.values.choice((64, 512, draw.count(ENTRIES // 2**15)))
+    hidden, weight = draw.rows((count, width), dtype, WRITTEN), draw.rows((vocab, width), dtype, WRITTEN)
+    return (
+        hidden, weight, draw.maybe(torch.empty(vocab, dtype=dtype)), ids(count), draw.maybe(mask(count)),
+        draw.number(0.1, 3.0), draw.maybe(floats(count)), draw.number(0.05, 2.0),
+        draw.choice((0.0, draw.number(5.0, 50.0))), draw.choice((True, False)),
+    )
+
+
 # Launcher, by module and name -> its arguments.
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "token_stats.token_stats": token_stats,
@@ -241,6 +252,7 @@ CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "kl_estimate.kl_estimate": kl_estimate,
     "divergence.divergence": divergence,
     "divergence.divergence_backward": divergence_backward,
+    "linear_statistics.linear_statistics": linear_statistics,
 }
 
 
