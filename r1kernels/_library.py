@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -222,7 +223,10 @@ def _load_extension() -> tuple[Any, str]:
         return None, str(error)
 
 
-extension, extension_error = _load_extension()
+# The Triton interpreter (`TRITON_INTERPRET=1`) runs GPU kernels on CPU tensors, for tests: asked for by
+# `R1KERNELS_BACKEND=triton`, they take the place of the compiled extension in the whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("R1KERNELS_BACKEND") == "triton"
+extension, extension_error = (None, "the Triton interpreter takes its place") if INTERPRETED else _load_extension()
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -237,6 +241,62 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
     """value.to(dtype), into memory as that of `empty`."""
     return empty(*value.shape, dtype=dtype, device=value.device).copy_(value)
+
+
+# ---- the Triton kernels -----------------------------------------------------------------------------------
+
+TRITON_OPERATORS = {
+    "token_stats": "token_stats",
+    "token_stats_backward": "token_stats",
+    "token_stats_backward_out": "token_stats",
+}
+HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
+OLDEST_CAPABILITY = (8, 0)
+
+
+def _triton_launcher(name: str, module: str) -> Callable[..., Any]:
+    """Imports the kernels when an operator first runs: importing the library does not import a compiler."""
+
+    def run(*args: Any) -> Any:
+        missing = triton_missing("cpu" if INTERPRETED else "cuda")
+        if missing:
+            raise RuntimeError(f"r1kernels::{name} has no kernel here: {missing}")
+        return getattr(importlib.import_module(f"r1kernels.triton.{module}"), name)(*args)
+
+    return run
+
+
+_missing: dict[str, str] = {}
+
+
+def triton_missing(device_type: str) -> str:
+    """Why the Triton kernels cannot serve a kind of device; empty where they can."""
+    if device_type == "meta" or torch.compiler.is_compiling():
+        return _missing.get(device_type, "")  # a launcher looks again before it runs
+    if device_type not in _missing:
+        _missing[device_type] = _why_no_triton(device_type)
+    return _missing[device_type]
+
+
+def _why_no_triton(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed; {HOW_TO_GET_TRITON}"
+    if device_type == "cpu":
+        return "" if INTERPRETED else "Triton has no compiler for CPUs"
+    if device_type != "cuda":  # that of AMD GPUs as well
+        return f"no kernels for device {device_type!r}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(i)
+            if capability < OLDEST_CAPABILITY:
+                return "{} is sm_{}{}, expected sm_{}{} or newer".format(
+                    torch.cuda.get_device_name(i), *capability, *OLDEST_CAPABILITY
+                )
+    return ""
+
+
+for _name, _module in TRITON_OPERATORS.items():
+    _schemas.impl(_name, _triton_launcher(_name, _module), "CPU" if INTERPRETED else "CUDA")
 
 
 # ---- which implementation serves a call -------------------------------------------------------------------
@@ -258,8 +318,9 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (the fastest for the tensor's device), "reference" (plain PyTorch, any device, also
-            float64) or "cpu" (the compiled kernels). The environment variable `R1KERNELS_BACKEND`, read at
-            import, sets the same choice; either holds for the whole process, all threads included.
+            float64), "cpu" (the compiled kernels) or "triton" (those of GPUs). The environment variable
+            `R1KERNELS_BACKEND`, read at import, sets the same choice; either holds for the whole process, all
+            threads included.
 
     Raises:
         ValueError: unknown name.
@@ -283,19 +344,24 @@ def choose(device_type: str, dtype: torch.dtype) -> Choice:
     """The implementation for a device and dtype, and why. The one place where this is decided."""
     if _requested == "reference":
         return Choice("reference", "requested")
-    if _requested == "cpu":
-        if extension is None:
-            raise RuntimeError(f"backend 'cpu' was requested but r1kernels._C is missing ({extension_error}); "
-                               f"{HOW_TO_BUILD}")
-        if device_type not in ("cpu", "meta"):
+    if _requested == "cpu" and extension is None:
+        raise RuntimeError(f"backend 'cpu' was requested but r1kernels._C is missing ({extension_error}); "
+                           f"{HOW_TO_BUILD}")
+    if _requested == "triton":
+        missing = triton_missing(device_type)
+        if missing:
+            raise RuntimeError(f"backend 'triton' was requested for a tensor on {device_type!r}: {missing}")
+    if _requested in ("cpu", "triton"):
+        if _requested == "cpu" and device_type not in ("cpu", "meta"):
             raise ValueError(f"backend 'cpu' was requested for a tensor on {device_type!r}, expected 'cpu'")
         if dtype not in NATIVE_DTYPES:
-            raise TypeError(f"backend 'cpu' was requested for {dtype}, expected float32, bfloat16 or float16")
-        return Choice("cpu", "requested")
+            raise TypeError(f"backend {_requested!r} was requested for {dtype}, expected float32, bfloat16 or float16")
+        return Choice(_requested, "requested")
     if dtype == torch.float64:
         return Choice("reference", "float64 is computed by plain PyTorch only", slow=True)
-    if device_type not in ("cpu", "meta"):
-        return Choice("reference", f"no kernels for device {device_type!r} yet", slow=True)
+    if INTERPRETED or device_type not in ("cpu", "meta"):
+        missing = triton_missing(device_type)
+        return Choice("reference", missing, slow=True) if missing else Choice("triton", "compiled when first used")
     if extension is None:
         return Choice("reference", f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}", slow=True)
     return Choice("cpu", "compiled extension")

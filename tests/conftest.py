@@ -10,7 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from r1kernels import _library, backend
+from r1kernels import _library, backend, testing
+
+if _library.INTERPRETED:
+    _library._requested = "auto"  # float64 is for the reference, as ever
 
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
@@ -26,16 +29,20 @@ def on_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["triton"] if _library.INTERPRETED else ["reference", "cpu"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per implementation."""
     with backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=_library.extension.cpu_isas() if _library.extension else [])
+@pytest.fixture(params=_library.extension.cpu_isas() if _library.extension else [testing.KERNELS])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test with each set of CPU instructions that this processor has."""
+    if _library.extension is None:
+        with backend(testing.KERNELS):
+            yield request.param
+        return
     in_use = _library.extension.cpu_isa()
     _library.extension.use_cpu_isa(request.param)
     with backend("cpu"):

@@ -88,7 +88,7 @@ def test_differentiable_once_only() -> None:
     student, teacher = testing.random_pair(3, 11)
     student.requires_grad_()
     for keywords in ({"teacher_logits": teacher}, topk_arguments(teacher, 3)):
-        with backend("cpu"):
+        with backend(testing.KERNELS):
             loss = distillation_loss(student, **keywords).loss.square()
             (grad,) = torch.autograd.grad(loss, student, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -68,7 +68,7 @@ def check(
     g = torch.randn(student.shape[:-1], generator=testing.generator(1))
     source = student.detach().requires_grad_()
     expected = testing.divergence(student, teacher, kind, beta, temperature)
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         value, student_entropy, teacher_entropy = divergence.divergence(
             source, teacher, None, kind, beta, temperature
         )
@@ -139,7 +139,7 @@ def test_nearly_equal_distributions_keep_their_distance(kind: str, beta: float, 
     """A divergence of 1e-13 is still good to 1e-5 of itself: log q - log p in fp32 would be nothing but noise."""
     student, teacher = testing.random_pair(4, 4000, distance=distance, scale=1.0)
     exact = testing.divergence(student, teacher, kind, beta).value.value
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         value, *_ = divergence.divergence(student, teacher, None, kind, beta, 1.0)
     lse_squared = testing.EPS32**2
     testing.assert_within(value, exact, 1e-5 * exact + lse_squared)
@@ -155,7 +155,7 @@ def test_topk(k: int, kind: str, dtype: torch.dtype) -> None:
     for temperature in (1.0, 0.7):
         source = student.clone().requires_grad_()
         expected = testing.topk_divergence(student, ids, logprobs, kind, 0.3, temperature)
-        with backend("cpu"):
+        with backend(testing.KERNELS):
             teacher = topk_divergence.make_teacher(ids, logprobs, None)
             value, entropy, teacher_tail, student_tail = topk_divergence.topk_divergence(
                 source, teacher, None, kind, 0.3, temperature
@@ -179,7 +179,7 @@ def test_a_small_tail_of_the_student_does_not_cancel() -> None:
     student = torch.zeros(1, 50)
     student[0, 7] = 34.0
     teacher = topk_divergence.make_teacher(torch.tensor([[7]]), torch.tensor([[-1e-3]]), None)
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         value, _, _, tail = topk_divergence.topk_divergence(student, teacher, None, "forward_kl", 0.5, 1.0)
     exact = 49 * math.exp(-34.0) / (1 + 49 * math.exp(-34.0))
     assert abs(tail.item() / exact - 1) < 1e-6
@@ -204,7 +204,7 @@ def test_a_student_who_is_the_teacher_is_at_distance_0(kind: str, dtype: torch.d
 
 def test_the_same_distribution_in_another_dtype_or_shifted_is_at_distance_0() -> None:
     logits = testing.random_logits(5, 3000, dtype=torch.bfloat16)
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         for kind in KINDS:
             for student in (logits.float(), logits.float() + 16):
                 value, *_ = divergence.divergence(student, logits, None, kind, 0.5, 1.0)
@@ -229,7 +229,7 @@ def test_reverse_kl_is_forward_kl_the_other_way_round(implementation: str) -> No
 def test_the_ends_of_beta() -> None:
     """jsd / beta goes to the forward and jsd / (1 - beta) to the reverse KL."""
     student, teacher = testing.random_pair(4, 500, distance=0.5)
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         low, *_ = divergence.divergence(student, teacher, None, "jsd", 1e-4, 1.0)
         high, *_ = divergence.divergence(student, teacher, None, "jsd", 1 - 1e-4, 1.0)
         forward, *_ = divergence.divergence(student, teacher, None, "forward_kl", 0.5, 1.0)

@@ -83,7 +83,7 @@ def test_topk_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for scratch in (topk_divergence.SCRATCH_BYTES, 4 * 99 * 2, 1):
         monkeypatch.setattr(topk_divergence, "SCRATCH_BYTES", scratch)
         source = student.clone().requires_grad_()
-        with backend("cpu"):
+        with backend(testing.KERNELS):
             value, *rest = topk(source, teacher, mask, "reverse_kl", 0.3, 0.7)
         torch.where(mask, value, 0).sum().backward()
         results.append((value, *rest, source.grad))
@@ -282,7 +282,7 @@ def test_rows_do_not_depend_on_their_batch(
 
     def run(rows: Tensor | slice) -> tuple[Tensor, ...]:
         source = student[rows].clone().requires_grad_()
-        with backend("cpu"):
+        with backend(testing.KERNELS):
             results = full(source, teacher[rows], None, kind, 0.3, 0.7)
         (grad,) = torch.autograd.grad(results[0], source, results[0].detach())
         return *results, grad

@@ -71,7 +71,7 @@ def test_values_and_gradients(dtype: torch.dtype, name: str, temperature: float)
     inputs = batch(dtype)
     row = (inputs["logits"], inputs["token_ids"])
     objective = Objective(**OBJECTIVES[name], **EVERYTHING)
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         loss, grad, metrics = evaluate(inputs, objective=objective, temperature=temperature)
         logprobs, entropy = token_logprobs_and_entropy(*row, temperature=temperature)
 
@@ -229,7 +229,7 @@ def test_compile_fullgraph(compiler: str) -> None:
         return grpo_loss(logits, **inputs, objective=objective, temperature=0.9)
 
     results = []
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         for function in (run, testing.compiled(run, compiler)):
             logits = source.clone().requires_grad_()
             loss, metrics = function(logits)

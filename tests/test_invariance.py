@@ -135,7 +135,7 @@ def test_threads_change_no_bit(name: str, on_threads: Callable[[int], None]) -> 
     results = []
     for threads in (1, 2, 3):
         on_threads(threads)
-        with backend("cpu"):
+        with backend(testing.KERNELS):
             loss, metrics = policy_loss(**inputs, objective=make_objective(name, "token_mean"))
         (grad,) = torch.autograd.grad(loss, inputs["logprobs"])
         results.append((loss, grad, *metrics.values()))

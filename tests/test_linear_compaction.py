@@ -212,7 +212,7 @@ def test_the_padding_row_of_a_capacity_is_not_looked_up() -> None:
     case = cases.make("temperatures", 6)
     mask = torch.tensor([True, False, True, True, False, False])
     case["token_ids"][5], case["hidden"][5], case["temperature"][5] = 2**40, torch.nan, torch.nan
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         results = [
             cases.gradients(linear_token_logprobs, case, lambda logprobs: logprobs.square().sum(), mask=mask, **more)
             for more in ({}, {"capacity": 5})

@@ -278,7 +278,7 @@ def test_confident_topk_teachers_are_at_a_finite_distance(kind: str, implementat
 
 @pytest.mark.parametrize("k", [None, 5])
 def test_values_have_the_same_bits_whatever_the_budget(k: int | None) -> None:
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         case = Case("everything", "everything", k, "jsd")
         results = [case.run(chunk_bytes=budget, batch_invariant=True)[0] for budget in (3000, 8000, None)]
     for name, value in results[0].metrics.items():
@@ -354,7 +354,7 @@ def test_memory(dtype: torch.dtype, k: int | None) -> None:
         loss.backward()
         return loss
 
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         run()
         for leaf in leaves.values():
             leaf.grad = None

@@ -127,7 +127,7 @@ def test_heads_in_float32(head: str, name: str, more: dict[str, float], implemen
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_objectives_and_inputs_in_float32(name: str, extra: str) -> None:
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         for aggregate in AGGREGATES.values():
             check(make("bias", extra), Objective(**OBJECTIVES[name], **aggregate), 1e-5)
 

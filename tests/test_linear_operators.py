@@ -294,7 +294,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_rows_out_of_order_are_refused(name: str) -> None:
     case = Gradient(torch.float32, 11, 0.0, False)
-    with backend("cpu"), pytest.raises(RuntimeError, match=r"rows must ascend within \[0, 6\)"):
+    with backend(testing.KERNELS), pytest.raises(RuntimeError, match=r"rows must ascend within \[0, 6\)"):
         case.into(torch.empty(6, 11), case.logits, torch.tensor(BAD_ROWS[name]))
 
 
@@ -309,8 +309,8 @@ def test_rows_out_of_order_are_refused(name: str) -> None:
 )
 def test_memory_of_another_shape_is_refused(out: Tensor, message: str) -> None:
     case = Gradient(torch.float32, 11, 0.0, False)
-    with backend("cpu"), pytest.raises(RuntimeError, match=message):
+    with backend(testing.KERNELS), pytest.raises(RuntimeError, match=message):
         case.into(out, case.logits, None)
     wide = Gradient(torch.bfloat16, 11, 0.0, False)
-    with backend("cpu"), pytest.raises(RuntimeError, match="out must have the dtype of logits, or a narrower one"):
+    with backend(testing.KERNELS), pytest.raises(RuntimeError, match="out must have the dtype of logits, or a narrower one"):
         wide.into(torch.empty(6, 11), wide.logits, None)

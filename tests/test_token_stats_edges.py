@@ -284,7 +284,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     g[probed] = torch.randn(len(probed), generator=testing.generator(1))
 
     logits.requires_grad_()
-    with backend("cpu"):
+    with backend(testing.KERNELS):
         logprobs = token_logprobs(logits, ids)
         (grad,) = torch.autograd.grad(logprobs, logits, g)
     rows_of_probes = pattern[probed % 7]

@@ -1,5 +1,6 @@
 """Inputs, float64 oracles and the error budget of the tests."""
 
+from r1kernels import _library
 from r1kernels.testing.budget import EPS32, Expected, assert_within, rounding
 from r1kernels.testing.divergences import (
     DivergenceExpected,
@@ -30,9 +31,13 @@ from r1kernels.testing.oracles import (
     token_stats_gradient,
 )
 
+# The kernels under test: the compiled ones, or those of GPUs where the Triton interpreter runs them on the CPU.
+KERNELS = "triton" if _library.INTERPRETED else "cpu"
+
 __all__ = [
     "DYNAMO_WARNING",
     "EPS32",
+    "KERNELS",
     "DivergenceExpected",
     "Expected",
     "PolicyExpected",

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +24,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 UPCAST = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Layouts of rows: see `Rows.layout`.
+ALIGNED, UNIT_STRIDE, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 
 POINTERS = {
@@ -97,7 +100,8 @@ def launch(
     if 0 in grid:
         return
     if INTERPRETED:
-        kernel[grid](*arguments, **constants)
+        with numpy.errstate(all="ignore"):  # inf and NaN pass through here as they do through a GPU
+            kernel[grid](*arguments, **constants)
         return
     with torch.cuda.device(like.device):
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
@@ -118,31 +122,38 @@ class Rows(NamedTuple):
     vocab_stride: int
 
     @property
-    def misalignment(self) -> int:
-        """Entries by which the first one lies beyond a multiple of 16 bytes."""
-        return self.data.data_ptr() % 16 // self.data.element_size()
+    def layout(self) -> int:
+        """How entries of a row can be read: ALIGNED in 16 bytes at a time, UNIT_STRIDE or STRIDED one by one."""
+        if self.vocab_stride != 1:
+            return STRIDED.value
+        size = self.data.element_size()
+        steps = (self.data.data_ptr(), self.outer_stride * size, self.inner_stride * size)
+        return UNIT_STRIDE.value if any(step % 16 for step in steps) else ALIGNED.value
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.data, self.misalignment, self.inner, self.outer_stride, self.inner_stride, self.vocab_stride
+        return self.data, self.inner, self.outer_stride, self.inner_stride, self.vocab_stride
 
 
 def rows_of(tensor: Tensor) -> Rows:
     """The rows of (..., V) with any strides: a copy only where three or more dimensions defy merging."""
-    sizes, strides = list(tensor.shape[:-1]), list(tensor.stride()[:-1])
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(sizes, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if merged and (size == 1 or merged[-1][1] == size * stride):
             merged[-1] = (merged[-1][0] * size, stride)
+        elif merged and merged[-1][0] == 1:
+            merged[-1] = (size, stride)
         else:
             merged.append((size, stride))
     if len(merged) > 2:
         return rows_of(tensor.contiguous())
-    count = tensor.shape[:-1].numel()
-    (_, outer), (inner_size, inner) = ([(1, 0)] * 2 + merged)[-2:]
-    vocab = tensor.shape[-1]
-    return Rows(tensor, count, vocab, max(inner_size, 1), outer, inner, tensor.stride(-1) if vocab > 1 else 1)
+    count, vocab = tensor.shape[:-1].numel(), tensor.shape[-1]
+    (_, outer), (size, inner) = ([(1, 0)] * 2 + merged)[-2:]
+    return Rows(tensor, count, vocab, max(size, 1), outer, inner, tensor.stride(-1))
+
+
+def optional(tensor: Tensor | None, dtype: torch.dtype, other: Tensor) -> tuple[Tensor, int]:
+    """A tensor that may be absent, as a pointer of one type (that of contiguous `other`) and whether to read it."""
+    return (other.reshape(-1).view(dtype), 0) if tensor is None else (tensor, 1)
 
 
 @triton.jit
@@ -150,6 +161,17 @@ def row_offset(n, inner, outer_stride, inner_stride):
     """Entries from the data to row n, in 64 bits."""
     n = n.to(tl.int64)
     return (n // inner) * outer_stride + (n % inner) * inner_stride
+
+
+@triton.jit
+def entries(row, at, cols, vocab_stride, LAYOUT: tl.constexpr):
+    """Pointers to the entries at + cols of a row; `at` is a multiple of a tile."""
+    if LAYOUT == ALIGNED:
+        return tl.multiple_of(row + at, 16) + cols
+    elif LAYOUT == UNIT_STRIDE:
+        return row + at + cols
+    else:
+        return row + at * vocab_stride + cols * vocab_stride
 
 
 # ---- arithmetic of single numbers -------------------------------------------------------------------------
@@ -179,13 +201,13 @@ def difference_error(a, b, difference):
 
 
 @triton.jit
-def expm1(x):
-    """e^x - 1 in float32 without cancellation near 0: a series below 1/2, whose next term is under one rounding."""
+def expm1(x, exp_x):
+    """e^x - 1 in float32 without cancellation near 0, from x and e^x; the series is exact to a rounding below 1/2."""
     series = x * (
         1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0 + x * (1 / 720.0 + x * (
             1 / 5040.0 + x * (1 / 40320.0 + x / 362880.0)))))))
     )
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, series, exp_x - 1.0)
 
 
 @triton.jit
