@@ -242,18 +242,24 @@ def linear_statistics(draw: Draw) -> tuple[Any, ...]:
     )
 
 
-# Launcher, by module and name -> its arguments.
+# Launcher -> its arguments.
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
-    "token_stats.token_stats": token_stats,
-    "token_stats.token_stats_backward": token_stats_backward,
-    "token_stats.token_stats_backward_out": token_stats_backward_out,
-    "policy_loss.policy_loss": policy_loss,
-    "group_advantages.group_advantages": group_advantages,
-    "kl_estimate.kl_estimate": kl_estimate,
-    "divergence.divergence": divergence,
-    "divergence.divergence_backward": divergence_backward,
-    "linear_statistics.linear_statistics": linear_statistics,
+    arguments.__name__: arguments
+    for arguments in (
+        token_stats, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
+        divergence, divergence_backward, linear_statistics,
+    )
 }
+
+
+def launchers() -> dict[str, Callable[..., Any]]:
+    """Those of `CALLS` that there are, wherever they are defined."""
+    modules = [importlib.import_module(module) for module in aot.kernel_modules()]
+    return {
+        name: getattr(module, name)
+        for name in CALLS for module in modules
+        if getattr(getattr(module, name, None), "__module__", "") == module.__name__
+    }
 
 
 # ---- taking notes ---------------------------------------------------------------------------------------------
@@ -298,6 +304,7 @@ class Notes:
     def __init__(self, device: Device):
         self.device = device
         self.keys: set[str] = set()
+        self.launchers = launchers()
         for name, module in list(sys.modules.items()):
             if name.startswith("r1kernels.triton."):
                 if hasattr(module, "launch"):
@@ -313,10 +320,8 @@ class Notes:
     def of(self, launcher: str, draws: Iterator[Draw]) -> set[str]:
         """The keys of all launches for some calls of a launcher."""
         self.keys = set()
-        module, name = launcher.split(".")
-        run = getattr(importlib.import_module(f"r1kernels.triton.{module}"), name)
         for draw in draws:
-            run(*CALLS[launcher](draw))
+            self.launchers[launcher](*CALLS[launcher](draw))
         return self.keys
 
 
@@ -336,14 +341,14 @@ def steady(launcher: str, device: Device) -> list[dict[str, Any]]:
     return results
 
 
-def listed(device: Device, launchers: Sequence[str]) -> dict[str, Any]:
-    """Launches that `variants` does not have, by launcher, and variants that no launch asked for."""
-    modules = dict.fromkeys(f"r1kernels.triton.{launcher.split('.')[0]}" for launcher in launchers)
+def listed(device: Device) -> dict[str, Any]:
+    """Launches that no module's `variants` has, by launcher, and variants that no launch asked for."""
+    modules = aot.kernel_modules()
     known = {key_of_variant(variant) for module in modules for variant in aot.variants_of(module, device)}
     notes = Notes(device)
     used = {
         launcher: notes.of(launcher, (Draw(settings, settings) for settings in range(LISTED_DRAWS)))
-        for launcher in launchers
+        for launcher in notes.launchers
     }
     return {
         "unlisted": {launcher: sorted(keys - known) for launcher, keys in used.items()},
@@ -360,18 +365,15 @@ def specialising_kernel(x, count):
 
 
 def main(out: Path) -> None:
-    launchers = [
-        launcher for launcher in CALLS if f"r1kernels.triton.{launcher.split('.')[0]}" in aot.kernel_modules()
-    ]
     specialised = {
         key_of_launch(aot.DEVICES["sm_90"], specialising_kernel, (torch.empty(64)[offset:], count), {})
         for offset in (0, 1) for count in (1, 7, 16, 2**40)
     }
     result = {
-        "launchers": launchers,
+        "launchers": sorted(launchers()),
         "specialised": sorted(specialised),
-        "steady": {launcher: steady(launcher, aot.DEVICES["sm_90"]) for launcher in launchers},
-        "listed": {arch: listed(device, launchers) for arch, device in aot.DEVICES.items()},
+        "steady": {launcher: steady(launcher, aot.DEVICES["sm_90"]) for launcher in launchers()},
+        "listed": {arch: listed(device) for arch, device in aot.DEVICES.items()},
     }
     out.write_text(json.dumps(result, indent=1))
 

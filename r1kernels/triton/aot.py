@@ -230,7 +230,7 @@ def main() -> int:
     failed = [row for row in result["rows"] if "error" in row]
     print(f"{len(result['rows'])} compilations, {len(failed)} failed, in {time.perf_counter() - started:.0f} s")
     for row in failed:
-        print(f"{row['kernel']} [{row['variant']}] {row['arch']}: {row['error']}", file=sys.stderr)
+        print(f"{row['kernel']} [{row['variant']}] {row['arch']}: {row['error'].splitlines()[-1]}", file=sys.stderr)
     return 1 if failed else 0
 
 
