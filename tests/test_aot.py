@@ -145,6 +145,7 @@ def test_faults_are_found(table: dict[str, Any], arch: str) -> None:
 
 
 def test_the_committed_table_is_of_these_kernels() -> None:
+    assert COMMITTED.exists(), f"there is no table: {REFRESH}"
     committed = json.loads(COMMITTED.read_text())
     assert committed["sources"] == sources.kernel_sources_hash(), f"kernels have changed: {REFRESH}"
     assert not [row for row in committed["rows"] if "error" in row]
