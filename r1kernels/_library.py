@@ -249,6 +249,9 @@ TRITON_OPERATORS = {
     "token_stats": "token_stats",
     "token_stats_backward": "token_stats_backward",
     "token_stats_backward_out": "token_stats_backward",
+    "policy_loss": "policy_loss",
+    "group_advantages": "group_advantages",
+    "kl_estimate": "kl_estimate",
 }
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY = (8, 0)

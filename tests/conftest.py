@@ -13,7 +13,11 @@ from hypothesis import settings
 from r1kernels import _library, backend, testing
 
 if _library.INTERPRETED:
+    from triton.runtime import interpreter
+
     _library._requested = "auto"  # float64 is for the reference, as ever
+    # Device assertions hold, as in kernels that look at values on a GPU.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)

@@ -46,7 +46,7 @@ def checking_kernel(function: Callable[..., Any]) -> Any:
     """A `kernel` whose `tl.device_assert` is kept: for one that looks at values as it passes by.
 
     A failed assertion ends the process's use of the device, as those of torch's own indexing do: its message goes to
-    stderr and the next synchronisation raises. Under the interpreter it raises at once.
+    stderr and the next synchronisation raises.
     """
     return triton.jit(do_not_specialize=_runtime_arguments(function), debug=True)(function)
 
