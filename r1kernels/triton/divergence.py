@@ -152,7 +152,9 @@ def divergence_backward(
     p, q = _rows_pair(student, teacher)
     _check_kind(kind)
     if out.shape != student.shape:
-        raise ValueError(f"out must have the student's shape {tuple(student.shape)}, got {tuple(out.shape)}")
+        raise ValueError(
+            f"out and student must have the same shape, got {tuple(out.shape)} and {tuple(student.shape)}"
+        )
     if p.vocab > 1 and out.stride(-1) != 1:
         raise ValueError(f"out must have unit stride over the vocabulary, got {out.stride(-1)}")
     if not softcap >= 0:

@@ -89,7 +89,8 @@ def _merged(partials, n, counts, count, segments, t):
     mean = weighted / total  # sum_j p_j (x_j - top)
     log_total = tl.log(total)
     # The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
-    lse = top.to(tl.float64) / t + (log_total + (1 / t - c * LN2) * mean)
+    beyond = tl.where(total == 0, 0.0, (1 / t - c * LN2) * mean)
+    lse = top.to(tl.float64) / t + (log_total + beyond)
     return lse, log_total - mean * c * LN2
 
 
