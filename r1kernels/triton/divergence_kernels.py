@@ -1,0 +1,267 @@
+"""Kernels of the divergences: statistics of a tensor, sums of terms >= 0, gradient; what they make is in divergence.py.
+
+A program reduces one segment of a row, of fixed size, to a few float32 numbers. A second kernel merges the segments
+of a row in float64, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from r1kernels.triton.common import LN2, LOG2E, LOWEST, kernel, wide
+from r1kernels.triton.divergence_math import (
+    CONSTANTS,
+    entry_of,
+    gradient_of,
+    jsd_terms,
+    kl_term,
+    load_constants,
+    store_constants,
+)
+from r1kernels.triton.entries import load_tile, row_start, store_tile
+from r1kernels.triton.token_stats import add_tile
+
+# ---- statistics of one tensor ---------------------------------------------------------------------------------
+
+
+@kernel
+def statistics_kernel(
+    logits, code: tl.int64, misalignment: tl.int64, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
+    vocab_stride: tl.int64, mask, masked: tl.int64, temperature: tl.float64, partials, count: tl.int64,
+    vocab: tl.int64, segments: tl.int64,
+    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
+):
+    """partials (4, segments, N): maximum, sum beside the maxima, weighted sum and number of maxima of a segment."""
+    pid = tl.program_id(0)
+    n = (pid // segments).to(tl.int64)
+    segment = (pid % segments).to(tl.int64)
+    if masked != 0:
+        if not tl.load(mask + n):
+            return
+    row, vectors = row_start(logits, code, misalignment, inner, outer_stride, inner_stride, n)
+    c = (1 / wide(temperature) * LOG2E).to(tl.float32)
+    top = tl.full((LANES,), LOWEST, tl.float32)
+    rest = tl.zeros((LANES,), tl.float32)
+    weighted = tl.zeros((LANES,), tl.float32)
+    maxima = tl.zeros((LANES,), tl.float32)
+    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, vocab)
+    for at in range(begin, end, LANES * UNROLL):
+        x = load_tile(row, vectors, at, cols, end - at, vocab_stride, code, LANES * UNROLL, VEC)
+        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, EXACT)
+
+    highest = tl.max(top, 0)
+    shift = tl.maximum(top - highest, LOWEST)
+    factor = tl.exp2(shift * c)
+    # Beside the ones of the maxima a float32 sum would lose the rest.
+    is_highest = top == highest
+    beside = tl.where(is_highest, rest, factor * (rest + maxima))
+    total_weighted = tl.where(factor == 0, 0.0, factor * (weighted + shift * (rest + maxima)))
+    out = partials + segment * count + n
+    plane = segments * count
+    tl.store(out, highest)
+    tl.store(out + plane, tl.sum(beside, 0))
+    tl.store(out + 2 * plane, tl.sum(total_weighted, 0))
+    tl.store(out + 3 * plane, tl.sum(tl.where(is_highest, maxima, 0.0), 0))
+
+
+@triton.jit
+def _merged(partials, n, counts, count, segments, t):
+    """Log-sum-exp and entropy of rows n in float64."""
+    plane = segments * count
+    c = (1 / t * LOG2E).to(tl.float32).to(tl.float64)  # what the segments were summed with
+    top = tl.full(n.shape, LOWEST, tl.float32)
+    for s in range(0, segments):
+        top = tl.maximum(top, tl.load(partials + s * count + n, mask=counts, other=0))
+    total = tl.zeros(n.shape, tl.float64)
+    weighted = tl.zeros(n.shape, tl.float64)
+    for s in range(0, segments):
+        at = partials + s * count + n
+        shift = tl.load(at, mask=counts, other=0).to(tl.float64) - top.to(tl.float64)
+        factor = tl.exp2(shift * c)
+        part = tl.load(at + plane, mask=counts, other=0).to(tl.float64)
+        part += tl.load(at + 3 * plane, mask=counts, other=0).to(tl.float64)
+        part_weighted = tl.load(at + 2 * plane, mask=counts, other=0).to(tl.float64)
+        total += factor * part
+        weighted += tl.where(factor == 0, 0.0, factor * (part_weighted + shift * part))
+    mean = weighted / total  # sum_j p_j (x_j - top)
+    log_total = tl.log(total)
+    # The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
+    beyond = tl.where(total == 0, 0.0, (1 / t - c * LN2) * mean)
+    lse = top.to(tl.float64) / t + (log_total + beyond)
+    return lse, log_total - mean * c * LN2
+
+
+@kernel
+def merge_statistics_kernel(
+    partials, mask, masked: tl.int64, temperature: tl.float64, beta: tl.float64, lse_student, lse_teacher,
+    student_entropy, teacher_entropy, constants, count: tl.int64, segments: tl.int64, BLOCK: tl.constexpr,
+):
+    """Both log-sum-exps, both entropies and the rows' constants."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < count
+    counts = keep
+    if masked != 0:
+        counts = keep & tl.load(mask + n, mask=keep, other=0).to(tl.int1)
+    t = wide(temperature)
+    lse_p, entropy_p = _merged(partials, n, counts, count, segments, t)
+    lse_q, entropy_q = _merged(partials + 4 * segments * count, n, counts, count, segments, t)
+    zero = wide(0.0)
+    store_constants(constants, n, counts, lse_p, lse_q, t, wide(beta), zero, zero, zero)
+    tl.store(lse_student + n, tl.where(counts, lse_p, 0.0), mask=keep)
+    tl.store(lse_teacher + n, tl.where(counts, lse_q, 0.0), mask=keep)
+    tl.store(student_entropy + n, tl.where(counts, entropy_p, 0.0), mask=keep)
+    tl.store(teacher_entropy + n, tl.where(counts, entropy_q, 0.0), mask=keep)
+
+
+# ---- the divergence -------------------------------------------------------------------------------------------
+
+
+@kernel
+def terms_kernel(
+    student, student_code: tl.int64, student_misalignment: tl.int64, student_inner: tl.int64,
+    student_outer_stride: tl.int64, student_inner_stride: tl.int64, student_vocab_stride: tl.int64,
+    teacher, teacher_code: tl.int64, teacher_misalignment: tl.int64, teacher_inner: tl.int64,
+    teacher_outer_stride: tl.int64, teacher_inner_stride: tl.int64, teacher_vocab_stride: tl.int64,
+    mask, masked: tl.int64, constants, partials, count: tl.int64, vocab: tl.int64, segments: tl.int64, kind: tl.int64,
+    SEGMENT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
+):
+    """partials (2, segments, N): a segment's sum of a KL's terms; or of KL(p||m)'s and of KL(q||m)'s."""
+    pid = tl.program_id(0)
+    n = (pid // segments).to(tl.int64)
+    segment = (pid % segments).to(tl.int64)
+    if masked != 0:
+        if not tl.load(mask + n):
+            return
+    row = load_constants(constants, n)
+    weight_q = tl.load(constants + n * CONSTANTS + 10)
+    weight_p = tl.load(constants + n * CONSTANTS + 11)
+    p, p_vectors = row_start(
+        student, student_code, student_misalignment, student_inner, student_outer_stride, student_inner_stride, n
+    )
+    q, q_vectors = row_start(
+        teacher, teacher_code, teacher_misalignment, teacher_inner, teacher_outer_stride, teacher_inner_stride, n
+    )
+    cols = tl.arange(0, LANES)
+    of_student = tl.zeros((LANES,), tl.float32)
+    of_teacher = tl.zeros((LANES,), tl.float32)
+    begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, vocab)
+    for at in range(begin, end, LANES):
+        x = load_tile(p, p_vectors, at, cols, end - at, student_vocab_stride, student_code, LANES, VEC)
+        y = load_tile(q, q_vectors, at, cols, end - at, teacher_vocab_stride, teacher_code, LANES, VEC)
+        entry = entry_of(x, y, row, EXACT)
+        if kind == 2:
+            add_student, add_teacher = jsd_terms(entry, weight_q, weight_p)
+            of_student += add_student
+            of_teacher += add_teacher
+        else:
+            of_student += kl_term(entry, entry[0] ^ (kind == 1))
+    sum_student = tl.sum(of_student, 0)
+    sum_teacher = tl.sum(of_teacher, 0)
+    tl.store(partials + segment * count + n, sum_student)
+    tl.store(partials + (segments + segment) * count + n, sum_teacher)
+
+
+@kernel
+def merge_terms_kernel(
+    partials, mask, masked: tl.int64, student_entropy, teacher_entropy, value, inner, count: tl.int64,
+    segments: tl.int64, kind: tl.int64, beta: tl.float64, BLOCK: tl.constexpr,
+):
+    """The divergence, and the constant of its gradient: KL(p||m) for jsd, else the divergence."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < count
+    counts = keep
+    if masked != 0:
+        counts = keep & tl.load(mask + n, mask=keep, other=0).to(tl.int1)
+    of_student = tl.zeros((BLOCK,), tl.float64)
+    of_teacher = tl.zeros((BLOCK,), tl.float64)
+    for s in range(0, segments):
+        of_student += tl.load(partials + s * count + n, mask=counts, other=0).to(tl.float64)
+        of_teacher += tl.load(partials + (segments + s) * count + n, mask=counts, other=0).to(tl.float64)
+    # NaN, inf, or no word at all in either row: the entropy is NaN, and so is the divergence.
+    entropies = tl.load(student_entropy + n, mask=counts, other=0)
+    entropies += tl.load(teacher_entropy + n, mask=counts, other=0)
+    of_student += entropies * 0.0
+    result = of_student
+    if kind == 2:
+        b = wide(beta)
+        result = b * of_teacher + (1 - b) * of_student
+    tl.store(value + n, tl.where(counts, result, 0.0).to(tl.float32), mask=keep)
+    tl.store(inner + n, tl.where(counts, of_student, 0.0), mask=keep)
+
+
+# ---- gradient -------------------------------------------------------------------------------------------------
+
+
+@kernel
+def prepare_kernel(
+    lse_student, lse_teacher, inner, grad, temperature: tl.float64, beta: tl.float64, softcap: tl.float64, constants,
+    count: tl.int64, kind: tl.int64, BLOCK: tl.constexpr,
+):
+    """The rows' constants; the gradient's factor is 0 where its row is not to be read."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < count
+    of_row = tl.load(inner + n, mask=keep, other=0)
+    g = tl.load(grad + n, mask=keep, other=0).to(tl.float64)
+    t, b, cap = wide(temperature), wide(beta), wide(softcap)
+    if kind == 2:
+        g = g * (1 - b)
+    # An infinite KL(p||q) stays infinite under any finite change of the logits: its gradient is 0.
+    factor = tl.where((kind == 1) & (of_row == float("inf")), 0.0, g / t)
+    inv_softcap = tl.where(cap > 0, 1 / tl.where(cap > 0, cap, 1.0), 0.0)
+    of_student = tl.load(lse_student + n, mask=keep, other=0)
+    of_teacher = tl.load(lse_teacher + n, mask=keep, other=0)
+    store_constants(constants, n, keep, of_student, of_teacher, t, b, of_row, factor, inv_softcap)
+
+
+@kernel
+def gradient_kernel(
+    student, student_code: tl.int64, student_misalignment: tl.int64, student_inner: tl.int64,
+    student_outer_stride: tl.int64, student_inner_stride: tl.int64, student_vocab_stride: tl.int64,
+    teacher, teacher_code: tl.int64, teacher_misalignment: tl.int64, teacher_inner: tl.int64,
+    teacher_outer_stride: tl.int64, teacher_inner_stride: tl.int64, teacher_vocab_stride: tl.int64,
+    out, out_code: tl.int64, out_misalignment: tl.int64, out_inner: tl.int64,
+    out_outer_stride: tl.int64, out_inner_stride: tl.int64, out_vocab_stride: tl.int64,
+    constants, vocab: tl.int64, span: tl.int64, spans: tl.int64, kind: tl.int64,
+    LANES: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
+):
+    """`span` entries of a row. `out` may be the student's memory, row for row.
+
+    Entries as wide as the student's are then stored where the same tile read them. Narrower ones fall on entries of
+    tiles before, if one program walks the whole row in order, and on the first of their own: hence the barrier.
+    """
+    pid = tl.program_id(0)
+    n = (pid // spans).to(tl.int64)
+    part = (pid % spans).to(tl.int64)
+    row = load_constants(constants, n)
+    weight_q = tl.load(constants + n * CONSTANTS + 10)
+    weight_p = tl.load(constants + n * CONSTANTS + 11)
+    inner = tl.load(constants + n * CONSTANTS + 12)
+    factor = tl.load(constants + n * CONSTANTS + 13)
+    inv_softcap = tl.load(constants + n * CONSTANTS + 14)
+    p, p_vectors = row_start(
+        student, student_code, student_misalignment, student_inner, student_outer_stride, student_inner_stride, n
+    )
+    q, q_vectors = row_start(
+        teacher, teacher_code, teacher_misalignment, teacher_inner, teacher_outer_stride, teacher_inner_stride, n
+    )
+    result, result_vectors = row_start(
+        out, out_code, out_misalignment, out_inner, out_outer_stride, out_inner_stride, n
+    )
+    cols = tl.arange(0, LANES)
+    begin = part * span
+    end = tl.minimum(begin + span, vocab)
+    if factor == 0:
+        zeros = tl.zeros((LANES,), tl.float32)
+        for at in range(begin, end, LANES):
+            store_tile(result, result_vectors, at, cols, end - at, zeros, out_code, LANES, VEC)
+    else:
+        for at in range(begin, end, LANES):
+            x = load_tile(p, p_vectors, at, cols, end - at, student_vocab_stride, student_code, LANES, VEC)
+            y = load_tile(q, q_vectors, at, cols, end - at, teacher_vocab_stride, teacher_code, LANES, VEC)
+            tl.debug_barrier()
+            grad = gradient_of(x, y, row, inner, factor, weight_q, weight_p, inv_softcap, kind, EXACT)
+            store_tile(result, result_vectors, at, cols, end - at, grad, out_code, LANES, VEC)

@@ -1,0 +1,94 @@
+"""Rows of logits of any stride, alignment and dtype, read and written tile by tile in the order of their entries.
+
+A tile goes in vectors of 16 bytes where its row begins at a multiple of them, and entry by entry where it does not.
+Which of the two is decided at run time and moves no entry to another lane: a row's sums have the same bits wherever it
+lies. Such a kernel is compiled for each dtype. Tensors of different dtypes, or with a stride over the vocabulary, take
+one that is compiled once: it gets bytes (`BYTES`) and, as a number, their dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1kernels.triton.common import Rows, rounded, row_offset
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the index is the code
+BYTES = "*u8"
+# What a kernel is told of a tensor after its pointer, in order.
+ROW_FIELDS = ("code", "misalignment", "inner", "outer_stride", "inner_stride", "vocab_stride")
+
+
+def row_arguments(rows: Rows, typed: bool) -> tuple[Any, ...]:
+    """The pointer and `ROW_FIELDS` for a kernel: of the tensor's dtype, or of bytes."""
+    data, *fields = rows.arguments()
+    return data if typed else _bytes(data), DTYPES.index(data.dtype), *fields
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory from its first entry on."""
+    storage = tensor.untyped_storage()
+    begin = tensor.storage_offset() * tensor.element_size()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (storage.nbytes() - begin,))
+
+
+@triton.jit
+def row_start(data, code, misalignment, inner, outer_stride, inner_stride, n):
+    """Address of row n, and whether its entries are vectors of 16 bytes from there on."""
+    offset = row_offset(n, inner, outer_stride, inner_stride)
+    if data.dtype.element_ty == tl.uint8:
+        return data + offset * tl.where(code == 0, 4, 2), code < 0
+    else:
+        vec: tl.constexpr = 128 // data.dtype.element_ty.primitive_bitwidth
+        return data + offset, (misalignment + offset) % vec == 0
+
+
+@triton.jit
+def load_tile(row, vectors, at, cols, left, vocab_stride, code, LANES: tl.constexpr, VEC: tl.constexpr):
+    """float32 of entries at + cols of a row that has `left` more, and -inf beyond; cols < LANES, a multiple of VEC."""
+    inside = cols < left
+    if row.dtype.element_ty == tl.uint8:
+        entries = (at + cols) * vocab_stride
+        if code == 0:
+            x = tl.load(_as(row, tl.float32) + entries, mask=inside, other=float("-inf"))
+        elif code == 1:
+            x = tl.load(_as(row, tl.bfloat16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
+        else:
+            x = tl.load(_as(row, tl.float16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        if vectors & ((left >= LANES) | (left % VEC == 0)):
+            whole = cols < left // VEC * VEC
+            x = tl.load(tl.multiple_of(row + at, 16) + cols, mask=whole, other=float("-inf"))
+        else:
+            x = tl.load(row + at + cols, mask=inside, other=float("-inf"))
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The same the other way round, for rows of unit stride."""
+    inside = cols < left
+    if row.dtype.element_ty == tl.uint8:
+        if code == 0:
+            tl.store(_as(row, tl.float32) + (at + cols), x, mask=inside)
+        elif code == 1:
+            tl.store(_as(row, tl.bfloat16) + (at + cols), rounded(x, tl.bfloat16), mask=inside)
+        else:
+            tl.store(_as(row, tl.float16) + (at + cols), x.to(tl.float16), mask=inside)
+    else:
+        x = rounded(x, row.dtype.element_ty)
+        if vectors & ((left >= LANES) | (left % VEC == 0)):
+            whole = cols < left // VEC * VEC
+            tl.store(tl.multiple_of(row + at, 16) + cols, x, mask=whole)
+        else:
+            tl.store(row + at + cols, x, mask=inside)
+
+
+@triton.jit
+def _as(pointer, dtype: tl.constexpr):
+    return pointer.to(tl.pointer_type(dtype), bitcast=True)
