@@ -64,6 +64,11 @@ _HEAD = (
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # -> log-prob, log-sum-exp and entropy (float64), each (N,).
 _schemas.define(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
+# The same from hidden (N, H) and weight (V, H), rows of adjacent entries, in 16 bits, without a tensor of logits.
+_schemas.define(
+    "linear_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, float temperature, "
+    "Tensor? temperatures, float logit_scale, float softcap, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
+)
 _schemas.define(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"bool[] needs) -> ({_HEAD_GRADIENTS})"
@@ -163,6 +168,13 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _per_token(ids, hidden), *statistics
 
 
+@torch.library.register_fake(f"{_NAMESPACE}::linear_statistics")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[2]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    return _per_token(ids, hidden), *statistics
+
+
 @torch.library.register_fake(f"{_NAMESPACE}::linear_token_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1])
@@ -252,6 +264,9 @@ TRITON_OPERATORS = {
     "policy_loss": "policy_loss",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
+    "divergence": "divergence",
+    "divergence_backward": "divergence",
+    "linear_statistics": "linear_statistics",
 }
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY = (8, 0)

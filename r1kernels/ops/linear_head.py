@@ -25,6 +25,8 @@ from r1kernels.ops.gemm import matmul
 # of the weight, which costs some 45 / rows of the products; larger chunks would gain nothing but page faults.
 DEFAULT_ROWS = 1024
 DEFAULT_CHUNK_BYTES = 1 << 30
+# Of the copies of hidden states that a kernel without logits reads at a time.
+BLOCK_BYTES = 64 << 20
 
 
 class Head(NamedTuple):
@@ -122,7 +124,7 @@ class Chunk(NamedTuple):
     lora_hidden: Tensor | None  # (n, R): hidden A
     token_ids: Tensor
     temperatures: Tensor | None
-    logits: Tensor  # (n, V) in the chunk buffer
+    logits: Tensor  # (n, V) in the chunk buffer; (0, V) in `Walk.blocks`
 
 
 class Walk:
@@ -168,18 +170,30 @@ class Walk:
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, ready for statistics. Each overwrites the one before."""
-        if self.total == 0:
-            return
-        number = math.ceil(self.total / self.head.rows)
-        rows = math.ceil(self.total / number)
         vocab = self.head.weight.shape[0]
-        self._buffer = _library.empty(rows, vocab, dtype=self.head.logits_dtype, device=self.device)
-        for begin in range(0, self.total, rows):
-            chunk = self._chunk(slice(begin, min(begin + rows, self.total)))
+        for part in self._parts(self.head.rows):
+            if part.start == 0:
+                self._buffer = _library.empty(part.stop, vocab, dtype=self.head.logits_dtype, device=self.device)
+            chunk = self._chunk(part, self._buffer[: part.stop - part.start])
             self._logits(chunk)
             yield chunk
 
-    def _chunk(self, part: slice) -> Chunk:
+    def blocks(self) -> Iterator[Chunk]:
+        """The rows for kernels that need no logits: all at once where they are a view, else copies block by block."""
+        whole = self.selection.index is None and self.source.is_view
+        rows = self.total if whole else BLOCK_BYTES // (self.head.weight.shape[1] * self.dtype.itemsize)
+        no_logits = torch.empty(0, self.head.weight.shape[0], dtype=self.head.logits_dtype, device=self.device)
+        return (self._chunk(part, no_logits) for part in self._parts(max(rows, 1)))
+
+    def _parts(self, rows: int) -> Iterator[slice]:
+        """The rows that take part, in equal parts of at most so many."""
+        if self.total == 0:
+            return
+        rows = math.ceil(self.total / math.ceil(self.total / rows))
+        for begin in range(0, self.total, rows):
+            yield slice(begin, min(begin + rows, self.total))
+
+    def _chunk(self, part: slice, logits: Tensor) -> Chunk:
         index, valid = self.selection
         rows: Tensor | slice = part if index is None else index[part]
         write = rows
@@ -196,7 +210,6 @@ class Walk:
         if head.lora_a is not None:  # rounded to the dtype of hidden, as an adapter's own layer does
             lora_hidden = self._product(hidden, head.lora_a, batch_invariant=head.batch_invariant).to(self.dtype)
         temperatures = None if head.temperatures is None else head.temperatures[rows]
-        logits = self._buffer[: part.stop - part.start]
         return Chunk(rows, write, valid, hidden, lora_hidden, token_ids, temperatures, logits)
 
     def _logits(self, chunk: Chunk) -> None:
@@ -355,6 +368,11 @@ class _Rows:
             self.flat = hidden.view(-1, hidden.shape[-1])
         except RuntimeError:
             self.flat = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether all rows can be had without a copy, each of adjacent entries."""
+        return self.flat is not None and self.flat.stride(-1) == 1
 
     def take(self, rows: Tensor | slice) -> Tensor:
         if self.flat is not None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels.ops.linear_head import Head, Needs, Walk, select_rows
+from r1kernels import _library
+from r1kernels.ops.gemm import HALF_DTYPES
+from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk, select_rows
 
 
 def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,10 +19,31 @@ def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[T
     results = (
         walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
     )
-    for chunk in walk.chunks():
-        for result, value in zip(results, walk.statistics(chunk), strict=True):
+    without_logits = fused(walk.head, hidden)
+    for chunk in walk.blocks() if without_logits else walk.chunks():
+        values = _fused_statistics(walk.head, chunk) if without_logits else walk.statistics(chunk)
+        for result, value in zip(results, values, strict=True):
             result[chunk.write] = value
     return tuple(walk.trim(result) for result in results)
+
+
+def fused(head: Head, hidden: Tensor) -> bool:
+    """Whether one kernel computes the statistics from hidden states and weight, without logits: on GPUs, of 16-bit
+    heads whose words are rows of memory. Adapters, and logits that are to be rounded, take the walk over chunks."""
+    return (
+        hidden.dtype in HALF_DTYPES
+        and head.logits_dtype == torch.float32
+        and head.lora_a is None
+        and head.weight.stride(1) == 1
+        and _library.choose(hidden.device.type, hidden.dtype).implementation == "triton"
+    )
+
+
+def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    return _library.call(
+        torch.ops.r1kernels.linear_statistics.default, chunk.hidden, head.weight, head.bias, chunk.token_ids,
+        chunk.valid, head.temperature, chunk.temperatures, head.logit_scale, head.softcap, head.batch_invariant,
+    )
 
 
 def run_backward(

@@ -88,6 +88,6 @@ def kl_term(estimator, d):
     )
     small = tl.abs(d) < 0.5
     k3 = tl.where(small, series, (em1 - d.to(tl.float64)).to(tl.float32))
-    slope = tl.where(small, -expm1(d), -em1.to(tl.float32))
+    slope = tl.where(small, -expm1(d, tl.exp(d)), -em1.to(tl.float32))
     value = tl.where(estimator == 1, -d, tl.where(estimator == 2, 0.5 * d * d, k3))
     return value, tl.where(estimator == 1, 1.0, tl.where(estimator == 2, -d, slope))
