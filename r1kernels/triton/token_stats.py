@@ -41,6 +41,7 @@ from r1kernels.triton.common import (
     signature,
     wide,
 )
+from r1kernels.triton.tables import tuned
 
 LAYOUTS = (ALIGNED.value, UNIT_STRIDE.value, STRIDED.value)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,7 +65,14 @@ def config(shape: tuple[int, int], dtype: torch.dtype, device: Device) -> Config
 
     With 64 threads in a warp the registers allow half of that.
     """
+    if (measured := tuned("token_stats", device.name, dtype, shape[1])) is not None:
+        return Config(**measured)
     return Config(num_warps=8, unroll=4 if device.warp == 32 else 2)
+
+
+def search_space(device: Device) -> list[Config]:
+    """What benchmarks/tune.py tries."""
+    return [Config(num_warps, unroll) for num_warps in (4, 8, 16) for unroll in (1, 2, 4)]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------
