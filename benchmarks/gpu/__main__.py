@@ -10,14 +10,14 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import r1kernels
 from gpu import bars, ceilings, measure, records, report
-from gpu.cases import GROUPS, of_group
+from gpu.cases import GROUPS
 from gpu.setting import COPY, OURS, Case, Setting, head_shape, logits_shapes
 from gpu.timing import clock_of
 
@@ -37,8 +37,20 @@ def known_ceilings(folder: Path) -> measure.Ceilings:
     return found
 
 
-def group_cases(group: str, setting: Setting) -> Iterator[Case]:
-    return ceilings.cases(setting) if group == "ceilings" else of_group(group, setting)
+def group_cases(group: str, setting: Setting, broken: Callable[[str, Exception], None]) -> Iterator[Case]:
+    """The cases of a group. A module that cannot make its inputs is told to `broken`, and the next one goes on."""
+    for module in (ceilings,) if group == "ceilings" else GROUPS[group]:
+        cases = module.cases(setting)
+        while True:
+            try:
+                case = next(cases)
+            except StopIteration:
+                break
+            except Exception as error:
+                broken(module.__name__.rpartition(".")[2], error)
+                break
+            yield case
+            del case
 
 
 def show(rows: list[measure.Row]) -> None:
@@ -59,7 +71,13 @@ def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int
         tuple(record["key"]) for record in records.of_kind(records.read(folder), "started")
         if record["kernels"] == hash_
     }
-    for case in group_cases(group, setting):
+
+    def broken(module: str, error: Exception) -> None:
+        print(f"{module}: {measure.failure(error)}", flush=True)
+        row = {"op": module, "case": "inputs", "shape": "", "dtype": "", "candidate": OURS}
+        records.append(folder, "result", {**row, "error": measure.failure(error), "kernels": hash_})
+
+    for case in group_cases(group, setting, broken):
         if case.key in begun:
             continue
         if time.monotonic() > deadline:
@@ -84,9 +102,14 @@ def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int
 
 def check_all(setting: Setting) -> int:
     """Every case of ours at small shapes, against float64."""
-    wrong = 0
+    wrong: list[str] = []
+
+    def broken(module: str, error: Exception) -> None:
+        wrong.append(module)
+        print(f"  {module}: WRONG: {measure.failure(error)}", flush=True)
+
     for group in GROUPS:
-        for case in of_group(group, setting):
+        for case in group_cases(group, setting, broken):
             for name, candidate in case.candidates.items():
                 if not name.startswith(OURS):
                     continue
@@ -94,9 +117,10 @@ def check_all(setting: Setting) -> int:
                     candidate.check()
                     told = "right"
                 except Exception as error:
-                    told, wrong = f"WRONG: {measure.failure(error)}", wrong + 1
+                    told = f"WRONG: {measure.failure(error)}"
+                    wrong.append(case.op)
                 print(f"  {', '.join(case.key)}: {told}", flush=True)
-    print(f"{wrong} wrong" if wrong else "all right")
+    print(f"{len(wrong)} wrong" if wrong else "all right")
     return 1 if wrong else 0
 
 
