@@ -1,6 +1,7 @@
 """What tests on a GPU share: the device, and the comparison with float64.
 
-R1KERNELS_GPU_REHEARSAL=1 runs them at small sizes on the CPU with its kernels, but for those that need a device.
+R1KERNELS_GPU_REHEARSAL=1 runs them at small sizes on the CPU with its kernels, or with those of Triton interpreted, but
+for those that need a device.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 NO_GPU = "no GPU: torch.cuda is not available"
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason=NO_GPU)]
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
-# A log-prob is a difference of numbers near 16: a loss has their rounding, however small its error in plain torch is.
-LOSS_ROUNDINGS = 16
+LOGITS = 16.0  # how large those of a test are; a log-prob, however near 0, is a difference of such numbers
 TINY32 = torch.finfo(torch.float32).tiny
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for in deterministic mode
@@ -34,7 +34,7 @@ Inputs = dict[str, Any]
 
 def ours() -> contextlib.AbstractContextManager[None]:
     """The kernels under test."""
-    return r1kernels.backend("auto" if REHEARSAL else "triton")
+    return r1kernels.backend(testing.KERNELS if REHEARSAL else "triton")
 
 
 def size(real: int, small: int) -> int:
@@ -83,23 +83,34 @@ def double(inputs: Inputs) -> Inputs:
     }
 
 
-def compare(function: Function, inputs: Inputs, leaves: tuple[str, ...] = (), sums: bool = False) -> list[Tensor]:
+def compare(
+    function: Function, inputs: Inputs, leaves: tuple[str, ...] = (), *, near: float = 0.0, sums: bool = False
+) -> list[Tensor]:
     """Values and gradients of the kernels against the reference in float64; what is allowed comes from the reference in
-    the dtype of the inputs. `sums`: gradients are sums of products, whose elements cancel. Returns what the kernels
-    gave."""
+    the dtype of the inputs.
+
+    Args:
+        near: values are differences of numbers so large (`LOGITS` for log-probs), and have their roundings.
+        sums: gradients are sums of products, whose elements cancel.
+
+    Returns:
+        What the kernels gave.
+    """
     with ours():
         got = results(function, inputs, leaves)
     with r1kernels.backend("reference"):
         plain = results(function, inputs, leaves)
         exact = results(function, double(inputs), leaves)
+    values = len(got) - len(leaves)
     for i, (found, same_dtype, true) in enumerate(zip(got, plain, exact, strict=True)):
-        assert_as_good(found, true, same_dtype, of_row=sums and i >= len(got) - len(leaves))
+        given = {"near": near} if i < values else {"of_row": sums}
+        assert_as_good(found, true, same_dtype, **given)
     return got
 
 
-def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, of_row: bool = False) -> None:
+def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, near: float = 0.0, of_row: bool = False) -> None:
     """|got - exact| <= 2 (k + 1) roundings, where plain torch of the same dtype is off by k of them in some element of
-    the row (the last dimension). `of_row`: roundings of the row's largest element, else of each element itself."""
+    the block. `of_row`: of the row's largest element, else of the element itself, or of `near`."""
     assert got.shape == exact.shape == plain.shape, f"{got.shape}, expected {exact.shape}"
     assert got.dtype == plain.dtype, f"{got.dtype}, expected {plain.dtype}"
     width = got.shape[-1] if got.dim() else 1
@@ -107,7 +118,7 @@ def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, of_row: bool = Fal
         return
     rows = [value.reshape(-1, width) for value in (got, exact, plain)]
     for block in zip(*(value.split(max(1, (1 << 26) // width)) for value in rows), strict=True):
-        _block_as_good(*block, dtype=got.dtype, roundings=LOSS_ROUNDINGS if got.dim() == 0 else 1, of_row=of_row)
+        _block_as_good(*block, dtype=got.dtype, near=near, of_row=of_row)
 
 
 def _error(value: Tensor, exact: Tensor) -> Tensor:
@@ -116,14 +127,14 @@ def _error(value: Tensor, exact: Tensor) -> Tensor:
 
 
 def _block_as_good(
-    got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, roundings: float, of_row: bool
+    got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, near: float, of_row: bool
 ) -> None:
     got, exact, plain = got.double(), exact.double(), plain.double()
-    one = testing.rounding(torch.where(exact.isfinite(), exact, 0), dtype)
+    one = testing.rounding(torch.where(exact.isfinite(), exact, 0).abs().clamp(min=near), dtype)
     if of_row:
         one = one.amax(-1, keepdim=True).expand_as(one)
-    k = torch.where(exact.isfinite(), _error(plain, exact) / one, 0).amax(-1, keepdim=True)
-    allowed = 2 * (k + roundings) * one + TINY32
+    k = torch.where(exact.isfinite(), _error(plain, exact) / one, 0).amax()
+    allowed = 2 * (k + 1) * one + TINY32
     error = _error(got, exact)
     bad = ~(error <= allowed)
     if bad.any():

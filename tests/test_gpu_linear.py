@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import DEVICE, compare, head_of, ids_of, needs_gpu, on_device, ours, results, size
+from gpu_cases import DEVICE, LOGITS, compare, head_of, ids_of, needs_gpu, on_device, ours, results, size
 from torch import Tensor
 
 import r1kernels
@@ -55,14 +55,14 @@ def test_log_probs_and_entropy(options: str, dtype: torch.dtype) -> None:
     """With the gradients of both."""
     inputs = inputs_of(dtype) | {"bias": on_device(V, seed=7, dtype=dtype)}
     compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given, **OPTIONS[options]), inputs,
-            ("hidden", "weight", "bias"), sums=True)
+            ("hidden", "weight", "bias"), sums=True, near=LOGITS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_without_gradients_the_values_are_as_exact(dtype: torch.dtype) -> None:
     inputs = inputs_of(dtype)
     with torch.no_grad():
-        compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given), inputs, ())
+        compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given), inputs, (), near=LOGITS)
 
 
 def test_precision_at_the_size_of_a_model() -> None:
@@ -87,7 +87,7 @@ def test_linear_grpo_loss(preset: str, capacity: int | None) -> None:
         "gspo": objectives.gspo(clip_low=0.5, clip_high=0.5),
     }[preset]
     compare(lambda **given: r1kernels.linear_grpo_loss(**given, objective=objective, capacity=capacity).loss,
-            grpo_inputs(), ("hidden", "weight"), sums=True)
+            grpo_inputs(), ("hidden", "weight"), sums=True, near=LOGITS)
 
 
 def test_rows_without_a_gradient_may_hold_anything() -> None:
@@ -116,7 +116,8 @@ def test_no_tokens_and_one() -> None:
     weight = head_of(1, H, V)[1]
     for tokens in (0, 1):
         inputs = {"hidden": head_of(tokens, H, V)[0], "weight": weight, "token_ids": ids_of(tokens, vocab=V)}
-        compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given), inputs, ("hidden", "weight"), sums=True)
+        compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given), inputs, ("hidden", "weight"),
+                sums=True, near=LOGITS)
 
 
 def test_linear_cross_entropy() -> None:
@@ -124,7 +125,7 @@ def test_linear_cross_entropy() -> None:
     targets = inputs.pop("token_ids")
     targets[0, ::2] = -100
     compare(lambda **given: r1kernels.linear_cross_entropy(**given), inputs | {"targets": targets},
-            ("hidden", "weight"), sums=True)
+            ("hidden", "weight"), sums=True, near=LOGITS)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -137,7 +138,7 @@ def test_linear_distillation_loss(kind: str) -> None:
         "teacher_weight": weight, "mask": on_device(B, T, seed=5) > -1,
     }
     compare(lambda **x: r1kernels.linear_distillation_loss(**x, divergence=kind).loss, given,
-            ("student_hidden", "student_weight"), sums=True)
+            ("student_hidden", "student_weight"), sums=True, near=LOGITS)
 
 
 def test_gradients_accumulate_into_given_memory() -> None:
