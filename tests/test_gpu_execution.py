@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -233,32 +234,47 @@ CALLS = {
 }
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-
-
-@needs_device
-@pytest.mark.parametrize("call", CALLS)
-def test_ids_out_of_range_are_refused_by_name(call: str) -> None:
-    program = PROGRAM.replace("CALL", CALLS[call])
-    completed = run(program.replace("BAD", "1000"))
-    assert completed.returncode != 0 and "used" not in completed.stdout
-    assert "outside [0, V)" in completed.stderr, completed.stderr[-2000:]
-
-
-@needs_device
-def test_ids_within_range_are_not() -> None:
-    completed = run(PROGRAM.replace("CALL", "\n    ".join(CALLS.values())).replace("BAD", "999"))
-    assert completed.returncode == 0 and "used" in completed.stdout, completed.stderr[-2000:]
-
-
-@needs_device
-def test_more_tokens_than_the_capacity_are_refused() -> None:
-    call = """weight.requires_grad_()
+PROGRAMS = {
+    **{f"{name} of {bad}": PROGRAM.replace("CALL", call).replace("BAD", str(bad))
+       for name, call in CALLS.items() for bad in (1000, -1)},
+    "ids in range": PROGRAM.replace("CALL", "\n    ".join(CALLS.values())).replace("BAD", "999"),
+    "capacity": PROGRAM.replace("BAD", "2").replace("CALL", """weight.requires_grad_()
     ones = torch.ones(1, 3, device="cuda")
-    r1kernels.linear_grpo_loss(hidden[None], weight, ids[None], ones, capacity=2, mask=ones)"""
-    completed = run(PROGRAM.replace("CALL", call).replace("BAD", "2"))
-    assert completed.returncode != 0 and "capacity" in completed.stderr, completed.stderr[-2000:]
+    r1kernels.linear_grpo_loss(hidden[None], weight, ids[None], ones, capacity=2, mask=ones)"""),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, subprocess.CompletedProcess[str]]:
+    """Of all programs, run at once: each takes seconds to start."""
+
+    def run(program: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+
+    with ThreadPoolExecutor(len(PROGRAMS)) as pool:
+        return dict(zip(PROGRAMS, pool.map(run, PROGRAMS.values()), strict=True))
+
+
+@needs_device
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if " of " in name])
+def test_ids_out_of_range_are_refused_by_name(
+    name: str, outcomes: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    outcome = outcomes[name]
+    assert outcome.returncode != 0 and "used" not in outcome.stdout
+    assert "outside [0, V)" in outcome.stderr, outcome.stderr[-2000:]
+
+
+@needs_device
+def test_ids_within_range_are_not(outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    outcome = outcomes["ids in range"]
+    assert outcome.returncode == 0 and "used" in outcome.stdout, outcome.stderr[-2000:]
+
+
+@needs_device
+def test_more_tokens_than_the_capacity_are_refused(outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    outcome = outcomes["capacity"]
+    assert outcome.returncode != 0 and "assert" in outcome.stderr.lower(), outcome.stderr[-2000:]
