@@ -88,6 +88,8 @@ def spaces(only: str | None) -> dict[str, Any]:
     """Modules of kernels that offer a search space, by operation: those with a workload, in its order."""
     names = [module.name for module in pkgutil.iter_modules(r1kernels.triton.__path__)]
     found = {}
+    for name in names:  # loaded before one is tuned: they may hold its `config`
+        importlib.import_module(f"r1kernels.triton.{name}")
     for name in sorted(names, key=lambda name: [*WORKLOADS, name].index(name)):
         if only not in (None, name):
             continue
@@ -102,14 +104,25 @@ def spaces(only: str | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def forced(module: Any, config: Any) -> Iterator[None]:
-    """The module's launches use this tile."""
+def replaced(module: Any, by: Callable[..., Any]) -> Iterator[None]:
+    """Another `config` wherever kernels know the module's by that name."""
     kept = module.config
-    module.config = lambda *_, **__: config
+    loaded = [each for name, each in sys.modules.items() if name.startswith("r1kernels.triton.")]
+    holders = [module, *(each for each in loaded if each is not module and getattr(each, "config", None) is kept)]
+    for holder in holders:
+        holder.config = by
     try:
         yield
     finally:
-        module.config = kept
+        for holder in holders:
+            holder.config = kept
+
+
+@contextlib.contextmanager
+def forced(module: Any, config: Any) -> Iterator[None]:
+    """The launches of a module, and of those that import its `config`, use this tile."""
+    with replaced(module, lambda *_, **__: config):
+        yield
 
 
 def in_use(module: Any, run: Run) -> tuple[Any, tuple[Tensor, ...]]:
@@ -120,11 +133,8 @@ def in_use(module: Any, run: Run) -> tuple[Any, tuple[Tensor, ...]]:
         asked.append(kept(*args, **keywords))
         return asked[-1]
 
-    module.config = recorded
-    try:
+    with replaced(module, recorded):
         results = run()
-    finally:
-        module.config = kept
     return (asked[0] if asked else None), results
 
 

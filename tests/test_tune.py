@@ -109,6 +109,27 @@ def test_a_measured_tile_is_used(folder: Path) -> None:
     assert token_stats.config((8, 151_936), torch.float32, here) == default
 
 
+def test_every_kernel_that_shares_a_config_is_forced_to_a_tile() -> None:
+    from r1kernels.triton import token_stats, token_stats_backward
+
+    kept = token_stats.config
+    with tune.forced(token_stats, "tile"):
+        assert token_stats.config() == token_stats_backward.config() == "tile"
+    assert token_stats.config is token_stats_backward.config is kept
+
+
+def test_variants_hold_the_tiles_of_every_vocabulary(folder: Path) -> None:
+    from r1kernels.triton import token_stats, token_stats_backward
+    from r1kernels.triton.common import Device
+
+    here = Device("sm_90", 132, 32, "Test")
+    tune.write(folder, "Test", {}, {"token_stats": {"bfloat16": {"long": {"num_warps": 16, "unroll": 1}}}})
+    for made in (token_stats, token_stats_backward):
+        before = list(made.variants(here._replace(name="")))
+        more = [variant.options["num_warps"] for variant in made.variants(here)]
+        assert len(more) == len(before) + len(token_stats.LAYOUTS) and more.count(16) == len(token_stats.LAYOUTS)
+
+
 def test_tables_of_this_repository_name_their_device() -> None:
     for path in tables.FOLDER.glob("*.json"):
         content = json.loads(path.read_text())

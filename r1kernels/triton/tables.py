@@ -16,6 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent / "tables"
 SHORT, MEDIUM = 16_384, 65_536
+SIZES = (1, SHORT, MEDIUM)  # one of each class
 
 
 def size_class(size: int) -> str:
