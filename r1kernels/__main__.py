@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import r1kernels
 from r1kernels import _library
 from r1kernels.ops.gemm import route
+from r1kernels.triton.sources import kernel_sources_hash
 
 PUBLIC_OPS = {
     "token_stats": "token_logprobs, token_logprobs_and_entropy, cross_entropy; linear_* = products + token_stats",
@@ -50,6 +55,51 @@ def _devices() -> list[str]:
     return devices
 
 
+def results_folder() -> Path:
+    """Where a source tree keeps the results of its benchmarks."""
+    return Path(r1kernels.__file__).parents[1] / "benchmarks" / "results"
+
+
+def _csrc_tree(root: Path) -> str:
+    """The version of csrc/ in the last commit, "" where git cannot tell."""
+    try:
+        completed = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD:csrc"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return completed.stdout.strip() if completed.returncode == 0 else ""
+
+
+def _age(result: Any, kernels: str, csrc: str) -> str:
+    """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
+    named = result if isinstance(result, dict) else {}
+    if named.get("kernels"):
+        same = named["kernels"] == kernels
+    elif not named.get("csrc_tree"):
+        return "does not tell which kernels it measured"
+    elif not csrc:
+        return "cannot be compared without git"
+    else:
+        same = csrc.startswith(named["csrc_tree"])
+    return "of these kernels" if same else "older than the kernels"
+
+
+def _results() -> list[str]:
+    """A line for each result file of a source tree."""
+    folder = results_folder()
+    paths = sorted(folder.glob("*/*.json"))
+    if not paths:
+        return []
+    kernels, csrc = kernel_sources_hash(), _csrc_tree(folder.parents[1])
+    lines = []
+    for path in paths:
+        try:
+            age = _age(json.loads(path.read_text()), kernels, csrc)
+        except ValueError:
+            age = "is not JSON"
+        lines.append(f"results      {path.relative_to(folder.parents[1])}: {age}")
+    return ["", *lines]
+
+
 def report() -> str:
     """The whole page as text."""
     extension = _library.extension
@@ -80,6 +130,7 @@ def report() -> str:
     if extension is not None or _library.requested() != "cpu":
         lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
+    lines += _results()
     if importlib.util.find_spec("transformers") is None:
         lines += ["", "trainer      transformers is missing: pip install 'r1kernels[train]'"]
     return "\n".join(lines)

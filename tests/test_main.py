@@ -1,13 +1,15 @@
 """`python -m r1kernels` says what is there, which implementation serves each operation, and why."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from r1kernels import _library
+from r1kernels import __main__, _library
 from r1kernels.__main__ import PUBLIC_OPS, report
 
 
@@ -46,3 +48,55 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatc
     assert "No module named 'r1kernels._C'" in text
     assert _library.HOW_TO_BUILD in text
     assert "reference   r1kernels._C is missing" in text
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The results folder of a source tree of its own, whose kernels have the hash 5678."""
+    folder = tmp_path / "benchmarks" / "results"
+    monkeypatch.setattr(__main__, "results_folder", lambda: folder)
+    monkeypatch.setattr(__main__, "kernel_sources_hash", lambda: "5678")
+    monkeypatch.setattr(__main__, "_csrc_tree", lambda root: "abcdef")
+    return folder
+
+
+def said(report: str) -> dict[str, str]:
+    lines = [line.removeprefix("results      ") for line in report.splitlines() if line.startswith("results ")]
+    return {Path(path).name: age for path, age in (line.split(": ") for line in lines)}
+
+
+def test_results_of_other_kernels_are_called_older(results: Path) -> None:
+    contents = {
+        "same.json": {"kernels": "5678"}, "older.json": {"kernels": "1234"}, "csrc.json": {"csrc_tree": "abcd"},
+        "older_csrc.json": {"csrc_tree": "abce"}, "nothing.json": [1, 2], "newer.json": {},
+    }
+    (results / "some-device").mkdir(parents=True)
+    for name, content in contents.items():
+        (results / "some-device" / name).write_text(json.dumps(content))
+    (results / "some-device" / "cut.json").write_text('{"kernels": ')
+    (results / "aot.json").write_text("{}")  # no result of a device
+    unknown = "does not tell which kernels it measured"
+    assert said(report()) == {
+        "same.json": "of these kernels", "older.json": "older than the kernels", "csrc.json": "of these kernels",
+        "older_csrc.json": "older than the kernels", "nothing.json": unknown, "newer.json": unknown,
+        "cut.json": "is not JSON",
+    }
+
+
+def test_without_results_nothing_is_said_of_them(results: Path) -> None:
+    assert "results" not in report()
+
+
+def test_this_source_tree_tells_of_every_result_file() -> None:
+    files = sorted(__main__.results_folder().glob("*/*.json"))
+    lines = [line for line in report().splitlines() if line.startswith("results ")]
+    assert files and len(lines) == len(files)
+
+
+def test_without_git_results_of_the_extension_cannot_be_compared(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (results / "some-device").mkdir(parents=True)
+    (results / "some-device" / "csrc.json").write_text('{"csrc_tree": "abcd"}')
+    monkeypatch.setattr(__main__, "_csrc_tree", lambda root: "")
+    assert said(report()) == {"csrc.json": "cannot be compared without git"}

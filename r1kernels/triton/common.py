@@ -69,19 +69,23 @@ def signature(kernel: Any, **pointers: str) -> dict[str, str]:
 
 
 class Device(NamedTuple):
-    """arch: "sm_90", "gfx942". processors: streaming multiprocessors or compute units. warp: threads of one."""
+    """arch: "sm_90", "gfx942". processors: streaming multiprocessors or compute units. warp: threads of one. name: what
+    the driver calls it, by which measured tables are found."""
 
     arch: str
     processors: int
     warp: int
+    name: str = ""
 
 
 @functools.cache
 def device_of_index(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Device(properties.gcnArchName.partition(":")[0], properties.multi_processor_count, 64)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, 32)
+        arch = properties.gcnArchName.partition(":")[0]
+        return Device(arch, properties.multi_processor_count, 64, properties.name)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return Device(arch, properties.multi_processor_count, 32, properties.name)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -10,6 +10,7 @@ Bytes: V entries a counted token, and 32 more for each of its segments; rows beh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ from r1kernels.triton.common import (
     signature,
     wide,
 )
+from r1kernels.triton.tables import SIZES, tuned
 
 LAYOUTS = (ALIGNED.value, UNIT_STRIDE.value, STRIDED.value)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,7 +66,19 @@ def config(shape: tuple[int, int], dtype: torch.dtype, device: Device) -> Config
 
     With 64 threads in a warp the registers allow half of that.
     """
+    if (measured := tuned("token_stats", device.name, dtype, shape[1])) is not None:
+        return Config(**measured)
     return Config(num_warps=8, unroll=4 if device.warp == 32 else 2)
+
+
+def configs(dtype: torch.dtype, device: Device) -> list[Config]:
+    """All that `config` gives on a device: measured ones may differ with the vocabulary."""
+    return list(dict.fromkeys(config((1, size), dtype, device) for size in SIZES))
+
+
+def search_space(device: Device) -> list[Config]:
+    """What benchmarks/tune.py tries."""
+    return [Config(num_warps, unroll) for num_warps in (4, 8, 16) for unroll in (1, 2, 4)]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------
@@ -294,8 +308,8 @@ def variants(device: Device) -> Iterator[Variant]:
     """Every compilation that a launch above can ask for."""
     tokens = {"token_ids": "*i64", "mask": "*i1", "temperatures": "*fp32", "partials": "*fp32"}
     for dtype in DTYPES:
-        chosen, exact = config((1, 1), dtype, device), dtype == torch.float32
-        for layout in LAYOUTS:
+        exact = dtype == torch.float32
+        for chosen, layout in itertools.product(configs(dtype, device), LAYOUTS):
             yield Variant(
                 segment_kernel,
                 signature(segment_kernel, logits=POINTERS[dtype], **tokens),

@@ -8,6 +8,7 @@ entries.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -36,7 +37,7 @@ from r1kernels.triton.common import (
     rows_of,
     signature,
 )
-from r1kernels.triton.token_stats import DTYPES, LAYOUTS, SEGMENT, config, exp2_of_product, temperature_of
+from r1kernels.triton.token_stats import DTYPES, LAYOUTS, SEGMENT, config, configs, exp2_of_product, temperature_of
 
 
 @triton.jit
@@ -237,10 +238,10 @@ def _gradient(
 def variants(device: Device) -> Iterator[Variant]:
     """Every compilation that a launch above can ask for."""
     for dtype in DTYPES:
-        chosen = config((1, 1), dtype, device)
-        options, constants = {"num_warps": chosen.num_warps, "num_stages": 1}, chosen.constants(dtype, device)
-        for narrow in DTYPES if dtype == torch.float32 else (dtype,):
-            for layout in LAYOUTS:
+        for chosen in configs(dtype, device):
+            options, constants = {"num_warps": chosen.num_warps, "num_stages": 1}, chosen.constants(dtype, device)
+            narrower = DTYPES if dtype == torch.float32 else (dtype,)
+            for narrow, layout in itertools.product(narrower, LAYOUTS):
                 yield Variant(
                     gradient_kernel,
                     signature(

@@ -1,0 +1,123 @@
+"""The goals by name, computed from result rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from gpu.setting import OURS, PRODUCTS
+
+Row = dict[str, Any]
+MAIN, HEAD = "8192 x 151936", "N 8192, H 4096, V 151936"
+POLICY = "policy_loss + group_advantages"
+GIB = 2**30
+
+
+class Bar(NamedTuple):
+    """`value` is None where a row it needs has not been measured. `place`: (op, case, shape) of the row it judges."""
+
+    name: str
+    place: tuple[str, str, str]
+    value: float | None
+    limit: float
+    at_least: bool
+    unit: str
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        return {None: "unmeasured", True: "met", False: "missed"}[self.met]
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        value = "-" if self.value is None else f"{self.value:.4g}"
+        return f"{self.verdict:<10}  {self.name}: {value} ({sign} {self.limit:g} {self.unit})"
+
+
+class Rows:
+    """Result rows by place and candidate; rows with an error have no numbers."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = {
+            (row["op"], row["case"], row["shape"], row["candidate"]): row
+            for row in rows if (row.get("median_us") is not None and row["dtype"] == "bfloat16") or row["op"] == POLICY
+        }
+
+    def field(self, place: tuple[str, str, str], name: str, candidate: str = OURS) -> float | None:
+        return self.rows.get((*place, candidate), {}).get(name)
+
+    def ratio(self, above: float | None, *below: float | None) -> float | None:
+        return None if above is None or None in below else above / sum(below)
+
+    def of_products(self, place: tuple[str, str, str]) -> float | None:
+        return self.ratio(self.field(place, "median_us"), self.field(place, "median_us", PRODUCTS))
+
+
+def evaluate(rows: list[Row], main: str = MAIN, head: str = HEAD) -> list[Bar]:
+    return list(_bars(Rows(rows), main, head))
+
+
+def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
+    statistics, gradient = ("token_stats", "statistics", main), ("token_stats", "gradient", main)
+    in_place = ("token_stats", "gradient in place", main)
+    for name, place in (
+        ("statistics (log-prob + entropy)", statistics), ("gradient", gradient), ("gradient in place", in_place),
+    ):
+        yield Bar(f"{name}, share of the copy's bandwidth", place, rows.field(place, "share_of_copy"), 0.9, True, "")
+    both = ("grpo_loss", "forward + backward", main)
+    parts = rows.field(statistics, "median_us"), rows.field(gradient, "median_us")
+    yield Bar(
+        "grpo_loss forward + backward, times statistics + gradient", both,
+        rows.ratio(rows.field(both, "median_us"), *parts), 1.1, False, "x",
+    )
+    policy = POLICY, "forward, graph"
+    policy = next((key[:3] for key in rows.rows if key[:2] == policy), (*policy, ""))
+    yield Bar(
+        "policy loss + advantages at 32k tokens", policy, rows.field(policy, "median_us"), 30, False, "microseconds"
+    )
+    fused = ("linear_statistics", "log-prob + entropy", head)
+    yield Bar(
+        "fused linear statistics, share of the measured product rate", fused, rows.field(fused, "share_of_gemm"), 0.75,
+        True, "",
+    )
+    dense = rows.field(fused, "logits_bytes")
+    yield Bar(
+        "fused linear statistics, peak extra memory in 16-bit logits (none are written)", fused,
+        rows.ratio(rows.field(fused, "peak_extra_bytes"), dense), 1 / 16, False, "of them",
+    )
+    yield Bar("log-probs' mean error against float64", fused, rows.field(fused, "mean_error"), 1e-6, False, "nats")
+    yield Bar("log-probs' largest error", fused, rows.field(fused, "largest_error"), 2e-5, False, "nats")
+    for case, limit in (("all tokens active", 1.10), ("60 % known inactive", 0.65), ("60 % clipped", 0.65)):
+        place = ("linear_grpo_loss", case, head)
+        yield Bar(
+            f"linear_grpo_loss, {case}, times the three bare products", place, rows.of_products(place), limit, False,
+            "x",
+        )
+        beyond = rows.field(place, "beyond_bytes")
+        yield Bar(
+            f"linear_grpo_loss, {case}, memory beyond inputs, gradients and an fp32 dW", place,
+            None if beyond is None else beyond / GIB, 2, False, "GiB",
+        )
+
+
+def mark(rows: list[Row], bars: list[Bar]) -> list[Row]:
+    """The rows, those that bars judge with `bar` and `met` (all of them)."""
+    by_place: dict[tuple[str, str, str], list[Bar]] = {}
+    for bar in bars:
+        by_place.setdefault(bar.place, []).append(bar)
+
+    def judged(row: Row) -> Row:
+        of_row = by_place.get((row["op"], row["case"], row["shape"]), []) if row["candidate"] == OURS else []
+        of_row = [bar for bar in of_row if bar.value is not None]
+        if not of_row or (row["dtype"] != "bfloat16" and row["op"] != POLICY):
+            return {**row, "bar": None, "met": None}
+        return {**row, "bar": "; ".join(str(bar) for bar in of_row), "met": all(bar.met for bar in of_row)}
+
+    return [judged(row) for row in rows]
+
+

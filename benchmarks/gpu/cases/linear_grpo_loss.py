@@ -1,0 +1,100 @@
+"""GRPO loss forward and backward from hidden states, beside its three bare products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import r1kernels
+from gpu import eager
+from gpu.inputs import NEAR, alternating, generator, make_head, noise_like, sampled_ids, sequences
+from gpu.losses import LossFunction, Problem, loss_case, with_compiled
+from gpu.setting import OURS, PRODUCTS, Candidate, Case, Head, Setting, head_shape, peers
+from gpu.timing import Timed
+
+ACTIVE = 0.4
+ALL, KNOWN, CLIPPED = "all tokens active", "60 % known inactive", "60 % clipped"
+
+
+def ours(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    return r1kernels.linear_grpo_loss(hidden, weight, token_ids, advantages, old_logprobs=old_logprobs).loss
+
+
+def _liger() -> LossFunction:
+    module = __import__("liger_kernel.chunked_loss", fromlist=["chunked_loss"])
+    head = module.LigerFusedLinearGRPOLoss(beta=0.0, compiled=True, use_ref_model=False, loss_type="grpo")
+
+    def run(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+        mask = torch.ones_like(old_logprobs)
+        return head(hidden, weight, token_ids, mask, advantages, old_per_token_logps=old_logprobs)[0]
+
+    return run
+
+
+def bare_products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+    """h W^T, dlogits W and dlogits^T h, each in 16 bits into memory that is there: the least an exact head does."""
+    hidden = hidden.flatten(0, -2)
+    logits = hidden.new_empty(len(hidden), len(weight))
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.T, hidden, out=grad_weight)
+
+    return run
+
+
+def problems(shape: Head, setting: Setting) -> Iterator[tuple[str, Problem]]:
+    """With every token active; with 40 %, the others of advantage 0; with 40 %, the others clipped."""
+    b, t = sequences(shape.tokens)
+    hidden, weight = make_head(shape, setting.device)
+    ids = sampled_ids(hidden, weight)
+    with torch.no_grad():
+        logprobs = r1kernels.linear_token_logprobs(hidden, weight, ids).view(b, t)
+    near = logprobs + noise_like(logprobs, NEAR)
+    advantages = alternating(b, setting.device)
+    order = torch.rand(b * t, generator=generator(setting.device, 5), device=setting.device).argsort().argsort()
+    idle = (order >= ACTIVE * b * t).view(b, t)
+    per_token = advantages[:, None].expand(b, t)
+    inputs = {
+        "hidden": hidden.view(b, t, -1), "weight": weight, "token_ids": ids.view(b, t), "advantages": advantages,
+        "old_logprobs": near,
+    }
+    rows = ("hidden", "token_ids", "advantages", "old_logprobs")
+    # A log-ratio of 0.5 in the direction of the advantage is beyond the bound.
+    far = torch.where(idle, logprobs - 0.5 * per_token.sign(), near)
+    for case, changed in (
+        (ALL, {}), (KNOWN, {"advantages": torch.where(idle, 0.0, per_token)}), (CLIPPED, {"old_logprobs": far}),
+    ):
+        yield case, Problem(inputs | changed, leaves=("hidden", "weight"), rows=rows)
+
+
+def active_share(problem: Problem) -> float:
+    inputs = problem.inputs
+    metrics = r1kernels.linear_grpo_loss(
+        inputs["hidden"], inputs["weight"], inputs["token_ids"], inputs["advantages"],
+        old_logprobs=inputs["old_logprobs"],
+    ).metrics
+    return float(metrics["active_fraction"])
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    shape = head_shape(setting)
+    for case, problem in problems(shape, setting):
+        share, said = active_share(problem), 1.0 if case == ALL else ACTIVE
+        if abs(share - said) > (0.1 if setting.small else 0.01):
+            raise AssertionError(f"{case}: {share:.3f} of the tokens are active, expected {said}")
+        hidden, weight = problem.inputs["hidden"], problem.inputs["weight"]
+        functions = {OURS: ours}
+        if case == ALL:
+            functions |= with_compiled(eager.linear_grpo_loss, setting.compiled) | peers(Liger=_liger)
+        yield loss_case(
+            "linear_grpo_loss", case, shape, hidden.dtype, problem, functions, eager.linear_grpo_loss, few=1,
+            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
+            flop=6 * shape.tokens * shape.width * shape.vocab,
+            bytes=3 * (hidden.nbytes + weight.nbytes),
+            inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),
+        )

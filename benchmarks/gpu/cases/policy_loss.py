@@ -1,0 +1,72 @@
+"""Policy loss and group advantages of 32,768 tokens: launches, not bytes, so CUDA graphs are replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import r1kernels
+from gpu import eager
+from gpu.inputs import generator, noise_like
+from gpu.losses import COMPILED, PEER_TOLERANCE, compare, distance
+from gpu.setting import OURS, Candidate, Case, Setting
+from gpu.timing import Timed
+
+GROUP = 8
+ADVANTAGES = "group_advantages"
+
+
+def _inputs(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs (B, T), old log-probs, rewards (B / G, G))."""
+    sequences, length = (16, 8) if setting.small else (64, 512)
+    rng = generator(setting.device)
+    logprobs = -torch.rand(sequences, length, generator=rng, device=setting.device) * 3 - 0.1
+    rewards = torch.rand(sequences // GROUP, GROUP, generator=rng, device=setting.device)
+    return logprobs, logprobs + noise_like(logprobs, 0.1), rewards
+
+
+def ours(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor) -> Tensor:
+    advantages = r1kernels.group_advantages(rewards).flatten()
+    return r1kernels.policy_loss(logprobs, advantages, old_logprobs=old_logprobs).loss
+
+
+def plain(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor) -> Tensor:
+    return eager.policy_loss(logprobs, eager.group_advantages(rewards).flatten(), old_logprobs)
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    inputs = _inputs(setting)
+    leaf = inputs[0].clone().requires_grad_()
+
+    def forward(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: function(leaf, *inputs[1:]).detach()
+
+    def both(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(leaf, *inputs[1:]), leaf)
+
+    def check(name: str, function: Callable[..., Tensor]) -> None:
+        exact_leaf, *others = (value.detach().double() for value in (leaf, *inputs[1:]))
+        exact = plain(exact_leaf.requires_grad_(), *others)
+        (exact_grad,) = torch.autograd.grad(exact, exact_leaf)
+        error = distance(both(plain)()[0], exact_grad) + torch.finfo(torch.float32).eps
+        tolerance = 2 * error if name == OURS else PEER_TOLERANCE
+        compare("the gradient", both(function)()[0], exact_grad, tolerance)
+        # Terms of both signs cancel in the loss, so its error is one of their size.
+        loss, expected = float(forward(function)()), float(exact.detach())
+        if not abs(loss - expected) <= tolerance:
+            raise AssertionError(f"the loss is {loss}, expected {expected}")
+
+    functions: dict[str, Callable[..., Tensor]] = {OURS: ours, "torch eager": plain}
+    if setting.compiled:
+        functions[COMPILED] = torch.compile(plain, dynamic=False)
+    tokens = f"{leaf.shape[0]} x {leaf.shape[1]} tokens"
+    for case, make, graph in (
+        ("forward, graph", forward, True), ("forward + backward, graph", both, True),
+        ("forward + backward, queued call by call", both, False),
+    ):
+        yield Case("policy_loss + group_advantages", case, tokens, torch.float32, {
+            name: Candidate(Timed(make(function)), lambda name=name, function=function: check(name, function), graph)
+            for name, function in functions.items()
+        })

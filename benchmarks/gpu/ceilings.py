@@ -1,0 +1,51 @@
+"""What the device can do: a copy of a large tensor, and the three bare products of a head.
+
+Datasheets promise more; shares are of these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gpu.inputs import make_head, normal
+from gpu.setting import COPY, Candidate, Case, Setting, head_shape
+from gpu.timing import Timed
+
+PRODUCTS = ("h W^T", "dlogits W", "dlogits^T h")
+
+
+def copy_case(setting: Setting) -> Case:
+    """Bytes are those read and those written."""
+    size = 1 << 20 if setting.small else 1 << 32
+    source = normal(size // 2, device=setting.device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return Case(
+        "ceiling", "copy", f"{size >> 20} MiB", source.dtype, {COPY: Candidate(Timed(lambda: target.copy_(source)))},
+        bytes=2 * source.nbytes,
+    )
+
+
+def product_cases(setting: Setting) -> Iterator[Case]:
+    """On random data: products of zeros run faster."""
+    shape = head_shape(setting)
+    hidden, weight = make_head(shape, setting.device)
+    logits = torch.mm(hidden, weight.T)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    other = torch.empty_like(logits)
+    runs = {
+        PRODUCTS[0]: lambda: torch.mm(hidden, weight.T, out=other),
+        PRODUCTS[1]: lambda: torch.mm(logits, weight, out=grad_hidden),
+        PRODUCTS[2]: lambda: torch.mm(logits.T, hidden, out=grad_weight),
+    }
+    candidates = {name: Candidate(Timed(run)) for name, run in runs.items()}
+    yield Case(
+        "ceiling", "bfloat16 products", str(shape), hidden.dtype, candidates,
+        flop=2 * shape.tokens * shape.width * shape.vocab,
+    )
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    yield copy_case(setting)
+    yield from product_cases(setting)

@@ -1,0 +1,105 @@
+"""What cases are made of: a setting, candidates, shapes of real models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from gpu.timing import Timed
+
+OURS = "r1kernels"
+COPY = "copy"  # of the bytes that count in a case of bandwidth
+PRODUCTS = "bare products"
+
+
+class Setting(NamedTuple):
+    """`small`: shapes so small that a CPU rehearses them in seconds."""
+
+    device: torch.device
+    small: bool = False
+    compiled: bool = True  # torch.compile takes part
+
+
+class Candidate(NamedTuple):
+    """`check` raises where results differ from float64: no number is taken of such a candidate."""
+
+    timed: Timed
+    check: Callable[[], object] = lambda: None
+    graph: bool = False  # replayed from a CUDA graph
+
+
+class Case(NamedTuple):
+    """One table of candidates.
+
+    bytes: what must move, each read or write once; 0 where that is no measure. flop: of the products, or of the
+    arithmetic on entries. inherent_bytes: results and an fp32 sum of the weight's gradient, which peak memory holds in
+    any implementation.
+    """
+
+    op: str
+    case: str
+    shape: str
+    dtype: torch.dtype
+    candidates: dict[str, Candidate]
+    bytes: int = 0
+    flop: int = 0
+    inherent_bytes: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.op, self.case, self.shape, name_of(self.dtype)
+
+
+class Logits(NamedTuple):
+    """N rows of V logits."""
+
+    tokens: int
+    vocab: int
+    main: bool = False  # the shape of the bars: the one where torch.compile takes part
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.vocab}"
+
+
+class Head(NamedTuple):
+    """N tokens, width H, vocabulary V."""
+
+    tokens: int
+    width: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"N {self.tokens}, H {self.width}, V {self.vocab}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def logits_shapes(setting: Setting) -> list[Logits]:
+    if setting.small:
+        return [Logits(64, 1_031, True)]
+    return [Logits(8192, 151_936, True), Logits(4096, 128_256), Logits(8192, 32_000)]
+
+
+def head_shape(setting: Setting) -> Head:
+    return Head(64, 32, 1_031) if setting.small else Head(8192, 4096, 151_936)
+
+
+def quietly(load: Callable[[], Any]) -> Any | None:
+    """A peer, or None where it cannot be imported, for whatever reason; its warnings are not ours to raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return load()
+        except Exception:
+            return None
+
+
+def peers(**loaders: Callable[[], Any]) -> dict[str, Any]:
+    """Those that can be imported, by name ("_" stands for a space)."""
+    loaded = {name.replace("_", " "): quietly(load) for name, load in loaders.items()}
+    return {name: peer for name, peer in loaded.items() if peer is not None}
