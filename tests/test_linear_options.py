@@ -302,7 +302,8 @@ def test_type_hints_can_be_read(function: Callable[..., object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "vocab", "rows"), [("cpu", 32_000, 1024), ("cuda", 32_000, 4096), ("cpu", 10**7, 26), ("cuda", 10**7, 33)]
+    ("device", "vocab", "rows"),
+    [("cpu", 32_000, 1024), ("cuda", 32_000, 4096), ("cpu", 10**7, 26), ("cuda", 10**7, 33)],
 )
 def test_chunks_nobody_asked_for(device: str, vocab: int, rows: int) -> None:
     assert linear_options._rows(None, device, vocab, row_bytes(vocab, 4096, torch.float32)) == rows
