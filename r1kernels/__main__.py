@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,6 +47,20 @@ def _products() -> list[str]:
                 how += ", bfloat16 dot-product instructions"
             lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
     return lines
+
+
+def _triton() -> str:
+    missing = _library.triton_missing("cuda")
+    versions = [importlib.metadata.version(name) for name in ("triton", "pytorch-triton") if _installed(name)]
+    return missing or f"Triton {' '.join(versions[:1])}, for devices of torch's type 'cuda'"
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _devices() -> list[str]:
@@ -113,6 +128,7 @@ def report() -> str:
         lines += [f"extension    missing: {_library.extension_error}", f"             {_library.HOW_TO_BUILD}"]
     else:
         lines += [f"extension    {extension.__file__}", f"CPU kernels  {extension.cpu_isa()} instruction set"]
+    lines.append(f"GPU kernels  {_triton()}")
     requested = os.environ.get("R1KERNELS_BACKEND")
     lines += [
         f"backend      {_library.requested()}"
@@ -127,6 +143,10 @@ def report() -> str:
         for device, dtype, name in rows:
             choice = _library.explain(device, dtype)
             lines.append(f"{op:<18}{device:<8}{name:<16}{choice.implementation:<12}{choice.reason}")
+    if torch.cuda.is_available():
+        choice = _library.explain("cuda", torch.bfloat16)
+        if choice.implementation == "triton":
+            lines.append(f"{'linear_statistics':<18}{'cuda':<8}{'bf16 fp16':<16}{'triton':<12}log-probs without logits")
     if extension is not None or _library.requested() != "cpu":
         lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
