@@ -41,6 +41,8 @@ def _products() -> list[str]:
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+            if _library.explain(device, dtype).implementation == "error":
+                continue  # the lines above say so
             chosen = route(torch.empty(0, dtype=dtype, device=device))
             how = PRODUCTS[chosen]
             if chosen == "native" and dtype == torch.bfloat16 and _library.extension.has_bf16_dot():
@@ -147,8 +149,7 @@ def report() -> str:
         choice = _library.explain("cuda", torch.bfloat16)
         if choice.implementation == "triton":
             lines.append(f"{'linear_statistics':<18}{'cuda':<8}{'bf16 fp16':<16}{'triton':<12}log-probs without logits")
-    if extension is not None or _library.requested() != "cpu":
-        lines += _products()
+    lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
     lines += _results()
     if importlib.util.find_spec("transformers") is None:
