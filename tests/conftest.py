@@ -22,7 +22,8 @@ if _library.INTERPRETED:
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
 
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40, database=None)
+EXAMPLES = 4 if _library.INTERPRETED else 40  # interpreted programs take their time
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)
 settings.load_profile("tests")
 
 
