@@ -30,6 +30,7 @@ CASES = {
     "test_cross_entropy.py": (),
     "test_invariance.py": (),
     "test_peer_defects.py": (),
+    "test_linear_statistics_accumulation.py": (),
 }
 
 
