@@ -102,3 +102,24 @@ def test_both_tiles_are_tried_and_the_fast_one_is_the_default() -> None:
     space = linear_statistics.search_space(device)
     assert [tile.flush for tile in space] == [0, 4]
     assert linear_statistics.config((8192, 151_936, 4096), torch.bfloat16, device, False) == space[0]
+
+
+def test_a_table_can_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For many aligned rows, of its dtype alone."""
+    device = aot.DEVICES["sm_90"]
+    chosen = linear_statistics.search_space(device)[1]
+
+    def tuned(op: str, name: str, dtype: torch.dtype, size: int) -> dict[str, int] | None:
+        return chosen._asdict() if dtype == torch.bfloat16 and size > 100_000 else None
+
+    def flush_of(count: int, dtype: torch.dtype = torch.bfloat16, invariant: bool = False, aligned: bool = True) -> int:
+        return linear_statistics.config((count, 151_936, 4096), dtype, device, invariant, aligned).flush
+
+    before = list(linear_statistics.variants(device))
+    monkeypatch.setattr(linear_statistics, "tuned", tuned)
+    monkeypatch.setattr(linear_statistics, "SIZES", (1000, 151_936))
+    assert linear_statistics.config((8192, 151_936, 4096), torch.bfloat16, device, False) == chosen
+    assert flush_of(8192) == flush_of(16, invariant=True) == chosen.flush
+    assert flush_of(8192, torch.float16) == flush_of(16) == flush_of(8192, aligned=False) == 0
+    added = [each for each in linear_statistics.variants(device) if each not in before]
+    assert [each.constants["FLUSH"] for each in added] == [chosen.flush] * 2
