@@ -26,7 +26,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token_stats": (("token_stats", "token_stats_edges", "triton_errors"), ("drift[triton-2049]",)),
     "policy_loss": (("policy_loss", "policy_loss_edges"), ()),
     "losses": (
-        ("grpo_loss", "cross_entropy", "group_advantages", "kl_estimate", "peer_defects"),
+        ("grpo_loss", "cross_entropy", "group_advantages", "kl_estimate", "peer_defects", "scaled"),
         ("d10_any_completion_length[65535]", "d10_any_completion_length[65536]", "d10_any_completion_length[70001]"),
     ),
     "invariance": (
@@ -39,7 +39,8 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "divergence": (("divergence", "divergence_edges", "distillation_loss"), ()),
     "linear_token_stats": (
-        ("linear_token_stats", "linear_cross_entropy", "linear_options"), ("engine_that_rounds[dtype1]",)
+        ("linear_token_stats", "linear_statistics_accumulation", "linear_cross_entropy", "linear_options"),
+        ("engine_that_rounds[dtype1]",),
     ),
     "linear_grpo_loss": (
         ("linear_grpo_loss", "linear_compaction", "linear_precision"), ("micro_batches_at_size", "close_as_dense_ones")

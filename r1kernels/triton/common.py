@@ -226,6 +226,28 @@ def expm1(x, exp_x):
 
 
 @triton.jit
+def reciprocal(x, NVIDIA: tl.constexpr):
+    """1 / x for a positive normal float32, to a unit in the last place."""
+    if UPCAST:
+        return 1.0 / x
+    elif NVIDIA:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def log2(x, NVIDIA: tl.constexpr):
+    """log2 of a positive normal float32: to 2^-22 between 1/2 and 2, to two units in the last place elsewhere."""
+    if UPCAST:
+        return tl.log2(x)
+    elif NVIDIA:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 to `dtype`, to nearest even; the interpreter would cut a bfloat16 off."""
     if UPCAST and dtype == tl.bfloat16:

@@ -1,9 +1,10 @@
 r"""Divergence of a student's rows of logits from a teacher's (forward KL, reverse KL, jsd), and its gradient.
 
-Forward: a read of either tensor for the log-sum-exps and entropies, then a second read of both for terms >= 0, which
-need them (`divergence_math`). A program reduces one segment of a row, of fixed size, to a few float32 numbers; a
-kernel over rows merges the segments in float64, in order. Bits depend on the row alone, wherever it lies. Backward:
-one read of both and one write; what a row's entries need of its float64 numbers is prepared once a row.
+Forward: a read of either tensor for the log-sum-exps and entropies (`token_stats.segment_kernel`), then a second read
+of both for terms >= 0, which need them (`divergence_math`, and `divergence_fast` for 16-bit logits). A program reduces
+one segment of a row, of fixed size, to a few float32 numbers; a kernel over rows merges the segments in float64, in
+order. Bits depend on the row alone, wherever it lies. Backward: one read of both and one write; what a row's entries
+need of its float64 numbers is prepared once a row.
 
 Bytes: 2 (student + teacher) forward, student + teacher + out backward, a row masked or without a gradient reading
 none; beside them 125 a token and 130 a token and segment forward, 90 and 60 backward.
@@ -14,6 +15,7 @@ theirs (but bfloat16 of float32), take kernels that load entry by entry.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,34 +23,47 @@ import torch
 import triton
 from torch import Tensor
 
-from r1kernels.triton.common import POINTERS, Device, Rows, Variant, device_of, launch, rows_of
+from r1kernels.triton import token_stats
+from r1kernels.triton.common import POINTERS, Device, Rows, Variant, device_of, launch, optional, rows_of, signature
 from r1kernels.triton.divergence_kernels import (
     gradient_kernel,
     merge_statistics_kernel,
     merge_terms_kernel,
     prepare_kernel,
-    statistics_kernel,
     terms_kernel,
 )
 from r1kernels.triton.divergence_math import CONSTANTS
-from r1kernels.triton.entries import BYTES, DTYPES, ROW_FIELDS, row_arguments
+from r1kernels.triton.entries import BYTES, DTYPES, row_arguments
+from r1kernels.triton.tables import SIZES, tuned
 
 GRADIENTS = ((torch.float32, torch.bfloat16), *((dtype, dtype) for dtype in DTYPES))  # logits, out: those in vectors
 SEGMENT = 16384  # entries: part of what the bits depend on
 MERGE_ROWS = 64
 MERGE = {"BLOCK": MERGE_ROWS, "num_warps": MERGE_ROWS // 32}  # of the kernels over rows
-UNROLL = 2  # vectors a thread has in flight where there is little else to do
 
 
 class Config(NamedTuple):
-    """A tile is a vector of 16 bytes (of the narrowest dtype) for each of the num_warps x 32 (64) threads."""
+    """A tile is `unroll` vectors of 16 bytes (of the narrowest dtype) for each of the num_warps x 32 (64) threads."""
 
     num_warps: int
+    unroll: int
 
 
 def config(shape: tuple[int, int], dtype: torch.dtype, device: Device) -> Config:
     """The tile for (N, V) logits: few warps, as an entry takes a hundred registers' worth of arithmetic."""
-    return Config(num_warps=4)
+    if (measured := tuned("divergence", device.name, dtype, shape[1])) is not None:
+        return Config(**measured)
+    return Config(num_warps=4, unroll=1 if dtype == torch.float32 else 2)
+
+
+def configs(dtype: torch.dtype, device: Device) -> list[Config]:
+    """All that `config` gives on a device: measured ones may differ with the vocabulary."""
+    return list(dict.fromkeys(config((1, size), dtype, device) for size in SIZES))
+
+
+def search_space(device: Device) -> list[Config]:
+    """What benchmarks/tune.py tries."""
+    return [Config(num_warps, unroll) for num_warps in (2, 4, 8) for unroll in (1, 2)]
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------
@@ -72,13 +87,15 @@ def _check_kind(kind: int) -> None:
 
 
 def _constants(
-    logits: torch.dtype | None, narrowest: torch.dtype | None, shape: tuple[int, int], device: Device
+    chosen: Config, logits: torch.dtype | None, narrowest: torch.dtype | None, device: Device
 ) -> dict[str, Any]:
     """Of a kernel on logits of one dtype, or on bytes (None)."""
-    num_warps = config(shape, narrowest or torch.float32, device).num_warps
     vec = 4 if narrowest is None else 16 // narrowest.itemsize
-    exact = logits in (None, torch.float32)  # with the roundings of differences
-    return {"LANES": num_warps * device.warp * vec, "VEC": vec, "EXACT": exact, "num_warps": num_warps}
+    return {
+        "LANES": chosen.num_warps * device.warp * vec, "UNROLL": chosen.unroll,
+        "EXACT": logits in (None, torch.float32), "NVIDIA": device.arch.startswith("sm_"),
+        "num_warps": chosen.num_warps,
+    }
 
 
 def divergence(
@@ -92,31 +109,33 @@ def divergence(
     inner, lse_student, lse_teacher, student_entropy, teacher_entropy = (
         student.new_empty(shape, dtype=torch.float64) for _ in range(5)
     )
-    segments = triton.cdiv(p.vocab, SEGMENT)
-    partials = student.new_empty((8, segments, p.count), dtype=torch.float32)
+    read, segments = (triton.cdiv(p.vocab, of) for of in (token_stats.SEGMENT, SEGMENT))
+    statistics = student.new_empty((2, 4, read, p.count), dtype=torch.float32)
+    partials = student.new_empty((2, segments, p.count), dtype=torch.float32)
     constants = student.new_empty((p.count, CONSTANTS.value), dtype=torch.float32)
-    masked = int(mask is not None)
-    mask = mask if mask is not None else student.new_empty(1, dtype=torch.bool)
+    no_token = student.new_full((p.count,), -1, dtype=torch.int64)
+    masking = optional(mask, torch.bool, no_token)
 
     grid, merge_grid = (p.count * segments,), (triton.cdiv(p.count, MERGE_ROWS),)
-    for rows, part in ((p, partials[:4]), (q, partials[4:])):
-        dtype = rows.data.dtype if rows.vocab_stride == 1 else None
-        launch(
-            statistics_kernel, grid, student, *row_arguments(rows, dtype is not None), mask, masked, temperature, part,
-            p.count, p.vocab, segments, SEGMENT=SEGMENT, UNROLL=UNROLL, **_constants(dtype, dtype, size, device),
-        )
+    for rows, part in zip((p, q), statistics, strict=True):
+        token_stats.launch_segments(rows, no_token, masking, optional(None, torch.float32, no_token), temperature, part)
+    exact = (int(tensor.dtype == torch.float32) for tensor in (student, teacher))
     launch(
-        merge_statistics_kernel, merge_grid, student, partials, mask, masked, temperature, beta, lse_student,
-        lse_teacher, student_entropy, teacher_entropy, constants, p.count, segments, **MERGE,
+        merge_statistics_kernel, merge_grid, student, statistics, *exact, *masking, temperature, beta, lse_student,
+        lse_teacher, student_entropy, teacher_entropy, constants, p.count, read, **MERGE,
     )
     dtype = student.dtype if _alike(p, q) else None
+    # KL(p||q) is KL(q||p) of the two the other way round.
+    swapped = int(kind == 1)
+    first, second = (q, p) if swapped else (p, q)
+    chosen = config(size, dtype or torch.float32, device)
     launch(
-        terms_kernel, grid, student, *row_arguments(p, dtype is not None), *row_arguments(q, dtype is not None), mask,
-        masked, constants, partials, p.count, p.vocab, segments, kind, SEGMENT=SEGMENT,
-        **_constants(dtype, dtype, size, device),
+        terms_kernel, grid, student, *row_arguments(first, dtype is not None),
+        *row_arguments(second, dtype is not None), swapped, *masking, constants, partials, p.count, p.vocab, segments,
+        SEGMENT=SEGMENT, JSD=kind == 2, **_constants(chosen, dtype, dtype, device),
     )
     launch(
-        merge_terms_kernel, merge_grid, student, partials, mask, masked, student_entropy, teacher_entropy, value,
+        merge_terms_kernel, merge_grid, student, partials, *masking, student_entropy, teacher_entropy, value,
         inner, p.count, segments, kind, beta, **MERGE,
     )
     return value, lse_student, lse_teacher, inner, student_entropy, teacher_entropy
@@ -191,70 +210,39 @@ def divergence_backward(
     dtypes = (student.dtype, out.dtype) if typed else (None, None)
     launch(
         gradient_kernel, (p.count * spans,), student, *row_arguments(p, typed), *row_arguments(q, typed),
-        *row_arguments(result, typed), constants, p.vocab, span, spans, kind, **_constants(*dtypes, size, device),
+        *row_arguments(result, typed), constants, p.vocab, span, spans, kind,
+        **_constants(config(size, dtypes[0] or torch.float32, device), *dtypes, device),
     )
 
 
 # ---- every compilation ----------------------------------------------------------------------------------------
 
 
-def _signature(tensors: dict[str, str], integers: str = "", doubles: str = "") -> dict[str, str]:
-    return tensors | dict.fromkeys(integers.split(), "i64") | dict.fromkeys(doubles.split(), "fp64")
-
-
-def _tensor_fields(name: str) -> str:
-    return " ".join(f"{name}_{field}" for field in ROW_FIELDS)
-
-
-def _variant(kernel: Any, signature: dict[str, str], constants: dict[str, Any], *expects: str) -> Variant:
+def _variant(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], *expects: str) -> Variant:
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "num_stages": 1}
-    return Variant(kernel, signature, constants, options, expects)
+    return Variant(kernel, signature(kernel, **pointers), constants, options, expects)
 
 
 def variants(device: Device) -> Iterator[Variant]:
-    """Every compilation that a launch on this device can ask for."""
-    shape = (1, 1)  # no tile depends on it
+    """Every compilation that a launch on this device can ask for, but for that of `token_stats`."""
     merged = {"partials": "*fp32", "mask": "*i1", "student_entropy": "*fp64", "teacher_entropy": "*fp64"}
-    yield _variant(
-        merge_statistics_kernel,
-        _signature(merged | {"lse_student": "*fp64", "lse_teacher": "*fp64", "constants": "*fp32"},
-                   "masked count segments", "temperature beta"),
-        MERGE,
-    )
-    yield _variant(
-        merge_terms_kernel,
-        _signature(merged | {"value": "*fp32", "inner": "*fp64"}, "masked count segments kind", "beta"),
-        MERGE,
-    )
-    yield _variant(
-        prepare_kernel,
-        _signature({"lse_student": "*fp64", "lse_teacher": "*fp64", "inner": "*fp64", "grad": "*fp32",
-                    "constants": "*fp32"}, "count kind", "temperature beta softcap"),
-        MERGE,
-    )
-    student, teacher, out = (_tensor_fields(name) for name in ("student", "teacher", "out"))
+    rows = {"lse_student": "*fp64", "lse_teacher": "*fp64", "constants": "*fp32"}
+    for kernel, pointers in (
+        (merge_statistics_kernel, merged | rows),
+        (merge_terms_kernel, merged | {"value": "*fp32", "inner": "*fp64"}),
+        (prepare_kernel, rows | {"inner": "*fp64", "grad": "*fp32"}),
+    ):
+        yield _variant(kernel, MERGE, pointers)
     for dtype in (*DTYPES, None):
         data = BYTES if dtype is None else POINTERS[dtype]
-        constants = {"SEGMENT": SEGMENT} | _constants(dtype, dtype, shape, device)
-        expects = () if dtype is None else ("wide_loads",)
-        yield _variant(
-            statistics_kernel,
-            _signature({"logits": data, "mask": "*i1", "partials": "*fp32"},
-                       f"{' '.join(ROW_FIELDS)} masked count vocab segments", "temperature"),
-            constants | {"UNROLL": UNROLL}, *expects,
-        )
-        yield _variant(
-            terms_kernel,
-            _signature({"student": data, "teacher": data, "mask": "*i1", "constants": "*fp32", "partials": "*fp32"},
-                       f"{student} {teacher} masked count vocab segments kind"),
-            constants, *expects,
-        )
+        pointers = {"first": data, "second": data, "mask": "*i1", "constants": "*fp32", "partials": "*fp32"}
+        for chosen, jsd in itertools.product(configs(dtype or torch.float32, device), (False, True)):
+            constants = {"SEGMENT": SEGMENT, "JSD": jsd} | _constants(chosen, dtype, dtype, device)
+            yield _variant(terms_kernel, constants, pointers, *(["wide_loads"] if dtype else []))
     for logits, result in (*GRADIENTS, (None, None)):
         data, gradient = (BYTES if dtype is None else POINTERS[dtype] for dtype in (logits, result))
-        yield _variant(
-            gradient_kernel,
-            _signature({"student": data, "teacher": data, "out": gradient, "constants": "*fp32"},
-                       f"{student} {teacher} {out} vocab span spans kind"),
-            _constants(logits, result, shape, device), *(["wide_loads", "wide_stores"] if logits else []),
-        )
+        pointers = {"student": data, "teacher": data, "out": gradient, "constants": "*fp32"}
+        for chosen in configs(logits or torch.float32, device):
+            expects = ["wide_loads", "wide_stores"] if logits else []
+            yield _variant(gradient_kernel, _constants(chosen, logits, result, device), pointers, *expects)

@@ -1,4 +1,4 @@
-"""Kernels of the divergences: statistics of a tensor, sums of terms >= 0, gradient; what they make is in divergence.py.
+"""Kernels of the divergences: sums of terms >= 0, gradient; what they make is in divergence.py.
 
 A program reduces one segment of a row, of fixed size, to a few float32 numbers. A second kernel merges the segments
 of a row in float64, in order.
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from r1kernels.triton.common import LN2, LOG2E, LOWEST, kernel, wide
+from r1kernels.triton.divergence_fast import fast_constants, gradient_fast, jsd_fast, kl_fast
 from r1kernels.triton.divergence_math import (
     CONSTANTS,
     entry_of,
@@ -19,59 +20,18 @@ from r1kernels.triton.divergence_math import (
     load_constants,
     store_constants,
 )
-from r1kernels.triton.entries import load_tile, row_start, store_tile
-from r1kernels.triton.token_stats import add_tile
+from r1kernels.triton.entries import load_tiles, row_start, store_tile
 
-# ---- statistics of one tensor ---------------------------------------------------------------------------------
-
-
-@kernel
-def statistics_kernel(
-    logits, code: tl.int64, misalignment: tl.int64, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64,
-    vocab_stride: tl.int64, mask, masked: tl.int64, temperature: tl.float64, partials, count: tl.int64,
-    vocab: tl.int64, segments: tl.int64,
-    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
-):
-    """partials (4, segments, N): maximum, sum beside the maxima, weighted sum and number of maxima of a segment."""
-    pid = tl.program_id(0)
-    n = (pid // segments).to(tl.int64)
-    segment = (pid % segments).to(tl.int64)
-    if masked != 0:
-        if not tl.load(mask + n):
-            return
-    row, vectors = row_start(logits, code, misalignment, inner, outer_stride, inner_stride, n)
-    c = (1 / wide(temperature) * LOG2E).to(tl.float32)
-    top = tl.full((LANES,), LOWEST, tl.float32)
-    rest = tl.zeros((LANES,), tl.float32)
-    weighted = tl.zeros((LANES,), tl.float32)
-    maxima = tl.zeros((LANES,), tl.float32)
-    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    begin = segment * SEGMENT
-    end = tl.minimum(begin + SEGMENT, vocab)
-    for at in range(begin, end, LANES * UNROLL):
-        x = load_tile(row, vectors, at, cols, end - at, vocab_stride, code, LANES * UNROLL, VEC)
-        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, EXACT)
-
-    highest = tl.max(top, 0)
-    shift = tl.maximum(top - highest, LOWEST)
-    factor = tl.exp2(shift * c)
-    # Beside the ones of the maxima a float32 sum would lose the rest.
-    is_highest = top == highest
-    beside = tl.where(is_highest, rest, factor * (rest + maxima))
-    total_weighted = tl.where(factor == 0, 0.0, factor * (weighted + shift * (rest + maxima)))
-    out = partials + segment * count + n
-    plane = segments * count
-    tl.store(out, highest)
-    tl.store(out + plane, tl.sum(beside, 0))
-    tl.store(out + 2 * plane, tl.sum(total_weighted, 0))
-    tl.store(out + 3 * plane, tl.sum(tl.where(is_highest, maxima, 0.0), 0))
+# ---- statistics of both rows ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _merged(partials, n, counts, count, segments, t):
+def _merged(partials, n, counts, count, segments, t, exact):
     """Log-sum-exp and entropy of rows n in float64."""
     plane = segments * count
-    c = (1 / t * LOG2E).to(tl.float32).to(tl.float64)  # what the segments were summed with
+    c = 1 / t * LOG2E
+    if exact == 0:
+        c = c.to(tl.float32).to(tl.float64)  # what the segments were summed with
     top = tl.full(n.shape, LOWEST, tl.float32)
     for s in range(0, segments):
         top = tl.maximum(top, tl.load(partials + s * count + n, mask=counts, other=0))
@@ -96,18 +56,19 @@ def _merged(partials, n, counts, count, segments, t):
 
 @kernel
 def merge_statistics_kernel(
-    partials, mask, masked: tl.int64, temperature: tl.float64, beta: tl.float64, lse_student, lse_teacher,
-    student_entropy, teacher_entropy, constants, count: tl.int64, segments: tl.int64, BLOCK: tl.constexpr,
+    partials, exact_student: tl.int64, exact_teacher: tl.int64, mask, masked: tl.int64, temperature: tl.float64,
+    beta: tl.float64, lse_student, lse_teacher, student_entropy, teacher_entropy, constants, count: tl.int64,
+    segments: tl.int64, BLOCK: tl.constexpr,
 ):
-    """Both log-sum-exps, both entropies and the rows' constants."""
+    """Both log-sum-exps, both entropies and the rows' constants, from what `token_stats.segment_kernel` left."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = n < count
     counts = keep
     if masked != 0:
         counts = keep & tl.load(mask + n, mask=keep, other=0).to(tl.int1)
     t = wide(temperature)
-    lse_p, entropy_p = _merged(partials, n, counts, count, segments, t)
-    lse_q, entropy_q = _merged(partials + 4 * segments * count, n, counts, count, segments, t)
+    lse_p, entropy_p = _merged(partials, n, counts, count, segments, t, exact_student)
+    lse_q, entropy_q = _merged(partials + 4 * segments * count, n, counts, count, segments, t, exact_teacher)
     zero = wide(0.0)
     store_constants(constants, n, counts, lse_p, lse_q, t, wide(beta), zero, zero, zero)
     tl.store(lse_student + n, tl.where(counts, lse_p, 0.0), mask=keep)
@@ -121,48 +82,61 @@ def merge_statistics_kernel(
 
 @kernel
 def terms_kernel(
-    student, student_code: tl.int64, student_misalignment: tl.int64, student_inner: tl.int64,
-    student_outer_stride: tl.int64, student_inner_stride: tl.int64, student_vocab_stride: tl.int64,
-    teacher, teacher_code: tl.int64, teacher_misalignment: tl.int64, teacher_inner: tl.int64,
-    teacher_outer_stride: tl.int64, teacher_inner_stride: tl.int64, teacher_vocab_stride: tl.int64,
-    mask, masked: tl.int64, constants, partials, count: tl.int64, vocab: tl.int64, segments: tl.int64, kind: tl.int64,
-    SEGMENT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
+    first, first_code: tl.int64, first_misalignment: tl.int64, first_inner: tl.int64, first_outer_stride: tl.int64,
+    first_inner_stride: tl.int64, first_vocab_stride: tl.int64,
+    second, second_code: tl.int64, second_misalignment: tl.int64, second_inner: tl.int64, second_outer_stride: tl.int64,
+    second_inner_stride: tl.int64, second_vocab_stride: tl.int64,
+    swapped: tl.int64, mask, masked: tl.int64, constants, partials, count: tl.int64, vocab: tl.int64,
+    segments: tl.int64,
+    SEGMENT: tl.constexpr, JSD: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    EXACT: tl.constexpr, NVIDIA: tl.constexpr,
 ):
-    """partials (2, segments, N): a segment's sum of a KL's terms; or of KL(p||m)'s and of KL(q||m)'s."""
+    """partials (2, segments, N): a segment's sum of the terms of KL(second||first); or of KL(p||m)'s and KL(q||m)'s.
+
+    `first` is the student's p, or the teacher's where they are swapped.
+    """
     pid = tl.program_id(0)
     n = (pid // segments).to(tl.int64)
     segment = (pid % segments).to(tl.int64)
     if masked != 0:
         if not tl.load(mask + n):
             return
-    row = load_constants(constants, n)
+    row = load_constants(constants, n, swapped)
+    fast = fast_constants(row)
     weight_q = tl.load(constants + n * CONSTANTS + 10)
     weight_p = tl.load(constants + n * CONSTANTS + 11)
     p, p_vectors = row_start(
-        student, student_code, student_misalignment, student_inner, student_outer_stride, student_inner_stride, n
+        first, first_code, first_misalignment, first_inner, first_outer_stride, first_inner_stride, n
     )
     q, q_vectors = row_start(
-        teacher, teacher_code, teacher_misalignment, teacher_inner, teacher_outer_stride, teacher_inner_stride, n
+        second, second_code, second_misalignment, second_inner, second_outer_stride, second_inner_stride, n
     )
-    cols = tl.arange(0, LANES)
+    TILE: tl.constexpr = LANES * UNROLL
+    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     of_student = tl.zeros((LANES,), tl.float32)
     of_teacher = tl.zeros((LANES,), tl.float32)
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, vocab)
-    for at in range(begin, end, LANES):
-        x = load_tile(p, p_vectors, at, cols, end - at, student_vocab_stride, student_code, LANES, VEC)
-        y = load_tile(q, q_vectors, at, cols, end - at, teacher_vocab_stride, teacher_code, LANES, VEC)
-        entry = entry_of(x, y, row, EXACT)
-        if kind == 2:
-            add_student, add_teacher = jsd_terms(entry, weight_q, weight_p)
-            of_student += add_student
-            of_teacher += add_teacher
+    for at in range(begin, end, TILE):
+        x, y = load_tiles(
+            p, p_vectors, first_vocab_stride, first_code, q, q_vectors, second_vocab_stride, second_code, at, cols,
+            end - at, TILE,
+        )
+        if JSD:
+            if EXACT:
+                student, teacher = jsd_terms(entry_of(x, y, row), weight_q, weight_p)
+            else:
+                student, teacher = jsd_fast(x, y, fast, weight_q, weight_p, NVIDIA)
+            of_student += tl.sum(student, 0)
+            of_teacher += tl.sum(teacher, 0)
         else:
-            of_student += kl_term(entry, entry[0] ^ (kind == 1))
-    sum_student = tl.sum(of_student, 0)
-    sum_teacher = tl.sum(of_teacher, 0)
-    tl.store(partials + segment * count + n, sum_student)
-    tl.store(partials + (segments + segment) * count + n, sum_teacher)
+            if EXACT:
+                of_student += tl.sum(kl_term(entry_of(x, y, row)), 0)
+            else:
+                of_student += tl.sum(kl_fast(x, y, fast), 0)
+    tl.store(partials + segment * count + n, tl.sum(of_student, 0))
+    if JSD:
+        tl.store(partials + (segments + segment) * count + n, tl.sum(of_teacher, 0))
 
 
 @kernel
@@ -180,7 +154,9 @@ def merge_terms_kernel(
     of_teacher = tl.zeros((BLOCK,), tl.float64)
     for s in range(0, segments):
         of_student += tl.load(partials + s * count + n, mask=counts, other=0).to(tl.float64)
-        of_teacher += tl.load(partials + (segments + s) * count + n, mask=counts, other=0).to(tl.float64)
+        if kind == 2:
+            of_teacher += tl.load(partials + (segments + s) * count + n, mask=counts, other=0).to(tl.float64)
+    of_student = tl.where(of_student < 0, 0.0, of_student)  # the -1e-36 of `kl_fast`
     # NaN, inf, or no word at all in either row: the entropy is NaN, and so is the divergence.
     entropies = tl.load(student_entropy + n, mask=counts, other=0)
     entropies += tl.load(teacher_entropy + n, mask=counts, other=0)
@@ -226,7 +202,7 @@ def gradient_kernel(
     out, out_code: tl.int64, out_misalignment: tl.int64, out_inner: tl.int64,
     out_outer_stride: tl.int64, out_inner_stride: tl.int64, out_vocab_stride: tl.int64,
     constants, vocab: tl.int64, span: tl.int64, spans: tl.int64, kind: tl.int64,
-    LANES: tl.constexpr, VEC: tl.constexpr, EXACT: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, EXACT: tl.constexpr, NVIDIA: tl.constexpr,
 ):
     """`span` entries of a row. `out` may be the student's memory, row for row.
 
@@ -236,7 +212,8 @@ def gradient_kernel(
     pid = tl.program_id(0)
     n = (pid // spans).to(tl.int64)
     part = (pid % spans).to(tl.int64)
-    row = load_constants(constants, n)
+    row = load_constants(constants, n, 0)
+    fast = fast_constants(row)
     weight_q = tl.load(constants + n * CONSTANTS + 10)
     weight_p = tl.load(constants + n * CONSTANTS + 11)
     inner = tl.load(constants + n * CONSTANTS + 12)
@@ -251,17 +228,26 @@ def gradient_kernel(
     result, result_vectors = row_start(
         out, out_code, out_misalignment, out_inner, out_outer_stride, out_inner_stride, n
     )
-    cols = tl.arange(0, LANES)
+    TILE: tl.constexpr = LANES * UNROLL
+    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     begin = part * span
     end = tl.minimum(begin + span, vocab)
     if factor == 0:
-        zeros = tl.zeros((LANES,), tl.float32)
-        for at in range(begin, end, LANES):
-            store_tile(result, result_vectors, at, cols, end - at, zeros, out_code, LANES, VEC)
+        zeros = tl.zeros((UNROLL, LANES), tl.float32)
+        for at in range(begin, end, TILE):
+            store_tile(result, result_vectors, at, cols, end - at, zeros, out_code, TILE)
     else:
-        for at in range(begin, end, LANES):
-            x = load_tile(p, p_vectors, at, cols, end - at, student_vocab_stride, student_code, LANES, VEC)
-            y = load_tile(q, q_vectors, at, cols, end - at, teacher_vocab_stride, teacher_code, LANES, VEC)
-            tl.debug_barrier()
-            grad = gradient_of(x, y, row, inner, factor, weight_q, weight_p, inv_softcap, kind, EXACT)
-            store_tile(result, result_vectors, at, cols, end - at, grad, out_code, LANES, VEC)
+        for at in range(begin, end, TILE):
+            x, y = load_tiles(
+                p, p_vectors, student_vocab_stride, student_code, q, q_vectors, teacher_vocab_stride, teacher_code, at,
+                cols, end - at, TILE,
+            )
+            if EXACT:  # fast ones are as wide as the student's
+                tl.debug_barrier()
+                grad = gradient_of(x, y, row, inner, factor, weight_q, weight_p, kind)
+            else:
+                grad = gradient_fast(x, y, fast, inner, factor, weight_q, weight_p, kind, NVIDIA)
+            if inv_softcap != 0:  # 1 - tanh^2, whose factors lose nothing near the cap
+                tanh = x * inv_softcap
+                grad = grad * ((1.0 - tanh) * (1.0 + tanh))
+            store_tile(result, result_vectors, at, cols, end - at, grad, out_code, TILE)

@@ -1,7 +1,7 @@
 """Rows of logits of any stride, alignment and dtype, read and written tile by tile in the order of their entries.
 
-A tile goes in vectors of 16 bytes where its row begins at a multiple of them, and entry by entry where it does not.
-Which of the two is decided at run time and moves no entry to another lane: a row's sums have the same bits wherever it
+A tile goes in vectors of 16 bytes where its row begins at a multiple of them, and entry by entry where it does not and
+at the row's end. Which of the two is decided at run time and moves no entry to another lane: a row's sums have the same bits wherever it
 lies. Such a kernel is compiled for each dtype. Tensors of different dtypes, or with a stride over the vocabulary, take
 one that is compiled once: it gets bytes (`BYTES`) and, as a number, their dtype.
 """
@@ -26,7 +26,8 @@ ROW_FIELDS = ("code", "misalignment", "inner", "outer_stride", "inner_stride", "
 def row_arguments(rows: Rows, typed: bool) -> tuple[Any, ...]:
     """The pointer and `ROW_FIELDS` for a kernel: of the tensor's dtype, or of bytes."""
     data, *fields = rows.arguments()
-    return data if typed else _bytes(data), DTYPES.index(data.dtype), *fields
+    misalignment = data.data_ptr() % 16 // data.element_size()  # entries beyond a multiple of 16 bytes
+    return data if typed else _bytes(data), DTYPES.index(data.dtype), misalignment, *fields
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -48,32 +49,42 @@ def row_start(data, code, misalignment, inner, outer_stride, inner_stride, n):
 
 
 @triton.jit
-def load_tile(row, vectors, at, cols, left, vocab_stride, code, LANES: tl.constexpr, VEC: tl.constexpr):
-    """float32 of entries at + cols of a row that has `left` more, and -inf beyond; cols < LANES, a multiple of VEC."""
-    inside = cols < left
-    if row.dtype.element_ty == tl.uint8:
-        entries = (at + cols) * vocab_stride
-        if code == 0:
-            x = tl.load(_as(row, tl.float32) + entries, mask=inside, other=float("-inf"))
-        elif code == 1:
-            x = tl.load(_as(row, tl.bfloat16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
-        else:
-            x = tl.load(_as(row, tl.float16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
+def load_tiles(
+    a, a_vectors, a_stride, a_code, b, b_vectors, b_stride, b_code, at, cols, left, LANES: tl.constexpr
+):
+    """float32 of the entries at + cols of two rows that have `left` more, and -inf beyond; cols < LANES."""
+    few = tl.minimum(left, LANES).to(tl.int32)
+    if a.dtype.element_ty == tl.uint8:
+        x = _load_bytes(a, (at + cols) * a_stride, cols < few, a_code)
+        y = _load_bytes(b, (at + cols) * b_stride, cols < few, b_code)
     else:
-        if vectors & ((left >= LANES) | (left % VEC == 0)):
-            whole = cols < left // VEC * VEC
-            x = tl.load(tl.multiple_of(row + at, 16) + cols, mask=whole, other=float("-inf"))
+        # One branch for both rows, and conversions within: so that the wide loads have nothing to do with the masks.
+        if a_vectors & b_vectors & (left >= LANES):
+            x = tl.load(tl.multiple_of(a + at, 16) + cols).to(tl.float32)
+            y = tl.load(tl.multiple_of(b + at, 16) + cols).to(tl.float32)
         else:
-            x = tl.load(row + at + cols, mask=inside, other=float("-inf"))
-        x = x.to(tl.float32)
+            x = tl.load(a + at + cols, mask=cols < few, other=float("-inf")).to(tl.float32)
+            y = tl.load(b + at + cols, mask=cols < few, other=float("-inf")).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def _load_bytes(row, entries, inside, code):
+    if code == 0:
+        x = tl.load(_as(row, tl.float32) + entries, mask=inside, other=float("-inf"))
+    elif code == 1:
+        x = tl.load(_as(row, tl.bfloat16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(_as(row, tl.float16) + entries, mask=inside, other=float("-inf")).to(tl.float32)
     return x
 
 
 @triton.jit
-def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr, VEC: tl.constexpr):
+def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr):
     """The same the other way round, for rows of unit stride."""
-    inside = cols < left
+    few = tl.minimum(left, LANES).to(tl.int32)
     if row.dtype.element_ty == tl.uint8:
+        inside = cols < few
         if code == 0:
             tl.store(_as(row, tl.float32) + (at + cols), x, mask=inside)
         elif code == 1:
@@ -82,11 +93,10 @@ def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr, VEC: 
             tl.store(_as(row, tl.float16) + (at + cols), x.to(tl.float16), mask=inside)
     else:
         x = rounded(x, row.dtype.element_ty)
-        if vectors & ((left >= LANES) | (left % VEC == 0)):
-            whole = cols < left // VEC * VEC
-            tl.store(tl.multiple_of(row + at, 16) + cols, x, mask=whole)
+        if vectors & (left >= LANES):
+            tl.store(tl.multiple_of(row + at, 16) + cols, x)
         else:
-            tl.store(row + at + cols, x, mask=inside)
+            tl.store(row + at + cols, x, mask=cols < few)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from r1kernels.triton.common import (
     STRIDED,
     UNIT_STRIDE,
     Device,
+    Rows,
     Variant,
     checking_kernel,
     device_of,
@@ -200,17 +201,15 @@ def segment_kernel(
     )
     if full_end < end:
         left = (end - full_end).to(tl.int32)
-        inside = cols < left
-        if LAYOUT == ALIGNED:  # all but the last few entries, in whole vectors
+        if (LAYOUT == ALIGNED) & (left % VEC == 0):
             inside = cols < tl.multiple_of(left // VEC * VEC, VEC)
-        x = tl.load(entries(row, full_end, cols, vocab_stride, LAYOUT), mask=inside, other=float("-inf")).to(tl.float32)
+            at = entries(row, full_end, cols, vocab_stride, LAYOUT)
+            x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        else:  # entry by entry, in the same lanes: bits do not depend on alignment
+            at = row + full_end * vocab_stride + cols * vocab_stride
+            x = tl.load(at, mask=cols < left, other=float("-inf")).to(tl.float32)
         x = tl.where(cols == (target - full_end).to(tl.int32), float("-inf"), x)
         top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, c_rest, EXACT)
-        if LAYOUT == ALIGNED:
-            if end % VEC != 0:
-                last = end // VEC * VEC + tl.arange(0, LANES)[None, :]
-                few = tl.load(row + last, mask=(last < end) & (last != target), other=float("-inf")).to(tl.float32)
-                top, rest, weighted, maxima = add_tile(few, top, rest, weighted, maxima, c, c_rest, EXACT)
 
     highest = tl.max(top, 0)
     shift, factor = below(top, highest, c, c_rest, EXACT)
@@ -280,22 +279,33 @@ def merge_kernel(
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
+def launch_segments(
+    rows: Rows, token_ids: Tensor, mask: tuple[Tensor, int], temperatures: tuple[Tensor, int], temperature: float,
+    partials: Tensor,
+) -> None:
+    """`segment_kernel` on all rows; token ids of -1 leave nothing out of the sums."""
+    logits, device, segments = rows.data, device_of(rows.data), partials.shape[1]
+    chosen = config((rows.count, rows.vocab), logits.dtype, device)
+    launch(
+        segment_kernel, (rows.count * segments,), logits, *rows.arguments(), token_ids, *mask, *temperatures,
+        temperature, partials, rows.count, rows.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT,
+        LAYOUT=rows.layout, EXACT=logits.dtype == torch.float32, **chosen.constants(logits.dtype, device),
+    )
+
+
 def token_stats(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, shape, device = rows_of(logits), logits.shape[:-1], device_of(logits)
+    rows, shape = rows_of(logits), logits.shape[:-1]
     logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(shape, dtype=torch.float64, device=logits.device)
     entropy = torch.empty(shape, dtype=torch.float64, device=logits.device)
-    chosen = config((rows.count, rows.vocab), logits.dtype, device)
     segments = triton.cdiv(rows.vocab, SEGMENT)
     partials = torch.empty((4, segments, rows.count), dtype=torch.float32, device=logits.device)
-    tokens = (token_ids, *optional(mask, torch.bool, token_ids), *optional(temperatures, torch.float32, token_ids))
-    launch(
-        segment_kernel, (rows.count * segments,), logits, *rows.arguments(), *tokens, temperature, partials, rows.count,
-        rows.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, LAYOUT=rows.layout,
-        EXACT=logits.dtype == torch.float32, **chosen.constants(logits.dtype, device),
-    )
+    masking = optional(mask, torch.bool, token_ids)
+    tempering = optional(temperatures, torch.float32, token_ids)
+    tokens = (token_ids, *masking, *tempering)
+    launch_segments(rows, token_ids, masking, tempering, temperature, partials)
     launch(
         merge_kernel, (triton.cdiv(rows.count, MERGE_ROWS),), logits, *rows.arguments(), *tokens, temperature, partials,
         logprobs, lse, entropy, rows.count, rows.vocab, segments, num_warps=MERGE_WARPS, BLOCK=MERGE_ROWS,
