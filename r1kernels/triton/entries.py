@@ -1,9 +1,9 @@
 """Rows of logits of any stride, alignment and dtype, read and written tile by tile in the order of their entries.
 
 A tile goes in vectors of 16 bytes where its row begins at a multiple of them, and entry by entry where it does not and
-at the row's end. Which of the two is decided at run time and moves no entry to another lane: a row's sums have the same bits wherever it
-lies. Such a kernel is compiled for each dtype. Tensors of different dtypes, or with a stride over the vocabulary, take
-one that is compiled once: it gets bytes (`BYTES`) and, as a number, their dtype.
+at the row's end. Which of the two is decided at run time and moves no entry to another lane: a row's sums have the same
+bits wherever it lies. Such a kernel is compiled for each dtype. Tensors of different dtypes, or with a stride over the
+vocabulary, take one that is compiled once: it gets bytes (`BYTES`) and, as a number, their dtype.
 """
 
 from __future__ import annotations
