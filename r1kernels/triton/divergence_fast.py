@@ -66,17 +66,16 @@ def kl_fast(x, y, row):
     log_a, log_b = _exponents(x, y, row)
     a = tl.exp2(log_a)
     b = tl.exp2(tl.maximum(log_b, -126.0))  # not 0: times a ratio that is infinite it is infinite
-    p = r * 2.79028427e-7 - 2.88356318e-6  # minimax of (e^-r + r - 1) / r^2 on [-1.5, 1.5]: 5e-8
-    p = p * r + 2.48159122e-5
-    p = p * r - 1.98199457e-4
-    p = p * r + 1.38885505e-3
-    p = p * r - 8.33346322e-3
-    p = p * r + 4.16666865e-2
-    p = p * r - 1.66666642e-1
+    p = r * -2.78146217e-6 + 2.56678377e-5  # minimax of (e^-r + r - 1) / r^2 on [-1.25, 1.25]: 7e-8
+    p = p * r - 1.98480469e-4
+    p = p * r + 1.38805097e-3
+    p = p * r - 8.33324529e-3
+    p = p * r + 4.1666925e-2
+    p = p * r - 1.66666687e-1
     p = p * r + 0.5
     near = b * (r * r * p)
     far = b * (r - 1.0) + a
-    return tl.where(tl.abs(r) < 1.5, near, far)
+    return tl.where(tl.abs(r) < 1.25, near, far)
 
 
 @triton.jit

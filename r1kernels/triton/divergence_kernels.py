@@ -20,7 +20,7 @@ from r1kernels.triton.divergence_math import (
     load_constants,
     store_constants,
 )
-from r1kernels.triton.entries import load_tiles, row_start, store_tile
+from r1kernels.triton.entries import load_tiles, load_wide, row_start, store_tile, store_wide, whole_tiles
 
 # ---- statistics of both rows ------------------------------------------------------------------------------------
 
@@ -80,6 +80,26 @@ def merge_statistics_kernel(
 # ---- the divergence -------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _add_terms(
+    x, y, row, fast, weight_q, weight_p, of_student, of_teacher, JSD: tl.constexpr, EXACT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """Both sums of each lane with a tile's terms; a KL has one sum."""
+    if JSD:
+        if EXACT:
+            student, teacher = jsd_terms(entry_of(x, y, row), weight_q, weight_p)
+        else:
+            student, teacher = jsd_fast(x, y, fast, weight_q, weight_p, NVIDIA)
+        of_teacher += tl.sum(teacher, 0)
+    else:
+        if EXACT:
+            student = kl_term(entry_of(x, y, row))
+        else:
+            student = kl_fast(x, y, fast)
+    return of_student + tl.sum(student, 0), of_teacher
+
+
 @kernel
 def terms_kernel(
     first, first_code: tl.int64, first_misalignment: tl.int64, first_inner: tl.int64, first_outer_stride: tl.int64,
@@ -117,23 +137,21 @@ def terms_kernel(
     of_teacher = tl.zeros((LANES,), tl.float32)
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, vocab)
-    for at in range(begin, end, TILE):
+    whole = whole_tiles(begin, end, p_vectors & q_vectors, TILE, EXACT)
+    if not EXACT:
+        for at in range(begin, whole, TILE):
+            x, y = load_wide(p, q, at, cols)
+            of_student, of_teacher = _add_terms(
+                x, y, row, fast, weight_q, weight_p, of_student, of_teacher, JSD, EXACT, NVIDIA
+            )
+    for at in range(whole, end, TILE):
         x, y = load_tiles(
-            p, p_vectors, first_vocab_stride, first_code, q, q_vectors, second_vocab_stride, second_code, at, cols,
-            end - at, TILE,
+            p, p_vectors & EXACT, first_vocab_stride, first_code, q, q_vectors & EXACT, second_vocab_stride,
+            second_code, at, cols, end - at, TILE,
         )
-        if JSD:
-            if EXACT:
-                student, teacher = jsd_terms(entry_of(x, y, row), weight_q, weight_p)
-            else:
-                student, teacher = jsd_fast(x, y, fast, weight_q, weight_p, NVIDIA)
-            of_student += tl.sum(student, 0)
-            of_teacher += tl.sum(teacher, 0)
-        else:
-            if EXACT:
-                of_student += tl.sum(kl_term(entry_of(x, y, row)), 0)
-            else:
-                of_student += tl.sum(kl_fast(x, y, fast), 0)
+        of_student, of_teacher = _add_terms(
+            x, y, row, fast, weight_q, weight_p, of_student, of_teacher, JSD, EXACT, NVIDIA
+        )
     tl.store(partials + segment * count + n, tl.sum(of_student, 0))
     if JSD:
         tl.store(partials + (segments + segment) * count + n, tl.sum(of_teacher, 0))
@@ -193,6 +211,15 @@ def prepare_kernel(
     store_constants(constants, n, keep, of_student, of_teacher, t, b, of_row, factor, inv_softcap)
 
 
+@triton.jit
+def _through_softcap(grad, x, inv_softcap):
+    """Times 1 - tanh^2, whose factors lose nothing near the cap; inv_softcap is 0 without one."""
+    if inv_softcap != 0:
+        tanh = x * inv_softcap
+        grad = grad * ((1.0 - tanh) * (1.0 + tanh))
+    return grad
+
+
 @kernel
 def gradient_kernel(
     student, student_code: tl.int64, student_misalignment: tl.int64, student_inner: tl.int64,
@@ -237,17 +264,21 @@ def gradient_kernel(
         for at in range(begin, end, TILE):
             store_tile(result, result_vectors, at, cols, end - at, zeros, out_code, TILE)
     else:
-        for at in range(begin, end, TILE):
+        whole = whole_tiles(begin, end, p_vectors & q_vectors & result_vectors, TILE, EXACT)
+        if not EXACT:  # as wide as the student's
+            for at in range(begin, whole, TILE):
+                x, y = load_wide(p, q, at, cols)
+                grad = gradient_fast(x, y, fast, inner, factor, weight_q, weight_p, kind, NVIDIA)
+                store_wide(result, at, cols, _through_softcap(grad, x, inv_softcap))
+        for at in range(whole, end, TILE):
             x, y = load_tiles(
-                p, p_vectors, student_vocab_stride, student_code, q, q_vectors, teacher_vocab_stride, teacher_code, at,
-                cols, end - at, TILE,
+                p, p_vectors & EXACT, student_vocab_stride, student_code, q, q_vectors & EXACT, teacher_vocab_stride,
+                teacher_code, at, cols, end - at, TILE,
             )
-            if EXACT:  # fast ones are as wide as the student's
+            if EXACT:
                 tl.debug_barrier()
                 grad = gradient_of(x, y, row, inner, factor, weight_q, weight_p, kind)
             else:
                 grad = gradient_fast(x, y, fast, inner, factor, weight_q, weight_p, kind, NVIDIA)
-            if inv_softcap != 0:  # 1 - tanh^2, whose factors lose nothing near the cap
-                tanh = x * inv_softcap
-                grad = grad * ((1.0 - tanh) * (1.0 + tanh))
-            store_tile(result, result_vectors, at, cols, end - at, grad, out_code, TILE)
+            grad = _through_softcap(grad, x, inv_softcap)
+            store_tile(result, result_vectors & EXACT, at, cols, end - at, grad, out_code, TILE)

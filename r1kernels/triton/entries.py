@@ -49,6 +49,23 @@ def row_start(data, code, misalignment, inner, outer_stride, inner_stride, n):
 
 
 @triton.jit
+def load_wide(a, b, at, cols):
+    """float32 of the entries at + cols of two rows in vectors."""
+    x = tl.load(tl.multiple_of(a + at, 16) + cols)
+    y = tl.load(tl.multiple_of(b + at, 16) + cols)
+    return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def whole_tiles(begin, end, vectors, LANES: tl.constexpr, EXACT: tl.constexpr):
+    """Where the tiles that a loop of its own can load in vectors end; without arithmetic to save there is none."""
+    if EXACT:
+        return begin
+    else:
+        return tl.where(vectors, begin + (end - begin) // LANES * LANES, begin)
+
+
+@triton.jit
 def load_tiles(
     a, a_vectors, a_stride, a_code, b, b_vectors, b_stride, b_code, at, cols, left, LANES: tl.constexpr
 ):
@@ -58,10 +75,8 @@ def load_tiles(
         x = _load_bytes(a, (at + cols) * a_stride, cols < few, a_code)
         y = _load_bytes(b, (at + cols) * b_stride, cols < few, b_code)
     else:
-        # One branch for both rows, and conversions within: so that the wide loads have nothing to do with the masks.
         if a_vectors & b_vectors & (left >= LANES):
-            x = tl.load(tl.multiple_of(a + at, 16) + cols).to(tl.float32)
-            y = tl.load(tl.multiple_of(b + at, 16) + cols).to(tl.float32)
+            x, y = load_wide(a, b, at, cols)
         else:
             x = tl.load(a + at + cols, mask=cols < few, other=float("-inf")).to(tl.float32)
             y = tl.load(b + at + cols, mask=cols < few, other=float("-inf")).to(tl.float32)
@@ -80,8 +95,14 @@ def _load_bytes(row, entries, inside, code):
 
 
 @triton.jit
+def store_wide(row, at, cols, x):
+    """x to the entries at + cols of a row in vectors."""
+    tl.store(tl.multiple_of(row + at, 16) + cols, rounded(x, row.dtype.element_ty))
+
+
+@triton.jit
 def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr):
-    """The same the other way round, for rows of unit stride."""
+    """The same as `load_tiles` the other way round, for one row of unit stride."""
     few = tl.minimum(left, LANES).to(tl.int32)
     if row.dtype.element_ty == tl.uint8:
         inside = cols < few
@@ -92,11 +113,10 @@ def store_tile(row, vectors, at, cols, left, x, code, LANES: tl.constexpr):
         else:
             tl.store(_as(row, tl.float16) + (at + cols), x.to(tl.float16), mask=inside)
     else:
-        x = rounded(x, row.dtype.element_ty)
         if vectors & (left >= LANES):
-            tl.store(tl.multiple_of(row + at, 16) + cols, x)
+            store_wide(row, at, cols, x)
         else:
-            tl.store(row + at + cols, x, mask=cols < few)
+            tl.store(row + at + cols, rounded(x, row.dtype.element_ty), mask=cols < few)
 
 
 @triton.jit

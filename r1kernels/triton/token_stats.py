@@ -266,7 +266,7 @@ def merge_kernel(
     mean = weighted / total  # sum_j p_j (x_j - top)
     log_total = tl.log(total)
     # The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
-    log_sum = log_total + (1 / t - c * LN2) * mean
+    log_sum = log_total + tl.where(total == 0, 0.0, (1 / t - c * LN2) * mean)  # no word at all: -inf
     result = x / t
     value_lse = top / t + log_sum
     logprob = tl.where(x == top, -log_sum, result - value_lse)
