@@ -29,7 +29,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 
-MOST_CASES = 16  # of one test, where programs are interpreted
+MOST_CASES = 12  # of one test, where programs are interpreted
 
 
 def spread(count: int) -> set[int]:
