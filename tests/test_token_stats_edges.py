@@ -136,6 +136,13 @@ def test_strided_logits_are_read_in_place(view: str, dtype: torch.dtype, impleme
     check(logits, testing.random_ids(*logits.shape[:-1], vocab=logits.shape[-1]))
 
 
+def test_strides_of_dimensions_of_one_say_nothing(implementation: str) -> None:
+    x = testing.random_logits(3, 2, 4, 2, 50)
+    views = x[:, :1, 0, 0], x[:, 1:, :, 0], x[:1, :, :1, :1], x[:, :1, :1, :1], x[:1, 1:, 1:2, 1:], x[:, 1, 1:2]
+    for logits in views:
+        check(logits, testing.random_ids(*logits.shape[:-1], vocab=50))
+
+
 def test_strided_ids_and_incoming_gradient(implementation: str) -> None:
     logits = testing.random_logits(4, 6, 19, seed=3)
     ids = testing.random_ids(6, 4, vocab=19).t()

@@ -29,7 +29,8 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "(vocabulary_of_a_real_model and (forward_kl-dtype0 or reverse_kl-dtype0))",
             "compile_fullgraph[triton-True", "compile_fullgraph[triton-False-reverse_kl",
-            "(keep_to_the_same_budget and jsd-0.01)",
+            "(keep_to_the_same_budget and jsd-0.01)", "confident_teachers",
+            "(rows_do_not_depend_on_their_batch and (forward_kl or reverse_kl-dtype0))",
         ),
     ),
     "token_stats": (("token_stats", "token_stats_edges", "triton_errors"), ("drift[triton-2049]",)),
@@ -66,7 +67,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("linear_invariance", "linear_precision"),
         (
             "micro_batches_with_the_global_normalizer", "chunk_budgets", "order_of_sequences",
-            "cross_entropy_of_any_split", "batch_invariant_log_probs", "micro_batches_at_size",
+            "cross_entropy_of_any_split", "autocast", "batch_invariant_log_probs", "micro_batches_at_size",
         ),
     ),
 }

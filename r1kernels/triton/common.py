@@ -154,7 +154,9 @@ def rows_of(tensor: Tensor) -> Rows:
     """The rows of (..., V) with any strides: a copy only where three or more dimensions defy merging."""
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if merged and (size == 1 or merged[-1][1] == size * stride):
+        if merged and size == 1:
+            continue  # its stride says nothing
+        if merged and merged[-1][1] == size * stride:
             merged[-1] = (merged[-1][0] * size, stride)
         elif merged and merged[-1][0] == 1:
             merged[-1] = (size, stride)
