@@ -49,6 +49,7 @@ from r1kernels.triton.common import (
     signature,
     wide,
 )
+from r1kernels.triton.tables import SIZES, tuned
 
 DTYPES = (torch.bfloat16, torch.float16)
 MERGE_ROWS, MERGE_SPLITS = 32, 32
@@ -72,8 +73,11 @@ class Config(NamedTuple):
     tiles: int = 1
 
 
-def _tile(large: bool, aligned: bool, device: Device) -> Config:
-    """The tile of many rows, or of few. Rows at odd addresses are loaded entry by entry: a way that only works."""
+def _tile(large: bool, aligned: bool, plain: bool, device: Device) -> Config:
+    """The tile of many rows, or of few. Rows at odd addresses are loaded entry by entry: a way that only works.
+
+    `plain`: heads without bias and soft cap. Others need more registers than 128 x 256 tiles leave, but on sm_90.
+    """
     nvidia = device.arch.startswith("sm_")
     tma = nvidia and aligned and int(device.arch[3:]) >= 90
     roomy = device.arch in ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 163 KiB of shared memory and more
@@ -81,21 +85,40 @@ def _tile(large: bool, aligned: bool, device: Device) -> Config:
     if not aligned:
         return Config(64, 64, 64, 4, min(stages, 3), tma, aligned)
     if not large:
-        return Config(64, 128, 64, 4, stages, tma, aligned)
+        return Config(64, 128, 64, 4 if tma or not nvidia else 8, stages, tma, aligned)
     if not roomy:
         return Config(128, 128, 64, 8, stages, tma, aligned)
+    if not plain and device.arch != "sm_90":
+        return Config(128, 128, 64 if tma else 32, 8, stages if tma else 5, tma, aligned)
     return Config(128, 256, 64, 8, stages, tma, aligned) if tma else Config(128, 256, 32, 8, 5, tma, aligned)
 
 
+def _measured(vocab: int, dtype: torch.dtype, device: Device) -> Config:
+    """The tile of many aligned rows and a plain head: what was measured on the device, or else `_tile`."""
+    measured = tuned("linear_statistics", device.name, dtype, vocab)
+    return _tile(True, True, True, device) if measured is None else Config(**measured)._replace(tiles=1)
+
+
+def search_space(device: Device) -> list[Config]:
+    """What benchmarks/tune.py tries, for many aligned rows."""
+    tile = _tile(True, True, True, device)
+    shapes = ((128, 256, 64, 8), (128, 256, 32, 8), (128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8))
+    stages = (3, 4) if device.arch.startswith("sm_") else (1, 2)
+    space = [Config(*shape, count, tile.tma, True) for shape in shapes for count in stages]
+    return [each._replace(tiles=SPLIT_STEPS // 64) for each in dict.fromkeys([tile, *space])]
+
+
 def config(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: Device, batch_invariant: bool, aligned: bool = True
+    shape: tuple[int, int, int], dtype: torch.dtype, device: Device, batch_invariant: bool, aligned: bool = True,
+    plain: bool = True,
 ) -> Config:
     """The tile and the splits for (N, V, H) of a 16-bit dtype. With `batch_invariant`, whatever N.
 
     A split is of about 256 steps. Fewer, where N is so small that they would not make eight waves of programs.
     """
     count, vocab, width = shape
-    tile = _tile(batch_invariant or count > 64, aligned, device)
+    large = batch_invariant or count > 64
+    tile = _measured(vocab, dtype, device) if large and aligned and plain else _tile(large, aligned, plain, device)
     tiles = min(max(SPLIT_STEPS // max(math.ceil(width / tile.block_k), 1), 1), 16)
     if not batch_invariant:
         columns = math.ceil(count / tile.block_m) * math.ceil(vocab / tile.block_n)
@@ -323,7 +346,8 @@ def linear_statistics(
     (count, width), vocab = hidden.shape, weight.shape[0]
     device = device_of(hidden)
     aligned = _aligned(hidden) and _aligned(weight)
-    tile = config((count, vocab, width), hidden.dtype, device, batch_invariant, aligned)
+    plain = bias is None and softcap == 0
+    tile = config((count, vocab, width), hidden.dtype, device, batch_invariant, aligned, plain)
     splits = math.ceil(vocab / (tile.block_n * tile.tiles))
 
     partials = hidden.new_empty((3, splits, count), dtype=torch.float32)
@@ -348,7 +372,7 @@ def linear_statistics(
         *matrices, *optional(bias, hidden.dtype, token_ids), *rows, logit_scale, softcap,
         partials, own, count, vocab, width, splits, tile.tiles,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **_constants(tile, plain=bias is None and softcap == 0 and _has_plain(tile)),
+        **_constants(tile, plain and _has_plain(tile)),
     )
     launch(
         merge_kernel, (math.ceil(count / MERGE_ROWS),), hidden,
@@ -387,14 +411,17 @@ def variants(device: Device) -> Iterator[Variant]:
     }
     for dtype in DTYPES:
         data = POINTERS[dtype]
+        many = dict.fromkeys(_measured(size, dtype, device) for size in SIZES)
+        tiles = [(tile, True) for tile in many if _has_plain(tile)]
         for large, aligned in ((True, True), (False, True), (False, False)):
-            tile = _tile(large, aligned, device)
+            tiles.append((_tile(large, aligned, False, device), False))
+        tiles += [(tile, False) for tile in many if not _has_plain(tile)]
+        for tile, plain in dict.fromkeys(tiles):
             hidden = f"tensordesc<{data[1:]}[{tile.block_m}, {tile.block_k}]>" if tile.tma else data
             weight = f"tensordesc<{data[1:]}[{tile.block_n}, {tile.block_k}]>" if tile.tma else data
             types = signature(tiles_kernel, hidden=hidden, weight=weight, bias=data, **tokens)
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            for plain in (True, False) if _has_plain(tile) else (False,):
-                yield Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
+            yield Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
     types = signature(merge_kernel, logprobs="*fp32", lse="*fp64", entropy="*fp64", **tokens)
     constants = {"BLOCK": MERGE_ROWS, "SPLITS": MERGE_SPLITS}
     yield Variant(merge_kernel, types, constants, {"num_warps": 4, "num_stages": 1})
