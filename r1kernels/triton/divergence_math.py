@@ -79,12 +79,19 @@ def _exp2_scaled(d, scale, scale_rest, limit, extra):
 
 
 @triton.jit
+def _lost(a, b, difference):
+    """`difference_error`, and 0 where that is inf - inf."""
+    lost = difference_error(a, b, difference)
+    return tl.where(lost == lost, lost, 0.0)
+
+
+@triton.jit
 def entry_of(x, y, row):
     """Of both logits: whether q is the larger, max(p, q), t = min / max, 1 - t, |d|, and whether both are 0."""
     scale, scale_rest, limit, slope, gap, gap_rest, anchor_p, rest_p, anchor_q, rest_q = row
     difference = y - x
     d = difference - gap
-    lost = difference_error(difference, gap, d) + (difference_error(y, x, difference) - gap_rest)
+    lost = _lost(difference, gap, d) + (_lost(y, x, difference) - gap_rest)
     total = d + lost  # d T
     rest = (d - total) + lost
     rest = tl.where(rest == rest, rest, 0.0)  # inf - inf
@@ -98,7 +105,7 @@ def entry_of(x, y, row):
     logit = tl.where(q_is_big, y, x)
     anchor = tl.where(q_is_big, anchor_q, anchor_p)
     from_anchor = logit - anchor
-    extra = difference_error(logit, anchor, from_anchor) * scale + tl.where(q_is_big, rest_q, rest_p)
+    extra = _lost(logit, anchor, from_anchor) * scale + tl.where(q_is_big, rest_q, rest_p)
     fraction, power, dead = _exp2_scaled(from_anchor, scale, scale_rest, limit, extra)
     big = tl.where(dead, 0.0, fraction * power + power)
     return q_is_big, big, t, one_minus, -far * slope, dead
