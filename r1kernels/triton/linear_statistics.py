@@ -147,6 +147,9 @@ def linear_statistics(
             raise ValueError(f"{name} has strides {matrix.stride()}, expected rows of adjacent entries (stride 1)")
     (count, width), vocab = hidden.shape, weight.shape[0]
     device = device_of(hidden)
+    if width % 8 == 0 and not _aligned(hidden):
+        # A copy costs less than loads entry by entry, and a row's tile does not depend on how many rows there are.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     aligned = _aligned(hidden) and _aligned(weight)
     plain = bias is None and softcap == 0
     tile = config((count, vocab, width), hidden.dtype, device, batch_invariant, aligned, plain)
