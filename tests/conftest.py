@@ -27,7 +27,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
     settings.register_profile("tests", deadline=None, derandomize=True, max_examples=examples, database=None)
     settings.load_profile("tests")
 
-MOST_CASES = 16  # of one test, where programs are interpreted
+MOST_CASES = 12  # of one test, where programs are interpreted
 
 
 def spread(count: int) -> set[int]:

@@ -55,7 +55,8 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", STRIDED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strided_logits_are_read_in_place(view: str, kind: str) -> None:
-    student, teacher = (STRIDED[view](x) for x in testing.random_pair(2, 4, 4099))
+    size = (2, 4, 4099) if testing.KERNELS == "cpu" else (2, 2, 2100)
+    student, teacher = (STRIDED[view](x) for x in testing.random_pair(*size))
     check(student, teacher, kind)
     check(student.contiguous(), teacher, kind)
     check(student, teacher.contiguous(), kind)
@@ -252,20 +253,20 @@ def test_operators_called_directly_refuse_memory_that_would_be_overwritten() -> 
 
     narrow = memory.view(torch.bfloat16)[:, :80:2]  # a student narrower than out
     for out in (memory[:, 1:41], memory[:, 30:70], memory.view(-1)[:160].view(4, 40)):
-        with pytest.raises(RuntimeError, match="out overlaps student"):
+        with pytest.raises((RuntimeError, ValueError), match="out overlaps student"):
             run(out)
     for source in (narrow, memory.view(torch.bfloat16)[:, :40]):
-        with pytest.raises(RuntimeError, match="out overlaps student"):
+        with pytest.raises((RuntimeError, ValueError), match="out overlaps student"):
             run(memory[:, :40], source)
-    with pytest.raises(RuntimeError, match="out overlaps teacher"):
+    with pytest.raises((RuntimeError, ValueError), match="out overlaps teacher"):
         run(teacher)
-    with pytest.raises(RuntimeError, match="unit stride over the vocabulary"):
+    with pytest.raises((RuntimeError, ValueError), match="unit stride over the vocabulary"):
         run(torch.empty(40, 4).t())
-    with pytest.raises(RuntimeError, match="must have the same shape"):
+    with pytest.raises((RuntimeError, ValueError), match="must have the same shape"):
         run(torch.empty(4, 39))
-    with pytest.raises(RuntimeError, match="must have the same shape"):
+    with pytest.raises((RuntimeError, ValueError), match="must have the same shape"):
         torch.ops.r1kernels.divergence(student, teacher[:, :39], None, 0, 0.3, 0.7)
-    with pytest.raises(RuntimeError, match="kind is 3, expected 0, 1 or 2"):
+    with pytest.raises((RuntimeError, ValueError), match="kind is 3, expected 0, 1 or 2"):
         torch.ops.r1kernels.divergence(student, teacher, None, 3, 0.3, 0.7)
 
 

@@ -28,7 +28,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("divergence", "divergence_edges", "distillation_loss"),
         (
             "(vocabulary_of_a_real_model and (forward_kl-dtype0 or reverse_kl-dtype0))",
-            "(keep_to_the_same_budget and jsd-0.01)",
+            "compile_fullgraph[triton-True", "compile_fullgraph[triton-False-reverse_kl", "(keep_to_the_same_budget and jsd-0.01)",
         ),
     ),
     "token_stats": (("token_stats", "token_stats_edges", "triton_errors"), ("drift[triton-2049]",)),
@@ -55,7 +55,8 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear_grpo_loss": (
         ("linear_grpo_loss", "linear_compaction"),
         (
-            "is_grpo_loss_of_the_dense_logits", "(heads_in_float32 and (two_sided or gspo_wide))",
+            "is_grpo_loss_of_the_dense_logits", "a_callable_is_the_preset", "is_policy_loss_of_the_linear",
+            "(heads_in_float32 and (two_sided or gspo_wide))",
             "(objectives_and_inputs and (dapo or two_sided or reinforce or cispo_sequence or sapo_sequence))",
         ),
     ),
@@ -64,7 +65,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("linear_invariance", "linear_precision"),
         (
             "micro_batches_with_the_global_normalizer", "chunk_budgets", "order_of_sequences",
-            "micro_batches_at_size",
+            "cross_entropy_of_any_split", "batch_invariant_log_probs", "micro_batches_at_size",
         ),
     ),
 }
