@@ -9,7 +9,6 @@ found is written as soon as it is measured; the tile in use stays unless another
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import json
@@ -25,6 +24,7 @@ from gpu import inputs, measure, records
 from gpu.cases import distillation_loss
 from gpu.losses import Problem, distance, gradients
 from gpu.setting import Head, Logits, Setting, head_shape, logits_shapes, name_of
+from gpu.tiles import forced, kernel_device, replaced
 from gpu.timing import Timed, clock_of, in_turns
 from torch import Tensor
 
@@ -103,28 +103,6 @@ def spaces(only: str | None) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def replaced(module: Any, by: Callable[..., Any]) -> Iterator[None]:
-    """Another `config` wherever kernels know the module's by that name."""
-    kept = module.config
-    loaded = [each for name, each in sys.modules.items() if name.startswith("r1kernels.triton.")]
-    holders = [module, *(each for each in loaded if each is not module and getattr(each, "config", None) is kept)]
-    for holder in holders:
-        holder.config = by
-    try:
-        yield
-    finally:
-        for holder in holders:
-            holder.config = kept
-
-
-@contextlib.contextmanager
-def forced(module: Any, config: Any) -> Iterator[None]:
-    """The launches of a module, and of those that import its `config`, use this tile."""
-    with replaced(module, lambda *_, **__: config):
-        yield
-
-
 def in_use(module: Any, run: Run) -> tuple[Any, tuple[Tensor, ...]]:
     """The tile that a run asks the module for, None where it asks for none, and the results."""
     asked, kept = [], module.config
@@ -136,14 +114,6 @@ def in_use(module: Any, run: Run) -> tuple[Any, tuple[Tensor, ...]]:
     with replaced(module, recorded):
         results = run()
     return (asked[0] if asked else None), results
-
-
-def _device(device: torch.device) -> Any:
-    from r1kernels.triton.common import Device, device_of_index
-
-    if device.type == "cpu":
-        return Device("sm_90", 4, 32, "rehearsal")
-    return device_of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def fastest(module: Any, run: Run, device: Any, clock: Any) -> tuple[Any, str]:
@@ -202,7 +172,7 @@ def main() -> int:
     if setting.device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda is not available", file=sys.stderr)
         return 2
-    device, clock = _device(setting.device), clock_of(setting.device)
+    device, clock = kernel_device(setting.device), clock_of(setting.device)
     deadline = time.monotonic() + given.seconds
     with r1kernels.backend("triton" if setting.device.type == "cuda" else "auto"):
         environment = records.environment(setting.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,12 +41,28 @@ def _products() -> list[str]:
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+            if _library.explain(device, dtype).implementation == "error":
+                continue  # the lines above say so
             chosen = route(torch.empty(0, dtype=dtype, device=device))
             how = PRODUCTS[chosen]
             if chosen == "native" and dtype == torch.bfloat16 and _library.extension.has_bf16_dot():
                 how += ", bfloat16 dot-product instructions"
             lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
     return lines
+
+
+def _triton() -> str:
+    missing = _library.triton_missing("cuda")
+    versions = [importlib.metadata.version(name) for name in ("triton", "pytorch-triton") if _installed(name)]
+    return missing or f"Triton {' '.join(versions[:1])}, for devices of torch's type 'cuda'"
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _devices() -> list[str]:
@@ -113,6 +130,7 @@ def report() -> str:
         lines += [f"extension    missing: {_library.extension_error}", f"             {_library.HOW_TO_BUILD}"]
     else:
         lines += [f"extension    {extension.__file__}", f"CPU kernels  {extension.cpu_isa()} instruction set"]
+    lines.append(f"GPU kernels  {_triton()}")
     requested = os.environ.get("R1KERNELS_BACKEND")
     lines += [
         f"backend      {_library.requested()}"
@@ -127,8 +145,11 @@ def report() -> str:
         for device, dtype, name in rows:
             choice = _library.explain(device, dtype)
             lines.append(f"{op:<18}{device:<8}{name:<16}{choice.implementation:<12}{choice.reason}")
-    if extension is not None or _library.requested() != "cpu":
-        lines += _products()
+    if torch.cuda.is_available():
+        choice = _library.explain("cuda", torch.bfloat16)
+        if choice.implementation == "triton":
+            lines.append(f"{'linear_statistics':<18}{'cuda':<8}{'bf16 fp16':<16}{'triton':<12}log-probs without logits")
+    lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
     lines += _results()
     if importlib.util.find_spec("transformers") is None:

@@ -84,6 +84,8 @@ _schemas.define(
 )
 # -> the estimate and its derivative with respect to logprobs.
 _schemas.define("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
+# out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices whose values cost a synchronisation.
+_schemas.define("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits follow from its row and column alone.
 _schemas.define("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
@@ -201,6 +203,11 @@ def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     return None
 
 
+@torch.library.register_fake(f"{_NAMESPACE}::scaled")
+def _(*_: Any) -> None:
+    return None
+
+
 @torch.library.register_fake(f"{_NAMESPACE}::divergence")
 def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = student.shape[:-1]
@@ -267,6 +274,7 @@ TRITON_OPERATORS = {
     "divergence": "divergence",
     "divergence_backward": "divergence",
     "linear_statistics": "linear_statistics",
+    "scaled": "scaled",
 }
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY = (8, 0)

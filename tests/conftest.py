@@ -4,6 +4,8 @@ On busy cores a second thread mostly waits: the same tests take 60 times as long
 nothing, has tests of its own.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,8 +24,34 @@ if _library.INTERPRETED:
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
 
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40, database=None)
+EXAMPLES = 4 if _library.INTERPRETED else 40
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)
 settings.load_profile("tests")
+
+
+MOST_CASES = 16  # of one test, where programs are interpreted
+
+
+def spread(count: int) -> set[int]:
+    """MOST_CASES numbers below `count`, apart by its golden section, prime to it: no parameter goes round in step."""
+    step = round(count * 0.618)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return {i * step % count for i in range(MOST_CASES)}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Interpreted programs take their time: of a test with many cases there, some from everywhere are run."""
+    if not _library.INTERPRETED:
+        return
+    kept, left = [], []
+    for _, group in itertools.groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        chosen = spread(len(cases)) if len(cases) > MOST_CASES else range(len(cases))
+        for i, case in enumerate(cases):
+            (kept if i in chosen else left).append(case)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 @pytest.fixture

@@ -278,7 +278,8 @@ def test_rows_do_not_depend_on_their_batch(
     kind: str, dtype: torch.dtype, on_threads: Callable[[int], None]
 ) -> None:
     """Bit for bit: alone, in another order, with another number of threads."""
-    student, teacher = testing.random_pair(24, 4099, dtype=dtype)
+    many = 24 if testing.KERNELS == "cpu" else 5
+    student, teacher = testing.random_pair(many, 4099, dtype=dtype)
 
     def run(rows: Tensor | slice) -> tuple[Tensor, ...]:
         source = student[rows].clone().requires_grad_()
@@ -288,8 +289,8 @@ def test_rows_do_not_depend_on_their_batch(
         return *results, grad
 
     whole = run(slice(None))
-    order = torch.randperm(24, generator=testing.generator(5))
-    one_by_one = [run(slice(n, n + 1)) for n in range(24)]
+    order = torch.randperm(many, generator=testing.generator(5))
+    one_by_one = [run(slice(n, n + 1)) for n in range(many)]
     for k, value in enumerate(run(order)):
         assert torch.equal(whole[k][order], value)
         assert torch.equal(whole[k], torch.cat([row[k] for row in one_by_one]))

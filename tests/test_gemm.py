@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from r1kernels import _library, testing
+from r1kernels.ops import gemm
 
 ISAS = _library.extension.cpu_isas() if _library.extension else []
 DTYPES = list(_library.NATIVE_DTYPES)
@@ -303,3 +304,10 @@ def test_matrix_tiles_are_announced() -> None:
     flags = Path("/proc/cpuinfo").read_text().split()
     assert _library.extension.has_amx_bf16() == ("amx_bf16" in flags)
     assert ("avx512_bf16" in ISAS) == ("avx512_bf16" in flags)
+
+
+def test_a_device_without_wide_results_is_slow_and_says_so() -> None:
+    gemm._keeps_accumulators.cache_clear()  # torch on the CPU has none
+    with pytest.warns(UserWarning, match="multiplies float32 copies on cpu, which is slow: torch .* has no 16-bit"):
+        assert not gemm._keeps_accumulators(torch.device("cpu"))
+    gemm._keeps_accumulators.cache_clear()

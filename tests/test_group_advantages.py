@@ -54,7 +54,8 @@ def test_uneven_unsorted_groups_with_unscorable_answers(scale: str, ddof: int, i
 @pytest.mark.parametrize("reward", AWKWARD)
 @pytest.mark.parametrize("eps", [0.0, 1e-9, 1e-4])
 def test_a_constant_group_is_exactly_zero(reward: float, eps: float, implementation: str) -> None:
-    for scale, ddof, size in itertools.product(SCALES, (0, 1), (1, 2, 3, 7, 8, 16, 64)):
+    sizes = (1, 2, 3, 7, 8, 16, 64) if testing.KERNELS == "cpu" else (1, 3, 64)
+    for scale, ddof, size in itertools.product(SCALES, (0, 1), sizes):
         rewards = torch.cat([torch.full((size,), reward), torch.arange(size) / 3])
         advantages = group_advantages(rewards, size, scale=scale, ddof=ddof, eps=eps)
         assert not advantages[:size].any()

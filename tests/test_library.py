@@ -1,5 +1,6 @@
 """Which implementation serves a call: requests, the environment, a missing extension, one warning per reason."""
 
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -58,7 +59,8 @@ def test_backend_ends_with_an_exception() -> None:
 
 @pytest.mark.parametrize("name", ["tritonn", "", "CPU", None])
 def test_an_unknown_backend_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"backend is {name!r}, expected one of auto, reference, cpu"), backend(name):
+    message = rf"backend is {name!r}, expected one of auto, reference, cpu, triton$"
+    with pytest.raises(ValueError, match=message), backend(name):
         pass
     assert _library.requested() == "auto"
 
@@ -90,7 +92,7 @@ def test_the_environment_sets_the_process() -> None:
     assert run(program, R1KERNELS_BACKEND="reference").stdout.strip() == "reference"
     refused = run(program, R1KERNELS_BACKEND="fast")
     assert refused.returncode != 0
-    assert "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu" in refused.stderr
+    assert "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu, triton\n" in refused.stderr
 
 
 # ---- what cannot be served --------------------------------------------------------------------------------
@@ -160,8 +162,138 @@ def test_a_request_for_the_reference_is_not_announced(nothing_said: None) -> Non
         r1kernels.token_logprobs(ROW.double(), ID)
 
 
-def test_a_device_without_kernels_is_announced() -> None:
-    assert _library.choose("xpu", torch.float32) == ("reference", "no kernels for device 'xpu' yet", True)
+# ---- Triton without a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def not_looked_yet(monkeypatch: pytest.MonkeyPatch, nothing_said: None) -> None:
+    """As in a fresh process: no device has been asked for yet."""
+    monkeypatch.setattr(_library, "_missing", {})
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch, not_looked_yet: None) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, not_looked_yet: None) -> Callable[..., None]:
+    """Pretends to NVIDIA GPUs of some capabilities."""
+
+    def pretend(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU {}.{}".format(*capabilities[device]))
+
+    return pretend
+
+
+@pytest.mark.parametrize("dtype", _library.NATIVE_DTYPES)
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_triton_serves_gpus(name: str, dtype: torch.dtype, gpus: Callable[..., None]) -> None:
+    gpus((9, 0), (8, 0), (12, 0))
+    with backend(name):
+        choice = _library.choose("cuda", dtype)
+    assert (choice.implementation, choice.slow) == ("triton", False)
+
+
+def test_importing_does_not_import_triton() -> None:
+    program = (
+        "import sys, torch; before = 'triton' in sys.modules\n"
+        "import r1kernels; r1kernels.token_logprobs(torch.zeros(1, 4), torch.tensor([2]))\n"
+        "import r1kernels.__main__; r1kernels.__main__.report()\n"
+        "print(before, 'triton' in sys.modules)"
+    )
+    completed = run(program)
+    assert completed.stdout.split() == ["False", "False"], completed.stdout + completed.stderr
+
+
+def test_triton_on_request_without_triton_says_how_to_get_it(no_triton: None) -> None:
+    message = (
+        r"backend 'triton' was requested for a tensor on '(cpu|cuda)': Triton is not installed; "
+        r"install it \(`pip install 'r1kernels\[triton\]'`\)"
+    )
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match=message):
+            r1kernels.token_logprobs(ROW, ID)
+        with pytest.raises(RuntimeError, match=message):
+            _library.choose("cuda", torch.float32)
+    assert _library.select(ROW) == "cpu"
+
+
+def test_a_gpu_without_triton_is_announced_once(no_triton: None) -> None:
+    class OnGPU:
+        device, dtype = torch.device("cuda"), torch.float32
+
+    with pytest.warns(UserWarning, match="reference implementation: Triton is not installed; install it .*pip") as said:
+        assert _library.select(OnGPU()) == "reference"
+    assert len(said) == 1
+    assert _library.select(OnGPU()) == "reference"  # a second warning would be an error
+
+
+def test_triton_on_request_for_a_tensor_of_the_cpu_is_an_error(not_looked_yet: None) -> None:
+    with backend("triton"):
+        for operation in OPERATIONS.values():
+            with pytest.raises(RuntimeError, match="for a tensor on 'cpu': Triton has no compiler for CPUs"):
+                operation()
+
+
+def test_float64_on_request_of_triton_is_an_error(gpus: Callable[..., None]) -> None:
+    gpus((9, 0))
+    expected = r"backend 'triton' was requested for torch\.float64, expected float32, bfloat16 or float16"
+    with backend("triton"), pytest.raises(TypeError, match=expected):
+        _library.choose("cuda", torch.float64)
+    assert _library.choose("cuda", torch.float64).implementation == "reference"
+
+
+def test_an_old_gpu_is_named(gpus: Callable[..., None]) -> None:
+    gpus((9, 0), (7, 5))
+    reason = r"GPU 7.5 is sm_75, expected sm_80 or newer"
+    assert _library.choose("cuda", torch.float32) == ("reference", reason, True)
+    with backend("triton"), pytest.raises(RuntimeError, match=f"for a tensor on 'cuda': {reason}"):
+        _library.choose("cuda", torch.float32)
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_a_device_without_kernels_is_announced(device: str, not_looked_yet: None) -> None:
+    reason = f"no kernels for device {device!r}"
+    assert _library.choose(device, torch.float32) == ("reference", reason, True)
+    with backend("triton"), pytest.raises(RuntimeError, match=f"was requested for a tensor on {device!r}: {reason}"):
+        _library.choose(device, torch.float32)
+
+
+def test_operators_called_directly_say_why_there_is_no_kernel(no_triton: None) -> None:
+    launcher = _library._triton_launcher("token_stats", "token_stats")
+    with pytest.raises(RuntimeError, match="r1kernels::token_stats has no kernel here: Triton is not installed"):
+        launcher(ROW, ID, None, 1.0)
+
+
+ELSEWHERE: dict[str, tuple[str, Callable[[], object]]] = {
+    "token_logprobs": ("token_ids", lambda: r1kernels.token_logprobs(ROW, ID.to("meta"))),
+    "cross_entropy": ("targets", lambda: r1kernels.cross_entropy(ROW, ID.to("meta"))),
+    "policy_loss": ("advantages", lambda: r1kernels.policy_loss(-ROW, torch.ones(1, device="meta"))),
+    "grpo_loss": (
+        "token_ids", lambda: r1kernels.grpo_loss(ROW.unsqueeze(0), ID.unsqueeze(0).to("meta"), torch.ones(1))
+    ),
+    "group_advantages": (
+        "group_ids", lambda: r1kernels.group_advantages(torch.ones(1), group_ids=ID.to("meta"))
+    ),
+    "kl_estimate": ("ref_logprobs", lambda: r1kernels.kl_estimate(ROW, ROW.to("meta"))),
+    "distillation_loss": ("teacher_logits", lambda: r1kernels.distillation_loss(ROW, ROW.to("meta"))),
+    "linear_token_logprobs": (
+        "weight", lambda: r1kernels.linear_token_logprobs(ROW, torch.ones(3, 4, device="meta"), ID)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_tensors_on_different_devices_are_refused(name: str) -> None:
+    argument, operation = ELSEWHERE[name]
+    with pytest.raises(ValueError, match=f"{argument} is on meta, expected cpu"):
+        operation()
 
 
 # ---- errors from kernels and tracing ------------------------------------------------------------------------

@@ -33,6 +33,10 @@ SEED = st.integers(0, 1000)
 Pieces = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
+def examples(count: int) -> int:
+    return count if testing.KERNELS == "cpu" else 2
+
+
 def objective_of(name: str, aggregate: str, terms: bool) -> Objective:
     more = {"kl_coef": 0.1, "entropy_coef": 0.01} if terms else {}
     return Objective(**OBJECTIVES[name], aggregate=aggregate, **more, **AGGREGATES[aggregate])
@@ -75,7 +79,7 @@ def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, 
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(),
        cuts=st.sets(st.integers(1, BATCH - 1)), rows=ROWS)
 def test_micro_batches_with_the_global_normalizer(
@@ -92,14 +96,14 @@ def test_micro_batches_with_the_global_normalizer(
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows, split))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(), rows=ROWS)
 def test_chunk_budgets(name: str, head: str, extra: str, seed: int, terms: bool, rows: int) -> None:
     inputs, objective = make(head, extra, seed=seed), objective_of(name, "sequence_mean", terms)
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, order=st.permutations(range(BATCH)), rows=ROWS)
 def test_order_of_sequences(name: str, head: str, extra: str, seed: int, order: list[int], rows: int) -> None:
     inputs, objective = make(head, extra, seed=seed), objective_of(name, "token_mean", True)
@@ -107,7 +111,7 @@ def test_order_of_sequences(name: str, head: str, extra: str, seed: int, order: 
     assert_same(whole, evaluate(inputs, objective, rows, lambda w: [per_batch(w, lambda v: v[order])]))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(name=NAMES, head=st.sampled_from(["plain", "bias", "everything"]), seed=SEED, rows=ROWS,
        lengths=st.lists(st.integers(0, STEPS), min_size=BATCH, max_size=BATCH), terms=st.booleans())
 def test_packing(name: str, head: str, seed: int, rows: int, lengths: list[int], terms: bool) -> None:
@@ -120,7 +124,7 @@ def test_packing(name: str, head: str, seed: int, rows: int, lengths: list[int],
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows, flat))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, more=st.integers(1, 9), rows=ROWS, terms=st.booleans())
 def test_padding(name: str, head: str, extra: str, seed: int, more: int, rows: int, terms: bool) -> None:
     """Longer rows of masked NaN."""
@@ -138,7 +142,7 @@ def test_padding(name: str, head: str, extra: str, seed: int, more: int, rows: i
     )
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(head=HEADS, seed=SEED, order=st.permutations(range(BATCH)), cut=st.integers(0, BATCH), rows=ROWS)
 def test_cross_entropy_of_any_split(head: str, seed: int, order: list[int], cut: int, rows: int) -> None:
     case = cases.make(head, BATCH, STEPS, seed=seed)

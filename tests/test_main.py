@@ -1,5 +1,6 @@
 """`python -m r1kernels` says what is there, which implementation serves each operation, and why."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,7 +39,41 @@ def test_a_request_by_environment_is_shown() -> None:
 def test_an_unknown_backend_is_refused_by_name() -> None:
     completed = run(R1KERNELS_BACKEND="cudnn")
     assert completed.returncode != 0
-    assert "R1KERNELS_BACKEND is 'cudnn', expected one of auto, reference, cpu" in completed.stderr
+    assert "R1KERNELS_BACKEND is 'cudnn', expected one of auto, reference, cpu, triton" in completed.stderr
+
+
+def test_a_request_of_triton_without_a_gpu_is_an_error_of_every_row() -> None:
+    completed = run(R1KERNELS_BACKEND="triton")
+    assert completed.returncode == 0, completed.stderr
+    for op in _library.OPS:
+        assert f"{op:<18}cpu     fp32 bf16 fp16  error       backend 'triton' was requested for a tensor on 'cpu': " \
+            in completed.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"),
+    [
+        ((9, 0), "triton      compiled when first used"),
+        ((7, 5), "reference   a GPU is sm_75, expected sm_80 or newer"),
+        (None, "reference   Triton is not installed; install it (`pip install 'r1kernels[triton]'`)"),
+    ],
+)
+def test_a_gpu_is_listed_with_what_serves_it(
+    capability: tuple[int, int] | None, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_library, "_missing", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability or (9, 0))
+    monkeypatch.setattr(__main__, "_products", list)
+    if capability is None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    text = report()
+    assert "cuda:0 (a GPU)" in text
+    for op in _library.OPS:
+        assert f"{op:<18}cuda    fp32 bf16 fp16  {served}" in text
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_d5_a_forbidden_word_leaves_entropy_and_gradient_finite(implementation: 
     """D5, TRL: one -inf logit turns the entropy and the gradient of its row into NaN."""
     logits, ids = testing.random_logits(2, 3, 50), torch.full((2, 3), 7)
     logits[0, 1, 3] = -torch.inf
-    if implementation == "cpu":
+    if implementation != "reference":
         check_stats(logits, ids)
     source = logits.clone().requires_grad_()
     entropy = token_logprobs_and_entropy(source, ids)[1]

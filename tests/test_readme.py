@@ -56,7 +56,7 @@ def test_paths_named_in_the_tree_exist() -> None:
     # The first column, and a second path before its description where a line names two.
     paths = re.findall(r"^    (\S+)(?: {1,2}(\S+/) )?", tree, re.MULTILINE)
     flat = {path for pair in paths for path in pair if path}
-    assert {"csrc/common/", "r1kernels/ops/", "recipes/", "tests/", "benchmarks/"} <= flat
+    assert {"csrc/", "r1kernels/triton/", "r1kernels/ops/", "recipes/", "tests/", "benchmarks/"} <= flat
     for path in flat:
         assert (ROOT / path).exists(), f"README names {path}, which does not exist"
 

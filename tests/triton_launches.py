@@ -242,12 +242,20 @@ def linear_statistics(draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def scaled(draw: Draw) -> tuple[Any, ...]:
+    count, dtype = draw.count(100_000), draw.choice(DTYPES)
+    narrow = draw.choice(DTYPES if dtype == torch.float32 else (dtype, torch.float32))
+    grad = torch.empty(count, dtype=dtype)
+    out = grad if narrow == dtype and draw.choice((True, False)) else torch.empty(count, dtype=narrow)
+    return grad, floats().reshape(()), out, draw.choice((True, False))
+
+
 # Launcher -> its arguments.
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
         token_stats, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
-        divergence, divergence_backward, linear_statistics,
+        divergence, divergence_backward, linear_statistics, scaled,
     )
 }
 

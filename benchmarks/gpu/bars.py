@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from gpu.setting import OURS, PRODUCTS
+from gpu.setting import FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS
 
 Row = dict[str, Any]
 MAIN, HEAD = "8192 x 151936", "N 8192, H 4096, V 151936"
 POLICY = "policy_loss + group_advantages"
 GIB = 2**30
+MEAN_ERROR, LARGEST_ERROR = 1e-6, 2e-5  # of log-probs, in nats
 
 
 class Bar(NamedTuple):
-    """`value` is None where a row it needs has not been measured. `place`: (op, case, shape) of the row it judges."""
+    """`value` is None where a row it needs has not been measured. `place` (op, case, shape) and candidate: the row it
+    judges."""
 
     name: str
     place: tuple[str, str, str]
@@ -22,6 +24,7 @@ class Bar(NamedTuple):
     limit: float
     at_least: bool
     unit: str
+    candidate: str = OURS
 
     @property
     def met(self) -> bool | None:
@@ -90,8 +93,11 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
         "fused linear statistics, peak extra memory in 16-bit logits (none are written)", fused,
         rows.ratio(rows.field(fused, "peak_extra_bytes"), dense), 1 / 16, False, "of them",
     )
-    yield Bar("log-probs' mean error against float64", fused, rows.field(fused, "mean_error"), 1e-6, False, "nats")
-    yield Bar("log-probs' largest error", fused, rows.field(fused, "largest_error"), 2e-5, False, "nats")
+    for candidate in (OURS, FLUSHED, FLOAT32_PRODUCT):
+        told = "" if candidate == OURS else f" ({candidate})"
+        for name, field, limit in (("mean", "mean_error", MEAN_ERROR), ("largest", "largest_error", LARGEST_ERROR)):
+            value = rows.field(fused, field, candidate)
+            yield Bar(f"log-probs' {name} error against float64{told}", fused, value, limit, False, "nats", candidate)
     for case, limit in (("all tokens active", 1.10), ("60 % known inactive", 0.65), ("60 % clipped", 0.65)):
         place = ("linear_grpo_loss", case, head)
         yield Bar(
@@ -107,12 +113,12 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
 
 def mark(rows: list[Row], bars: list[Bar]) -> list[Row]:
     """The rows, those that bars judge with `bar` and `met` (all of them)."""
-    by_place: dict[tuple[str, str, str], list[Bar]] = {}
+    by_row: dict[tuple[str, ...], list[Bar]] = {}
     for bar in bars:
-        by_place.setdefault(bar.place, []).append(bar)
+        by_row.setdefault((*bar.place, bar.candidate), []).append(bar)
 
     def judged(row: Row) -> Row:
-        of_row = by_place.get((row["op"], row["case"], row["shape"]), []) if row["candidate"] == OURS else []
+        of_row = by_row.get((row["op"], row["case"], row["shape"], row["candidate"]), [])
         of_row = [bar for bar in of_row if bar.value is not None]
         if not of_row or (row["dtype"] != "bfloat16" and row["op"] != POLICY):
             return {**row, "bar": None, "met": None}

@@ -13,6 +13,8 @@ from gpu.timing import Timed
 OURS = "r1kernels"
 COPY = "copy"  # of the bytes that count in a case of bandwidth
 PRODUCTS = "bare products"
+FLUSHED = f"{OURS}, two accumulators"
+FLOAT32_PRODUCT = "float32 product, exact log-softmax"
 
 
 class Setting(NamedTuple):

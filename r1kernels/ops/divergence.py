@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
+from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.token_stats import row_blocks
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")  # the order is that of `enum Divergence` in csrc/cpu/divergence.h
@@ -70,7 +71,7 @@ def reference(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(divergence, student's entropy, teacher's entropy) in plain differentiable PyTorch, 0 behind the mask."""
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = torch.promote_types(accumulator_dtype(student.dtype), accumulator_dtype(teacher.dtype))
 
     def log_probs(logits: Tensor) -> Tensor:
         z = logits.to(dtype) / temperature
@@ -136,7 +137,7 @@ def statistics(
         return Statistics(*torch.ops.r1kernels.divergence.default(
             student, teacher, mask, KINDS.index(kind), beta, temperature
         ))
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = torch.promote_types(accumulator_dtype(student.dtype), accumulator_dtype(teacher.dtype))
     value, *entropies = (torch.zeros(len(student), dtype=dtype, device=student.device) for _ in range(3))
     for rows in row_blocks(student):
         log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
@@ -158,7 +159,7 @@ def gradient_into(
             temperature, out, softcap,
         )
         return out
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = torch.promote_types(accumulator_dtype(student.dtype), accumulator_dtype(teacher.dtype))
     for rows in row_blocks(student):
         log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
         g = grad[rows, None].to(dtype)

@@ -9,8 +9,10 @@ accumulators. No route rounds an operand.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +41,24 @@ def route(tensor: Tensor, batch_invariant: bool = False) -> str:
         return "onednn" if amx and not batch_invariant else "native"
     if tensor.dtype not in HALF_DTYPES:
         return "torch"
-    return "out_dtype" if tensor.device.type == "cuda" else "copies"
+    return "out_dtype" if tensor.device.type == "cuda" and _keeps_accumulators(tensor.device) else "copies"
+
+
+@functools.cache
+def _keeps_accumulators(device: torch.device) -> bool:
+    """Whether the device's library gives float32 results of 16-bit products, in place too: tried once."""
+    a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError) as error:  # NotImplementedError is one
+        warnings.warn(
+            f"r1kernels multiplies float32 copies on {device}, which is slow: torch {torch.__version__} has no 16-bit "
+            f"product with a float32 result there ({str(error).splitlines()[0]})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch_invariant: bool = False) -> Tensor:

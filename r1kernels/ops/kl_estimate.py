@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
 from r1kernels.objectives import KL_ESTIMATORS
-from r1kernels.ops._checks import check_floating, check_shape
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
 
 
 def reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -82,7 +82,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
     if _library.select(logprobs) == "reference":
-        dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+        dtype = accumulator_dtype(logprobs.dtype)
         return reference(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
     return _KlEstimate.apply(
         logprobs.float().contiguous(), ref_logprobs.float().contiguous(), KL_ESTIMATORS.index(estimator) + 1

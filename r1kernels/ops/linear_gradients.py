@@ -64,7 +64,15 @@ def _blocks(grad: Tensor) -> list[slice]:
     """Blocks of rows, so that what passes by stays in the caches; a compiler does better with the whole."""
     if grad.dim() != 2 or torch.compiler.is_compiling():
         return [slice(None)]
-    return list(row_blocks(grad, elements=1 << 18))
+    return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
+
+
+def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
+    """Whether one kernel reads, multiplies, converts and writes: where the host cannot look at the factor."""
+    if factor is None or torch.compiler.is_compiling():
+        return False
+    plain = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
+    return plain and _library.choose(grad.device.type, grad.dtype).implementation == "triton"
 
 
 def _graph_is_kept() -> bool:
@@ -78,7 +86,13 @@ def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         value = _known(factor)
         if value is not None:  # the sum itself becomes the gradient
             return grad if value == 1 else grad.mul_(value)
+        if _fused(grad, factor, grad):
+            torch.ops.r1kernels.scaled.default(grad, factor, grad, False)
+            return grad
     result = _library.empty(*grad.shape, dtype=dtype, device=grad.device)
+    if _fused(grad, factor, result):
+        torch.ops.r1kernels.scaled.default(grad, factor, result, False)
+        return result
     for rows in _blocks(grad):
         result[rows] = _product(grad[rows], factor)
     return result
@@ -88,6 +102,9 @@ def _add(into: Tensor, grad: Tensor, factor: Tensor | None) -> None:
     value = _known(factor)
     if value is not None and into.dtype == grad.dtype:
         into.add_(grad, alpha=value)
+        return
+    if _fused(grad, factor, into):
+        torch.ops.r1kernels.scaled.default(grad, factor, into, True)
         return
     for rows in _blocks(grad):
         into[rows] += _product(grad[rows], factor)

@@ -73,6 +73,12 @@ class TokenObjective(NamedTuple):
         )
         return TokenObjective(*tensors, objective)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a token's slopes may turn out to be 0: where a bound holds, and nothing else pulls at it."""
+        o = self.objective
+        return o.surrogate == "clip" and o.kl_coef == 0 and o.entropy_coef == 0
+
     def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
 
@@ -94,7 +100,8 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     fields = len(Head._fields)
     head, mask, tokens, needs = Head(*args[:fields]), args[fields], args[fields + 1 : -1], args[-1]
     with no_autocast(hidden):
-        return run_one_pass(head, hidden, mask, TokenObjective.from_arguments(*tokens).slopes, Needs(*needs))
+        objective = TokenObjective.from_arguments(*tokens)
+        return run_one_pass(head, hidden, mask, objective.slopes, Needs(*needs), sparse=objective.sparse)
 
 
 class _OnePass(torch.autograd.Function):
@@ -196,7 +203,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     return _Plan(moving, tokens, part, counts.sum())
 
 
-def _metrics(metrics: dict[str, Tensor], plan: _Plan, inputs: LossInputs, sequences: int) -> dict[str, Tensor]:
+def _metrics(metrics: dict[str, Tensor], plan: _Plan, sequences: int) -> dict[str, Tensor]:
     """Adds how many tokens were measured, and puts back what speaks of the whole batch."""
     measured = metrics["tokens"]
     if plan.counted is None:
@@ -205,7 +212,6 @@ def _metrics(metrics: dict[str, Tensor], plan: _Plan, inputs: LossInputs, sequen
     whole = {
         "tokens": plan.counted.to(measured.dtype),
         "sequences": torch.full_like(measured, sequences),
-        "active_fraction": metrics["active_fraction"] * share,
         **{name: metrics[name] * share for name in metrics if name.endswith("_fraction")},
     }
     # Means over no tokens are not 0 or 1 but unknown.
@@ -248,10 +254,10 @@ def linear_grpo_loss(
         **options: the keywords of `LinearOptions`.
 
     The other arguments are those of `policy_loss`. Tokens whose gradient is exactly 0 take no part in the backward
-    products; `metrics["active_fraction"]` is the share of the others among the counted tokens. (Of tokens whose
-    gradient turns out to be 0 only when their log-prob is known, that holds on CPUs; elsewhere it would take a
-    synchronisation a chunk.) On a device there is one synchronisation a call, to count the tokens that take part when
-    there is a mask or an advantage of 0 may be skipped, and none with `capacity`.
+    products; `metrics["active_fraction"]` is the share of the others among the counted tokens. On a GPU the tokens
+    that take part are counted, where there is a mask or an advantage of 0 may be skipped: one synchronisation a call.
+    A clipped objective without KL and entropy terms looks once a chunk, too, for tokens whose bound turned out to
+    hold; where they are a quarter or more, the products leave them out. With `capacity` there is none of either.
 
     Returns:
         `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` besides those of `policy_loss`. Gradients are
@@ -261,7 +267,8 @@ def linear_grpo_loss(
         TypeError, ValueError: naming the argument, its value and the expectation.
 
     Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, that of hidden, and 64 bytes a token
-    (a callable's own arithmetic aside).
+    (a callable's own arithmetic aside); on a GPU, 0.4 `chunk_bytes` more at most for the d logits of clipped
+    objectives.
 
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
@@ -296,4 +303,4 @@ def linear_grpo_loss(
     else:
         logprobs, entropy = linear_token_stats(inputs, head, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
-    return PolicyLoss(loss, _metrics(metrics, plan, given, sequences))
+    return PolicyLoss(loss, _metrics(metrics, plan, sequences))

@@ -21,10 +21,20 @@ from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 from r1kernels.ops.gemm import matmul
 
-# The default budget of a chunk: so many rows, within so much memory. Every chunk reads and writes the float32 gradient
-# of the weight, which costs some 45 / rows of the products; larger chunks would gain nothing but page faults.
-DEFAULT_ROWS = 1024
-DEFAULT_CHUNK_BYTES = 1 << 30
+
+class Budget(NamedTuple):
+    """Of a chunk, where none is asked for: so many rows, within so much memory."""
+
+    rows: int
+    chunk_bytes: int
+
+
+# Every chunk reads and writes the float32 gradient of the weight. On a CPU that takes some 45 / rows of the time of the
+# products, and larger chunks would gain nothing but page faults; a GPU, whose products are faster by more than its
+# memory is, wants them larger.
+CPU_BUDGET, GPU_BUDGET = Budget(1024, 1 << 30), Budget(4096, 5 << 28)
+# With fewer active rows than this share, a GPU's products take the active ones alone, in a second buffer.
+COMPACTION_SHARE = 0.75
 # Of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
 
@@ -160,6 +170,8 @@ class Walk:
         self._grad_lora_b: Tensor | None = None
         self._grad_bias = hidden.new_zeros(vocab, dtype=self.accumulator) if self.needs.bias else None
         self._buffer: Tensor | None = None
+        self._moved: Tensor | None = None
+        self.on_gpu = _library.choose(hidden.device.type, hidden.dtype).implementation not in ("cpu", "reference")
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
         """Zeros for a result of each token, to be written at `Chunk.write` and finished by `trim`."""
@@ -170,10 +182,9 @@ class Walk:
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, ready for statistics. Each overwrites the one before."""
-        vocab = self.head.weight.shape[0]
         for part in self._parts(self.head.rows):
             if part.start == 0:
-                self._buffer = _library.empty(part.stop, vocab, dtype=self.head.logits_dtype, device=self.device)
+                self._buffer = self._empty_logits(part.stop)
             chunk = self._chunk(part, self._buffer[: part.stop - part.start])
             self._logits(chunk)
             yield chunk
@@ -228,23 +239,30 @@ class Walk:
         if head.softcap > 0:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
 
+    def _empty_logits(self, rows: int) -> Tensor:
+        """(rows, V); on a GPU each row begins at a multiple of 16 entries, for its wide loads."""
+        vocab = self.head.weight.shape[0]
+        width = vocab if self.device.type == "cpu" else -(-vocab // 16) * 16
+        return _library.empty(rows, width, dtype=self.head.logits_dtype, device=self.device)[:, :vocab]
+
     def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(log-prob, log-sum-exp float64, entropy float64), each (n,)."""
         return token_stats.statistics(
             chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures
         )
 
-    def backward(self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None) -> None:
-        """Adds the gradients of a chunk, whose logits it overwrites. g = dL/dlogprob, eta = dL/dentropy, each (n,)."""
+    def backward(
+        self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, *, sparse: bool
+    ) -> None:
+        """Adds the gradients of a chunk, whose logits it overwrites. g = dL/dlogprob, eta = dL/dentropy, each (n,).
+
+        `sparse`: some may have turned out to be 0, which is worth a synchronisation to find out.
+        """
         head = self.head
         if chunk.valid is not None:
             g = torch.where(chunk.valid, g, 0)
             eta = None if eta is None else torch.where(chunk.valid, eta, 0)
-        rows = None
-        if values_are_free(g):  # elsewhere it would cost a synchronisation for each chunk
-            active = g != 0 if eta is None else (g != 0) | (eta != 0)
-            rows = active.nonzero().squeeze(-1)
-            rows = None if len(rows) == len(g) else rows
+        rows = self._active_rows(g, eta, sparse)
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
         exact = None
@@ -254,7 +272,7 @@ class Walk:
                 head.softcap,
             )
         grad_logits = token_stats.gradient_into(
-            self.narrow(chunk.logits),
+            self.narrow(chunk.logits) if rows is None or not self.on_gpu else self._compact(len(rows)),
             chunk.logits,
             chunk.token_ids,
             lse,
@@ -269,6 +287,24 @@ class Walk:
         self.add_gradients(chunk, grad_logits, rows)
         if exact is not None:
             self._add_rounding(chunk, grad_logits, exact, rows)
+
+    def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
+        """Rows of a chunk that have a gradient, or None to take them all."""
+        free = values_are_free(g)
+        if not free and (not sparse or self.head.capacity >= 0 or torch.compiler.is_compiling()):
+            return None
+        active = g != 0 if eta is None else (g != 0) | (eta != 0)
+        rows = active.nonzero().squeeze(-1)
+        most = COMPACTION_SHARE * len(g) if self.on_gpu else len(g) - 1
+        return rows if len(rows) <= most else None
+
+    def _compact(self, count: int) -> Tensor:
+        """Memory for d logits of fewer rows than the chunk has: programs of a GPU run in no order, and one that moved a
+        row up in place could overwrite what another has yet to read."""
+        if self._moved is None or len(self._moved) < count:
+            self._moved = None
+            self._moved = torch.empty(count, self.head.weight.shape[0], dtype=self.dtype, device=self.device)
+        return self._moved[:count]
 
     def _add_rounding(self, chunk: Chunk, grad_logits: Tensor, exact: Tensor, rows: Tensor | None) -> None:
         """Adds to the sums over tokens what the 16-bit d logits lost in the targets' own entries: most of all that

@@ -20,7 +20,7 @@ from r1kernels.ops._checks import (
     ids_int64,
     values_are_free,
 )
-from r1kernels.ops.linear_head import DEFAULT_CHUNK_BYTES, DEFAULT_ROWS, Head, row_bytes
+from r1kernels.ops.linear_head import CPU_BUDGET, GPU_BUDGET, Head, row_bytes
 
 
 class LinearOptions(TypedDict, total=False):
@@ -36,7 +36,7 @@ class LinearOptions(TypedDict, total=False):
             logits; the one the tokens were sampled with.
         logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
         chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time; by default
-            that of 1,024 rows, at most 1 GiB.
+            that of 1,024 rows, at most 1 GiB; on a GPU of 4,096 rows, at most 1.25 GiB.
         capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
             then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
             can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at
@@ -164,7 +164,10 @@ def prepare(
         logit_scale=scale,
         softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
-        rows=_rows(options.get("chunk_bytes"), vocab, row_bytes(vocab, width, logits_dtype) + extra_row_bytes),
+        rows=_rows(
+            options.get("chunk_bytes"), hidden.device.type, vocab,
+            row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
+        ),
         capacity=_capacity(options.get("capacity")),
         batch_invariant=invariant,
     )
@@ -231,9 +234,10 @@ def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
     return value
 
 
-def _rows(budget: Any, vocab: int, each: int) -> int:
+def _rows(budget: Any, device_type: str, vocab: int, each: int) -> int:
     if budget is None:
-        return min(DEFAULT_ROWS, max(1, DEFAULT_CHUNK_BYTES // each))
+        default = CPU_BUDGET if device_type == "cpu" else GPU_BUDGET
+        return min(default.rows, max(1, default.chunk_bytes // each))
     if isinstance(budget, bool) or not hasattr(budget, "__index__"):
         raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
     budget = operator.index(budget)

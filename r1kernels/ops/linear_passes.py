@@ -56,7 +56,7 @@ def run_backward(
     walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs)
     for chunk in walk.chunks():
         rows = chunk.rows
-        walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows])
+        walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)
     return walk.gradients()
 
 
@@ -64,12 +64,13 @@ Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def run_one_pass(
-    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs
+    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs, *, sparse: bool
 ) -> tuple[Tensor, ...]:
     """Log-probs, entropies and gradients in one walk, for losses whose slope in a token depends on that token alone.
 
     Args:
         scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).
+        sparse: whether g and eta of a token may be 0.
 
     Returns:
         (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
@@ -80,5 +81,5 @@ def run_one_pass(
         logprob, lse, entropy = walk.statistics(chunk)
         logprobs[chunk.write], entropies[chunk.write] = logprob, entropy.to(walk.accumulator)
         g, eta = scalars(chunk.rows, logprob, entropy.to(walk.accumulator))
-        walk.backward(chunk, lse, entropy, g, eta)
+        walk.backward(chunk, lse, entropy, g, eta, sparse=sparse)
     return walk.trim(logprobs), walk.trim(entropies), *walk.gradients()

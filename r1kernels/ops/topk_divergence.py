@@ -121,7 +121,7 @@ def reference(
     student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(divergence, student's entropy, teacher's tail, student's tail) in plain differentiable PyTorch."""
-    z = student.to(torch.float64 if student.dtype == torch.float64 else torch.float32) / temperature
+    z = student.to(accumulator_dtype(student.dtype)) / temperature
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), z, 0)
     log_p, present = z.log_softmax(-1), teacher.present()
@@ -158,7 +158,7 @@ def hide_listed(logits: Tensor, teacher: Teacher) -> None:
 def chunk_statistics(
     logits: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> ChunkStatistics:
-    """Of (n, V) rows. Hides the listed logits in place: `chunk_gradient` wants them so."""
+    """Of (n, V) rows. Hides the listed logits in place: `chunk_gradient_into` wants them so."""
     present = teacher.present()
     z_top = torch.where(present, logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
     hide_listed(logits, teacher)

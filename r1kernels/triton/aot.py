@@ -174,7 +174,7 @@ def heading(task: Task) -> tuple[Variant, dict[str, Any]]:
     """A variant and the part of its row that is known before it is compiled."""
     variants = variants_of(task.module, DEVICES[task.arch])
     variant, (kernel, label) = variants[task.index], labels(variants)[task.index]
-    name = f"{task.module.rpartition('.')[2]}.{kernel}"
+    name = f"{variant.kernel.__module__.rpartition('.')[2]}.{kernel}"
     return variant, {"kernel": name, "variant": label, "arch": task.arch, "expects": list(variant.expects)}
 
 

@@ -1,7 +1,7 @@
 r"""Token statistics from logits, in one read.
 
 A row is cut into segments of fixed size; a program reduces one segment to four float32 numbers, and a second kernel
-merges a row's segments in float64, in order. Bits depend on the row alone, not on N or the device; few long rows fill
+merges the segments of a row in float64, in order. Bits depend on the row and the tile, not on N; few long rows fill
 a device as well as many short ones. The token's own logit is left out of the sums and joins in the second kernel, so a
 log-prob near 0 keeps its relative accuracy.
 

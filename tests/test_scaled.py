@@ -1,0 +1,46 @@
+"""A gradient times a factor of the device's own: the Triton kernel, interpreted (see test_triton_interpreter.py)."""
+
+import pytest
+import torch
+
+from r1kernels import _library, testing
+
+pytestmark = pytest.mark.skipif(not _library.INTERPRETED, reason="a kernel of GPUs: here it runs interpreted only")
+PAIRS = [
+    (grad, out) for grad in _library.NATIVE_DTYPES for out in _library.NATIVE_DTYPES
+    if grad == torch.float32 or out in (grad, torch.float32)
+]
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), PAIRS)
+@pytest.mark.parametrize("count", [0, 1, 4099])
+@pytest.mark.parametrize("factor", [0.37, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_one_rounding_and_zeros_stay(
+    dtype: torch.dtype, wanted: torch.dtype, count: int, factor: float, accumulate: bool
+) -> None:
+    grad = torch.randn(count, generator=testing.generator(0)).to(dtype)
+    grad[::3] = 0
+    out = torch.randn(count, generator=testing.generator(1)).to(wanted)
+    product = torch.where(grad == 0, 0, grad.float() * factor)
+    expected = (product + out.float() if accumulate else product).to(wanted)
+    torch.ops.r1kernels.scaled(grad, torch.tensor(factor), out, accumulate)
+    assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_in_its_own_memory() -> None:
+    grad = torch.randn(33, 65, generator=testing.generator(0))
+    expected = grad * 0.25
+    torch.ops.r1kernels.scaled(grad, torch.tensor(0.25), grad, False)
+    assert torch.equal(grad, expected)
+
+
+def test_strided_memory_is_refused() -> None:
+    grad = torch.randn(8, 8)
+    with pytest.raises(ValueError, match=r"out has strides \(1, 8\), expected contiguous memory aligned to 16 bytes"):
+        torch.ops.r1kernels.scaled(grad, torch.tensor(1.0), torch.empty(8, 8).t(), False)
+
+
+def test_opcheck() -> None:
+    arguments = torch.randn(5, 7), torch.tensor(2.0), torch.empty(5, 7), False
+    torch.library.opcheck(torch.ops.r1kernels.scaled, arguments)
