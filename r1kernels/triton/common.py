@@ -169,7 +169,7 @@ def rows_of(tensor: Tensor) -> Rows:
 
 def optional(tensor: Tensor | None, dtype: torch.dtype, other: Tensor) -> tuple[Tensor, int]:
     """A tensor that may be absent, as a pointer of one type (that of contiguous `other`) and whether to read it."""
-    # A single element is contiguous with any stride, which `view` refuses.
+    # One entry alone may have any stride, which `view` of another dtype refuses.
     return (other.as_strided((other.numel(),), (1,)).view(dtype), 0) if tensor is None else (tensor, 1)
 
 

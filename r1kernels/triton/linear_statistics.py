@@ -23,7 +23,7 @@ nothing, because tiles and steps are one loop. 2 % goes to beginnings and ends o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ class Config(NamedTuple):
     flush: int = 0
 
 
-def _tile(large: bool, aligned: bool, device: Device, plain: bool = True) -> Config:
+def _tile(large: bool, aligned: bool, plain: bool, device: Device) -> Config:
     """The tile of many rows, or of few. Rows at odd addresses are loaded entry by entry: a way that only works.
 
     `plain`: heads without bias and soft cap. Others need more registers than 128 x 256 tiles leave, but on sm_90.
@@ -89,7 +89,7 @@ def flushed_tile(device: Device) -> Config | None:
     return Config(128, 128, 64, 8, 6, True, True, flush=4)
 
 
-def _large_tile(vocab: int, dtype: torch.dtype, device: Device, plain: bool = True) -> Config:
+def _large_tile(vocab: int, dtype: torch.dtype, plain: bool, device: Device) -> Config:
     """Of many aligned rows: a measured one, or the fast one."""
     if (measured := tuned("linear_statistics", device.name, dtype, vocab)) is not None:
         return Config(**measured)
@@ -101,12 +101,16 @@ def _large_tile(vocab: int, dtype: torch.dtype, device: Device, plain: bool = Tr
     #   a second one, every 128            9e-7    4e-6           1.6e-6  5e-6
     #   one that rounds to nearest         2.6e-6  1.4e-5         1.7e-6  1.0e-5
     # To take `flushed_tile` instead is to return it here, or to name it in a device's table.
-    return _tile(True, True, device, plain)
+    return _tile(True, True, plain, device)
 
 
 def search_space(device: Device) -> list[Config]:
-    """What benchmarks/tune.py tries: splits are those of H = 4,096."""
-    tiles = [_tile(True, True, device), flushed_tile(device)]
+    """What benchmarks/tune.py tries, for many aligned rows: splits are those of H = 4,096."""
+    first = _tile(True, True, True, device)
+    shapes = ((128, 256, 64, 8), (128, 256, 32, 8), (128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8))
+    stages = (3, 4) if device.arch.startswith("sm_") else (1, 2)
+    space = [Config(*shape, count, first.tma, True) for shape in shapes for count in stages]
+    tiles = dict.fromkeys((first, flushed_tile(device), *space))
     return [tile._replace(tiles=max(SPLIT_STEPS * tile.block_k // 4096, 1)) for tile in tiles if tile is not None]
 
 
@@ -120,7 +124,7 @@ def config(
     """
     count, vocab, width = shape
     large = batch_invariant or count > 64
-    tile = _large_tile(vocab, dtype, device, plain) if large and aligned else _tile(large, aligned, device)
+    tile = _large_tile(vocab, dtype, plain, device) if large and aligned else _tile(large, aligned, plain, device)
     tiles = min(max(SPLIT_STEPS // max(math.ceil(width / tile.block_k), 1), 1), 16)
     if not batch_invariant:
         columns = math.ceil(count / tile.block_m) * math.ceil(vocab / tile.block_n)
@@ -170,7 +174,7 @@ def linear_statistics(
         *matrices, *optional(bias, hidden.dtype, token_ids), *rows, logit_scale, softcap,
         partials, own, count, vocab, width, splits, tile.tiles,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **_constants(tile, plain=plain and _has_plain(tile)),
+        **_constants(tile, plain and _has_plain(tile)),
     )
     launch(
         merge_kernel, (math.ceil(count / MERGE_ROWS),), hidden,
@@ -207,27 +211,22 @@ TOKENS = {
 }
 
 
-def tile_variants(tile: Config, dtype: torch.dtype, plains: Iterable[bool] = (True, False)) -> Iterator[Variant]:
-    """The compilations of a tile, for plain heads and others."""
+def tile_variant(tile: Config, plain: bool, dtype: torch.dtype) -> Variant:
     data = POINTERS[dtype]
     hidden = f"tensordesc<{data[1:]}[{tile.block_m}, {tile.block_k}]>" if tile.tma else data
     weight = f"tensordesc<{data[1:]}[{tile.block_n}, {tile.block_k}]>" if tile.tma else data
     types = signature(tiles_kernel, hidden=hidden, weight=weight, bias=data, **TOKENS)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    for plain in plains:
-        if _has_plain(tile) or not plain:
-            yield Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
+    return Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
 
 
 def variants(device: Device) -> Iterator[Variant]:
     """Every compilation that the launcher can ask for."""
     for dtype in DTYPES:
-        for plain in (True, False):
-            large = (_large_tile(vocab, dtype, device, plain)._replace(tiles=1) for vocab in SIZES)
-            for tile in dict.fromkeys(large):
-                yield from tile_variants(tile, dtype, (plain,))
-        for tile in (_tile(False, True, device), _tile(False, False, device)):
-            yield from tile_variants(tile, dtype)
+        kinds = [(_large_tile(vocab, dtype, plain, device), plain) for vocab in SIZES for plain in (True, False)]
+        kinds += [(_tile(False, aligned, False, device), False) for aligned in (True, False)]
+        for tile, plain in dict.fromkeys((tile._replace(tiles=1), plain and _has_plain(tile)) for tile, plain in kinds):
+            yield tile_variant(tile, plain, dtype)
     types = signature(merge_kernel, logprobs="*fp32", lse="*fp64", entropy="*fp64", **TOKENS)
     constants = {"BLOCK": MERGE_ROWS, "SPLITS": MERGE_SPLITS}
     yield Variant(merge_kernel, types, constants, {"num_warps": 4, "num_stages": 1})
