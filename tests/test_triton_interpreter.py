@@ -28,7 +28,8 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("divergence", "divergence_edges", "distillation_loss"),
         (
             "(vocabulary_of_a_real_model and (forward_kl-dtype0 or reverse_kl-dtype0))",
-            "compile_fullgraph[triton-True", "compile_fullgraph[triton-False-reverse_kl", "(keep_to_the_same_budget and jsd-0.01)",
+            "compile_fullgraph[triton-True", "compile_fullgraph[triton-False-reverse_kl",
+            "(keep_to_the_same_budget and jsd-0.01)",
         ),
     ),
     "token_stats": (("token_stats", "token_stats_edges", "triton_errors"), ("drift[triton-2049]",)),
