@@ -89,8 +89,8 @@ def _csrc_tree(root: Path) -> str:
 def _age(result: Any, kernels: str, csrc: str) -> str:
     """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
     named = result if isinstance(result, dict) else {}
-    if named.get("kernels"):
-        same = named["kernels"] == kernels
+    if compiled := named.get("kernels") or named.get("sources"):
+        same = compiled == kernels
     elif not named.get("csrc_tree"):
         return "does not tell which kernels it measured"
     elif not csrc:
@@ -103,7 +103,7 @@ def _age(result: Any, kernels: str, csrc: str) -> str:
 def _results() -> list[str]:
     """A line for each result file of a source tree."""
     folder = results_folder()
-    paths = sorted(folder.glob("*/*.json"))
+    paths = sorted((*folder.glob("*.json"), *folder.glob("*/*.json")))
     if not paths:
         return []
     kernels, csrc = kernel_sources_hash(), _csrc_tree(folder.parents[1])

@@ -244,7 +244,8 @@ def _load_extension() -> tuple[Any, str]:
 
 # The Triton interpreter (`TRITON_INTERPRET=1`) runs GPU kernels on CPU tensors, for tests: asked for by
 # `R1KERNELS_BACKEND=triton`, they take the place of the compiled extension in the whole process.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("R1KERNELS_BACKEND") == "triton"
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+INTERPRETED = _TRITON_INTERPRETS and os.environ.get("R1KERNELS_BACKEND") == "triton"
 extension, extension_error = (None, "the Triton interpreter takes its place") if INTERPRETED else _load_extension()
 
 
@@ -277,7 +278,7 @@ TRITON_OPERATORS = {
     "scaled": "scaled",
 }
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
-OLDEST_CAPABILITY = (8, 0)
+OLDEST_CAPABILITY, AMD_ARCHITECTURES = (8, 0), ("gfx942", "gfx950")
 
 
 def _triton_launcher(name: str, module: str) -> Callable[..., Any]:
@@ -308,17 +309,27 @@ def _why_no_triton(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed; {HOW_TO_GET_TRITON}"
     if device_type == "cpu":
-        return "" if INTERPRETED else "Triton has no compiler for CPUs"
+        how = "TRITON_INTERPRET=1 with R1KERNELS_BACKEND=triton interprets them, for tests"
+        return "" if INTERPRETED else f"Triton has no compiler for CPUs ({how})"
     if device_type != "cuda":  # that of AMD GPUs as well
         return f"no kernels for device {device_type!r}"
-    if torch.version.hip is None and torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(i)
-            if capability < OLDEST_CAPABILITY:
-                return "{} is sm_{}{}, expected sm_{}{} or newer".format(
-                    torch.cuda.get_device_name(i), *capability, *OLDEST_CAPABILITY
-                )
-    return ""
+    if _TRITON_INTERPRETS:
+        return "TRITON_INTERPRET is set, with which Triton compiles nothing"
+    reasons = [_unsupported(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    # Beside a device that they serve, another is refused when a kernel is launched there.
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+def _unsupported(index: int) -> str:
+    """Why a device is none of those the kernels are compiled for."""
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+        return "" if arch in AMD_ARCHITECTURES else f"{name} is {arch}, expected {' or '.join(AMD_ARCHITECTURES)}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    return "{} is sm_{}{}, expected sm_{}{} or newer".format(name, *capability, *OLDEST_CAPABILITY)
 
 
 for _name, _module in TRITON_OPERATORS.items():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,11 +251,44 @@ def test_float64_on_request_of_triton_is_an_error(gpus: Callable[..., None]) -> 
 
 
 def test_an_old_gpu_is_named(gpus: Callable[..., None]) -> None:
-    gpus((9, 0), (7, 5))
+    gpus((7, 5), (7, 0))
     reason = r"GPU 7.5 is sm_75, expected sm_80 or newer"
     assert _library.choose("cuda", torch.float32) == ("reference", reason, True)
     with backend("triton"), pytest.raises(RuntimeError, match=f"for a tensor on 'cuda': {reason}"):
         _library.choose("cuda", torch.float32)
+
+
+def test_an_old_gpu_beside_a_new_one_is_refused_when_it_is_used(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus((9, 0), (7, 5))
+    assert _library.choose("cuda", torch.float32).implementation == "triton"
+    common = pytest.importorskip("r1kernels.triton.common")
+    old = SimpleNamespace(major=7, minor=5, name="GPU 7.5", multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: old)
+    with pytest.raises(RuntimeError, match=r"GPU 7\.5 is sm_75, expected sm_80 or newer"):
+        common.device_of_index(1)
+
+
+def test_kernels_that_would_be_interpreted_do_not_serve_gpus(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus((9, 0))
+    monkeypatch.setattr(_library, "_TRITON_INTERPRETS", True)
+    choice = _library.choose("cuda", torch.float32)
+    assert choice == ("reference", "TRITON_INTERPRET is set, with which Triton compiles nothing", True)
+
+
+@pytest.mark.parametrize(("arch", "served"), [("gfx942:sramecc+", True), ("gfx1100", False)])
+def test_amd_gpus_are_served_by_architecture(
+    arch: str, served: bool, gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=arch))
+    choice = _library.choose("cuda", torch.float32)
+    assert choice.implementation == ("triton" if served else "reference")
+    assert served or "is gfx1100, expected gfx942 or gfx950" in choice.reason
 
 
 @pytest.mark.parametrize("device", ["xpu", "mps"])

@@ -109,12 +109,12 @@ def test_results_of_other_kernels_are_called_older(results: Path) -> None:
     for name, content in contents.items():
         (results / "some-device" / name).write_text(json.dumps(content))
     (results / "some-device" / "cut.json").write_text('{"kernels": ')
-    (results / "aot.json").write_text("{}")  # no result of a device
+    (results / "aot.json").write_text(json.dumps({"sources": "1234"}))  # compiled, on no device
     unknown = "does not tell which kernels it measured"
     assert said(report()) == {
         "same.json": "of these kernels", "older.json": "older than the kernels", "csrc.json": "of these kernels",
         "older_csrc.json": "older than the kernels", "nothing.json": unknown, "newer.json": unknown,
-        "cut.json": "is not JSON",
+        "cut.json": "is not JSON", "aot.json": "older than the kernels",
     }
 
 

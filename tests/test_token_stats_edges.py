@@ -204,9 +204,10 @@ def test_a_row_without_any_word_is_nan_and_harms_no_other(implementation: str) -
 def test_nan_and_inf_are_never_hidden(poison: float, position: int, dtype: torch.dtype, implementation: str) -> None:
     logits = testing.random_logits(3, 5000, dtype=dtype)
     logits[1, position] = poison
-    logprobs, entropy = token_logprobs_and_entropy(logits, torch.tensor([7, 7, 7]))
-    assert entropy.isnan().tolist() == [False, True, False]
-    assert logprobs.isfinite().tolist() == [True, False, True]
+    for token in (7, position):
+        logprobs, entropy = token_logprobs_and_entropy(logits, torch.tensor([7, token, 7]))
+        assert entropy.isnan().tolist() == [False, True, False]
+        assert logprobs.isfinite().tolist() == [True, False, True]
 
 
 # ---- masked rows ------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "linear_token_stats": (
         ("linear_token_stats", "linear_statistics_accumulation", "linear_cross_entropy", "linear_options"),
-        ("engine_that_rounds[dtype1]",),
+        ("engine_that_rounds[dtype1]", "without_spills"),
     ),
     "linear_grpo_loss": (
         ("linear_grpo_loss", "linear_compaction"),

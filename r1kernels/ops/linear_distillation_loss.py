@@ -60,7 +60,9 @@ def _factor(head: Head, mask: Tensor | None, normalizer: Tensor | float | None) 
     ids = head.token_ids
     if normalizer is None:
         normalizer = max(ids.numel(), 1) if mask is None else mask.sum().double().clamp(min=1)
-    return 1 / torch.as_tensor(normalizer, dtype=torch.float64, device=ids.device)
+    if isinstance(normalizer, Tensor):
+        return 1 / normalizer.to(ids.device, torch.float64)
+    return torch.full((), 1 / normalizer, dtype=torch.float64, device=ids.device)  # no copy from the host
 
 
 class _LinearDivergence(torch.autograd.Function):

@@ -184,7 +184,7 @@ class Walk:
         """The chunks with their logits, ready for statistics. Each overwrites the one before."""
         for part in self._parts(self.head.rows):
             if part.start == 0:
-                self._buffer = self._empty_logits(part.stop)
+                self._buffer = self._empty_logits(part.stop, self.head.logits_dtype)
             chunk = self._chunk(part, self._buffer[: part.stop - part.start])
             self._logits(chunk)
             yield chunk
@@ -239,11 +239,11 @@ class Walk:
         if head.softcap > 0:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
 
-    def _empty_logits(self, rows: int) -> Tensor:
+    def _empty_logits(self, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, V); on a GPU each row begins at a multiple of 16 entries, for its wide loads."""
         vocab = self.head.weight.shape[0]
         width = vocab if self.device.type == "cpu" else -(-vocab // 16) * 16
-        return _library.empty(rows, width, dtype=self.head.logits_dtype, device=self.device)[:, :vocab]
+        return _library.empty(rows, width, dtype=dtype, device=self.device)[:, :vocab]
 
     def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(log-prob, log-sum-exp float64, entropy float64), each (n,)."""
@@ -303,7 +303,7 @@ class Walk:
         row up in place could overwrite what another has yet to read."""
         if self._moved is None or len(self._moved) < count:
             self._moved = None
-            self._moved = torch.empty(count, self.head.weight.shape[0], dtype=self.dtype, device=self.device)
+            self._moved = self._empty_logits(count, self.dtype)
         return self._moved[:count]
 
     def _add_rounding(self, chunk: Chunk, grad_logits: Tensor, exact: Tensor, rows: Tensor | None) -> None:
@@ -418,4 +418,8 @@ class _Rows:
             if rows.stop - rows.start == self.count:
                 return self.hidden.reshape(self.count, -1)
             rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        return self.hidden[torch.unravel_index(rows, self.hidden.shape[:-1])]
+        index = []
+        for size in reversed(self.hidden.shape[1:-1]):  # torch.unravel_index copies the sizes from the host
+            index.insert(0, rows % size)
+            rows = rows // size
+        return self.hidden[(rows, *index)]

@@ -20,6 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+if INTERPRETED:  # device assertions hold there too
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 # The interpreter multiplies 16-bit matrices wrongly and has no fused multiply-add.
 UPCAST = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -84,6 +88,8 @@ def device_of_index(index: int) -> Device:
     if torch.version.hip:
         arch = properties.gcnArchName.partition(":")[0]
         return Device(arch, properties.multi_processor_count, 64, properties.name)
+    if properties.major < 8:
+        raise RuntimeError(f"{properties.name} is sm_{properties.major}{properties.minor}, expected sm_80 or newer")
     arch = f"sm_{properties.major}{properties.minor}"
     return Device(arch, properties.multi_processor_count, 32, properties.name)
 
@@ -171,7 +177,7 @@ def rows_of(tensor: Tensor) -> Rows:
 
 def optional(tensor: Tensor | None, dtype: torch.dtype, other: Tensor) -> tuple[Tensor, int]:
     """A tensor that may be absent, as a pointer of one type (that of contiguous `other`) and whether to read it."""
-    # A single element is contiguous with any stride, which `view` refuses.
+    # One entry alone may have any stride, which `view` of another dtype refuses.
     return (other.as_strided((other.numel(),), (1,)).view(dtype), 0) if tensor is None else (tensor, 1)
 
 

@@ -80,9 +80,9 @@ def _exp2_scaled(d, scale, scale_rest, limit, extra):
 
 @triton.jit
 def _lost(a, b, difference):
-    """What rounding a - b lost; 0 where a or b is infinite, or both."""
-    error = difference_error(a, b, difference)
-    return tl.where(error == error, error, 0.0)
+    """`difference_error`, and 0 where that is inf - inf."""
+    lost = difference_error(a, b, difference)
+    return tl.where(lost == lost, lost, 0.0)
 
 
 @triton.jit

@@ -58,8 +58,11 @@ class Config(NamedTuple):
     flush: int = 0
 
 
-def _tile(large: bool, aligned: bool, device: Device) -> Config:
-    """The tile of many rows, or of few. Rows at odd addresses are loaded entry by entry: a way that only works."""
+def _tile(large: bool, aligned: bool, plain: bool, device: Device) -> Config:
+    """The tile of many rows, or of few. Rows at odd addresses are loaded entry by entry: a way that only works.
+
+    `plain`: heads without bias and soft cap. Others need more registers than 128 x 256 tiles leave, but on sm_90.
+    """
     nvidia = device.arch.startswith("sm_")
     tma = nvidia and aligned and int(device.arch[3:]) >= 90
     roomy = device.arch in ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 163 KiB of shared memory and more
@@ -67,9 +70,11 @@ def _tile(large: bool, aligned: bool, device: Device) -> Config:
     if not aligned:
         return Config(64, 64, 64, 4, min(stages, 3), tma, aligned)
     if not large:
-        return Config(64, 128, 64, 4, stages, tma, aligned)
+        return Config(64, 128, 64, 4 if tma or not nvidia else 8, stages, tma, aligned)
     if not roomy:
         return Config(128, 128, 64, 8, stages, tma, aligned)
+    if not plain and device.arch != "sm_90":
+        return Config(128, 128, 64 if tma else 32, 8, stages if tma else 5, tma, aligned)
     return Config(128, 256, 64, 8, stages, tma, aligned) if tma else Config(128, 256, 32, 8, 5, tma, aligned)
 
 
@@ -84,7 +89,7 @@ def flushed_tile(device: Device) -> Config | None:
     return Config(128, 128, 64, 8, 6, True, True, flush=4)
 
 
-def _large_tile(vocab: int, dtype: torch.dtype, device: Device) -> Config:
+def _large_tile(vocab: int, dtype: torch.dtype, plain: bool, device: Device) -> Config:
     """Of many aligned rows: a measured one, or the fast one."""
     if (measured := tuned("linear_statistics", device.name, dtype, vocab)) is not None:
         return Config(**measured)
@@ -96,17 +101,22 @@ def _large_tile(vocab: int, dtype: torch.dtype, device: Device) -> Config:
     #   a second one, every 128            9e-7    4e-6           1.6e-6  5e-6
     #   one that rounds to nearest         2.6e-6  1.4e-5         1.7e-6  1.0e-5
     # To take `flushed_tile` instead is to return it here, or to name it in a device's table.
-    return _tile(True, True, device)
+    return _tile(True, True, plain, device)
 
 
 def search_space(device: Device) -> list[Config]:
-    """What benchmarks/tune.py tries: splits are those of H = 4,096."""
-    tiles = [_tile(True, True, device), flushed_tile(device)]
+    """What benchmarks/tune.py tries, for many aligned rows: splits are those of H = 4,096."""
+    first = _tile(True, True, True, device)
+    shapes = ((128, 256, 64, 8), (128, 256, 32, 8), (128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8))
+    stages = (3, 4) if device.arch.startswith("sm_") else (1, 2)
+    space = [Config(*shape, count, first.tma, True) for shape in shapes for count in stages]
+    tiles = dict.fromkeys((first, flushed_tile(device), *space))
     return [tile._replace(tiles=max(SPLIT_STEPS * tile.block_k // 4096, 1)) for tile in tiles if tile is not None]
 
 
 def config(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: Device, batch_invariant: bool, aligned: bool = True
+    shape: tuple[int, int, int], dtype: torch.dtype, device: Device, batch_invariant: bool, aligned: bool = True,
+    plain: bool = True,
 ) -> Config:
     """The tile and the splits for (N, V, H) of a 16-bit dtype. With `batch_invariant`, whatever N.
 
@@ -114,7 +124,7 @@ def config(
     """
     count, vocab, width = shape
     large = batch_invariant or count > 64
-    tile = _large_tile(vocab, dtype, device) if large and aligned else _tile(large, aligned, device)
+    tile = _large_tile(vocab, dtype, plain, device) if large and aligned else _tile(large, aligned, plain, device)
     tiles = min(max(SPLIT_STEPS // max(math.ceil(width / tile.block_k), 1), 1), 16)
     if not batch_invariant:
         columns = math.ceil(count / tile.block_m) * math.ceil(vocab / tile.block_n)
@@ -137,8 +147,12 @@ def linear_statistics(
             raise ValueError(f"{name} has strides {matrix.stride()}, expected rows of adjacent entries (stride 1)")
     (count, width), vocab = hidden.shape, weight.shape[0]
     device = device_of(hidden)
+    if width % 8 == 0 and not _aligned(hidden):
+        # A copy costs less than loads entry by entry, and a row's tile does not depend on how many rows there are.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     aligned = _aligned(hidden) and _aligned(weight)
-    tile = config((count, vocab, width), hidden.dtype, device, batch_invariant, aligned)
+    plain = bias is None and softcap == 0
+    tile = config((count, vocab, width), hidden.dtype, device, batch_invariant, aligned, plain)
     splits = math.ceil(vocab / (tile.block_n * tile.tiles))
 
     partials = hidden.new_empty((3, splits, count), dtype=torch.float32)
@@ -163,7 +177,7 @@ def linear_statistics(
         *matrices, *optional(bias, hidden.dtype, token_ids), *rows, logit_scale, softcap,
         partials, own, count, vocab, width, splits, tile.tiles,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **_constants(tile, plain=bias is None and softcap == 0 and _has_plain(tile)),
+        **_constants(tile, plain and _has_plain(tile)),
     )
     launch(
         merge_kernel, (math.ceil(count / MERGE_ROWS),), hidden,
@@ -200,23 +214,22 @@ TOKENS = {
 }
 
 
-def tile_variants(tile: Config, dtype: torch.dtype) -> Iterator[Variant]:
-    """The compilations of a tile."""
+def tile_variant(tile: Config, plain: bool, dtype: torch.dtype) -> Variant:
     data = POINTERS[dtype]
     hidden = f"tensordesc<{data[1:]}[{tile.block_m}, {tile.block_k}]>" if tile.tma else data
     weight = f"tensordesc<{data[1:]}[{tile.block_n}, {tile.block_k}]>" if tile.tma else data
     types = signature(tiles_kernel, hidden=hidden, weight=weight, bias=data, **TOKENS)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    for plain in (True, False) if _has_plain(tile) else (False,):
-        yield Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
+    return Variant(tiles_kernel, types, _constants(tile, plain), options, ("matrix",))
 
 
 def variants(device: Device) -> Iterator[Variant]:
     """Every compilation that the launcher can ask for."""
     for dtype in DTYPES:
-        large = (_large_tile(vocab, dtype, device)._replace(tiles=1) for vocab in SIZES)
-        for tile in (*dict.fromkeys(large), _tile(False, True, device), _tile(False, False, device)):
-            yield from tile_variants(tile, dtype)
+        kinds = [(_large_tile(vocab, dtype, plain, device), plain) for vocab in SIZES for plain in (True, False)]
+        kinds += [(_tile(False, aligned, False, device), False) for aligned in (True, False)]
+        for tile, plain in dict.fromkeys((tile._replace(tiles=1), plain and _has_plain(tile)) for tile, plain in kinds):
+            yield tile_variant(tile, plain, dtype)
     types = signature(merge_kernel, logprobs="*fp32", lse="*fp64", entropy="*fp64", **TOKENS)
     constants = {"BLOCK": MERGE_ROWS, "SPLITS": MERGE_SPLITS}
     yield Variant(merge_kernel, types, constants, {"num_warps": 4, "num_stages": 1})

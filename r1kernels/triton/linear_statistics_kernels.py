@@ -205,7 +205,7 @@ def merge_kernel(
         inside = (s < splits) & counts[None, :]
         part_top = tl.load(partials + s * count + n[None, :], mask=inside, other=LOWEST)
         top = tl.maximum(top, tl.max(part_top, 0).to(tl.float64))
-    d = tl.where(x == top, 0.0, x - top)
+    d = x - top  # of a token at +inf NaN, as all of its row is
     e = tl.exp2(d * c)
     total, weighted = e, tl.where(e == 0, 0.0, e * d)
     for first in range(0, splits, SPLITS):

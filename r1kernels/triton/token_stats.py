@@ -57,9 +57,11 @@ class Config(NamedTuple):
     num_warps: int
     unroll: int
 
-    def constants(self, dtype: torch.dtype, device: Device) -> dict[str, int]:
+    def constants(self, dtype: torch.dtype, device: Device, layout: int) -> dict[str, int]:
+        """Pointers of 64 bits to single entries take the registers of half a tile."""
         vec = 16 // dtype.itemsize
-        return {"LANES": self.num_warps * device.warp * vec, "UNROLL": self.unroll, "VEC": vec}
+        unroll = max(self.unroll // 2, 1) if layout == STRIDED.value else self.unroll
+        return {"LANES": self.num_warps * device.warp * vec, "UNROLL": unroll, "VEC": vec, "LAYOUT": layout}
 
 
 def config(shape: tuple[int, int], dtype: torch.dtype, device: Device) -> Config:
@@ -251,7 +253,7 @@ def merge_kernel(
     top = x
     for s in range(0, segments):
         top = tl.maximum(top, tl.load(partials + s * count + n, mask=counts, other=0).to(tl.float64))
-    d = tl.where(x == top, 0.0, x - top)
+    d = x - top  # of a token at +inf NaN, as all of its row is
     e = tl.exp2(d * c)
     total, weighted = e, tl.where(e == 0, 0.0, e * d)
     for s in range(0, segments):
@@ -289,7 +291,7 @@ def launch_segments(
     launch(
         segment_kernel, (rows.count * segments,), logits, *rows.arguments(), token_ids, *mask, *temperatures,
         temperature, partials, rows.count, rows.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT,
-        LAYOUT=rows.layout, EXACT=logits.dtype == torch.float32, **chosen.constants(logits.dtype, device),
+        EXACT=logits.dtype == torch.float32, **chosen.constants(logits.dtype, device, rows.layout),
     )
 
 
@@ -323,7 +325,7 @@ def variants(device: Device) -> Iterator[Variant]:
             yield Variant(
                 segment_kernel,
                 signature(segment_kernel, logits=POINTERS[dtype], **tokens),
-                {"SEGMENT": SEGMENT, "LAYOUT": layout, "EXACT": exact, **chosen.constants(dtype, device)},
+                {"SEGMENT": SEGMENT, "EXACT": exact, **chosen.constants(dtype, device, layout)},
                 {"num_warps": chosen.num_warps, "num_stages": 1},
                 ("wide_loads",) if layout == ALIGNED.value else (),
             )

@@ -127,7 +127,7 @@ def gradient_kernel(
                 tl.store(out_row + last, tl.zeros((1, LANES), dtype), mask=last < end)
         return
 
-    target = tl.load(token_ids + n)
+    target = tl.minimum(tl.maximum(tl.load(token_ids + n), 0), vocab - 1)  # the forward looked: nothing outside is read
     t = temperature_of(temperature, temperatures, many, n)
     log_sum, h = tl.load(lse + n), tl.load(entropy + n)
     inv_t = 1 / t
@@ -230,8 +230,8 @@ def _gradient(
         target.outer_stride, target.inner_stride, token_ids, lse, entropy, grad_logprobs,
         *optional(grad_entropy, torch.float32, token_ids), *optional(temperatures, torch.float32, token_ids),
         temperature, 1 / softcap if softcap > 0 else 0.0, *optional(rows, torch.int64, token_ids), source.vocab,
-        segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, LAYOUT=layout,
-        EXACT=out.dtype == torch.float32, WHOLE_ROW=whole, **chosen.constants(logits.dtype, device),
+        segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
+        **chosen.constants(logits.dtype, device, layout),
     )
 
 
@@ -239,7 +239,7 @@ def variants(device: Device) -> Iterator[Variant]:
     """Every compilation that a launch above can ask for."""
     for dtype in DTYPES:
         for chosen in configs(dtype, device):
-            options, constants = {"num_warps": chosen.num_warps, "num_stages": 1}, chosen.constants(dtype, device)
+            options = {"num_warps": chosen.num_warps, "num_stages": 1}
             narrower = DTYPES if dtype == torch.float32 else (dtype,)
             for narrow, layout in itertools.product(narrower, LAYOUTS):
                 yield Variant(
@@ -249,8 +249,8 @@ def variants(device: Device) -> Iterator[Variant]:
                         entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", temperatures="*fp32", rows="*i64",
                     ),
                     {
-                        "SEGMENT": SEGMENT, "LAYOUT": layout, "EXACT": narrow == torch.float32,
-                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **constants,
+                        "SEGMENT": SEGMENT, "EXACT": narrow == torch.float32,
+                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **chosen.constants(dtype, device, layout),
                     },
                     options,
                     ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),
