@@ -52,12 +52,13 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "linear_token_stats": (
         ("linear_token_stats", "linear_statistics_accumulation", "linear_cross_entropy", "linear_options"),
-        ("engine_that_rounds[dtype1]", "without_spills"),
+        ("engine_that_rounds[dtype1]", "without_spills", "sixty_four_micro_batches"),
     ),
     "linear_grpo_loss": (
         ("linear_grpo_loss", "linear_compaction"),
         (
-            "is_grpo_loss_of_the_dense_logits", "a_callable_is_the_preset", "is_policy_loss_of_the_linear",
+            "is_grpo_loss_of_the_dense_logits", "metrics_and_loss_do_not_need_gradients", "a_callable_is_the_preset",
+            "is_policy_loss_of_the_linear",
             "(heads_in_float32 and (two_sided or gspo_wide))",
             "(objectives_and_inputs and (dapo or two_sided or reinforce or cispo_sequence or sapo_sequence))",
         ),
