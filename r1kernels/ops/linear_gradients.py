@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import values_are_free
@@ -69,10 +70,11 @@ def _blocks(grad: Tensor) -> list[slice]:
 
 def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
     """Whether one kernel reads, multiplies, converts and writes: where the host cannot look at the factor."""
-    if factor is None or torch.compiler.is_compiling():
+    if factor is None or torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
         return False
-    plain = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
-    return plain and _library.choose(grad.device.type, grad.dtype).implementation == "triton"
+    if _library.choose(grad.device.type, grad.dtype).implementation != "triton":
+        return False
+    return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
 
 
 def _graph_is_kept() -> bool:
