@@ -1,0 +1,210 @@
+// The arithmetic of one row of logits on a GPU: what a thread adds up of the entries it reads, what becomes of a row's
+// sums, and the gradient of an entry.  r1kernels/triton/token_stats*.py says the same in Triton.
+//
+//   l = z_y - lse z,  H = -sum_j p_j log p_j,  z = x / T,  p = softmax z
+//   dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T
+//
+// The token's own entry is left out of the sums and joins at the end, in float64: a log-prob near 0 keeps its relative
+// accuracy.  kExact is for results as fine as float32 itself, and keeps what float32 rounds away on the way.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "arithmetic.h"
+
+namespace r1k {
+
+// Powers are taken as 2^(d (c + c_rest)), c + c_rest = log2(e) / T.
+struct Scale {
+  float c;
+  float c_rest;
+};
+
+R1K_HOST_DEVICE Scale scale_of(double temperature) {
+  const double scale = kLog2E / temperature;
+  const float c = static_cast<float>(scale);
+  return {c, static_cast<float>(scale - c)};
+}
+
+struct Power {
+  float d;  // the exponent's difference, finite where the power is 0: 0 times it is 0
+  float e;
+};
+
+// 2^(d (c + c_rest) + lost) with a small `lost`.
+template <bool kExact>
+R1K_HOST_DEVICE float exp2_of_product(float d, Scale s, float lost) {
+  if (!kExact) return exp2_fast(std::fma(d, s.c, lost));
+  const float power = product(d, s.c);
+  lost += product_error(d, s.c, power) + d * s.c_rest;
+  const float e = exp2_fast(power);
+  return e + e * (lost * static_cast<float>(kLn2));
+}
+
+// x - top and e^{(x - top)/T}, for an x of -inf or NaN as well.
+template <bool kExact>
+R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
+  if (!kExact) {
+    const float d = x - top;
+    return {d < kLowest ? kLowest : d, exp2_fast(d * s.c)};
+  }
+  const float lowest = top - 1000.0f / s.c;  // 2^-1000 is 0, and nothing on the way is inf - inf
+  if (x < lowest) x = lowest;                // NaN stays
+  const float d = difference(x, top);
+  return {d, exp2_of_product<true>(d, s, difference_error(x, top, d) * s.c)};
+}
+
+// What a thread has added up, relative to the maximum `top` of what it has seen: rest = sum e^{(x - top)/T}, weighted =
+// sum e^{(x - top)/T} (x - top).  With kExact the maxima are not in `rest`, where their ones would cost the digits of
+// everything else, but in `count`.
+struct RowSums {
+  float top = kLowest;
+  float rest = 0;
+  float weighted = 0;
+  float count = 0;
+};
+
+// Adds kCount entries.
+template <bool kExact, int kCount>
+R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale s) {
+  float top = x[0];
+  for (int k = 1; k < kCount; ++k) top = std::fmax(top, x[k]);
+  top = std::fmax(top, sums.top);
+  const Power kept = below<kExact>(sums.top, top, s);
+  // In a factor of 0 the weighted sum may be 0 * inf.
+  sums.weighted = kept.e == 0 ? 0 : kept.e * (sums.weighted + kept.d * (sums.rest + sums.count));
+  if (kExact && top > sums.top) {
+    sums.rest += sums.count;
+    sums.count = 0;
+  }
+  sums.rest *= kept.e;
+  sums.top = top;
+  // Sums of their own: the running ones would round equal terms the same way every time.
+  float rest = 0, weighted = 0;
+  for (int k = 0; k < kCount; ++k) {
+    const Power power = below<kExact>(x[k], top, s);
+    weighted += power.e * power.d;
+    if (kExact) {
+      rest += power.d == 0 ? 0 : power.e;
+      sums.count += x[k] == top ? 1.0f : 0.0f;  // not an -inf that was raised
+    } else {
+      rest += power.e;
+    }
+  }
+  sums.rest += rest;
+  sums.weighted += weighted;
+}
+
+// The same sums relative to a maximum that is no less; `rest` then has everything below `top`.
+template <bool kExact>
+R1K_HOST_DEVICE RowSums relative_to(const RowSums& sums, float top, Scale s) {
+  if (sums.top == top) return sums;
+  const Power kept = below<kExact>(sums.top, top, s);
+  const float all = sums.rest + sums.count;
+  return {top, kept.e * all, kept.e == 0 ? 0 : kept.e * (sums.weighted + kept.d * all), 0};
+}
+
+// ---- the row as a whole, in float64 ------------------------------------------------------------------------
+
+// Sums of parts of a row relative to `top`, which no entry exceeds.
+struct RowTotals {
+  double top;
+  double total = 0;
+  double weighted = 0;
+};
+
+// What the parts were summed with.
+template <bool kExact>
+R1K_HOST_DEVICE double scale_of_sums(double temperature) {
+  const double c = 1 / temperature * kLog2E;
+  return kExact ? c : static_cast<double>(static_cast<float>(c));
+}
+
+// Adds sums relative to their own maximum; c is scale_of_sums.
+R1K_HOST_DEVICE void add_part(RowTotals& totals, double top, double part, double weighted, double c) {
+  const double shift = top - totals.top;
+  const double factor = std::exp2(shift * c);
+  totals.total += factor * part;
+  totals.weighted += factor == 0 ? 0 : factor * (weighted + shift * part);
+}
+
+struct RowStatistics {
+  double logprob, lse, entropy;
+};
+
+// From the totals of all other entries, and the token's own logit x.
+R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double temperature, double c) {
+  const double d = x - totals.top;  // of a token at +inf NaN, as all of its row is
+  const double e = std::exp2(d * c);
+  totals.total += e;
+  totals.weighted += e == 0 ? 0 : e * d;
+  const double mean = totals.weighted / totals.total;  // sum_j p_j (x_j - top)
+  const double log_total = std::log(totals.total);
+  // The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
+  const double off = totals.total == 0 ? 0 : (1 / temperature - c * kLn2) * mean;  // no word at all: lse is -inf
+  const double log_sum = log_total + off;
+  const double lse = totals.top / temperature + log_sum;
+  return {x == totals.top ? -log_sum : x / temperature - lse, lse, log_total - mean * c * kLn2};
+}
+
+// ---- the gradient ------------------------------------------------------------------------------------------
+
+// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and
+// log p + H = (x - pivot)/T + offset with a pivot of its own, because the two cancel where p is near e^{-H}.
+struct RowGradient {
+  Scale scale;
+  float anchor, anchor_rest;
+  float minus_g, minus_g_rest;
+  float minus_eta, pivot, offset, slope;
+};
+
+R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temperature, double g, double eta) {
+  const double inv_t = 1 / temperature;
+  const double scale = inv_t * kLog2E;
+  RowGradient row;
+  row.scale = scale_of(temperature);
+  row.anchor = static_cast<float>(lse * temperature);
+  row.anchor_rest = static_cast<float>((row.anchor - lse * temperature) * scale);
+  row.pivot = static_cast<float>((lse - entropy) * temperature);
+  row.offset = static_cast<float>((row.pivot - (lse - entropy) * temperature) * inv_t);
+  row.minus_g = static_cast<float>(-g * inv_t);
+  row.minus_g_rest = static_cast<float>(-g * inv_t - row.minus_g);
+  row.minus_eta = static_cast<float>(-eta * inv_t);
+  row.slope = static_cast<float>(inv_t);
+  return row;
+}
+
+// -(g + eta (log p + H)) p / T of an entry that is not the token's own.
+template <bool kExact, bool kEntropy>
+R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
+  float lost = row.anchor_rest, d;
+  if (kExact) {
+    const float lowest = row.anchor - 1000.0f / row.scale.c;  // as in `below`
+    if (x < lowest) x = lowest;
+    d = difference(x, row.anchor);
+    lost += difference_error(x, row.anchor, d) * row.scale.c;
+  } else {
+    d = x - row.anchor;
+  }
+  const float p = exp2_of_product<kExact>(d, row.scale, lost);
+  float slope = row.minus_g;
+  if (kEntropy) {
+    const float log_p_plus_h = std::fma(p == 0 ? 0.0f : x - row.pivot, row.slope, row.offset);  // 0 * (-inf) = 0
+    slope = std::fma(row.minus_eta, log_p_plus_h, slope);
+  }
+  const float gradient = p * slope;
+  return kExact ? gradient + p * row.minus_g_rest : gradient;
+}
+
+// (g (1 - p) - eta p (log p + H)) / T of the token itself.
+R1K_HOST_DEVICE float own_gradient(double x, double lse, double entropy, double temperature, double g, double eta) {
+  double log_p = x / temperature - lse;
+  if (log_p > 0) log_p = 0;  // rounding alone
+  const double p = std::exp(log_p);
+  // g (1 - p) cancels as p goes to 1, -g expm1(log p) does not.
+  const double of_entropy = p == 0 ? 0 : p * (log_p + entropy);
+  return static_cast<float>((-g * std::expm1(log_p) - eta * of_entropy) / temperature);
+}
+
+}  // namespace r1k
