@@ -15,7 +15,7 @@ PACKAGE = Path(r1kernels.__file__).parent
 # Every module of the package belongs to the first layer whose prefix it has. A module may import from layers below
 # its own and from its own package.
 LAYERS = [
-    ("kernels", ("r1kernels.triton", "r1kernels._C")),
+    ("kernels", ("r1kernels.triton", "r1kernels._C", "r1kernels._choice")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing", "r1kernels.__main__")),
