@@ -1,7 +1,7 @@
 """Which implementation serves a call: loads the compiled extension, registers the kernels of GPUs, chooses.
 
-Every kernel of every backend is registered under the operators of `r1kernels._schemas`, per dispatch key; autograd lives
-outside, in `r1kernels.ops`. `reference` is not registered: it is plain differentiable PyTorch in the same files.
+Every kernel of every backend is registered under the operators of `r1kernels._schemas`, per dispatch key; autograd
+lives outside, in `r1kernels.ops`. `reference` is not registered: it is plain differentiable PyTorch in the same files.
 """
 
 from __future__ import annotations

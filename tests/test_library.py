@@ -93,7 +93,8 @@ def test_the_environment_sets_the_process() -> None:
     assert run(program, R1KERNELS_BACKEND="reference").stdout.strip() == "reference"
     refused = run(program, R1KERNELS_BACKEND="fast")
     assert refused.returncode != 0
-    assert "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu, triton, cuda\n" in refused.stderr
+    message = "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu, triton, cuda\n"
+    assert message in refused.stderr
 
 
 # ---- what cannot be served --------------------------------------------------------------------------------
