@@ -47,7 +47,7 @@ template <bool kExact>
 R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
   if (!kExact) {
     const float d = x - top;
-    return {d < kLowest ? kLowest : d, exp2_fast(d * s.c)};
+    return {std::fmax(d, kLowest), exp2_fast(d * s.c)};  // of NaN the power is NaN
   }
   const float lowest = top - 1000.0f / s.c;  // 2^-1000 is 0, and nothing on the way is inf - inf
   if (x < lowest) x = lowest;                // NaN stays

@@ -5,14 +5,19 @@
 
 #include "cuda/device.cuh"
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// sm_120 has the instructions, but neither the shared memory nor the bandwidth that would make them worth while.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define R1K_CLUSTERS 1
 #define R1K_SM90(...) __VA_ARGS__
 #else
+#define R1K_CLUSTERS 0
 #define R1K_SM90(...) __trap()
 #endif
 
 namespace r1k {
 namespace gpu {
+
+constexpr bool kClusters = R1K_CLUSTERS;
 
 using Barrier = uint64_t;  // an mbarrier in shared memory
 
