@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, EMULATOR, BUILD = ROOT / "csrc", ROOT / "tests" / "cuda_emulator", ROOT / "build" / "emulator"
 COMPILER = shutil.which("g++")
-# -ffp-contract=off: nothing is fused but what asks for it, as by nvcc where the kernels mind.
+# -ffp-contract=off: what asks for a fused product has one, what must not be fused is not, and the rest is simple.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 FLAGS += [f"-I{EMULATOR}", f"-I{CSRC}"]
 NOT_EMULATED = {"runtime.cu"}  # stream.h of a device; that of the emulator is in stream.cpp
 

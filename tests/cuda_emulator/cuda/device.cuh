@@ -13,7 +13,16 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __restrict__ __restrict
+
+// Known everywhere to nvcc.
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 namespace r1k {
 namespace gpu {

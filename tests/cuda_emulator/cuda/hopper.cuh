@@ -6,6 +6,8 @@
 namespace r1k {
 namespace gpu {
 
+constexpr bool kClusters = true;
+
 using Barrier = uint64_t;
 
 // ---- barriers of a block -----------------------------------------------------------------------------------
