@@ -32,6 +32,12 @@ struct Objective {
   double max_length;
 };
 
+// The order is that of METRICS in r1kernels/ops/policy_loss.py.
+enum Metric {
+  kTokens, kSequences, kSurrogate, kKl, kEntropy, kRatioMean, kRatioMin, kRatioMax, kApproxKl, kClipFraction,
+  kClipLowFraction, kClipHighFraction, kRatioCapFraction, kActiveFraction, kNonfiniteTokens, kMetricCount
+};
+
 struct Term {
   float loss;
   float slope;  // dloss / dl

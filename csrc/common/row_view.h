@@ -33,4 +33,33 @@ struct RowView {
   }
 };
 
+// The same rows in as few leading dimensions as their strides allow: usual tensors have one.
+inline RowView merged(const RowView& rows) {
+  RowView view = rows;
+  view.leading = 0;
+  for (int k = 0; k < rows.leading; ++k) {
+    const int64_t size = rows.sizes[k], stride = rows.strides[k];
+    if (size == 1) continue;  // its stride says nothing
+    const int last = view.leading - 1;
+    if (last >= 0 && view.strides[last] == size * stride) {
+      view.sizes[last] *= size;
+      view.strides[last] = stride;
+    } else {
+      view.sizes[view.leading] = size;
+      view.strides[view.leading++] = stride;
+    }
+  }
+  if (view.vocab == 1) view.vocab_stride = 1;
+  return view;
+}
+
+// Whether entries are adjacent and every row of a merged view starts at a multiple of 16 bytes.
+inline bool aligned16(const RowView& rows) {
+  if (rows.vocab_stride != 1 || reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) return false;
+  for (int k = 0; k < rows.leading; ++k) {
+    if (rows.strides[k] * size_of(rows.dtype) % 16 != 0) return false;
+  }
+  return true;
+}
+
 }  // namespace r1k

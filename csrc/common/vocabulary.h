@@ -60,7 +60,7 @@ template <bool kExact>
 R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
   if (!kExact) {
     const float d = x - top;
-    return {d < kLowest ? kLowest : d, exp2_fast(d * s.c)};
+    return {std::fmax(d, kLowest), exp2_fast(d * s.c)};  // of NaN the power is NaN
   }
   const Difference d = exact_difference(x, top, s);
   return {d.d, exp2_of_product<true>(d.d, s, d.lost)};

@@ -14,12 +14,6 @@ struct Broadcast {
   float at(int64_t token, int64_t sequence) const { return data[per_sequence ? sequence : token]; }
 };
 
-// The order is that of METRICS in r1kernels/ops/policy_loss.py.
-enum Metric {
-  kTokens, kSequences, kSurrogate, kKl, kEntropy, kRatioMean, kRatioMin, kRatioMax, kApproxKl, kClipFraction,
-  kClipLowFraction, kClipHighFraction, kRatioCapFraction, kActiveFraction, kNonfiniteTokens, kMetricCount
-};
-
 struct PolicyLossArgs {
   Objective objective;
   int64_t tokens;
