@@ -225,20 +225,19 @@ __device__ __forceinline__ PolicySums tile_of(const PolicyLossArgs& args, const 
   PolicySums sums;
   Share share;
   for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
+    // Read whether or not the token counts, so that nothing waits for the mask; used only if it does.
+    PolicyToken token;
+    token.logprob = args.logprobs[t];
+    token.log_ratio = log_ratio(args, t, token.logprob);
+    token.has_ref = args.ref_logprobs != nullptr;
+    token.ref = token.has_ref ? args.ref_logprobs[t] : 0;
+    token.entropy = args.entropy != nullptr ? args.entropy[t] : 0;
+    if (t >= share.end) share = share_of(args, plan, sequences, denominator, t);
+    weigh(args, t, share.sequence, token);
+    token.weight = share.weight;
+    if (args.objective.ratio == Ratio::sequence) token.log_ratio = share.mean;
     PolicyGradient gradient = {0, 0};
-    if (counts(args, t)) {
-      if (t >= share.end) share = share_of(args, plan, sequences, denominator, t);
-      PolicyToken token;
-      token.weight = share.weight;
-      token.logprob = args.logprobs[t];
-      token.log_ratio =
-          args.objective.ratio == Ratio::sequence ? share.mean : log_ratio(args, t, token.logprob);
-      token.has_ref = args.ref_logprobs != nullptr;
-      token.ref = token.has_ref ? args.ref_logprobs[t] : 0;
-      token.entropy = args.entropy != nullptr ? args.entropy[t] : 0;
-      weigh(args, t, share.sequence, token);
-      gradient = add_token(sums, args.objective, token, plan.slopes ? &share.slope : nullptr);
-    }
+    if (counts(args, t)) gradient = add_token(sums, args.objective, token, plan.slopes, share.slope);
     args.grad_logprobs[t] = gradient.g;
     if (args.grad_entropy != nullptr) args.grad_entropy[t] = gradient.eta;
   }
@@ -322,7 +321,7 @@ __device__ __forceinline__ Sequences sequences_of(const PolicyLossArgs& args, Sh
 }
 
 __global__ void __launch_bounds__(kThreads) policy_loss_kernel(const __grid_constant__ PolicyLossArgs args,
-                                                                  const __grid_constant__ Plan plan) {
+                                                               const __grid_constant__ Plan plan) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   check_batch(args);
   Sequences sequences = sequences_of(args, shared);
