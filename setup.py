@@ -1,16 +1,22 @@
 """Builds r1kernels/_C.abi3.so: one extension over PyTorch's stable ABI for every Python >= 3.10 and torch >= 2.10.
 
 The vocabulary kernels are compiled once per instruction set; the widest one the processor has is chosen at run
-time. No network, no torch.utils.cpp_extension: torch only lends its headers and libraries.
+time. CUDA kernels are added where there is nvcc (csrc/cuda/nvcc.py): R1KERNELS_CUDA=0 leaves them out, 1 asks for
+them. No network, no torch.utils.cpp_extension: torch only lends its headers and libraries.
 """
 
 import os
 import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
+import nvcc
 
 TORCH = Path(torch.__file__).parent
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -30,23 +36,51 @@ X86_ISAS = {
 }
 PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+CUDA_BINDINGS = ["csrc/bindings_cuda_pointwise.cpp"]
 
 
 class BuildExt(build_ext):
-    """Compiles the sources of `PER_ISA` once more for each instruction set and links the objects in."""
+    """Links further objects in: the sources of `PER_ISA` for each instruction set, and the CUDA kernels."""
 
     def build_extension(self, ext: Extension) -> None:
-        if IS_X86:
-            ext.define_macros.append(("R1K_X86", None))
-            for isa, flags in X86_ISAS.items():
-                ext.extra_objects += self.compiler.compile(
-                    PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"],  # nothing else multiplies bf16
-                    output_dir=os.path.join(self.build_temp, isa),
-                    macros=[*ext.define_macros, ("R1K_ISA", isa)],
-                    extra_postargs=[*COMMON_FLAGS, *flags],
-                    depends=HEADERS,
-                )
+        compiler, missing = nvcc.available()
+        if compiler is None:
+            print(f"r1kernels is built without CUDA: {missing}", file=sys.stderr)
+            ext.define_macros.append(("R1K_WITHOUT_CUDA", f'"{missing}"'))
+            self.compile_per_isa(ext)
+        else:
+            ext.define_macros.append(("R1K_CUDA", None))
+            ext.sources += CUDA_BINDINGS
+            # Calls of the runtime are its own: torch may have brought another.
+            ext.extra_link_args += [str(nvcc.runtime_library(compiler)), "-Wl,--exclude-libs,ALL"]
+            ext.extra_link_args += ["-lrt", "-lpthread", "-ldl"]
+            with ThreadPoolExecutor(1) as pool:
+                kernels = pool.submit(nvcc.compile_all, compiler)
+                self.compile_per_isa(ext)
+                ext.extra_objects += [str(kernel.path) for kernel in kernels.result()]
+        self.note_parts(ext)
         super().build_extension(ext)
+
+    def compile_per_isa(self, ext: Extension) -> None:
+        if not IS_X86:
+            return
+        ext.define_macros.append(("R1K_X86", None))
+        for isa, flags in X86_ISAS.items():
+            ext.extra_objects += self.compiler.compile(
+                PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"],  # nothing else multiplies bf16
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[*ext.define_macros, ("R1K_ISA", isa)],
+                extra_postargs=[*COMMON_FLAGS, *flags],
+                depends=HEADERS,
+            )
+
+    def note_parts(self, ext: Extension) -> None:
+        """A file that is newer than the extension when other objects or macros go into it."""
+        note, text = Path("build/parts.txt"), f"{ext.define_macros}\n{ext.extra_objects}\n"
+        note.parent.mkdir(exist_ok=True)
+        if not note.exists() or note.read_text() != text:
+            note.write_text(text)
+        ext.depends.append(str(note))
 
 
 extension = Extension(
@@ -55,6 +89,7 @@ extension = Extension(
         "csrc/bindings_cpu.cpp",
         "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",
+        "csrc/cuda_methods.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",
         *PER_ISA,

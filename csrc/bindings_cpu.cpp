@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/policy_loss.h"
 #include "cpu/token_stats.h"
+#include "cuda_methods.h"
 
 namespace {
 
@@ -308,6 +309,8 @@ PyMethodDef methods[] = {
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},
     {"has_bf16_dot", has_bf16_dot, METH_NOARGS, "Whether gemm_f32 multiplies bfloat16 by instructions of its own."},
     {"has_amx_bf16", has_amx_bf16, METH_NOARGS, "Whether this processor has matrix tiles for bfloat16 (AMX)."},
+    {"cuda_architectures", r1k::cuda_architectures, METH_NOARGS, "What the CUDA kernels are compiled for."},
+    {"cuda_missing", r1k::cuda_missing, METH_O, "Why no CUDA kernel can run on a device (its index); '' where one can."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

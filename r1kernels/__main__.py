@@ -143,7 +143,7 @@ def report() -> str:
         rows.append(("cuda", torch.float32, "fp32 bf16 fp16"))
     for op in _library.OPS:
         for device, dtype, name in rows:
-            choice = _library.explain(device, dtype)
+            choice = _library.explain(device, dtype, op)
             lines.append(f"{op:<18}{device:<8}{name:<16}{choice.implementation:<12}{choice.reason}")
     if torch.cuda.is_available():
         choice = _library.explain("cuda", torch.bfloat16)

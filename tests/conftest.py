@@ -14,7 +14,8 @@ import torch
 
 from r1kernels import _library, backend, testing
 
-if _library.INTERPRETED:
+SLOW_KERNELS = _library.INTERPRETED or _library.EMULATED  # those of a GPU, on the CPU
+if SLOW_KERNELS:
     _library._requested = "auto"  # float64 is for the reference, as ever
 
 torch.use_deterministic_algorithms(True)
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
     from hypothesis import settings
 
-    examples = 4 if _library.INTERPRETED else 40
+    examples = 4 if SLOW_KERNELS else 40
     settings.register_profile("tests", deadline=None, derandomize=True, max_examples=examples, database=None)
     settings.load_profile("tests")
 
@@ -40,7 +41,7 @@ def spread(count: int) -> set[int]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Interpreted programs take their time: of a test with many cases there, some from everywhere are run."""
-    if not _library.INTERPRETED:
+    if not SLOW_KERNELS:
         return
     kept, left = [], []
     for _, group in itertools.groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
@@ -59,7 +60,7 @@ def on_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["triton"] if _library.INTERPRETED else ["reference", "cpu"])
+@pytest.fixture(params=[testing.KERNELS] if SLOW_KERNELS else ["reference", "cpu"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per implementation."""
     with backend(request.param):

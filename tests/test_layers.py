@@ -15,13 +15,14 @@ PACKAGE = Path(r1kernels.__file__).parent
 # Every module of the package belongs to the first layer whose prefix it has. A module may import from layers below
 # its own and from its own package.
 LAYERS = [
-    ("kernels", ("r1kernels.triton", "r1kernels._C")),
+    ("kernels", ("r1kernels.triton", "r1kernels._C", "r1kernels._choice")),
+    ("tables", ("r1kernels._schemas", "r1kernels._choice")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing", "r1kernels.__main__")),
     ("public", ("r1kernels",)),
 ]
-HEIGHT = {"kernels": 0, "registry": 1, "operations": 2, "public": 3, "users": 4}
+HEIGHT = {"kernels": 0, "tables": 0, "registry": 1, "operations": 2, "public": 3, "users": 4}
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations")
 
 

@@ -60,7 +60,7 @@ def test_backend_ends_with_an_exception() -> None:
 
 @pytest.mark.parametrize("name", ["tritonn", "", "CPU", None])
 def test_an_unknown_backend_is_refused(name: str) -> None:
-    message = rf"backend is {name!r}, expected one of auto, reference, cpu, triton$"
+    message = rf"backend is {name!r}, expected one of auto, reference, cpu, triton, cuda$"
     with pytest.raises(ValueError, match=message), backend(name):
         pass
     assert _library.requested() == "auto"
@@ -93,7 +93,8 @@ def test_the_environment_sets_the_process() -> None:
     assert run(program, R1KERNELS_BACKEND="reference").stdout.strip() == "reference"
     refused = run(program, R1KERNELS_BACKEND="fast")
     assert refused.returncode != 0
-    assert "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu, triton\n" in refused.stderr
+    message = "ValueError: R1KERNELS_BACKEND is 'fast', expected one of auto, reference, cpu, triton, cuda\n"
+    assert message in refused.stderr
 
 
 # ---- what cannot be served --------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_a_device_without_kernels_is_announced(device: str, not_looked_yet: None
 
 
 def test_operators_called_directly_say_why_there_is_no_kernel(no_triton: None) -> None:
-    launcher = _library._triton_launcher("token_stats", "token_stats")
+    launcher = _library._gpu_launcher("token_stats")
     with pytest.raises(RuntimeError, match="r1kernels::token_stats has no kernel here: Triton is not installed"):
         launcher(ROW, ID, None, 1.0)
 

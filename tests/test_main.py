@@ -39,7 +39,7 @@ def test_a_request_by_environment_is_shown() -> None:
 def test_an_unknown_backend_is_refused_by_name() -> None:
     completed = run(R1KERNELS_BACKEND="cudnn")
     assert completed.returncode != 0
-    assert "R1KERNELS_BACKEND is 'cudnn', expected one of auto, reference, cpu, triton" in completed.stderr
+    assert "R1KERNELS_BACKEND is 'cudnn', expected one of auto, reference, cpu, triton, cuda" in completed.stderr
 
 
 def test_a_request_of_triton_without_a_gpu_is_an_error_of_every_row() -> None:

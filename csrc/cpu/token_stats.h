@@ -4,16 +4,9 @@
 #include <cstdint>
 
 #include "../common/row_view.h"
+#include "../common/temperature.h"
 
 namespace r1k {
-
-// One temperature for all rows, or one factor more for each.
-struct Temperature {
-  double common;
-  const float* factors;  // [N] or null
-
-  double of(int64_t row) const { return factors != nullptr ? common * factors[row] : common; }
-};
 
 struct TokenStatsForward {
   RowView logits;

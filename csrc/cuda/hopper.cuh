@@ -137,15 +137,21 @@ __device__ __forceinline__ void remote_arrive(Barrier* barrier, int rank) {
                         : "memory"));
 }
 
-// ---- launches that overlap ---------------------------------------------------------------------------------
+// ---- launches that overlap: nothing where there is no such thing, and no launch asks for it ------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define R1K_OVERLAP(...) __VA_ARGS__
+#else
+#define R1K_OVERLAP(...)
+#endif
 
 // Until the kernels before this one in the stream have written all that they write (launched with `overlap`).
 __device__ __forceinline__ void wait_for_previous_kernel() {
-  R1K_SM90(asm volatile("griddepcontrol.wait;" ::: "memory"));
+  R1K_OVERLAP(asm volatile("griddepcontrol.wait;" ::: "memory"));
 }
 // The next kernel of the stream may begin to start.
 __device__ __forceinline__ void let_next_kernel_start() {
-  R1K_SM90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"));
+  R1K_OVERLAP(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"));
 }
 
 }  // namespace gpu

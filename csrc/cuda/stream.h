@@ -35,6 +35,9 @@ class OnDevice {
 // The stream that torch is using on a device, which is current.
 Stream current_stream(int device);
 
+// What the kernels of this build are compiled for, as "sm_80 sm_90a compute_90".
+const char* architectures();
+
 // Why no kernel of this build can run on a device, with the remedy; empty where they can.
 std::string missing(int device);
 

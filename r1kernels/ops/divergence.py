@@ -122,7 +122,7 @@ class Statistics(NamedTuple):
 
 
 def _served_by(student: Tensor, teacher: Tensor) -> str:
-    return _library.select(teacher if teacher.dtype == torch.float64 else student)
+    return _library.select(teacher if teacher.dtype == torch.float64 else student, "divergence")
 
 
 def _block_log_probs(logits: Tensor, rows: slice, dtype: torch.dtype, temperature: float) -> Tensor:

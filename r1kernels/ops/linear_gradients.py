@@ -72,7 +72,7 @@ def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
     """Whether one kernel reads, multiplies, converts and writes: where the host cannot look at the factor."""
     if factor is None or torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
         return False
-    if _library.choose(grad.device.type, grad.dtype).implementation != "triton":
+    if _library.choose(grad.device.type, grad.dtype).implementation in ("cpu", "reference"):
         return False
     return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
 

@@ -32,7 +32,7 @@ from r1kernels.testing.oracles import (
 )
 
 # The kernels under test: the compiled ones, or those of GPUs where the Triton interpreter runs them on the CPU.
-KERNELS = "triton" if _library.INTERPRETED else "cpu"
+KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
 
 __all__ = [
     "DYNAMO_WARNING",

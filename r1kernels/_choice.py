@@ -1,0 +1,85 @@
+"""Where the CUDA kernels were measured to be faster than Triton's: tables/cuda_faster.json, by benchmarks/choose.py.
+
+    {device name: {"measured": what with, "operators": {operator: [measurement, ...]}}}
+
+A measurement is {"dtype": ..., "vocab": ..., "tokens": ..., "ratio": ...}: of logits of that dtype and vocabulary, null
+both where an operator has none. `ratio` is Triton's time over that of CUDA, less the spread of both: above 1, CUDA is
+faster. What was not measured is not faster; a vocabulary stands for those up to a factor of two from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TABLE = Path(__file__).parent / "tables" / "cuda_faster.json"
+FARTHEST = 2.0  # times a measured vocabulary, or that part of it
+
+
+class Measurement(NamedTuple):
+    dtype: str | None
+    vocab: int | None
+    tokens: int
+    ratio: float
+
+
+Table = dict[str, dict[str, list[Measurement]]]
+
+
+@functools.cache
+def cuda_is_faster(operator: str, device_name: str, dtype: torch.dtype | None, vocab: int | None) -> bool:
+    """Whether an operator of namespace r1kernels runs faster by its CUDA kernels than by Triton's.
+
+    Args:
+        operator: its name, such as "token_stats".
+        device_name: as torch.cuda.get_device_name tells it.
+        dtype: of the logits, None where an operator has none.
+        vocab: V, likewise.
+
+    Raises:
+        RuntimeError: the table cannot be read.
+    """
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    known = [each for each in load(TABLE).get(device_name, {}).get(operator, []) if each.dtype == name]
+    if vocab is None:
+        near = [each for each in known if each.vocab is None]
+    else:
+        distance = {each: _apart(vocab, each.vocab) for each in known if each.vocab is not None}
+        least = min(distance.values(), default=FARTHEST)
+        near = [each for each, factor in distance.items() if factor == least <= FARTHEST]
+    # Of few tokens and of many: the choice is one for all of them.
+    return bool(near) and all(each.ratio > 1 for each in near)
+
+
+def _apart(a: int, b: int) -> float:
+    a, b = max(a, 1), max(b, 1)
+    return max(a / b, b / a)
+
+
+@functools.cache
+def load(path: Path) -> Table:
+    """{device name: {operator: measurements}}."""
+    try:
+        return {
+            device: {
+                operator: [_measurement(**each) for each in measurements]
+                for operator, measurements in entry["operators"].items()
+            }
+            for device, entry in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RuntimeError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); install r1kernels anew, or in a source tree "
+            "restore the file"
+        ) from None
+
+
+def _measurement(*, dtype: Any, vocab: Any, tokens: Any, ratio: Any) -> Measurement:
+    whole = isinstance(tokens, int) and (vocab is None or isinstance(vocab, int))
+    if not whole or not isinstance(ratio, (int, float)) or not (dtype is None or isinstance(dtype, str)):
+        raise ValueError(f"no measurement: dtype {dtype!r}, vocab {vocab!r}, tokens {tokens!r}, ratio {ratio!r}")
+    return Measurement(dtype, vocab, tokens, float(ratio))

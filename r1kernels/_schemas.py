@@ -1,0 +1,251 @@
+"""The schema page: the operators' names, arguments and results, and the shapes that they give to fake tensors.
+
+Every kernel of every backend is registered under these names, per dispatch key (`r1kernels._library`). Those in CUDA
+C++ are registered once more, under the same schemas, in the namespace `r1kernels_cuda`: on a GPU, an operator of
+`r1kernels` chooses between them and Triton's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE, CUDA_NAMESPACE = "r1kernels", "r1kernels_cuda"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_CUDA_LIBRARY = torch.library.Library(CUDA_NAMESPACE, "DEF")
+CUDA_OPERATORS = (
+    "token_stats", "token_stats_backward", "token_stats_backward_out", "grpo_step", "policy_loss", "group_advantages",
+    "kl_estimate", "scaled",
+)
+
+
+def _declare(schema: str) -> None:
+    LIBRARY.define(schema)
+    if schema.partition("(")[0] in CUDA_OPERATORS:
+        _CUDA_LIBRARY.define(schema)
+
+
+# (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
+# `temperatures` (...) float32 multiply `temperature`.
+_declare(
+    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures=None) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+# d logits (..., V) from dL/dlogprob and dL/dentropy (...); rows where both are 0 are not read and give 0.
+_declare(
+    "token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature) -> Tensor"
+)
+# The same of (N, V) logits into `out`, of their dtype or narrower: fresh memory, or the logits' own, row for row.
+# softcap > 0: the logits are softcap * tanh(u / softcap), and the gradient is that of u. With `rows` (R,), ascending,
+# only those are computed, and moved to the top of `out`.
+_declare(
+    "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
+)
+# -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
+_declare(
+    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, "
+    "int surrogate, int ratio, int kl, int aggregate, float clip_low, float clip_high, float ratio_cap, "
+    "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, float max_length) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+# A policy loss of a token's own ratio, whole: grad_logits (..., V), which may be the logits themselves, becomes dloss/d
+# logits; -> loss (), metrics (METRICS,), log-prob and entropy (float32), each (...). tile: how the kernel cuts a row,
+# [blocks of a cluster, warps of a block, vectors of a chunk]; empty: its own choice.
+_declare(
+    "grpo_step(Tensor logits, Tensor token_ids, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
+    "Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, float temperature, "
+    "int surrogate, int kl, int aggregate, float clip_low, float clip_high, float ratio_cap, float tau_pos, "
+    "float tau_neg, float kl_coef, float entropy_coef, float max_length, int[] tile, Tensor(a!) grad_logits) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+# The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
+# on every device, over its products and its two vocabulary kernels.
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
+    "Tensor? temperatures, float temperature, float logit_scale, float softcap, ScalarType logits_dtype, int rows, "
+    "int capacity, bool batch_invariant"
+)
+# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_a (H, R) and lora_b (R, V); (0,) unless needed.
+_HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+# -> log-prob, log-sum-exp and entropy (float64), each (N,).
+_declare(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
+# The same from hidden (N, H) and weight (V, H), rows of adjacent entries, in 16 bits, without a tensor of logits.
+_declare(
+    "linear_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, float temperature, "
+    "Tensor? temperatures, float logit_scale, float softcap, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
+)
+_declare(
+    f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t of an objective of single tokens.
+_declare(
+    f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float[] coefficients, bool[] needs) "
+    f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
+_declare(
+    "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, int scale, int ddof, float eps) -> Tensor"
+)
+# -> the estimate and its derivative with respect to logprobs.
+_declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
+# out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices whose values cost a synchronisation.
+_declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
+# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits follow from its row and column alone.
+_declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
+# Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
+# both entropies (float64), each (...). Masked rows are not read and give 0.
+_declare(
+    "divergence(Tensor student, Tensor teacher, Tensor? mask, int kind, float beta, float temperature) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# d student into out (..., V), of unit stride over V; a row of out may start where the student's starts. Rows where grad
+# (float32) is 0 are not read and give 0. softcap: as in token_stats_backward_out, of the student.
+_declare(
+    "divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner, "
+    "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
+)
+# Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
+# float64. -> the rows of `linear_divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+_declare(
+    f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "
+    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, Tensor factor, int kind, float beta, bool[] needs) "
+    f"-> (Tensor, {_HEAD_GRADIENTS})"
+)
+
+POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
+
+
+@torch.library.register_fake(f"{NAMESPACE}::token_stats")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.float64),
+        logits.new_empty(shape, dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::token_stats_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::token_stats_backward_out")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::policy_loss")
+def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    entropy_coef = args[-2]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(logprobs.shape),
+        logprobs.new_empty(logprobs.shape if entropy_coef != 0 else (0,)),
+        logprobs.new_empty((POLICY_METRICS,)),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grpo_step")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    single = {"dtype": torch.float32}
+    return (
+        logits.new_empty((), **single),
+        logits.new_empty((POLICY_METRICS,), **single),
+        logits.new_empty(logits.shape[:-1], **single),
+        logits.new_empty(logits.shape[:-1], **single),
+    )
+
+
+def _per_token(token_ids: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(token_ids.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+
+def _head_gradients(hidden: Tensor, head: tuple[Any, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    weight, bias, lora_a, lora_b, token_ids = head[:5]
+    accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    whole = (
+        lambda: hidden.new_empty((token_ids.numel(), weight.shape[1])),
+        lambda: weight.new_empty(weight.shape, dtype=accumulator),
+        lambda: bias.new_empty(bias.shape, dtype=accumulator),
+        lambda: lora_a.new_empty(lora_a.shape, dtype=accumulator),
+        lambda: lora_b.new_empty(lora_b.shape, dtype=accumulator),
+    )
+    return tuple(
+        make() if needed else hidden.new_empty((0,), dtype=torch.float32)
+        for make, needed in zip(whole, needs, strict=True)
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_token_stats")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[4]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    return _per_token(ids, hidden), *statistics
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_statistics")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[2]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    return _per_token(ids, hidden), *statistics
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_token_stats_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_policy_gradient")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids = args[4]
+    return _per_token(ids, hidden), _per_token(ids, hidden), *_head_gradients(hidden, args, args[-1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::group_advantages")
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::kl_estimate")
+def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gemm_f32")
+def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scaled")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::divergence")
+def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = student.shape[:-1]
+    statistics = [student.new_empty(shape, dtype=torch.float64) for _ in range(5)]
+    return student.new_empty(shape, dtype=torch.float32), *statistics
+
+
+@torch.library.register_fake(f"{NAMESPACE}::divergence_backward")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_divergence")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, teacher_hidden = args[4], args[14]
+    wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
+    measured = hidden.new_empty(
+        (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
+    )
+    return measured, *_head_gradients(hidden, args, args[-1])

@@ -1,0 +1,56 @@
+// csrc/cuda/hopper.cuh for kernels that run on a CPU: see emulator.h.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace r1k {
+namespace gpu {
+
+constexpr bool kClusters = true;
+
+using Barrier = uint64_t;
+
+// ---- barriers of a block -----------------------------------------------------------------------------------
+
+inline void barrier_init(Barrier* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
+inline void fence_barrier_init() { emulator::fence_barrier_init(); }
+inline void barrier_expect(Barrier* barrier, uint32_t bytes) { emulator::barrier_expect(barrier, bytes); }
+inline void barrier_arrive(Barrier* barrier) { emulator::barrier_arrive(barrier); }
+inline void barrier_wait(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity, false); }
+inline void barrier_wait_cluster(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity, true); }
+
+// ---- bulk copies -------------------------------------------------------------------------------------------
+
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+  emulator::bulk_load(shared, global, bytes, barrier);
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  emulator::bulk_store(global, shared, bytes);
+}
+inline void commit_stores() { emulator::commit_stores(); }
+template <int kPending>
+void wait_stores_read() {
+  emulator::wait_stores_read(kPending);
+}
+inline void wait_stores_done() { emulator::wait_stores_done(); }
+inline void fence_for_bulk() { emulator::fence_for_bulk(); }
+
+// ---- clusters ----------------------------------------------------------------------------------------------
+
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline int cluster_blocks() { return emulator::cluster_blocks(); }
+inline void sync_cluster() { emulator::sync_cluster(); }
+inline void remote_store(float* p, int rank, float value) { emulator::remote_write(p, rank, &value, sizeof(value)); }
+inline void remote_store4(float* p, int rank, float a, float b, float c, float d) {
+  const float values[4] = {a, b, c, d};
+  emulator::remote_write(p, rank, values, sizeof(values));
+}
+inline void remote_arrive(Barrier* barrier, int rank) { emulator::remote_arrive(barrier, rank); }
+
+// ---- launches that overlap: here each ends before the next begins ------------------------------------------
+
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+}  // namespace gpu
+}  // namespace r1k

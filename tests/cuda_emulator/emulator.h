@@ -1,0 +1,102 @@
+// Runs CUDA kernels on a CPU, for tests of their logic: what cuda/*.cuh of this folder ask of it.
+//
+// The folder comes before csrc in the include path, so that a kernel's `#include "cuda/device.cuh"` finds the
+// definitions made for it:
+//
+//   g++ -x c++ -std=c++17 -O1 -ffp-contract=off -fvisibility=hidden -fPIC -shared -DR1K_CUDA_KEY=CPU
+//       -Itests/cuda_emulator -Icsrc csrc/cuda/<op>.cu tests/cuda_emulator/*.cpp [csrc/bindings_cuda*.cpp ...] -o ...
+//
+// (tests/cuda_emulation.py does it), or without -shared, with a main() that calls `launch`.  One fiber runs each
+// thread.  The next to run is chosen at random, from a seed; bulk copies happen at random times.  So the same test over
+// several seeds sees many of the orders that a GPU may choose, and a launch throws std::runtime_error for
+//
+//   * a deadlock, with what everybody waits for;
+//   * lanes that are missing where a whole warp is needed;
+//   * a barrier that is used before its initialisation or without its fence, overwritten, arrived at too often, or
+//     whose phase passes a thread that waits for it;
+//   * bulk copies of a wrong alignment, outside of shared memory, over one another, of data that no fence has made
+//     known to them, or that a block does not wait for before it ends;
+//   * accesses to the shared memory of a block that has not begun or has ended;
+//   * writes past the end of shared memory, and accesses of 16 bytes that are not aligned.
+//
+// Wrong numbers come from everything that is read too early: fresh shared memory and the target of a copy in flight
+// are all ones, NaN in every floating-point type, and copies read and write as late as they may.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cuda/stream.h"
+
+namespace r1k {
+namespace gpu {
+namespace emulator {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  size_t shared;
+  int cluster;
+  bool cooperative;
+};
+
+// Blocks that a processor holds at once, where shared memory and threads allow.
+constexpr int kBlocksPerProcessor = 2;
+
+// Calls body(data) once for each thread.
+void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data);
+// How many blocks of this shape run at once; 0 where it cannot be launched.
+int concurrent_blocks(const LaunchShape& shape, const Properties& properties);
+
+// Ends the launch: `run` throws with this message and where it was.
+[[noreturn]] void fail(const std::string& message);
+// The same with the message alone, as R1K_DEVICE_CHECK has it.
+[[noreturn]] void fail_check(const char* message);
+
+// ---- what a thread asks for ----------------------------------------------------------------------------------
+
+unsigned char* dynamic_shared();
+void check_aligned(const void* address, const char* what);
+
+void sync_block();
+void sync_warp();
+void sync_grid();
+void sync_cluster();
+uint64_t shuffle_xor(uint64_t value, int mask);
+uint64_t shuffle_from(uint64_t value, int lane);
+unsigned ballot(bool predicate);
+
+void barrier_init(uint64_t* barrier, int arrivals);
+void fence_barrier_init();
+void barrier_expect(uint64_t* barrier, uint32_t bytes);
+void barrier_arrive(uint64_t* barrier);
+void barrier_wait(uint64_t* barrier, int parity, bool of_cluster);
+
+void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+void bulk_store(void* global, const void* shared, uint32_t bytes);
+void commit_stores();
+void wait_stores_read(int pending);
+void wait_stores_done();
+void fence_for_bulk();
+
+int cluster_rank();
+int cluster_blocks();
+void remote_write(void* p, int rank, const void* value, size_t bytes);
+void remote_arrive(uint64_t* barrier, int rank);
+
+}  // namespace emulator
+}  // namespace gpu
+}  // namespace r1k
+
+extern r1k::gpu::emulator::Index threadIdx, blockIdx, blockDim, gridDim;
+
+// What tests may set, through ctypes or in a program; until then: seed 1, an H100 of 4 processors.
+extern "C" {
+void r1k_emulator_seed(uint64_t seed);
+void r1k_emulator_properties(int major, int minor, int processors, size_t shared_per_block);
+}

@@ -1,0 +1,174 @@
+// The state of a launch: blocks, threads as fibers, what they wait for, copies on their way.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace r1k {
+namespace gpu {
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr unsigned char kPoison = 0xff;  // NaN as float, bfloat16 and float16
+
+struct Block;
+struct Fiber;
+
+// Where a fiber is while it does not run.
+enum class At : uint8_t {
+  ready, sync_block, sync_warp, shuffle_xor, shuffle_from, ballot, sync_grid, sync_cluster, barrier_wait, stores_read,
+  stores_done, ended
+};
+
+// All threads of a block, cluster or grid that have not ended; those that wait for the others.
+struct Meeting {
+  int alive = 0;
+  std::vector<Fiber*> here;
+};
+
+struct Warp {
+  Fiber* lanes[kLanes];
+  unsigned members, ended, here;
+  At at;  // of those that are here
+};
+
+// An mbarrier.  Its own 8 bytes hold a mark that tells when something else is written there.
+struct BarrierState {
+  int count;    // arrivals that end a phase
+  int pending;  // of them, those still to come
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  bool fenced = false;
+  bool remote = false, remote_before = false;  // arrivals from other blocks, in this phase and the one before
+  Fiber* initialiser = nullptr;
+  std::vector<Fiber*> waiting;
+};
+
+// Bulk stores that one thread has committed together.
+struct StoreGroup {
+  int unread = 0, unwritten = 0;
+  bool waited = false;  // for its reads
+};
+
+struct Copy {
+  enum Kind { load, store_read, store_write } kind;
+  Block* block;
+  unsigned char* shared;
+  unsigned char* global;
+  uint32_t bytes;
+  uint64_t* barrier = nullptr;
+  std::shared_ptr<StoreGroup> group;
+  Fiber* fiber = nullptr;           // of a store: who may wait for it
+  std::vector<unsigned char> data;  // taken already: by a load at once, or by a store
+};
+
+struct Fiber {
+  Context context;
+  Stack stack;
+  Block* block;
+  Warp* warp;
+  unsigned thread;
+  int level;  // higher ones run first, mostly
+  At at;
+  uint64_t value;  // given to a warp's operation, and what it gives back
+  int argument;    // of a shuffle; parity of a wait; groups that may remain
+  uint64_t* barrier;
+  uint64_t phase;
+  bool started;
+  std::shared_ptr<StoreGroup> open;                  // not committed yet
+  std::vector<std::shared_ptr<StoreGroup>> groups;   // committed, oldest first
+};
+
+struct Unit {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Meeting meeting;
+};
+
+struct Block {
+  int64_t index;
+  int rank;
+  Unit* unit;
+  bool begun = false;
+  std::vector<unsigned char> memory;  // with guards around `shared`
+  unsigned char* shared;
+  Meeting meeting;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> fibers;
+  std::unordered_map<uint64_t*, BarrierState> barriers;
+  // What bulk copies know of shared memory, and the number of fences when they learnt it, for each 16 bytes.
+  std::vector<unsigned char> known;
+  std::vector<uint32_t> known_at;
+  uint32_t fences = 0;
+
+  bool ended() const { return meeting.alive == 0; }
+};
+
+class Machine {
+ public:
+  void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data);
+
+  // ---- of the running fiber
+  Fiber& self() const { return *current_; }
+  bool in_fiber() const { return current_ != nullptr; }
+  void suspend();       // until somebody makes it ready
+  void maybe_yield();   // lets others go first, sometimes
+  void make_ready(Fiber* fiber);
+  void meet(Meeting& meeting, At at);
+  [[noreturn]] void fail(const std::string& message);
+  [[noreturn]] void fail_with(const std::string& text);  // as it is
+
+  uint64_t random();
+  bool chance(unsigned of_256) { return (random() >> 32) % 256 < of_256; }
+
+  LaunchShape shape;
+  Properties properties;
+  Meeting grid;
+  std::vector<Copy> copies;
+  uint64_t seed = 1;
+
+ private:
+  friend void enter_fiber();
+  void begin_unit(int64_t index);
+  void begin_block(Unit& unit, int64_t index, int rank);
+  void end_fiber(Fiber& fiber);
+  void end_block(Block& block);
+  void discard();
+  void resume(Fiber& fiber);
+  Fiber* next();
+  std::string deadlock() const;
+
+  static constexpr int kLevels = 4;
+  Context scheduler_;
+  Fiber* current_ = nullptr;
+  std::vector<Fiber*> ready_[kLevels];
+  std::vector<std::unique_ptr<Fiber>> pool_;
+  std::vector<Fiber*> free_;
+  std::vector<std::unique_ptr<Unit>> units_;
+  std::string error_;
+  bool failed_ = false;
+  uint64_t seed_of_launch_ = 0;
+  int spread_ = 0;           // whose levels differ: nobody's, lanes', warps', blocks'
+  unsigned yield_chance_ = 0, copy_chance_ = 0;
+  void (*body_)(const void*) = nullptr;
+  const void* data_ = nullptr;
+};
+
+extern Machine machine;
+
+// Of threads.cpp.
+std::string describe(At at);
+// Of copies.cpp.
+void complete_one_copy();
+void check_stores_waited(const Fiber& fiber);
+std::string describe_wait(const Fiber& fiber);
+
+}  // namespace emulator
+}  // namespace gpu
+}  // namespace r1k
