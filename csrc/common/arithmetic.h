@@ -1,4 +1,4 @@
-// Arithmetic of single float32 numbers that compilers and targets must not round differently.
+// Arithmetic of single numbers that compilers and targets must not round differently, or do not share.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,9 @@ namespace r1k {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = -3.4028234663852886e38f;  // the lowest finite float32
+
+R1K_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+R1K_HOST_DEVICE int larger(int a, int b) { return a < b ? b : a; }
 
 // 2^x to two units in the last place; on a GPU one instruction, where results below 2^-126 are 0.
 R1K_HOST_DEVICE float exp2_fast(float x) {

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <climits>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "common/vocabulary.h"
 #include "cuda/hopper.cuh"
@@ -85,7 +88,7 @@ __device__ __forceinline__ Part part_of(const RowView& rows, int64_t n, int inde
   const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(start) % kVec);
   const int bytes = shift + static_cast<int>(rows.vocab * size_of(rows.dtype));
   const int vectors = (bytes + kVec - 1) / kVec;
-  const int begin = min(index * tile.part, vectors), end = min(begin + tile.part, vectors);
+  const int begin = smaller(index * tile.part, vectors), end = smaller(begin + tile.part, vectors);
   return {start - shift + static_cast<int64_t>(begin) * kVec, end - begin, begin == 0 ? shift : 0,
           end == vectors ? vectors * kVec - bytes : 0};
 }
@@ -100,10 +103,10 @@ struct Chunk {
 
 __device__ __forceinline__ Chunk chunk_of(const Part& part, int j, const StepTile& tile) {
   const int begin = j * tile.chunk;
-  const int count = max(min(tile.chunk, part.count - begin), 0);
-  const int whole_begin = min(begin == 0 && part.before != 0 ? 1 : 0, count);
+  const int count = larger(smaller(tile.chunk, part.count - begin), 0);
+  const int whole_begin = smaller(begin == 0 && part.before != 0 ? 1 : 0, count);
   const int whole_end = begin + count == part.count && part.after != 0 ? count - 1 : count;
-  return {begin, count, whole_begin, max(whole_begin, whole_end)};
+  return {begin, count, whole_begin, larger(whole_begin, whole_end)};
 }
 
 // One warp's view of the step: its ring, and the chunks under way to it.
@@ -151,7 +154,7 @@ class PartWarp {
     for (int64_t n = cluster; n < args_.tokens; n += clusters) {
       if (args_.mask[n]) continue;
       const Part part = part_of(args_.out, n, index_, tile_);
-      const Chunk all = {0, part.count, min(part.before != 0 ? 1 : 0, part.count),
+      const Chunk all = {0, part.count, smaller(part.before != 0 ? 1 : 0, part.count),
                          part.after != 0 ? part.count - 1 : part.count};
       for (int v = all.whole_begin + lane_id(); v < all.whole_end; v += kWarp) {
         store_streaming(part.data + static_cast<int64_t>(v) * kVec, {{0, 0, 0, 0}});
@@ -357,11 +360,33 @@ __device__ RowStatistics merged_statistics(const GrpoStepArgs& args, const StepS
   for (int k = lane_id(); k < parts; k += kWarp) {
     const float* const sums = shared.sums[depth][k];
     const double part = static_cast<double>(sums[1]) + static_cast<double>(sums[3]);
-    if (part != 0) add_part(totals, sums[0], part, sums[2], c);
+    if (part != 0) add_part<D::kExact>(totals, sums[0], part, sums[2], c);
   }
   totals.total = warp_sum(totals.total);
   totals.weighted = warp_sum(totals.weighted);
-  return row_statistics(totals, own, args.temperature, c);
+  return row_statistics<D::kExact>(totals, own, args.temperature, c);
+}
+
+// What is known of a token before its log-prob.
+struct TokenInputs {
+  PolicyToken token;
+  float old;
+  int64_t id;
+};
+
+__device__ __forceinline__ TokenInputs read_token(const GrpoStepArgs& args, int64_t n, TokenWeight& weight) {
+  TokenInputs inputs = {};
+  if (n < 0) return inputs;
+  const int64_t sequence = sequence_of(args, n);
+  const TokenOrSequence &advantages = args.advantages, &importance = args.importance_weights;
+  inputs.id = args.token_ids[n];
+  inputs.old = args.old_logprobs != nullptr ? args.old_logprobs[n] : 0;
+  inputs.token.has_ref = args.ref_logprobs != nullptr;
+  inputs.token.ref = inputs.token.has_ref ? args.ref_logprobs[n] : 0;
+  inputs.token.advantage = advantages.data[advantages.per_sequence ? sequence : n];
+  inputs.token.importance = importance.data == nullptr ? 1 : importance.data[importance.per_sequence ? sequence : n];
+  inputs.token.weight = weight.of(args, sequence);
+  return inputs;
 }
 
 template <typename D>
@@ -374,35 +399,30 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
       if (!args.mask[n]) args.logprobs[n] = args.entropy[n] = 0;
     }
   }
-  TokenWeight weight(args);
   PolicySums total;
   RowWalk walk(args.mask, args.tokens, cluster, clusters);
-  int64_t q = 0;
-  for (int64_t n = walk.next(); n >= 0; n = walk.next(), ++q) {
+  TokenWeight weight(args);
+  int64_t n = walk.next();
+  TokenInputs inputs = read_token(args, n, weight);
+  for (int64_t q = 0; n >= 0; ++q) {
     const int depth = static_cast<int>(q % kDepth);
-    const int64_t sequence = sequence_of(args, n);
-    const TokenOrSequence &advantages = args.advantages, &importance = args.importance_weights;
-    PolicyToken token;
-    token.weight = weight.of(args, sequence);
-    token.has_ref = args.ref_logprobs != nullptr;
-    token.ref = token.has_ref ? args.ref_logprobs[n] : 0;
-    token.advantage = advantages.data[advantages.per_sequence ? sequence : n];
-    token.importance = importance.data == nullptr ? 1 : importance.data[importance.per_sequence ? sequence : n];
-    const float old = args.old_logprobs != nullptr ? args.old_logprobs[n] : 0;
-    const int64_t id = args.token_ids[n];
-    R1K_DEVICE_CHECK(id >= 0 && id < args.logits.vocab, "r1kernels: token_ids holds an id outside [0, V)");
+    const int64_t next = walk.next();
+    const TokenInputs next_inputs = read_token(args, next, weight);  // under way while this row is waited for
+    R1K_DEVICE_CHECK(inputs.id >= 0 && inputs.id < args.logits.vocab, "r1kernels: token_ids holds an id outside [0, V)");
 
     barrier_wait_cluster(&shared.published[depth], static_cast<int>(q / kDepth % 2));
     const RowStatistics row = merged_statistics<D>(args, shared, depth, step.tile.cluster * step.tile.warps);
+    PolicyToken token = inputs.token;
     token.logprob = static_cast<float>(row.logprob);
     token.entropy = static_cast<float>(row.entropy);
-    token.log_ratio = token.logprob - (args.old_logprobs != nullptr ? old : token.logprob);
+    token.log_ratio = token.logprob - (args.old_logprobs != nullptr ? inputs.old : token.logprob);
     const PolicyGradient gradient = add_token(total, args.objective, token);
     if (lane_id() == 0) {
       RowPlan& plan = shared.plan[depth];
       plan.row = row_gradient(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
-      plan.own = own_gradient(shared.own[depth], row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
-      plan.id = id;
+      plan.own = own_gradient<D::kExact>(shared.own[depth], row.lse, row.entropy, args.temperature, gradient.g,
+                                         gradient.eta);
+      plan.id = inputs.id;
       plan.kind = gradient.eta != 0 ? RowKind::policy_and_entropy : gradient.g != 0 ? RowKind::policy : RowKind::zero;
       barrier_arrive(&shared.planned[depth]);
     }
@@ -411,6 +431,8 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
       args.logprobs[n] = token.logprob;
       args.entropy[n] = token.entropy;
     }
+    n = next;
+    inputs = next_inputs;
   }
   if (writes) partials[cluster] = total;
 }
@@ -515,6 +537,17 @@ Grid grid_of(const StepTile& tile, int64_t clusters) {
   return grid;
 }
 
+// The runtime works it out anew each time it is asked.
+int clusters_at_once(DType dtype, const StepTile& tile, const Stream& stream) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, DType, int, int, size_t>, int> known;
+  const std::tuple key(stream.device, dtype, tile.cluster, tile.warps, tile.shared);
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known[key] = concurrent_clusters(kernel_for(dtype), grid_of(tile, 1));
+}
+
 // Whether gradients can leave the way logits came: adjacent entries, rows that start alike within 16 bytes.
 bool same_vectors(const RowView& a, const RowView& b) {
   if (a.vocab_stride != 1 || b.vocab_stride != 1 || a.leading > 2 || b.leading > 2) return false;
@@ -568,19 +601,22 @@ StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted,
     tile.shared = rings_offset(tile) + static_cast<size_t>(warps) * tile.slots * chunk * kVec;
     return tile.slots >= tile.chunks;
   };
-  bool fits = false;
   if (!wanted.empty()) {
-    fits = fit(static_cast<int>(wanted[0]), static_cast<int>(wanted[1]), static_cast<int>(wanted[2]));
-  } else {
-    // The fewest blocks that hold two rows and some of a third, else the most there can be.
-    const int warps = std::clamp(vectors / kGroup, 1, kMaxWarps);
-    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-      fits = fit(cluster, warps, 0);
-      if (fits && tile.slots > 2 * tile.chunks) break;
+    if (fit(static_cast<int>(wanted[0]), static_cast<int>(wanted[1]), static_cast<int>(wanted[2]))) {
+      tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
     }
+    return tile;
   }
-  if (fits) tile.clusters = concurrent_clusters(kernel_for(args.logits.dtype), grid_of(tile, 1));
-  return tile;
+  // The fewest blocks that hold two rows and some of a third, else the most there can be.
+  StepTile best = {};
+  const int warps = std::clamp(vectors / kGroup, 1, kMaxWarps);
+  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+    if (!fit(cluster, warps, 0)) continue;
+    tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
+    if (tile.clusters > 0) best = tile;
+    if (tile.slots > 2 * tile.chunks) break;
+  }
+  return best;
 }
 
 size_t step_scratch(const StepTile& tile) { return sizeof(PolicySums) * tile.clusters; }

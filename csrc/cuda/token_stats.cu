@@ -156,12 +156,7 @@ __global__ void __launch_bounds__(kThreads) segment_kernel(const __grid_constant
     all_weighted += shared.weighted[w];
     all_count += shared.count[w];
   }
-  const int64_t plane = segments * args.count;
-  float* out = args.partials + segment * args.count + n;
-  out[0] = top;
-  out[plane] = static_cast<float>(all_rest);
-  out[2 * plane] = static_cast<float>(all_weighted);
-  out[3 * plane] = all_count;
+  args.partials[blockIdx.x] = {top, static_cast<float>(all_rest), static_cast<float>(all_weighted), all_count};
 }
 
 // ---- the row as a whole ------------------------------------------------------------------------------------
@@ -172,16 +167,14 @@ __device__ __forceinline__ RowStatistics merge_segments(const TokenStats& args, 
   const double c = scale_of_sums<T::kExact>(temperature);
   const double x = T::load(static_cast<const typename T::Storage*>(args.logits.data) + args.logits.offset(n) +
                            target * args.logits.vocab_stride);
-  const int64_t segments = segments_of(args.logits.vocab), plane = segments * args.count;
-  const float* part = args.partials + n;
+  const int64_t segments = segments_of(args.logits.vocab);
+  const SegmentSums* parts = args.partials + n * segments;
   RowTotals totals{x};
+  for (int64_t s = 0; s < segments; ++s) totals.top = std::fmax(totals.top, static_cast<double>(parts[s].top));
+#pragma unroll 1  // more would spill; the numbers are near by now
   for (int64_t s = 0; s < segments; ++s) {
-    totals.top = std::fmax(totals.top, static_cast<double>(part[s * args.count]));
-  }
-#pragma unroll 2  // more would spill
-  for (int64_t s = 0; s < segments; ++s, part += args.count) {
-    const double sum = static_cast<double>(part[plane]) + part[3 * plane];
-    add_part(totals, part[0], sum, part[2 * plane], c);
+    const SegmentSums part = parts[s];
+    add_part(totals, part.top, static_cast<double>(part.rest) + part.count, part.weighted, c);
   }
   return row_statistics(totals, x, temperature, c);
 }

@@ -15,16 +15,21 @@ constexpr int64_t kSegment = 32768;
 
 R1K_HOST_DEVICE int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
+// What is known of one segment of a row: its maximum, the sum beside the maxima, the weighted sum, how many maxima.
+struct alignas(16) SegmentSums {
+  float top, rest, weighted, count;
+};
+
 struct TokenStats {
-  RowView logits;  // merged
-  int64_t count;   // N
+  RowView logits;            // merged
+  int64_t count;             // N
   const int64_t* token_ids;  // [N]
   const bool* mask;          // [N] or null; a false row is not read and gives zeros
   Temperature temperature;
-  float* partials;  // [4, segments, N]: maximum, sum beside the maxima, weighted sum and number of maxima
-  float* logprobs;  // [N]
-  double* lse;      // [N]
-  double* entropy;  // [N]
+  SegmentSums* partials;     // [N, segments]
+  float* logprobs;           // [N]
+  double* lse;               // [N]
+  double* entropy;           // [N]
 };
 
 // N times the number of segments is below 2^31.

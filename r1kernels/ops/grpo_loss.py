@@ -1,4 +1,4 @@
-"""GRPO and its relatives straight from logits: token statistics and policy loss, composed.
+"""GRPO and its relatives straight from logits: token statistics and policy loss, composed, or fused to one kernel.
 
 Between the two vocabulary kernels there are only [tokens]-sized tensors, so nothing of vocabulary width exists
 beside the logits and their gradient.
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from r1kernels import objectives
 from r1kernels.objectives import Objective
+from r1kernels.ops import grpo_step
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
-from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute
-from r1kernels.ops.token_stats import token_stats
+from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute, named
+from r1kernels.ops.token_stats import checked, token_stats
 
 
 def grpo_loss(
@@ -49,7 +50,11 @@ def grpo_loss(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: the gradient of logits, and 64 bytes a token.
+    Memory: the gradient of logits, and 64 bytes a token. CUDA kernels (`r1kernels.backend("cuda")`, or where they are
+        measured to be faster) take the step whole, for objectives of single tokens on float32 and bfloat16 logits that
+        require a gradient, outside of `torch.compile`: one read of the logits and one write of their gradient, in the
+        forward. The backward then multiplies by its factor, one read and write more unless that is 1: let `normalizer`
+        scale the loss.
 
     Equivalent to: `policy_loss(*token_logprobs_and_entropy(logits, token_ids), ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
@@ -70,5 +75,9 @@ def grpo_loss(
         objective=objective,
         dtype=accumulator_dtype(logits.dtype),
     )
+    if grpo_step.serves(logits, inputs):
+        ids, temperature = checked(logits, token_ids, temperature)
+        loss, metrics = grpo_step.grpo_step(logits, ids, inputs, temperature)
+        return named(loss, metrics, inputs, entropy=True)
     logprobs, entropy = token_stats(logits, token_ids, inputs.batch.mask, temperature)
     return compute(logprobs, entropy, inputs)

@@ -77,14 +77,14 @@ def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
     return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this backward may run again (`retain_graph`), so that what it was given must stay as it is."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None or torch.compiler.is_compiling() else ask()
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if grad.dtype == dtype and not _graph_is_kept():
+    if grad.dtype == dtype and not graph_is_kept():
         value = _known(factor)
         if value is not None:  # the sum itself becomes the gradient
             return grad if value == 1 else grad.mul_(value)

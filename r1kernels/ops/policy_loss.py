@@ -256,7 +256,11 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
         loss, metrics = _PolicyLoss.apply(
             logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective
         )
-    return PolicyLoss(loss, named_metrics(metrics, kl=batch.ref_logprobs is not None, entropy=entropy is not None))
+    return named(loss, metrics, inputs, entropy=entropy is not None)
+
+
+def named(loss: Tensor, metrics: Tensor, inputs: LossInputs, *, entropy: bool) -> PolicyLoss:
+    return PolicyLoss(loss, named_metrics(metrics, kl=inputs.batch.ref_logprobs is not None, entropy=entropy))
 
 
 def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:

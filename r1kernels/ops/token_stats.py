@@ -194,13 +194,8 @@ def _scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures
     return x / _row_temperatures(x, rows, temperature, temperatures)
 
 
-def token_stats(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Checked entry shared by every loss on logits: (log-prob, entropy), 0 where `mask` is False.
-
-    Callers send gradient 0 to masked tokens; their rows are then read neither forward nor backward.
-    """
+def checked(logits: Any, token_ids: Any, temperature: Any) -> tuple[Tensor, float]:
+    """Contiguous int64 ids, and the temperature."""
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
@@ -209,6 +204,17 @@ def token_stats(
     temperature = check_number("temperature", temperature, minimum=0.0, strict=True)
     if not 1e-30 < temperature < 1e30:
         raise ValueError(f"temperature is {temperature!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
+    return token_ids, temperature
+
+
+def token_stats(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Checked entry shared by every loss on logits: (log-prob, entropy), 0 where `mask` is False.
+
+    Callers send gradient 0 to masked tokens; their rows are then read neither forward nor backward.
+    """
+    token_ids, temperature = checked(logits, token_ids, temperature)
     if _library.select(logits) == "reference":
         return reference(logits, token_ids, mask, temperature)
     return _TokenStats.apply(logits, token_ids, mask, temperature)

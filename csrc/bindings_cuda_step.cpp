@@ -1,0 +1,85 @@
+// The fused GRPO step on NVIDIA GPUs over PyTorch's stable ABI: check, allocate, launch, register.
+
+#include "bindings_cuda.h"
+#include "cuda/grpo_step.h"
+
+namespace {
+
+using namespace r1k::bindings;
+
+// One number per sequence, or per token; per sequence where packed tokens are as many as their sequences.
+r1k::gpu::TokenOrSequence token_or_sequence(const Tensor& logits, const MaybeTensor& tensor, const char* name,
+                                            int64_t tokens, int64_t sequences, bool packed) {
+  if (!tensor.has_value()) return {nullptr, false};
+  const bool per_token = tensor->dim() == logits.dim() - 1 && tensor->numel() == tokens;
+  const bool per_sequence = !per_token || (packed && tensor->numel() == sequences);
+  return {device_floats(logits, tensor, name, per_sequence ? sequences : tokens), per_sequence};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
+    Tensor logits, Tensor token_ids, Tensor advantages, MaybeTensor old_logprobs, MaybeTensor ref_logprobs,
+    MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor importance_weights, MaybeTensor normalizer,
+    double temperature, int64_t surrogate, int64_t kl, int64_t aggregate, double clip_low, double clip_high,
+    double ratio_cap, double tau_pos, double tau_neg, double kl_coef, double entropy_coef, double max_length,
+    std::vector<int64_t> tile, Tensor grad_logits) {
+  const std::vector<int64_t> shape = leading_sizes(logits);
+  Tensor loss = empty(logits, {}, ScalarType::Float);
+  Tensor metrics = empty(logits, {r1k::kMetricCount}, ScalarType::Float);
+  Tensor logprobs = empty(logits, shape, ScalarType::Float);
+  Tensor entropy = empty(logits, shape, ScalarType::Float);
+  const int64_t count = logprobs.numel();
+
+  R1K_CHECK(!shape.empty(), "logits must be (B, T, V), or (N, V) with cu_seqlens");
+  R1K_CHECK(sizes_of(grad_logits) == sizes_of(logits) && grad_logits.scalar_type() == logits.scalar_type(),
+            "grad_logits must have the shape and dtype of logits");
+  check_device(logits, "grad_logits", grad_logits);
+  R1K_CHECK(tile.empty() || (tile.size() == 3 && tile[0] > 0 && tile[0] <= 8 && tile[1] > 0 && tile[1] <= 15 &&
+                             tile[2] > 0 && tile[2] <= 4096),
+            "tile must be [blocks of a cluster, warps, vectors of a chunk] within [8, 15, 4096]");
+
+  r1k::gpu::GrpoStepArgs args;
+  args.logits = merged_rows(logits);
+  args.out = merged_rows(grad_logits);
+  args.token_ids = device_ints(logits, token_ids, "token_ids", count);
+  args.temperature = temperature;
+  args.objective = {static_cast<r1k::Surrogate>(surrogate),
+                    r1k::Ratio::token,
+                    kl,
+                    static_cast<r1k::Aggregate>(aggregate),
+                    static_cast<float>(clip_low),
+                    static_cast<float>(clip_high),
+                    static_cast<float>(ratio_cap),
+                    static_cast<float>(tau_pos),
+                    static_cast<float>(tau_neg),
+                    static_cast<float>(kl_coef),
+                    static_cast<float>(entropy_coef),
+                    max_length};
+  args.tokens = count;
+  args.length = shape.back();
+  args.sequences = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : args.length == 0 ? 0 : count / args.length;
+  args.cu_seqlens = device_ints(logits, cu_seqlens, "cu_seqlens", args.sequences + 1);
+  args.old_logprobs = device_floats(logits, old_logprobs, "old_logprobs", count);
+  args.ref_logprobs = device_floats(logits, ref_logprobs, "ref_logprobs", count);
+  args.mask = device_bools(logits, mask, "mask", count);
+  const bool packed = cu_seqlens.has_value();
+  args.advantages = token_or_sequence(logits, advantages, "advantages", count, args.sequences, packed);
+  args.importance_weights =
+      token_or_sequence(logits, importance_weights, "importance_weights", count, args.sequences, packed);
+  args.normalizer = device_floats(logits, normalizer, "normalizer", 1);
+  args.logprobs = static_cast<float*>(logprobs.data_ptr());
+  args.entropy = static_cast<float*>(entropy.data_ptr());
+  args.loss = static_cast<float*>(loss.data_ptr());
+  args.metrics = static_cast<float*>(metrics.data_ptr());
+
+  const OnStream on(logits);
+  const r1k::gpu::StepTile chosen = r1k::gpu::step_tile(args, tile, on.stream);
+  R1K_CHECK(chosen.clusters > 0, "no tile");
+  const int64_t doubles = static_cast<int64_t>(r1k::gpu::step_scratch(chosen) / sizeof(double));
+  const Tensor scratch = empty(logits, {doubles}, ScalarType::Double);
+  r1k::gpu::launch_grpo_step(args, chosen, scratch.data_ptr(), on.stream);
+  return {loss, metrics, logprobs, entropy};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(r1kernels_cuda, R1K_CUDA_KEY, m) { m.impl("grpo_step", TORCH_BOX(&grpo_step)); }

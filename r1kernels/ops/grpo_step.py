@@ -1,0 +1,101 @@
+r"""The fused GRPO step: the policy loss and its gradient from one read and one write of the logits, on NVIDIA GPUs.
+
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  d logits by way of g_t = dloss/dl_t
+
+Where a token's loss depends on no log-prob but its own, its row's gradient can be written while the row is still on
+chip; the weights w_t follow from the mask alone. The gradient is that of the loss itself, worked out in the forward: a
+backward that is handed a factor other than 1 multiplies it by that, which is one more read and write.
+
+The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1kernels import _library, objectives
+from r1kernels.ops.linear_gradients import graph_is_kept
+from r1kernels.ops.policy_loss import LossInputs
+
+
+def serves(logits: Tensor, inputs: LossInputs) -> bool:
+    """Whether one kernel takes the whole step: for a gradient, of single tokens, and where it is the faster way.
+
+    Not in float16, whose gradients would be rounded, and lost, before a loss scale can save them.
+    """
+    objective = inputs.objective
+    return (
+        logits.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not callable(objective.surrogate)
+        and objective.ratio == "token"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and _library.select(logits) in ("cuda", "triton")
+        and _library.gpu_kernels("grpo_step", logits) == "cuda"
+    )
+
+
+def _kernel(
+    logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float, grad_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, log-probs, entropy); the gradient goes to grad_logits."""
+    batch, normalizer, objective = inputs
+    return _library.call(
+        torch.ops.r1kernels.grpo_step.default,
+        logits,
+        token_ids,
+        batch.advantages,
+        batch.old_logprobs,
+        batch.ref_logprobs,
+        batch.mask,
+        batch.cu_seqlens,
+        batch.importance_weights,
+        normalizer,
+        temperature,
+        objectives.SURROGATES.index(objective.surrogate),
+        objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+        objectives.AGGREGATES.index(objective.aggregate),
+        objective.clip_low,
+        objective.clip_high,
+        math.inf if objective.ratio_cap is None else objective.ratio_cap,
+        objective.tau_pos,
+        objective.tau_neg,
+        objective.kl_coef,
+        objective.entropy_coef,
+        objective.max_length or 1,
+        [],
+        grad_logits,
+    )
+
+
+class _GrpoStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        loss, metrics, _, _ = _kernel(logits, token_ids, inputs, temperature, grad_logits)
+        ctx.save_for_backward(grad_logits)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_logits,) = ctx.saved_tensors
+        # A backward that may run again leaves what it was given as it is.
+        out = torch.empty_like(grad_logits) if graph_is_kept() else grad_logits
+        # This kernel, and no other one of `scaled`, looks at the factor first: 1 costs a launch.
+        torch.ops.r1kernels_cuda.scaled.default(grad_logits, grad_loss, out, False)
+        return out, None, None, None
+
+
+def grpo_step(logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) of checked inputs; the loss is differentiable with respect to logits."""
+    return _GrpoStep.apply(logits, token_ids, inputs, temperature)
