@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
   R1K_CHECK(!shape.empty(), "logits must be (B, T, V), or (N, V) with cu_seqlens");
   R1K_CHECK(sizes_of(grad_logits) == sizes_of(logits) && grad_logits.scalar_type() == logits.scalar_type(),
             "grad_logits must have the shape and dtype of logits");
+  R1K_CHECK(grad_logits.stride(grad_logits.dim() - 1) == 1 || grad_logits.size(grad_logits.dim() - 1) <= 1,
+            "grad_logits must have adjacent entries over the vocabulary");
   check_device(logits, "grad_logits", grad_logits);
   R1K_CHECK(tile.empty() || (tile.size() == 3 && tile[0] > 0 && tile[0] <= 8 && tile[1] > 0 && tile[1] <= 15 &&
                              tile[2] > 0 && tile[2] <= 4096),
@@ -78,8 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
                       max_length};
   policy.tokens = count;
   policy.length = shape.back();
-  const int64_t sequences = policy.length == 0 ? 0 : count / policy.length;
-  policy.sequences = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : sequences;
+  policy.sequences = 1;
+  for (size_t k = 0; k + 1 < shape.size(); ++k) policy.sequences *= shape[k];
+  if (cu_seqlens.has_value()) policy.sequences = cu_seqlens->numel() - 1;
   policy.cu_seqlens = device_ints(logits, cu_seqlens, "cu_seqlens", policy.sequences + 1);
   policy.logprobs = args.logprobs;
   policy.old_logprobs = device_floats(logits, old_logprobs, "old_logprobs", count);
