@@ -360,11 +360,33 @@ __device__ RowStatistics merged_statistics(const GrpoStepArgs& args, const StepS
   for (int k = lane_id(); k < parts; k += kWarp) {
     const float* const sums = shared.sums[depth][k];
     const double part = static_cast<double>(sums[1]) + static_cast<double>(sums[3]);
-    if (part != 0) add_part(totals, sums[0], part, sums[2], c);
+    if (part != 0) add_part<D::kExact>(totals, sums[0], part, sums[2], c);
   }
   totals.total = warp_sum(totals.total);
   totals.weighted = warp_sum(totals.weighted);
-  return row_statistics(totals, own, args.temperature, c);
+  return row_statistics<D::kExact>(totals, own, args.temperature, c);
+}
+
+// What is known of a token before its log-prob.
+struct TokenInputs {
+  PolicyToken token;
+  float old;
+  int64_t id;
+};
+
+__device__ __forceinline__ TokenInputs read_token(const GrpoStepArgs& args, int64_t n, TokenWeight& weight) {
+  TokenInputs inputs = {};
+  if (n < 0) return inputs;
+  const int64_t sequence = sequence_of(args, n);
+  const TokenOrSequence &advantages = args.advantages, &importance = args.importance_weights;
+  inputs.id = args.token_ids[n];
+  inputs.old = args.old_logprobs != nullptr ? args.old_logprobs[n] : 0;
+  inputs.token.has_ref = args.ref_logprobs != nullptr;
+  inputs.token.ref = inputs.token.has_ref ? args.ref_logprobs[n] : 0;
+  inputs.token.advantage = advantages.data[advantages.per_sequence ? sequence : n];
+  inputs.token.importance = importance.data == nullptr ? 1 : importance.data[importance.per_sequence ? sequence : n];
+  inputs.token.weight = weight.of(args, sequence);
+  return inputs;
 }
 
 template <typename D>
@@ -377,35 +399,30 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
       if (!args.mask[n]) args.logprobs[n] = args.entropy[n] = 0;
     }
   }
-  TokenWeight weight(args);
   PolicySums total;
   RowWalk walk(args.mask, args.tokens, cluster, clusters);
-  int64_t q = 0;
-  for (int64_t n = walk.next(); n >= 0; n = walk.next(), ++q) {
+  TokenWeight weight(args);
+  int64_t n = walk.next();
+  TokenInputs inputs = read_token(args, n, weight);
+  for (int64_t q = 0; n >= 0; ++q) {
     const int depth = static_cast<int>(q % kDepth);
-    const int64_t sequence = sequence_of(args, n);
-    const TokenOrSequence &advantages = args.advantages, &importance = args.importance_weights;
-    PolicyToken token;
-    token.weight = weight.of(args, sequence);
-    token.has_ref = args.ref_logprobs != nullptr;
-    token.ref = token.has_ref ? args.ref_logprobs[n] : 0;
-    token.advantage = advantages.data[advantages.per_sequence ? sequence : n];
-    token.importance = importance.data == nullptr ? 1 : importance.data[importance.per_sequence ? sequence : n];
-    const float old = args.old_logprobs != nullptr ? args.old_logprobs[n] : 0;
-    const int64_t id = args.token_ids[n];
-    R1K_DEVICE_CHECK(id >= 0 && id < args.logits.vocab, "r1kernels: token_ids holds an id outside [0, V)");
+    const int64_t next = walk.next();
+    const TokenInputs next_inputs = read_token(args, next, weight);  // under way while this row is waited for
+    R1K_DEVICE_CHECK(inputs.id >= 0 && inputs.id < args.logits.vocab, "r1kernels: token_ids holds an id outside [0, V)");
 
     barrier_wait_cluster(&shared.published[depth], static_cast<int>(q / kDepth % 2));
     const RowStatistics row = merged_statistics<D>(args, shared, depth, step.tile.cluster * step.tile.warps);
+    PolicyToken token = inputs.token;
     token.logprob = static_cast<float>(row.logprob);
     token.entropy = static_cast<float>(row.entropy);
-    token.log_ratio = token.logprob - (args.old_logprobs != nullptr ? old : token.logprob);
+    token.log_ratio = token.logprob - (args.old_logprobs != nullptr ? inputs.old : token.logprob);
     const PolicyGradient gradient = add_token(total, args.objective, token);
     if (lane_id() == 0) {
       RowPlan& plan = shared.plan[depth];
       plan.row = row_gradient(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
-      plan.own = own_gradient(shared.own[depth], row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
-      plan.id = id;
+      plan.own = own_gradient<D::kExact>(shared.own[depth], row.lse, row.entropy, args.temperature, gradient.g,
+                                         gradient.eta);
+      plan.id = inputs.id;
       plan.kind = gradient.eta != 0 ? RowKind::policy_and_entropy : gradient.g != 0 ? RowKind::policy : RowKind::zero;
       barrier_arrive(&shared.planned[depth]);
     }
@@ -414,6 +431,8 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
       args.logprobs[n] = token.logprob;
       args.entropy[n] = token.entropy;
     }
+    n = next;
+    inputs = next_inputs;
   }
   if (writes) partials[cluster] = total;
 }
