@@ -167,6 +167,7 @@ def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(used: list[
 def test_the_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
     run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     assert {"setup.py", "pyproject.toml", *files} <= names
