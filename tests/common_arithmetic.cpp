@@ -198,10 +198,19 @@ PYBIND11_MODULE(R1K_MODULE, m) {
   m.def("offsets", &offsets);
   m.def("size_of", [](int dtype) { return size_of(static_cast<DType>(dtype)); });
 
-  py::class_<Objective>(m, "Objective").def(py::init(&objective_of));
-  m.def("clip_term", py::vectorize(&clip_term));
-  m.def("cispo_term", py::vectorize(&cispo_term));
-  m.def("sapo_term", py::vectorize(&sapo_term));
-  m.def("surrogate_term", py::vectorize(&surrogate_term));
+  using Floats = py::array_t<float, py::array::forcecast>;
+  py::class_<Objective>(m, "Objective")
+      .def(py::init(&objective_of))
+      .def("clip_term", [](const Objective& o, Floats ratio, Floats advantage) {
+        return py::vectorize([&o](float r, float a) { return clip_term(o, r, a); })(ratio, advantage);
+      })
+      .def("cispo_term", [](const Objective& o, Floats ratio, Floats advantage, Floats logprob) {
+        return py::vectorize([&o](float r, float a, float l) { return cispo_term(o, r, a, l); })(ratio, advantage,
+                                                                                                 logprob);
+      })
+      .def("surrogate_term", [](const Objective& o, Floats log_ratio, Floats advantage, Floats logprob) {
+        return py::vectorize([&o](float d, float a, float l) { return surrogate_term(o, d, a, l); })(
+            log_ratio, advantage, logprob);
+      });
   m.def("kl_term", py::vectorize(&kl_term));
 }
