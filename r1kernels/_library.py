@@ -7,6 +7,7 @@ lives outside, in `r1kernels.ops`. `reference` is not registered: it is plain di
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -89,7 +90,7 @@ def _gpu_launcher(name: str) -> Callable[..., Any]:
     """Imports Triton's kernels when an operator first runs: importing the library does not import a compiler."""
 
     def run(*args: Any) -> Any:
-        if gpu_kernels(name, args[0]) == "cuda":
+        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0]) == "cuda":
             return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args)
         missing = triton_missing(_GPU_KERNELS_ON)
         if missing:
@@ -106,18 +107,22 @@ def gpu_kernels(operator: str, like: Tensor) -> str:
         like: the operator's first argument, of whose dtype and last dimension its speed depends.
     """
     kind = like.device.type
-    if operator not in TRITON_OPERATORS:
-        return "cuda"
     if operator not in CUDA_OPERATORS or _requested == "triton":
         return "triton"
     if _requested == "cuda":
         return "cuda"
+    if cuda_missing(kind):
+        return "triton"
     if triton_missing(kind):
-        return "triton" if cuda_missing(kind) else "cuda"  # the launcher says what is missing
-    faster = kind == "cuda" and _choice.cuda_is_faster(
-        operator, torch.cuda.get_device_name(like.device), like.dtype, like.shape[-1] if like.dim() else None
-    )
-    return "cuda" if faster and not cuda_missing(kind) else "triton"
+        return "cuda"
+    vocab = like.shape[-1] if like.dim() else None
+    faster = kind == "cuda" and _choice.cuda_is_faster(operator, _device_name(like.device), like.dtype, vocab)
+    return "cuda" if faster else "triton"
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 _missing: dict[str, str] = {}

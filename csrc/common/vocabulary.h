@@ -132,10 +132,17 @@ R1K_HOST_DEVICE double scale_of_sums(double temperature) {
   return kExact ? c : static_cast<double>(static_cast<float>(c));
 }
 
+// Where the results are rounded to 16 bits anyway (kExact = false), powers are float32: they are a row's slowest steps.
+template <bool kExact>
+R1K_HOST_DEVICE double exp2_of_row(double x) {
+  return kExact ? std::exp2(x) : static_cast<double>(std::exp2(static_cast<float>(x)));
+}
+
 // Adds sums relative to their own maximum; c is scale_of_sums.
+template <bool kExact = true>
 R1K_HOST_DEVICE void add_part(RowTotals& totals, double top, double part, double weighted, double c) {
   const double shift = top - totals.top;
-  const double factor = std::exp2(shift * c);
+  const double factor = exp2_of_row<kExact>(shift * c);
   totals.total += factor * part;
   totals.weighted += factor == 0 ? 0 : factor * (weighted + shift * part);
 }
@@ -145,18 +152,20 @@ struct RowStatistics {
 };
 
 // From the totals of all other entries, and the token's own logit x.
+template <bool kExact = true>
 R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double temperature, double c) {
+  const double inv_t = 1 / temperature;
   const double d = x - totals.top;  // of a token at +inf NaN, as all of its row is
-  const double e = std::exp2(d * c);
+  const double e = exp2_of_row<kExact>(d * c);
   totals.total += e;
   totals.weighted += e == 0 ? 0 : e * d;
   const double mean = totals.weighted / totals.total;  // sum_j p_j (x_j - top)
   const double log_total = std::log(totals.total);
   // The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
-  const double off = totals.total == 0 ? 0 : (1 / temperature - c * kLn2) * mean;  // no word at all: lse is -inf
+  const double off = totals.total == 0 ? 0 : (inv_t - c * kLn2) * mean;  // no word at all: lse is -inf
   const double log_sum = log_total + off;
-  const double lse = totals.top / temperature + log_sum;
-  return {x == totals.top ? -log_sum : x / temperature - lse, lse, log_total - mean * c * kLn2};
+  const double lse = totals.top * inv_t + log_sum;
+  return {x == totals.top ? -log_sum : x * inv_t - lse, lse, log_total - mean * c * kLn2};
 }
 
 // ---- the gradient ------------------------------------------------------------------------------------------
@@ -208,13 +217,20 @@ R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
 }
 
 // (g (1 - p) - eta p (log p + H)) / T of the token itself.
+template <bool kExact = true>
 R1K_HOST_DEVICE float own_gradient(double x, double lse, double entropy, double temperature, double g, double eta) {
-  double log_p = x / temperature - lse;
+  const double inv_t = 1 / temperature;
+  double log_p = x * inv_t - lse;
   if (log_p > 0) log_p = 0;  // rounding alone
+  if (!kExact) {
+    const float l = static_cast<float>(log_p), p = std::exp(l);
+    const float of_entropy = p == 0 ? 0 : p * static_cast<float>(log_p + entropy);
+    return static_cast<float>((-g * std::expm1(l) - eta * of_entropy) * inv_t);
+  }
   const double p = std::exp(log_p);
   // g (1 - p) cancels as p goes to 1, -g expm1(log p) does not.
   const double of_entropy = p == 0 ? 0 : p * (log_p + entropy);
-  return static_cast<float>((-g * std::expm1(log_p) - eta * of_entropy) / temperature);
+  return static_cast<float>((-g * std::expm1(log_p) - eta * of_entropy) * inv_t);
 }
 
 }  // namespace r1k

@@ -2,9 +2,9 @@ r"""The fused GRPO step: the policy loss and its gradient from one read and one 
 
     loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  d logits by way of g_t = dloss/dl_t
 
-Where a token's loss depends on no log-prob but its own, its row's gradient can be written while the row is still on chip;
-the weights w_t follow from the mask alone. The gradient is that of the loss itself, worked out in the forward: a backward
-that is handed a factor other than 1 multiplies it by that, which is one more read and write.
+Where a token's loss depends on no log-prob but its own, its row's gradient can be written while the row is still on
+chip; the weights w_t follow from the mask alone. The gradient is that of the loss itself, worked out in the forward: a
+backward that is handed a factor other than 1 multiplies it by that, which is one more read and write.
 
 The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implementation.
 """

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 
@@ -226,21 +227,31 @@ void Machine::discard() {
 }
 
 std::string Machine::deadlock() const {
-  std::map<std::string, int> waits;
+  struct Waiting {
+    int threads = 0;
+    std::set<int64_t> blocks;
+  };
+  std::map<std::string, Waiting> waits;
   for (const std::unique_ptr<Unit>& unit : units_) {
     for (const std::unique_ptr<Block>& block : unit->blocks) {
       for (const Fiber* fiber : block->fibers) {
-        if (fiber->at != At::ended) {
-          ++waits["at " + describe_wait(*fiber) + " in block " + std::to_string(block->index)];
-        }
+        if (fiber->at == At::ended) continue;
+        Waiting& waiting = waits[describe_wait(*fiber)];
+        ++waiting.threads;
+        waiting.blocks.insert(block->index);
       }
     }
   }
   std::ostringstream text;
   text << "deadlock:";
   const char* separator = " ";
-  for (const auto& wait : waits) {
-    text << separator << wait.second << (wait.second == 1 ? " thread " : " threads ") << wait.first;
+  for (const auto& [where, waiting] : waits) {
+    text << separator << waiting.threads << (waiting.threads == 1 ? " thread" : " threads") << " at " << where << " in ";
+    if (waiting.blocks.size() == 1) {
+      text << "block " << *waiting.blocks.begin();
+    } else {
+      text << waiting.blocks.size() << " blocks";
+    }
     separator = ", ";
   }
   return text.str();

@@ -1,0 +1,243 @@
+// Small kernels for test_cuda_emulator: each right as it stands, and with mistakes that the emulator must notice.
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/hopper.cuh"
+#include "cuda/launch.cuh"
+
+namespace r1k {
+namespace gpu {
+namespace {
+
+// The names are those of test_cuda_emulator.MISTAKES, in order.
+enum Mistake {
+  kNone, kNoSyncBlock, kDivergentShuffle, kLanesThatLeave, kDifferentOperations, kPastTheEnd, kMisaligned16,
+  kNoWait, kArrivesTooEarly, kNoFence, kNoBarrierFence, kMisalignedCopy, kCopyPastTheEnd, kArrivesTwice, kNoExpect,
+  kNoWaitForReads, kNoCommit, kRefillsTooEarly, kNoInit, kOverwritesBarrier, kOneDoesNotArrive, kNoSyncAtStart,
+  kLeavesEarly, kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks
+};
+
+// ---- a sum over the block, from warps through shared memory ------------------------------------------------
+
+__global__ void __launch_bounds__(1024) sum_blocks(const float* x, float* out, int64_t count, Mistake mistake) {
+  float* const parts = reinterpret_cast<float*>(dynamic_shared());
+  float sum = 0;
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < count; k += stride) sum += x[k];
+  if (mistake == kLanesThatLeave && lane_id() == 7) return;
+  if (mistake == kDifferentOperations && lane_id() == 7) sync_warp();
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    if (mistake != kDivergentShuffle || lane_id() < mask) sum += shuffle_xor(sum, mask);
+  }
+  if (lane_id() == 0) parts[warp_id()] = sum;
+  if (mistake == kPastTheEnd && threadIdx.x == 0) parts[blockDim.x / kWarp] = 0;
+  if (mistake == kMisaligned16 && threadIdx.x == 1) load_streaming(x + 1);
+  if (mistake != kNoSyncBlock) sync_block();
+  if (warp_id() == 0) {
+    sum = lane_id() < static_cast<int>(blockDim.x) / kWarp ? parts[lane_id()] : 0;
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane_id() == 0) out[blockIdx.x] = sum;
+  }
+  R1K_DEVICE_CHECK(mistake != kChecks || blockIdx.x != 1, "block 1 is not welcome");
+}
+
+// ---- twice the input, through a ring of slots: one warp loads and stores, the others work ------------------
+
+constexpr int kSlots = 3, kSlotFloats = 64;
+
+struct Ring {
+  alignas(128) float slot[kSlots][kSlotFloats];
+  Barrier full[kSlots], empty[kSlots];
+};
+
+// chunks [begin, end) of kSlotFloats belong to a block.
+__global__ void __launch_bounds__(1024) double_chunks(const float* x, float* out, int chunks, Mistake mistake) {
+  Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared());
+  const int begin = static_cast<int>(int64_t{chunks} * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(int64_t{chunks} * (blockIdx.x + 1) / gridDim.x);
+  const int workers = static_cast<int>(blockDim.x) - kWarp;
+  if (threadIdx.x == 0 && mistake != kNoInit) {
+    for (int k = 0; k < kSlots; ++k) {
+      barrier_init(&ring.full[k], 1);
+      barrier_init(&ring.empty[k], workers);
+    }
+    if (mistake != kNoBarrierFence) fence_barrier_init();
+  }
+  sync_block();
+  if (mistake == kOverwritesBarrier && threadIdx.x == 0) ring.slot[kSlots][0] = 0;
+  sync_block();
+  if (threadIdx.x == 0) {
+    // Chunk k is loaded into slot k % kSlots once chunk k - kSlots has been read from it.
+    const auto load = [&](int k) {
+      float* const slot = ring.slot[k % kSlots];
+      const uint32_t bytes = kSlotFloats * sizeof(float);
+      if (mistake != kNoExpect) {
+        barrier_expect(&ring.full[k % kSlots], bytes);
+      } else {
+        barrier_arrive(&ring.full[k % kSlots]);
+      }
+      const int shift = mistake == kMisalignedCopy ? 2 : mistake == kCopyPastTheEnd ? 4096 : 0;
+      bulk_load(slot + shift, x + int64_t{begin + k} * kSlotFloats, bytes, &ring.full[k % kSlots]);
+    };
+    const int count = end - begin;
+    for (int k = 0; k < kSlots && k < count; ++k) load(k);
+    for (int k = 0; k < count; ++k) {
+      barrier_wait(&ring.empty[k % kSlots], k / kSlots % 2);
+      bulk_store(out + int64_t{begin + k} * kSlotFloats, ring.slot[k % kSlots], kSlotFloats * sizeof(float));
+      if (mistake != kNoCommit) commit_stores();
+      if (k + kSlots < count) {
+        if (mistake != kRefillsTooEarly) wait_stores_read<0>();
+        load(k + kSlots);
+      }
+    }
+    if (mistake != kNoWaitForReads) wait_stores_read<0>();
+  } else if (warp_id() > 0) {
+    const int worker = static_cast<int>(threadIdx.x) - kWarp;
+    for (int k = 0; k < end - begin; ++k) {
+      Barrier* const empty = &ring.empty[k % kSlots];
+      if (mistake != kNoWait) barrier_wait(&ring.full[k % kSlots], k / kSlots % 2);
+      if (mistake == kArrivesTooEarly) barrier_arrive(empty);
+      for (int j = worker; j < kSlotFloats; j += workers) ring.slot[k % kSlots][j] *= 2;
+      if (mistake != kNoFence) fence_for_bulk();
+      if (mistake != kArrivesTooEarly && (mistake != kOneDoesNotArrive || worker > 0)) barrier_arrive(empty);
+      if (mistake == kArrivesTwice && worker == 0) barrier_arrive(empty);
+    }
+  }
+}
+
+// ---- every block of a cluster tells every other a number ---------------------------------------------------
+
+struct Exchange {
+  Barrier arrived;
+  alignas(16) float numbers[8][4];
+};
+
+__global__ void __launch_bounds__(1024) exchange(const float* x, float* out, Mistake mistake) {
+  Exchange& shared = *reinterpret_cast<Exchange*>(dynamic_shared());
+  if (threadIdx.x == 0) {
+    barrier_init(&shared.arrived, cluster_blocks());
+    fence_barrier_init();
+  }
+  if (mistake != kNoSyncAtStart) sync_cluster();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < cluster_blocks()) {
+    const float number = x[blockIdx.x];
+    remote_store4(shared.numbers[cluster_rank()], thread, number, number, number, 0);
+    remote_store(&shared.numbers[cluster_rank()][3], thread, number);
+    remote_arrive(&shared.arrived, thread);
+  }
+  if (mistake == kLeavesEarly && cluster_rank() == 0) return;
+  if (mistake == kWaitsForItsBlockOnly) {
+    barrier_wait(&shared.arrived, 0);
+  } else {
+    barrier_wait_cluster(&shared.arrived, 0);
+  }
+  if (thread == 0) {
+    float sum = 0;
+    for (int k = 0; k < cluster_blocks(); ++k) sum += (k + 1) * (shared.numbers[k][0] + shared.numbers[k][3]);
+    out[blockIdx.x] = sum;
+  }
+}
+
+// ---- the sum of all blocks, in one launch ------------------------------------------------------------------
+
+__global__ void __launch_bounds__(1024) sum_grid(const float* x, float* parts, float* out, Mistake mistake) {
+  if (mistake == kLeavesGrid && blockIdx.x == 1 && threadIdx.x == 3) return;
+  if (threadIdx.x == 5) parts[blockIdx.x] = x[blockIdx.x];
+  if (mistake != kNoSyncGrid) sync_grid();
+  if (threadIdx.x == 0) {
+    float sum = 0;
+    for (unsigned k = 0; k < gridDim.x; ++k) sum += parts[k];
+    out[blockIdx.x] = sum;
+  }
+}
+
+// ---- the order in which threads run, and what numbers become -----------------------------------------------
+
+__global__ void order(int* count, int* places) { places[blockIdx.x * blockDim.x + threadIdx.x] = (*count)++; }
+
+template <typename D>
+__global__ void convert(const float* x, float* out, int vectors) {
+  for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
+    float entries[D::kPerVec];
+    typename D::Storage stored;
+    for (int k = 0; k < D::kPerVec; ++k) entries[k] = x[v * D::kPerVec + k];
+    D::unpack(D::pack(entries), entries);
+    D::store(&stored, x[v * D::kPerVec]);
+    for (int k = 0; k < D::kPerVec; ++k) out[v * D::kPerVec + k] = k == 0 ? D::load(&stored) : entries[k];
+  }
+}
+
+__global__ void shuffle_many(float* out, int times) {
+  float sum = static_cast<float>(threadIdx.x);
+  for (int k = 0; k < times; ++k) sum += shuffle_xor(sum, 1 + k % (kWarp - 1));
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+// ---- for ctypes: the text of an error, or "" ---------------------------------------------------------------
+
+template <typename F>
+const char* message_of(F run) {
+  static std::string message;
+  message.clear();
+  try {
+    run(current_stream(0));
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
+
+EXPORT run_sum_blocks(const float* x, float* out, int64_t count, int blocks, int threads, int64_t shared, int mistake) {
+  return message_of([=](const Stream& stream) {
+    launch(sum_blocks, Grid{blocks, threads, static_cast<size_t>(shared)}, stream, x, out, count, Mistake(mistake));
+  });
+}
+
+EXPORT run_double_chunks(const float* x, float* out, int chunks, int blocks, int threads, int mistake) {
+  return message_of([=](const Stream& stream) {
+    launch(double_chunks, Grid{blocks, threads, sizeof(Ring)}, stream, x, out, chunks, Mistake(mistake));
+  });
+}
+
+EXPORT run_exchange(const float* x, float* out, int blocks, int cluster, int mistake) {
+  return message_of([=](const Stream& stream) {
+    launch(exchange, Grid{blocks, 64, sizeof(Exchange), cluster}, stream, x, out, Mistake(mistake));
+  });
+}
+
+EXPORT run_sum_grid(const float* x, float* parts, float* out, int blocks, int mistake) {
+  return message_of([=](const Stream& stream) {
+    Grid grid{blocks, 40};
+    grid.cooperative = true;
+    launch(sum_grid, grid, stream, x, parts, out, Mistake(mistake));
+  });
+}
+
+EXPORT run_order(int* count, int* places, int blocks, int threads) {
+  return message_of([=](const Stream& stream) { launch(order, Grid{blocks, threads}, stream, count, places); });
+}
+
+EXPORT run_convert(const float* x, float* out, int count, int dtype) {
+  return message_of([=](const Stream& stream) {
+    if (dtype == 0) launch(convert<Float32>, Grid{1, 64}, stream, x, out, count / 4);
+    if (dtype == 1) launch(convert<BFloat16>, Grid{1, 64}, stream, x, out, count / 8);
+    if (dtype == 2) launch(convert<Float16>, Grid{1, 64}, stream, x, out, count / 8);
+  });
+}
+
+EXPORT run_shuffle_many(float* out, int threads, int times) {
+  return message_of([=](const Stream& stream) { launch(shuffle_many, Grid{1, threads}, stream, out, times); });
+}
+
+extern "C" __attribute__((visibility("default"))) int clusters_at_once(int cluster, int64_t shared) {
+  return concurrent_clusters(exchange, Grid{cluster, 64, static_cast<size_t>(shared), cluster});
+}
+
+}  // namespace gpu
+}  // namespace r1k
