@@ -68,19 +68,17 @@ template <typename... Parameters>
 Team team_of(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, const Stream& stream) {
   constexpr int kMost = 8;  // of a cluster; a barrier of the grid costs more than the work of a second block
   const int major = stream.properties.major;
-  Team team = {{blocks, threads, shared}, Together::block};
-  if (blocks <= 1) {
-    team.grid.blocks = 1;
-  } else if (blocks <= 2 * kMost && kClusters && major >= 9 && major < 12) {
-    while (team.grid.cluster < kMost && team.grid.cluster < blocks) team.grid.cluster *= 2;
-    team.grid.blocks = team.grid.cluster;
-    team.together = Together::cluster;
-  } else {
-    team.grid.blocks = std::min<int64_t>(blocks, concurrent_blocks(kernel, team.grid, stream));
-    team.grid.cooperative = true;
-    team.together = Together::grid;
+  if (blocks <= 1) return {{1, threads, shared}, Together::block};
+  if (blocks <= 2 * kMost && kClusters && major >= 9 && major < 12) {
+    Grid grid = {kMost, threads, shared};
+    while (grid.blocks / 2 >= blocks) grid.blocks /= 2;
+    grid.cluster = static_cast<int>(grid.blocks);
+    if (concurrent_clusters(kernel, grid) > 0) return {grid, Together::cluster};
   }
-  return team;
+  Grid grid = {blocks, threads, shared};
+  grid.blocks = std::min<int64_t>(blocks, concurrent_blocks(kernel, grid, stream));
+  grid.cooperative = true;
+  return {grid, Together::grid};
 }
 
 }  // namespace gpu

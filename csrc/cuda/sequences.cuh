@@ -1,9 +1,8 @@
 // Sequences of a batch, (B, T) or packed, and the pieces in which warps sum them.
 //
-// A sequence of L tokens is summed in at most kPieces pieces, multiples of kSpan tokens counted from its own beginning:
-// its sums follow from the sequence alone, and one sequence of a million tokens fills a device as many short ones do.
-// The pieces of packed sequence s lie from slot `begin / kSpan + s` on, which leaves room for all of them whatever the
-// lengths.
+// A sequence of L tokens is summed in at most kPieces pieces, of kSpan tokens or more from its own beginning on: its
+// sums follow from the sequence alone, and one sequence of a million tokens fills a device as many short ones do. The
+// pieces of packed sequence s lie from slot `begin / kSpan + s` on, which leaves room for all, whatever the lengths.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +12,21 @@
 namespace r1k {
 namespace gpu {
 
-constexpr int64_t kSpan = 512;
+constexpr int kSpanBits = 9;
+constexpr int64_t kSpan = int64_t{1} << kSpanBits;
 constexpr int64_t kPieces = 2048;
 
-// Of a sequence of `size` tokens; at least one piece, which may be empty.
-R1K_HOST_DEVICE int64_t piece_length(int64_t size) {
-  const int64_t spans = (size + kSpan * kPieces - 1) / (kSpan * kPieces);
-  return kSpan * (spans > 1 ? spans : 1);
+// Of a sequence of `size` tokens: a power of two, so that nothing is divided.
+R1K_HOST_DEVICE int piece_bits(int64_t size) {
+  int bits = kSpanBits;
+  while (size >> bits >= kPieces) ++bits;
+  return bits;
 }
+// At least one, which may be empty.
 R1K_HOST_DEVICE int64_t pieces_of(int64_t size) {
-  const int64_t piece = piece_length(size);
-  return size > piece ? (size + piece - 1) / piece : 1;
+  const int bits = piece_bits(size);
+  const int64_t pieces = (size + (int64_t{1} << bits) - 1) >> bits;
+  return pieces > 1 ? pieces : 1;
 }
 
 struct Sequences {
@@ -51,18 +54,22 @@ struct Sequences {
     int64_t low = 0, high = count;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      const int64_t key = kSlots ? begin(middle) / kSpan + middle : begin(middle);
-      (key <= x ? low : high) = middle;
+      const int64_t key = kSlots ? (begin(middle) >> kSpanBits) + middle : begin(middle);
+      if (key <= x) {
+        low = middle;
+      } else {
+        high = middle;
+      }
     }
     return low;
   }
 
   // Where the sums of sequence s begin.
   __device__ __forceinline__ int64_t slot(int64_t s) const {
-    return cu_seqlens == nullptr ? s * pieces_of(length) : begin(s) / kSpan + s;
+    return cu_seqlens == nullptr ? s * pieces_of(length) : (begin(s) >> kSpanBits) + s;
   }
   R1K_HOST_DEVICE int64_t slots() const {
-    return cu_seqlens == nullptr ? count * pieces_of(length) : tokens / kSpan + count;
+    return cu_seqlens == nullptr ? count * pieces_of(length) : (tokens >> kSpanBits) + count;
   }
 };
 
@@ -73,18 +80,10 @@ struct Piece {
 
 __device__ __forceinline__ Piece piece_at(const Sequences& sequences, int64_t slot) {
   const int64_t s = sequences.owner<true>(slot);
-  const int64_t size = sequences.size(s), length = piece_length(size);
-  const int64_t index = slot - sequences.slot(s), from = index * length, to = from + length;
-  const int64_t begin = sequences.begin(s);
+  const int64_t size = sequences.size(s), begin = sequences.begin(s), index = slot - sequences.slot(s);
+  const int bits = piece_bits(size);
+  const int64_t from = index << bits, to = (index + 1) << bits;
   return {s, begin + (from < size ? from : size), begin + (to < size ? to : size), index < pieces_of(size)};
-}
-
-// The sum of a sequence from those of its few pieces, in order.
-constexpr int64_t kFewPieces = 8;
-__device__ __forceinline__ double sum_few_pieces(const double* sums, int64_t pieces) {
-  double total = 0;
-  for (int64_t k = 0; k < pieces; ++k) total += sums[k];
-  return total;
 }
 
 }  // namespace gpu
