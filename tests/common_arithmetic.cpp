@@ -62,8 +62,8 @@ py::array_t<RowSums> add_all(const Array<float>& x, double temperature, int coun
   return result;
 }
 
-// As a kernel: threads, warps of them in float32, the row in float64.
-template <bool kExact>
+// As a kernel: threads, warps of them in float32, the row in float64, but for powers in float32 unless kExactRow.
+template <bool kExact, bool kExactRow>
 py::array_t<RowStatistics> statistics(const Array<float>& x, const Array<int64_t>& ids, double temperature, int count,
                                       size_t threads) {
   constexpr size_t kWarp = 4;
@@ -94,9 +94,9 @@ py::array_t<RowStatistics> statistics(const Array<float>& x, const Array<int64_t
     RowTotals totals{own};
     for (const RowSums& warp : warps) totals.top = std::fmax(totals.top, warp.top);
     for (const RowSums& warp : warps) {
-      add_part(totals, warp.top, static_cast<double>(warp.rest) + warp.count, warp.weighted, c);
+      add_part<kExactRow>(totals, warp.top, static_cast<double>(warp.rest) + warp.count, warp.weighted, c);
     }
-    result.mutable_at(r) = row_statistics(totals, own, temperature, c);
+    result.mutable_at(r) = row_statistics<kExactRow>(totals, own, temperature, c);
   }
   return result;
 }
@@ -166,7 +166,9 @@ void define(py::module_ m) {
         }));
   m.def("scale_of_sums", &scale_of_sums<kExact>);
   m.def("add_all", &add_all<kExact>);
-  m.def("statistics", &statistics<kExact>);
+  m.def("statistics", &statistics<kExact, true>);
+  m.def("statistics_of_float32_powers", &statistics<kExact, kExact>);
+  m.def("own_gradient", py::vectorize(&own_gradient<kExact>));
   m.def("entry_gradient", py::vectorize(&gradient_of<kExact>));
 }
 
@@ -190,7 +192,6 @@ PYBIND11_MODULE(R1K_MODULE, m) {
   m.def("product_error", py::vectorize(&product_error));
   m.def("difference_error", py::vectorize(&difference_error));
   m.def("scale_of", py::vectorize(&scale_of));
-  m.def("own_gradient", py::vectorize(&own_gradient));
   define<true>(m.def_submodule("exact"));
   define<false>(m.def_submodule("rounded"));
 
@@ -198,10 +199,19 @@ PYBIND11_MODULE(R1K_MODULE, m) {
   m.def("offsets", &offsets);
   m.def("size_of", [](int dtype) { return size_of(static_cast<DType>(dtype)); });
 
-  py::class_<Objective>(m, "Objective").def(py::init(&objective_of));
-  m.def("clip_term", py::vectorize(&clip_term));
-  m.def("cispo_term", py::vectorize(&cispo_term));
-  m.def("sapo_term", py::vectorize(&sapo_term));
-  m.def("surrogate_term", py::vectorize(&surrogate_term));
+  using Floats = py::array_t<float, py::array::forcecast>;
+  py::class_<Objective>(m, "Objective")
+      .def(py::init(&objective_of))
+      .def("clip_term", [](const Objective& o, Floats ratio, Floats advantage) {
+        return py::vectorize([&o](float r, float a) { return clip_term(o, r, a); })(ratio, advantage);
+      })
+      .def("cispo_term", [](const Objective& o, Floats ratio, Floats advantage, Floats logprob) {
+        return py::vectorize([&o](float r, float a, float l) { return cispo_term(o, r, a, l); })(ratio, advantage,
+                                                                                                 logprob);
+      })
+      .def("surrogate_term", [](const Objective& o, Floats log_ratio, Floats advantage, Floats logprob) {
+        return py::vectorize([&o](float d, float a, float l) { return surrogate_term(o, d, a, l); })(
+            log_ratio, advantage, logprob);
+      });
   m.def("kl_term", py::vectorize(&kl_term));
 }
