@@ -86,24 +86,24 @@ __device__ __forceinline__ PolicySums shuffled(const PolicySums& sums, int mask)
 }
 
 // The sums of all clusters, in order -> loss and metrics; and what no single row can see is looked at.
-__global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ GrpoStepArgs args,
+__global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ PolicyLossArgs args,
                                                        const PolicySums* partials, int64_t count) {
   wait_for_previous_kernel();
-  if (args.policy.normalizer != nullptr) {
-    R1K_DEVICE_CHECK(*args.policy.normalizer > 0 && *args.policy.normalizer < INFINITY,
+  if (args.normalizer != nullptr) {
+    R1K_DEVICE_CHECK(*args.normalizer > 0 && *args.normalizer < INFINITY,
                      "r1kernels: normalizer must be a positive finite number");
   }
-  if (args.policy.cu_seqlens != nullptr) {
-    R1K_DEVICE_CHECK(args.policy.cu_seqlens[0] == 0 && args.policy.cu_seqlens[args.policy.sequences] == args.policy.tokens,
+  if (args.cu_seqlens != nullptr) {
+    R1K_DEVICE_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.sequences] == args.tokens,
                      "r1kernels: cu_seqlens must run from 0 to N");
-    for (int64_t s = lane_id(); s < args.policy.sequences; s += kWarp) {
-      R1K_DEVICE_CHECK(args.policy.cu_seqlens[s] <= args.policy.cu_seqlens[s + 1], "r1kernels: cu_seqlens must not descend");
+    for (int64_t s = lane_id(); s < args.sequences; s += kWarp) {
+      R1K_DEVICE_CHECK(args.cu_seqlens[s] <= args.cu_seqlens[s + 1], "r1kernels: cu_seqlens must not descend");
     }
   }
   PolicySums total;
   for (int64_t k = lane_id(); k < count; k += kWarp) total.merge(partials[k]);
   for (int mask = kWarp / 2; mask > 0; mask /= 2) total.merge(shuffled(total, mask));
-  if (lane_id() == 0) finish(total, args.policy.sequences, args.policy.loss, args.policy.metrics);
+  if (lane_id() == 0) finish(total, args.sequences, args.loss, args.metrics);
 }
 
 using StepKernel = void (*)(Step, PolicySums*);
@@ -214,7 +214,7 @@ void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scra
   launch(kernel_for(args.logits.dtype), grid_of(tile, clusters), stream, Step{args, tile}, partials);
   Grid last = {1, kWarp};
   last.overlap = true;
-  launch(finish_kernel, last, stream, args, partials, clusters);
+  launch(finish_kernel, last, stream, args.policy, partials, clusters);
 }
 
 }  // namespace gpu

@@ -154,8 +154,8 @@ class PartWarp {
     }
   }
 
-  // The gradient of this part of row n, the q-th that counts, over the logits in the ring, and out; slots that it has left
-  // are filled again.
+  // The gradient of this part of row n, the q-th that counts, over the logits in the ring, and out; slots that it has
+  // left are filled again.
   __device__ void write_gradient(int64_t n, int64_t q) {
     const Part part = part_of(args_.out, n, index_, tile_);
     const int depth = static_cast<int>(q % kDepth);
@@ -247,7 +247,7 @@ class PartWarp {
                : -1;
   }
 
-  // Calls f(vector, entry) for the row's entries in the vectors of a chunk that bulk copies leave out; one lane for each.
+  // Calls f(vector, entry) for the row's entries in the vectors of a chunk that bulk copies leave out, a lane for each.
   template <typename F>
   static __device__ __forceinline__ void for_each_end(const Part& part, const Chunk& chunk, F f) {
     const int k = lane_id() % D::kPerVec, at = k * static_cast<int>(sizeof(Entry));

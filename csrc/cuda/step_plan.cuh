@@ -69,7 +69,8 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
     const int depth = static_cast<int>(q % kDepth);
     const int64_t next = walk.next();
     const TokenInputs next_inputs = read_token(args, next, weight);  // under way while this row is waited for
-    R1K_DEVICE_CHECK(inputs.id >= 0 && inputs.id < args.logits.vocab, "r1kernels: token_ids holds an id outside [0, V)");
+    R1K_DEVICE_CHECK(inputs.id >= 0 && inputs.id < args.logits.vocab,
+                     "r1kernels: token_ids holds an id outside [0, V)");
 
     barrier_wait_cluster(&shared.published[depth], static_cast<int>(q / kDepth % 2));
     const RowStatistics row = merged_statistics<D>(args, shared, depth, step.tile.cluster * step.tile.warps);
