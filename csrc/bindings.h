@@ -56,14 +56,19 @@ inline const bool* bools(const MaybeTensor& tensor, const char* name, int64_t nu
   return tensor.has_value() ? data<bool>(*tensor, name, ScalarType::Bool, numel) : nullptr;
 }
 
+inline r1k::DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return r1k::DType::float32;
+    case ScalarType::BFloat16: return r1k::DType::bfloat16;
+    case ScalarType::Half: return r1k::DType::float16;
+    default: break;
+  }
+  R1K_CHECK(false, name, " must be float32, bfloat16 or float16");
+}
+
 inline r1k::RowView row_view(const Tensor& logits) {
   r1k::RowView view;
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: view.dtype = r1k::DType::float32; break;
-    case ScalarType::BFloat16: view.dtype = r1k::DType::bfloat16; break;
-    case ScalarType::Half: view.dtype = r1k::DType::float16; break;
-    default: R1K_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  view.dtype = dtype_of(logits, "logits");
   view.leading = static_cast<int>(logits.dim()) - 1;
   R1K_CHECK(view.leading >= 0 && view.leading <= r1k::RowView::max_leading, "logits must have 1 to ",
             r1k::RowView::max_leading + 1, " dimensions, got ", logits.dim());

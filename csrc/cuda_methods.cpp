@@ -37,6 +37,7 @@ PyObject* cuda_architectures(PyObject*, PyObject*) {
 PyObject* cuda_missing(PyObject*, PyObject* device_index) {
   const long device = PyLong_AsLong(device_index);
   if (device == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  if (device != static_cast<int>(device)) return PyErr_Format(PyExc_OverflowError, "device_index is %ld", device);
   std::string text;
   Py_BEGIN_ALLOW_THREADS  // the driver may have to be started
   text = missing(static_cast<int>(device));

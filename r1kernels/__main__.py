@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -86,11 +87,22 @@ def _csrc_tree(root: Path) -> str:
     return completed.stdout.strip() if completed.returncode == 0 else ""
 
 
-def _age(result: Any, kernels: str, csrc: str) -> str:
+def cuda_sources_hash(root: Path) -> str:
+    """Sixteen digits of the SHA-256 over names and texts of what decides to what the CUDA kernels compile."""
+    digest = hashlib.sha256()
+    folders = (root / "csrc" / "common", root / "csrc" / "cuda")
+    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n{path.read_text(encoding='utf-8')}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _age(result: Any, kernels: str, csrc: str, cuda: str) -> str:
     """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
         same = compiled == kernels
+    elif compiled := named.get("cuda_sources"):
+        same = compiled == cuda
     elif not named.get("csrc_tree"):
         return "does not tell which kernels it measured"
     elif not csrc:
@@ -106,14 +118,15 @@ def _results() -> list[str]:
     paths = sorted((*folder.glob("*.json"), *folder.glob("*/*.json")))
     if not paths:
         return []
-    kernels, csrc = kernel_sources_hash(), _csrc_tree(folder.parents[1])
+    root = folder.parents[1]
+    kernels, csrc, cuda = kernel_sources_hash(), _csrc_tree(root), cuda_sources_hash(root)
     lines = []
     for path in paths:
         try:
-            age = _age(json.loads(path.read_text()), kernels, csrc)
+            age = _age(json.loads(path.read_text()), kernels, csrc, cuda)
         except ValueError:
             age = "is not JSON"
-        lines.append(f"results      {path.relative_to(folder.parents[1])}: {age}")
+        lines.append(f"results      {path.relative_to(root)}: {age}")
     return ["", *lines]
 
 

@@ -2,15 +2,17 @@
 
     {device name: {"measured": what with, "operators": {operator: [measurement, ...]}}}
 
-A measurement is {"dtype": ..., "vocab": ..., "tokens": ..., "ratio": ...}: of logits of that dtype and vocabulary, null
-both where an operator has none. `ratio` is Triton's time over that of CUDA, less the spread of both: above 1, CUDA is
-faster. What was not measured is not faster; a vocabulary stands for those up to a factor of two from it.
+A measurement is {"dtype": ..., "vocab": ..., "tokens": ..., "ratio": ...}: of logits of that dtype and vocabulary; null
+both for operators on tokens, where it stands for all of them. `ratio` is Triton's time over that of CUDA, less the
+spread of both: above 1, CUDA is faster. What was not measured is not faster; a vocabulary stands for those up to a
+factor of two from it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,34 +32,33 @@ class Measurement(NamedTuple):
 Table = dict[str, dict[str, list[Measurement]]]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def cuda_is_faster(operator: str, device_name: str, dtype: torch.dtype | None, vocab: int | None) -> bool:
     """Whether an operator of namespace r1kernels runs faster by its CUDA kernels than by Triton's.
 
     Args:
         operator: its name, such as "token_stats".
         device_name: as torch.cuda.get_device_name tells it.
-        dtype: of the logits, None where an operator has none.
-        vocab: V, likewise.
+        dtype: of the operator's first argument, the logits.
+        vocab: its last dimension, V.
 
     Raises:
         RuntimeError: the table cannot be read.
     """
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    known = [each for each in load(TABLE).get(device_name, {}).get(operator, []) if each.dtype == name]
-    if vocab is None:
-        near = [each for each in known if each.vocab is None]
-    else:
-        distance = {each: _apart(vocab, each.vocab) for each in known if each.vocab is not None}
-        least = min(distance.values(), default=FARTHEST)
-        near = [each for each, factor in distance.items() if factor == least <= FARTHEST]
+    known = [each for each in load(TABLE).get(device_name, {}).get(operator, []) if each.dtype in (None, name)]
+    distance = {each: _apart(vocab, each.vocab) for each in known}
+    least = min(distance.values(), default=FARTHEST)
+    near = [each for each, factor in distance.items() if factor == least <= FARTHEST]
     # Of few tokens and of many: the choice is one for all of them.
     return bool(near) and all(each.ratio > 1 for each in near)
 
 
-def _apart(a: int, b: int) -> float:
-    a, b = max(a, 1), max(b, 1)
-    return max(a / b, b / a)
+def _apart(vocab: int | None, measured: int | None) -> float:
+    if measured is None or vocab is None:
+        return 1.0 if measured is None else math.inf
+    larger, smaller = max(vocab, measured), min(vocab, measured)
+    return larger / smaller if smaller > 0 else math.inf
 
 
 @functools.cache

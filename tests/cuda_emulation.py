@@ -42,7 +42,7 @@ def _compile(source: Path, flags: Iterable[str], shared: bytes) -> Path:
 
 
 def _headers() -> bytes:
-    files = [*CSRC.rglob("*.h"), *EMULATOR.rglob("*.h"), *EMULATOR.rglob("*.cuh")]
+    files = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *EMULATOR.rglob("*.h"), *EMULATOR.rglob("*.cuh")]
     return b"".join(path.read_bytes() for path in sorted(files))
 
 

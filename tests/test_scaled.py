@@ -1,11 +1,13 @@
-"""A gradient times a factor of the device's own: the Triton kernel, interpreted (see test_triton_interpreter.py)."""
+"""A gradient times a factor of the device's own: the kernels of GPUs, where they run on the CPU for tests."""
 
 import pytest
 import torch
 
 from r1kernels import _library, testing
 
-pytestmark = pytest.mark.skipif(not _library.INTERPRETED, reason="a kernel of GPUs: here it runs interpreted only")
+pytestmark = pytest.mark.skipif(
+    not (_library.INTERPRETED or _library.EMULATED), reason="a kernel of GPUs: here it is interpreted or emulated"
+)
 PAIRS = [
     (grad, out) for grad in _library.NATIVE_DTYPES for out in _library.NATIVE_DTYPES
     if grad == torch.float32 or out in (grad, torch.float32)
@@ -35,9 +37,22 @@ def test_in_its_own_memory() -> None:
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("dtype", _library.NATIVE_DTYPES)
+def test_a_factor_of_one_changes_no_bit(dtype: torch.dtype) -> None:
+    bits = torch.randint(-(2**15), 2**15, (70_001,), generator=testing.generator(0), dtype=torch.int16)
+    grad = bits[: 70_000 if dtype == torch.float32 else None].view(dtype)
+    torch.ops.r1kernels.scaled(grad[grad.isfinite()], torch.tensor(1.0), out := grad[grad.isfinite()], False)
+    assert torch.equal(out, grad[grad.isfinite()])
+    if _library.EMULATED:  # not even those of a NaN: where nothing is to be done, nothing is read
+        before = grad.clone()
+        torch.ops.r1kernels.scaled(grad, torch.tensor(1.0), grad, False)
+        assert torch.equal(grad.view(torch.int16), before.view(torch.int16))
+
+
 def test_strided_memory_is_refused() -> None:
     grad = torch.randn(8, 8)
-    with pytest.raises(ValueError, match=r"out has strides \(1, 8\), expected contiguous memory aligned to 16 bytes"):
+    message = r"out has strides \(1, 8\), expected contiguous memory aligned to 16 bytes"
+    with pytest.raises((ValueError, RuntimeError), match=message):
         torch.ops.r1kernels.scaled(grad, torch.tensor(1.0), torch.empty(8, 8).t(), False)
 
 

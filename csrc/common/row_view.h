@@ -53,6 +53,25 @@ inline RowView merged(const RowView& rows) {
   return view;
 }
 
+// Whether views of memory share a part of it.
+inline bool overlap(const RowView& a, const RowView& b) {
+  const auto end = [](const RowView& rows) {
+    int64_t last = (rows.vocab - 1) * rows.vocab_stride;
+    for (int k = 0; k < rows.leading; ++k) last += (rows.sizes[k] - 1) * rows.strides[k];
+    return static_cast<const char*>(rows.data) + (last + 1) * size_of(rows.dtype);
+  };
+  return a.data < end(b) && b.data < end(a);
+}
+
+// Whether every row of a merged view starts at the address where that of the other does.
+inline bool same_row_starts(const RowView& a, const RowView& b) {
+  bool same = a.data == b.data && a.leading == b.leading;
+  for (int k = 0; same && k < a.leading; ++k) {
+    same = a.sizes[k] == b.sizes[k] && a.strides[k] * size_of(a.dtype) == b.strides[k] * size_of(b.dtype);
+  }
+  return same;
+}
+
 // Whether entries are adjacent and every row of a merged view starts at a multiple of 16 bytes.
 inline bool aligned16(const RowView& rows) {
   if (rows.vocab_stride != 1 || reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) return false;

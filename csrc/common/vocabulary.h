@@ -42,6 +42,19 @@ R1K_HOST_DEVICE float exp2_of_product(float d, Scale s, float lost) {
   return e + e * (lost * static_cast<float>(kLn2));
 }
 
+struct Difference {
+  float d;
+  float lost;  // to the exponent of its power
+};
+
+// x - top where the power is not 0, else a d that is finite; NaN stays.
+R1K_HOST_DEVICE Difference exact_difference(float x, float top, Scale s) {
+  const float lowest = -1000.0f / s.c;  // 2^-1000 is 0
+  const float d = difference(x, top);
+  if (d < lowest) return {lowest, 0};  // where x is -inf, what was lost would be inf - inf
+  return {d, difference_error(x, top, d) * s.c};
+}
+
 // x - top and e^{(x - top)/T}, for an x of -inf or NaN as well.
 template <bool kExact>
 R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
@@ -49,10 +62,8 @@ R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
     const float d = x - top;
     return {std::fmax(d, kLowest), exp2_fast(d * s.c)};  // of NaN the power is NaN
   }
-  const float lowest = top - 1000.0f / s.c;  // 2^-1000 is 0, and nothing on the way is inf - inf
-  if (x < lowest) x = lowest;                // NaN stays
-  const float d = difference(x, top);
-  return {d, exp2_of_product<true>(d, s, difference_error(x, top, d) * s.c)};
+  const Difference d = exact_difference(x, top, s);
+  return {d.d, exp2_of_product<true>(d.d, s, d.lost)};
 }
 
 // What a thread has added up, relative to the maximum `top` of what it has seen: rest = sum e^{(x - top)/T}, weighted =
@@ -189,10 +200,9 @@ template <bool kExact, bool kEntropy>
 R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
   float lost = row.anchor_rest, d;
   if (kExact) {
-    const float lowest = row.anchor - 1000.0f / row.scale.c;  // as in `below`
-    if (x < lowest) x = lowest;
-    d = difference(x, row.anchor);
-    lost += difference_error(x, row.anchor, d) * row.scale.c;
+    const Difference exact = exact_difference(x, row.anchor, row.scale);
+    d = exact.d;
+    lost += exact.lost;
   } else {
     d = x - row.anchor;
   }

@@ -124,7 +124,7 @@ class PartWarp {
         full_(reinterpret_cast<Barrier*>(&shared + 1) + warp_id() * step.tile.slots),
         ring_(reinterpret_cast<unsigned char*>(&shared) + rings_offset(step.tile) +
               static_cast<size_t>(warp_id()) * step.tile.slots * step.tile.chunk * kVec),
-        walk_(step.args.mask, step.args.tokens, cluster, clusters) {
+        walk_(step.args.policy.mask, step.args.policy.tokens, cluster, clusters) {
     next_row();
   }
 
@@ -150,9 +150,9 @@ class PartWarp {
 
   // Zeros for the rows that do not count.
   __device__ void clear_masked(int64_t cluster, int64_t clusters) {
-    if (args_.mask == nullptr) return;
-    for (int64_t n = cluster; n < args_.tokens; n += clusters) {
-      if (args_.mask[n]) continue;
+    if (args_.policy.mask == nullptr) return;
+    for (int64_t n = cluster; n < args_.policy.tokens; n += clusters) {
+      if (args_.policy.mask[n]) continue;
       const Part part = part_of(args_.out, n, index_, tile_);
       const Chunk all = {0, part.count, smaller(part.before != 0 ? 1 : 0, part.count),
                          part.after != 0 ? part.count - 1 : part.count};
@@ -377,15 +377,15 @@ struct TokenInputs {
 __device__ __forceinline__ TokenInputs read_token(const GrpoStepArgs& args, int64_t n, TokenWeight& weight) {
   TokenInputs inputs = {};
   if (n < 0) return inputs;
-  const int64_t sequence = sequence_of(args, n);
-  const TokenOrSequence &advantages = args.advantages, &importance = args.importance_weights;
+  const int64_t sequence = sequence_of(args.policy, n);
+  const Broadcast &advantages = args.policy.advantages, &importance = args.policy.importance_weights;
   inputs.id = args.token_ids[n];
-  inputs.old = args.old_logprobs != nullptr ? args.old_logprobs[n] : 0;
-  inputs.token.has_ref = args.ref_logprobs != nullptr;
-  inputs.token.ref = inputs.token.has_ref ? args.ref_logprobs[n] : 0;
+  inputs.old = args.policy.old_logprobs != nullptr ? args.policy.old_logprobs[n] : 0;
+  inputs.token.has_ref = args.policy.ref_logprobs != nullptr;
+  inputs.token.ref = inputs.token.has_ref ? args.policy.ref_logprobs[n] : 0;
   inputs.token.advantage = advantages.data[advantages.per_sequence ? sequence : n];
   inputs.token.importance = importance.data == nullptr ? 1 : importance.data[importance.per_sequence ? sequence : n];
-  inputs.token.weight = weight.of(args, sequence);
+  inputs.token.weight = weight.of(args.policy, sequence);
   return inputs;
 }
 
@@ -394,14 +394,14 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
                           PolicySums* partials) {
   const GrpoStepArgs& args = step.args;
   const bool writes = cluster_rank() == 0 && lane_id() == 0;
-  if (cluster_rank() == 0 && args.mask != nullptr) {
-    for (int64_t n = cluster + lane_id() * clusters; n < args.tokens; n += kWarp * clusters) {
-      if (!args.mask[n]) args.logprobs[n] = args.entropy[n] = 0;
+  if (cluster_rank() == 0 && args.policy.mask != nullptr) {
+    for (int64_t n = cluster + lane_id() * clusters; n < args.policy.tokens; n += kWarp * clusters) {
+      if (!args.policy.mask[n]) args.logprobs[n] = args.entropy[n] = 0;
     }
   }
   PolicySums total;
-  RowWalk walk(args.mask, args.tokens, cluster, clusters);
-  TokenWeight weight(args);
+  RowWalk walk(args.policy.mask, args.policy.tokens, cluster, clusters);
+  TokenWeight weight(args.policy);
   int64_t n = walk.next();
   TokenInputs inputs = read_token(args, n, weight);
   for (int64_t q = 0; n >= 0; ++q) {
@@ -415,8 +415,8 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
     PolicyToken token = inputs.token;
     token.logprob = static_cast<float>(row.logprob);
     token.entropy = static_cast<float>(row.entropy);
-    token.log_ratio = token.logprob - (args.old_logprobs != nullptr ? inputs.old : token.logprob);
-    const PolicyGradient gradient = add_token(total, args.objective, token);
+    token.log_ratio = token.logprob - (args.policy.old_logprobs != nullptr ? inputs.old : token.logprob);
+    const PolicyGradient gradient = add_token(total, args.policy.objective, token);
     if (lane_id() == 0) {
       RowPlan& plan = shared.plan[depth];
       plan.row = row_gradient(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * kWarp, 1)
     warp.fill();
     warp.clear_masked(cluster, clusters);
     const int64_t* const ids = step.args.token_ids;
-    RowWalk ahead(step.args.mask, step.args.tokens, cluster, clusters), walk = ahead;
+    RowWalk ahead(step.args.policy.mask, step.args.policy.tokens, cluster, clusters), walk = ahead;
     int64_t row = ahead.next(), id = row >= 0 ? ids[row] : 0, summed = 0, q = 0;
     for (int64_t n = walk.next(); n >= 0; n = walk.next(), ++q) {
       while (row >= 0 && summed <= q + tile.lookahead) {
@@ -485,15 +485,15 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * kWarp, 1)
 __global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ GrpoStepArgs args,
                                                        const PolicySums* partials, int64_t count) {
   wait_for_previous_kernel();
-  if (args.normalizer != nullptr) {
-    R1K_DEVICE_CHECK(*args.normalizer > 0 && *args.normalizer < INFINITY,
+  if (args.policy.normalizer != nullptr) {
+    R1K_DEVICE_CHECK(*args.policy.normalizer > 0 && *args.policy.normalizer < INFINITY,
                      "r1kernels: normalizer must be a positive finite number");
   }
-  if (args.cu_seqlens != nullptr) {
-    R1K_DEVICE_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.sequences] == args.tokens,
+  if (args.policy.cu_seqlens != nullptr) {
+    R1K_DEVICE_CHECK(args.policy.cu_seqlens[0] == 0 && args.policy.cu_seqlens[args.policy.sequences] == args.policy.tokens,
                      "r1kernels: cu_seqlens must run from 0 to N");
-    for (int64_t s = lane_id(); s < args.sequences; s += kWarp) {
-      R1K_DEVICE_CHECK(args.cu_seqlens[s] <= args.cu_seqlens[s + 1], "r1kernels: cu_seqlens must not descend");
+    for (int64_t s = lane_id(); s < args.policy.sequences; s += kWarp) {
+      R1K_DEVICE_CHECK(args.policy.cu_seqlens[s] <= args.policy.cu_seqlens[s + 1], "r1kernels: cu_seqlens must not descend");
     }
   }
   PolicySums total;
@@ -516,7 +516,7 @@ __global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ G
     other.nonfinite = shuffle_xor(total.nonfinite, mask);
     total.merge(other);
   }
-  if (lane_id() == 0) finish(total, args.sequences, args.loss, args.metrics);
+  if (lane_id() == 0) finish(total, args.policy.sequences, args.policy.loss, args.policy.metrics);
 }
 
 using StepKernel = void (*)(Step, PolicySums*);
@@ -623,7 +623,7 @@ size_t step_scratch(const StepTile& tile) { return sizeof(PolicySums) * tile.clu
 
 void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scratch, const Stream& stream) {
   auto* const partials = static_cast<PolicySums*>(scratch);
-  const int64_t clusters = std::min<int64_t>(tile.clusters, args.tokens);
+  const int64_t clusters = std::min<int64_t>(tile.clusters, args.policy.tokens);
   launch(kernel_for(args.logits.dtype), grid_of(tile, clusters), stream, Step{args, tile}, partials);
   Grid last = {1, kWarp};
   last.overlap = true;

@@ -5,39 +5,21 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/objective.h"
 #include "common/row_view.h"
+#include "cuda/policy_loss.h"
 #include "cuda/stream.h"
 
 namespace r1k {
 namespace gpu {
 
-// One number per token or per sequence, or none (data == nullptr).
-struct TokenOrSequence {
-  const float* data;
-  bool per_sequence;
-};
-
 struct GrpoStepArgs {
-  RowView logits;             // merged
-  RowView out;                // of the same shape and dtype; may be the logits themselves
-  const int64_t* token_ids;   // [N]
+  RowView logits;            // merged
+  RowView out;               // of the same shape and dtype; may be the logits themselves
+  const int64_t* token_ids;  // [N]
   double temperature;
-  Objective objective;        // of a ratio of single tokens
-  int64_t tokens;
-  int64_t sequences;
-  int64_t length;             // T of a (B, T) batch; unused when cu_seqlens is given
-  const int64_t* cu_seqlens;  // [S + 1] or null
-  const float* old_logprobs;  // [N] or null: on-policy
-  const float* ref_logprobs;  // [N] or null
-  const bool* mask;           // [N] or null: every token counts
-  TokenOrSequence advantages;
-  TokenOrSequence importance_weights;
-  const float* normalizer;    // 0-d or null
-  float* logprobs;            // [N]
-  float* entropy;             // [N]
-  float* loss;                // 0-d
-  float* metrics;             // [kMetricCount]
+  PolicyLossArgs policy;     // of a ratio of single tokens; its logprobs and entropy are those below
+  float* logprobs;           // [N]
+  float* entropy;            // [N]
 };
 
 // How the rows of a launch are cut.  A row belongs to the blocks of one cluster; each of their warps keeps its part of

@@ -164,3 +164,11 @@ def compile_all(nvcc: Nvcc, names: Sequence[str] | None = None, workers: int | N
     names = architectures() if names is None else names
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         return list(pool.map(lambda source: compile_source(source, nvcc, names), sources()))
+
+
+if __name__ == "__main__":
+    compiler, missing = available()
+    if compiler is None:
+        print(f"without CUDA kernels: {missing}")
+    else:
+        print(f"with CUDA kernels for {', '.join(architectures())} by nvcc {compiler.version}")

@@ -60,14 +60,14 @@ R1K_HOST_DEVICE SurrogateTerm surrogate_of(const Objective& objective, const Pol
   return surrogate_term(objective, token.log_ratio, token.importance == 0 ? 0.0f : token.advantage, token.logprob);
 }
 
-// With `shared_slope` (a sequence's ratio) the surrogate's slope is that number and not the token's own.
+// With `shared` (a sequence's ratio) the surrogate's slope is `shared_slope` and not the token's own.
 R1K_HOST_DEVICE PolicyGradient add_token(PolicySums& sums, const Objective& objective, const PolicyToken& token,
-                                         const double* shared_slope = nullptr) {
+                                         bool shared = false, double shared_slope = 0) {
   const SurrogateTerm term = surrogate_of(objective, token);
   const double surrogate_loss = weighted(token.importance, term.loss);
   const double surrogate_slope = weighted(token.importance, term.slope);
   double loss = surrogate_loss;
-  double slope = shared_slope != nullptr ? *shared_slope : surrogate_slope;
+  double slope = shared ? shared_slope : surrogate_slope;
   double kl_slope = 0;
   if (token.has_ref) {
     const Term kl = kl_term(objective.kl, token.ref - token.logprob);

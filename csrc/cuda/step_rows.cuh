@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/grpo_step.h"
+#include "cuda/policy_loss.h"
 
 namespace r1k {
 namespace gpu {
@@ -64,7 +64,7 @@ __device__ inline int64_t counted_tokens(const bool* mask, int64_t begin, int64_
 }
 
 // The sequence that holds a token: the last one that begins at or before it.  All lanes of a warp.
-__device__ inline int64_t sequence_of(const GrpoStepArgs& args, int64_t token) {
+__device__ inline int64_t sequence_of(const PolicyLossArgs& args, int64_t token) {
   if (args.cu_seqlens == nullptr) return token / args.length;
   int64_t low = 0, width = args.sequences;
   while (width > 1) {
@@ -81,7 +81,7 @@ __device__ inline int64_t sequence_of(const GrpoStepArgs& args, int64_t token) {
 // The weight of tokens in the loss; of a sequence it is worked out when the first of its tokens comes.  All lanes of a warp.
 class TokenWeight {
  public:
-  __device__ explicit TokenWeight(const GrpoStepArgs& args) : sequence_(-1) {
+  __device__ explicit TokenWeight(const PolicyLossArgs& args) : sequence_(-1) {
     const double sequences = static_cast<double>(args.sequences > 1 ? args.sequences : 1);
     if (args.normalizer != nullptr) {
       denominator_ = *args.normalizer;
@@ -96,7 +96,7 @@ class TokenWeight {
     weight_ = 1 / denominator_;
   }
 
-  __device__ double of(const GrpoStepArgs& args, int64_t sequence) {
+  __device__ double of(const PolicyLossArgs& args, int64_t sequence) {
     if (args.objective.aggregate == Aggregate::sequence_mean && sequence != sequence_) {
       const int64_t begin = args.cu_seqlens != nullptr ? args.cu_seqlens[sequence] : sequence * args.length;
       const int64_t end = args.cu_seqlens != nullptr ? args.cu_seqlens[sequence + 1] : begin + args.length;

@@ -1,0 +1,365 @@
+"""csrc/common/vocabulary.h on the host, against numpy in more than float64: the sums of a row, what becomes of them,
+and the gradient of an entry.
+
+`exact` are the lines for results as fine as float32, `rounded` those for 16-bit logits. y is the exponent of a power,
+(top - x) log2(e) / T: in `rounded` its roundings cost the power so many of its own, in `exact` none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import host_module
+import numpy as np
+import pytest
+from common_cases import LEAST, U64, U, Wide, rises, statistics_of, within
+
+LN2, LOG2E = float(np.log(2)), float(1 / np.log(2))
+TEMPERATURES = [0.1, 0.7, 1.0, 3.0]
+LOWEST = np.finfo(np.float32).min
+Maker = Callable[[np.random.Generator, int, int], np.ndarray]
+
+
+@pytest.fixture(params=host_module.variants())
+def host(request: pytest.FixtureRequest) -> ModuleType:
+    return host_module.common()[request.param]
+
+
+@pytest.fixture(params=["exact", "rounded"])
+def lines(request: pytest.FixtureRequest, host: ModuleType) -> Any:
+    return getattr(host, request.param)
+
+
+def is_exact(lines: Any) -> bool:
+    return lines.__name__.endswith("exact")
+
+
+@pytest.fixture
+def power_error(host: ModuleType) -> float:
+    """Of exp2_fast, relative, as it is here; what is allowed is in test_common_arithmetic."""
+    return _power_error(host)
+
+
+@functools.cache
+def _power_error(host: ModuleType) -> float:
+    x = np.float32(np.linspace(-126, 0, 100_001))
+    exact = np.exp2(x.astype(Wide))
+    return 1.01 * float((np.abs(host.exp2_fast(x) - exact) / exact).max())
+
+
+def in_use(lines: Any, temperature: float) -> Wide:
+    """1 / T as the sums have it: of 48 bits in `exact`, of 24 in `rounded`."""
+    return Wide(lines.scale_of_sums(temperature)) * np.log(Wide(2))
+
+
+def of_powers(lines: Any, y: Any, power_error: float) -> Any:
+    """Relative error of 2^-y. Rounded: of the difference, and of its product with c. Exact: of the product with what
+    was lost and of the sum; and a parabola was left out, of that loss."""
+    return power_error + (2 * U + (3 * U * y * LN2) ** 2 / 2 if is_exact(lines) else 2 * U * LN2 * y)
+
+
+# ---- powers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_powers_below_a_maximum(lines: Any, power_error: float, temperature: float, offset: float) -> None:
+    rng = np.random.default_rng(0)
+    top = np.float32(rng.normal(offset, 10, 50_000))
+    x = np.float32(top - rng.exponential(20, top.size))
+    found = lines.below(x, top, temperature)
+    d = x.astype(Wide) - top
+    exact = np.exp(d * in_use(lines, temperature))
+    within(found["d"][exact > LEAST / 2], d[exact > LEAST / 2], U * np.abs(d[exact > LEAST / 2]))
+    y = -d * LOG2E / temperature
+    within(found["e"], exact, exact * of_powers(lines, y, power_error) + 2 * LEAST)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_powers_of_what_is_no_number(lines: Any, temperature: float) -> None:
+    """A power of 0 has an exponent that is finite: their product is 0."""
+    lowest = np.float32([-np.inf, LOWEST, -1e30])
+    for top in (0.0, 1e4, -1e30, 3e38):
+        found = lines.below(lowest[:2], top, temperature)
+        assert (found["e"] == 0).all() and np.isfinite(found["d"]).all(), found
+    assert np.isnan(lines.below(np.float32([np.nan, np.inf]), [0, np.inf], temperature)["e"]).all()
+    assert (lines.below(lowest[1:], lowest[1:], temperature)["e"] == 1).all()
+
+
+def test_powers_of_products_take_what_was_lost(host: ModuleType, power_error: float) -> None:
+    """2^(d (c + c_rest) + lost), with a `lost` of some roundings of the exponent."""
+    rng = np.random.default_rng(1)
+    d, c = np.float32(-rng.exponential(30, 20_000)), np.float32(rng.uniform(0.4, 20, 20_000))
+    c_rest, lost = np.float32(c * rng.uniform(-U, U, c.size)), np.float32(rng.uniform(-1e-5, 1e-5, c.size))
+    power = d.astype(Wide) * (c.astype(Wide) + c_rest) + lost
+    seen = power > -126
+    assert seen.sum() > 3000
+    error = power_error + 2 * U + ((3 * U * -power + np.abs(lost)) * LN2) ** 2 / 2
+    within(host.exact.exp2_of_product(d, c, c_rest, lost)[seen], np.exp2(power[seen]), (np.exp2(power) * error)[seen])
+    power = d.astype(Wide) * c + lost
+    error = power_error + U * LN2 * -power
+    found = host.rounded.exp2_of_product(d, c, c_rest, lost)
+    within(found[seen], np.exp2(power[seen]), (np.exp2(power) * error)[seen])
+
+
+# ---- sums of a thread -------------------------------------------------------------------------------------------
+
+
+def with_forbidden(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+    x = rng.normal(0, 4, (rows, length))
+    x[rng.random(x.shape) < 0.3] = -np.inf
+    x[0, : length // 2], x[1, length // 2 :] = -np.inf, -np.inf
+    x[:, length // 3] = 1.0
+    return x
+
+
+ROWS: dict[str, Maker] = {
+    "random": lambda rng, rows, length: rng.normal(0, 4, (rows, length)),
+    "offset": lambda rng, rows, length: rng.normal(1e4, 4, (rows, length)),
+    "equal": lambda rng, rows, length: np.full((rows, length), 3.3) * rng.normal(0, 9, (rows, 1)),
+    "few values": lambda rng, rows, length: rng.integers(-2, 3, (rows, length)) * 0.7,
+    "ascending": lambda rng, rows, length: np.sort(rng.normal(0, 9, (rows, length)), -1),
+    "descending": lambda rng, rows, length: -np.sort(rng.normal(0, 9, (rows, length)), -1),
+    "forbidden": with_forbidden,
+    "far apart": lambda rng, rows, length: rng.normal(0, 1, (rows, length)) * 10 ** rng.uniform(0, 30, (rows, length)),
+}
+
+
+def rows_of(name: str, rows: int, length: int) -> np.ndarray:
+    return np.float32(ROWS[name](np.random.default_rng(2), rows, length))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("kind", ROWS)
+def test_entries_in_any_grouping(lines: Any, power_error: float, kind: str, count: int, temperature: float) -> None:
+    """Each change of the maximum is a power and five roundings; each group and each of its entries a sum."""
+    x = rows_of(kind, 40, 96)
+    sums = lines.add_all(x, temperature, count)
+    np.testing.assert_array_equal(sums["top"], x.max(-1))
+    d = np.where(x == -np.inf, Wide(0), x.astype(Wide) - sums["top"][:, None])
+    e = np.where(x == -np.inf, Wide(0), np.exp(d * in_use(lines, temperature)))
+    changes = 1 + rises(x.reshape(len(x), -1, count).max(-1))[:, None]
+    error = of_powers(lines, -d * LOG2E / temperature, power_error) + changes * (power_error + 7 * U)
+    error += (count + 96 // count) * U
+    is_top = (x == sums["top"][:, None]) & is_exact(lines)
+    within(sums["count"], is_top.sum(-1), 0)
+    rest = np.where(is_top, 0, e)
+    within(sums["rest"], rest.sum(-1), (rest * error).sum(-1) + 96 * LEAST)
+    within(sums["weighted"], (e * d).sum(-1), (e * -d * (error + 2 * U)).sum(-1) + 96 * LEAST * (1 - d.min(-1)))
+
+
+def test_entries_that_are_no_numbers(lines: Any) -> None:
+    x = np.zeros((5, 16), np.float32)
+    x[0] = -np.inf
+    x[1, 9], x[2, 9], x[3, [3, 9]], x[4] = np.nan, np.inf, [np.inf, np.nan], LOWEST
+    for count in (1, 4, 8):
+        sums = lines.add_all(x, 1.0, count)
+        assert sums["rest"][0] + sums["count"][0] == 0 and sums["weighted"][0] == 0
+        assert np.isnan(sums["rest"][1:4] + sums["weighted"][1:4]).all()
+        assert sums["rest"][4] + sums["count"][4] == 16 and sums["weighted"][4] == 0
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sums_relative_to_another_maximum(lines: Any, power_error: float, temperature: float) -> None:
+    x = rows_of("random", 40, 32)
+    sums = lines.add_all(x, temperature, 4)
+    fields = [sums[name] for name in sums.dtype.names]
+    assert (lines.relative_to(*fields, sums["top"], temperature) == sums).all()
+    top = np.float32(sums["top"] + np.random.default_rng(3).exponential(5, len(x)))
+    found = lines.relative_to(*fields, top, temperature)
+    assert (found["top"] == top).all() and (found["count"] == 0).all()
+    d = sums["top"].astype(Wide) - top
+    e = np.exp(d * in_use(lines, temperature))
+    error = of_powers(lines, -d * LOG2E / temperature, power_error) + 4 * U
+    everything = sums["rest"].astype(Wide) + sums["count"]
+    within(found["rest"], e * everything, error * e * everything + LEAST * everything)
+    weighted = e * (sums["weighted"] + d * everything)
+    within(found["weighted"], weighted, (error + 2 * U) * -weighted + LEAST * (1 - d) * everything)
+    far = lines.relative_to(*fields, 3e38, temperature)
+    assert (far["rest"] == 0).all() and (far["weighted"] == 0).all()
+
+
+# ---- the row as a whole -----------------------------------------------------------------------------------------
+
+THREADS = 8
+
+
+def of_row(
+    lines: Any, x: np.ndarray, ids: np.ndarray, temperature: float, count: int, power_error: float,
+    powers: str = "statistics",
+) -> Any:
+    """The true statistics, and how far those of the kernel's may be."""
+    below, p, _, lse, entropy = statistics_of(x, temperature)
+    own = np.arange(x.shape[1]) == ids[:, None]
+    z = x.astype(Wide) / Wide(temperature)
+    others = np.where(own | (p == 0), 0, np.exp(z - z[own][:, None])).sum(-1)
+    logprobs = -np.log1p(others)
+    groups = -(-x.shape[1] // (count * THREADS))
+    # Of a thread's maxima, then of its warp's, then the row's; the token itself joins in float64.
+    changes = 3 + groups if np.isinf(x).any() else 3 + rises(
+        np.pad(x, ((0, 0), (0, -x.shape[1] % (count * THREADS))), constant_values=-1e30)
+        .reshape(len(x), groups, THREADS, count).max(-1).swapaxes(1, 2)
+    ).max(-1)[:, None]
+    size = np.where(p == 0, 0, -below)
+    of_term = of_powers(lines, size * LOG2E, power_error) + changes * (power_error + 7 * U) + (count + groups + 6) * U
+    rest = np.where(own, 0, p)
+    if powers != "statistics" and not is_exact(lines):  # of the parts and of the token itself
+        of_term += power_error + 2 * U * LN2 * size * LOG2E
+        rest = np.where(own, np.where(below == 0, 0, p), p)
+    of_total, of_weighted = (rest * of_term).sum(-1), (rest * size * (of_term + 2 * U)).sum(-1)
+    mean = (p * size).sum(-1)
+    spread = (p * size**2).sum(-1) - mean**2
+    # Rounded: 1/T is a rounding off; the log-sum-exp is corrected by its slope, the entropy moves with the spread.
+    off = 0 if is_exact(lines) else U
+    double = 8 * U64 * (1 + mean)
+    lse_error = of_total + 2 * off * (of_weighted + of_total * mean) + off**2 * spread + double
+    entropy_error = of_total * (1 + mean) + of_weighted + 2 * off * spread + double
+    at_top = ids == x.argmax(-1)
+    logprob_error = lse_error + np.where(at_top, 0, 4 * U64 * (np.abs(lse) + np.abs(z[own])))
+    return (logprobs, logprob_error), (lse, lse_error + 4 * U64 * np.abs(lse)), (entropy, entropy_error)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("powers, count", [("statistics", 4), ("statistics", 8), ("statistics_of_float32_powers", 8)])
+@pytest.mark.parametrize("kind", [name for name in ROWS if name != "far apart"])
+def test_statistics_of_rows(
+    lines: Any, power_error: float, kind: str, powers: str, count: int, temperature: float
+) -> None:
+    x = rows_of(kind, 40, 301)
+    ids = np.random.default_rng(4).integers(0, 301, len(x))
+    ids[: len(x) // 2] = x[: len(x) // 2].argmax(-1)
+    ids[np.isinf(x[np.arange(len(x)), ids])] = 100  # 301 // 3: a word that may be said
+    found = getattr(lines, powers)(x, ids, temperature, count, THREADS)
+    bounds = of_row(lines, x, ids, temperature, count, power_error, powers)
+    for name, (exact, allowed) in zip(("logprob", "lse", "entropy"), bounds, strict=True):
+        within(found[name], exact, allowed)
+
+
+@pytest.mark.parametrize("gap", [5, 12, 20, 30])
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_log_probs_near_0_keep_their_relative_accuracy(
+    lines: Any, power_error: float, gap: float, offset: float
+) -> None:
+    """Down to what float64 can tell from 1, whatever the offset."""
+    x = rows_of("random", 40, 301) / np.float32(4) + np.float32(offset)
+    ids = np.full(len(x), 17)
+    x[:, 17] = x.max(-1) + np.float32(gap)
+    (exact, _), _, (entropy, _) = of_row(lines, x, ids, 1.0, 8, power_error)
+    roundings = 3 * U * (gap + 8) + 6 * (power_error + 7 * U) + 20 * U
+    assert (exact > -300 * np.exp(-gap)).all()
+    for powers in (lines.statistics, lines.statistics_of_float32_powers):
+        found = powers(x, ids, 1.0, 8, THREADS)
+        within(found["logprob"], exact, roundings * -exact + 2 * U64)
+        within(found["entropy"], entropy, 2 * roundings * entropy + 4 * U64)
+
+
+def test_rows_that_are_no_numbers(lines: Any) -> None:
+    x = np.zeros((7, 40), np.float32)
+    x[0], x[1, :-1], x[2, 5], x[3, 5], x[4, 7] = -np.inf, -np.inf, np.nan, np.inf, np.nan
+    x[5, 7], x[6, 7] = np.inf, -np.inf
+    ids = np.array([7, 39, 7, 7, 7, 7, 7])
+    for powers in (lines.statistics, lines.statistics_of_float32_powers):
+        check_no_numbers(powers(x, ids, 0.7, 8, THREADS))
+
+
+def check_no_numbers(found: np.ndarray) -> None:
+    assert found["lse"][0] == -np.inf and np.isnan(found["logprob"][0]) and np.isnan(found["entropy"][0])
+    assert found[1].tolist() == (0, 0, 0)
+    assert np.isnan(found["entropy"][2:6]).all() and not np.isfinite(found["logprob"][2:6]).any()
+    assert found["logprob"][6] == -np.inf
+    within(found["entropy"][6], np.log(39), 40 * U)
+
+
+# ---- the gradient -----------------------------------------------------------------------------------------------
+
+
+def gradients_of(x: np.ndarray, temperature: float, g: np.ndarray, eta: np.ndarray) -> tuple[np.ndarray, ...]:
+    """-(g + eta (log p + H)) p / T of every entry; p, log p, lse and H."""
+    below, p, total, lse, entropy = statistics_of(x, temperature)
+    log_p = below - np.log(total)[:, None]
+    moving = np.where(p == 0, 0, eta[:, None] * np.where(p == 0, 0, log_p + entropy[:, None]))
+    return -(g[:, None] + moving) * p / Wide(temperature), p, log_p, lse, entropy
+
+
+def entry_error(
+    lines: Any, x: np.ndarray, temperature: float, g: np.ndarray, eta: np.ndarray, power_error: float
+) -> np.ndarray:
+    """Of p: the anchor's difference, its product with c, and c. Of the factor: g and eta; the pivot's difference and
+    its product with 1/T, whose sizes are those of x - pivot; their sum; what the offset cannot hold of the pivot."""
+    gradient, p, log_p, lse, entropy = gradients_of(x, temperature, g, eta)
+    g, eta, lse, entropy = (np.abs(value)[:, None] for value in (g, eta, lse, entropy))
+    y = np.where(p == 0, 0, -log_p * LOG2E)
+    if is_exact(lines):
+        lost = (U * lse + 3 * U * y * LN2)  # the anchor's and the products', small numbers: but for a parabola
+        of_p = power_error + 2 * U + lost**2 / 2
+    else:
+        of_p = power_error + 3 * U * LN2 * y
+    from_pivot = np.where(p == 0, 0, np.abs(log_p + entropy)) + 2 * U * (lse + entropy)
+    of_factor = (0 if is_exact(lines) else U) * g + eta * (6 * U * from_pivot + U * U * (lse + entropy))
+    sizes = np.abs(gradient) * temperature / np.where(p == 0, 1, p)
+    subnormal = 2 * LEAST * (1 + (g + eta * 200) / temperature)
+    return p / temperature * ((of_p + 4 * U) * sizes + (1 + of_p) * of_factor) + subnormal
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("kind", [name for name in ROWS if name != "far apart"])
+@pytest.mark.parametrize("weights", ["g", "eta", "both"])
+def test_gradients_of_entries(lines: Any, power_error: float, kind: str, temperature: float, weights: str) -> None:
+    rng = np.random.default_rng(5)
+    x = rows_of(kind, 40, 200)
+    g, eta = (rng.normal(0, 1, 40) * (weights in (name, "both")) for name in ("g", "eta"))
+    exact, p, _, lse, entropy = gradients_of(x, temperature, g, eta)
+    found = lines.entry_gradient(
+        weights != "g", x, *(value.astype(np.float64)[:, None] for value in (lse, entropy)), temperature, g[:, None],
+        eta[:, None],
+    )
+    within(found, exact, entry_error(lines, x, temperature, g, eta, power_error))
+    assert (found[p == 0] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("level", [0.0, 3.3, -117.7, 1e4])
+def test_flat_rows_have_no_gradient_of_the_entropy(lines: Any, temperature: float, level: float) -> None:
+    """log p + H cancels to nothing but for what 48 bits of both cannot tell."""
+    x = np.full((1, 1000), level, np.float32)
+    lse, entropy = (float(value[0]) for value in statistics_of(x, temperature)[3:])
+    found = lines.entry_gradient(True, x, lse, entropy, temperature, 0.0, 1.0)
+    within(found, 0, (U * U + 4 * U64) * (abs(lse) + entropy) / 1000 / temperature)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("kind", ROWS)
+def test_gradients_of_the_token_itself(lines: Any, kind: str, temperature: float) -> None:
+    """One rounding of the result, and those of log p in float64. Rounded: log p, the exponentials and the entropy's
+    part in float32; -expm1(log p) moves by no more roundings than log p, p by as many as log p is large."""
+    rng = np.random.default_rng(6)
+    x = rows_of(kind, 40, 200)
+    x[:10, 0] = x[:10].max(-1) + np.float32(20)  # p near 1
+    g, eta = rng.normal(0, 1, (2, 40))
+    inner, p, log_p, lse, entropy = gradients_of(x, temperature, g, eta)
+    own_p, own_log_p = p[:, 0], log_p[:, 0]
+    others = np.where(p == 0, 0, p)[:, 1:].sum(-1)
+    cancelling = (g * others - eta * own_p * (np.where(own_p == 0, 0, own_log_p) + entropy)) / Wide(temperature)
+    exact = np.where(own_p > 0.5, cancelling, inner[:, 0] + g / Wide(temperature))
+    found = lines.own_gradient(x[:, 0], lse.astype(np.float64), entropy.astype(np.float64), temperature, g, eta)
+    z = np.where(np.isinf(x[:, 0]), 0, np.abs(x[:, 0] / temperature))
+    of_log_p = 4 * U64 * (z + np.abs(lse))
+    of_sum = (np.abs(g) + np.abs(eta) * (1 + np.where(own_p == 0, 0, np.abs(own_log_p)) + entropy)) * own_p
+    allowed = U * np.abs(exact) + (of_log_p + 4 * U64) * of_sum / temperature + LEAST
+    if not is_exact(lines):
+        own_log_p = np.where(own_p == 0, 0, own_log_p)
+        of_g = 3 * np.abs(g) * np.where(own_p > 0.5, others, 1 - own_p)
+        of_entropy = (5 - own_log_p) * np.abs(eta) * own_p * np.abs(own_log_p + entropy)
+        allowed += U * (of_g + of_entropy) / temperature
+    within(found, exact, allowed)
+
+
+def test_a_row_without_a_word_has_no_gradient(lines: Any) -> None:
+    x = np.float32([-np.inf, 0.0])
+    assert np.isnan(lines.entry_gradient(True, x, -np.inf, np.nan, 1.0, 1.0, 1.0)).all()
+    assert np.isnan(lines.entry_gradient(False, x[:1], -np.inf, np.nan, 1.0, 1.0, 0.0)).all()
+    assert np.isnan(lines.own_gradient(-np.inf, -np.inf, np.nan, 1.0, 1.0, 0.0))

@@ -1,0 +1,400 @@
+"""How the CUDA kernels are built, and what they compile to for each kind of device. No GPU is needed for that."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import nvcc
+import ptxas
+import pytest
+
+import r1kernels
+from r1kernels import _library
+from r1kernels.__main__ import cuda_sources_hash
+
+ROOT = Path(r1kernels.__file__).parents[1]
+COMMITTED = ROOT / "benchmarks" / "results" / "ptxas.json"
+REFRESH = "python benchmarks/ptxas.py benchmarks/results/ptxas.json"
+COMPILER, WITHOUT = nvcc.find()
+MACHINE_CODE = [name for name in nvcc.ARCHITECTURES if name.startswith("sm_")]
+needs_nvcc = pytest.mark.skipif(COMPILER is None, reason=WITHOUT)
+Row = dict[str, Any]
+
+
+# ---- what the kernels compile to ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[nvcc.Object]:
+    return nvcc.compile_all(COMPILER, nvcc.ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def rows(objects: list[nvcc.Object]) -> list[Row]:
+    return ptxas.rows_of(objects)
+
+
+def declared() -> set[tuple[str, str]]:
+    """(source, kernel) of all kernels, as the sources have them."""
+    found = set()
+    for source in nvcc.sources():
+        text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", source.read_text())
+        found |= {(source.name, name) for name in re.findall(r"__global__\s+void\s+(\w+)\s*\(", text)}
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", MACHINE_CODE)
+def test_every_kernel_is_compiled(rows: list[Row], arch: str) -> None:
+    assert declared()
+    assert declared() == {(row["source"], row["kernel"].partition("<")[0]) for row in rows if row["arch"] == arch}
+
+
+@needs_nvcc
+def test_nothing_is_spilled_on_sm_90a(rows: list[Row]) -> None:
+    spilling = [row for row in rows if row["stack"] or any(row["spills"].values())]
+    for row in spilling:
+        print(row)
+    assert not [row for row in spilling if row["arch"] == "sm_90a"]
+
+
+@needs_nvcc
+def test_the_committed_table_is_of_these_kernels(rows: list[Row]) -> None:
+    assert COMMITTED.exists(), f"there is no table: {REFRESH}"
+    committed = json.loads(COMMITTED.read_text())
+    assert committed["cuda_sources"] == cuda_sources_hash(ROOT), f"kernels have changed: {REFRESH}"
+    if committed["nvcc"] != COMPILER.version:
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}, this is {COMPILER.version}")
+    assert committed["rows"] == rows, f"kernels compile to something else: {REFRESH}"
+
+
+# ---- instructions -------------------------------------------------------------------------------------------
+
+
+def cuobjdump() -> str | None:
+    """The one on PATH, that of the toolkit, or that of Triton's package."""
+    places = [os.environ.get("PATH", ""), str(COMPILER.toolkit / "bin") if COMPILER else ""]
+    if triton := importlib.util.find_spec("triton"):
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+needs_cuobjdump = pytest.mark.skipif(
+    COMPILER is None or cuobjdump() is None, reason=WITHOUT or "cuobjdump was not found; Triton's package has one"
+)
+
+
+def dump(compiled: nvcc.Object, *options: str) -> str:
+    tool = Path(cuobjdump())
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    command = [str(tool), *options, str(compiled.path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(compiled: nvcc.Object, arch: str) -> dict[str, str]:
+    """The machine code of each kernel of an object."""
+    parts = re.split(r"^\s*Function : (\w+)$", dump(compiled, "-sass", "-arch", arch), flags=re.MULTILINE)[1:]
+    names = ptxas.readable(parts[::2])
+    return {names[symbol]: code for symbol, code in zip(parts[::2], parts[1::2], strict=True)}
+
+
+BULK_LOAD, BULK_STORE = r"\bUBLKCP\.S\.G\b", r"\bUBLKCP\.G\.S\b"
+WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
+STREAMING = {arch: {WIDE_LOAD} for arch in MACHINE_CODE}
+EXPECTED: dict[tuple[str, str], dict[str, set[str]]] = {
+    ("grpo_step.cu", "step_kernel"): {arch: {BULK_LOAD, BULK_STORE} for arch in ("sm_90a", "sm_100a")},
+    ("token_stats.cu", "segment_kernel"): STREAMING,
+}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", MACHINE_CODE)
+def test_the_instructions_meant_are_there(objects: list[nvcc.Object], arch: str) -> None:
+    assert set(EXPECTED) <= declared()
+    lacking = []
+    for compiled in objects:
+        meant = {name: archs[arch] for (file, name), archs in EXPECTED.items()
+                 if file == compiled.source.name and arch in archs}
+        codes = instructions(compiled, arch) if meant else {}
+        for kernel, patterns in meant.items():
+            mine = {name: code for name, code in codes.items() if name.partition("<")[0] == kernel}
+            assert mine
+            lacking += [(name, pattern) for name, code in mine.items() for pattern in patterns
+                        if not re.search(pattern, code)]
+    assert not lacking
+
+
+@needs_cuobjdump
+def test_objects_have_machine_code_and_ptx_in_compressed_form(objects: list[nvcc.Object]) -> None:
+    for compiled in objects:
+        listed = dump(compiled, "-lelf", "-lptx")
+        assert re.findall(r"\.(sm_\w+)\.cubin", listed) == MACHINE_CODE
+        assert re.findall(r"\.(sm_\w+)\.ptx", listed) == ["sm_90"]
+
+
+# ---- what ptxas says ----------------------------------------------------------------------------------------
+
+LOG = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3r1k3gpu6kernelINS0_7Float16ELb1EEEvPKf' for 'sm_80'
+ptxas info    : Function properties for _ZN3r1k3gpu6kernelINS0_7Float16ELb1EEEvPKf
+    32 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 41 registers, used 1 barriers, 1024 bytes smem, 576 bytes cmem[0]
+ptxas info    : Function properties for __internal_function
+    16 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function '_Z5plainv' for 'sm_120'
+ptxas info    : Function properties for _Z5plainv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 360 bytes cmem[0]
+"""
+
+
+def test_the_log_is_read() -> None:
+    first, second = ptxas.rows_of_log("a.cu", LOG)
+    assert first == {
+        "source": "a.cu", "kernel": "_ZN3r1k3gpu6kernelINS0_7Float16ELb1EEEvPKf", "arch": "sm_80", "registers": 41,
+        "spills": {"stores": 12, "loads": 12}, "stack": 48, "shared": 1024,
+    }
+    assert (second["arch"], second["registers"], second["stack"], second["shared"]) == ("sm_120", 8, 0, 0)
+    assert ptxas.readable([first["kernel"], second["kernel"]]) == {
+        first["kernel"]: "kernel<Float16, true>", second["kernel"]: "plain"
+    }
+    with pytest.raises(RuntimeError, match="did not say"):
+        ptxas.rows_of_log("a.cu", "Compiling entry function '_Z5plainv' for 'sm_120'\n")
+
+
+# ---- which compiler, which architectures --------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH, alone, of a machine whose variables say nothing."""
+    for name in ("NVCC", "CUDA_HOME", "R1KERNELS_CUDA", "R1KERNELS_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def make_nvcc(folder: Path, version: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "nvcc"
+    path.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release 1.2, V{version}"\necho "#$ TOP={folder}/.."\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_the_compiler_is_the_one_named_or_else_on_path(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_path = make_nvcc(machine, "13.0.88")
+    assert nvcc.find() == (nvcc.Nvcc(str(on_path), "13.0.88", machine.parent), "")
+    home = make_nvcc(machine / "home" / "bin", "12.8.1")
+    monkeypatch.setenv("CUDA_HOME", str(machine / "home"))
+    assert nvcc.find()[0] == nvcc.Nvcc(str(home), "12.8.1", machine / "home")
+    monkeypatch.setenv("NVCC", str(make_nvcc(machine / "other", "13.1.0")))
+    assert nvcc.find()[0].version == "13.1.0"
+
+
+def test_without_a_compiler_it_is_said_why(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nvcc.available() == (
+        None, "nvcc was not found; install CUDA 12.8 or newer, or set CUDA_HOME, and build again"
+    )
+    monkeypatch.setenv("R1KERNELS_CUDA", "1")
+    with pytest.raises(RuntimeError, match="R1KERNELS_CUDA=1 asks for CUDA, but nvcc was not found"):
+        nvcc.available()
+    make_nvcc(machine, "13.0.88")
+    assert nvcc.available()[0] is not None
+    monkeypatch.setenv("R1KERNELS_CUDA", "0")
+    assert nvcc.available() == (None, "R1KERNELS_CUDA was 0 when it was built; build it again without that")
+    monkeypatch.setenv("R1KERNELS_CUDA", "yes")
+    with pytest.raises(ValueError, match="R1KERNELS_CUDA is 'yes', expected 0"):
+        nvcc.available()
+
+
+def test_an_old_compiler_and_another_program_are_refused(machine: Path) -> None:
+    path = make_nvcc(machine, "12.6.20")
+    assert nvcc.find() == (None, f"{path} is of CUDA 12.6; install 12.8 or newer, and build again")
+    path.write_text("#!/bin/sh\necho something else\n")
+    assert nvcc.find() == (None, f"{path} is no nvcc; set NVCC or CUDA_HOME, and build again")
+
+
+def test_the_runtime_is_looked_for_in_the_toolkit(tmp_path: Path) -> None:
+    compiler = nvcc.Nvcc("nvcc", "13.0.88", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"libcudart_static\.a is in none of"):
+        nvcc.runtime_library(compiler)
+    library = tmp_path / "targets" / "x86_64-linux" / "lib" / "libcudart_static.a"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert nvcc.runtime_library(compiler) == library
+
+
+def test_architectures_can_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("R1KERNELS_CUDA_ARCHS", raising=False)
+    assert nvcc.architectures() == nvcc.ARCHITECTURES
+    monkeypatch.setenv("R1KERNELS_CUDA_ARCHS", "90a; compute_90")
+    assert nvcc.architectures() == ("sm_90a", "compute_90")
+    assert "-gencode=arch=compute_90a,code=sm_90a" in nvcc.flags(nvcc.architectures())
+    monkeypatch.setenv("R1KERNELS_CUDA_ARCHS", "9.0")
+    with pytest.raises(ValueError, match=r"R1KERNELS_CUDA_ARCHS has 'sm_9\.0', expected names as sm_80"):
+        nvcc.architectures()
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree of its own: one.cu includes a header that includes another, two.cu nothing."""
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (tmp_path / "csrc" / "common").mkdir()
+    (folder / "one.cu").write_text('#include <cmath>\n#include "cuda/one.cuh"\n')
+    (folder / "one.cuh").write_text('  # include "common/arithmetic.h"\n')
+    (tmp_path / "csrc" / "common" / "arithmetic.h").write_text("// nothing\n")
+    (folder / "two.cu").write_text("__global__ void kernel() {}\n")
+    monkeypatch.setattr(nvcc, "ROOT", tmp_path)
+    monkeypatch.setattr(nvcc, "OBJECTS", tmp_path / "build" / "cuda")
+    return tmp_path
+
+
+def test_objects_are_named_by_what_they_are_made_of(tree: Path) -> None:
+    compiler = nvcc.Nvcc("nvcc", "13.0.88", tree)
+
+    def names(compiler: nvcc.Nvcc, *archs: str) -> list[str]:
+        sources = [tree / "csrc" / "cuda" / name for name in ("one.cu", "two.cu")]
+        return [nvcc.object_of(source, compiler, archs).path.name for source in sources]
+
+    before = names(compiler, "sm_80")
+    (tree / "csrc" / "common" / "arithmetic.h").write_text("// something\n")
+    after = names(compiler, "sm_80")
+    assert after[0] != before[0] and after[1] == before[1]
+    assert not set(after) & set(names(compiler, "sm_90a"))
+    assert not set(after) & set(names(compiler._replace(version="13.1.0"), "sm_80"))
+    assert after == names(compiler, "sm_80")
+
+
+@needs_nvcc
+def test_an_object_is_compiled_once(tree: Path) -> None:
+    source = tree / "csrc" / "cuda" / "two.cu"
+    first = nvcc.compile_source(source, COMPILER, ("sm_90a",))
+    assert first.path.parent == tree / "build" / "cuda"
+    assert [row["kernel"] for row in ptxas.rows_of([first])] == ["kernel"]
+    made = first.path.stat().st_mtime_ns
+    assert nvcc.compile_source(source, COMPILER, ("sm_90a",)) == first
+    assert first.path.stat().st_mtime_ns == made
+    source.write_text("__global__ void kernel() { nonsense(); }\n")
+    with pytest.raises(RuntimeError, match=r"cannot compile csrc/cuda/two\.cu:(?s:.*)nonsense"):
+        nvcc.compile_source(source, COMPILER, ("sm_90a",))
+    assert {path.suffix for path in nvcc.OBJECTS.iterdir()} == {".o", ".log"}
+
+
+# ---- what the extension says --------------------------------------------------------------------------------
+
+extension = _library.extension
+
+
+@needs_nvcc
+@pytest.mark.skipif(os.environ.get("R1KERNELS_CUDA") == "0", reason="R1KERNELS_CUDA is 0")
+@pytest.mark.skipif(extension is None, reason=_library.extension_error)
+def test_the_extension_tells_its_architectures() -> None:
+    assert tuple(extension.cuda_architectures()) == nvcc.architectures()
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+"""
+ASK = "import torch; from r1kernels import _C; print(_C.cuda_missing(0))"
+
+
+@pytest.mark.skipif(extension is None or not extension.cuda_architectures(), reason="built without CUDA")
+def test_a_driver_that_is_too_old_is_named(tmp_path: Path) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.c"], cwd=tmp_path, check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    completed = subprocess.run(
+        [sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(
+        r"the NVIDIA driver is one for CUDA 12\.4, too old for these kernels of CUDA 1\d\.\d; update it, or use Triton "
+        r"\(pip install 'r1kernels\[triton\]', R1KERNELS_BACKEND=triton\)\n",
+        completed.stdout,
+    )
+
+
+@pytest.mark.skipif(extension is None, reason=_library.extension_error)
+@pytest.mark.parametrize("index", (-1, 1000))
+def test_a_device_that_is_not_there_is_named(index: int) -> None:
+    missing = extension.cuda_missing(index)
+    assert missing == f"there is no GPU {index}" or not extension.cuda_architectures()
+
+
+MODULE = """
+#include "cuda_methods.h"
+#include "cuda/architectures.h"
+static PyObject* serves(PyObject*, PyObject* args) {
+  const char* architectures;
+  int major, minor;
+  if (!PyArg_ParseTuple(args, "sii", &architectures, &major, &minor)) return nullptr;
+  return PyBool_FromLong(r1k::gpu::serves(architectures, major, minor));
+}
+static PyMethodDef methods[] = {{"cuda_architectures", r1k::cuda_architectures, METH_NOARGS, ""},
+                                {"cuda_missing", r1k::cuda_missing, METH_O, ""},
+                                {"serves", serves, METH_VARARGS, ""},
+                                {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "without", nullptr, -1, methods, nullptr, nullptr, nullptr,
+                             nullptr};
+PyMODINIT_FUNC PyInit_without() { return PyModule_Create(&module); }
+"""
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same methods in a module that is built without CUDA."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "module.cpp").write_text(MODULE)
+    path = folder / "without.abi3.so"
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-std=c++17", '-DR1K_WITHOUT_CUDA="nothing to build it with"', f"-I{ROOT}/csrc",
+         f"-I{sysconfig.get_path('include')}", str(folder / "module.cpp"), str(ROOT / "csrc" / "cuda_methods.cpp"),
+         "-o", str(path)],
+        check=True,
+    )
+    loader = importlib.machinery.ExtensionFileLoader("without", str(path))
+    spec = importlib.util.spec_from_file_location("without", path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_an_extension_without_cuda_says_so(without: Any) -> None:
+    assert without.cuda_architectures() == []
+    assert without.cuda_missing(0) == "built without CUDA: nothing to build it with"
+    with pytest.raises(TypeError):
+        without.cuda_missing("cuda:0")
+    with pytest.raises(OverflowError):
+        without.cuda_missing(2**80)
+    with pytest.raises(OverflowError, match="device_index is 1099511627776"):
+        without.cuda_missing(2**40)
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, served",
+    [
+        ("sm_80", (8, 0), True), ("sm_80", (8, 6), True), ("sm_86", (8, 0), False), ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True), ("sm_100a", (10, 0), True), ("sm_100a", (10, 3), False), ("sm_120", (12, 1), True),
+        ("compute_90", (10, 3), True), ("compute_90", (12, 0), True), ("compute_90", (8, 9), False),
+        ("compute_90a", (10, 0), False), ("", (9, 0), False),
+        *((" ".join(nvcc.ARCHITECTURES), capability, served) for capability, served in (
+            ((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((10, 3), True),
+            ((11, 0), True), ((12, 0), True), ((12, 1), True), ((13, 0), True),
+        )),
+    ],
+)
+def test_which_devices_a_build_serves(
+    without: Any, architectures: str, capability: tuple[int, int], served: bool
+) -> None:
+    assert without.serves(architectures, *capability) is served
