@@ -2,8 +2,8 @@
 // exactly 0: that is decided by max == min, because the rounded mean of equal numbers need not equal them.
 //
 // Consecutive groups of moderate size take a few lanes each.  All others, and the std of the batch, are summed in
-// pieces, at most kPieces of a group and multiples of kSpan rewards from its own beginning; blocks wait for one another,
-// and each reward then merges the moments of its group in order.  Ids come sorted; bisection finds a group.
+// pieces, at most kPieces of a group and multiples of kSpan rewards from its own beginning; blocks wait for one
+// another, and each reward then merges the moments of its group in order.  Ids come sorted; bisection finds a group.
 
 #include "cuda/group_advantages.h"
 
