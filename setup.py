@@ -36,7 +36,11 @@ X86_ISAS = {
 }
 PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-CUDA_BINDINGS = ["csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_step.cpp"]
+CUDA_BINDINGS = [
+    "csrc/bindings_cuda.cpp",
+    "csrc/bindings_cuda_pointwise.cpp",
+    "csrc/bindings_cuda_step.cpp",
+]
 
 
 class BuildExt(build_ext):

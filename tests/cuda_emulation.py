@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC, EMULATOR, BUILD = ROOT / "csrc", ROOT / "tests" / "cuda_emulator", ROOT / "build" / "emulator"
 COMPILER = shutil.which("g++")
 # -ffp-contract=off: what asks for a fused product has one, what must not be fused is not, and the rest is simple.
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 FLAGS += [f"-I{EMULATOR}", f"-I{CSRC}"]
+# Kernels tell the emulator of each access to memory (races.h) and where it stands in their source.
+WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-g1"]
 NOT_EMULATED = {"runtime.cu"}  # stream.h of a device; that of the emulator is in stream.cpp
 
 
@@ -61,26 +63,34 @@ def _objects(sources: Iterable[Path], flags: Iterable[str] = ()) -> list[Path]:
 
 
 def emulator() -> list[Path]:
-    return _objects(sorted(EMULATOR.glob("*.cpp")))
+    return _objects(sorted(EMULATOR.glob("*.cpp")), ["-O2"])
 
 
-def library_of(source: Path, *flags: str) -> ctypes.CDLL:
+def _kernels(sources: Iterable[Path], watched: bool) -> list[Path]:
+    return _objects(sources, ["-O1", *(WATCHED if watched else [])])
+
+
+def library_of(source: Path, watched: bool = True) -> ctypes.CDLL:
     """A library of one source of kernels, with what it exports (extern "C", default visibility)."""
-    return ctypes.CDLL(str(_link([*_objects([source], flags), *emulator()], [], source.stem)))
+    return ctypes.CDLL(str(_link([*_kernels([source], watched), *emulator()], ["-ldl"], source.stem)))
 
 
-def operators() -> Path:
-    """The library that registers all kernels for the CPU: torch.ops.load_library takes it."""
+def operators(watched: bool = True) -> Path:
+    """The library that registers all kernels for the CPU: torch.ops.load_library takes it.
+
+    Args:
+        watched: notices accesses to memory that nothing orders; kernels take about three times as long.
+    """
     import torch
 
     folder = Path(torch.__file__).parent
     bindings = _objects(
         sorted(CSRC.glob("bindings_cuda*.cpp")),
-        ["-DR1K_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(folder / "include")],
+        ["-O1", "-DR1K_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(folder / "include")],
     )
-    kernels = _objects(path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in NOT_EMULATED)
-    libraries = [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return _link([*bindings, *kernels, *emulator()], libraries, "r1kernels_cuda")
+    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in NOT_EMULATED]
+    libraries = [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    return _link([*bindings, *_kernels(sources, watched), *emulator()], libraries, "r1kernels_cuda")
 
 
 if __name__ == "__main__":

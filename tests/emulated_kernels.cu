@@ -15,7 +15,8 @@ enum Mistake {
   kNone, kNoSyncBlock, kDivergentShuffle, kLanesThatLeave, kDifferentOperations, kPastTheEnd, kMisaligned16,
   kNoWait, kArrivesTooEarly, kNoFence, kNoBarrierFence, kMisalignedCopy, kCopyPastTheEnd, kArrivesTwice, kNoExpect,
   kNoWaitForReads, kNoCommit, kRefillsTooEarly, kNoInit, kOverwritesBarrier, kOneDoesNotArrive, kNoSyncAtStart,
-  kLeavesEarly, kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks
+  kLeavesEarly, kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks, kReadsPastTheEnd,
+  kOneDoesNotFence
 };
 
 // ---- a sum over the block, from warps through shared memory ------------------------------------------------
@@ -35,7 +36,8 @@ __global__ void __launch_bounds__(1024) sum_blocks(const float* x, float* out, i
   if (mistake == kMisaligned16 && threadIdx.x == 1) load_streaming(x + 1);
   if (mistake != kNoSyncBlock) sync_block();
   if (warp_id() == 0) {
-    sum = lane_id() < static_cast<int>(blockDim.x) / kWarp ? parts[lane_id()] : 0;
+    const int warps = static_cast<int>(blockDim.x) / kWarp + (mistake == kReadsPastTheEnd ? 1 : 0);
+    sum = lane_id() < warps ? parts[lane_id()] : 0;
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     if (lane_id() == 0) out[blockIdx.x] = sum;
   }
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(1024) double_chunks(const float* x, float* out
       if (mistake != kNoWait) barrier_wait(&ring.full[k % kSlots], k / kSlots % 2);
       if (mistake == kArrivesTooEarly) barrier_arrive(empty);
       for (int j = worker; j < kSlotFloats; j += workers) ring.slot[k % kSlots][j] *= 2;
-      if (mistake != kNoFence) fence_for_bulk();
+      if (mistake != kNoFence && (mistake != kOneDoesNotFence || worker > 0)) fence_for_bulk();
       if (mistake != kArrivesTooEarly && (mistake != kOneDoesNotArrive || worker > 0)) barrier_arrive(empty);
       if (mistake == kArrivesTwice && worker == 0) barrier_arrive(empty);
     }

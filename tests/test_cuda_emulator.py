@@ -1,6 +1,7 @@
 """The emulator that the CUDA kernels are tested with: right kernels work in every order, and mistakes are noticed."""
 
 import ctypes
+import functools
 import re
 import shutil
 import time
@@ -19,17 +20,16 @@ MISTAKES = (
     "misaligned16", "no_wait", "arrives_too_early", "no_fence", "no_barrier_fence", "misaligned_copy",
     "copy_past_the_end", "arrives_twice", "no_expect", "no_wait_for_reads", "no_commit", "refills_too_early", "no_init",
     "overwrites_barrier", "one_does_not_arrive", "no_sync_at_start", "leaves_early", "waits_for_its_block_only",
-    "no_sync_grid", "leaves_grid", "checks",
+    "no_sync_grid", "leaves_grid", "checks", "reads_past_the_end", "one_does_not_fence",
 )
-SEEDS = range(30)
 BLOCKS, THREADS, CHUNKS = 3, 96, 20
 
 
 class Kernels:
     """The kernels of emulated_kernels.cu on numpy arrays: each gives its result, or raises RuntimeError."""
 
-    def __init__(self) -> None:
-        self.library = cuda_emulation.library_of(cuda_emulation.ROOT / "tests" / "emulated_kernels.cu")
+    def __init__(self, watched: bool) -> None:
+        self.library = cuda_emulation.library_of(cuda_emulation.ROOT / "tests" / "emulated_kernels.cu", watched)
         self.library.r1k_emulator_seed.argtypes = [ctypes.c_uint64]
         self.library.r1k_emulator_properties.argtypes = [ctypes.c_int] * 3 + [ctypes.c_size_t]
         self.properties()
@@ -87,31 +87,41 @@ def aligned(values: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Kernels:
-    return Kernels()
+@functools.cache
+def compiled(watched: bool) -> Kernels:
+    return Kernels(watched)
 
 
 @pytest.fixture
-def kernels(compiled: Kernels) -> Kernels:
-    compiled.properties()
-    return compiled
+def kernels() -> Kernels:
+    """Watched, as those of the library are."""
+    result = compiled(watched=True)
+    result.properties()
+    return result
+
+
+@pytest.fixture
+def unwatched() -> Kernels:
+    result = compiled(watched=False)
+    result.properties()
+    return result
 
 
 # ---- right kernels -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sum_blocks", "double_chunks", "exchange", "sum_grid"])
-def test_right_kernels_give_right_numbers_in_every_order(kernels: Kernels, name: str) -> None:
-    for seed in range(200):
-        kernels.seed(seed)
-        assert np.all(getattr(kernels, name)() == 0), seed
+def test_right_kernels_give_right_numbers_in_every_order(kernels: Kernels, unwatched: Kernels, name: str) -> None:
+    for seed in range(100):
+        for each in (kernels, unwatched):
+            each.seed(seed)
+            assert np.all(getattr(each, name)() == 0), seed
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 8])
 def test_clusters(kernels: Kernels, cluster: int) -> None:
     kernels.properties(processors=cluster)
-    for seed in SEEDS:
+    for seed in range(30):
         kernels.seed(seed)
         assert np.all(kernels.exchange(cluster=cluster) == 0)
 
@@ -136,11 +146,11 @@ def test_numbers_are_rounded_as_torch_rounds_them(kernels: Kernels, dtype: torch
     assert torch.equal(torch.from_numpy(out).isnan(), expected.isnan())
 
 
-def test_a_seed_gives_one_order_and_seeds_give_many(kernels: Kernels) -> None:
+def test_a_seed_gives_one_order_and_seeds_give_many(unwatched: Kernels) -> None:
     def order(seed: int) -> tuple[int, ...]:
         count, places = np.zeros(1, dtype=np.int32), np.zeros(6, dtype=np.int32)
-        kernels.seed(seed)
-        kernels.run("order", count, places, 2, 3)
+        unwatched.seed(seed)
+        unwatched.run("order", count, places, 2, 3)
         return tuple(places)
 
     assert len({order(seed) for seed in range(200)}) > 100
@@ -158,10 +168,10 @@ def test_switching_threads_is_fast(kernels: Kernels) -> None:
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-def outcomes(kernels: Kernels, run: Callable[[], np.ndarray]) -> list[str]:
-    """Of all seeds: "right", "wrong" or what was raised."""
+def outcomes(kernels: Kernels, run: Callable[[], np.ndarray], seeds: int = 6) -> list[str]:
+    """Of each seed: "right", "wrong" or what was raised."""
     found = []
-    for seed in SEEDS:
+    for seed in range(seeds):
         kernels.seed(seed)
         try:
             found.append("right" if np.all(run() == 0) else "wrong")
@@ -170,14 +180,17 @@ def outcomes(kernels: Kernels, run: Callable[[], np.ndarray]) -> list[str]:
     return found
 
 
-# Noticed whatever the order.
+AND = " and, not ordered before it, "
+RACE = f"race in (shared|global) memory.*{AND}"
+
+
 @pytest.mark.parametrize(
     "name, mistake, message",
     [
         ("sum_blocks", "divergent_shuffle", "shuffle_xor"),
         ("sum_blocks", "lanes_that_leave", r"lanes? of (its|the) warp"),
         ("sum_blocks", "different_operations", r"(sync_warp while|shuffle_xor while)"),
-        ("sum_blocks", "past_the_end", "past the end of its 12 bytes of shared memory"),
+        ("sum_blocks", "past_the_end", "a write of 4 bytes at offset 12 of 12 bytes of shared memory"),
         ("sum_blocks", "misaligned16", "load_streaming at an address that is not aligned"),
         ("sum_blocks", "checks", "^r1kernels: block 1 is not welcome$"),
         ("double_chunks", "no_fence", "without fence_for_bulk"),
@@ -185,12 +198,24 @@ def outcomes(kernels: Kernels, run: Callable[[], np.ndarray]) -> list[str]:
         ("double_chunks", "misaligned_copy", "bulk_load of 256 bytes.* must be multiples of 16"),
         ("double_chunks", "copy_past_the_end", "bulk_load of 256 bytes at offset"),
         ("double_chunks", "no_wait_for_reads", "without waiting until its bulk stores have read shared memory"),
-        ("double_chunks", "no_commit", "has not committed|still reads it"),
+        ("double_chunks", "no_commit", "has not committed|bulk_load .* a bulk_store (still reads it|of thread 0)"),
         ("double_chunks", "no_init", "uninitialised barrier at offset"),
         ("double_chunks", "overwrites_barrier", "overwritten"),
         ("double_chunks", "one_does_not_arrive", "deadlock"),
         ("exchange", "waits_for_its_block_only", "barrier_wait_cluster"),
         ("sum_grid", "leaves_grid", "sync_grid"),
+        # Seen because accesses are watched: most orders give right numbers.
+        ("sum_blocks", "no_sync_block", RACE + "a (read|write) by thread"),
+        ("sum_blocks", "reads_past_the_end", "a read of 4 bytes at offset 12 of 12 bytes of shared memory"),
+        ("double_chunks", "no_wait", RACE),
+        ("double_chunks", "arrives_too_early", "a bulk_store of thread 0 of block .*" + AND + "a write"),
+        ("double_chunks", "refills_too_early", "bulk_load .* a bulk_store (still reads it|of thread 0)"),
+        ("double_chunks", "arrives_twice", RACE + "|arrivals in a phase|next phase has ended"),
+        ("double_chunks", "no_expect", f"a bulk_load of block.*{AND}|{AND}a bulk_load of block"),
+        ("double_chunks", "one_does_not_fence", "without fence_for_bulk after a write by thread 32 of block"),
+        ("exchange", "no_sync_at_start", "nothing tells this thread that it has begun|may not have begun|uninit"),
+        ("exchange", "leaves_early", "which writes to its shared memory, before it ends|which has ended"),
+        ("sum_grid", "no_sync_grid", RACE + "a (read|write) by thread [05] of block"),
     ],
 )
 def test_mistakes_that_every_order_shows(kernels: Kernels, name: str, mistake: str, message: str) -> None:
@@ -198,7 +223,6 @@ def test_mistakes_that_every_order_shows(kernels: Kernels, name: str, mistake: s
         assert re.search(message, outcome)
 
 
-# Wrong numbers in some orders, or an error there.
 @pytest.mark.parametrize(
     "name, mistake",
     [
@@ -207,8 +231,8 @@ def test_mistakes_that_every_order_shows(kernels: Kernels, name: str, mistake: s
         ("exchange", "no_sync_at_start"), ("exchange", "leaves_early"), ("sum_grid", "no_sync_grid"),
     ],
 )
-def test_mistakes_that_some_orders_show(kernels: Kernels, name: str, mistake: str) -> None:
-    found = outcomes(kernels, lambda: getattr(kernels, name)(mistake))
+def test_mistakes_that_some_orders_show_without_watching(unwatched: Kernels, name: str, mistake: str) -> None:
+    found = outcomes(unwatched, lambda: getattr(unwatched, name)(mistake), 30)
     assert sum(outcome != "right" for outcome in found) >= 3, found
 
 
@@ -218,6 +242,20 @@ def test_a_deadlock_names_what_everybody_waits_for(kernels: Kernels) -> None:
         assert "deadlock: 1 thread at barrier_wait" in message or "deadlock: 3 threads at barrier_wait" in message
         assert "for parity 0 of the barrier at offset 792 (1 of 64 arrivals and 0 bytes to come)" in message
         assert "for parity 1 of the barrier at offset 768 (1 of 1 arrivals and 0 bytes to come)" in message
+
+
+def test_writes_past_the_end_are_noticed_without_watching(unwatched: Kernels) -> None:
+    with pytest.raises(RuntimeError, match=r"block \d has written 0 bytes past the end of its 12 bytes"):
+        unwatched.sum_blocks("past_the_end")
+
+
+@pytest.mark.skipif(shutil.which("addr2line") is None, reason="needs addr2line")
+def test_errors_name_the_lines_of_both_accesses(kernels: Kernels) -> None:
+    with pytest.raises(RuntimeError, match="race") as error:
+        kernels.sum_blocks("no_sync_block")
+    source = (cuda_emulation.ROOT / "tests" / "emulated_kernels.cu").read_text().splitlines()
+    lines = {source[int(number) - 1].strip() for number in re.findall(r"emulated_kernels.cu:(\d+)", str(error.value))}
+    assert any("parts[warp_id()] = sum" in line for line in lines) and any("parts[lane_id()]" in line for line in lines)
 
 
 def test_launches_that_no_device_takes(kernels: Kernels) -> None:

@@ -45,6 +45,9 @@ BarrierState& state_of(Block& block, uint64_t* barrier, const char* what) {
   uint64_t mark;
   std::memcpy(&mark, barrier, sizeof(mark));
   if (mark != kMark) fail(std::string(what) + " of a barrier at " + place_of(block, barrier) + " that was overwritten");
+  if (races.watched && machine.in_fiber()) {
+    races.touch_barrier(found->second.initialised, std::string(what) + " of the barrier at " + place_of(block, barrier));
+  }
   return found->second;
 }
 
@@ -54,6 +57,7 @@ void end_phase_if_complete(BarrierState& state) {
   state.pending = state.count;
   state.remote_before = state.remote;
   state.remote = false;
+  if (races.watched) state.released = end_phase(state.arrived, state.number, state.phase);
   for (Fiber* fiber : state.waiting) machine.make_ready(fiber);
   state.waiting.clear();
 }
@@ -69,6 +73,7 @@ void arrive(Block& block, uint64_t* barrier, BarrierState& state) {
   if (state.pending == 0) {
     fail("more than " + text(state.count) + " arrivals in a phase of the barrier at " + place_of(block, barrier));
   }
+  if (races.watched) give(machine.self().past, state.arrived);
   --state.pending;
   end_phase_if_complete(state);
 }
@@ -118,6 +123,11 @@ bool unknown_to_copies(const Block& block, const unsigned char* shared, uint32_t
   return false;
 }
 
+void open_group(Fiber& fiber) {
+  fiber.open = std::make_shared<StoreGroup>();
+  fiber.open->number = static_cast<uint32_t>(fiber.groups.size()) + 1;
+}
+
 bool stores_read(const Fiber& fiber, int pending) {
   const int count = static_cast<int>(fiber.groups.size()) - pending;
   for (int k = 0; k < count; ++k) {
@@ -148,6 +158,7 @@ Block& peer(const char* what, const void* p, size_t bytes, int rank) {
   const std::string whom = " to block " + std::to_string(block.index);
   if (!block.begun) fail(what + whom + ", which may not have begun: sync_cluster comes first");
   if (block.ended()) fail(what + whom + ", which has ended");
+  if (races.watched) races.visit(block, what);
   return block;
 }
 
@@ -165,6 +176,8 @@ void barrier_init(uint64_t* barrier, int arrivals) {
   BarrierState state = {};
   state.count = state.pending = arrivals;
   state.initialiser = &fiber;
+  state.number = block.unit->barriers++;
+  state.initialised = races.access(Access::ordinary, fiber.past.thread, fiber.past.step, nullptr);
   std::memcpy(barrier, &kMark, sizeof(kMark));
   block.barriers.emplace(barrier, state);
   machine.maybe_yield();
@@ -215,6 +228,7 @@ void barrier_wait(uint64_t* barrier, int parity, bool of_cluster) {
            ": the next phase has ended before this thread saw the end of the one it waits for");
     }
   }
+  if (races.watched) take(fiber.past, state.released);
   if (state.remote_before && !of_cluster) {
     fail("barrier_wait at " + place_of(*fiber.block, barrier) +
          " for arrivals from other blocks: that takes barrier_wait_cluster");
@@ -232,6 +246,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     fail("bulk_load into shared memory at " + place_of(block, to) + " while a " +
          (other->kind == Copy::load ? "bulk_load into it is on its way" : "bulk_store still reads it"));
   }
+  if (races.watched) races.load(block, to, global, bytes, state.number, state.phase);
   Copy copy = {};
   copy.kind = Copy::load;
   copy.block = &block;
@@ -254,11 +269,13 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
   if (under_way(block, from, bytes, false)) {
     fail("bulk_store of shared memory at " + place_of(block, from) + " while a bulk_load into it is on its way");
   }
-  if (unknown_to_copies(block, from, bytes)) {
+  if (!fiber.open) open_group(fiber);
+  if (races.watched) {
+    races.store(block, global, from, bytes, fiber.open->number);
+  } else if (unknown_to_copies(block, from, bytes)) {
     fail("bulk_store of shared memory at " + place_of(block, from) + ", written without fence_for_bulk");
   }
   learn(block, from, bytes);
-  if (!fiber.open) fiber.open = std::make_shared<StoreGroup>();
   ++fiber.open->unread;
   ++fiber.open->unwritten;
   Copy copy = {};
@@ -302,7 +319,7 @@ void complete_one_copy() {
 void commit_stores() {
   need_hopper("commit_stores");
   Fiber& fiber = machine.self();
-  if (!fiber.open) fiber.open = std::make_shared<StoreGroup>();  // an empty group counts as well
+  if (!fiber.open) open_group(fiber);  // an empty group counts as well
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open = nullptr;
   machine.maybe_yield();
@@ -315,6 +332,7 @@ void wait_stores_read(int pending) {
   for (int k = 0; k < count; ++k) fiber.groups[k]->waited = true;
   fiber.argument = pending;
   if (!stores_read(fiber, pending)) wait_at(At::stores_read);
+  fiber.past.stores_read = std::max(fiber.past.stores_read, static_cast<uint32_t>(std::max(count, 0)));
 }
 
 void wait_stores_done() {
@@ -322,11 +340,13 @@ void wait_stores_done() {
   Fiber& fiber = machine.self();
   for (const auto& group : fiber.groups) group->waited = true;
   if (!stores_done(fiber)) wait_at(At::stores_done);
+  fiber.past.stores_read = fiber.past.stores_done = static_cast<uint32_t>(fiber.groups.size());
 }
 
 void fence_for_bulk() {
   need_hopper("fence_for_bulk");
   ++machine.self().block->fences;
+  fence(machine.self().past);
   machine.maybe_yield();
 }
 
@@ -362,7 +382,9 @@ int cluster_blocks() {
 void remote_write(void* p, int rank, const void* value, size_t bytes) {
   Block& block = peer("remote_store", p, bytes, rank);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("remote_store at an address that is not aligned");
-  std::memcpy(block.shared + offset_of(*machine.self().block, p), value, bytes);
+  unsigned char* const there = block.shared + offset_of(*machine.self().block, p);
+  if (races.watched) races.touch_remote(block, there, bytes);
+  std::memcpy(there, value, bytes);
   machine.maybe_yield();
 }
 

@@ -9,6 +9,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "source.h"
+
 r1k::gpu::emulator::Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace r1k {
@@ -19,7 +21,6 @@ Machine machine;
 
 namespace {
 
-constexpr size_t kGuard = 4096;
 constexpr int kMostThreads = 1024, kThreadsOfProcessor = 2048;
 constexpr int kLargestCluster = 8;
 constexpr int kFibers = 4096;  // alive at once, about
@@ -97,17 +98,35 @@ Fiber* Machine::next() {
 void Machine::meet(Meeting& meeting, At at) {
   current_->at = at;
   meeting.here.push_back(current_);
-  if (static_cast<int>(meeting.here.size()) == meeting.alive) {
-    for (Fiber* fiber : meeting.here) make_ready(fiber);
-    meeting.here.clear();
-  }
+  if (static_cast<int>(meeting.here.size()) == meeting.alive) release(meeting);
   suspend();
+}
+
+void Machine::release(Meeting& meeting) {
+  if (races.watched && &meeting == &grid) {
+    for (const std::unique_ptr<Unit>& unit : units_) {
+      std::vector<Fiber*> fibers;
+      for (const std::unique_ptr<Block>& block : unit->blocks) {
+        fibers.insert(fibers.end(), block->fibers.begin(), block->fibers.end());
+      }
+      emulator::meet(fibers);
+    }
+    races.next_era();
+  } else if (races.watched) {
+    emulator::meet(meeting.here);
+  }
+  for (Fiber* fiber : meeting.here) make_ready(fiber);
+  meeting.here.clear();
 }
 
 void Machine::fail(const std::string& message) {
   std::ostringstream text;
   text << "CUDA emulator: " << message;
   if (in_fiber()) text << " [thread " << current_->thread << " of block " << current_->block->index << "]";
+  if (in_fiber()) {
+    const std::string lines = lines_here();
+    if (!lines.empty()) text << " [" << lines << "]";
+  }
   text << " [seed " << seed_of_launch_ << "]";
   fail_with(text.str());
 }
@@ -142,6 +161,8 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
   block.known.assign((shape.shared + 15) / 16 * 16, kPoison);
   block.known_at.assign(block.known.size() / 16, 0);
 
+  if (races.watched) block.granules = std::vector<Granule>((shape.shared + 1) / 2);
+
   block.warps.resize((shape.threads + kLanes - 1) / kLanes);
   for (Warp& warp : block.warps) warp = {};
   const int level_of_block = random() % kLevels;
@@ -163,6 +184,7 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
     fiber->level = spread_ == 1 ? random() % kLevels : spread_ == 2 ? level_of_warp : level_of_block;
     fiber->open = nullptr;
     fiber->groups.clear();
+    begin_past(fiber->past, rank * shape.threads + thread);
     prepare(fiber->context, fiber->stack, enter_fiber);
     block.fibers.push_back(fiber);
     make_ready(fiber);
@@ -187,13 +209,11 @@ void Machine::end_fiber(Fiber& fiber) {
     fail(who() + " has ended while " + std::to_string(__builtin_popcount(warp.here)) + " lanes of its warp are at " +
          describe_wait(*warp.lanes[__builtin_ctz(warp.here)]));
   }
+  if (races.watched) give(fiber.past, block.gone);
   --grid.alive;
   if (!grid.here.empty()) fail(who() + " has ended while others are at sync_grid");
   for (Meeting* meeting : {&block.meeting, &block.unit->meeting}) {
-    if (--meeting->alive == static_cast<int>(meeting->here.size())) {
-      for (Fiber* other : meeting->here) make_ready(other);
-      meeting->here.clear();
-    }
+    if (--meeting->alive == static_cast<int>(meeting->here.size()) && meeting->alive > 0) release(*meeting);
   }
   if (block.ended()) end_block(block);
 }
@@ -205,6 +225,7 @@ void Machine::end_block(Block& block) {
            std::to_string(shape.shared) + " bytes of shared memory");
     }
   }
+  if (races.watched) races.end_block(block);
   for (const Copy& copy : copies) {
     if (copy.block == &block && copy.kind == Copy::load) {
       fail("block " + std::to_string(block.index) + " has ended before a bulk load into its shared memory, offset " +
@@ -280,6 +301,7 @@ void Machine::run(const LaunchShape& launch_shape, const Properties& launch_prop
   data_ = data;
   blockDim = {static_cast<unsigned>(shape.threads), 1, 1};
   gridDim = {static_cast<unsigned>(shape.blocks), 1, 1};
+  races.begin_launch();
   grid.alive = shape.threads * static_cast<int>(shape.blocks);
   // How this launch is mixed: some keep close together, some leave a lane, a warp or a block far behind.
   constexpr unsigned kYield[] = {0, 32, 128}, kCopy[] = {0, 1, 16, 128};

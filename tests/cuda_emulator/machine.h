@@ -7,8 +7,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "clocks.h"
 #include "emulator.h"
 #include "fiber.h"
+#include "races.h"
 
 namespace r1k {
 namespace gpu {
@@ -16,6 +18,7 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr size_t kGuard = 4096;  // bytes around a block's shared memory
 constexpr unsigned char kPoison = 0xff;  // NaN as float, bfloat16 and float16
 
 struct Block;
@@ -49,10 +52,15 @@ struct BarrierState {
   bool remote = false, remote_before = false;  // arrivals from other blocks, in this phase and the one before
   Fiber* initialiser = nullptr;
   std::vector<Fiber*> waiting;
+  uint32_t number;  // in the cluster
+  Access initialised;
+  Gathering arrived;
+  Knowledge released;  // by the phases that are over
 };
 
 // Bulk stores that one thread has committed together.
 struct StoreGroup {
+  uint32_t number;  // of the thread's, from 1
   int unread = 0, unwritten = 0;
   bool waited = false;  // for its reads
 };
@@ -81,7 +89,7 @@ struct Fiber {
   int argument;    // of a shuffle; parity of a wait; groups that may remain
   uint64_t* barrier;
   uint64_t phase;
-  bool started;
+  Past past;
   std::shared_ptr<StoreGroup> open;                  // not committed yet
   std::vector<std::shared_ptr<StoreGroup>> groups;   // committed, oldest first
 };
@@ -89,6 +97,7 @@ struct Fiber {
 struct Unit {
   std::vector<std::unique_ptr<Block>> blocks;
   Meeting meeting;
+  uint32_t barriers = 0;
 };
 
 struct Block {
@@ -106,6 +115,12 @@ struct Block {
   std::vector<unsigned char> known;
   std::vector<uint32_t> known_at;
   uint32_t fences = 0;
+  // Where kernels are watched: what has been done to shared memory, by whom from outside, by loads for which barriers;
+  // and what the threads know that have ended.
+  std::vector<Granule> granules;
+  std::unordered_map<uint32_t, Access> visits;
+  std::unordered_map<uint32_t, uint32_t> loads;
+  Gathering gone;
 
   bool ended() const { return meeting.alive == 0; }
 };
@@ -121,6 +136,7 @@ class Machine {
   void maybe_yield();   // lets others go first, sometimes
   void make_ready(Fiber* fiber);
   void meet(Meeting& meeting, At at);
+  void release(Meeting& meeting);
   [[noreturn]] void fail(const std::string& message);
   [[noreturn]] void fail_with(const std::string& text);  // as it is
 

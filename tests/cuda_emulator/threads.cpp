@@ -72,6 +72,10 @@ uint64_t together(At at, uint64_t value, int argument) {
   if (warp.here == kWholeWarp) {
     exchange(warp);
     warp.here = 0;
+    if (races.watched) {
+      for (Fiber* other : warp.lanes) ++other->past.operations;
+      if (at == At::sync_warp) emulator::meet({warp.lanes, warp.lanes + kLanes});
+    }
     for (Fiber* other : warp.lanes) machine.make_ready(other);
   }
   machine.suspend();
