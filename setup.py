@@ -20,7 +20,7 @@ import nvcc
 
 TORCH = Path(torch.__file__).parent
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-COMMON_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
@@ -39,6 +39,7 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CUDA_BINDINGS = [
     "csrc/bindings_cuda.cpp",
     "csrc/bindings_cuda_pointwise.cpp",
+    "csrc/bindings_cuda_policy.cpp",
     "csrc/bindings_cuda_step.cpp",
 ]
 
