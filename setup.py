@@ -80,8 +80,9 @@ class BuildExt(build_ext):
             )
 
     def note_parts(self, ext: Extension) -> None:
-        """A file that is newer than the extension when other objects or macros go into it."""
-        note, text = Path("build/parts.txt"), f"{ext.define_macros}\n{ext.extra_objects}\n"
+        """A file that is newer than the extension when it was made of something else, or otherwise."""
+        parts = (ext.sources, ext.extra_objects, ext.define_macros, ext.extra_compile_args, ext.extra_link_args)
+        note, text = Path("build/parts.txt"), "".join(f"{part}\n" for part in parts)
         note.parent.mkdir(exist_ok=True)
         if not note.exists() or note.read_text() != text:
             note.write_text(text)
