@@ -15,6 +15,7 @@ from typing import Any
 import nvcc
 import ptxas
 import pytest
+import torch
 
 import r1kernels
 from r1kernels import _library
@@ -303,6 +304,18 @@ extension = _library.extension
 @pytest.mark.skipif(extension is None, reason=_library.extension_error)
 def test_the_extension_tells_its_architectures() -> None:
     assert tuple(extension.cuda_architectures()) == nvcc.architectures()
+
+
+def test_every_binding_is_built() -> None:
+    named = (ROOT / "setup.py").read_text()
+    assert not [path.name for path in (ROOT / "csrc").glob("*.cpp") if f'"csrc/{path.name}"' not in named]
+
+
+@pytest.mark.skipif(extension is None or not extension.cuda_architectures(), reason="built without CUDA")
+def test_every_cuda_operator_has_a_kernel() -> None:
+    lacking = [name for name in _library.CUDA_OPERATORS
+               if not torch._C._dispatch_has_kernel_for_dispatch_key(f"r1kernels_cuda::{name}", "CUDA")]
+    assert not lacking
 
 
 DRIVER = """
