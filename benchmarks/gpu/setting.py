@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+import r1kernels
 from gpu.timing import Timed
+from r1kernels import _library
 
-OURS = "r1kernels"
+OURS = "r1kernels"  # by Triton's kernels, on a GPU
+CUDA = f"{OURS}, cuda"  # by those in CUDA C++
 COPY = "copy"  # of the bytes that count in a case of bandwidth
 PRODUCTS = "bare products"
 FLUSHED = f"{OURS}, two accumulators"
@@ -24,6 +27,18 @@ class Setting(NamedTuple):
     small: bool = False
     compiled: bool = True  # torch.compile takes part
 
+    @property
+    def cuda(self) -> str:
+        """The backend of the candidates `CUDA`: a stand-in where a CPU rehearses, "" where there are no such kernels."""
+        if self.device.type == "cpu" and not _library.EMULATED:
+            return "auto"
+        return "" if _library.cuda_missing(self.device.type) else "cuda"
+
+    @property
+    def gpu_operators(self) -> bool:
+        """Whether operators that only GPUs have can run."""
+        return self.device.type == "cuda" or _library.EMULATED
+
 
 class Candidate(NamedTuple):
     """`check` raises where results differ from float64: no number is taken of such a candidate."""
@@ -31,6 +46,26 @@ class Candidate(NamedTuple):
     timed: Timed
     check: Callable[[], object] = lambda: None
     graph: bool = False  # replayed from a CUDA graph
+
+
+def by_cuda(candidate: Candidate, setting: Setting) -> Candidate:
+    def served(run: Callable[[], object]) -> Callable[[], object]:
+        def on_backend() -> object:
+            with r1kernels.backend(setting.cuda):
+                return run()
+
+        return on_backend
+
+    timed = candidate.timed._replace(run=served(candidate.timed.run), prepare=served(candidate.timed.prepare))
+    return candidate._replace(timed=timed, check=served(candidate.check))
+
+
+def with_cuda(candidates: dict[str, Candidate], setting: Setting) -> dict[str, Candidate]:
+    """`OURS` once more, as `CUDA`."""
+    if not setting.cuda:
+        return candidates
+    ours = {OURS: candidates[OURS], CUDA: by_cuda(candidates[OURS], setting)}
+    return ours | {name: candidate for name, candidate in candidates.items() if name != OURS}
 
 
 class Case(NamedTuple):
