@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
     @property
     def cuda(self) -> str:
-        """The backend of the candidates `CUDA`: a stand-in where a CPU rehearses, "" where there are no such kernels."""
+        """The backend of the candidates `CUDA`: a stand-in where a CPU rehearses, "" where there is none."""
         if self.device.type == "cpu" and not _library.EMULATED:
             return "auto"
         return "" if _library.cuda_missing(self.device.type) else "cuda"
@@ -120,6 +120,23 @@ def logits_shapes(setting: Setting) -> list[Logits]:
     if setting.small:
         return [Logits(64, 1_031, True)]
     return [Logits(8192, 151_936, True), Logits(4096, 128_256), Logits(8192, 32_000)]
+
+
+def step_shapes(setting: Setting) -> list[tuple[Logits, torch.dtype]]:
+    """Many rows and few, vocabularies of real models (of 50,257 most rows begin off 16 bytes), and the other dtypes."""
+    if setting.small:
+        return [(Logits(64, 1_031, True), torch.bfloat16), (Logits(16, 4_096), torch.float32),
+                (Logits(16, 1_031), torch.float16)]
+    vocabularies = [32_000, 50_257, 100_352, 128_256, 262_144]
+    main, *others = logits_shapes(setting)
+    shapes = [main, Logits(256, main.vocab), *others, *(Logits(main.tokens, vocab) for vocab in vocabularies)]
+    wide = [(Logits(main.tokens, main.vocab), dtype) for dtype in (torch.float32, torch.float16)]
+    return [*((shape, torch.bfloat16) for shape in dict.fromkeys(shapes)), *wide]
+
+
+def policy_shapes(setting: Setting) -> list[tuple[int, int]]:
+    """(B, T)."""
+    return [(16, 8), (8, 4)] if setting.small else [(64, 512), (8, 512)]
 
 
 def head_shape(setting: Setting) -> Head:
