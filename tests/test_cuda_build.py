@@ -319,16 +319,16 @@ def test_every_cuda_operator_has_a_kernel() -> None:
 
 
 DRIVER = """
-int cuInit(unsigned flags) { return 0; }
-int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+extern "C" int cuInit(unsigned) { return 0; }
+extern "C" int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
 """
 ASK = "import torch; from r1kernels import _C; print(_C.cuda_missing(0))"
 
 
 @pytest.mark.skipif(extension is None or not extension.cuda_architectures(), reason="built without CUDA")
 def test_a_driver_that_is_too_old_is_named(tmp_path: Path) -> None:
-    (tmp_path / "driver.c").write_text(DRIVER)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.c"], cwd=tmp_path, check=True)
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.cpp"], cwd=tmp_path, check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     completed = subprocess.run(
         [sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=True
