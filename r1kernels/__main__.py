@@ -120,7 +120,7 @@ def _age(result: Any, kernels: str, csrc: str, cuda: str) -> str:
     """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
-        same = compiled == kernels
+        same = compiled in (kernels, f"{kernels}-{cuda}")
     elif compiled := named.get("cuda_sources"):
         same = compiled == cuda
     elif not named.get("csrc_tree"):

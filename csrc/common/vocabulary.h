@@ -98,7 +98,7 @@ R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale 
     weighted += power.e * power.d;
     if (kExact) {
       rest += power.d == 0 ? 0 : power.e;
-      sums.count += x[k] == top ? 1.0f : 0.0f;  // not an -inf that was raised
+      sums.count += power.d == 0 ? 1.0f : 0.0f;
     } else {
       rest += power.e;
     }
