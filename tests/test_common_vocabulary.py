@@ -383,6 +383,11 @@ def test_gradients_of_the_token_itself(lines: Any, kind: str, temperature: float
     within(found, exact, allowed)
 
 
+def test_a_token_that_is_certain_has_no_gradient(lines: Any) -> None:
+    """Where a rounding of the log-sum-exp would have it more than certain."""
+    assert lines.own_gradient(1.0, np.nextafter(1.0, 0), 0.0, 1.0, 1.0, 1.0) == 0
+
+
 def test_a_row_without_a_word_has_no_gradient(lines: Any) -> None:
     x = np.float32([-np.inf, 0.0])
     assert np.isnan(lines.entry_gradient(True, x, -np.inf, np.nan, 1.0, 1.0, 1.0)).all()
