@@ -79,11 +79,12 @@ class PartWarp {
   __device__ void load_next() {
     if (coming_ == nullptr) return;
     if (lane_id() == 0) {
-      const Chunk chunk = chunk_of(part_at(late(coming_)), coming_chunk_, tile_);
+      const Part part = part_at(late(coming_));
+      const Chunk chunk = chunk_of(part, coming_chunk_, tile_);
       barrier_expect(full_ + coming_slot_, chunk.bytes());
       if (chunk.bytes() > 0) {
-        bulk_load(slot(coming_slot_) + chunk.whole_begin * kVec,
-                  data_of(coming_) + (chunk.begin + chunk.whole_begin) * kVec, chunk.bytes(), full_ + coming_slot_);
+        const unsigned char* const from = data_of(coming_, part) + (chunk.begin + chunk.whole_begin) * kVec;
+        bulk_load(slot(coming_slot_) + chunk.whole_begin * kVec, from, chunk.bytes(), full_ + coming_slot_);
       }
     }
     coming_slot_ = coming_slot_ + 1 < tile_.slots ? coming_slot_ + 1 : 0;
@@ -101,8 +102,8 @@ class PartWarp {
     for (int64_t n = cluster; n < args_.policy.tokens; n += clusters) {
       if (args_.policy.mask[n]) continue;
       const unsigned char* const row = start_of(args_.out, n);
-      const Part& part = part_at(late(row));
-      unsigned char* const data = data_of(row);
+      const Part part = part_at(late(row));
+      unsigned char* const data = data_of(row, part);
       const Chunk all = {0, part.count, smaller(part.before != 0 ? 1 : 0, part.count),
                          part.after != 0 ? part.count - 1 : part.count};
       for (int v = all.whole_begin + lane_id(); v < all.whole_end; v += kWarp) {
@@ -115,7 +116,7 @@ class PartWarp {
   // The sums of this part of row n, the q-th that counts, to all blocks of the cluster.  id: the row's token.
   __device__ void publish_sums(int64_t n, int64_t id, int64_t q) {
     const unsigned char* const row = start_of(args_.logits, n);
-    const Part& part = part_at(late(row));
+    const Part part = part_at(late(row));
     const int own_entry = entry_of(part, id);
     const int own_vector = own_entry < 0 ? -1 : own_entry / D::kPerVec;
     float own = 0;
@@ -129,7 +130,7 @@ class PartWarp {
         take_slot_ = 0;
         take_parity_ ^= 1;
       }
-      if (!chunk.whole()) complete(part, chunk, data, data_of(row));
+      if (!chunk.whole()) complete(part, chunk, data, data_of(row, part));
       if (own_vector >= chunk.begin && own_vector < chunk.begin + chunk.count) {  // to be left out of the sums
         Entry* const entry = entries(data, 0) + (own_entry - chunk.begin * D::kPerVec);
         own = D::load(entry);
@@ -165,8 +166,8 @@ class PartWarp {
   // left are filled again.
   __device__ void write_gradient(int64_t n, int64_t q) {
     const unsigned char* const row = start_of(args_.out, n);
-    const Part& part = part_at(late(row));
-    unsigned char* const out = data_of(row);
+    const Part part = part_at(late(row));
+    unsigned char* const out = data_of(row, part);
     const int depth = static_cast<int>(q % kDepth);
     barrier_wait(&shared_.planned[depth], static_cast<int>(q / kDepth % 2));
     const RowPlan plan = shared_.plan[depth];
@@ -225,13 +226,13 @@ class PartWarp {
   }
 
   // Of rows that start so late: mostly all do.
-  __device__ __forceinline__ const Part& part_at(int late) {
+  __device__ __forceinline__ Part part_at(int late) {
     if (late != part_.late) part_ = part_of(late, args_.logits, index_, tile_);
     return part_;
   }
   // The first vector of this part of a row.
-  __device__ __forceinline__ unsigned char* data_of(const unsigned char* row) const {
-    return const_cast<unsigned char*>(row) - part_.late + static_cast<int64_t>(part_.begin) * kVec;
+  static __device__ __forceinline__ unsigned char* data_of(const unsigned char* row, const Part& part) {
+    return const_cast<unsigned char*>(row) - part.late + static_cast<int64_t>(part.begin) * kVec;
   }
 
   __device__ unsigned char* slot(int k) const { return ring_ + k * tile_.chunk * kVec; }
