@@ -20,7 +20,7 @@ import nvcc
 
 TORCH = Path(torch.__file__).parent
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-COMMON_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
@@ -36,7 +36,12 @@ X86_ISAS = {
 }
 PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-CUDA_BINDINGS = ["csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_step.cpp"]
+CUDA_BINDINGS = [
+    "csrc/bindings_cuda.cpp",
+    "csrc/bindings_cuda_pointwise.cpp",
+    "csrc/bindings_cuda_policy.cpp",
+    "csrc/bindings_cuda_step.cpp",
+]
 
 
 class BuildExt(build_ext):
@@ -75,8 +80,9 @@ class BuildExt(build_ext):
             )
 
     def note_parts(self, ext: Extension) -> None:
-        """A file that is newer than the extension when other objects or macros go into it."""
-        note, text = Path("build/parts.txt"), f"{ext.define_macros}\n{ext.extra_objects}\n"
+        """A file that is newer than the extension when it was made of something else, or otherwise."""
+        parts = (ext.sources, ext.extra_objects, ext.define_macros, ext.extra_compile_args, ext.extra_link_args)
+        note, text = Path("build/parts.txt"), "".join(f"{part}\n" for part in parts)
         note.parent.mkdir(exist_ok=True)
         if not note.exists() or note.read_text() != text:
             note.write_text(text)

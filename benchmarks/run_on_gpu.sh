@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# Builds in place, tests, measures and tunes on a machine with a GPU and torch, without a network, within 9 minutes:
+# Builds in place, tests, measures and tunes on a machine with a GPU, torch and (for the CUDA kernels) nvcc, without a
+# network, within 9 minutes:
 #
 #     benchmarks/run_on_gpu.sh OUT_DIR [STAGE ...]
 #
 # OUT_DIR gets results.jsonl (a line as soon as it is measured), results.json, report.md, roofline.png, log.txt and the
 # table of tiles. With stages, only those run. A stage may take its share of the time and what those before it left. The
-# report is built from the lines there are, whatever happens.
+# report is built from the lines there are, whatever happens; `benchmarks/choose.py OUT_DIR/results.json` makes of them
+# the table of what the CUDA kernels are chosen for.
 #
-# PYTHON: the interpreter that has torch (python3). R1KERNELS_GPU_REHEARSAL=1: small shapes on the CPU.
+# PYTHON: the interpreter that has torch (python3). R1KERNELS_CUDA_ARCHS: what nvcc compiles for, that of this GPU if not
+# given. R1KERNELS_GPU_REHEARSAL=1: small shapes on the CPU.
 set -uo pipefail
 
-# Seconds of each stage, most valuable first; 540 altogether, of which 20 are for the report.
-STAGES=(build check ceilings logits linear tests tune memcheck racecheck rest)
+# Seconds of each stage; 540 altogether, of which 20 are for the report. What needs no extension comes first, while it is
+# built; then the most valuable.
+STAGES=(build ceilings linear check step logits tests memcheck racecheck step-tiles tune rest)
 declare -A SECONDS_OF=(
-    [build]=15 [check]=45 [ceilings]=20 [logits]=110 [linear]=110 [tests]=100 [tune]=35 [memcheck]=30 [racecheck]=25
-    [rest]=30
+    [build]=5 [ceilings]=15 [linear]=70 [check]=50 [step]=80 [logits]=80 [tests]=85 [memcheck]=30 [racecheck]=30
+    [step-tiles]=30 [tune]=25 [rest]=20
 )
 REPORT=20
 
 if [ $# -lt 1 ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -74,28 +78,53 @@ measure() {
     return "$status"
 }
 
+# build: one architecture, that of the device, and no CUDA where the CPU rehearses.
+build() {
+    local archs
+    if [ -n "${R1KERNELS_GPU_REHEARSAL:-}" ]; then
+        "$PYTHON" -c 'import torch, r1kernels._C' 2>/dev/null && return 0
+        export R1KERNELS_CUDA=${R1KERNELS_CUDA:-0}
+    elif [ -z "${R1KERNELS_CUDA_ARCHS:-}" ]; then
+        archs=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability()
+print({9: "90a", 10: "100a", 12: "120"}.get(a, f"{a}{b}"))') && export R1KERNELS_CUDA_ARCHS=$archs
+    fi
+    command -v nvcc >/dev/null || export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+    exec timeout -k 5 240 "$PYTHON" setup.py -q build_ext --inplace
+}
+
 # built: what became of the build, once it has ended.
 built() {
     [ -n "$build" ] || return 0
     wait "$build" || { echo "the extension was not built: see above" >>"$LOG"; failed+=(build); }
     build=''
+    "$PYTHON" -m r1kernels >>"$LOG" 2>&1
 }
 
 sanitizer() {
+    local kernels status=0
     command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: left out" >>"$LOG"; return 3; }
-    limited env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
-        "$PYTHON" -m gpu.sanitize "${where[@]}"
+    for kernels in cuda triton; do
+        limited env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+            --print-limit 20 "$PYTHON" -m gpu.sanitize --kernels "$kernels" "${where[@]}" || status=$?
+    done
+    return "$status"
 }
 
 stage() {
     case $1 in
-    build) # goes on behind the measurements: none of them needs the CPU's kernels
-        timeout -k 5 240 "$PYTHON" setup.py -q build_ext --inplace >>"$LOG" 2>&1 &
+    build) # goes on behind the first measurements
+        build >>"$LOG" 2>&1 &
         build=$!
-        limited "$PYTHON" -m r1kernels
         ;;
-    check) limited "$PYTHON" -m gpu check --out "$OUT" "${where[@]}" ;;
-    ceilings | logits | linear | rest) measure "$1" ;;
+    ceilings | linear | rest) measure "$1" ;;
+    check)
+        built
+        limited "$PYTHON" -m gpu check --out "$OUT" "${where[@]}"
+        ;;
+    step | logits | step-tiles)
+        built
+        measure "$1"
+        ;;
     tests)
         built
         if ! "$PYTHON" -c 'import pytest' 2>>"$LOG"; then
@@ -108,7 +137,10 @@ stage() {
         limited "$PYTHON" benchmarks/tune.py --out "$OUT" --seconds $((granted - SECONDS - 10)) \
             "${where[@]}" "${only[@]}"
         ;;
-    memcheck | racecheck) sanitizer "$1" ;;
+    memcheck | racecheck)
+        built
+        sanitizer "$1"
+        ;;
     esac
 }
 

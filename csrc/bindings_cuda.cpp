@@ -11,9 +11,10 @@ using namespace r1k::bindings;
 
 // A block takes one segment of a row.
 void check_grid(int64_t rows, int64_t vocab) {
-  constexpr int64_t kMostBlocks = 2147483647;
+  constexpr int64_t kMost = 2147483647;
+  R1K_CHECK(vocab <= kMost, "logits has V = ", vocab, ", expected less than 2^31");
   const int64_t segments = r1k::gpu::segments_of(vocab);
-  R1K_CHECK(rows <= kMostBlocks / std::max<int64_t>(segments, 1), "logits has ", rows, " rows of ", segments,
+  R1K_CHECK(rows <= kMost / std::max<int64_t>(segments, 1), "logits has ", rows, " rows of ", segments,
             " segments, expected less than 2^31 segments in all");
 }
 
@@ -88,7 +89,8 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
   args.inv_softcap = softcap > 0 ? static_cast<float>(1 / softcap) : 0;
   check_device(logits, "out", out);
   args.out = merged_rows(out);
-  R1K_CHECK(sizes_of(out) == sizes_of(logits) && args.out.vocab_stride == 1,
+  R1K_CHECK(logits.dim() == 2 && out.dim() == 2 && out.size(1) == logits.size(1) && args.out.vocab_stride == 1 &&
+                (rows.has_value() ? out.size(0) >= row_count : out.size(0) == count),
             "out must be (N, V) like logits, with adjacent columns");
   R1K_CHECK(args.out.dtype == args.logits.dtype || args.logits.dtype == r1k::DType::float32,
             "out must have the dtype of logits, or a narrower one of float32 logits");

@@ -1,6 +1,6 @@
 // CUDA operators of policy gradients over tokens and rewards: check, allocate, launch, register.
 
-#include "bindings_cuda.h"
+#include "bindings_cuda_policy.h"
 #include "cuda/group_advantages.h"
 #include "cuda/policy_loss.h"
 
@@ -9,15 +9,6 @@ namespace {
 using namespace r1k::bindings;
 namespace gpu = r1k::gpu;
 
-// Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
-gpu::Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs, int64_t sequences,
-                         bool packed) {
-  if (!tensor.has_value()) return {nullptr, false};
-  const bool per_token = tensor->dim() == logprobs.dim() && tensor->numel() == logprobs.numel();
-  const bool per_sequence = !per_token || (packed && tensor->numel() == sequences);
-  return {device_floats(logprobs, tensor, name, per_sequence ? sequences : logprobs.numel()), per_sequence};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     Tensor logprobs, Tensor advantages, MaybeTensor old_logprobs, MaybeTensor ref_logprobs, MaybeTensor entropy,
     MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor importance_weights, MaybeTensor normalizer,
@@ -25,39 +16,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     double ratio_cap, double tau_pos, double tau_neg, double kl_coef, double entropy_coef, double max_length) {
   const std::vector<int64_t> shape = sizes_of(logprobs);
   const int64_t count = logprobs.numel();
-  const bool packed = cu_seqlens.has_value();
-  gpu::PolicyLossArgs args = {};
-  args.objective = {static_cast<r1k::Surrogate>(surrogate),
-                    static_cast<r1k::Ratio>(ratio),
-                    kl,
-                    static_cast<r1k::Aggregate>(aggregate),
-                    static_cast<float>(clip_low),
-                    static_cast<float>(clip_high),
-                    static_cast<float>(ratio_cap),
-                    static_cast<float>(tau_pos),
-                    static_cast<float>(tau_neg),
-                    static_cast<float>(kl_coef),
-                    static_cast<float>(entropy_coef),
-                    max_length};
-  args.tokens = count;
-  args.length = shape.back();
-  args.sequences = 1;
-  if (packed) {
-    args.sequences = cu_seqlens->numel() - 1;
-    args.cu_seqlens = device_ints(logprobs, cu_seqlens, "cu_seqlens", args.sequences + 1);
-    R1K_CHECK(args.sequences > 0 || count == 0, "cu_seqlens holds one number, expected it to run from 0 to N = ",
-              count);
-  } else {
-    for (size_t k = 0; k + 1 < shape.size(); ++k) args.sequences *= shape[k];
-  }
-  args.logprobs = device_floats(logprobs, logprobs, "logprobs", count);
-  args.old_logprobs = device_floats(logprobs, old_logprobs, "old_logprobs", count);
-  args.ref_logprobs = device_floats(logprobs, ref_logprobs, "ref_logprobs", count);
+  const r1k::Objective objective =
+      objective_of(surrogate, static_cast<r1k::Ratio>(ratio), kl, aggregate, clip_low, clip_high, ratio_cap, tau_pos,
+                   tau_neg, kl_coef, entropy_coef, max_length);
+  gpu::PolicyLossArgs args = policy_args(objective, logprobs, advantages, old_logprobs, ref_logprobs, mask, cu_seqlens,
+                                         importance_weights, normalizer);
   args.entropy = device_floats(logprobs, entropy, "entropy", count);
-  args.mask = device_bools(logprobs, mask, "mask", count);
-  args.advantages = broadcast(advantages, "advantages", logprobs, args.sequences, packed);
-  args.importance_weights = broadcast(importance_weights, "importance_weights", logprobs, args.sequences, packed);
-  args.normalizer = device_floats(logprobs, normalizer, "normalizer", 1);
 
   const bool with_entropy = entropy_coef != 0;
   const OnStream on(logprobs);

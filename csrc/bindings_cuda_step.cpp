@@ -1,21 +1,12 @@
 // The fused GRPO step on NVIDIA GPUs over PyTorch's stable ABI: check, allocate, launch, register.
 
-#include "bindings_cuda.h"
+#include "bindings_cuda_policy.h"
 #include "cuda/grpo_passes.h"
 #include "cuda/grpo_step.h"
 
 namespace {
 
 using namespace r1k::bindings;
-
-// One number per sequence, or per token; per sequence where packed tokens are as many as their sequences.
-r1k::gpu::Broadcast broadcast(const Tensor& logits, const MaybeTensor& tensor, const char* name,
-                              const r1k::gpu::PolicyLossArgs& args) {
-  if (!tensor.has_value()) return {nullptr, false};
-  const bool per_token = tensor->dim() == logits.dim() - 1 && tensor->numel() == args.tokens;
-  const bool per_sequence = !per_token || (args.cu_seqlens != nullptr && tensor->numel() == args.sequences);
-  return {device_floats(logits, tensor, name, per_sequence ? args.sequences : args.tokens), per_sequence};
-}
 
 // Two reads of the logits, for rows or devices that the fused kernel cannot take.
 void run_passes(r1k::gpu::GrpoStepArgs& args, const Tensor& logits, const r1k::gpu::Stream& stream) {
@@ -64,36 +55,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
   args.temperature = temperature;
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
   args.entropy = static_cast<float*>(entropy.data_ptr());
-  r1k::gpu::PolicyLossArgs& policy = args.policy;
-  policy = {};
-  policy.objective = {static_cast<r1k::Surrogate>(surrogate),
-                      r1k::Ratio::token,
-                      kl,
-                      static_cast<r1k::Aggregate>(aggregate),
-                      static_cast<float>(clip_low),
-                      static_cast<float>(clip_high),
-                      static_cast<float>(ratio_cap),
-                      static_cast<float>(tau_pos),
-                      static_cast<float>(tau_neg),
-                      static_cast<float>(kl_coef),
-                      static_cast<float>(entropy_coef),
-                      max_length};
-  policy.tokens = count;
-  policy.length = shape.back();
-  policy.sequences = 1;
-  for (size_t k = 0; k + 1 < shape.size(); ++k) policy.sequences *= shape[k];
-  if (cu_seqlens.has_value()) policy.sequences = cu_seqlens->numel() - 1;
-  policy.cu_seqlens = device_ints(logits, cu_seqlens, "cu_seqlens", policy.sequences + 1);
-  policy.logprobs = args.logprobs;
-  policy.old_logprobs = device_floats(logits, old_logprobs, "old_logprobs", count);
-  policy.ref_logprobs = device_floats(logits, ref_logprobs, "ref_logprobs", count);
-  policy.entropy = args.entropy;
-  policy.mask = device_bools(logits, mask, "mask", count);
-  policy.advantages = broadcast(logits, advantages, "advantages", policy);
-  policy.importance_weights = broadcast(logits, importance_weights, "importance_weights", policy);
-  policy.normalizer = device_floats(logits, normalizer, "normalizer", 1);
-  policy.loss = static_cast<float*>(loss.data_ptr());
-  policy.metrics = static_cast<float*>(metrics.data_ptr());
+  args.policy = policy_args(objective_of(surrogate, r1k::Ratio::token, kl, aggregate, clip_low, clip_high, ratio_cap,
+                                         tau_pos, tau_neg, kl_coef, entropy_coef, max_length),
+                            logprobs, advantages, old_logprobs, ref_logprobs, mask, cu_seqlens, importance_weights,
+                            normalizer);
+  args.policy.entropy = args.entropy;
+  args.policy.loss = static_cast<float*>(loss.data_ptr());
+  args.policy.metrics = static_cast<float*>(metrics.data_ptr());
 
   const OnStream on(logits);
   const r1k::gpu::StepTile chosen = r1k::gpu::step_tile(args, tile, on.stream);

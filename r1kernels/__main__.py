@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import r1kernels
-from r1kernels import _library
+from r1kernels import _choice, _library
 from r1kernels.ops.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
 
@@ -55,7 +55,27 @@ def _products() -> list[str]:
 def _triton() -> str:
     missing = _library.triton_missing("cuda")
     versions = [importlib.metadata.version(name) for name in ("triton", "pytorch-triton") if _installed(name)]
-    return missing or f"Triton {' '.join(versions[:1])}, for devices of torch's type 'cuda'"
+    return missing or f"{' '.join(versions[:1])}, for devices of torch's type 'cuda'"
+
+
+def _cuda() -> str:
+    """The compiled kernels of GPUs: for which architectures they were built, and why none can run here."""
+    extension = _library.extension
+    architectures = [] if extension is None else extension.cuda_architectures()
+    missing = _library.cuda_missing("cuda")
+    if not architectures:
+        return missing
+    built = f"built for {', '.join(architectures)}"
+    if not torch.cuda.is_available():
+        missing = extension.cuda_missing(0)
+    return f"{built}; {missing}" if missing else built
+
+
+def _faster_in_cuda(device: str) -> str:
+    """What CUDA kernels take over from Triton's on a device."""
+    operators = sorted(_choice.load(_choice.TABLE).get(device, {}))
+    names = ", ".join(operators)
+    return f"CUDA where it was measured to be faster: {names}" if names else "CUDA: nothing measured yet"
 
 
 def _installed(distribution: str) -> bool:
@@ -100,7 +120,7 @@ def _age(result: Any, kernels: str, csrc: str, cuda: str) -> str:
     """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
-        same = compiled == kernels
+        same = compiled in (kernels, f"{kernels}-{cuda}")
     elif compiled := named.get("cuda_sources"):
         same = compiled == cuda
     elif not named.get("csrc_tree"):
@@ -143,7 +163,7 @@ def report() -> str:
         lines += [f"extension    missing: {_library.extension_error}", f"             {_library.HOW_TO_BUILD}"]
     else:
         lines += [f"extension    {extension.__file__}", f"CPU kernels  {extension.cpu_isa()} instruction set"]
-    lines.append(f"GPU kernels  {_triton()}")
+    lines += [f"Triton       {_triton()}", f"CUDA         {_cuda()}"]
     requested = os.environ.get("R1KERNELS_BACKEND")
     lines += [
         f"backend      {_library.requested()}"
@@ -162,6 +182,7 @@ def report() -> str:
         choice = _library.explain("cuda", torch.bfloat16)
         if choice.implementation == "triton":
             lines.append(f"{'linear_statistics':<18}{'cuda':<8}{'bf16 fp16':<16}{'triton':<12}log-probs without logits")
+            lines.append(f"{'':<54}{_faster_in_cuda(torch.cuda.get_device_name(0))}")
     lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
     lines += _results()

@@ -116,13 +116,13 @@ def gpu_kernels(operator: str, like: Tensor) -> str:
     if triton_missing(kind):
         return "cuda"
     vocab = like.shape[-1] if like.dim() else None
-    faster = kind == "cuda" and _choice.cuda_is_faster(operator, _device_name(like.device), like.dtype, vocab)
+    faster = kind == "cuda" and _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
     return "cuda" if faster else "triton"
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 _missing: dict[str, str] = {}

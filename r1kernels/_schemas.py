@@ -119,7 +119,7 @@ _declare(
     f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
-POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/cpu/policy_loss.h
+POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/common/objective.h
 
 
 @torch.library.register_fake(f"{NAMESPACE}::token_stats")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels import testing
+from r1kernels import _library, testing
 
 REHEARSAL = bool(os.environ.get("R1KERNELS_GPU_REHEARSAL"))
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -32,9 +32,15 @@ Function = Callable[..., Any]
 Inputs = dict[str, Any]
 
 
-def ours() -> contextlib.AbstractContextManager[None]:
-    """The kernels under test."""
-    return r1kernels.backend(testing.KERNELS if REHEARSAL else "triton")
+# The kernels under test; those in CUDA C++ serve what takes logits, and tokens.
+KERNELS = (testing.KERNELS,) if REHEARSAL else ("triton", "cuda")
+FOR_EVERYTHING = tuple(kernels for kernels in KERNELS if kernels != "cuda")
+
+
+def ours(kernels: str) -> contextlib.AbstractContextManager[None]:
+    if kernels == "cuda" and (missing := _library.cuda_missing(DEVICE.type)):
+        pytest.skip(f"no CUDA kernels: {missing}")
+    return r1kernels.backend(kernels)
 
 
 def size(real: int, small: int) -> int:
@@ -86,8 +92,8 @@ def double(inputs: Inputs) -> Inputs:
 def compare(
     function: Function, inputs: Inputs, leaves: tuple[str, ...] = (), *, near: float = 0.0, sums: bool = False
 ) -> list[Tensor]:
-    """Values and gradients of the kernels against the reference in float64; what is allowed comes from the reference in
-    the dtype of the inputs.
+    """Values and gradients of the kernels in use against the reference in float64; what is allowed comes from the
+    reference in the dtype of the inputs.
 
     Args:
         near: values are differences of numbers so large (`LOGITS` for log-probs), and have their roundings.
@@ -96,8 +102,7 @@ def compare(
     Returns:
         What the kernels gave.
     """
-    with ours():
-        got = results(function, inputs, leaves)
+    got = results(function, inputs, leaves)
     with r1kernels.backend("reference"):
         plain = results(function, inputs, leaves)
         exact = results(function, double(inputs), leaves)

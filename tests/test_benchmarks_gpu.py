@@ -194,7 +194,8 @@ def measured_rows() -> list[dict[str, Any]]:
 
 
 def test_bars_by_name() -> None:
-    verdicts = {bar.name: bar.verdict for bar in bars.evaluate(measured_rows())}
+    verdicts = {bar.name: bar.verdict for bar in bars.evaluate(measured_rows()) if bar.candidate in (
+        OURS, FLUSHED, FLOAT32_PRODUCT)}
     assert verdicts == {
         "statistics (log-prob + entropy), share of the copy's bandwidth": "met",
         "gradient, share of the copy's bandwidth": "missed",
@@ -244,7 +245,7 @@ def test_the_report_tells_of_the_last_kernels_only(tmp_path: Path, capsys: pytes
     report.write(tmp_path)
     result = json.loads((tmp_path / "results.json").read_text())
     assert (result["device"], result["driver"], result["kernels"]) == ("NVIDIA X", "580", HASH)
-    assert len(result["results"]) == len(measured_rows()) and len(result["bars"]) == 19
+    assert len(result["results"]) == len(measured_rows()) and len(result["bars"]) == len(bars.evaluate([]))
     text = (tmp_path / "report.md").read_text()
     assert "older" not in text and "OutOfMemoryError: no / memory" in text
     assert "| statistics | 8192 x 151936 | bfloat16 | r1kernels | 600.0 us | 1.00 x | 95 % |" in text
@@ -331,7 +332,7 @@ def calls(environment: dict[str, str]) -> list[str]:
 def test_the_stages_fit_into_nine_minutes() -> None:
     text = SCRIPT.read_text()
     stages = re.search(r"STAGES=\((.*)\)", text).group(1).split()
-    seconds = dict(re.findall(r"\[(\w+)\]=(\d+)", text))
+    seconds = dict(re.findall(r"\[([\w-]+)\]=(\d+)", text))
     assert set(seconds) == set(stages) and set(command.GROUPS) < set(stages)
     assert sum(map(int, seconds.values())) + int(re.search(r"REPORT=(\d+)", text).group(1)) <= 540
 

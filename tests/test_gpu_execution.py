@@ -6,13 +6,26 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from gpu_cases import Inputs, head_of, ids_of, leaves_of, logits_of, needs_device, needs_gpu, on_device, ours, size
+from gpu_cases import (
+    FOR_EVERYTHING,
+    KERNELS,
+    Inputs,
+    head_of,
+    ids_of,
+    leaves_of,
+    logits_of,
+    needs_device,
+    needs_gpu,
+    on_device,
+    ours,
+    size,
+)
 from torch import Tensor
 
 import r1kernels
@@ -24,10 +37,10 @@ REPEATS = size(100, 3)
 LARGEST_ERROR = 2e-5  # of the log-probs of a head, in nats
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    with ours():
-        yield
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ours(request.param):
+        yield request.param
 
 
 def policy_of(logprobs: Tensor, seed: int) -> Inputs:
@@ -117,6 +130,15 @@ WAITING = {
 }
 
 
+BY_CUDA = ("grpo_loss", "policy_loss, group_advantages", "cross_entropy")
+
+
+def on_kernels(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each name with each of the kernels that serve it."""
+    served = [(name, kernels) for name in names for kernels in KERNELS if kernels != "cuda" or name in BY_CUDA]
+    return pytest.mark.parametrize("name, kernels", served, indirect=["kernels"])
+
+
 def assert_same(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Bits, but where a library multiplies matrices: it may choose another algorithm inside a graph or on a stream."""
     for value, true in zip(found, expected, strict=True):
@@ -130,7 +152,7 @@ def assert_same(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ..
 # ---- the same bits -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*STEPS, *WAITING])
+@on_kernels([*STEPS, *WAITING])
 def test_repeats_are_bit_identical(name: str) -> None:
     step = (STEPS | WAITING)[name]
     inputs = step.make(0)
@@ -157,7 +179,7 @@ def captured(step: Step, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, tuple[Te
 
 
 @needs_device
-@pytest.mark.parametrize("name", STEPS)
+@on_kernels(STEPS)
 def test_a_captured_graph_replays_with_other_inputs(name: str) -> None:
     step = STEPS[name]
     fixed = step.make(0)
@@ -184,7 +206,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @needs_device
-@pytest.mark.parametrize("name", STEPS)
+@on_kernels(STEPS)
 def test_nothing_waits_for_the_device(name: str) -> None:
     step = STEPS[name]
     inputs = step.make(0)
@@ -195,7 +217,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 
 
 @needs_device
-@pytest.mark.parametrize("name", [*STEPS, *WAITING])
+@on_kernels([*STEPS, *WAITING])
 def test_kernels_run_on_the_stream_of_their_caller(name: str) -> None:
     """The inputs are finished late on that stream alone: a kernel on another would read what was there before."""
     step = (STEPS | WAITING)[name]
@@ -221,7 +243,7 @@ torch.manual_seed(0)
 ids = torch.tensor([1, BAD, 3], device="cuda")
 logits = torch.randn(3, 1000, device="cuda").bfloat16()
 hidden, weight = torch.randn(3, 64, device="cuda").bfloat16(), torch.randn(1000, 64, device="cuda").bfloat16()
-with r1kernels.backend("triton"):
+with r1kernels.backend("KERNELS"):
     CALL
     torch.cuda.synchronize()
 print("used")
@@ -229,23 +251,39 @@ print("used")
 CALLS = {
     "token_logprobs": "r1kernels.token_logprobs(logits, ids)",
     "grpo_loss": "r1kernels.grpo_loss(logits[None], ids[None], torch.ones(1, device='cuda'))",
+    "grpo_loss with a gradient":
+        "r1kernels.grpo_loss(logits[None].requires_grad_(), ids[None], torch.ones(1, device='cuda')).loss.backward()",
     "cross_entropy": "r1kernels.cross_entropy(logits, ids)",
     "linear_token_logprobs": "r1kernels.linear_token_logprobs(hidden, weight, ids)",
 }
-
-
-PROGRAMS = {
-    **{f"{name} of {bad}": PROGRAM.replace("CALL", call).replace("BAD", str(bad))
-       for name, call in CALLS.items() for bad in (1000, -1)},
-    "ids in range": PROGRAM.replace("CALL", "\n    ".join(CALLS.values())).replace("BAD", "999"),
-    "capacity": PROGRAM.replace("BAD", "2").replace("CALL", """weight.requires_grad_()
+CAPACITY = """weight.requires_grad_()
     ones = torch.ones(1, 3, device="cuda")
-    r1kernels.linear_grpo_loss(hidden[None], weight, ids[None], ones, capacity=2, mask=ones)"""),
-}
+    r1kernels.linear_grpo_loss(hidden[None], weight, ids[None], ones, capacity=2, mask=ones)"""
+Outcomes = dict[tuple[str, str], subprocess.CompletedProcess[str]]
+
+
+def programs(kernels: str) -> dict[tuple[str, str], str]:
+    calls = {name: call for name, call in CALLS.items() if kernels != "cuda" or not name.startswith("linear")}
+    found = {f"{name} of {bad}": (call, str(bad)) for name, call in calls.items() for bad in (1000, -1)}
+    found["ids in range"] = "\n    ".join(calls.values()), "999"
+    if kernels in FOR_EVERYTHING:
+        found["capacity"] = CAPACITY, "2"
+    return {
+        (name, kernels): PROGRAM.replace("CALL", call).replace("BAD", bad).replace("KERNELS", kernels)
+        for name, (call, bad) in found.items()
+    }
+
+
+PROGRAMS = {key: program for kernels in KERNELS for key, program in programs(kernels).items()}
+
+
+def of_programs(what: str) -> pytest.MarkDecorator:
+    """A test of each program whose name has this in it."""
+    return pytest.mark.parametrize("name, kernels", [key for key in PROGRAMS if what in key[0]], indirect=["kernels"])
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, subprocess.CompletedProcess[str]]:
+def outcomes() -> Outcomes:
     """Of all programs, run at once: each takes seconds to start."""
 
     def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -254,27 +292,27 @@ def outcomes() -> dict[str, subprocess.CompletedProcess[str]]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 
-    with ThreadPoolExecutor(len(PROGRAMS)) as pool:
+    with ThreadPoolExecutor(12) as pool:
         return dict(zip(PROGRAMS, pool.map(run, PROGRAMS.values()), strict=True))
 
 
 @needs_device
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if " of " in name])
-def test_ids_out_of_range_are_refused_by_name(
-    name: str, outcomes: dict[str, subprocess.CompletedProcess[str]]
-) -> None:
-    outcome = outcomes[name]
+@of_programs(" of ")
+def test_ids_out_of_range_are_refused_by_name(name: str, kernels: str, outcomes: Outcomes) -> None:
+    outcome = outcomes[name, kernels]
     assert outcome.returncode != 0 and "used" not in outcome.stdout
     assert "outside [0, V)" in outcome.stderr, outcome.stderr[-2000:]
 
 
 @needs_device
-def test_ids_within_range_are_not(outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    outcome = outcomes["ids in range"]
+@of_programs("ids in range")
+def test_ids_within_range_are_not(name: str, kernels: str, outcomes: Outcomes) -> None:
+    outcome = outcomes[name, kernels]
     assert outcome.returncode == 0 and "used" in outcome.stdout, outcome.stderr[-2000:]
 
 
 @needs_device
-def test_more_tokens_than_the_capacity_are_refused(outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    outcome = outcomes["capacity"]
+@of_programs("capacity")
+def test_more_tokens_than_the_capacity_are_refused(name: str, kernels: str, outcomes: Outcomes) -> None:
+    outcome = outcomes[name, kernels]
     assert outcome.returncode != 0 and "assert" in outcome.stderr.lower(), outcome.stderr[-2000:]

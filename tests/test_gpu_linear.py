@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import DEVICE, LOGITS, compare, head_of, ids_of, needs_gpu, on_device, ours, results, size
+from gpu_cases import (
+    DEVICE,
+    FOR_EVERYTHING,
+    LOGITS,
+    compare,
+    head_of,
+    ids_of,
+    needs_gpu,
+    on_device,
+    ours,
+    results,
+    size,
+)
 from torch import Tensor
 
 import r1kernels
@@ -19,9 +31,9 @@ N, H, V = B * T, size(1024, 24), size(32_011, 203)
 CLOSE = 2e-4  # of log-probs by two orders of the same sums
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    with ours():
+@pytest.fixture(autouse=True, params=FOR_EVERYTHING)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with ours(request.param):
         yield
 
 

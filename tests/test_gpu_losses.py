@@ -6,7 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_cases import DEVICE, LOGITS, compare, ids_of, logits_of, needs_gpu, on_device, ours, results, size
+from gpu_cases import (
+    DEVICE,
+    FOR_EVERYTHING,
+    KERNELS,
+    LOGITS,
+    compare,
+    ids_of,
+    logits_of,
+    needs_gpu,
+    on_device,
+    ours,
+    results,
+    size,
+)
 from torch import Tensor
 
 import r1kernels
@@ -22,9 +35,9 @@ PRESETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[None]:
-    with ours():
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with ours(request.param):
         yield
 
 
@@ -158,6 +171,7 @@ def test_cross_entropy(reduction: str) -> None:
     compare(lambda **given: r1kernels.cross_entropy(**given, reduction=reduction), inputs, ("logits",), near=LOGITS)
 
 
+@pytest.mark.parametrize("kernels", FOR_EVERYTHING, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_distillation_loss(kind: str, dtype: torch.dtype) -> None:
@@ -170,6 +184,7 @@ def test_distillation_loss(kind: str, dtype: torch.dtype) -> None:
             inputs, ("student_logits",), near=LOGITS)
 
 
+@pytest.mark.parametrize("kernels", FOR_EVERYTHING, indirect=True)
 def test_distillation_from_listed_tokens() -> None:
     student = logits_of(B, T, REAL)
     top = logits_of(B, T, REAL, seed=9).float().log_softmax(-1).topk(16)

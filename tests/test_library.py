@@ -175,20 +175,23 @@ def not_looked_yet(monkeypatch: pytest.MonkeyPatch, nothing_said: None) -> None:
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch, not_looked_yet: None) -> None:
+    """Nor CUDA kernels, which would stand in."""
+    monkeypatch.setattr(_library, "_cuda_missing", {"cuda": "built without CUDA"})
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, not_looked_yet: None) -> Callable[..., None]:
-    """Pretends to NVIDIA GPUs of some capabilities."""
+    """Pretends to NVIDIA GPUs of some capabilities, and to an extension that was built without CUDA."""
+    monkeypatch.setattr(_library, "_cuda_missing", {"cuda": "built without CUDA"})
 
     def pretend(*capabilities: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU {}.{}".format(*capabilities[device]))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "GPU {}.{}".format(*capabilities[i]))
 
     return pretend
 
@@ -358,3 +361,110 @@ def test_every_operator_has_a_schema_and_a_kernel() -> None:
         operator = getattr(torch.ops.r1kernels, name).default
         assert operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
         assert not operator._schema.is_mutable
+
+
+# ---- CUDA kernels without a GPU -----------------------------------------------------------------------------
+
+
+class BuiltWithCuda:
+    """An extension whose kernels run on the devices for which `missing` is empty."""
+
+    def __init__(self, *missing: str, architectures: tuple[str, ...] = ("sm_80", "sm_90a")) -> None:
+        self.missing, self.architectures = missing, architectures
+
+    def cuda_architectures(self) -> list[str]:
+        return list(self.architectures)
+
+    def cuda_missing(self, device: int) -> str:
+        return self.missing[device]
+
+
+@pytest.fixture
+def cuda(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends to GPUs, each with what keeps CUDA kernels from running there."""
+
+    def pretend(*missing: str) -> None:
+        gpus(*[(9, 0)] * len(missing))
+        monkeypatch.setattr(_library, "_cuda_missing", {})
+        monkeypatch.setattr(_library, "extension", BuiltWithCuda(*missing))
+
+    return pretend
+
+
+class OnGpu:
+    """What `gpu_kernels` looks at of a tensor of (8, 1000) bfloat16 logits on a GPU."""
+
+    device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, torch.Size([8, 1000])
+
+    @staticmethod
+    def dim() -> int:
+        return 2
+
+
+def test_cuda_on_request(cuda: Callable[..., None]) -> None:
+    cuda("")
+    with backend("cuda"):
+        assert _library.choose("cuda", torch.bfloat16) == ("cuda", "requested", False)
+        assert _library.gpu_kernels("token_stats", OnGpu()) == "cuda"
+        with pytest.raises(RuntimeError, match="there is no CUDA kernel of divergence, expected 'auto' or 'triton'"):
+            _library.choose("cuda", torch.bfloat16, "divergence")
+        with pytest.raises(TypeError, match=r"backend 'cuda' was requested for torch\.float64"):
+            _library.choose("cuda", torch.float64)
+
+
+@pytest.mark.parametrize("why", ["the driver is too old; update it", "GPU 7.5 is sm_75, expected sm_80 or newer"])
+def test_cuda_on_request_where_it_cannot_run_says_why(why: str, cuda: Callable[..., None]) -> None:
+    cuda(why)
+    with backend("cuda"), pytest.raises(RuntimeError, match=f"backend 'cuda' was requested .* on 'cuda': {why}"):
+        _library.choose("cuda", torch.bfloat16)
+    assert _library.choose("cuda", torch.bfloat16).implementation == "triton"
+    assert _library.gpu_kernels("token_stats", OnGpu()) == "triton"
+
+
+def test_cuda_on_request_of_an_extension_without_it(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda("built without CUDA: nvcc was not found; install it and build again")
+    monkeypatch.setattr(_library.extension, "architectures", ())
+    with backend("cuda"), pytest.raises(RuntimeError, match="nvcc was not found; install it"):
+        _library.choose("cuda", torch.bfloat16)
+
+
+def test_cuda_on_request_for_a_tensor_of_the_cpu_is_an_error() -> None:
+    with backend("cuda"):
+        for operation in OPERATIONS.values():
+            with pytest.raises(RuntimeError, match="for a tensor on 'cpu': CUDA kernels run on NVIDIA GPUs"):
+                operation()
+
+
+def test_one_gpu_that_cuda_serves_is_enough(cuda: Callable[..., None]) -> None:
+    cuda("GPU 7.5 is sm_75, expected sm_80 or newer", "")
+    assert _library.cuda_missing("cuda") == ""
+
+
+def test_cuda_stands_in_for_triton(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda("")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    choice = _library.choose("cuda", torch.bfloat16, "token_stats")
+    assert (choice.implementation, choice.slow) == ("cuda", False)
+    assert choice.reason.startswith("compiled ahead of time; Triton is not installed")
+    assert _library.gpu_kernels("grpo_step", OnGpu()) == "cuda"
+    divergence = _library.choose("cuda", torch.bfloat16, "divergence")
+    assert (divergence.implementation, divergence.slow) == ("reference", True)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_table_decides_between_cuda_and_triton(
+    faster: bool, cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(_library._choice, "cuda_is_faster", lambda *about: asked.append(about) or faster)
+    cuda("")
+    _library._device_name.cache_clear()
+    expected = "cuda" if faster else "triton"
+    assert _library.gpu_kernels("token_stats", OnGpu()) == expected
+    assert _library.gpu_kernels("grpo_step", OnGpu()) == expected
+    assert asked == [(name, "GPU 9.0", torch.bfloat16, 1000) for name in ("token_stats", "grpo_step")]
+    assert _library.gpu_kernels("divergence", OnGpu()) == "triton"
+    with backend("triton"):
+        assert _library.gpu_kernels("grpo_step", OnGpu()) == "triton"
+    _library._device_name.cache_clear()

@@ -20,6 +20,22 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an extension that was built without CUDA."""
+    monkeypatch.setattr(_library, "_cuda_missing", {"cuda": "built without CUDA"})
+
+
+def test_the_page_says_what_became_of_cuda() -> None:
+    """Where it was built, and no GPU is here, the page says both; elsewhere why it was not built."""
+    (line,) = (line for line in report().splitlines() if line.startswith("CUDA "))
+    architectures = _library.extension.cuda_architectures()
+    assert all(architecture in line for architecture in architectures)
+    assert architectures or "without CUDA" in line
+    if not torch.cuda.is_available():
+        assert _library.extension.cuda_missing(0) in line
+
+
 def test_report_names_versions_instruction_set_and_every_operation() -> None:
     text = report()
     assert f"torch {torch.__version__}" in text
@@ -58,6 +74,7 @@ def test_a_request_of_triton_without_a_gpu_is_an_error_of_every_row() -> None:
         (None, "reference   Triton is not installed; install it (`pip install 'r1kernels[triton]'`)"),
     ],
 )
+@pytest.mark.usefixtures("no_cuda")
 def test_a_gpu_is_listed_with_what_serves_it(
     capability: tuple[int, int] | None, served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = ("-m", "pip", "--disable-pip-version-check")
-LARGEST = 5 * 2**20  # bytes
+LARGEST = 5_000_000  # bytes
 OLDEST_TORCH = (2, 10)
 
 USE = """

@@ -20,6 +20,7 @@ from gpu import bars, ceilings, measure, records, report
 from gpu.cases import GROUPS
 from gpu.setting import COPY, OURS, Case, Setting, head_shape, logits_shapes
 from gpu.timing import clock_of
+from r1kernels import _library
 
 TRY_AGAIN = 75
 SECONDS_EACH = 1.5  # of timing for a case
@@ -119,9 +120,14 @@ def check_all(setting: Setting) -> int:
                 except Exception as error:
                     told = f"WRONG: {measure.failure(error)}"
                     wrong.append(case.op)
-                print(f"  {', '.join(case.key)}: {told}", flush=True)
+                print(f"  {', '.join((*case.key, name))}: {told}", flush=True)
     print(f"{len(wrong)} wrong" if wrong else "all right")
     return 1 if wrong else 0
+
+
+def told_of_cuda(setting: Setting) -> None:
+    if not setting.cuda:
+        print(f"without the CUDA kernels: {_library.cuda_missing(setting.device.type)}", flush=True)
 
 
 def print_bars(folder: Path, setting: Setting) -> None:
@@ -136,7 +142,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=3600, help="start no case after so many")
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal, with --small")
-    parser.add_argument("--backend", help="the implementation measured; triton on a GPU")
+    parser.add_argument("--backend", help="the one measured beside the CUDA kernels; triton on a GPU")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
@@ -149,6 +155,7 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda is not available; --device cpu --small rehearses", file=sys.stderr)
         return 2
+    told_of_cuda(setting)
     with r1kernels.backend(given.backend or ("triton" if device.type == "cuda" else "auto")):
         if given.group == "check":
             return check_all(setting._replace(small=True, compiled=False))

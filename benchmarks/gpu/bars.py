@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from gpu.setting import FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS
+from gpu.setting import COPY, CUDA, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS
+from gpu.step import IN_PLACE, STEP
 
 Row = dict[str, Any]
 MAIN, HEAD = "8192 x 151936", "N 8192, H 4096, V 151936"
 POLICY = "policy_loss + group_advantages"
+POLICY_SHAPES = ("64 x 512 tokens", "8 x 512 tokens")
+# Of the fused step: shape, share of the copy's bandwidth.
+STEP_SHARES = {
+    "256 x 151936": 0.8, "8192 x 32000": 0.85, "8192 x 50257": 0.85, "8192 x 100352": 0.85, "8192 x 128256": 0.85,
+    MAIN: 0.85, "8192 x 262144": 0.85,
+}
 GIB = 2**30
 MEAN_ERROR, LARGEST_ERROR = 1e-6, 2e-5  # of log-probs, in nats
 
@@ -78,11 +85,13 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
         "grpo_loss forward + backward, times statistics + gradient", both,
         rows.ratio(rows.field(both, "median_us"), *parts), 1.1, False, "x",
     )
-    policy = POLICY, "forward, graph"
-    policy = next((key[:3] for key in rows.rows if key[:2] == policy), (*policy, ""))
-    yield Bar(
-        "policy loss + advantages at 32k tokens", policy, rows.field(policy, "median_us"), 30, False, "microseconds"
-    )
+    yield from _of_step(rows, main)
+    for tokens, shape, limit, candidate in (("32k", POLICY_SHAPES[0], 30, OURS), ("4k", POLICY_SHAPES[1], 12, CUDA)):
+        policy = (POLICY, "forward, graph", shape)
+        yield Bar(
+            f"policy loss + advantages at {tokens} tokens{'' if candidate == OURS else ' (cuda)'}", policy,
+            rows.field(policy, "median_us", candidate), limit, False, "microseconds", candidate,
+        )
     fused = ("linear_statistics", "log-prob + entropy", head)
     yield Bar(
         "fused linear statistics, share of the measured product rate", fused, rows.field(fused, "share_of_gemm"), 0.75,
@@ -111,6 +120,28 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
         )
 
 
+def _of_step(rows: Rows, main: str) -> Iterator[Bar]:
+    """A copy of the logits is one read and one write of them. The two kernels: those that are faster together."""
+    place = ("grpo_loss", "forward + backward", main)
+    for candidate in (STEP, IN_PLACE):
+        value = rows.ratio(rows.field(place, "median_us", candidate), rows.field(place, "median_us", COPY))
+        told = " in place" if candidate == IN_PLACE else ""
+        yield Bar(f"fused GRPO step{told}, times a copy of the logits", place, value, 1.15, False, "x", candidate)
+    both = [
+        [rows.field(("token_stats", case, main), "median_us", candidate) for case in ("statistics", "gradient")]
+        for candidate in (OURS, CUDA)
+    ]
+    two = min((sum(parts) for parts in both if None not in parts), default=None)
+    value = rows.ratio(two, rows.field(place, "median_us", STEP))
+    yield Bar("fused GRPO step, times faster than statistics + gradient", place, value, 1.4, True, "x", STEP)
+    for shape, limit in STEP_SHARES.items():
+        place = ("grpo_loss", "forward + backward", shape)
+        share = rows.field(place, "share_of_copy", STEP)
+        yield Bar(
+            f"fused GRPO step, {shape}, share of the copy's bandwidth", place, share, limit, True, "", STEP
+        )
+
+
 def mark(rows: list[Row], bars: list[Bar]) -> list[Row]:
     """The rows, those that bars judge with `bar` and `met` (all of them)."""
     by_row: dict[tuple[str, ...], list[Bar]] = {}
@@ -125,5 +156,3 @@ def mark(rows: list[Row], bars: list[Bar]) -> list[Row]:
         return {**row, "bar": "; ".join(str(bar) for bar in of_row), "met": all(bar.met for bar in of_row)}
 
     return [judged(row) for row in rows]
-
-

@@ -44,6 +44,12 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3."""
+    d = ref_logprobs - logprobs
+    return d.exp() - d - 1
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten())
 

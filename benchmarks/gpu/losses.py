@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from gpu.setting import OURS, Candidate, Case
+from gpu.setting import OURS, Candidate, Case, Setting, with_cuda
 from gpu.timing import Timed
 
 LossFunction = Callable[..., Tensor]
@@ -63,12 +63,13 @@ def compare(name: str, found: Tensor, exact: Tensor, tolerance: float) -> None:
 
 
 def check(
-    function: LossFunction, exact: LossFunction, problem: Problem, few: int, name: str
+    function: LossFunction, exact: LossFunction, problem: Problem, few: int, name: str,
+    plain: LossFunction | None = None,
 ) -> None:
     """A few rows by themselves, loss and gradients; and the first and last rows of the whole against theirs.
 
-    Of ours, twice the error of the reference in the same dtype and a rounding are allowed. What is compiled sees the
-    whole only: another shape would be compiled once more.
+    Of ours, twice the error of the reference (`plain`, or the function itself) in the same dtype and a rounding are
+    allowed. What is compiled sees the whole only: another shape would be compiled once more.
     """
     whole = gradients(function, problem)
     for where in (slice(0, few), slice(problem.count - few, problem.count)):
@@ -77,11 +78,11 @@ def check(
         allowed = [PEER_TOLERANCE] * len(expected)
         if name.startswith(OURS):
             with r1kernels.backend("reference"):
-                plain = gradients(function, part)
+                same_dtype = gradients(plain or function, part)
             roundings = [LOSS_ROUNDINGS, *[1] * len(problem.leaves)]
             allowed = [
                 2 * (distance(value, true) + number * torch.finfo(value.dtype).eps)
-                for value, true, number in zip(plain, expected, roundings, strict=True)
+                for value, true, number in zip(same_dtype, expected, roundings, strict=True)
             ]
         found = None if name == COMPILED else gradients(function, part)
         for i, what in enumerate(("loss", *problem.leaves)):
@@ -94,9 +95,11 @@ def check(
 
 def loss_case(
     op: str, case: str, shape: object, dtype: torch.dtype, problem: Problem, functions: dict[str, LossFunction],
-    exact: LossFunction, *, few: int, extra: dict[str, Candidate] | None = None, **numbers: Any,
+    exact: LossFunction, *, few: int, extra: dict[str, Candidate] | None = None, cuda: Setting | None = None,
+    **numbers: Any,
 ) -> Case:
-    """`exact` is run in float64. Functions whose names begin with `OURS` are held to the precision of the reference."""
+    """`exact` is run in float64. Functions whose names begin with `OURS` are held to the precision of the reference.
+    With `cuda`, `CUDA` takes part."""
     candidates = {
         name: Candidate(
             Timed(partial(gradients, function, problem)),
@@ -104,6 +107,7 @@ def loss_case(
         )
         for name, function in functions.items()
     }
+    candidates = with_cuda(candidates, cuda) if cuda else candidates
     return Case(op, case, str(shape), dtype, candidates | (extra or {}), **numbers)
 
 

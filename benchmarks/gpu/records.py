@@ -19,6 +19,7 @@ import torch
 import r1kernels
 
 LINES = "results.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
@@ -69,10 +70,16 @@ def version_of(module: str) -> str | None:
         return None
 
 
+def kernels_hash() -> str:
+    from r1kernels.__main__ import cuda_sources_hash
+    from r1kernels.triton.sources import kernel_sources_hash
+
+    return f"{kernel_sources_hash()}-{cuda_sources_hash(ROOT)}"
+
+
 def environment(device: torch.device, kernels: Callable[[], str] | None = None) -> Row:
-    """Device, versions, and the hash of the kernel sources."""
-    if kernels is None:
-        from r1kernels.triton.sources import kernel_sources_hash as kernels
+    """Device, versions, and the hash of the kernel sources, those of Triton and those in CUDA C++."""
+    kernels = kernels or kernels_hash
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"rehearsal on {platform.machine()}",

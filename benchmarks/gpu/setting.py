@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+import r1kernels
 from gpu.timing import Timed
+from r1kernels import _library
 
-OURS = "r1kernels"
+OURS = "r1kernels"  # by Triton's kernels, on a GPU
+CUDA = f"{OURS}, cuda"  # by those in CUDA C++
 COPY = "copy"  # of the bytes that count in a case of bandwidth
 PRODUCTS = "bare products"
 FLUSHED = f"{OURS}, two accumulators"
@@ -24,6 +27,18 @@ class Setting(NamedTuple):
     small: bool = False
     compiled: bool = True  # torch.compile takes part
 
+    @property
+    def cuda(self) -> str:
+        """The backend of the candidates `CUDA`: a stand-in where a CPU rehearses, "" where there is none."""
+        if self.device.type == "cpu" and not _library.EMULATED:
+            return "auto"
+        return "" if _library.cuda_missing(self.device.type) else "cuda"
+
+    @property
+    def gpu_operators(self) -> bool:
+        """Whether operators that only GPUs have can run."""
+        return self.device.type == "cuda" or _library.EMULATED
+
 
 class Candidate(NamedTuple):
     """`check` raises where results differ from float64: no number is taken of such a candidate."""
@@ -31,6 +46,26 @@ class Candidate(NamedTuple):
     timed: Timed
     check: Callable[[], object] = lambda: None
     graph: bool = False  # replayed from a CUDA graph
+
+
+def by_cuda(candidate: Candidate, setting: Setting) -> Candidate:
+    def served(run: Callable[[], object]) -> Callable[[], object]:
+        def on_backend() -> object:
+            with r1kernels.backend(setting.cuda):
+                return run()
+
+        return on_backend
+
+    timed = candidate.timed._replace(run=served(candidate.timed.run), prepare=served(candidate.timed.prepare))
+    return candidate._replace(timed=timed, check=served(candidate.check))
+
+
+def with_cuda(candidates: dict[str, Candidate], setting: Setting) -> dict[str, Candidate]:
+    """`OURS` once more, as `CUDA`."""
+    if not setting.cuda:
+        return candidates
+    ours = {OURS: candidates[OURS], CUDA: by_cuda(candidates[OURS], setting)}
+    return ours | {name: candidate for name, candidate in candidates.items() if name != OURS}
 
 
 class Case(NamedTuple):
@@ -85,6 +120,23 @@ def logits_shapes(setting: Setting) -> list[Logits]:
     if setting.small:
         return [Logits(64, 1_031, True)]
     return [Logits(8192, 151_936, True), Logits(4096, 128_256), Logits(8192, 32_000)]
+
+
+def step_shapes(setting: Setting) -> list[tuple[Logits, torch.dtype]]:
+    """Many rows and few, vocabularies of real models (of 50,257 most rows begin off 16 bytes), and the other dtypes."""
+    if setting.small:
+        return [(Logits(64, 1_031, True), torch.bfloat16), (Logits(16, 4_096), torch.float32),
+                (Logits(16, 1_031), torch.float16)]
+    vocabularies = [32_000, 50_257, 100_352, 128_256, 262_144]
+    main, *others = logits_shapes(setting)
+    shapes = [main, Logits(256, main.vocab), *others, *(Logits(main.tokens, vocab) for vocab in vocabularies)]
+    wide = [(Logits(main.tokens, main.vocab), dtype) for dtype in (torch.float32, torch.float16)]
+    return [*((shape, torch.bfloat16) for shape in dict.fromkeys(shapes)), *wide]
+
+
+def policy_shapes(setting: Setting) -> list[tuple[int, int]]:
+    """(B, T)."""
+    return [(16, 8), (8, 4)] if setting.small else [(64, 512), (8, 512)]
 
 
 def head_shape(setting: Setting) -> Head:

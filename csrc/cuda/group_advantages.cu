@@ -1,9 +1,9 @@
 // A = (r - mean) / (std + eps) per group, in float64 and in two passes.  A group whose rewards are all equal gives
 // exactly 0: that is decided by max == min, because the rounded mean of equal numbers need not equal them.
 //
-// Consecutive groups of moderate size take a few lanes each.  All others, and the std of the batch, are summed in pieces,
-// at most kPieces of a group and multiples of kSpan rewards from its own beginning; blocks wait for one another, and each
-// reward then merges the moments of its group in order.  Ids come sorted, and a group is found by bisection.
+// Consecutive groups of moderate size take a few lanes each.  All others, and the std of the batch, are summed in
+// pieces, at most kPieces of a group and multiples of kSpan rewards from its own beginning; blocks wait for one
+// another, and each reward then merges the moments of its group in order.  Ids come sorted; bisection finds a group.
 
 #include "cuda/group_advantages.h"
 
@@ -92,7 +92,8 @@ __device__ __forceinline__ Moments moments_of(int64_t size, int lanes, const Rew
 
 // ---- consecutive groups of moderate size -------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__ GroupAdvantagesArgs args, int lane_bits) {
+__global__ void __launch_bounds__(kThreads)
+    group_kernel(const __grid_constant__ GroupAdvantagesArgs args, int lane_bits) {
   const int lanes = 1 << lane_bits;
   const int64_t group = (thread_of_grid() >> lane_bits) * args.group_size;
   const int64_t size = group < args.count ? args.group_size : 0;

@@ -31,7 +31,7 @@ struct StepTile {
   int slots;      // chunks of a ring
   int chunks;     // of a warp's part of a row
   int part;       // vectors of a warp's part
-  int lookahead;  // rows whose statistics are taken before the gradient of the one before: 1, or 0 where rings are short
+  int lookahead;  // rows whose sums are taken before the gradient of the one before: 1, or 0 where rings are short
   int clusters;   // that run at once; 0: the row does not fit, or the device has no clusters
   size_t shared;  // bytes of a block
 };

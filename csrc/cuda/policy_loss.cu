@@ -1,5 +1,5 @@
-// The policy loss in one launch: its value, dL/dlogprob and dL/dentropy per token, all metrics.  Nothing behind the mask
-// is read into arithmetic.  Blocks wait for one another between
+// The policy loss in one launch: its value, dL/dlogprob and dL/dentropy per token, all metrics.  Nothing behind the
+// mask is read into arithmetic.  Blocks wait for one another between
 //
 //   sums     pieces of sequences -> counted tokens and log-ratios; blocks -> counted tokens of the batch
 //   slopes   pieces of sequences -> slopes with respect to the sequence's mean log-ratio
@@ -161,9 +161,16 @@ __device__ __forceinline__ double sum_column(int column, const double* numbers, 
   const auto combine = [column](double a, double b) {
     return column == kLowest ? lower(a, b) : column == kHighest ? higher(a, b) : a + b;
   };
-  double total = column == kLowest ? INFINITY : column == kHighest ? -INFINITY : 0.0;
-#pragma unroll 4
-  for (int64_t k = lane_id(); k < count; k += kWarp) total = combine(total, numbers[k]);
+  const double none = column == kLowest ? INFINITY : column == kHighest ? -INFINITY : 0.0;
+  double total = none;
+#pragma unroll 1
+  for (int64_t first = lane_id(); first < count; first += kAheadOfSum * kWarp) {
+    double x[kAheadOfSum];
+#pragma unroll
+    for (int k = 0; k < kAheadOfSum; ++k) x[k] = first + k * kWarp < count ? numbers[first + k * kWarp] : none;
+#pragma unroll
+    for (int k = 0; k < kAheadOfSum; ++k) total = combine(total, x[k]);
+  }
   return combine_lanes(total, kWarp, combine);
 }
 

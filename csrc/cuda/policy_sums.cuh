@@ -11,8 +11,8 @@
 namespace r1k {
 namespace gpu {
 
-constexpr int kAheadOfSum = 8;  // tokens that a lane reads at once, so that their latencies overlap
-constexpr int64_t kFewPieces = 8;     // of a sequence, which are added up again wherever their sum is needed
+constexpr int kAheadOfSum = 8;     // tokens that a lane reads at once, so that their latencies overlap
+constexpr int64_t kFewPieces = 8;  // of a sequence, which are added up again wherever their sum is needed
 
 enum Plane { kCounts, kLogRatios, kSlopes, kPlanes };
 enum Phase { kSums, kSumsOfPieces, kSlopeSums, kSlopeSumsOfPieces, kTokensOfTiles, kPhases };

@@ -1,14 +1,14 @@
 // What the warps of the fused step know without looking at logits: which rows are theirs, and what a token weighs.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/collective.cuh"
 #include "cuda/policy_loss.h"
 
 namespace r1k {
 namespace gpu {
 
-// The counted rows of a cluster, in order: rows first, first + stride, ...  All lanes of a warp walk together, and look at
-// the masks of 32 rows at a time.
+// The counted rows of a cluster, in order: rows first, first + stride, ...  All lanes of a warp walk together, and look
+// at the masks of 32 rows at a time.
 class RowWalk {
  public:
   __device__ RowWalk(const bool* mask, int64_t tokens, int64_t first, int64_t stride)
@@ -34,16 +34,8 @@ class RowWalk {
   unsigned pending_;
 };
 
-// Sum over the warp, the same on every lane.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-__device__ __forceinline__ float warp_max(float value) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = std::fmax(value, shuffle_xor(value, mask));
-  return value;
+__device__ __forceinline__ float highest(float value) {
+  return combine_lanes(value, kWarp, [](float a, float b) { return std::fmax(a, b); });
 }
 
 // Tokens of [begin, end) that count; all lanes of a warp.
@@ -60,7 +52,7 @@ __device__ inline int64_t counted_tokens(const bool* mask, int64_t begin, int64_
     for (int k = 0; k < 4; ++k) count += count_bits(v.word[k] & 0x01010101u);
   }
   for (int64_t t = body + lane_id(); t < end; t += kWarp) count += mask[t];
-  return warp_sum(count);
+  return sum_lanes(count);
 }
 
 // The sequence that holds a token: the last one that begins at or before it.  All lanes of a warp.
@@ -78,7 +70,8 @@ __device__ inline int64_t sequence_of(const PolicyLossArgs& args, int64_t token)
   return low;
 }
 
-// The weight of tokens in the loss; of a sequence it is worked out when the first of its tokens comes.  All lanes of a warp.
+// The weight of tokens in the loss; of a sequence it is worked out when the first of its tokens comes.  All lanes of
+// a warp.
 class TokenWeight {
  public:
   __device__ explicit TokenWeight(const PolicyLossArgs& args) : sequence_(-1) {

@@ -17,6 +17,7 @@ namespace gpu {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 3;    // that share a processor's registers
 constexpr int kLoads = 4;     // of 16 bytes, all in flight before the first is needed
 constexpr int kSingles = 16;  // the same for entries read one by one
 
@@ -28,7 +29,7 @@ struct Part {
   const typename In::Storage* logits;
   typename Out::Storage* out;
   int64_t stride;  // between logits
-  int64_t left;    // entries from here on
+  int left;        // entries from here on
   bool read_first;  // a tile may be overwritten only when all of it has been read
 };
 
@@ -38,7 +39,7 @@ template <typename In, typename Out, bool kFull, typename Gradient>
 __device__ __forceinline__ void vector_tile(const Part<In, Out>& part, const Gradient& gradient) {
   constexpr int kChunk = Out::kPerVec, kVecs = kChunk / In::kPerVec, kChunks = kLoads / kVecs;
   const int lane = static_cast<int>(threadIdx.x) * kChunk;
-  const int left = kFull ? kThreads * kLoads * In::kPerVec : static_cast<int>(part.left);
+  const int left = kFull ? kThreads * kLoads * In::kPerVec : part.left;
   Vec16 raw[kLoads];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -137,12 +138,8 @@ struct EntryGradient {
   }
 };
 
-// Blocks that share a processor: as many as the registers allow.
-template <typename Out, bool kVector>
-constexpr int kBlocks = Out::kExact || !kVector ? 3 : 4;
-
 template <typename In, typename Out, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBlocks<Out, kVector>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gradient_kernel(const __grid_constant__ TokenStatsBackward args, int64_t segments) {
   constexpr bool kExact = Out::kExact;
   const int64_t r = blockIdx.x / static_cast<unsigned>(segments);
@@ -164,11 +161,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Out, kVector>)
   const int64_t target = args.token_ids[n];
   R1K_DEVICE_CHECK(target >= 0 && target < vocab, "r1kernels: token_ids holds an id outside [0, V)");
   const bool has_target = target >= begin && target < begin + left;
-  const float x = has_target ? In::load(row + target * stride) : 0;
-  if (has_target) sync_block();  // every thread has read the token's logit
+  const double lse = args.lse[n], entropy = args.entropy[n], temperature = args.temperature.of(n);
+  float& own = *reinterpret_cast<float*>(dynamic_shared());
+  if (has_target) {
+    if (threadIdx.x == 0) {
+      const float x = In::load(row + target * stride);
+      own = own_gradient<kExact>(x, lse, entropy, temperature, g, eta) * softcap_slope(x, args.inv_softcap);
+    }
+    sync_block();  // the token's logit has been read
+  }
 
-  const Part<In, Out> part = {row + begin * stride, out + begin, stride, left, args.narrower_in_place};
-  const RowGradient numbers = row_gradient(args.lse[n], args.entropy[n], args.temperature.of(n), g, eta);
+  const Part<In, Out> part = {row + begin * stride, out + begin, stride, static_cast<int>(left),
+                              args.narrower_in_place};
+  const RowGradient numbers = row_gradient(lse, entropy, temperature, g, eta);
   if (args.inv_softcap > 0) {
     walk<In, Out, kVector>(part, EntryGradient<kExact, true, true>{numbers, args.inv_softcap});
   } else if (eta != 0) {
@@ -176,19 +181,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Out, kVector>)
   } else {
     walk<In, Out, kVector>(part, EntryGradient<kExact, false, false>{numbers, 0});
   }
-  if (!has_target) return;
-  sync_block();  // its entry has been written as one of the others
-  if (threadIdx.x == 0) {
-    // Read once more: kept until here they would cost every thread its registers.
-    const float own = own_gradient(x, args.lse[n], args.entropy[n], args.temperature.of(n), g, eta);
-    Out::store(out + target, own * softcap_slope(x, args.inv_softcap));
+  if (has_target) {
+    sync_block();  // its entry has been written as one of the others
+    if (threadIdx.x == 0) Out::store(out + target, own);
   }
 }
 
 template <typename In, typename Out>
 void launch_for(const TokenStatsBackward& args, const Stream& stream) {
   const int64_t segments = args.narrower_in_place ? 1 : segments_of(args.logits.vocab);
-  const Grid grid = {args.count * segments, kThreads};
+  const Grid grid = {args.count * segments, kThreads, sizeof(float)};
   const bool vector = aligned16(args.logits) && aligned16(args.out);
   launch(vector ? gradient_kernel<In, Out, true> : gradient_kernel<In, Out, false>, grid, stream, args, segments);
 }

@@ -23,7 +23,7 @@ from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
-# The order is that of `enum Metric` in csrc/cpu/policy_loss.h.
+# The order is that of `enum Metric` in csrc/common/objective.h.
 METRICS = (
     "tokens",
     "sequences",

@@ -11,7 +11,8 @@ from r1kernels import _library
 
 EPS32 = torch.finfo(torch.float32).eps
 # Of fp32 on the way to a result: one for sums and products, one for exponentials; GPUs' are exact to 2^-22.
-ROUNDINGS = 4 if _library.INTERPRETED else 2
+GPU_ROUNDINGS = 4
+ROUNDINGS = GPU_ROUNDINGS if _library.INTERPRETED or _library.EMULATED else 2
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,9 +29,9 @@ class Expected(NamedTuple):
     value: Tensor
     terms: Tensor
 
-    def budget(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def budget(self, dtype: torch.dtype = torch.float32, roundings: int = ROUNDINGS) -> Tensor:
         """One rounding to the output `dtype`; on the way two of fp32, or 1/256 of that of a narrower output."""
-        on_the_way = max(ROUNDINGS * EPS32, torch.finfo(dtype).eps / 256)
+        on_the_way = max(roundings * EPS32, torch.finfo(dtype).eps / 256)
         return rounding(self.value, dtype) + on_the_way * self.terms + torch.finfo(torch.float32).tiny
 
 

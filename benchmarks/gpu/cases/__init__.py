@@ -13,13 +13,16 @@ from gpu.cases import (
     linear_grpo_loss,
     linear_statistics,
     policy_loss,
+    step_tiles,
     token_stats,
 )
 from gpu.setting import Case, Setting
 
 GROUPS = {
-    "logits": (token_stats, grpo_loss, policy_loss),
+    "logits": (token_stats, policy_loss),
+    "step": (grpo_loss,),
     "linear": (linear_statistics, linear_grpo_loss),
+    "step-tiles": (step_tiles,),
     "rest": (distillation_loss, cross_entropy, linear_cross_entropy, linear_distillation_loss),
 }
 

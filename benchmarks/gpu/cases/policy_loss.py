@@ -1,8 +1,9 @@
-"""Policy loss and group advantages of 32,768 tokens: launches, not bytes, so CUDA graphs are replayed."""
+"""Policy loss, group advantages and KL of few tokens: launches, not bytes, so CUDA graphs are replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,16 +12,14 @@ import r1kernels
 from gpu import eager
 from gpu.inputs import generator, noise_like
 from gpu.losses import COMPILED, PEER_TOLERANCE, compare, distance
-from gpu.setting import OURS, Candidate, Case, Setting
+from gpu.setting import OURS, Candidate, Case, Setting, policy_shapes, with_cuda
 from gpu.timing import Timed
 
 GROUP = 8
-ADVANTAGES = "group_advantages"
 
 
-def _inputs(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(setting: Setting, sequences: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs (B, T), old log-probs, rewards (B / G, G))."""
-    sequences, length = (16, 8) if setting.small else (64, 512)
     rng = generator(setting.device)
     logprobs = -torch.rand(sequences, length, generator=rng, device=setting.device) * 3 - 0.1
     rewards = torch.rand(sequences // GROUP, GROUP, generator=rng, device=setting.device)
@@ -36,8 +35,26 @@ def plain(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor) -> Tensor:
     return eager.policy_loss(logprobs, eager.group_advantages(rewards).flatten(), old_logprobs)
 
 
+def kl_case(setting: Setting, logprobs: Tensor, ref_logprobs: Tensor, tokens: str) -> Case:
+    def check(function: Callable[..., Tensor], tolerance: float) -> None:
+        compare("the estimate", function(logprobs, ref_logprobs),
+                eager.kl_estimate(logprobs.double(), ref_logprobs.double()), tolerance)
+
+    ours = r1kernels.kl_estimate, 4 * torch.finfo(torch.float32).eps
+    functions = {OURS: ours, "torch eager": (eager.kl_estimate, PEER_TOLERANCE)}
+    candidates = {
+        name: Candidate(Timed(partial(function, logprobs, ref_logprobs)), partial(check, function, tolerance), True)
+        for name, (function, tolerance) in functions.items()
+    }
+    return Case("kl_estimate", "forward, graph", tokens, torch.float32, with_cuda(candidates, setting))
+
+
 def cases(setting: Setting) -> Iterator[Case]:
-    inputs = _inputs(setting)
+    for sequences, length in policy_shapes(setting):
+        yield from of_tokens(setting, _inputs(setting, sequences, length))
+
+
+def of_tokens(setting: Setting, inputs: tuple[Tensor, ...]) -> Iterator[Case]:
     leaf = inputs[0].clone().requires_grad_()
 
     def forward(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
@@ -66,7 +83,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("forward, graph", forward, True), ("forward + backward, graph", both, True),
         ("forward + backward, queued call by call", both, False),
     ):
-        yield Case("policy_loss + group_advantages", case, tokens, torch.float32, {
-            name: Candidate(Timed(make(function)), lambda name=name, function=function: check(name, function), graph)
+        candidates = {
+            name: Candidate(Timed(make(function)), partial(check, name, function), graph)
             for name, function in functions.items()
-        })
+        }
+        yield Case("policy_loss + group_advantages", case, tokens, torch.float32, with_cuda(candidates, setting))
+    yield kl_case(setting, inputs[0], inputs[1], tokens)

@@ -13,7 +13,7 @@ import r1kernels
 from gpu import eager
 from gpu.inputs import make_logits, noise_like, uniform_ids
 from gpu.losses import COMPILED, PEER_TOLERANCE, compare, distance
-from gpu.setting import COPY, OURS, Candidate, Case, Logits, Setting, logits_shapes, peers
+from gpu.setting import COPY, OURS, Candidate, Case, Logits, Setting, logits_shapes, peers, with_cuda
 from gpu.timing import Timed
 from r1kernels.ops import token_stats
 
@@ -83,6 +83,7 @@ def forward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor) -
         name: Candidate(Timed(partial(run, function)), partial(check_statistics, name, function, logits, ids))
         for name, function in _functions(setting.compiled and shape.main).items()
     }
+    candidates = with_cuda(candidates, setting)
     target = torch.empty_like(logits)
     candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
     flop = STATISTICS_FLOP * logits.numel()
@@ -103,7 +104,7 @@ def backward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor, 
         return Candidate(Timed(run), partial(check_gradient, name, run, logits, ids, g, logits.dtype))
 
     functions = _functions(setting.compiled and shape.main)
-    candidates = {name: candidate(name, function) for name, function in functions.items()}
+    candidates = with_cuda({name: candidate(name, function) for name, function in functions.items()}, setting)
     target = torch.empty_like(logits)
     candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
     return Case(
@@ -112,7 +113,9 @@ def backward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor, 
     )
 
 
-def in_place_case(shape: Logits, logits: Tensor, ids: Tensor, g: Tensor, dtype: torch.dtype) -> Case:
+def in_place_case(
+    setting: Setting, shape: Logits, logits: Tensor, ids: Tensor, g: Tensor, dtype: torch.dtype
+) -> Case:
     """Gradient of `dtype` over the logits, row for row: what the walk over a head's chunks does."""
     _, lse, entropy = token_stats.statistics(logits, ids, None, 1.0, None)
     work = logits.clone()
@@ -123,10 +126,15 @@ def in_place_case(shape: Logits, logits: Tensor, ids: Tensor, g: Tensor, dtype: 
             out, work, ids, lse, entropy, g, None, temperature=1.0, temperatures=None, softcap=0.0, rows=None
         )
 
+    def prepared() -> Tensor:
+        work.copy_(logits)
+        return run()
+
     timed = Timed(run, prepare=lambda: work.copy_(logits))
-    check = partial(check_gradient, OURS, run, logits, ids, g, dtype)
+    check = partial(check_gradient, OURS, prepared, logits, ids, g, dtype)
     target = torch.empty_like(logits)
-    candidates = {OURS: Candidate(timed, check), COPY: Candidate(Timed(lambda: target.copy_(logits)))}
+    candidates = with_cuda({OURS: Candidate(timed, check)}, setting)
+    candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
     moved = logits.numel() * (logits.itemsize + dtype.itemsize)
     case = "gradient in place" if dtype == logits.dtype else "gradient in place, narrowed to 16 bits"
     return Case(
@@ -142,9 +150,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield forward_case(setting, shape, logits, ids)
         yield backward_case(setting, shape, logits, ids, g)
         if shape.main:
-            yield in_place_case(shape, logits, ids, g, logits.dtype)
+            yield in_place_case(setting, shape, logits, ids, g, logits.dtype)
             chunk = shape._replace(tokens=min(CHUNK, shape.tokens), main=False)
             logits = make_logits(chunk, torch.float32, setting.device)
             ids, g = ids[: chunk.tokens], g[: chunk.tokens]
             yield forward_case(setting, chunk, logits, ids)
-            yield in_place_case(chunk, logits, ids, g, torch.bfloat16)
+            yield in_place_case(setting, chunk, logits, ids, g, torch.bfloat16)
