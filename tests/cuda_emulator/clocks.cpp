@@ -7,12 +7,9 @@
 namespace r1k {
 namespace gpu {
 namespace emulator {
+Places places;
+
 namespace {
-
-uint32_t threads() { return machine.shape.threads * machine.shape.cluster; }
-uint32_t warps_of_block() { return (machine.shape.threads + kLanes - 1) / kLanes; }
-
-uint32_t number(const Numbers& numbers, uint32_t where) { return where < numbers.size() ? numbers[where] : 0; }
 
 void put(Numbers& numbers, uint32_t where, uint32_t value) {
   if (where >= numbers.size()) numbers.resize(where + 1);
@@ -20,11 +17,11 @@ void put(Numbers& numbers, uint32_t where, uint32_t value) {
 }
 
 void put_own(Numbers& numbers, const Past& past) {
-  put(numbers, operations_of(past.warp), past.operations);
-  put(numbers, step_of(past.thread), past.step);
-  put(numbers, fenced_of(past.thread), past.fenced);
-  put(numbers, stores_read_of(past.thread), past.stores_read);
-  put(numbers, stores_done_of(past.thread), past.stores_done);
+  put(numbers, places.operations(past.thread / kLanes), past.operations);
+  put(numbers, places.step(past.thread), past.step);
+  put(numbers, places.fenced(past.thread), past.fenced);
+  put(numbers, places.stores_read(past.thread), past.stores_read);
+  put(numbers, places.stores_done(past.thread), past.stores_done);
 }
 
 void merge(Numbers& numbers, const Numbers& others) {
@@ -34,32 +31,16 @@ void merge(Numbers& numbers, const Numbers& others) {
 
 }  // namespace
 
-uint32_t step_of(uint32_t thread) { return thread; }
-uint32_t fenced_of(uint32_t thread) { return threads() + thread; }
-uint32_t stores_read_of(uint32_t thread) { return 2 * threads() + thread; }
-uint32_t stores_done_of(uint32_t thread) { return 3 * threads() + thread; }
-uint32_t operations_of(uint32_t warp) { return 4 * threads() + warp; }
-uint32_t phases_of(uint32_t barrier) { return 4 * threads() + warps_of_block() * machine.shape.cluster + barrier; }
-
-uint32_t warp_of(uint32_t thread) {
-  const uint32_t of_block = machine.shape.threads;
-  return thread / of_block * warps_of_block() + thread % of_block / kLanes;
-}
-
-uint32_t Past::knows(uint32_t where) const {
-  if (where == step_of(thread)) return step;
-  if (where == fenced_of(thread)) return fenced;
-  if (where == stores_read_of(thread)) return stores_read;
-  if (where == stores_done_of(thread)) return stores_done;
-  if (where == operations_of(warp)) return operations;
-  return number(*known, where);
-}
-
 uint32_t Gathering::knows(uint32_t where) const { return numbers ? number(*numbers, where) : 0; }
 
-void begin_past(Past& past, uint32_t thread) {
+void begin_clocks(int threads_of_block, int blocks_of_cluster) {
+  const uint32_t warps = (threads_of_block + kLanes - 1) / kLanes;
+  places = {warps * kLanes, warps * kLanes * blocks_of_cluster, warps * blocks_of_cluster};
+}
+
+void begin_past(Past& past, int rank, int thread) {
   static const Knowledge nothing = std::make_shared<Numbers>();
-  past = {thread, warp_of(thread), 1, 0, 0, 0, 0, nothing};
+  past = {rank * places.threads_of_block + thread, 1, 0, 0, 0, 0, nothing};
 }
 
 void meet(const std::vector<Fiber*>& fibers) {
@@ -114,7 +95,7 @@ void fence(Past& past) { past.fenced = past.step++; }
 
 Knowledge end_phase(Gathering& gathering, uint32_t barrier, uint64_t phases) {
   if (!gathering.numbers) gathering.numbers = std::make_shared<Numbers>();
-  put(*gathering.numbers, phases_of(barrier), static_cast<uint32_t>(phases));
+  put(*gathering.numbers, places.phases(barrier), static_cast<uint32_t>(phases));
   return std::make_shared<Numbers>(*gathering.numbers);
 }
 

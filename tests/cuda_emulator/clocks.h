@@ -16,26 +16,48 @@ namespace emulator {
 
 struct Fiber;
 
-// For all threads of a cluster: steps, steps before a fence_for_bulk, groups of bulk stores that have left shared memory
-// and that are in global memory; for all warps: shuffles and ballots; for all barriers: phases that are over.
+// Of a cluster: numbers of its threads, warps and barriers, kind after kind.  Only grows, by being replaced.
 using Numbers = std::vector<uint32_t>;
-using Knowledge = std::shared_ptr<const Numbers>;  // grows by being replaced
+using Knowledge = std::shared_ptr<const Numbers>;
 
-// Where those are.
-uint32_t step_of(uint32_t thread);
-uint32_t fenced_of(uint32_t thread);
-uint32_t stores_read_of(uint32_t thread);
-uint32_t stores_done_of(uint32_t thread);
-uint32_t operations_of(uint32_t warp);
-uint32_t phases_of(uint32_t barrier);
-uint32_t warp_of(uint32_t thread);
+// Where they are.  A block's threads are numbered from a multiple of 32.
+struct Places {
+  uint32_t threads_of_block, threads, warps;
+
+  uint32_t step(uint32_t thread) const { return thread; }
+  uint32_t fenced(uint32_t thread) const { return threads + thread; }           // steps before a fence_for_bulk
+  uint32_t stores_read(uint32_t thread) const { return 2 * threads + thread; }  // groups that have left shared memory
+  uint32_t stores_done(uint32_t thread) const { return 3 * threads + thread; }  // that are in global memory
+  uint32_t operations(uint32_t warp) const { return 4 * threads + warp; }       // shuffles and ballots
+  uint32_t phases(uint32_t barrier) const { return 4 * threads + warps + barrier; }  // that are over
+};
+extern Places places;  // of the launch
+
+inline uint32_t number(const Numbers& numbers, uint32_t where) { return where < numbers.size() ? numbers[where] : 0; }
 
 struct Past {
-  uint32_t thread, warp;  // numbers in the cluster
+  uint32_t thread;  // in the cluster
   uint32_t step, fenced, stores_read, stores_done, operations;
   Knowledge known;  // of the others
 
-  uint32_t knows(uint32_t where) const;
+  bool knows_step(uint32_t of, uint32_t at_least) const {
+    return of == thread || number(*known, places.step(of)) >= at_least;
+  }
+  bool knows_fence(uint32_t of, uint32_t at_least) const {
+    return (of == thread ? fenced : number(*known, places.fenced(of))) >= at_least;
+  }
+  bool knows_stores_read(uint32_t of, uint32_t at_least) const {
+    return (of == thread ? stores_read : number(*known, places.stores_read(of))) >= at_least;
+  }
+  bool knows_stores_done(uint32_t of, uint32_t at_least) const {
+    return (of == thread ? stores_done : number(*known, places.stores_done(of))) >= at_least;
+  }
+  bool knows_operations_of(uint32_t of, uint32_t more_than) const {  // of its warp
+    return (of / 32 == thread / 32 ? operations : number(*known, places.operations(of / 32))) > more_than;
+  }
+  bool knows_phase(uint32_t barrier, uint32_t at_least) const {
+    return number(*known, places.phases(barrier)) >= at_least;
+  }
 };
 
 // What many threads hand on, each at its time.
@@ -46,7 +68,8 @@ struct Gathering {
   uint32_t knows(uint32_t where) const;
 };
 
-void begin_past(Past& past, uint32_t thread);
+void begin_clocks(int threads_of_block, int blocks_of_cluster);
+void begin_past(Past& past, int rank, int thread);
 void meet(const std::vector<Fiber*>& fibers);  // all know what any of them knows
 void give(Past& past, Gathering& gathering);
 void take(Past& past, const Knowledge& known);

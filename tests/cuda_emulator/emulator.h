@@ -48,8 +48,9 @@ struct LaunchShape {
 // Blocks that a processor holds at once, where shared memory and threads allow.
 constexpr int kBlocksPerProcessor = 2;
 
-// Calls body(data) once for each thread.
-void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data);
+// Calls body(data) once for each thread; `data` are `bytes` that it only reads.
+void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data,
+         size_t bytes);
 // How many blocks of this shape run at once; 0 where it cannot be launched.
 int concurrent_blocks(const LaunchShape& shape, const Properties& properties);
 

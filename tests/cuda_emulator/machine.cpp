@@ -161,7 +161,7 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
   block.known.assign((shape.shared + 15) / 16 * 16, kPoison);
   block.known_at.assign(block.known.size() / 16, 0);
 
-  if (races.watched) block.granules = std::vector<Granule>((shape.shared + 1) / 2);
+  if (races.watched) block.cells = std::vector<Cell>((shape.shared + 15) / 16);
 
   block.warps.resize((shape.threads + kLanes - 1) / kLanes);
   for (Warp& warp : block.warps) warp = {};
@@ -184,7 +184,7 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
     fiber->level = spread_ == 1 ? random() % kLevels : spread_ == 2 ? level_of_warp : level_of_block;
     fiber->open = nullptr;
     fiber->groups.clear();
-    begin_past(fiber->past, rank * shape.threads + thread);
+    begin_past(fiber->past, rank, thread);
     prepare(fiber->context, fiber->stack, enter_fiber);
     block.fibers.push_back(fiber);
     make_ready(fiber);
@@ -279,7 +279,7 @@ std::string Machine::deadlock() const {
 }
 
 void Machine::run(const LaunchShape& launch_shape, const Properties& launch_properties, void (*body)(const void*),
-                  const void* data) {
+                  const void* data, size_t bytes) {
   shape = launch_shape;
   properties = launch_properties;
   seed_of_launch_ = seed;
@@ -299,9 +299,11 @@ void Machine::run(const LaunchShape& launch_shape, const Properties& launch_prop
 
   body_ = body;
   data_ = data;
+  races.ignore(data, bytes);  // every thread reads its parameters there, and nobody writes
   blockDim = {static_cast<unsigned>(shape.threads), 1, 1};
   gridDim = {static_cast<unsigned>(shape.blocks), 1, 1};
   races.begin_launch();
+  begin_clocks(shape.threads, shape.cluster);
   grid.alive = shape.threads * static_cast<int>(shape.blocks);
   // How this launch is mixed: some keep close together, some leave a lane, a warp or a block far behind.
   constexpr unsigned kYield[] = {0, 32, 128}, kCopy[] = {0, 1, 16, 128};
@@ -360,10 +362,11 @@ int concurrent_blocks(const LaunchShape& shape, const Properties& properties) {
   return blocks * properties.processors / shape.cluster * shape.cluster;
 }
 
-void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data) {
+void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data,
+         size_t bytes) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  machine.run(shape, properties, body, data);
+  machine.run(shape, properties, body, data, bytes);
 }
 
 }  // namespace emulator

@@ -117,7 +117,7 @@ struct Block {
   uint32_t fences = 0;
   // Where kernels are watched: what has been done to shared memory, by whom from outside, by loads for which barriers;
   // and what the threads know that have ended.
-  std::vector<Granule> granules;
+  std::vector<Cell> cells;
   std::unordered_map<uint32_t, Access> visits;
   std::unordered_map<uint32_t, uint32_t> loads;
   Gathering gone;
@@ -127,7 +127,8 @@ struct Block {
 
 class Machine {
  public:
-  void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data);
+  void run(const LaunchShape& shape, const Properties& properties, void (*body)(const void*), const void* data,
+           size_t bytes);
 
   // ---- of the running fiber
   Fiber& self() const { return *current_; }

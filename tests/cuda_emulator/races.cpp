@@ -13,10 +13,11 @@ Races races;
 
 namespace {
 
-constexpr size_t kMostReads = 32;  // of a granule, that are remembered
+constexpr size_t kCell = 16;       // bytes
+constexpr size_t kMostReads = 8;   // of the same memory, that are remembered
 
 std::string thread_name(uint32_t thread, uint32_t block) {
-  return "thread " + std::to_string(thread % machine.shape.threads) + " of block " + std::to_string(block);
+  return "thread " + std::to_string(thread % places.threads_of_block) + " of block " + std::to_string(block);
 }
 
 std::string name_of(const Access& access, bool write) {
@@ -35,7 +36,7 @@ std::string name_of(const Access& access, bool write) {
 void Races::begin_launch() {
   era_ = 0;
   pages_.clear();
-  last_ = nullptr;
+  recent_ = {};
 }
 
 Access Races::access(Access::Kind kind, uint32_t who, uint32_t when, const void* code) const {
@@ -53,78 +54,118 @@ bool Races::over(const Access& access, bool was_read) const {
   if (access.block - first >= static_cast<uint32_t>(machine.shape.cluster)) return false;  // of another cluster
   const Past& past = fiber.past;
   switch (access.kind) {
-    case Access::load: return past.knows(phases_of(access.who)) >= access.when;
+    case Access::load: return past.knows_phase(access.who, access.when);
     case Access::store:
-      return past.knows(was_read ? stores_read_of(access.who) : stores_done_of(access.who)) >= access.when;
+      return was_read ? past.knows_stores_read(access.who, access.when)
+                      : past.knows_stores_done(access.who, access.when);
     default:
-      return past.knows(step_of(access.who)) >= access.when ||
-             (was_read && past.knows(operations_of(warp_of(access.who))) > access.operations);
+      return past.knows_step(access.who, access.when) ||
+             (was_read && past.knows_operations_of(access.who, access.operations));
   }
 }
 
-void Races::add_read(Granule& granule, const Access& access) {
+std::string Races::name_of(Place place) const {
+  if (place.block == nullptr) return "global memory at " + std::to_string(place.address);
+  const uintptr_t offset = place.address - reinterpret_cast<uintptr_t>(place.block->shared);
+  return "shared memory of block " + std::to_string(place.block->index) + " at offset " + std::to_string(offset);
+}
+
+Cell& Races::cell(Place place) {
+  if (place.block != nullptr) {
+    return place.block->cells[(place.address - reinterpret_cast<uintptr_t>(place.block->shared)) / kCell];
+  }
+  const uintptr_t number = place.address / kCell, page = number / kPage;
+  auto& recent = recent_[page % kRecent];
+  if (recent.second == nullptr || recent.first != page) {
+    std::unique_ptr<Page>& memory = pages_[page];
+    if (!memory) memory = std::make_unique<Page>();
+    recent = {page, memory.get()};
+  }
+  return (*recent.second)[number % kPage];
+}
+
+void Races::add_read(History& history, const Access& access) {
   const auto replaces = [&](const Access& read) {
     return (read.kind == access.kind && read.who == access.who && read.block == access.block) || over(read, true);
   };
-  if (replaces(granule.read)) {
-    granule.read = access;
+  if (replaces(history.read)) {
+    history.read = access;
     return;
   }
-  if (!granule.more_reads) granule.more_reads = std::make_unique<std::vector<Access>>();
-  std::vector<Access>& reads = *granule.more_reads;
-  for (Access& read : reads) {
+  for (Access& read : history.more_reads) {
     if (replaces(read)) {
       read = access;
       return;
     }
   }
-  if (reads.size() < kMostReads) {
-    reads.push_back(access);
+  if (history.more_reads.size() < kMostReads) {
+    history.more_reads.push_back(access);
   } else {
-    reads[machine.random() % kMostReads] = access;
+    history.more_reads[machine.random() % kMostReads] = access;
   }
 }
 
-void Races::look(Granule& granule, const Access& access, bool writes, const Block* block, uintptr_t address) {
+// Bulk copies do not see ordinary stores by themselves.
+void Races::check_fenced(const Access& write, const Access& copy, Place place) const {
+  if (write.kind != Access::ordinary || place.block == nullptr || write.era < era_) return;
+  if (machine.self().past.knows_fence(write.who, write.when)) return;
+  machine.fail(std::string(copy.kind == Access::load ? "bulk_load" : "bulk_store") + " and " + name_of(place) +
+               ": no fence_for_bulk after " + emulator::name_of(write, true));
+}
+
+void Races::look(History& history, Place place, const Access& access, bool writes) {
   const auto check = [&](const Access& other, bool wrote) {
     if (over(other, !wrote)) return;
-    std::string where = "global memory at " + std::to_string(address);
-    if (block != nullptr) {
-      where = "shared memory of block " + std::to_string(block->index) + " at offset " +
-              std::to_string(address - reinterpret_cast<uintptr_t>(block->shared));
-    }
-    machine.fail("race in " + where + ": " + name_of(access, writes) + " and, not ordered before it, " +
-                 name_of(other, wrote));
+    machine.fail("race in " + name_of(place) + ": " + emulator::name_of(access, writes) +
+                 " and, not ordered before it, " + emulator::name_of(other, wrote));
   };
-  check(granule.write, true);
+  check(history.write, true);
+  if (access.kind != Access::ordinary) check_fenced(history.write, access, place);
   if (!writes) {
-    add_read(granule, access);
+    add_read(history, access);
     return;
   }
-  check(granule.read, false);
-  granule.read.kind = Access::none;
-  if (granule.more_reads) {
-    for (const Access& read : *granule.more_reads) check(read, false);
-    granule.more_reads = nullptr;
-  }
-  granule.write = access;
+  check(history.read, false);
+  for (const Access& read : history.more_reads) check(read, false);
+  history.read.kind = Access::none;
+  history.more_reads.clear();
+  history.write = access;
 }
 
-Granule& Races::global(uintptr_t granule) {
-  const uintptr_t page = granule / kPage;
-  if (last_ == nullptr || page != last_page_) {
-    std::unique_ptr<Granule[]>& memory = pages_[page];
-    if (!memory) memory = std::make_unique<Granule[]>(kPage);
-    last_page_ = page;
-    last_ = memory.get();
+// At most to the end of the cell.
+void Races::look(Cell& cell, Place place, size_t bytes, const Access& access, bool writes) {
+  if (bytes == kCell && !cell.parts) {
+    look(cell.whole, place, access, writes);
+    return;
   }
-  return last_[granule % kPage];
+  if (!cell.parts) {
+    cell.parts = std::make_unique<std::array<History, Cell::kParts>>();
+    cell.parts->fill(cell.whole);
+  }
+  constexpr size_t kPart = kCell / Cell::kParts;
+  const size_t begin = place.address % kCell;
+  for (size_t k = begin / kPart; k <= (begin + bytes - 1) / kPart; ++k) {
+    look((*cell.parts)[k], {place.address - begin + k * kPart, place.block}, access, writes);
+  }
+  if (bytes == kCell && writes) {
+    cell.whole = {access, {}, {}};
+    cell.parts = nullptr;
+  }
+}
+
+void Races::look(Place place, size_t bytes, const Access& access, bool writes) {
+  const uintptr_t end = place.address + bytes;
+  while (place.address < end) {
+    const uintptr_t next = std::min(end, place.address / kCell * kCell + kCell);
+    look(cell(place), place, next - place.address, access, writes);
+    place.address = next;
+  }
 }
 
 void Races::touch(const void* p, size_t bytes, bool writes, const void* code) {
   const Fiber& fiber = machine.self();
   const auto address = reinterpret_cast<uintptr_t>(p), stack = reinterpret_cast<uintptr_t>(fiber.stack.base);
-  if (address - stack < Stack::kBytes || bytes == 0) return;
+  if (address - stack < Stack::kBytes || address - ignored_.first < ignored_.second || bytes == 0) return;
   const Access access = this->access(Access::ordinary, fiber.past.thread, fiber.past.step, code);
   Block& block = *fiber.block;
   const auto shared = reinterpret_cast<uintptr_t>(block.shared);
@@ -135,22 +176,18 @@ void Races::touch(const void* p, size_t bytes, bool writes, const void* code) {
                    std::to_string(static_cast<intptr_t>(address - shared)) + " of " + std::to_string(size) +
                    " bytes of shared memory");
     }
-    for (uintptr_t k = (address - shared) / 2; k <= (address - shared + bytes - 1) / 2; ++k) {
-      look(block.granules[k], access, writes, &block, shared + 2 * k);
-    }
+    look({address, &block}, bytes, access, writes);
   } else {
-    for (uintptr_t k = address / 2; k <= (address + bytes - 1) / 2; ++k) {
-      look(global(k), access, writes, nullptr, 2 * k);
-    }
+    look({address, nullptr}, bytes, access, writes);
   }
 }
 
 void Races::visit(Block& block, const char* what) {
   const Past& past = machine.self().past;
   if (&block == machine.self().block) return;
-  const uint32_t first = block.rank * machine.shape.threads, end = first + machine.shape.threads;
+  const uint32_t first = block.rank * places.threads_of_block, end = first + machine.shape.threads;
   uint32_t thread = first;
-  while (thread < end && past.knows(step_of(thread)) == 0) ++thread;
+  while (thread < end && !past.knows_step(thread, 1)) ++thread;
   if (thread == end) {
     machine.fail(std::string(what) + " to block " + std::to_string(block.index) +
                  ", and nothing tells this thread that it has begun");
@@ -161,10 +198,7 @@ void Races::visit(Block& block, const char* what) {
 void Races::touch_remote(Block& block, const void* p, size_t bytes) {
   const Past& past = machine.self().past;
   const Access access = this->access(Access::ordinary, past.thread, past.step, nullptr);
-  const size_t offset = static_cast<const unsigned char*>(p) - block.shared;
-  for (size_t k = offset / 2; k < (offset + bytes) / 2; ++k) {
-    look(block.granules[k], access, true, &block, reinterpret_cast<uintptr_t>(block.shared) + 2 * k);
-  }
+  look({reinterpret_cast<uintptr_t>(p), &block}, bytes, access, true);
 }
 
 void Races::touch_barrier(const Access& initialised, const std::string& barrier) {
@@ -174,52 +208,30 @@ void Races::touch_barrier(const Access& initialised, const std::string& barrier)
   }
 }
 
-// Copies do not see ordinary stores by themselves.
-void Races::check_fenced(const Access& write, const char* what, uintptr_t offset) const {
-  if (write.kind == Access::ordinary && write.era == era_ &&
-      machine.self().past.knows(fenced_of(write.who)) < write.when) {
-    machine.fail(std::string(what) + " at offset " + std::to_string(offset) + " of shared memory without " +
-                 "fence_for_bulk after " + name_of(write, true));
-  }
-}
-
-void Races::load(Block& block, const void* shared, const void* global_memory, uint32_t bytes, uint32_t barrier,
+void Races::load(Block& block, const void* shared, const void* global, uint32_t bytes, uint32_t barrier,
                  uint64_t phase) {
   const Access copy = access(Access::load, barrier, static_cast<uint32_t>(phase) + 1, nullptr);
   block.loads[barrier] = copy.when;
-  const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global_memory);
-  const uintptr_t offset = to - reinterpret_cast<uintptr_t>(block.shared);
-  for (uint32_t k = 0; k < bytes / 2; ++k) {
-    Granule& granule = block.granules[offset / 2 + k];
-    look(global(from / 2 + k), copy, false, nullptr, from + 2 * k);
-    const Access before = granule.write;
-    look(granule, copy, true, &block, to + 2 * k);
-    check_fenced(before, "bulk_load", offset + 2 * k);
-  }
+  look({reinterpret_cast<uintptr_t>(global), nullptr}, bytes, copy, false);
+  look({reinterpret_cast<uintptr_t>(shared), &block}, bytes, copy, true);
 }
 
-void Races::store(Block& block, const void* global_memory, const void* shared, uint32_t bytes, uint32_t group) {
+void Races::store(Block& block, const void* global, const void* shared, uint32_t bytes, uint32_t group) {
   const Access copy = access(Access::store, machine.self().past.thread, group, nullptr);
-  const auto to = reinterpret_cast<uintptr_t>(global_memory), from = reinterpret_cast<uintptr_t>(shared);
-  const uintptr_t offset = from - reinterpret_cast<uintptr_t>(block.shared);
-  for (uint32_t k = 0; k < bytes / 2; ++k) {
-    Granule& granule = block.granules[offset / 2 + k];
-    look(granule, copy, false, &block, from + 2 * k);
-    check_fenced(granule.write, "bulk_store", offset + 2 * k);
-    look(global(to / 2 + k), copy, true, nullptr, to + 2 * k);
-  }
+  look({reinterpret_cast<uintptr_t>(shared), &block}, bytes, copy, false);
+  look({reinterpret_cast<uintptr_t>(global), nullptr}, bytes, copy, true);
 }
 
 void Races::end_block(const Block& block) {
   const std::string name = "block " + std::to_string(block.index);
   for (const auto& visit : block.visits) {
-    if (block.gone.knows(step_of(visit.first)) < visit.second.when) {
+    if (block.gone.knows(places.step(visit.first)) < visit.second.when) {
       machine.fail(name + " does not wait for " + thread_name(visit.first, visit.second.block) +
                    ", which writes to its shared memory, before it ends");
     }
   }
   for (const auto& load : block.loads) {
-    if (block.gone.knows(phases_of(load.first)) < load.second) {
+    if (block.gone.knows(places.phases(load.first)) < load.second) {
       machine.fail(name + " does not wait for a bulk_load into its shared memory before it ends");
     }
   }

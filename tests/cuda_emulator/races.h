@@ -7,11 +7,13 @@
 // may meet ordinary stores that their thread has not fenced.  Without that flag nothing here is called.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace r1k {
@@ -32,11 +34,18 @@ struct Access {
   int32_t code;         // where in the program
 };
 
-// Two bytes of memory: the last write, and the reads since.
-struct Granule {
-  Access write;
-  Access read;
-  std::unique_ptr<std::vector<Access>> more_reads;
+// The last write to a piece of memory, and the reads since.
+struct History {
+  Access write = {};
+  Access read = {};
+  std::vector<Access> more_reads;
+};
+
+// 16 aligned bytes: one history while they are accessed together, else one for each two bytes.
+struct Cell {
+  static constexpr int kParts = 8;
+  History whole;
+  std::unique_ptr<std::array<History, kParts>> parts;
 };
 
 class Races {
@@ -44,6 +53,7 @@ class Races {
   static inline bool watched = false;  // kernels tell of their accesses: set before anything is constructed
 
   void begin_launch();
+  void ignore(const void* p, size_t bytes) { ignored_ = {reinterpret_cast<uintptr_t>(p), bytes}; }
   void next_era() { ++era_; }
   void end_block(const Block& block);
 
@@ -57,17 +67,26 @@ class Races {
   Access access(Access::Kind kind, uint32_t who, uint32_t when, const void* code) const;
 
  private:
-  static constexpr size_t kPage = 256;  // granules
+  static constexpr size_t kPage = 64;  // cells
+  static constexpr size_t kRecent = 256;
+  using Page = std::array<Cell, kPage>;
+  struct Place {
+    uintptr_t address;
+    Block* block;  // whose shared memory it is
+  };
   bool over(const Access& access, bool was_read) const;
-  void look(Granule& granule, const Access& access, bool writes, const Block* block, uintptr_t address);
-  void add_read(Granule& granule, const Access& access);
-  void check_fenced(const Access& write, const char* what, uintptr_t offset) const;
-  Granule& global(uintptr_t granule);
+  void look(Place place, size_t bytes, const Access& access, bool writes);
+  void look(Cell& cell, Place place, size_t bytes, const Access& access, bool writes);
+  void look(History& history, Place place, const Access& access, bool writes);
+  void add_read(History& history, const Access& access);
+  void check_fenced(const Access& write, const Access& copy, Place place) const;
+  Cell& cell(Place place);
+  std::string name_of(Place place) const;
 
   uint32_t era_ = 0;
-  std::unordered_map<uintptr_t, std::unique_ptr<Granule[]>> pages_;
-  uintptr_t last_page_ = 0;
-  Granule* last_ = nullptr;
+  std::pair<uintptr_t, size_t> ignored_;
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  std::array<std::pair<uintptr_t, Page*>, kRecent> recent_ = {};
 };
 
 extern Races races;

@@ -101,7 +101,10 @@ void check_aligned(const void* address, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(std::string(what) + " at an address that is not aligned");
 }
 
-void fail_check(const char* message) { machine.fail_with(std::string("r1kernels: ") + message); }
+void fail_check(const char* message) {
+  const std::string text = message, prefix = "r1kernels: ";
+  machine.fail_with(text.compare(0, prefix.size(), prefix) == 0 ? text : prefix + text);
+}
 
 void sync_block() { meet(machine.self().block->meeting, At::sync_block); }
 void sync_cluster() { meet(machine.self().block->unit->meeting, At::sync_cluster); }

@@ -52,7 +52,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
         const Call& call = *static_cast<const Call*>(data);
         std::apply(call.first, call.second);
       },
-      &call);
+      &call, sizeof(call));
 }
 
 template <typename... Parameters>
