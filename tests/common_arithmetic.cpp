@@ -62,8 +62,8 @@ py::array_t<RowSums> add_all(const Array<float>& x, double temperature, int coun
   return result;
 }
 
-// As a kernel: threads, warps of them in float32, the row in float64, but for powers in float32 unless kExactRow.
-template <bool kExact, bool kExactRow>
+// As a kernel: threads, warps of them in float32, the row in float64.
+template <bool kExact>
 py::array_t<RowStatistics> statistics(const Array<float>& x, const Array<int64_t>& ids, double temperature, int count,
                                       size_t threads) {
   constexpr size_t kWarp = 4;
@@ -91,12 +91,13 @@ py::array_t<RowStatistics> statistics(const Array<float>& x, const Array<int64_t
       }
       warps.push_back(warp);
     }
-    RowTotals totals{own};
-    for (const RowSums& warp : warps) totals.top = std::fmax(totals.top, warp.top);
+    float top = kLowest;
+    for (const RowSums& warp : warps) top = std::fmax(top, warp.top);
+    RowTotals totals = row_totals<kExact>(top, own, c);
     for (const RowSums& warp : warps) {
-      add_part<kExactRow>(totals, warp.top, static_cast<double>(warp.rest) + warp.count, warp.weighted, c);
+      add_part<kExact>(totals, warp.top, static_cast<double>(warp.rest) + warp.count, warp.weighted, c);
     }
-    result.mutable_at(r) = row_statistics<kExactRow>(totals, own, temperature, c);
+    result.mutable_at(r) = row_statistics<kExact>(totals, own, temperature, c);
   }
   return result;
 }
@@ -159,15 +160,15 @@ void define(py::module_ m) {
           return exp2_of_product<kExact>(d, Scale{c, c_rest}, lost);
         }));
   m.def("below", py::vectorize([](float x, float top, double temperature) {
-          return below<kExact>(x, top, scale_of(temperature));
+          return kExact ? below(x, top, scale_of(temperature)) : moved(x, top, scale_of(temperature));
         }));
-  m.def("relative_to", py::vectorize([](float old_top, float rest, float weighted, float count, float top, double temperature) {
+  m.def("relative_to", py::vectorize([](float old_top, float rest, float weighted, float count, float top,
+                                        double temperature) {
           return relative_to<kExact>({old_top, rest, weighted, count}, top, scale_of(temperature));
         }));
   m.def("scale_of_sums", &scale_of_sums<kExact>);
   m.def("add_all", &add_all<kExact>);
-  m.def("statistics", &statistics<kExact, true>);
-  m.def("statistics_of_float32_powers", &statistics<kExact, kExact>);
+  m.def("statistics", &statistics<kExact>);
   m.def("own_gradient", py::vectorize(&own_gradient<kExact>));
   m.def("entry_gradient", py::vectorize(&gradient_of<kExact>));
 }

@@ -61,6 +61,19 @@ def of_powers(lines: Any, y: Any, power_error: float) -> Any:
     return power_error + (2 * U + (3 * U * y * LN2) ** 2 / 2 if is_exact(lines) else 2 * U * LN2 * y)
 
 
+def relative(lines: Any, x: Any, top: Any, temperature: float) -> tuple[Any, Any]:
+    """What powers are weighed with in sums, and the powers. Exact: x - top. Rounded: x c - r, with r = top c as float32
+    rounds it, where it can."""
+    c, x, top = Wide(lines.scale_of_sums(temperature)), np.asarray(x).astype(Wide), np.float32(top)
+    if is_exact(lines):
+        return x - top, np.exp((x - top) * c * np.log(Wide(2)))
+    with np.errstate(over="ignore"):
+        reference = top * np.float32(c)
+    far = np.abs(reference) >= 2**20
+    u = x * c - np.where(far, top.astype(Wide) * c, reference.astype(Wide))
+    return u, np.exp2(u)
+
+
 # ---- powers ---------------------------------------------------------------------------------------------------
 
 
@@ -71,10 +84,14 @@ def test_powers_below_a_maximum(lines: Any, power_error: float, temperature: flo
     top = np.float32(rng.normal(offset, 10, 50_000))
     x = np.float32(top - rng.exponential(20, top.size))
     found = lines.below(x, top, temperature)
-    d = x.astype(Wide) - top
-    exact = np.exp(d * in_use(lines, temperature))
+    if is_exact(lines):
+        d, exact = relative(lines, x, top, temperature)
+    else:  # of one maximum below another: both as float32 rounds them
+        c = np.float32(lines.scale_of_sums(temperature))
+        d = (x * c).astype(Wide) - (top * c)
+        exact = np.exp2(d)
     within(found["d"][exact > LEAST / 2], d[exact > LEAST / 2], U * np.abs(d[exact > LEAST / 2]))
-    y = -d * LOG2E / temperature
+    y = -(x.astype(Wide) - top) * LOG2E / temperature
     within(found["e"], exact, exact * of_powers(lines, y, power_error) + 2 * LEAST)
 
 
@@ -143,8 +160,8 @@ def test_entries_in_any_grouping(lines: Any, power_error: float, kind: str, coun
     x = rows_of(kind, 40, 96)
     sums = lines.add_all(x, temperature, count)
     np.testing.assert_array_equal(sums["top"], x.max(-1))
-    d = np.where(x == -np.inf, Wide(0), x.astype(Wide) - sums["top"][:, None])
-    e = np.where(x == -np.inf, Wide(0), np.exp(d * in_use(lines, temperature)))
+    d, e = relative(lines, x, sums["top"][:, None], temperature)
+    d, e = np.where(x == -np.inf, 0, d), np.where(x == -np.inf, 0, e)
     changes = 1 + rises(x.reshape(len(x), -1, count).max(-1))[:, None]
     error = of_powers(lines, -d * LOG2E / temperature, power_error) + changes * (power_error + 7 * U)
     error += (count + 96 // count) * U
@@ -152,7 +169,9 @@ def test_entries_in_any_grouping(lines: Any, power_error: float, kind: str, coun
     within(sums["count"], is_top.sum(-1), 0)
     rest = np.where(is_top, 0, e)
     within(sums["rest"], rest.sum(-1), (rest * error).sum(-1) + 96 * LEAST)
-    within(sums["weighted"], (e * d).sum(-1), (e * -d * (error + 2 * U)).sum(-1) + 96 * LEAST * (1 - d.min(-1)))
+    within(
+        sums["weighted"], (e * d).sum(-1), (e * np.abs(d) * (error + 2 * U)).sum(-1) + 96 * LEAST * (1 - d.min(-1))
+    )
 
 
 def test_entries_that_are_no_numbers(lines: Any) -> None:
@@ -175,13 +194,19 @@ def test_sums_relative_to_another_maximum(lines: Any, power_error: float, temper
     top = np.float32(sums["top"] + np.random.default_rng(3).exponential(5, len(x)))
     found = lines.relative_to(*fields, top, temperature)
     assert (found["top"] == top).all() and (found["count"] == 0).all()
-    d = sums["top"].astype(Wide) - top
-    e = np.exp(d * in_use(lines, temperature))
-    error = of_powers(lines, -d * LOG2E / temperature, power_error) + 4 * U
+    y = (top.astype(Wide) - sums["top"]) * LOG2E / temperature
+    if is_exact(lines):
+        d, e = relative(lines, sums["top"], top, temperature)
+    else:
+        c = np.float32(lines.scale_of_sums(temperature))
+        d = (sums["top"] * c).astype(Wide) - (top * c)
+        e = np.exp2(d)
+    error = of_powers(lines, y, power_error) + 4 * U
     everything = sums["rest"].astype(Wide) + sums["count"]
     within(found["rest"], e * everything, error * e * everything + LEAST * everything)
     weighted = e * (sums["weighted"] + d * everything)
-    within(found["weighted"], weighted, (error + 2 * U) * -weighted + LEAST * (1 - d) * everything)
+    size = e * (np.abs(sums["weighted"]) - d * everything)
+    within(found["weighted"], weighted, (error + 2 * U) * size + LEAST * (1 - d) * everything)
     far = lines.relative_to(*fields, 3e38, temperature)
     assert (far["rest"] == 0).all() and (far["weighted"] == 0).all()
 
@@ -192,8 +217,7 @@ THREADS = 8
 
 
 def of_row(
-    lines: Any, x: np.ndarray, ids: np.ndarray, temperature: float, count: int, power_error: float,
-    powers: str = "statistics",
+    lines: Any, x: np.ndarray, ids: np.ndarray, temperature: float, count: int, power_error: float
 ) -> Any:
     """The true statistics, and how far those of the kernel's may be."""
     below, p, _, lse, entropy = statistics_of(x, temperature)
@@ -210,7 +234,7 @@ def of_row(
     size = np.where(p == 0, 0, -below)
     of_term = of_powers(lines, size * LOG2E, power_error) + changes * (power_error + 7 * U) + (count + groups + 6) * U
     rest = np.where(own, 0, p)
-    if powers != "statistics" and not is_exact(lines):  # of the parts and of the token itself
+    if not is_exact(lines):  # of the parts and of the token itself
         of_term += power_error + 2 * U * LN2 * size * LOG2E
         rest = np.where(own, np.where(below == 0, 0, p), p)
     of_total, of_weighted = (rest * of_term).sum(-1), (rest * size * (of_term + 2 * U)).sum(-1)
@@ -227,17 +251,17 @@ def of_row(
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("powers, count", [("statistics", 4), ("statistics", 8), ("statistics_of_float32_powers", 8)])
+@pytest.mark.parametrize("count", [4, 8])
 @pytest.mark.parametrize("kind", [name for name in ROWS if name != "far apart"])
 def test_statistics_of_rows(
-    lines: Any, power_error: float, kind: str, powers: str, count: int, temperature: float
+    lines: Any, power_error: float, kind: str, count: int, temperature: float
 ) -> None:
     x = rows_of(kind, 40, 301)
     ids = np.random.default_rng(4).integers(0, 301, len(x))
     ids[: len(x) // 2] = x[: len(x) // 2].argmax(-1)
     ids = np.where(x[np.arange(len(x)), ids] > LOWEST, ids, x.argmax(-1))  # a word that may be said
-    found = getattr(lines, powers)(x, ids, temperature, count, THREADS)
-    bounds = of_row(lines, x, ids, temperature, count, power_error, powers)
+    found = lines.statistics(x, ids, temperature, count, THREADS)
+    bounds = of_row(lines, x, ids, temperature, count, power_error)
     for name, (exact, allowed) in zip(("logprob", "lse", "entropy"), bounds, strict=True):
         within(found[name], exact, allowed)
 
@@ -254,10 +278,9 @@ def test_log_probs_near_0_keep_their_relative_accuracy(
     (exact, _), _, (entropy, _) = of_row(lines, x, ids, 1.0, 8, power_error)
     roundings = 3 * U * (gap + 8) + 6 * (power_error + 7 * U) + 20 * U
     assert (exact > -300 * np.exp(-gap)).all()
-    for powers in (lines.statistics, lines.statistics_of_float32_powers):
-        found = powers(x, ids, 1.0, 8, THREADS)
-        within(found["logprob"], exact, roundings * -exact + 2 * U64)
-        within(found["entropy"], entropy, 2 * roundings * entropy + 4 * U64)
+    found = lines.statistics(x, ids, 1.0, 8, THREADS)
+    within(found["logprob"], exact, roundings * -exact + 2 * U64)
+    within(found["entropy"], entropy, 2 * roundings * entropy + 4 * U64)
 
 
 def test_rows_that_are_no_numbers(lines: Any) -> None:
@@ -265,8 +288,7 @@ def test_rows_that_are_no_numbers(lines: Any) -> None:
     x[0], x[1, :-1], x[2, 5], x[3, 5], x[4, 7] = -np.inf, -np.inf, np.nan, np.inf, np.nan
     x[5, 7], x[6, 7] = np.inf, -np.inf
     ids = np.array([7, 39, 7, 7, 7, 7, 7])
-    for powers in (lines.statistics, lines.statistics_of_float32_powers):
-        check_no_numbers(powers(x, ids, 0.7, 8, THREADS))
+    check_no_numbers(lines.statistics(x, ids, 0.7, 8, THREADS))
 
 
 def check_no_numbers(found: np.ndarray) -> None:

@@ -56,19 +56,16 @@ R1K_HOST_DEVICE Difference exact_difference(float x, float top, Scale s) {
 }
 
 // x - top and e^{(x - top)/T}, for an x of -inf or NaN as well.
-template <bool kExact>
 R1K_HOST_DEVICE Power below(float x, float top, Scale s) {
-  if (!kExact) {
-    const float d = x - top;
-    return {std::fmax(d, kLowest), exp2_fast(d * s.c)};  // of NaN the power is NaN
-  }
   const Difference d = exact_difference(x, top, s);
   return {d.d, exp2_of_product<true>(d.d, s, d.lost)};
 }
 
-// What a thread has added up, relative to the maximum `top` of what it has seen: rest = sum e^{(x - top)/T}, weighted =
-// sum e^{(x - top)/T} (x - top).  With kExact the maxima are not in `rest`, where their ones would cost the digits of
-// everything else, but in `count`.
+// What a thread has added up, relative to the maximum `top` of what it has seen.  With kExact
+//   rest = sum e^{(x - top)/T},  weighted = sum e^{(x - top)/T} (x - top),
+// where the maxima are not in `rest`, for their ones would cost the digits of everything else, but in `count`.  Without
+// it one rounding less a power pays: exponents are x c - r with r = top c as float32 rounds it, and
+//   rest = sum 2^{x c - r},  weighted = sum 2^{x c - r} (x c - r).
 struct RowSums {
   float top = kLowest;
   float rest = 0;
@@ -76,13 +73,28 @@ struct RowSums {
   float count = 0;
 };
 
-// Adds kCount entries.
-template <bool kExact, int kCount>
-R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale s) {
-  float top = x[0];
-  for (int k = 1; k < kCount; ++k) top = std::fmax(top, x[k]);
-  top = std::fmax(top, sums.top);
-  const Power kept = below<kExact>(sums.top, top, s);
+// What r rounds off a larger exponent would matter: there r is top c as it is, and exponents are (x - top) c.
+constexpr float kFarExponent = 1 << 20;
+R1K_HOST_DEVICE bool is_near(float reference) { return std::fabs(reference) < kFarExponent; }
+
+// What the sums of a maximum `old_top` are multiplied by where `top` takes its place, for kExact = false.
+R1K_HOST_DEVICE Power moved(float old_top, float top, Scale s) {
+  const float old_reference = product(old_top, s.c), reference = product(top, s.c);
+  const bool old_is_near = is_near(old_reference);
+  const float from_far = old_is_near ? std::fma(-top, s.c, old_reference) : (old_top - top) * s.c;
+  const float from_near = old_is_near ? old_reference - reference : std::fma(old_top, s.c, -reference);
+  const float shift = is_near(reference) ? from_near : from_far;
+  return {std::fmax(shift, kLowest), exp2_fast(shift)};
+}
+
+// 2^(x c - r) for the r of `top`.
+R1K_HOST_DEVICE Power power_of(float x, float top, float reference, Scale s) {
+  const float exponent = is_near(reference) ? std::fma(x, s.c, -reference) : (x - top) * s.c;
+  return {std::fmax(exponent, kLowest), exp2_fast(exponent)};
+}
+
+template <bool kExact>
+R1K_HOST_DEVICE void raise_top(RowSums& sums, float top, Power kept) {
   // In a factor of 0 the weighted sum may be 0 * inf.
   sums.weighted = kept.e == 0 ? 0 : kept.e * (sums.weighted + kept.d * (sums.rest + sums.count));
   if (kExact && top > sums.top) {
@@ -91,16 +103,37 @@ R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale 
   }
   sums.rest *= kept.e;
   sums.top = top;
+}
+
+template <bool kExact>
+R1K_HOST_DEVICE Power kept_of(const RowSums& sums, float top, Scale s) {
+  return kExact ? below(sums.top, top, s) : moved(sums.top, top, s);
+}
+
+// Adds kCount entries.
+template <bool kExact, int kCount>
+R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale s) {
+  float top = x[0];
+  for (int k = 1; k < kCount; ++k) top = std::fmax(top, x[k]);
+  top = std::fmax(top, sums.top);
+  const float old_reference = product(sums.top, s.c), reference = product(top, s.c);
   // Sums of their own: the running ones would round equal terms the same way every time.
   float rest = 0, weighted = 0;
-  for (int k = 0; k < kCount; ++k) {
-    const Power power = below<kExact>(x[k], top, s);
-    weighted += power.e * power.d;
-    if (kExact) {
-      rest += power.d == 0 ? 0 : power.e;
-      sums.count += power.d == 0 ? 1.0f : 0.0f;
-    } else {
-      rest += power.e;
+  if (!kExact && is_near(old_reference) && is_near(reference)) {
+    const float shift = old_reference - reference;
+    raise_top<false>(sums, top, {shift, exp2_fast(shift)});
+    for (int k = 0; k < kCount; ++k) {
+      const float exponent = std::fma(x[k], s.c, -reference), e = exp2_fast(exponent);
+      weighted = std::fma(e, std::fmax(exponent, kLowest), weighted);  // 0 * (-inf) = 0
+      rest += e;
+    }
+  } else {
+    raise_top<kExact>(sums, top, kept_of<kExact>(sums, top, s));
+    for (int k = 0; k < kCount; ++k) {
+      const Power power = kExact ? below(x[k], top, s) : power_of(x[k], top, reference, s);
+      weighted += power.e * power.d;
+      rest += kExact && power.d == 0 ? 0 : power.e;
+      if (kExact) sums.count += power.d == 0 ? 1.0f : 0.0f;
     }
   }
   sums.rest += rest;
@@ -109,16 +142,14 @@ R1K_HOST_DEVICE void add_entries(RowSums& sums, const float (&x)[kCount], Scale 
 
 // The same sums relative to a maximum that is no less; `rest` then has everything below `top`.
 template <bool kExact>
-R1K_HOST_DEVICE RowSums relative_to(const RowSums& sums, float top, Scale s) {
-  if (sums.top == top) return sums;
-  const Power kept = below<kExact>(sums.top, top, s);
-  const float all = sums.rest + sums.count;
-  return {top, kept.e * all, kept.e == 0 ? 0 : kept.e * (sums.weighted + kept.d * all), 0};
+R1K_HOST_DEVICE RowSums relative_to(RowSums sums, float top, Scale s) {
+  if (sums.top != top) raise_top<kExact>(sums, top, kept_of<kExact>(sums, top, s));
+  return sums;
 }
 
 // ---- the row as a whole, in float64 ------------------------------------------------------------------------
 
-// Sums of parts of a row relative to `top`, which no entry exceeds.
+// Sums of parts of a row relative to `top`, which no entry exceeds: a logit with kExact, else an exponent x c.
 struct RowTotals {
   double top;
   double total = 0;
@@ -132,17 +163,30 @@ R1K_HOST_DEVICE double scale_of_sums(double temperature) {
   return kExact ? c : static_cast<double>(static_cast<float>(c));
 }
 
-// Where the results are rounded to 16 bits anyway (kExact = false), powers are float32: they are a row's slowest steps.
+// What sums of a maximum are relative to; c is scale_of_sums.
 template <bool kExact>
-R1K_HOST_DEVICE double exp2_of_row(double x) {
-  return kExact ? std::exp2(x) : static_cast<double>(std::exp2(static_cast<float>(x)));
+R1K_HOST_DEVICE double reference_of(float top, double c) {
+  const float rounded = product(top, static_cast<float>(c));
+  return kExact ? top : is_near(rounded) ? rounded : top * c;
 }
 
-// Adds sums relative to their own maximum; c is scale_of_sums.
-template <bool kExact = true>
-R1K_HOST_DEVICE void add_part(RowTotals& totals, double top, double part, double weighted, double c) {
-  const double shift = top - totals.top;
-  const double factor = exp2_of_row<kExact>(shift * c);
+// No sums yet, of a row whose parts have maxima up to `top` and whose token has the logit x.
+template <bool kExact>
+R1K_HOST_DEVICE RowTotals row_totals(float top, double x, double c) {
+  return {std::fmax(kExact ? x : x * c, reference_of<kExact>(top, c))};
+}
+
+// Where the results are rounded to 16 bits anyway (kExact = false), powers are float32: they are a row's slowest steps.
+template <bool kExact>
+R1K_HOST_DEVICE double exp2_of_row(double units, double c) {
+  return kExact ? std::exp2(units * c) : static_cast<double>(std::exp2(static_cast<float>(units)));
+}
+
+// Adds sums relative to their own maximum.
+template <bool kExact>
+R1K_HOST_DEVICE void add_part(RowTotals& totals, float top, double part, double weighted, double c) {
+  const double shift = reference_of<kExact>(top, c) - totals.top;
+  const double factor = exp2_of_row<kExact>(shift, c);
   totals.total += factor * part;
   totals.weighted += factor == 0 ? 0 : factor * (weighted + shift * part);
 }
@@ -152,20 +196,22 @@ struct RowStatistics {
 };
 
 // From the totals of all other entries, and the token's own logit x.
-template <bool kExact = true>
+template <bool kExact>
 R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double temperature, double c) {
-  const double inv_t = 1 / temperature;
-  const double d = x - totals.top;  // of a token at +inf NaN, as all of its row is
-  const double e = exp2_of_row<kExact>(d * c);
+  // One unit of `top` is so many nats; the sums are those of a temperature that is log2(e) / c, a rounding away.
+  const double nats = kExact ? 1 / temperature : 1 / temperature / c;
+  const double nats_of_sums = kExact ? c * kLn2 : kLn2;
+  const double own = kExact ? x : x * c;
+  const double d = own - totals.top;  // of a token at +inf NaN, as all of its row is
+  const double e = exp2_of_row<kExact>(d, c);
   totals.total += e;
   totals.weighted += e == 0 ? 0 : e * d;
   const double mean = totals.weighted / totals.total;  // sum_j p_j (x_j - top)
   const double log_total = std::log(totals.total);
-  // The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
-  const double off = totals.total == 0 ? 0 : (inv_t - c * kLn2) * mean;  // no word at all: lse is -inf
-  const double log_sum = log_total + off;
-  const double lse = totals.top * inv_t + log_sum;
-  return {x == totals.top ? -log_sum : x * inv_t - lse, lse, log_total - mean * c * kLn2};
+  // The logarithm's slope in the temperature is the mean; no word at all: lse is -inf.
+  const double log_sum = log_total + (totals.total == 0 ? 0 : (nats - nats_of_sums) * mean);
+  const double lse = totals.top * nats + log_sum;
+  return {own == totals.top ? -log_sum : own * nats - lse, lse, log_total - mean * nats_of_sums};
 }
 
 // ---- the gradient ------------------------------------------------------------------------------------------
@@ -216,7 +262,7 @@ R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
 }
 
 // (g (1 - p) - eta p (log p + H)) / T of the token itself.
-template <bool kExact = true>
+template <bool kExact>
 R1K_HOST_DEVICE float own_gradient(double x, double lse, double entropy, double temperature, double g, double eta) {
   const double inv_t = 1 / temperature;
   double log_p = x * inv_t - lse;

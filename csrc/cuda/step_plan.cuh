@@ -14,10 +14,9 @@ template <typename D>
 __device__ RowStatistics merged_statistics(const GrpoStepArgs& args, const StepShared& shared, int depth, int parts) {
   const double c = scale_of_sums<D::kExact>(args.temperature);
   const double own = shared.own[depth];
-  RowTotals totals = {own};
-  float top = shared.own[depth];
+  float top = kLowest;
   for (int k = lane_id(); k < parts; k += kWarp) top = std::fmax(top, shared.sums[depth][k][0]);
-  totals.top = highest(top);
+  RowTotals totals = row_totals<D::kExact>(highest(top), own, c);
   for (int k = lane_id(); k < parts; k += kWarp) {
     const float* const sums = shared.sums[depth][k];
     const double part = static_cast<double>(sums[1]) + static_cast<double>(sums[3]);

@@ -169,14 +169,15 @@ __device__ __forceinline__ RowStatistics merge_segments(const TokenStats& args, 
                            target * args.logits.vocab_stride);
   const int64_t segments = segments_of(args.logits.vocab);
   const SegmentSums* parts = args.partials + n * segments;
-  RowTotals totals{x};
-  for (int64_t s = 0; s < segments; ++s) totals.top = std::fmax(totals.top, static_cast<double>(parts[s].top));
+  float top = kLowest;
+  for (int64_t s = 0; s < segments; ++s) top = std::fmax(top, parts[s].top);
+  RowTotals totals = row_totals<T::kExact>(top, x, c);
 #pragma unroll 1  // more would spill; the numbers are near by now
   for (int64_t s = 0; s < segments; ++s) {
     const SegmentSums part = parts[s];
-    add_part(totals, part.top, static_cast<double>(part.rest) + part.count, part.weighted, c);
+    add_part<T::kExact>(totals, part.top, static_cast<double>(part.rest) + part.count, part.weighted, c);
   }
-  return row_statistics(totals, x, temperature, c);
+  return row_statistics<T::kExact>(totals, x, temperature, c);
 }
 
 template <typename T>
