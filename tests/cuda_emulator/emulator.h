@@ -43,6 +43,7 @@ struct LaunchShape {
   size_t shared;
   int cluster;
   bool cooperative;
+  bool overlap;
 };
 
 // Blocks that a processor holds at once, where shared memory and threads allow.
@@ -89,6 +90,8 @@ int cluster_rank();
 int cluster_blocks();
 void remote_write(void* p, int rank, const void* value, size_t bytes);
 void remote_arrive(uint64_t* barrier, int rank);
+
+void wait_for_previous_kernel();
 
 }  // namespace emulator
 }  // namespace gpu

@@ -140,6 +140,11 @@ void Machine::fail_with(const std::string& text) {
 
 void fail(const std::string& message) { machine.fail(message); }
 
+bool Block::holds(const void* p, size_t bytes) const {
+  const auto begin = static_cast<const unsigned char*>(p);
+  return begin >= shared && begin + bytes <= shared + machine.shape.shared;
+}
+
 // ---- launches ----------------------------------------------------------------------------------------------
 
 void Machine::begin_block(Unit& unit, int64_t index, int rank) {
@@ -302,7 +307,7 @@ void Machine::run(const LaunchShape& launch_shape, const Properties& launch_prop
   races.ignore(data, bytes);  // every thread reads its parameters there, and nobody writes
   blockDim = {static_cast<unsigned>(shape.threads), 1, 1};
   gridDim = {static_cast<unsigned>(shape.blocks), 1, 1};
-  races.begin_launch();
+  races.begin_launch(shape.overlap);
   begin_clocks(shape.threads, shape.cluster);
   grid.alive = shape.threads * static_cast<int>(shape.blocks);
   // How this launch is mixed: some keep close together, some leave a lane, a warp or a block far behind.

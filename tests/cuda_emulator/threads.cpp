@@ -93,6 +93,11 @@ void meet(Meeting& meeting, At at) {
 
 }  // namespace
 
+void wait_at(At at) {
+  machine.self().at = at;
+  machine.suspend();
+}
+
 std::string describe(At at) { return name_of(at); }
 
 unsigned char* dynamic_shared() { return machine.self().block->shared; }
