@@ -18,7 +18,7 @@ demo: $(VENV)/train.stamp $(VENV)/build.stamp
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	mkdir -p build

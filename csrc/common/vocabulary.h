@@ -258,8 +258,7 @@ R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
     const float log_p_plus_h = std::fma(p == 0 ? 0.0f : x - row.pivot, row.slope, row.offset);  // 0 * (-inf) = 0
     slope = std::fma(row.minus_eta, log_p_plus_h, slope);
   }
-  const float gradient = p * slope;
-  return kExact ? gradient + p * row.minus_g_rest : gradient;
+  return kExact ? std::fma(p, slope, p * row.minus_g_rest) : p * slope;  // rounded once: the rest is less than that
 }
 
 // (g (1 - p) - eta p (log p + H)) / T of the token itself.

@@ -9,7 +9,6 @@
 #include "cuda/grpo_step.h"
 
 #include <algorithm>
-#include <climits>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -149,19 +148,6 @@ bool same_vectors(const RowView& a, const RowView& b) {
   return true;
 }
 
-// Vectors of a chunk: rounds of a warp, as many as leave the fewest of a ring's places empty, and at most 2.5 KiB.
-int best_chunk(int part) {
-  int best = 5 * kWarp, least = INT_MAX;
-  for (int chunk = 5 * kWarp; chunk >= 2 * kWarp; chunk -= kWarp) {
-    const int places = (part + chunk - 1) / chunk * chunk;
-    if (places < least) {
-      least = places;
-      best = chunk;
-    }
-  }
-  return best;
-}
-
 }  // namespace
 
 StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted, const Stream& stream) {
@@ -176,7 +162,6 @@ StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted,
     tile.warps = warps;
     const int parts = cluster * warps;
     tile.part = (vectors + parts - 1) / parts;
-    if (chunk == 0) chunk = best_chunk(tile.part);
     tile.chunk = chunk;
     tile.chunks = (tile.part + chunk - 1) / chunk;
     const size_t taken = sizeof(StepShared) + 128;
@@ -194,14 +179,18 @@ StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted,
     }
     return tile;
   }
-  // The fewest blocks that hold two rows and some of a third, else the most there can be.
+  // The fewest blocks that hold two rows and some of a third, in the largest chunks; else the most there can be.
   StepTile best = {};
   const int warps = std::clamp(vectors / kGroup, 1, kMaxWarps);
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-    if (!fit(cluster, warps, 0)) continue;
-    tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
-    if (tile.clusters > 0) best = tile;
-    if (tile.slots > 2 * tile.chunks) break;
+    for (const int chunk : {3 * kGroup, 2 * kGroup, kGroup}) {
+      if (!fit(cluster, warps, chunk)) continue;
+      const bool roomy = tile.slots > 2 * tile.chunks;
+      if (!roomy && chunk > kGroup) continue;
+      tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
+      if (tile.clusters > 0) best = tile;
+      if (roomy) return best;
+    }
   }
   return best;
 }

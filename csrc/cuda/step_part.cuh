@@ -17,23 +17,25 @@ __device__ __forceinline__ unsigned char* start_of(const RowView& rows, int64_t 
   }
   return static_cast<unsigned char*>(const_cast<void*>(rows.data)) + offset * size_of(rows.dtype);
 }
+__device__ __forceinline__ int late(const unsigned char* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kVec);
+}
 
-// Consecutive vectors of a row.  The first and the last of the row may hold entries of other rows as well.
+// Consecutive vectors of rows that start so many bytes late in a vector.  The first and the last vector of a row may
+// hold entries of other rows as well.
 struct Part {
-  unsigned char* data;  // a multiple of 16
-  int count;            // vectors
-  int before;           // bytes of the first vector before the row
-  int after;            // bytes of the last vector after the row
+  int late;
+  int begin;   // in vectors of the row
+  int count;   // vectors
+  int before;  // bytes of the first vector before the row
+  int after;   // bytes of the last vector after the row
 };
 
-__device__ __forceinline__ Part part_of(const RowView& rows, int64_t n, int index, const StepTile& tile) {
-  unsigned char* const start = start_of(rows, n);
-  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(start) % kVec);
-  const int bytes = shift + static_cast<int>(rows.vocab * size_of(rows.dtype));
+__device__ __forceinline__ Part part_of(int late, const RowView& rows, int index, const StepTile& tile) {
+  const int bytes = late + static_cast<int>(rows.vocab * size_of(rows.dtype));
   const int vectors = (bytes + kVec - 1) / kVec;
   const int begin = smaller(index * tile.part, vectors), end = smaller(begin + tile.part, vectors);
-  return {start - shift + static_cast<int64_t>(begin) * kVec, end - begin, begin == 0 ? shift : 0,
-          end == vectors ? vectors * kVec - bytes : 0};
+  return {late, begin, end - begin, begin == 0 ? late : 0, end == vectors ? vectors * kVec - bytes : 0};
 }
 
 // Vectors [begin, begin + count) of a part; bulk copies move [whole_begin, whole_end) of those.
@@ -47,6 +49,7 @@ struct Chunk {
 __device__ __forceinline__ Chunk chunk_of(const Part& part, int j, const StepTile& tile) {
   const int begin = j * tile.chunk;
   const int count = larger(smaller(tile.chunk, part.count - begin), 0);
+  if (part.before + part.after == 0) return {begin, count, 0, count};
   const int whole_begin = smaller(begin == 0 && part.before != 0 ? 1 : 0, count);
   const int whole_end = begin + count == part.count && part.after != 0 ? count - 1 : count;
   return {begin, count, whole_begin, larger(whole_begin, whole_end)};
@@ -67,19 +70,21 @@ class PartWarp {
         full_(reinterpret_cast<Barrier*>(&shared + 1) + warp_id() * step.tile.slots),
         ring_(reinterpret_cast<unsigned char*>(&shared) + rings_offset(step.tile) +
               static_cast<size_t>(warp_id()) * step.tile.slots * step.tile.chunk * kVec),
-        walk_(step.args.policy.mask, step.args.policy.tokens, cluster, clusters) {
+        walk_(step.args.policy.mask, step.args.policy.tokens, cluster, clusters),
+        part_(part_of(0, step.args.logits, index_, step.tile)) {
     next_row();
   }
 
   // Asks for the next chunk; its slot is free.
   __device__ void load_next() {
-    if (!coming_) return;
+    if (coming_ == nullptr) return;
     if (lane_id() == 0) {
-      const Chunk chunk = chunk_of(coming_part_, coming_chunk_, tile_);
+      const Part part = part_at(late(coming_));
+      const Chunk chunk = chunk_of(part, coming_chunk_, tile_);
       barrier_expect(full_ + coming_slot_, chunk.bytes());
       if (chunk.bytes() > 0) {
-        bulk_load(slot(coming_slot_) + chunk.whole_begin * kVec,
-                  coming_part_.data + (chunk.begin + chunk.whole_begin) * kVec, chunk.bytes(), full_ + coming_slot_);
+        const unsigned char* const from = data_of(coming_, part) + (chunk.begin + chunk.whole_begin) * kVec;
+        bulk_load(slot(coming_slot_) + chunk.whole_begin * kVec, from, chunk.bytes(), full_ + coming_slot_);
       }
     }
     coming_slot_ = coming_slot_ + 1 < tile_.slots ? coming_slot_ + 1 : 0;
@@ -96,20 +101,23 @@ class PartWarp {
     if (args_.policy.mask == nullptr) return;
     for (int64_t n = cluster; n < args_.policy.tokens; n += clusters) {
       if (args_.policy.mask[n]) continue;
-      const Part part = part_of(args_.out, n, index_, tile_);
+      const unsigned char* const row = start_of(args_.out, n);
+      const Part part = part_at(late(row));
+      unsigned char* const data = data_of(row, part);
       const Chunk all = {0, part.count, smaller(part.before != 0 ? 1 : 0, part.count),
                          part.after != 0 ? part.count - 1 : part.count};
       for (int v = all.whole_begin + lane_id(); v < all.whole_end; v += kWarp) {
-        store_streaming(part.data + static_cast<int64_t>(v) * kVec, {{0, 0, 0, 0}});
+        store_streaming(data + static_cast<int64_t>(v) * kVec, {{0, 0, 0, 0}});
       }
-      for_each_end(part, all, [&](int v, int k) { entries(part.data, v)[k] = 0; });
+      for_each_end(part, all, [&](int v, int k) { entries(data, v)[k] = 0; });
     }
   }
 
   // The sums of this part of row n, the q-th that counts, to all blocks of the cluster.  id: the row's token.
   __device__ void publish_sums(int64_t n, int64_t id, int64_t q) {
-    const Part part = part_of(args_.logits, n, index_, tile_);
-    const int own_entry = entry_of(part, start_of(args_.logits, n), id);
+    const unsigned char* const row = start_of(args_.logits, n);
+    const Part part = part_at(late(row));
+    const int own_entry = entry_of(part, id);
     const int own_vector = own_entry < 0 ? -1 : own_entry / D::kPerVec;
     float own = 0;
     RowSums sums;
@@ -122,7 +130,7 @@ class PartWarp {
         take_slot_ = 0;
         take_parity_ ^= 1;
       }
-      if (!chunk.whole()) complete(part, chunk, data);
+      if (!chunk.whole()) complete(part, chunk, data, data_of(row, part));
       if (own_vector >= chunk.begin && own_vector < chunk.begin + chunk.count) {  // to be left out of the sums
         Entry* const entry = entries(data, 0) + (own_entry - chunk.begin * D::kPerVec);
         own = D::load(entry);
@@ -157,11 +165,13 @@ class PartWarp {
   // The gradient of this part of row n, the q-th that counts, over the logits in the ring, and out; slots that it has
   // left are filled again.
   __device__ void write_gradient(int64_t n, int64_t q) {
-    const Part part = part_of(args_.out, n, index_, tile_);
+    const unsigned char* const row = start_of(args_.out, n);
+    const Part part = part_at(late(row));
+    unsigned char* const out = data_of(row, part);
     const int depth = static_cast<int>(q % kDepth);
     barrier_wait(&shared_.planned[depth], static_cast<int>(q / kDepth % 2));
     const RowPlan plan = shared_.plan[depth];
-    const int own_entry = entry_of(part, start_of(args_.out, n), plan.id);
+    const int own_entry = entry_of(part, plan.id);
     const int own_vector = own_entry < 0 ? -1 : own_entry / D::kPerVec;
 #pragma unroll 1
     for (int j = 0; j < tile_.chunks; ++j) {
@@ -185,13 +195,12 @@ class PartWarp {
       fence_for_bulk();
       sync_warp();
       if (!chunk.whole()) {
-        for_each_end(part, chunk, [&](int v, int k) { entries(part.data, chunk.begin + v)[k] = entries(data, v)[k]; });
+        for_each_end(part, chunk, [&](int v, int k) { entries(out, chunk.begin + v)[k] = entries(data, v)[k]; });
         sync_warp();  // before the slot is filled again
       }
       if (lane_id() == 0) {
         if (chunk.bytes() > 0) {
-          bulk_store(part.data + (chunk.begin + chunk.whole_begin) * kVec, data + chunk.whole_begin * kVec,
-                     chunk.bytes());
+          bulk_store(out + (chunk.begin + chunk.whole_begin) * kVec, data + chunk.whole_begin * kVec, chunk.bytes());
         }
         commit_stores();
         wait_stores_read<1>();  // the chunk before this one has left its slot
@@ -212,9 +221,18 @@ class PartWarp {
  private:
   __device__ void next_row() {
     const int64_t n = walk_.next();
-    coming_ = n >= 0;
-    if (coming_) coming_part_ = part_of(args_.logits, n, index_, tile_);
+    coming_ = n >= 0 ? start_of(args_.logits, n) : nullptr;
     coming_chunk_ = 0;
+  }
+
+  // Of rows that start so late: mostly all do.
+  __device__ __forceinline__ Part part_at(int late) {
+    if (late != part_.late) part_ = part_of(late, args_.logits, index_, tile_);
+    return part_;
+  }
+  // The first vector of this part of a row.
+  static __device__ __forceinline__ unsigned char* data_of(const unsigned char* row, const Part& part) {
+    return const_cast<unsigned char*>(row) - part.late + static_cast<int64_t>(part.begin) * kVec;
   }
 
   __device__ unsigned char* slot(int k) const { return ring_ + k * tile_.chunk * kVec; }
@@ -238,13 +256,10 @@ class PartWarp {
     vector(data, v) = D::pack(x);
   }
 
-  // Where the entry of a token lies, in entries from a part's data; -1: in none or another part.
-  __device__ int entry_of(const Part& part, const unsigned char* row, int64_t id) const {
-    const int64_t bytes = row + id * static_cast<int64_t>(sizeof(Entry)) - part.data;
-    const bool known = id >= 0 && id < args_.logits.vocab;  // the warp that plans says so
-    return known && bytes >= 0 && bytes < static_cast<int64_t>(part.count) * kVec
-               ? static_cast<int>(bytes / static_cast<int>(sizeof(Entry)))
-               : -1;
+  // Where the entry of a token lies, in entries from a part's first vector; -1: in another part.
+  __device__ __forceinline__ static int entry_of(const Part& part, int64_t id) {
+    const int64_t entry = id + part.late / static_cast<int>(sizeof(Entry)) - part.begin * D::kPerVec;
+    return entry >= 0 && entry < part.count * D::kPerVec ? static_cast<int>(entry) : -1;
   }
 
   // Calls f(vector, entry) for the row's entries in the vectors of a chunk that bulk copies leave out, a lane for each.
@@ -260,7 +275,7 @@ class PartWarp {
   }
 
   // Fills such vectors: -inf, which adds nothing, beside the row's entries.
-  __device__ void complete(const Part& part, const Chunk& chunk, unsigned char* data) const {
+  __device__ void complete(const Part& part, const Chunk& chunk, unsigned char* data, unsigned char* row) const {
     if (lane_id() < 2 * D::kPerVec) {
       const int k = lane_id() % D::kPerVec;
       if (lane_id() < D::kPerVec && chunk.whole_begin == 1) D::store(entries(data, 0) + k, -INFINITY);
@@ -269,7 +284,7 @@ class PartWarp {
       }
     }
     sync_warp();
-    for_each_end(part, chunk, [&](int v, int k) { entries(data, v)[k] = entries(part.data, chunk.begin + v)[k]; });
+    for_each_end(part, chunk, [&](int v, int k) { entries(data, v)[k] = entries(row, chunk.begin + v)[k]; });
     sync_warp();
   }
 
@@ -280,9 +295,9 @@ class PartWarp {
   const Scale scale_;
   Barrier* const full_;
   unsigned char* const ring_;
-  RowWalk walk_;       // of what is loaded
-  bool coming_;        // there is a row to load
-  Part coming_part_ = {};
+  RowWalk walk_;  // of what is loaded
+  Part part_;
+  const unsigned char* coming_;  // the row that is loaded, or null
   int coming_chunk_ = 0, coming_slot_ = 0;
   int take_slot_ = 0, take_parity_ = 0;  // of the next chunk to add up
   int give_slot_ = 0;                    // of the next chunk of a gradient
