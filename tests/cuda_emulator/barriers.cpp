@@ -15,7 +15,8 @@ constexpr uint64_t kMark = 0x5ba441e45ba441e4u;
 
 void arrive(Block& block, uint64_t* barrier, BarrierState& state) {
   if (state.pending == 0) {
-    fail("more than " + std::to_string(state.count) + " arrivals in a phase of the barrier at " + block.place_of(barrier));
+    fail("more than " + std::to_string(state.count) + " arrivals in a phase of the barrier at " +
+         block.place_of(barrier));
   }
   if (races.watched) give(machine.self().past, state.arrived);
   --state.pending;
@@ -39,7 +40,8 @@ Block& peer(const char* what, const void* p, size_t bytes, int rank) {
 }  // namespace
 
 void need_hopper(const char* what) {
-  if (machine.properties.major < 9) fail(std::string(what) + " on a device before sm_90: the kernel traps");
+  const int major = machine.properties.major;
+  if (major < 9 || major >= 12) fail(std::string(what) + " on sm_" + std::to_string(major) + "x: the kernel traps");
 }
 
 BarrierState& state_of(Block& block, uint64_t* barrier, const char* what) {

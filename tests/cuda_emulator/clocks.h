@@ -1,9 +1,9 @@
 // What threads know of each other's progress: the memory model of CUDA, as vector clocks.
 //
-// A thread counts its steps.  A step ends where the thread hands on what it knows: its own numbers and those that others
-// have handed on to it.  sync_warp, sync_block, sync_cluster and sync_grid hand on between all that take part, a barrier
-// from those that arrive to those that wait.  Shuffles and ballots are counted for themselves: they tell that a lane's
-// reads are over, but do not show its stores to others.
+// A thread counts its steps.  A step ends where the thread hands on what it knows: its own numbers and those that
+// others have handed on to it.  sync_warp, sync_block, sync_cluster and sync_grid hand on between all that take part,
+// a barrier from those that arrive to those that wait.  Shuffles and ballots are counted for themselves: they tell that
+// a lane's reads are over, but do not show its stores to others.
 #pragma once
 
 #include <cstdint>

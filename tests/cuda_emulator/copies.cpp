@@ -121,6 +121,7 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
     fail("bulk_store of shared memory at " + block.place_of(from) + ", written without fence_for_bulk");
   }
   learn(block, from, bytes);
+  ++fiber.open->copies;
   ++fiber.open->unread;
   ++fiber.open->unwritten;
   Copy copy = {};
@@ -198,7 +199,7 @@ void fence_for_bulk() {
 void check_stores_waited(const Fiber& fiber) {
   if (fiber.open) fail("a thread ends with bulk stores that it has not committed");
   for (const auto& group : fiber.groups) {
-    if (!group->waited && group->unread + group->unwritten > 0) {
+    if (!group->waited && group->copies > 0) {
       fail("a thread ends without waiting until its bulk stores have read shared memory");
     }
   }

@@ -226,8 +226,8 @@ void Machine::end_fiber(Fiber& fiber) {
 void Machine::end_block(Block& block) {
   for (size_t k = 0; k < kGuard; ++k) {
     if (block.shared[shape.shared + k] != guard_byte(k)) {
-      fail("block " + std::to_string(block.index) + " has written " + std::to_string(k) + " bytes past the end of its " +
-           std::to_string(shape.shared) + " bytes of shared memory");
+      fail("block " + std::to_string(block.index) + " has written " + std::to_string(k) +
+           " bytes past the end of its " + std::to_string(shape.shared) + " bytes of shared memory");
     }
   }
   if (races.watched) races.end_block(block);
@@ -272,7 +272,8 @@ std::string Machine::deadlock() const {
   text << "deadlock:";
   const char* separator = " ";
   for (const auto& [where, waiting] : waits) {
-    text << separator << waiting.threads << (waiting.threads == 1 ? " thread" : " threads") << " at " << where << " in ";
+    text << separator << waiting.threads << (waiting.threads == 1 ? " thread" : " threads") << " at " << where;
+    text << " in ";
     if (waiting.blocks.size() == 1) {
       text << "block " << *waiting.blocks.begin();
     } else {

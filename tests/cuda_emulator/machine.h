@@ -61,7 +61,7 @@ struct BarrierState {
 // Bulk stores that one thread has committed together.
 struct StoreGroup {
   uint32_t number;  // of the thread's, from 1
-  int unread = 0, unwritten = 0;
+  int copies = 0, unread = 0, unwritten = 0;
   bool waited = false;  // for its reads
 };
 

@@ -112,7 +112,10 @@ void fail_check(const char* message) {
 }
 
 void sync_block() { meet(machine.self().block->meeting, At::sync_block); }
-void sync_cluster() { meet(machine.self().block->unit->meeting, At::sync_cluster); }
+void sync_cluster() {
+  need_hopper("sync_cluster");
+  meet(machine.self().block->unit->meeting, At::sync_cluster);
+}
 void sync_grid() {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative");
   if (machine.grid.alive != machine.shape.blocks * machine.shape.threads) fail("sync_grid after the end of a thread");
