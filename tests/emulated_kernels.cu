@@ -16,7 +16,7 @@ enum Mistake {
   kNoWait, kArrivesTooEarly, kNoFence, kNoBarrierFence, kMisalignedCopy, kCopyPastTheEnd, kArrivesTwice, kNoExpect,
   kNoWaitForReads, kNoCommit, kRefillsTooEarly, kNoInit, kOverwritesBarrier, kOneDoesNotArrive, kNoSyncAtStart,
   kLeavesEarly, kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks, kReadsPastTheEnd,
-  kOneDoesNotFence
+  kOneDoesNotFence, kNoWaitForKernel
 };
 
 // ---- a sum over the block, from warps through shared memory ------------------------------------------------
@@ -155,6 +155,18 @@ __global__ void __launch_bounds__(1024) sum_grid(const float* x, float* parts, f
   }
 }
 
+// ---- a kernel that may start before the one before it has ended --------------------------------------------
+
+__global__ void double_each(const float* x, float* out) {
+  let_next_kernel_start();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = 2 * x[blockIdx.x * blockDim.x + threadIdx.x];
+}
+
+__global__ void add_one(float* out, Mistake mistake) {
+  if (mistake != kNoWaitForKernel) wait_for_previous_kernel();
+  out[blockIdx.x * blockDim.x + threadIdx.x] += 1;
+}
+
 // ---- the order in which threads run, and what numbers become -----------------------------------------------
 
 __global__ void order(int* count, int* places) { places[blockIdx.x * blockDim.x + threadIdx.x] = (*count)++; }
@@ -218,6 +230,15 @@ EXPORT run_sum_grid(const float* x, float* parts, float* out, int blocks, int mi
     Grid grid{blocks, 40};
     grid.cooperative = true;
     launch(sum_grid, grid, stream, x, parts, out, Mistake(mistake));
+  });
+}
+
+EXPORT run_overlap(const float* x, float* out, int blocks, int mistake) {
+  return message_of([=](const Stream& stream) {
+    Grid grid{blocks, 32};
+    launch(double_each, grid, stream, x, out);
+    grid.overlap = true;
+    launch(add_one, grid, stream, out, Mistake(mistake));
   });
 }
 

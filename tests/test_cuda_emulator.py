@@ -21,6 +21,7 @@ MISTAKES = (
     "copy_past_the_end", "arrives_twice", "no_expect", "no_wait_for_reads", "no_commit", "refills_too_early", "no_init",
     "overwrites_barrier", "one_does_not_arrive", "no_sync_at_start", "leaves_early", "waits_for_its_block_only",
     "no_sync_grid", "leaves_grid", "checks", "reads_past_the_end", "one_does_not_fence",
+    "no_wait_for_kernel",
 )
 BLOCKS, THREADS, CHUNKS = 3, 96, 20
 
@@ -77,6 +78,12 @@ class Kernels:
         self.run("sum_grid", x, parts, out, x.size, MISTAKES.index(mistake))
         return out - x.sum()
 
+    def overlap(self, mistake: str = "none") -> np.ndarray:
+        x = np.arange(64, dtype=np.float32)
+        out = np.full_like(x, np.nan)
+        self.run("overlap", x, out, x.size // 32, MISTAKES.index(mistake))
+        return out - (2 * x + 1)
+
 
 def aligned(values: np.ndarray) -> np.ndarray:
     """A copy that starts at a multiple of 16 bytes."""
@@ -110,7 +117,7 @@ def unwatched() -> Kernels:
 # ---- right kernels -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sum_blocks", "double_chunks", "exchange", "sum_grid"])
+@pytest.mark.parametrize("name", ["sum_blocks", "double_chunks", "exchange", "sum_grid", "overlap"])
 def test_right_kernels_give_right_numbers_in_every_order(kernels: Kernels, unwatched: Kernels, name: str) -> None:
     for seed in range(100):
         for each in (kernels, unwatched):
@@ -215,6 +222,7 @@ RACE = f"race in (shared|global) memory.*{AND}"
         ("double_chunks", "one_does_not_fence", "no fence_for_bulk after a write by thread 32 of block"),
         ("exchange", "no_sync_at_start", "nothing tells this thread that it has begun|may not have begun|uninit"),
         ("exchange", "leaves_early", "which writes to its shared memory, before it ends|which has ended"),
+        ("overlap", "no_wait_for_kernel", RACE + "one by a kernel before this one"),
         ("sum_grid", "no_sync_grid", RACE + "a (read|write) by thread [05] of block"),
     ],
 )
@@ -271,7 +279,7 @@ def test_launches_that_no_device_takes(kernels: Kernels) -> None:
     kernels.properties(major=8)
     with pytest.raises(RuntimeError, match="clusters of 4"):
         kernels.exchange()
-    with pytest.raises(RuntimeError, match="before sm_90"):
+    with pytest.raises(RuntimeError, match="on sm_8x"):
         kernels.double_chunks()
 
 

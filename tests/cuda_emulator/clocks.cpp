@@ -18,6 +18,7 @@ void put(Numbers& numbers, uint32_t where, uint32_t value) {
 
 void put_own(Numbers& numbers, const Past& past) {
   put(numbers, places.operations(past.thread / kLanes), past.operations);
+  put(numbers, places.previous(), past.previous);
   put(numbers, places.step(past.thread), past.step);
   put(numbers, places.fenced(past.thread), past.fenced);
   put(numbers, places.stores_read(past.thread), past.stores_read);
@@ -40,7 +41,7 @@ void begin_clocks(int threads_of_block, int blocks_of_cluster) {
 
 void begin_past(Past& past, int rank, int thread) {
   static const Knowledge nothing = std::make_shared<Numbers>();
-  past = {rank * places.threads_of_block + thread, 1, 0, 0, 0, 0, nothing};
+  past = {rank * places.threads_of_block + thread, 1, 0, 0, 0, 0, 0, nothing};
 }
 
 void meet(const std::vector<Fiber*>& fibers) {

@@ -1,9 +1,9 @@
 // What threads know of each other's progress: the memory model of CUDA, as vector clocks.
 //
-// A thread counts its steps.  A step ends where the thread hands on what it knows: its own numbers and those that others
-// have handed on to it.  sync_warp, sync_block, sync_cluster and sync_grid hand on between all that take part, a barrier
-// from those that arrive to those that wait.  Shuffles and ballots are counted for themselves: they tell that a lane's
-// reads are over, but do not show its stores to others.
+// A thread counts its steps.  A step ends where the thread hands on what it knows: its own numbers and those that
+// others have handed on to it.  sync_warp, sync_block, sync_cluster and sync_grid hand on between all that take part,
+// a barrier from those that arrive to those that wait.  Shuffles and ballots are counted for themselves: they tell that
+// a lane's reads are over, but do not show its stores to others.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@ struct Places {
   uint32_t stores_read(uint32_t thread) const { return 2 * threads + thread; }  // groups that have left shared memory
   uint32_t stores_done(uint32_t thread) const { return 3 * threads + thread; }  // that are in global memory
   uint32_t operations(uint32_t warp) const { return 4 * threads + warp; }       // shuffles and ballots
-  uint32_t phases(uint32_t barrier) const { return 4 * threads + warps + barrier; }  // that are over
+  uint32_t previous() const { return 4 * threads + warps; }  // 1: the kernels before this one have ended
+  uint32_t phases(uint32_t barrier) const { return 4 * threads + warps + 1 + barrier; }  // that are over
 };
 extern Places places;  // of the launch
 
@@ -37,7 +38,7 @@ inline uint32_t number(const Numbers& numbers, uint32_t where) { return where < 
 
 struct Past {
   uint32_t thread;  // in the cluster
-  uint32_t step, fenced, stores_read, stores_done, operations;
+  uint32_t step, fenced, stores_read, stores_done, operations, previous;
   Knowledge known;  // of the others
 
   bool knows_step(uint32_t of, uint32_t at_least) const {
@@ -55,6 +56,7 @@ struct Past {
   bool knows_operations_of(uint32_t of, uint32_t more_than) const {  // of its warp
     return (of / 32 == thread / 32 ? operations : number(*known, places.operations(of / 32))) > more_than;
   }
+  bool knows_previous() const { return previous != 0 || number(*known, places.previous()) != 0; }
   bool knows_phase(uint32_t barrier, uint32_t at_least) const {
     return number(*known, places.phases(barrier)) >= at_least;
   }

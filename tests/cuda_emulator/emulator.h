@@ -3,24 +3,30 @@
 // The folder comes before csrc in the include path, so that a kernel's `#include "cuda/device.cuh"` finds the
 // definitions made for it:
 //
-//   g++ -x c++ -std=c++17 -O1 -ffp-contract=off -fvisibility=hidden -fPIC -shared -DR1K_CUDA_KEY=CPU
-//       -Itests/cuda_emulator -Icsrc csrc/cuda/<op>.cu tests/cuda_emulator/*.cpp [csrc/bindings_cuda*.cpp ...] -o ...
+//   g++ -std=c++17 -O2 -fPIC -fvisibility=hidden -Itests/cuda_emulator -Icsrc -c tests/cuda_emulator/*.cpp
+//   g++ -x c++ -std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Itests/cuda_emulator -Icsrc
+//       -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -g1 -c csrc/cuda/<op>.cu
 //
-// (tests/cuda_emulation.py does it), or without -shared, with a main() that calls `launch`.  One fiber runs each
-// thread.  The next to run is chosen at random, from a seed; bulk copies happen at random times.  So the same test over
-// several seeds sees many of the orders that a GPU may choose, and a launch throws std::runtime_error for
+// and both are linked, without -fsanitize, into a library or a program that calls `launch`; tests/cuda_emulation.py
+// does it.  One fiber runs each thread.  The next to run is chosen at random, from a seed; bulk copies take place at
+// random times.  So a test over several seeds sees many of the orders that a GPU may choose.  A launch throws
+// std::runtime_error, with the lines of the kernel and the seed that repeats it, for
 //
+//   * accesses to the same memory that nothing orders, in any order of this run (with -fsanitize=thread: see races.h);
+//   * accesses past the end of shared memory (without it, stores alone), or of 16 bytes that are not aligned;
 //   * a deadlock, with what everybody waits for;
 //   * lanes that are missing where a whole warp is needed;
 //   * a barrier that is used before its initialisation or without its fence, overwritten, arrived at too often, or
 //     whose phase passes a thread that waits for it;
-//   * bulk copies of a wrong alignment, outside of shared memory, over one another, of data that no fence has made
-//     known to them, or that a block does not wait for before it ends;
-//   * accesses to the shared memory of a block that has not begun or has ended;
-//   * writes past the end of shared memory, and accesses of 16 bytes that are not aligned.
+//   * bulk copies of a wrong alignment, over one another, of data that no fence has made known to them, or that a block
+//     does not wait for before it ends;
+//   * accesses to the shared memory of a block that has not begun or has ended.
 //
 // Wrong numbers come from everything that is read too early: fresh shared memory and the target of a copy in flight
 // are all ones, NaN in every floating-point type, and copies read and write as late as they may.
+//
+// Not emulated: the order in which a GPU's memory shows stores to threads that nothing orders (they are races here),
+// time, and the bounds of global memory.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +49,7 @@ struct LaunchShape {
   size_t shared;
   int cluster;
   bool cooperative;
+  bool overlap;
 };
 
 // Blocks that a processor holds at once, where shared memory and threads allow.
@@ -89,6 +96,8 @@ int cluster_rank();
 int cluster_blocks();
 void remote_write(void* p, int rank, const void* value, size_t bytes);
 void remote_arrive(uint64_t* barrier, int rank);
+
+void wait_for_previous_kernel();
 
 }  // namespace emulator
 }  // namespace gpu

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <new>
 
-#if defined(__x86_64__)
+#if R1K_OWN_SWITCH
 // Saves what a function must keep and takes it up from another stack; its return address is that of the other side.
 asm(R"(
 .text
@@ -44,7 +44,8 @@ constexpr size_t kPage = 4096;
 }  // namespace
 
 Stack::Stack() {
-  void* memory = mmap(nullptr, kBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int kHow = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, kBytes + kPage, PROT_READ | PROT_WRITE, kHow, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, kPage, PROT_NONE);
   base = static_cast<unsigned char*>(memory) + kPage;
@@ -52,7 +53,7 @@ Stack::Stack() {
 
 Stack::~Stack() { munmap(base - kPage, kBytes + kPage); }
 
-#if defined(__x86_64__)
+#if R1K_OWN_SWITCH
 
 void prepare(Context& context, Stack& stack, void (*entry)()) {
   // From the top: a return address for `entry` that is never used, `entry`, six registers.  At its first instruction

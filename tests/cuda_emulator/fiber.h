@@ -3,7 +3,15 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+// ucontext would do everywhere, but it calls the kernel twice for each switch.
+#if !defined(R1K_OWN_SWITCH)
+#if defined(__x86_64__)
+#define R1K_OWN_SWITCH 1
+#else
+#define R1K_OWN_SWITCH 0
+#endif
+#endif
+#if !R1K_OWN_SWITCH
 #include <ucontext.h>
 #endif
 
@@ -11,9 +19,9 @@ namespace r1k {
 namespace gpu {
 namespace emulator {
 
-// Where a flow of control goes on.  ucontext would do everywhere, but it calls the kernel twice for each switch.
+// Where a flow of control goes on.
 struct Context {
-#if defined(__x86_64__)
+#if R1K_OWN_SWITCH
   void* stack_pointer = nullptr;
 #else
   ucontext_t state;

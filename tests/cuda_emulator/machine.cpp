@@ -140,6 +140,11 @@ void Machine::fail_with(const std::string& text) {
 
 void fail(const std::string& message) { machine.fail(message); }
 
+bool Block::holds(const void* p, size_t bytes) const {
+  const auto begin = static_cast<const unsigned char*>(p);
+  return begin >= shared && begin + bytes <= shared + machine.shape.shared;
+}
+
 // ---- launches ----------------------------------------------------------------------------------------------
 
 void Machine::begin_block(Unit& unit, int64_t index, int rank) {
@@ -221,8 +226,8 @@ void Machine::end_fiber(Fiber& fiber) {
 void Machine::end_block(Block& block) {
   for (size_t k = 0; k < kGuard; ++k) {
     if (block.shared[shape.shared + k] != guard_byte(k)) {
-      fail("block " + std::to_string(block.index) + " has written " + std::to_string(k) + " bytes past the end of its " +
-           std::to_string(shape.shared) + " bytes of shared memory");
+      fail("block " + std::to_string(block.index) + " has written " + std::to_string(k) +
+           " bytes past the end of its " + std::to_string(shape.shared) + " bytes of shared memory");
     }
   }
   if (races.watched) races.end_block(block);
@@ -267,7 +272,8 @@ std::string Machine::deadlock() const {
   text << "deadlock:";
   const char* separator = " ";
   for (const auto& [where, waiting] : waits) {
-    text << separator << waiting.threads << (waiting.threads == 1 ? " thread" : " threads") << " at " << where << " in ";
+    text << separator << waiting.threads << (waiting.threads == 1 ? " thread" : " threads") << " at " << where;
+    text << " in ";
     if (waiting.blocks.size() == 1) {
       text << "block " << *waiting.blocks.begin();
     } else {
@@ -302,7 +308,7 @@ void Machine::run(const LaunchShape& launch_shape, const Properties& launch_prop
   races.ignore(data, bytes);  // every thread reads its parameters there, and nobody writes
   blockDim = {static_cast<unsigned>(shape.threads), 1, 1};
   gridDim = {static_cast<unsigned>(shape.blocks), 1, 1};
-  races.begin_launch();
+  races.begin_launch(shape.overlap);
   begin_clocks(shape.threads, shape.cluster);
   grid.alive = shape.threads * static_cast<int>(shape.blocks);
   // How this launch is mixed: some keep close together, some leave a lane, a warp or a block far behind.

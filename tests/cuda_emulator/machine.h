@@ -61,7 +61,7 @@ struct BarrierState {
 // Bulk stores that one thread has committed together.
 struct StoreGroup {
   uint32_t number;  // of the thread's, from 1
-  int unread = 0, unwritten = 0;
+  int copies = 0, unread = 0, unwritten = 0;
   bool waited = false;  // for its reads
 };
 
@@ -123,6 +123,9 @@ struct Block {
   Gathering gone;
 
   bool ended() const { return meeting.alive == 0; }
+  size_t offset_of(const void* p) const { return static_cast<const unsigned char*>(p) - shared; }
+  std::string place_of(const void* p) const { return "offset " + std::to_string(offset_of(p)); }
+  bool holds(const void* p, size_t bytes) const;
 };
 
 class Machine {
@@ -181,10 +184,16 @@ extern Machine machine;
 
 // Of threads.cpp.
 std::string describe(At at);
+std::string describe_wait(const Fiber& fiber);
+void wait_at(At at);
+// Of barriers.cpp.
+void need_hopper(const char* what);
+BarrierState& state_of(Block& block, uint64_t* barrier, const char* what);
+void expect_bytes(Block& block, uint64_t* barrier, BarrierState& state, int64_t bytes);
+void end_phase_if_complete(BarrierState& state);
 // Of copies.cpp.
 void complete_one_copy();
 void check_stores_waited(const Fiber& fiber);
-std::string describe_wait(const Fiber& fiber);
 
 }  // namespace emulator
 }  // namespace gpu

@@ -33,10 +33,11 @@ std::string name_of(const Access& access, bool write) {
 
 }  // namespace
 
-void Races::begin_launch() {
-  era_ = 0;
-  pages_.clear();
+// With `overlap`, kernels before this one may still run: what they did is not over.
+void Races::begin_launch(bool overlap) {
+  era_of_launch_ = ++era_;
   recent_ = {};
+  if (!overlap) pages_.clear();
 }
 
 Access Races::access(Access::Kind kind, uint32_t who, uint32_t when, const void* code) const {
@@ -48,7 +49,9 @@ Access Races::access(Access::Kind kind, uint32_t who, uint32_t when, const void*
 
 // Whether the running fiber knows that an access is over.
 bool Races::over(const Access& access, bool was_read) const {
-  if (access.kind == Access::none || access.era < era_) return true;
+  if (access.kind == Access::none) return true;
+  if (access.era < era_of_launch_) return machine.self().past.knows_previous();
+  if (access.era < era_) return true;
   const Fiber& fiber = machine.self();
   const uint32_t first = static_cast<uint32_t>(fiber.block->index - fiber.block->rank);
   if (access.block - first >= static_cast<uint32_t>(machine.shape.cluster)) return false;  // of another cluster
@@ -116,8 +119,11 @@ void Races::check_fenced(const Access& write, const Access& copy, Place place) c
 void Races::look(History& history, Place place, const Access& access, bool writes) {
   const auto check = [&](const Access& other, bool wrote) {
     if (over(other, !wrote)) return;
+    const bool earlier = other.era < era_of_launch_;
     machine.fail("race in " + name_of(place) + ": " + emulator::name_of(access, writes) +
-                 " and, not ordered before it, " + emulator::name_of(other, wrote));
+                 " and, not ordered before it, " +
+                 (earlier ? "one by a kernel before this one: wait_for_previous_kernel comes first"
+                          : emulator::name_of(other, wrote)));
   };
   check(history.write, true);
   if (access.kind != Access::ordinary) check_fenced(history.write, access, place);

@@ -30,7 +30,7 @@ struct Access {
   uint32_t when;        // step; of a load, the phase's number from 1, of a store that of its group
   uint32_t operations;  // of the warp until then
   uint32_t block;       // that it comes from
-  uint32_t era;         // sync_grid begins another
+  uint32_t era;         // sync_grid begins another, and so does a launch
   int32_t code;         // where in the program
 };
 
@@ -52,7 +52,7 @@ class Races {
  public:
   static inline bool watched = false;  // kernels tell of their accesses: set before anything is constructed
 
-  void begin_launch();
+  void begin_launch(bool overlap);
   void ignore(const void* p, size_t bytes) { ignored_ = {reinterpret_cast<uintptr_t>(p), bytes}; }
   void next_era() { ++era_; }
   void end_block(const Block& block);
@@ -83,7 +83,7 @@ class Races {
   Cell& cell(Place place);
   std::string name_of(Place place) const;
 
-  uint32_t era_ = 0;
+  uint32_t era_ = 0, era_of_launch_ = 0;
   std::pair<uintptr_t, size_t> ignored_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   std::array<std::pair<uintptr_t, Page*>, kRecent> recent_ = {};

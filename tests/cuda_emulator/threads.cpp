@@ -93,6 +93,11 @@ void meet(Meeting& meeting, At at) {
 
 }  // namespace
 
+void wait_at(At at) {
+  machine.self().at = at;
+  machine.suspend();
+}
+
 std::string describe(At at) { return name_of(at); }
 
 unsigned char* dynamic_shared() { return machine.self().block->shared; }
@@ -107,7 +112,10 @@ void fail_check(const char* message) {
 }
 
 void sync_block() { meet(machine.self().block->meeting, At::sync_block); }
-void sync_cluster() { meet(machine.self().block->unit->meeting, At::sync_cluster); }
+void sync_cluster() {
+  need_hopper("sync_cluster");
+  meet(machine.self().block->unit->meeting, At::sync_cluster);
+}
 void sync_grid() {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative");
   if (machine.grid.alive != machine.shape.blocks * machine.shape.threads) fail("sync_grid after the end of a thread");

@@ -47,9 +47,9 @@ inline void remote_store4(float* p, int rank, float a, float b, float c, float d
 }
 inline void remote_arrive(Barrier* barrier, int rank) { emulator::remote_arrive(barrier, rank); }
 
-// ---- launches that overlap: here each ends before the next begins ------------------------------------------
+// ---- launches that overlap: here each ends before the next begins, and accesses are watched as if not ------
 
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline void let_next_kernel_start() {}
 
 }  // namespace gpu

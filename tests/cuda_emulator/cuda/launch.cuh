@@ -37,7 +37,7 @@ struct Grid {
 
 namespace emulator {
 inline LaunchShape shape_of(const Grid& grid) {
-  return {grid.blocks, grid.threads, grid.shared, grid.cluster, grid.cooperative};
+  return {grid.blocks, grid.threads, grid.shared, grid.cluster, grid.cooperative, grid.overlap};
 }
 }  // namespace emulator
 
