@@ -257,6 +257,15 @@ def test_no_tokens(shape: tuple[int, int]) -> None:
     assert loss == 0 and metrics[0] == 0 and metrics[1] == shape[0]
 
 
+@pytest.mark.parametrize(("vocab", "tile"), [(1, ()), (2, ()), (7, ()), (70, (4, 2, 32)), (2003, (4, 7, 32))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_rows_of_few_vectors(vocab: int, tile: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Some parts are empty; the first vector of a row may be its last."""
+    device(processors=8)
+    inputs = batch(dtype, vocab) | {"mask": testing.random_ids(5, 7, vocab=2) > 0}
+    check(inputs, objectives.grpo(), tile=tile)
+
+
 def test_all_masked() -> None:
     inputs = batch(torch.bfloat16, 300) | {"mask": torch.zeros(5, 7, dtype=torch.bool)}
     inputs["logits"].fill_(math.nan)
@@ -333,11 +342,13 @@ def test_an_id_outside_the_vocabulary(value: int) -> None:
         ({"normalizer": torch.tensor(math.nan)}, "normalizer must be a positive finite number"),
         ({"cu_seqlens": torch.tensor([0, 3, 34])}, "cu_seqlens must run from 0 to N"),
         ({"cu_seqlens": torch.tensor([0, 36, 35])}, "cu_seqlens must not descend"),
+        ({"cu_seqlens": torch.tensor([-(10**12), 5, 35])}, "cu_seqlens must run from 0 to N"),
+        ({"cu_seqlens": torch.tensor([0, 10**12, 35])}, "cu_seqlens must not descend"),
     ],
 )
 def test_wrong_values(wrong: dict[str, Tensor], message: str) -> None:
     inputs = {k: v.flatten(0, 1) if v.dim() > 1 else v[:2] for k, v in batch(torch.bfloat16, 300).items()}
-    inputs |= {"cu_seqlens": torch.tensor([0, 3, 35])} | wrong
+    inputs |= {"cu_seqlens": torch.tensor([0, 3, 35]), "mask": torch.ones(35, dtype=torch.bool)} | wrong
     with pytest.raises(RuntimeError, match=message):
         step(inputs, objectives.grpo(), (2, 2, 32))
 
@@ -376,6 +387,16 @@ def test_a_factor_of_the_loss_reaches_the_gradient() -> None:
         _, once = loss_and_gradient(inputs)
         assert torch.equal(loss_and_gradient(inputs, 4.0)[1], 4 * once)
         assert not loss_and_gradient(inputs, 0.0)[1].any()
+
+
+def test_any_factor_is_one_more_rounding() -> None:
+    inputs = batch(torch.bfloat16, 300)
+    with backend("cuda"):
+        _, once = loss_and_gradient(inputs)
+        for factor in (0.1, 1 / 3, 7.0):
+            _, scaled = loss_and_gradient(inputs, factor)
+            exact = once.double() * float(torch.tensor(factor))
+            testing.assert_within(scaled, exact, testing.rounding(exact, torch.bfloat16))
 
 
 def test_a_kept_graph_gives_the_same_gradient_again() -> None:

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * kWarp, 1)
   const int64_t cluster = blockIdx.x / tile.cluster, clusters = gridDim.x / tile.cluster;
   if (threadIdx.x == 0) {
     for (int k = 0; k < kDepth; ++k) {
-      barrier_init(&shared.published[k], tile.cluster * tile.warps);
+      barrier_init(&shared.published[k], 1);
       barrier_init(&shared.planned[k], 1);
     }
     Barrier* const full = reinterpret_cast<Barrier*>(&shared + 1);
@@ -84,7 +84,7 @@ __device__ __forceinline__ PolicySums shuffled(const PolicySums& sums, int mask)
   return other;
 }
 
-// The sums of all clusters, in order -> loss and metrics; and what no single row can see is looked at.
+// The sums of all blocks, in order -> loss and metrics; and what no single row can see is looked at.
 __global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ PolicyLossArgs args,
                                                        const PolicySums* partials, int64_t count) {
   wait_for_previous_kernel();
@@ -131,7 +131,8 @@ int clusters_at_once(DType dtype, const StepTile& tile, const Stream& stream) {
   const std::lock_guard lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  return known[key] = concurrent_clusters(kernel_for(dtype), grid_of(tile, 1));
+  const int clusters = concurrent_clusters(kernel_for(dtype), grid_of(tile, 1));
+  return clusters < 0 ? 0 : known[key] = clusters;  // an error may be gone the next time
 }
 
 // Whether gradients can leave the way logits came: adjacent entries, rows that start alike within 16 bytes.
@@ -179,23 +180,26 @@ StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted,
     }
     return tile;
   }
-  // The fewest blocks that hold two rows and some of a third, in the largest chunks; else the most there can be.
+  // The fewest blocks that hold two rows and some of a third, in chunks that leave little of the rings unused; else the
+  // most there can be.
   StepTile best = {};
   const int warps = std::clamp(vectors / kGroup, 1, kMaxWarps);
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-    for (const int chunk : {3 * kGroup, 2 * kGroup, kGroup}) {
+    StepTile roomiest = {};
+    for (int chunk = 6 * kWarp; chunk >= 2 * kWarp; chunk -= kWarp) {
       if (!fit(cluster, warps, chunk)) continue;
-      const bool roomy = tile.slots > 2 * tile.chunks;
-      if (!roomy && chunk > kGroup) continue;
-      tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
-      if (tile.clusters > 0) best = tile;
-      if (roomy) return best;
+      const auto rows = [](const StepTile& t) { return t.chunks > 0 ? static_cast<double>(t.slots) / t.chunks : 0.0; };
+      if (rows(tile) > rows(roomiest)) roomiest = tile;
     }
+    if (roomiest.chunks == 0) continue;
+    roomiest.clusters = clusters_at_once(args.logits.dtype, roomiest, stream);
+    if (roomiest.clusters > 0) best = roomiest;
+    if (roomiest.slots > 2 * roomiest.chunks) break;
   }
   return best;
 }
 
-size_t step_scratch(const StepTile& tile) { return sizeof(PolicySums) * tile.clusters; }
+size_t step_scratch(const StepTile& tile) { return sizeof(PolicySums) * tile.clusters * tile.cluster; }
 
 void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scratch, const Stream& stream) {
   auto* const partials = static_cast<PolicySums*>(scratch);
@@ -203,7 +207,7 @@ void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scra
   launch(kernel_for(args.logits.dtype), grid_of(tile, clusters), stream, Step{args, tile}, partials);
   Grid last = {1, kWarp};
   last.overlap = true;
-  launch(finish_kernel, last, stream, args.policy, partials, clusters);
+  launch(finish_kernel, last, stream, args.policy, partials, clusters * tile.cluster);
 }
 
 }  // namespace gpu

@@ -121,20 +121,20 @@ __device__ __forceinline__ uint32_t remote_address(const void* p, int rank) {
   R1K_SM90(asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank)));
   return address;
 }
-__device__ __forceinline__ void remote_store(float* p, int rank, float value) {
-  R1K_SM90(asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote_address(p, rank)), "f"(value) : "memory"));
-}
-// `p` is 16-byte aligned.
-__device__ __forceinline__ void remote_store4(float* p, int rank, float a, float b, float c, float d) {
-  R1K_SM90(asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_address(p, rank)), "f"(a),
-                        "f"(b), "f"(c), "f"(d)
+// Writes to another block's shared memory, at once 4 or 16 bytes, aligned so, which complete on a barrier there as bulk
+// copies do: who waits there with barrier_wait_cluster sees them, and this thread waits for nothing.
+__device__ __forceinline__ void remote_send(float* p, int rank, float value, Barrier* barrier) {
+  R1K_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                            remote_address(p, rank)),
+                        "f"(value), "r"(remote_address(barrier, rank))
                         : "memory"));
 }
-// Arrives at the barrier of another block; what this thread wrote before is visible to who waits there.
-__device__ __forceinline__ void remote_arrive(Barrier* barrier, int rank) {
-  R1K_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                            remote_address(barrier, rank))
-                        : "memory"));
+__device__ __forceinline__ void remote_send4(float* p, int rank, float a, float b, float c, float d, Barrier* barrier) {
+  R1K_SM90(asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          remote_address(p, rank)),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(remote_address(barrier, rank))
+      : "memory"));
 }
 
 // ---- launches that overlap: nothing where there is no such thing, and no launch asks for it ------------------

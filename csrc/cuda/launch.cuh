@@ -71,7 +71,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
   check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
 }
 
-// How many clusters of this launch the device runs at once; 0 where it has none.
+// How many clusters of this launch the device runs at once; 0 where it has none, -1 where it cannot say.
 template <typename... Parameters>
 int concurrent_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   allow_shared(kernel, grid.shared);
@@ -79,7 +79,7 @@ int concurrent_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &launch.config) != cudaSuccess) {
     cudaGetLastError();
-    return 0;
+    return -1;
   }
   return clusters;
 }

@@ -46,13 +46,19 @@ struct Chunk {
   __device__ uint32_t bytes() const { return static_cast<uint32_t>(whole_end - whole_begin) * kVec; }
 };
 
+// The chunk without the vectors that hold entries of other rows.
+__device__ __forceinline__ Chunk whole_of(const Part& part, Chunk chunk) {
+  if (part.before + part.after == 0) return chunk;
+  if (chunk.begin == 0 && part.before != 0) chunk.whole_begin = smaller(1, chunk.count);
+  if (chunk.begin + chunk.count == part.count && part.after != 0) chunk.whole_end = chunk.count - 1;
+  chunk.whole_end = larger(chunk.whole_begin, chunk.whole_end);
+  return chunk;
+}
+
 __device__ __forceinline__ Chunk chunk_of(const Part& part, int j, const StepTile& tile) {
   const int begin = j * tile.chunk;
   const int count = larger(smaller(tile.chunk, part.count - begin), 0);
-  if (part.before + part.after == 0) return {begin, count, 0, count};
-  const int whole_begin = smaller(begin == 0 && part.before != 0 ? 1 : 0, count);
-  const int whole_end = begin + count == part.count && part.after != 0 ? count - 1 : count;
-  return {begin, count, whole_begin, larger(whole_begin, whole_end)};
+  return whole_of(part, {begin, count, 0, count});
 }
 
 // One warp's view of the step: its ring, and the chunks under way to it.
@@ -104,8 +110,7 @@ class PartWarp {
       const unsigned char* const row = start_of(args_.out, n);
       const Part part = part_at(late(row));
       unsigned char* const data = data_of(row, part);
-      const Chunk all = {0, part.count, smaller(part.before != 0 ? 1 : 0, part.count),
-                         part.after != 0 ? part.count - 1 : part.count};
+      const Chunk all = whole_of(part, {0, part.count, 0, part.count});
       for (int v = all.whole_begin + lane_id(); v < all.whole_end; v += kWarp) {
         store_streaming(data + static_cast<int64_t>(v) * kVec, {{0, 0, 0, 0}});
       }
@@ -126,6 +131,7 @@ class PartWarp {
       const Chunk chunk = chunk_of(part, j, tile_);
       unsigned char* const data = slot(take_slot_);
       barrier_wait(full_ + take_slot_, take_parity_);
+      if (j == 0) settle();  // the last chunk of the gradient before has left by now
       if (++take_slot_ == tile_.slots) {
         take_slot_ = 0;
         take_parity_ ^= 1;
@@ -156,9 +162,9 @@ class PartWarp {
     const float rest = sum_lanes(sums.rest), weighted = sum_lanes(sums.weighted), count = sum_lanes(sums.count);
     const int block = lane_id(), depth = static_cast<int>(q % kDepth);
     if (block < tile_.cluster) {
-      remote_store4(shared_.sums[depth][index_], block, top, rest, weighted, count);
-      if (own_entry >= 0) remote_store(&shared_.own[depth], block, own);
-      remote_arrive(&shared_.published[depth], block);
+      Barrier* const published = &shared_.published[depth];
+      remote_send4(shared_.sums[depth][index_], block, top, rest, weighted, count, published);
+      if (own_entry >= 0) remote_send(&shared_.own[depth], block, own, published);
     }
   }
 

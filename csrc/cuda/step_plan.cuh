@@ -53,7 +53,7 @@ template <typename D>
 __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster, int64_t clusters,
                           PolicySums* partials) {
   const GrpoStepArgs& args = step.args;
-  const bool writes = cluster_rank() == 0 && lane_id() == 0;
+  const int parts = step.tile.cluster * step.tile.warps;
   if (cluster_rank() == 0 && args.policy.mask != nullptr) {
     for (int64_t n = cluster + lane_id() * clusters; n < args.policy.tokens; n += kWarp * clusters) {
       if (!args.policy.mask[n]) args.logprobs[n] = args.entropy[n] = 0;
@@ -71,13 +71,15 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
     R1K_DEVICE_CHECK(inputs.id >= 0 && inputs.id < args.logits.vocab,
                      "r1kernels: token_ids holds an id outside [0, V)");
 
+    if (lane_id() == 0) barrier_expect(&shared.published[depth], parts * sizeof(shared.sums[0][0]) + sizeof(float));
     barrier_wait_cluster(&shared.published[depth], static_cast<int>(q / kDepth % 2));
-    const RowStatistics row = merged_statistics<D>(args, shared, depth, step.tile.cluster * step.tile.warps);
+    const RowStatistics row = merged_statistics<D>(args, shared, depth, parts);
     PolicyToken token = inputs.token;
     token.logprob = static_cast<float>(row.logprob);
     token.entropy = static_cast<float>(row.entropy);
     token.log_ratio = token.logprob - (args.policy.old_logprobs != nullptr ? inputs.old : token.logprob);
-    const PolicyGradient gradient = add_token(total, args.policy.objective, token);
+    PolicySums unused;
+    const PolicyGradient gradient = add_token(unused, args.policy.objective, token);
     if (lane_id() == 0) {
       RowPlan& plan = shared.plan[depth];
       plan.row = row_gradient(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
@@ -87,15 +89,17 @@ __device__ void plan_rows(const Step& step, StepShared& shared, int64_t cluster,
       plan.kind = gradient.eta != 0 ? RowKind::policy_and_entropy : gradient.g != 0 ? RowKind::policy : RowKind::zero;
       barrier_arrive(&shared.planned[depth]);
     }
-    sync_warp();
-    if (writes) {
-      args.logprobs[n] = token.logprob;
-      args.entropy[n] = token.entropy;
+    if (q % step.tile.cluster == cluster_rank()) {  // the blocks take turns, and nobody waits for it
+      add_token(total, args.policy.objective, token);
+      if (lane_id() == 0) {
+        args.logprobs[n] = token.logprob;
+        args.entropy[n] = token.entropy;
+      }
     }
     n = next;
     inputs = next_inputs;
   }
-  if (writes) partials[cluster] = total;
+  if (lane_id() == 0) partials[blockIdx.x] = total;
 }
 
 }  // namespace gpu

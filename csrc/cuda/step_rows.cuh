@@ -3,6 +3,7 @@
 
 #include "cuda/collective.cuh"
 #include "cuda/policy_loss.h"
+#include "cuda/sequences.cuh"
 
 namespace r1k {
 namespace gpu {
@@ -91,9 +92,9 @@ class TokenWeight {
 
   __device__ double of(const PolicyLossArgs& args, int64_t sequence) {
     if (args.objective.aggregate == Aggregate::sequence_mean && sequence != sequence_) {
-      const int64_t begin = args.cu_seqlens != nullptr ? args.cu_seqlens[sequence] : sequence * args.length;
-      const int64_t end = args.cu_seqlens != nullptr ? args.cu_seqlens[sequence + 1] : begin + args.length;
-      const int64_t counted = counted_tokens(args.mask, begin, end < args.tokens ? end : args.tokens);
+      const Sequences sequences = {args.tokens, args.sequences, args.length, args.cu_seqlens};
+      const int64_t begin = sequences.begin(sequence);  // within [0, N], whatever cu_seqlens says
+      const int64_t counted = counted_tokens(args.mask, begin, begin + sequences.size(sequence));
       weight_ = 1 / (denominator_ * static_cast<double>(counted > 1 ? counted : 1));
       sequence_ = sequence;
     }

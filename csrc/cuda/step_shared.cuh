@@ -32,7 +32,7 @@ struct StepShared {
   float sums[kDepth][kMaxParts][4];  // top, rest, weighted, count of each part of a row
   float own[kDepth];                 // the token's own logit
   RowPlan plan[kDepth];
-  Barrier published[kDepth];         // by all warps of the cluster
+  Barrier published[kDepth];         // sums and logit, by all warps of the cluster
   Barrier planned[kDepth];
 };
 

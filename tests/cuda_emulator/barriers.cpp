@@ -167,23 +167,22 @@ int cluster_blocks() {
   return machine.shape.cluster;
 }
 
-void remote_write(void* p, int rank, const void* value, size_t bytes) {
-  Block& block = peer("remote_store", p, bytes, rank);
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("remote_store at an address that is not aligned");
-  unsigned char* const there = block.shared + machine.self().block->offset_of(p);
+void remote_send(void* p, int rank, const void* value, size_t bytes, uint64_t* barrier) {
+  Block& mine = *machine.self().block;
+  Block& block = peer("remote_send", p, bytes, rank);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("remote_send to an address that is not aligned");
+  unsigned char* const there = block.shared + mine.offset_of(p);
   if (races.watched) races.touch_remote(block, there, bytes);
   std::memcpy(there, value, bytes);
-  machine.maybe_yield();
-}
 
-void remote_arrive(uint64_t* barrier, int rank) {
-  Block& mine = *machine.self().block;
-  Block& block = peer("remote_arrive", barrier, sizeof(*barrier), rank);
-  const auto there = reinterpret_cast<uint64_t*>(block.shared + mine.offset_of(barrier));
-  BarrierState& state = state_of(block, there, "remote_arrive");
-  if (!state.fenced) fail("remote_arrive on a barrier that no fence_barrier_init has made known to it");
+  peer("remote_send", barrier, sizeof(*barrier), rank);
+  const auto its_barrier = reinterpret_cast<uint64_t*>(block.shared + mine.offset_of(barrier));
+  BarrierState& state = state_of(block, its_barrier, "remote_send");
+  if (!state.fenced) fail("remote_send on a barrier that no fence_barrier_init has made known to it");
   state.remote |= &block != &mine;
-  arrive(block, there, state);
+  if (races.watched) give(machine.self().past, state.arrived);
+  expect_bytes(block, its_barrier, state, -static_cast<int64_t>(bytes));
+  end_phase_if_complete(state);
   machine.maybe_yield();
 }
 

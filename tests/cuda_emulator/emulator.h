@@ -94,8 +94,7 @@ void fence_for_bulk();
 
 int cluster_rank();
 int cluster_blocks();
-void remote_write(void* p, int rank, const void* value, size_t bytes);
-void remote_arrive(uint64_t* barrier, int rank);
+void remote_send(void* p, int rank, const void* value, size_t bytes, uint64_t* barrier);
 
 void wait_for_previous_kernel();
 

@@ -40,12 +40,13 @@ inline void fence_for_bulk() { emulator::fence_for_bulk(); }
 inline int cluster_rank() { return emulator::cluster_rank(); }
 inline int cluster_blocks() { return emulator::cluster_blocks(); }
 inline void sync_cluster() { emulator::sync_cluster(); }
-inline void remote_store(float* p, int rank, float value) { emulator::remote_write(p, rank, &value, sizeof(value)); }
-inline void remote_store4(float* p, int rank, float a, float b, float c, float d) {
-  const float values[4] = {a, b, c, d};
-  emulator::remote_write(p, rank, values, sizeof(values));
+inline void remote_send(float* p, int rank, float value, Barrier* barrier) {
+  emulator::remote_send(p, rank, &value, sizeof(value), barrier);
 }
-inline void remote_arrive(Barrier* barrier, int rank) { emulator::remote_arrive(barrier, rank); }
+inline void remote_send4(float* p, int rank, float a, float b, float c, float d, Barrier* barrier) {
+  const float values[4] = {a, b, c, d};
+  emulator::remote_send(p, rank, values, sizeof(values), barrier);
+}
 
 // ---- launches that overlap: here each ends before the next begins, and accesses are watched as if not ------
 
