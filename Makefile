@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench wheel
+.PHONY: build demo test bench wheel FORCE
 
 # A run that was interrupted is continued; a finished one (it has a report) is made anew.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -54,7 +54,12 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
 
-$(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
+# What was found of nvcc, and asked of it: the extension is built again when that changes.
+build/cuda-kernels: FORCE
+	@mkdir -p build && $(PYTHON) csrc/cuda/nvcc.py > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES) build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -9,15 +9,6 @@ namespace {
 
 using namespace r1k::bindings;
 
-// A block takes one segment of a row.
-void check_grid(int64_t rows, int64_t vocab) {
-  constexpr int64_t kMost = 2147483647;
-  R1K_CHECK(vocab <= kMost, "logits has V = ", vocab, ", expected less than 2^31");
-  const int64_t segments = r1k::gpu::segments_of(vocab);
-  R1K_CHECK(rows <= kMost / std::max<int64_t>(segments, 1), "logits has ", rows, " rows of ", segments,
-            " segments, expected less than 2^31 segments in all");
-}
-
 std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask, double temperature,
                                                MaybeTensor temperatures) {
   const std::vector<int64_t> sizes = leading_sizes(logits);

@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "cuda/stream.h"
+#include "cuda/token_stats.h"
 
 // The dispatch key that the operators of namespace r1kernels_cuda are registered for.  The tests' emulator runs the
 // kernels on tensors of the CPU.
@@ -72,6 +73,15 @@ const bool* device_bools(const Tensor& first, const TensorLike& tensor, const ch
 
 // row_view of bindings.h in as few leading dimensions as possible.
 inline r1k::RowView merged_rows(const Tensor& logits) { return r1k::merged(row_view(logits)); }
+
+// A block takes one segment of a row.
+inline void check_grid(int64_t rows, int64_t vocab) {
+  constexpr int64_t kMost = 2147483647;
+  R1K_CHECK(vocab <= kMost, "logits has V = ", vocab, ", expected less than 2^31");
+  const int64_t segments = r1k::gpu::segments_of(vocab);
+  R1K_CHECK(rows <= kMost / std::max<int64_t>(segments, 1), "logits has ", rows, " rows of ", segments,
+            " segments, expected less than 2^31 segments in all");
+}
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();

@@ -1,5 +1,7 @@
 // The fused GRPO step on NVIDIA GPUs over PyTorch's stable ABI: check, allocate, launch, register.
 
+#include <cmath>
+
 #include "bindings_cuda_policy.h"
 #include "cuda/grpo_passes.h"
 #include "cuda/grpo_step.h"
@@ -11,6 +13,7 @@ using namespace r1k::bindings;
 // Two reads of the logits, for rows or devices that the fused kernel cannot take.
 void run_passes(r1k::gpu::GrpoStepArgs& args, const Tensor& logits, const r1k::gpu::Stream& stream) {
   const int64_t count = args.policy.tokens;
+  check_grid(count, args.logits.vocab);
   const Tensor partials = empty(logits, {count, r1k::gpu::segments_of(args.logits.vocab), 4}, ScalarType::Float);
   const Tensor statistics = empty(logits, {2, count}, ScalarType::Double);
   const Tensor slopes = empty(logits, {2, count}, ScalarType::Float);
@@ -51,6 +54,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
   r1k::gpu::GrpoStepArgs args;
   args.logits = merged_rows(logits);
   args.out = merged_rows(grad_logits);
+  R1K_CHECK(!overlap(args.logits, args.out) ||
+                (same_row_starts(args.logits, args.out) && args.logits.vocab_stride == 1),
+            "grad_logits overlaps logits, expected memory of its own, or that of logits row for row");
+  R1K_CHECK(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
+            ", expected a positive finite number");
+  R1K_CHECK(surrogate >= 0 && surrogate <= 3 && kl >= 1 && kl <= 3 && aggregate >= 0 && aggregate <= 2,
+            "surrogate, kl and aggregate are ", surrogate, ", ", kl, ", ", aggregate,
+            ", expected numbers of r1kernels.objectives");
   args.token_ids = device_ints(logits, token_ids, "token_ids", count);
   args.temperature = temperature;
   args.logprobs = static_cast<float*>(logprobs.data_ptr());

@@ -21,7 +21,7 @@ from r1kernels.triton.sources import kernel_sources_hash
 
 PUBLIC_OPS = {
     "token_stats": "token_logprobs, token_logprobs_and_entropy, cross_entropy; linear_* = products + token_stats",
-    "policy_loss": "policy_loss; grpo_loss and linear_grpo_loss = token_stats + policy_loss",
+    "policy_loss": "policy_loss; grpo_loss and linear_grpo_loss = token_stats + policy_loss (CUDA: grpo_step)",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
     "divergence": "distillation_loss",

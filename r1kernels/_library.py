@@ -176,11 +176,11 @@ def cuda_missing(device_type: str) -> str:
 
 def _why_no_cuda(device_type: str) -> str:
     if device_type == "cpu":
-        return "" if EMULATED else "CUDA kernels run on NVIDIA GPUs"
+        return "" if EMULATED else "CUDA kernels run on NVIDIA GPUs; move the tensors to one, or ask for 'auto'"
     if device_type != "cuda":
         return f"no kernels for device {device_type!r}"
     if torch.version.hip is not None:
-        return "CUDA kernels run on NVIDIA GPUs, and torch is built for AMD's"
+        return "CUDA kernels run on NVIDIA GPUs, and torch is built for AMD's; ask for 'triton'"
     if extension is None:
         return f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}"
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

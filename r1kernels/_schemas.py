@@ -7,6 +7,7 @@ C++ are registered once more, under the same schemas, in the namespace `r1kernel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,10 +120,22 @@ _declare(
     f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What an operator gives to fake tensors and on the meta device, in every namespace that has it."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"{NAMESPACE}::{name}")(function)
+        if name in CUDA_OPERATORS:
+            torch.library.register_fake(f"{CUDA_NAMESPACE}::{name}")(function)
+        return function
+
+    return register
+
+
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/common/objective.h
 
 
-@torch.library.register_fake(f"{NAMESPACE}::token_stats")
+@_fake("token_stats")
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = logits.shape[:-1]
     return (
@@ -132,17 +145,17 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::token_stats_backward")
+@_fake("token_stats_backward")
 def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::token_stats_backward_out")
+@_fake("token_stats_backward_out")
 def _(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::policy_loss")
+@_fake("policy_loss")
 def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     entropy_coef = args[-2]
     return (
@@ -153,7 +166,7 @@ def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::grpo_step")
+@_fake("grpo_step")
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     single = {"dtype": torch.float32}
     return (
@@ -184,64 +197,64 @@ def _head_gradients(hidden: Tensor, head: tuple[Any, ...], needs: list[bool]) ->
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_token_stats")
+@_fake("linear_token_stats")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
     statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
     return _per_token(ids, hidden), *statistics
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_statistics")
+@_fake("linear_statistics")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[2]
     statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
     return _per_token(ids, hidden), *statistics
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_token_stats_backward")
+@_fake("linear_token_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_policy_gradient")
+@_fake("linear_policy_gradient")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
     return _per_token(ids, hidden), _per_token(ids, hidden), *_head_gradients(hidden, args, args[-1])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::group_advantages")
+@_fake("group_advantages")
 def _(rewards: Tensor, *_: Any) -> Tensor:
     return rewards.new_empty(rewards.shape)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::kl_estimate")
+@_fake("kl_estimate")
 def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::gemm_f32")
+@_fake("gemm_f32")
 def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::scaled")
+@_fake("scaled")
 def _(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::divergence")
+@_fake("divergence")
 def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = student.shape[:-1]
     statistics = [student.new_empty(shape, dtype=torch.float64) for _ in range(5)]
     return student.new_empty(shape, dtype=torch.float32), *statistics
 
 
-@torch.library.register_fake(f"{NAMESPACE}::divergence_backward")
+@_fake("divergence_backward")
 def _(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_divergence")
+@_fake("linear_divergence")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids, teacher_hidden = args[4], args[14]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)

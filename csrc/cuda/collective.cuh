@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "cuda/device.cuh"
 #include "cuda/hopper.cuh"
@@ -23,6 +26,9 @@ __device__ __forceinline__ T combine_lanes(T value, int lanes, const Combine& co
 template <typename T>
 __device__ __forceinline__ T sum_lanes(T value, int lanes = kWarp) {
   return combine_lanes(value, lanes, [](T a, T b) { return a + b; });
+}
+__device__ __forceinline__ float highest_lane(float value) {
+  return combine_lanes(value, kWarp, [](float a, float b) { return std::fmax(a, b); });
 }
 // NaN never.
 template <typename T>
@@ -63,12 +69,10 @@ struct Team {
   Together together;
 };
 
-// A launch of up to `blocks` blocks that can wait for one another.  Its kernel works with any number of them.
 template <typename... Parameters>
-Team team_of(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, const Stream& stream) {
+Team found_team(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, const Stream& stream) {
   constexpr int kMost = 8;  // of a cluster; a barrier of the grid costs more than the work of a second block
   const int major = stream.properties.major;
-  if (blocks <= 1) return {{1, threads, shared}, Together::block};
   if (blocks <= 2 * kMost && kClusters && major >= 9 && major < 12) {
     Grid grid = {kMost, threads, shared};
     while (grid.blocks / 2 >= blocks) grid.blocks /= 2;
@@ -79,6 +83,20 @@ Team team_of(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   grid.blocks = std::min<int64_t>(blocks, concurrent_blocks(kernel, grid, stream));
   grid.cooperative = true;
   return {grid, Together::grid};
+}
+
+// A launch of up to `blocks` blocks that can wait for one another.  Its kernel works with any number of them.  What a
+// device can run at once is asked once: the runtime would work it out anew, for longer than small launches take.
+template <typename... Parameters>
+Team team_of(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, const Stream& stream) {
+  if (blocks <= 1) return {{1, threads, shared}, Together::block};
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Parameters...), Properties, int64_t, int, size_t>, Team> known;
+  const std::tuple key(kernel, stream.properties, blocks, threads, shared);
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second
+                              : known.emplace(key, found_team(kernel, blocks, threads, shared, stream)).first->second;
 }
 
 }  // namespace gpu

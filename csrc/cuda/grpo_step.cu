@@ -126,8 +126,8 @@ Grid grid_of(const StepTile& tile, int64_t clusters) {
 // The runtime works it out anew each time it is asked.
 int clusters_at_once(DType dtype, const StepTile& tile, const Stream& stream) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, DType, int, int, size_t>, int> known;
-  const std::tuple key(stream.device, dtype, tile.cluster, tile.warps, tile.shared);
+  static std::map<std::tuple<Properties, DType, int, int, size_t>, int> known;
+  const std::tuple key(stream.properties, dtype, tile.cluster, tile.warps, tile.shared);
   const std::lock_guard lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;

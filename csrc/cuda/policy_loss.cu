@@ -21,12 +21,12 @@ namespace gpu {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int64_t kTiles = 256;  // at most: one for each block of an H200
+constexpr int64_t kTiles = 256;  // at most: two for each processor of an H200
 constexpr int64_t kCountedAlone = 8192;  // tokens of which a block counts all sooner than it hears from others
 
 // The sums of tokens as numbers of one kind, so that each is summed by a warp of its own.
 enum Column {
-  kLossSum, kSurrogateSum, kKlSum, kEntropySum, kRatioSum, kApproxKlSum, kLowest, kHighest, kTokenCount, kClipLowCount,
+  kLossSum, kSurrogateSum, kKlSum, kEntropySum, kRatioSum, kApproxKlSum, kLowestRatio, kHighestRatio, kTokenCount, kClipLowCount,
   kClipHighCount, kCappedCount, kActiveCount, kNonfiniteCount, kColumns
 };
 
@@ -127,8 +127,8 @@ __device__ __forceinline__ void write_columns(const PolicySums& sums, Shared& sh
   column[kEntropySum * kThreads] = sums.entropy;
   column[kRatioSum * kThreads] = sums.ratio;
   column[kApproxKlSum * kThreads] = sums.approx_kl;
-  column[kLowest * kThreads] = sums.ratio_min;
-  column[kHighest * kThreads] = sums.ratio_max;
+  column[kLowestRatio * kThreads] = sums.ratio_min;
+  column[kHighestRatio * kThreads] = sums.ratio_max;
   column[kTokenCount * kThreads] = static_cast<double>(sums.tokens);
   column[kClipLowCount * kThreads] = static_cast<double>(sums.clip_low);
   column[kClipHighCount * kThreads] = static_cast<double>(sums.clip_high);
@@ -145,8 +145,8 @@ __device__ __forceinline__ PolicySums from_columns(const double (&column)[kColum
   sums.entropy = column[kEntropySum];
   sums.ratio = column[kRatioSum];
   sums.approx_kl = column[kApproxKlSum];
-  sums.ratio_min = static_cast<float>(column[kLowest]);
-  sums.ratio_max = static_cast<float>(column[kHighest]);
+  sums.ratio_min = static_cast<float>(column[kLowestRatio]);
+  sums.ratio_max = static_cast<float>(column[kHighestRatio]);
   sums.tokens = static_cast<int64_t>(column[kTokenCount]);
   sums.clip_low = static_cast<int64_t>(column[kClipLowCount]);
   sums.clip_high = static_cast<int64_t>(column[kClipHighCount]);
@@ -159,9 +159,9 @@ __device__ __forceinline__ PolicySums from_columns(const double (&column)[kColum
 // One column's `count` numbers, by a warp; all lanes get the result.
 __device__ __forceinline__ double sum_column(int column, const double* numbers, int64_t count) {
   const auto combine = [column](double a, double b) {
-    return column == kLowest ? lower(a, b) : column == kHighest ? higher(a, b) : a + b;
+    return column == kLowestRatio ? lower(a, b) : column == kHighestRatio ? higher(a, b) : a + b;
   };
-  const double none = column == kLowest ? INFINITY : column == kHighest ? -INFINITY : 0.0;
+  const double none = column == kLowestRatio ? INFINITY : column == kHighestRatio ? -INFINITY : 0.0;
   double total = none;
 #pragma unroll 1
   for (int64_t first = lane_id(); first < count; first += kAheadOfSum * kWarp) {

@@ -157,7 +157,7 @@ class PartWarp {
         add_entries<D::kExact>(sums, x, scale_);
       }
     }
-    const float top = highest(sums.top);
+    const float top = highest_lane(sums.top);
     sums = relative_to<D::kExact>(sums, top, scale_);
     const float rest = sum_lanes(sums.rest), weighted = sum_lanes(sums.weighted), count = sum_lanes(sums.count);
     const int block = lane_id(), depth = static_cast<int>(q % kDepth);

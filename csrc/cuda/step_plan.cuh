@@ -16,7 +16,7 @@ __device__ RowStatistics merged_statistics(const GrpoStepArgs& args, const StepS
   const double own = shared.own[depth];
   float top = kLowest;
   for (int k = lane_id(); k < parts; k += kWarp) top = std::fmax(top, shared.sums[depth][k][0]);
-  RowTotals totals = row_totals<D::kExact>(highest(top), own, c);
+  RowTotals totals = row_totals<D::kExact>(highest_lane(top), own, c);
   for (int k = lane_id(); k < parts; k += kWarp) {
     const float* const sums = shared.sums[depth][k];
     const double part = static_cast<double>(sums[1]) + static_cast<double>(sums[3]);

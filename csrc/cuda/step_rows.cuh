@@ -35,10 +35,6 @@ class RowWalk {
   unsigned pending_;
 };
 
-__device__ __forceinline__ float highest(float value) {
-  return combine_lanes(value, kWarp, [](float a, float b) { return std::fmax(a, b); });
-}
-
 // Tokens of [begin, end) that count; all lanes of a warp.
 __device__ inline int64_t counted_tokens(const bool* mask, int64_t begin, int64_t end) {
   if (mask == nullptr) return end - begin;

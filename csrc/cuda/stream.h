@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 namespace r1k {
 namespace gpu {
@@ -12,6 +13,11 @@ struct Properties {
   int major, minor;         // compute capability
   int processors;           // streaming multiprocessors
   size_t shared_per_block;  // bytes a block can ask for
+
+  bool operator<(const Properties& other) const {
+    return std::tie(major, minor, processors, shared_per_block) <
+           std::tie(other.major, other.minor, other.processors, other.shared_per_block);
+  }
 };
 
 struct Stream {

@@ -6,7 +6,7 @@
 #include "cuda/token_stats.h"
 
 #include "common/vocabulary.h"
-#include "cuda/device.cuh"
+#include "cuda/collective.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
 
@@ -83,19 +83,6 @@ struct WarpSums {
   double rest[kWarps], weighted[kWarps];
 };
 
-template <typename Value>
-__device__ __forceinline__ Value warp_sum(Value value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = std::fmax(value, shuffle_xor(value, mask));
-  return value;
-}
-
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads) segment_kernel(const __grid_constant__ TokenStats args,
                                                             Scale common) {
@@ -131,16 +118,16 @@ __global__ void __launch_bounds__(kThreads) segment_kernel(const __grid_constant
   }
 
   WarpSums& shared = *reinterpret_cast<WarpSums*>(dynamic_shared());
-  const float warp_top = warp_max(sums.top);
+  const float warp_top = highest_lane(sums.top);
   if (lane_id() == 0) shared.top[warp_id()] = warp_top;
   sync_block();
   float top = shared.top[0];
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) top = std::fmax(top, shared.top[w]);
   sums = relative_to<T::kExact>(sums, top, scale);
-  const double rest = warp_sum(static_cast<double>(sums.rest));
-  const double weighted = warp_sum(static_cast<double>(sums.weighted));
-  const float count = T::kExact ? warp_sum(sums.count) : 0;
+  const double rest = sum_lanes(static_cast<double>(sums.rest));
+  const double weighted = sum_lanes(static_cast<double>(sums.weighted));
+  const float count = T::kExact ? sum_lanes(sums.count) : 0;
   if (lane_id() == 0) {
     shared.rest[warp_id()] = rest;
     shared.weighted[warp_id()] = weighted;

@@ -53,8 +53,9 @@ def grpo_loss(
     Memory: the gradient of logits, and 64 bytes a token. CUDA kernels (`r1kernels.backend("cuda")`, or where they are
         measured to be faster) take the step whole, for objectives of single tokens on float32 and bfloat16 logits that
         require a gradient, outside of `torch.compile`: one read of the logits and one write of their gradient, in the
-        forward. The backward then multiplies by its factor, one read and write more unless that is 1: let `normalizer`
-        scale the loss.
+        forward. The backward then multiplies by its factor, one read, write and rounding more unless that is 1: let
+        `normalizer` scale the loss. Rows whose gradient, which is contiguous, lies otherwise within 16 bytes than they
+        do, and rows that no cluster's shared memory holds, are read twice.
 
     Equivalent to: `policy_loss(*token_logprobs_and_entropy(logits, token_ids), ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
