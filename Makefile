@@ -44,12 +44,12 @@ $(VENV)/base.stamp: constraints.txt
 	touch $@
 
 # Installing with an extra also builds the extension, hence the touches.
-$(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml
+$(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
 	touch $(VENV)/build.stamp $@
 
-$(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml
+$(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $@

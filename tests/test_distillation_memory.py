@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 MIB = 1 << 20
-ALLOCATOR = 24 * MIB  # pages it keeps beside what is in use: holes of freed blocks too small for the next
+# Pages it keeps beside what is in use: holes of freed blocks too small for the next, and the rest of huge pages.
+ALLOCATOR = 32 * MIB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 

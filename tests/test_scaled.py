@@ -41,8 +41,11 @@ def test_in_its_own_memory() -> None:
 def test_a_factor_of_one_changes_no_bit(dtype: torch.dtype) -> None:
     bits = torch.randint(-(2**15), 2**15, (70_001,), generator=testing.generator(0), dtype=torch.int16)
     grad = bits[: 70_000 if dtype == torch.float32 else None].view(dtype)
-    torch.ops.r1kernels.scaled(grad[grad.isfinite()], torch.tensor(1.0), out := grad[grad.isfinite()], False)
-    assert torch.equal(out, grad[grad.isfinite()])
+    numbers = grad[grad.isfinite()]
+    if _library.INTERPRETED:  # of subnormal 16-bit numbers Triton's interpreter makes others
+        numbers = numbers[numbers.abs() >= torch.finfo(dtype).tiny]
+    torch.ops.r1kernels.scaled(numbers, torch.tensor(1.0), out := numbers.clone(), False)
+    assert torch.equal(out, numbers)
     if _library.EMULATED:  # not even those of a NaN: where nothing is to be done, nothing is read
         before = grad.clone()
         torch.ops.r1kernels.scaled(grad, torch.tensor(1.0), grad, False)
