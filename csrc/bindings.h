@@ -17,6 +17,7 @@
 #include <unistd.h>
 #endif
 
+#include "common/objective.h"
 #include "cpu/token_stats.h"
 
 #define R1K_CHECK(condition, ...) STD_TORCH_CHECK(condition, "r1kernels: ", __VA_ARGS__)
@@ -80,6 +81,23 @@ inline r1k::RowView row_view(const Tensor& logits) {
     view.strides[k] = logits.stride(k);
   }
   return view;
+}
+
+inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_t aggregate, double clip_low,
+                              double clip_high, double ratio_cap, double tau_pos, double tau_neg, double kl_coef,
+                              double entropy_coef, double max_length) {
+  return {static_cast<Surrogate>(surrogate),
+          ratio,
+          kl,
+          static_cast<Aggregate>(aggregate),
+          static_cast<float>(clip_low),
+          static_cast<float>(clip_high),
+          static_cast<float>(ratio_cap),
+          static_cast<float>(tau_pos),
+          static_cast<float>(tau_neg),
+          static_cast<float>(kl_coef),
+          static_cast<float>(entropy_coef),
+          max_length};
 }
 
 // Gradients of vocabulary width are hundreds of megabytes of fresh pages: asking for huge pages saves most of

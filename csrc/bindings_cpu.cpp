@@ -169,18 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const int64_t count = logprobs.numel();
 
   r1k::PolicyLossArgs args;
-  args.objective = {static_cast<r1k::Surrogate>(surrogate),
-                    static_cast<r1k::Ratio>(ratio),
-                    kl,
-                    static_cast<r1k::Aggregate>(aggregate),
-                    static_cast<float>(clip_low),
-                    static_cast<float>(clip_high),
-                    static_cast<float>(ratio_cap),
-                    static_cast<float>(tau_pos),
-                    static_cast<float>(tau_neg),
-                    static_cast<float>(kl_coef),
-                    static_cast<float>(entropy_coef),
-                    max_length};
+  args.objective =
+      objective_of(surrogate, static_cast<r1k::Ratio>(ratio), kl, aggregate, clip_low, clip_high, ratio_cap, tau_pos,
+                   tau_neg, kl_coef, entropy_coef, max_length);
   args.tokens = count;
   args.length = shape.back();
   args.cu_seqlens = nullptr;
@@ -218,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   args.grad_logprobs = static_cast<float*>(grad_logprobs.data_ptr());
   args.grad_entropy = with_entropy ? static_cast<float*>(grad_entropy.data_ptr()) : nullptr;
 
-  std::vector<r1k::SequenceSums> sums(args.sequences);
+  std::vector<r1k::PolicySums> sums(args.sequences);
   const double denominator = r1k::denominator(args, r1k::counted_tokens(args));
   const int64_t mean_length = std::max<int64_t>(1, count / std::max<int64_t>(args.sequences, 1));
   torch::stable::parallel_for(0, args.sequences, std::max<int64_t>(1, 4096 / mean_length),

@@ -7,25 +7,8 @@
 namespace r1k {
 namespace bindings {
 
-inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_t aggregate, double clip_low,
-                              double clip_high, double ratio_cap, double tau_pos, double tau_neg, double kl_coef,
-                              double entropy_coef, double max_length) {
-  return {static_cast<Surrogate>(surrogate),
-          ratio,
-          kl,
-          static_cast<Aggregate>(aggregate),
-          static_cast<float>(clip_low),
-          static_cast<float>(clip_high),
-          static_cast<float>(ratio_cap),
-          static_cast<float>(tau_pos),
-          static_cast<float>(tau_neg),
-          static_cast<float>(kl_coef),
-          static_cast<float>(entropy_coef),
-          max_length};
-}
-
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
-inline gpu::Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs,
+inline Broadcast broadcast(const MaybeTensor& tensor, const char* name, const Tensor& logprobs,
                                 const gpu::PolicyLossArgs& args) {
   if (!tensor.has_value()) return {nullptr, false};
   const bool per_token = tensor->dim() == logprobs.dim() && tensor->numel() == args.tokens;

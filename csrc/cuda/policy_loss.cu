@@ -12,9 +12,9 @@
 
 #include <algorithm>
 
+#include "common/policy_terms.h"
 #include "cuda/collective.cuh"
 #include "cuda/policy_sums.cuh"
-#include "cuda/policy_terms.cuh"
 
 namespace r1k {
 namespace gpu {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "common/policy_terms.h"
 #include "cuda/collective.cuh"
 #include "cuda/policy_loss.h"
-#include "cuda/policy_terms.cuh"
 #include "cuda/sequences.cuh"
 
 namespace r1k {

@@ -2,8 +2,8 @@
 // warps what becomes of the row.
 #pragma once
 
+#include "common/policy_terms.h"
 #include "common/vocabulary.h"
-#include "cuda/policy_terms.cuh"
 #include "cuda/step_rows.cuh"
 #include "cuda/step_shared.cuh"
 

@@ -11,7 +11,6 @@ The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implement
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from r1kernels import _library, objectives
 from r1kernels.ops.linear_gradients import graph_is_kept
-from r1kernels.ops.policy_loss import LossInputs
+from r1kernels.ops.policy_loss import LossInputs, coefficients_of
 
 
 def serves(logits: Tensor, inputs: LossInputs) -> bool:
@@ -61,14 +60,7 @@ def _kernel(
         objectives.SURROGATES.index(objective.surrogate),
         objectives.KL_ESTIMATORS.index(objective.kl) + 1,
         objectives.AGGREGATES.index(objective.aggregate),
-        objective.clip_low,
-        objective.clip_high,
-        math.inf if objective.ratio_cap is None else objective.ratio_cap,
-        objective.tau_pos,
-        objective.tau_neg,
-        objective.kl_coef,
-        objective.entropy_coef,
-        objective.max_length or 1,
+        *coefficients_of(objective),
         [],
         grad_logits,
     )

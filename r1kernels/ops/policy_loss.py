@@ -60,6 +60,20 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+def coefficients_of(objective: Objective) -> tuple[float, ...]:
+    """The numbers of an objective as operators take them, clip_low to max_length."""
+    return (
+        objective.clip_low,
+        objective.clip_high,
+        math.inf if objective.ratio_cap is None else objective.ratio_cap,
+        objective.tau_pos,
+        objective.tau_neg,
+        objective.kl_coef,
+        objective.entropy_coef,
+        objective.max_length or 1,
+    )
+
+
 def _kernel(
     logprobs: Tensor, entropy: Tensor | None, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,14 +93,7 @@ def _kernel(
         objectives.RATIOS.index(objective.ratio),
         objectives.KL_ESTIMATORS.index(objective.kl) + 1,
         objectives.AGGREGATES.index(objective.aggregate),
-        objective.clip_low,
-        objective.clip_high,
-        math.inf if objective.ratio_cap is None else objective.ratio_cap,
-        objective.tau_pos,
-        objective.tau_neg,
-        objective.kl_coef,
-        objective.entropy_coef,
-        objective.max_length or 1,
+        *coefficients_of(objective),
     )
 
 

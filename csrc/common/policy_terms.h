@@ -1,5 +1,5 @@
 // One counted token of a policy loss: its gradients, and what it adds to the loss and the metrics.  Shared by
-// policy_loss.cu and the fused step of grpo_step.cu; csrc/cpu/policy_loss.cpp has the same lines.
+// the policy loss on CPUs, on NVIDIA GPUs, and in the fused step.
 //
 //   loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  g = dloss/dl,  eta = dloss/dH
 //
@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/objective.h"
+#include "objective.h"
 
 namespace r1k {
 
