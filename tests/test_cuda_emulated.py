@@ -32,7 +32,7 @@ NOT_HERE = (
 OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "statistics": (("token_stats", "token_stats_edges", "cuda_token_stats", "scaled", "cross_entropy"), ()),
     "grpo_step": (
-        ("grpo_step", "grpo_loss"),
+        ("grpo_step", "grpo_step_loss", "grpo_loss"),
         ("composition_bit_for_bit", "compile_fullgraph", "lengths_and_temperatures_that_change"),
     ),
     "losses": (

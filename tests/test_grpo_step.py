@@ -3,100 +3,23 @@
 The seed decides in which order threads, copies and blocks take turns. `test_cuda_emulated` runs this file.
 """
 
-import ctypes
 import itertools
 import math
-import os
-from typing import Any
 
 import pytest
 import torch
-from test_policy_loss import OBJECTIVES
-from torch import Tensor
 
-from r1kernels import Objective, _library, backend, grpo_loss, objectives, testing
-from r1kernels.ops import grpo_step
+from r1kernels import Objective, _library, objectives, testing
 
 if not _library.EMULATED:
     pytest.skip("for the CUDA emulator: test_cuda_emulated runs this file", allow_module_level=True)
 
-EMULATOR = ctypes.CDLL(os.environ["R1KERNELS_CUDA_EMULATOR"])
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.01}
-OF_TOKENS = {name: fields for name, fields in OBJECTIVES.items() if fields.get("ratio", "token") == "token"}
-# [blocks of a cluster, warps of a block, vectors of a chunk]
-TILES = [(1, 1, 32), (2, 3, 64), (4, 2, 32), (4, 1, 96)]
-METRICS = (
-    "tokens", "sequences", "surrogate_loss", "kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "approx_kl",
-    "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_cap_fraction", "active_fraction",
-    "nonfinite_tokens",
-)
+from grpo_step_cases import DTYPES, EVERYTHING, OF_TOKENS, TILES, batch, check, device, reset, seed, step
 
 
 @pytest.fixture(autouse=True)
 def hopper() -> None:
-    device(processors=4)
-    EMULATOR.r1k_emulator_seed(ctypes.c_uint64(1))
-
-
-def device(major: int = 9, processors: int = 4, shared: int = 227 << 10) -> None:
-    EMULATOR.r1k_emulator_properties(major, 0, processors, ctypes.c_size_t(shared))
-
-
-def batch(dtype: torch.dtype, vocab: int, shape: tuple[int, int] = (5, 7), seed: int = 0) -> dict[str, Any]:
-    logits, ids = testing.random_logits(*shape, vocab, dtype=dtype, seed=seed), testing.random_ids(*shape, vocab=vocab)
-    logprobs = testing.token_stats(logits, ids).logprobs.float()
-    noise = torch.randn(2, *shape, generator=testing.generator(seed + 1)) / 2
-    return {
-        "logits": logits, "token_ids": ids, "advantages": testing.random_policy(shape[0])["advantages"],
-        "old_logprobs": logprobs + noise[0], "ref_logprobs": logprobs + noise[1],
-    }
-
-
-def step(
-    inputs: dict[str, Any], objective: Objective, tile: tuple[int, ...] = (), out: Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, ...]:
-    """(loss, metrics, log-probs, entropy, gradient)."""
-    logits = inputs["logits"]
-    out = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    rest = ("old_logprobs", "ref_logprobs", "mask", "cu_seqlens", "importance_weights", "normalizer")
-    results = torch.ops.r1kernels.grpo_step(
-        logits, inputs["token_ids"], inputs["advantages"], *(inputs.get(name) for name in rest), temperature,
-        objectives.SURROGATES.index(objective.surrogate), int(objective.kl[1]),
-        objectives.AGGREGATES.index(objective.aggregate), objective.clip_low, objective.clip_high,
-        math.inf if objective.ratio_cap is None else objective.ratio_cap, objective.tau_pos, objective.tau_neg,
-        objective.kl_coef, objective.entropy_coef, float(objective.max_length or 1), list(tile), out,
-    )
-    return (*results, out)
-
-
-def check(inputs: dict[str, Any], objective: Objective, *, temperature: float = 1.0, **how: Any) -> None:
-    """The oracles composed: those of a row at its logits, and the policy loss's at the log-probs that the step gave."""
-    logits, ids, mask = inputs["logits"], inputs["token_ids"], inputs.get("mask")
-    if mask is not None:  # what is behind the mask is no number
-        exact_logits, exact_ids = torch.where(mask[..., None], logits, 0), torch.where(mask, ids, 0)
-    else:
-        exact_logits, exact_ids = logits.clone(), ids
-    loss, metrics, logprobs, entropy, grad = step(inputs, objective, temperature=temperature, **how)
-
-    row = testing.token_stats(exact_logits, exact_ids, temperature)
-    counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    # Rounded to float32, near the largest logits of their difference; the sums are good to some roundings as well.
-    budget = 4 * testing.EPS32 * (row.logprobs.abs() + exact_logits.double().abs().amax(-1) / temperature + 1)
-    testing.assert_within(logprobs, torch.where(counts, row.logprobs, 0), budget)
-    testing.assert_within(entropy, torch.where(counts, row.entropy, 0), budget)
-
-    rest = {k: v for k, v in inputs.items() if k not in ("logits", "token_ids")}
-    expected = testing.policy_loss(objective, logprobs=logprobs, entropy=entropy, **rest)
-    testing.assert_within(loss, expected.loss)
-    for name, value in zip(METRICS, metrics, strict=True):
-        if name in expected.metrics:
-            testing.assert_within(value, expected.metrics[name])
-    g, eta = expected.grad_logprobs, expected.grad_entropy.value
-    exact = testing.token_stats_gradient(exact_logits, exact_ids, g.value, eta, temperature)
-    per_g = testing.token_stats_gradient(exact_logits, exact_ids, torch.ones(ids.shape), 0.0, temperature).value.abs()
-    testing.assert_within(grad, testing.Expected(exact.value, exact.terms + g.terms.unsqueeze(-1) * per_g))
+    reset()
 
 
 # ---- values and gradients -----------------------------------------------------------------------------------
@@ -128,8 +51,8 @@ def test_rings_that_hold_less_than_two_rows_and_more(slots: int) -> None:
     chunk = 32 * 16 + 8  # with its barrier
     device(shared=slots * chunk + (9 << 10))
     inputs = batch(torch.bfloat16, 4 * 32 * 8 - 3, (3, 6)) | {"mask": testing.random_ids(3, 6, vocab=4) > 0}
-    for seed in range(10):
-        EMULATOR.r1k_emulator_seed(ctypes.c_uint64(seed))
+    for order in range(10):
+        seed(order)
         check(inputs, objectives.r1(), tile=(1, 1, 32))
 
 
@@ -137,8 +60,8 @@ def test_rings_that_hold_less_than_two_rows_and_more(slots: int) -> None:
 def test_bits_do_not_depend_on_the_order_of_events(dtype: torch.dtype) -> None:
     inputs = batch(dtype, 1003) | {"mask": testing.random_ids(5, 7, vocab=3) > 0}
     first = step(inputs, objectives.r1(), (4, 2, 32))
-    for seed in range(2, 60):
-        EMULATOR.r1k_emulator_seed(ctypes.c_uint64(seed))
+    for order in range(2, 60):
+        seed(order)
         for got, expected in zip(step(inputs, objectives.r1(), (4, 2, 32)), first, strict=True):
             assert torch.equal(got, expected)
 
@@ -319,101 +242,3 @@ def test_a_confident_token_keeps_its_relative_accuracy() -> None:
         inputs["logits"][..., 500] = 25.0
         logprob = step(inputs, objectives.grpo(), (2, 2, 32))[2]
         assert abs(float(logprob) / -math.log1p(1002 * math.exp(-25.0)) - 1) < 1e-5
-
-
-# ---- errors of values that only a device sees ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [-1, 300, 2**40])
-def test_an_id_outside_the_vocabulary(value: int) -> None:
-    inputs = batch(torch.bfloat16, 300)
-    inputs["token_ids"][1, 2] = value
-    with pytest.raises(RuntimeError, match="token_ids holds an id outside"):
-        step(inputs, objectives.grpo(), (2, 2, 32))
-    inputs["mask"] = torch.ones(5, 7, dtype=torch.bool)
-    inputs["mask"][1, 2] = False
-    step(inputs, objectives.grpo(), (2, 2, 32))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"normalizer": torch.tensor(0.0)}, "normalizer must be a positive finite number"),
-        ({"normalizer": torch.tensor(math.nan)}, "normalizer must be a positive finite number"),
-        ({"cu_seqlens": torch.tensor([0, 3, 34])}, "cu_seqlens must run from 0 to N"),
-        ({"cu_seqlens": torch.tensor([0, 36, 35])}, "cu_seqlens must not descend"),
-        ({"cu_seqlens": torch.tensor([-(10**12), 5, 35])}, "cu_seqlens must run from 0 to N"),
-        ({"cu_seqlens": torch.tensor([0, 10**12, 35])}, "cu_seqlens must not descend"),
-    ],
-)
-def test_wrong_values(wrong: dict[str, Tensor], message: str) -> None:
-    inputs = {k: v.flatten(0, 1) if v.dim() > 1 else v[:2] for k, v in batch(torch.bfloat16, 300).items()}
-    inputs |= {"cu_seqlens": torch.tensor([0, 3, 35]), "mask": torch.ones(35, dtype=torch.bool)} | wrong
-    with pytest.raises(RuntimeError, match=message):
-        step(inputs, objectives.grpo(), (2, 2, 32))
-
-
-# ---- grpo_loss ----------------------------------------------------------------------------------------------
-
-
-def loss_and_gradient(inputs: dict[str, Any], factor: float = 1.0, **keywords: Any) -> tuple[Tensor, Tensor]:
-    logits = inputs["logits"].detach().requires_grad_()
-    loss = grpo_loss(**(inputs | {"logits": logits}), **keywords).loss
-    (grad,) = torch.autograd.grad(loss * factor, logits)
-    return loss.detach(), grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grpo_loss_takes_the_step_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = batch(dtype, 300)
-    with backend("cuda"):
-        *expected, grad = step(inputs, objectives.r1())
-        calls = []
-        run = grpo_step.grpo_step
-        monkeypatch.setattr(grpo_step, "grpo_step", lambda *arguments: calls.append(1) or run(*arguments))
-        loss, got = loss_and_gradient(inputs, objective=objectives.r1())
-        assert calls == [1] and torch.equal(loss, expected[0]) and torch.equal(got, grad)
-        for other in (objectives.gspo(), lambda logprobs, batch: -logprobs):
-            loss_and_gradient(inputs, objective=other)
-        loss_and_gradient(inputs | {"logits": inputs["logits"].half()})
-        with torch.no_grad():
-            grpo_loss(**inputs)
-        assert calls == [1]
-
-
-def test_a_factor_of_the_loss_reaches_the_gradient() -> None:
-    inputs = batch(torch.float32, 300)
-    with backend("cuda"):
-        _, once = loss_and_gradient(inputs)
-        assert torch.equal(loss_and_gradient(inputs, 4.0)[1], 4 * once)
-        assert not loss_and_gradient(inputs, 0.0)[1].any()
-
-
-def test_any_factor_is_one_more_rounding() -> None:
-    inputs = batch(torch.bfloat16, 300)
-    with backend("cuda"):
-        _, once = loss_and_gradient(inputs)
-        for factor in (0.1, 1 / 3, 7.0):
-            _, scaled = loss_and_gradient(inputs, factor)
-            exact = once.double() * float(torch.tensor(factor))
-            testing.assert_within(scaled, exact, testing.rounding(exact, torch.bfloat16))
-
-
-def test_a_kept_graph_gives_the_same_gradient_again() -> None:
-    inputs = batch(torch.bfloat16, 300)
-    logits = inputs["logits"].requires_grad_()
-    with backend("cuda"):
-        loss = 3 * grpo_loss(**inputs).loss
-        first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-        assert torch.equal(first, second)
-        assert torch.equal(torch.autograd.grad(loss, logits)[0], first)
-
-
-def test_opcheck() -> None:
-    inputs = batch(torch.bfloat16, 300)
-    arguments = (
-        inputs["logits"], inputs["token_ids"], inputs["advantages"], inputs["old_logprobs"], None, None, None, None,
-        None, 1.0, 0, 3, 0, 0.2, 0.2, math.inf, 1.0, 1.05, 0.0, 0.0, 1.0, [], torch.zeros(5, 7, 300).bfloat16(),
-    )
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.r1kernels.grpo_step.default, arguments, test_utils=tests)
