@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 MIB = 1 << 20
-ALLOCATOR = 24 * MIB  # pages it keeps beside what is in use: holes of freed blocks too small for the next
+# Pages it keeps beside what is in use: holes of freed blocks too small for the next. Of one case they were from 2 to 23
+# MiB, beside other processes; a second tensor of full width would be 150 more.
+ALLOCATOR = 40 * MIB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
@@ -22,7 +24,6 @@ from r1kernels import distillation_loss, linear_distillation_loss
 
 o = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, of which more or fewer are whole from run to run
 n, vocab, k, width = o["tokens"], o["vocab"], o["k"], o["width"]
 
 def status(field):
