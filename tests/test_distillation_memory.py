@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 MIB = 1 << 20
-# Pages it keeps beside what is in use: holes of freed blocks too small for the next. Of one case they were from 2 to 23
+# Pages it keeps beside what is in use: holes of freed blocks too small for the next. Of one case they were from 9 to 30
 # MiB, beside other processes; a second tensor of full width would be 150 more.
 ALLOCATOR = 40 * MIB
 
