@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -66,9 +67,19 @@ class Console:
         self._status = text
         self._refresh()
 
-    def pretraining(self, step: int, steps: int, loss: float) -> None:
-        text = f"pre-training {step}/{steps}  loss {loss:.3f}"
-        self._left = self._eta("pretrain", step, steps)
+    def stage(self, name: str, number: int, count: int, plan: str) -> None:
+        """A stage begins, or is skipped."""
+        self._rows, self._samples, self._left, self._headed = [], [], "", False
+        self.say(f"[{number}/{count}] {name}: {plan}")
+
+    def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
+        """What came out at the end of a stage."""
+        self.say(f"{name}: pass@1 {evaluation['pass_at_1'] or 0:.1%}, length {evaluation['length']:.1f} tokens")
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Progress of supervised training."""
+        text = f"{name} {step}/{steps}  loss {loss:.3f}"
+        self._left = self._eta(name, step, steps)
         if self._plain:
             print(f"{text}  ETA {self._left}", flush=True)
         self.phase(text)
@@ -84,7 +95,7 @@ class Console:
         """A finished step of RL."""
         row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
         self._rows.append(row)
-        self._left = self._eta("rl", int(metrics["step"]) + 1, steps)
+        self._left = self._eta(str(id(self._rows)), int(metrics["step"]) + 1, steps)
         if self._plain:
             if not self._headed:
                 print("  ".join(f"{name:>8}" for name in (*COLUMNS, "ETA")), flush=True)
