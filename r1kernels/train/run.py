@@ -24,7 +24,7 @@ from r1kernels.train.loading import check_device, load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.pretrain import pretrain
 from r1kernels.train.report import measured, write_report
-from r1kernels.train.rewards import Scorer
+from r1kernels.train.rewards import Scorer, ScoringConfig
 from r1kernels.train.rollout import TransformersSampler
 from r1kernels.train.rundir import CONFIG, check_run_dir, claim
 from r1kernels.train.schema import ConfigError
@@ -165,7 +165,7 @@ def make_scorer(config: Config) -> Scorer:
     """The rewards; none of their workers runs yet."""
     reward = config.reward
     try:
-        return Scorer(reward.parts, workers=reward.workers, timeout_s=reward.timeout_s)
+        return Scorer(reward.parts, ScoringConfig(workers=reward.workers, timeout_s=reward.timeout_s))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"'reward': {error}") from error
 
