@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.train.loading import load_tokenizer
-from r1kernels.train.prompt import render
-from r1kernels.train.rewards.tags import THINK, after_thinking
+from r1kernels.train.prompt import Template
+from r1kernels.train.rewards.tags import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.schema import ConfigError
 
 Target = Literal["summary", "response"]
@@ -44,16 +44,15 @@ class PreferenceReward:
         return self.last_steps is None or step >= steps - self.last_steps
 
 
-def judged_part(target: Target, completion: str, *, open_think: bool = False) -> str:
-    """The text that a reward model sees of a completion.
+def whole_response(prompt: str, completion: str) -> str:
+    """A completion with the start of its thought, where the prompt has that."""
+    return f"{THINK}{completion}" if prompt_opens_think(prompt) else completion
 
-    Args:
-        target: "summary", what follows the thought (empty when that never ends), or "response", all of it.
-        completion: what a model wrote.
-        open_think: its prompt had opened the thought.
-    """
-    whole = f"{THINK}{completion}" if open_think else completion
-    return whole if target == "response" else (after_thinking("", whole) or "")
+
+def judged_part(target: Target, response: str) -> str:
+    """The text that a reward model sees of a whole response: all of it, or its summary, what follows the thought (empty
+    when that never ends)."""
+    return response if target == "response" else (after_thinking("", response) or "")
 
 
 def new_reward_model(
@@ -78,6 +77,13 @@ def head_of_scores(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def load_reward_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
+    """The model for sequence classification in a directory, which must have one label."""
+    model = _load(path)
+    head_of_scores(model)
+    return model.to(device).eval()
+
+
 def _load(path: str | Path, **options: int) -> PreTrainedModel:
     try:
         return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
@@ -86,19 +92,22 @@ def _load(path: str | Path, **options: int) -> PreTrainedModel:
         raise ConfigError(f"{str(path)!r} holds no model for sequence classification: {reason:.300}") from error
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """Turns questions and texts into rows of tokens."""
+    """Turns questions and texts into rows of tokens.
 
-    tokenizer: PreTrainedTokenizerBase
-    render: Callable[[str], str] = render
+    Args:
+        template: of the recipe, `r1_zero` or `chat`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Literal["r1_zero", "chat"] = "r1_zero") -> None:
+        self.tokenizer, self._template = tokenizer, Template(template, tokenizer)
 
     def tokens(self, questions: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each prompt and text. Those of a text never stand for anything but text."""
         tokenizer = self.tokenizer
         if not len(texts):
             return []
-        prompts = tokenizer([self.render(question) for question in questions])["input_ids"]
+        prompts = tokenizer([self._prompt(question) for question in questions])["input_ids"]
         written = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         end = [] if eos == pad else [eos]
@@ -106,6 +115,11 @@ class Encoder:
             [token for token in (*prompt, *text) if token != pad] + end
             for prompt, text in zip(prompts, written, strict=True)
         ]
+
+    def _prompt(self, question: str) -> str:
+        """Without the thought that some chat templates open: a text has all of it, or nothing."""
+        prompt = self._template.render(question)
+        return prompt.rstrip().removesuffix(THINK) if prompt_opens_think(prompt) else prompt
 
     def batch(self, rows: Sequence[list[int]], device: torch.device | str) -> dict[str, Tensor]:
         """Inputs (B, T) of the model, padded on the right."""
@@ -121,7 +135,7 @@ class RewardModel:
 
     Args:
         path: a directory with a model for sequence classification with one label, and its tokenizer.
-        render: the prompt of a question, as in training.
+        template: of the recipe, as in training.
         batch_size: rows scored at a time. A row's score may depend in its last bits on the rows beside it.
     """
 
@@ -129,35 +143,28 @@ class RewardModel:
         self,
         path: str | Path,
         *,
-        render: Callable[[str], str] = render,
+        template: Literal["r1_zero", "chat"] = "r1_zero",
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        self.model = _load(path).to(device).eval().requires_grad_(False)
-        head_of_scores(self.model)
-        self.encoder = Encoder(load_tokenizer(path), render)
+        self.model = load_reward_model(path, device=device).requires_grad_(False)
+        self.encoder = Encoder(load_tokenizer(path), template)
         self.batch_size = batch_size
         self.target: Target = getattr(self.model.config, TARGET, "response")
 
     def score(
-        self,
-        questions: Sequence[str],
-        completions: Sequence[str],
-        *,
-        open_think: bool = False,
-        check: Callable[[], None] = lambda: None,
+        self, questions: Sequence[str], responses: Sequence[str], check: Callable[[], None] = lambda: None
     ) -> list[float]:
-        """The reward of each completion; NaN where the model gives no finite number.
+        """The reward of each response; NaN where the model gives no finite number.
 
         Args:
-            questions: one a completion.
-            completions: whole responses, of which the reward model sees the part that it was trained on.
-            open_think: their prompts had opened the thought.
+            questions: one a response.
+            responses: whole ones (see `whole_response`), of which the model sees the part that it was trained on.
             check: called before every batch.
         """
-        if len(questions) != len(completions):
-            raise ValueError(f"{len(questions)} questions and {len(completions)} completions, expected as many")
-        texts = [judged_part(self.target, completion, open_think=open_think) for completion in completions]
+        if len(questions) != len(responses):
+            raise ValueError(f"{len(questions)} questions and {len(responses)} responses, expected as many")
+        texts = [judged_part(self.target, response) for response in responses]
         return score_rows(self.model, self.encoder, self.encoder.tokens(questions, texts), self.batch_size, check)
 
 
