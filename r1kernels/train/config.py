@@ -237,7 +237,7 @@ def _check(recipe: Recipe) -> None:
         if name not in recipe.data or not recipe.data[name].has_test:
             raise ConfigError(f"'eval.problems' names {name!r}, expected a data set with held-out problems (test_path)")
     if not recipe.eval_problems:
-        raise ConfigError("no data set has held-out problems, expected one at least, with 'test_path': stages are evaluated")
+        raise ConfigError("'data' has no set with held-out problems ('test_path'), expected one: stages are evaluated")
     for stage in recipe.stages:
         try:
             stage.check(recipe)
@@ -253,7 +253,7 @@ def _check_names(recipe: Recipe) -> None:
             raise ConfigError(f"the name {name!r} is not one: expected letters, digits, '_', '-' and '.'")
     for stage in recipe.stages:
         if stage.name in kinds:
-            raise ConfigError(f"the name '{stage.name}' is given twice, expected each data set and stage to have its own")
+            raise ConfigError(f"the name '{stage.name}' is given twice, expected one for each data set and stage")
         kinds[stage.name] = KINDS[stage.kind]
     for stage in recipe.stages:
         for key, name in references(stage):

@@ -77,7 +77,9 @@ def load_gsm8k(path: str | PathLike[str]) -> list[Problem]:
         _, mark, gold = row["answer"].rpartition(GOLD_MARK)
         gold = gold.strip()
         if not mark or not gold:
-            raise DataError(f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference, got {row['answer']!r:.80}")
+            raise DataError(
+                f"{where}: 'answer' must end in '{GOLD_MARK} ' and the reference, got {row['answer']!r:.80}"
+            )
         if plain_number(gold) is not None:
             gold = gold.replace(",", "")
         problems.append(Problem(f"{Path(path).stem}-{number}", row["question"].strip(), gold))

@@ -84,7 +84,10 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in arguments:
             raise ConfigError(f"missing key '{item.name}'" + (f" in '{where}'" if where else ""))
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"'{where}': {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
