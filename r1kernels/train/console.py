@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,21 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-# Column -> (key in the metrics, format). "cut": completions cut off at the limit; "flat": groups whose samples all
-# have the same reward; "clip -/+": tokens without a gradient because of the lower and the upper bound.
-COLUMNS = {
-    "step": ("step", "{:.0f}"),
-    "pass@1": ("pass_at_1", "{:.1%}"),
-    "acc.": ("reward_accuracy", "{:.2f}"),
-    "form.": ("reward_format", "{:.2f}"),
-    "len.": ("length", "{:.1f}"),
-    "cut": ("truncated", "{:.0%}"),
-    "KL": ("kl", "{:.4f}"),
-    "entr.": ("entropy", "{:.3f}"),
-    "clip -/+": (("clip_low_fraction", "clip_high_fraction"), "{:.0%}/{:.0%}"),
-    "flat": ("zero_spread", "{:.0%}"),
-    "tok/s": ("tokens_per_second", "{:.0f}"),
-}
+from r1kernels.train.columns import COLUMNS, cell, duration
 
 
 class Console:
@@ -93,7 +78,7 @@ class Console:
 
     def step(self, metrics: Mapping[str, float], steps: int) -> None:
         """A finished step of RL."""
-        row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
+        row = tuple(cell(metrics, column) for column in COLUMNS.values())
         self._rows.append(row)
         self._left = self._eta(str(id(self._rows)), int(metrics["step"]) + 1, steps)
         if self._plain:
@@ -109,8 +94,7 @@ class Console:
         begin, first = self._clocks.setdefault(phase, (now, step))
         if step == first:
             return "?"
-        minutes, seconds = divmod(round((now - begin) / (step - first) * (steps - step)), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+        return duration((now - begin) / (step - first) * (steps - step))
 
     def _refresh(self) -> None:
         if not self._live:
@@ -126,10 +110,3 @@ class Console:
         ]
         status = f"{self._status}  ETA {self._left}" if self._left else self._status
         self._live.update(Group(table, *panels, Text(status, style="bold")))
-
-
-def _cell(metrics: Mapping[str, float], key: str | tuple[str, ...], form: str) -> str:
-    values = [metrics.get(name) for name in ((key,) if isinstance(key, str) else key)]
-    if any(value is None or not math.isfinite(value) for value in values):
-        return ""
-    return form.format(*values)
