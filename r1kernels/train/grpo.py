@@ -98,8 +98,8 @@ class GRPOTrainer:
             TrainingError: a loss or gradient is not finite, or the first ratio is not 1.
         """
         stage, settings = self.stage, self.settings
-        log = StepLog(stage, first_step=self.step)
-        with log, contextlib.closing(self.sampler), stage.scorer(settings.rewards) as self.scorer:
+        self.log = StepLog(stage, first_step=self.step)
+        with self.log, contextlib.closing(self.sampler), stage.scorer(settings.rewards) as self.scorer:
             self.sampler.update(self.model)
             try:
                 while self.step < settings.steps:
@@ -108,14 +108,14 @@ class GRPOTrainer:
                         self._roll_out()
                     while self.minibatch < settings.minibatches:
                         self._update()
-                    self._finish_step(log)
+                    self._finish_step()
                 self._evaluate_if_due()
                 self.save()
             except Interrupted:
                 self.save()
                 raise
-            log.write({"step": self.step, **self.measured, "seconds_total": self.seconds})
-            log.examples(self.step, self.examples)
+            self.log.write({"step": self.step, **self.measured, "seconds_total": self.seconds})
+            self.log.examples(self.step, self.examples)
         return {"steps": self.step, "questions": sum(self.cursors.values()), "evaluation": self.evaluation}
 
     # ---- what other algorithms change ---
@@ -142,13 +142,15 @@ class GRPOTrainer:
             "rollout": None if self.rollout is None else dataclasses.asdict(self.rollout),
             "measured": self.measured,
             "examples": self.examples,
+            "evaluation": self.evaluation,
             "updates": self.updates,
             "optimizer": self.optimizer.state_dict(),
             "reference": None if self.reference is None else self.reference.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        for name in ("step", "minibatch", "idle_steps", "cursors", "seconds", "measured", "examples", "updates"):
+        plain = ("step", "minibatch", "idle_steps", "cursors", "seconds", "measured", "examples", "evaluation", "updates")
+        for name in plain:
             setattr(self, name, state[name])
         if state["rollout"] is not None:
             self.rollout = Rollout(**{
@@ -161,6 +163,7 @@ class GRPOTrainer:
     # ---- the loop ---
 
     def save(self) -> Path:
+        self.log.sync()
         return save_checkpoint(
             self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=self.state(),
             keep=self.stage.recipe.checkpoint.keep,
@@ -271,7 +274,9 @@ class GRPOTrainer:
             "zero_spread": flat,
             "reflective": sum(map(reflective_words, completions.texts)) / len(problems),
             "unscorable": int(rewards.isnan().sum()),
-            **scores.failures(),
+            "timeouts": scores.timeouts,
+            "crashes": scores.crashes,
+            "endpoint_failures": scores.endpoint_failures,
             **gap,
             "completion_tokens": int(completions.mask.sum()),
             "seconds_sampling": self._sampled - started,
@@ -287,10 +292,10 @@ class GRPOTrainer:
             for i in range(0, len(problems), math.ceil(len(problems) / 3))
         ])
         if measured["unscorable"]:
-            failures = ", ".join(f"{count} {name}" for name, count in scores.failures().items() if count) or "no answer"
+            reasons = ", ".join(f"{name} {count}" for name, count in scores.unscorable.items() if count)
             self.console.say(
-                f"step {self.step}: {measured['unscorable']} samples could not be scored ({failures}); their advantage "
-                "is 0", warning=True,
+                f"step {self.step}: {measured['unscorable']} samples could not be scored ({reasons}; {scores.timeouts} "
+                f"timeouts, {scores.crashes} crashes); their advantage is 0", warning=True,
             )
 
     def _choose(self, rewards: Tensor) -> tuple[Tensor, float]:
@@ -342,7 +347,7 @@ class GRPOTrainer:
                     f"{metrics['ratio_deviation']:.2g} before any update: the model does not repeat its log-probs"
                 )
 
-    def _finish_step(self, log: StepLog) -> None:
+    def _finish_step(self) -> None:
         """Writes the step's line, and moves on to the next step."""
         totals = {name: [update[name] for update in self.updates] for name in self.updates[0]}
         seconds = sum(totals.pop("seconds_updates"))
@@ -363,8 +368,8 @@ class GRPOTrainer:
                 f"step {self.step}: for {self.idle_steps} steps all samples of every group have had the same reward, "
                 "so there is nothing to learn from; the questions are too hard or too easy", warning=True,
             )
-        log.write(metrics)
-        log.examples(self.step, self.examples)
+        self.log.write(metrics)
+        self.log.examples(self.step, self.examples)
         self.console.step(metrics, self.settings.steps)
         self.step, self.minibatch, self.rollout = self.step + 1, 0, None
         self.measured, self.examples, self.updates = {}, [], []

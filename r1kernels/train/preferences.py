@@ -43,7 +43,7 @@ class Preferences:
                 continue
             if item.model not in self._models:
                 path, device = self._stage.model_dir(item.model), self._stage.recipe.device
-                self._models[item.model] = RewardModel(path, device=device)
+                self._models[item.model] = RewardModel(path, template=self._stage.recipe.template, device=device)
             scores = self._models[item.model].score([problems[i].question for i in rows], [texts[i] for i in rows])
             parts[item.model] = [math.nan] * len(texts)
             for index, score in zip(rows, scores, strict=True):

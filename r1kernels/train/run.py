@@ -25,7 +25,7 @@ from r1kernels.train.rundir import CONFIG, check_run_dir, claim
 from r1kernels.train.schema import ConfigError
 from r1kernels.train.stage import make_scorer, model_dir
 from r1kernels.train.stages import KINDS
-from r1kernels.train.trackers import Trackers
+from r1kernels.train.trackers import check_trackers
 
 INTERRUPTED = 130
 
@@ -46,7 +46,7 @@ def train(
     order(recipe)
     check_data(recipe)
     _check_rewards(recipe)
-    Trackers.check(recipe.trackers)
+    check_trackers(recipe.trackers)
     if dry_run:
         return _show_plan(recipe, start, overwrite, trust_code)
     with claim(recipe, overwrite=overwrite):

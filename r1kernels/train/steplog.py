@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from r1kernels.train.metrics import MetricsLog, split_times
+from r1kernels.train.metrics import MetricsLog, split_timings
 from r1kernels.train.stage import Stage
 from r1kernels.train.trackers import Trackers
 
@@ -21,12 +21,15 @@ class StepLog:
     def __init__(self, stage: Stage, *, first_step: int) -> None:
         files = (stage.directory / f"{name}.jsonl" for name in ("metrics", "timings", "samples"))
         self._metrics, self._times, self._samples = (MetricsLog(file, first_step=first_step) for file in files)
-        self._trackers = Trackers(stage.recipe.trackers, stage.directory, stage.config.name)
+        self._trackers = Trackers(
+            stage.recipe.trackers, stage.directory.parent, stage.config.name,
+            warn=lambda text: stage.console.say(text, warning=True),
+        )
         self._open = contextlib.ExitStack()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One step: what depends on the clock goes to timings.jsonl, so that equal runs have equal metrics."""
-        metrics, times = split_times(line)
+        metrics, times = split_timings(line)
         self._metrics.write(metrics)
         self._times.write(times)
         self._trackers.write(line["step"], line)
@@ -34,6 +37,11 @@ class StepLog:
     def examples(self, step: int, examples: list[dict[str, Any]]) -> None:
         for example in examples:
             self._samples.write({"step": step, **example})
+
+    def sync(self) -> None:
+        """Puts what was written on the disk, before a checkpoint that takes it for granted."""
+        for log in (self._metrics, self._times, self._samples):
+            log.sync()
 
     def __enter__(self) -> StepLog:
         for log in (self._metrics, self._times, self._samples):

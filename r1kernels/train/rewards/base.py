@@ -1,6 +1,6 @@
 """The words every reward shares: a sample, a judgement, a reward, and the scores of a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .settings import ScoringConfig
@@ -99,3 +99,14 @@ class Scores:
     crashes: int = 0
     endpoint_failures: int = 0
     unscorable: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, batches: "Sequence[Scores]") -> "Scores":
+        """The scores of several batches of the same rewards, in order."""
+        counts = ("timeouts", "crashes", "endpoint_failures")
+        return cls(
+            {name: [value for batch in batches for value in batch.parts[name]] for name in batches[0].parts},
+            [value for batch in batches for value in batch.total],
+            *(sum(getattr(batch, name) for batch in batches) for name in counts),
+            unscorable={name: sum(batch.unscorable[name] for batch in batches) for name in batches[0].unscorable},
+        )
