@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1kernels.train.rewards import Sample, format_reward
-from r1kernels.train.rewards.language import language_consistency
+from r1kernels.train.rewards.language import word_counts
 from r1kernels.train.rewards.tags import ANSWER, ANSWER_END, THINK, THINK_END
 
 # A word; of a script without spaces each character, of a longer run each 16 characters.
@@ -58,7 +58,8 @@ def mixed_language(sample: Sample, limits: FilterConfig) -> bool:
     """Too few of the words are in the sample's language; a text without words is in no other."""
     if limits.language is None:
         return False
-    return language_consistency(_plain(sample.completion), sample.language) < limits.language
+    counts = word_counts(_plain(sample.completion))
+    return counts[sample.language] < limits.language * sum(counts.values())
 
 
 def long_paragraph(sample: Sample, limits: FilterConfig) -> bool:

@@ -24,11 +24,12 @@ from r1kernels.train.grpo import TrainingError
 from r1kernels.train.head import head_of, hidden_states
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_model, load_tokenizer
-from r1kernels.train.metrics import MetricsLog, read_metrics
+from r1kernels.train.metrics import read_metrics
 from r1kernels.train.packing import Tokens, collate, encode, fitting, pack
 from r1kernels.train.randomness import permutation
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
+from r1kernels.train.steplog import StepLog
 
 # From a model, the rows of a micro-batch and the learned tokens of the whole step, to the micro-batch's share of the
 # step's mean loss a token.
@@ -197,9 +198,7 @@ def train(
             keep=stage.recipe.checkpoint.keep,
         )
 
-    log = MetricsLog(stage.directory / "metrics.jsonl", first_step=step)
-    timings = MetricsLog(stage.directory / "timings.jsonl", first_step=step)
-    with log, timings:
+    with StepLog(stage, first_step=step) as log:
         try:
             while step < steps:
                 stage.interrupt.check()
@@ -207,7 +206,7 @@ def train(
                 samples, measured = draw(step)
                 drawn = time.monotonic()
                 optimizer.zero_grad()
-                measured |= gradient(model, samples, config.window, config.micro_batch_size, loss, stage.interrupt.check)
+                measured |= gradient(model, samples, config, loss, stage.interrupt.check)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
                 if not (math.isfinite(measured["loss"]) and math.isfinite(norm)):
                     raise TrainingError(
@@ -217,41 +216,49 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                log.write({"step": step, **measured, "learning_rate": rate, "grad_norm": norm})
-                seconds = time.monotonic() - drawn
-                timings.write({
+                now = time.monotonic()
+                log.write({
                     "step": step,
+                    **measured,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
                     "seconds_sampling": drawn - started,
-                    "seconds_updates": seconds,
-                    "tokens_per_second": sum(map(len, samples)) / (seconds + drawn - started),
+                    "seconds_updates": now - drawn,
+                    "tokens_per_second": sum(map(len, samples)) / (now - started),
                 })
                 step += 1
-                stage.console.pretraining(step, steps, measured["loss"])
+                stage.console.training(config.name, step, steps, measured["loss"])
                 if step % stage.recipe.checkpoint.supervised_every == 0 or step == steps:
                     save()
         except Interrupted:
             save()
             raise
-    lines = read_metrics(log.path)
-    return {"steps": steps, "loss_first": lines[0]["loss"], "loss": lines[-1]["loss"],
-            "tokens": sum(line["tokens"] for line in lines)}
+    lines = read_metrics(stage.directory / "metrics.jsonl")
+    return {
+        "steps": steps,
+        "loss_first": lines[0]["loss"],
+        "loss": lines[-1]["loss"],
+        "tokens": sum(line["tokens"] for line in lines),
+    }
 
 
 def gradient(
     model: PreTrainedModel,
     samples: Sequence[Tokens],
-    window: int,
-    micro_batch_size: int | None,
+    config: SupervisedConfig,
     loss: Loss,
     check: Callable[[], None],
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss a token over some samples, whatever the number of their micro-batches.
 
+    Args:
+        check: called before every micro-batch.
+
     Returns:
         loss; tokens, the learned ones; packed, the share of the rows' places that hold samples.
     """
-    rows = [[samples[index] for index in row] for row in pack([len(sample) for sample in samples], window)]
-    size = micro_batch_size or len(rows)
+    rows = [[samples[index] for index in row] for row in pack([len(sample) for sample in samples], config.window)]
+    size = config.micro_batch_size or len(rows)
     tokens = sum(sample.learned for sample in samples)
     total, places = 0.0, 0
     for start in range(0, len(rows), size):
