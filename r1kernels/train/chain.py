@@ -149,11 +149,14 @@ class Chain:
         self._write()
         stage = Stage(self.recipe, config, directory, console, interrupt, before=self._before(config))
         try:
-            record["summary"] = stage_module(config.kind).run(stage)
+            summary = stage_module(config.kind).run(stage)
         finally:
             record["seconds"] = spent + time.monotonic() - started
             self._write()
-        record |= {"status": "finished", "output": self._output(name, record["summary"])}
+        evaluation = summary.pop("evaluation", None)
+        if evaluation:  # the stage measured its last model already
+            record["evaluation"] = {**evaluation, "settings": self._measured_with()}
+        record |= {"status": "finished", "summary": summary, "output": self._output(name, summary)}
         self.forced.discard(name)
         self._write()
 
@@ -162,16 +165,23 @@ class Chain:
         if KINDS[self.recipe.stage(name).kind] != "model":
             return
         record = self.records[name]
-        settings = _digest(as_dict(self.recipe.eval) | self._shared(self.recipe.eval_problems, True))
-        if record["evaluation"] and record["evaluation"]["settings"] == settings:
+        if record["evaluation"] and record["evaluation"]["settings"] == self._measured_with():
             return
         console.phase(f"{name}: evaluating")
-        started = time.monotonic()
         path = model_dir(self.recipe, self.run_dir, name)
-        evaluation = evaluate_model(self.recipe, path, interrupt)
-        record["evaluation"] = {**evaluation.as_dict(), "settings": settings, "seconds": time.monotonic() - started}
+        record["evaluation"] = {
+            **evaluate_model(self.recipe, path, interrupt).as_dict(), "settings": self._measured_with()
+        }
         self._write()
         console.evaluation(name, record["evaluation"])
+
+    def _measured_with(self) -> str:
+        """A hash of what an evaluation depends on beside the model."""
+        data = self.recipe.eval_problems
+        return _digest([
+            {**as_dict(self.recipe.eval), "every": None}, self._shared(data, True),
+            {key: _file_hash(path) for key, path in data_files(self.recipe, set(data)).items()},
+        ])
 
     def _before(self, config: Any) -> dict[str, Any] | None:
         """The evaluation of the model that a stage starts from."""

@@ -54,7 +54,7 @@ class Console:
 
     def stage(self, name: str, number: int, count: int, plan: str) -> None:
         """A stage begins, or is skipped."""
-        self._rows, self._samples, self._left, self._headed = [], [], "", False
+        self._rows, self._samples, self._left, self._headed, self._clocks = [], [], "", False, {}
         self.say(f"[{number}/{count}] {name}: {plan}")
 
     def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Console:
         """A finished step of RL."""
         row = tuple(cell(metrics, column) for column in COLUMNS.values())
         self._rows.append(row)
-        self._left = self._eta(str(id(self._rows)), int(metrics["step"]) + 1, steps)
+        self._left = self._eta("rl", int(metrics["step"]) + 1, steps)
         if self._plain:
             if not self._headed:
                 print("  ".join(f"{name:>8}" for name in (*COLUMNS, "ETA")), flush=True)

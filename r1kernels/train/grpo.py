@@ -73,7 +73,7 @@ class GRPOTrainer:
         }
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.interrupt.check)
-        self.sampler: Sampler = make_sampler(self.settings.sampler, self.local_sampler, self.interrupt.check)
+        self.sampler: Sampler = self.local_sampler
         self.preferences = Preferences(stage, self.settings)
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
@@ -149,8 +149,9 @@ class GRPOTrainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        plain = ("step", "minibatch", "idle_steps", "cursors", "seconds", "measured", "examples", "evaluation", "updates")
-        for name in plain:
+        for name in (
+            "step", "minibatch", "idle_steps", "cursors", "seconds", "measured", "examples", "evaluation", "updates"
+        ):
             setattr(self, name, state[name])
         if state["rollout"] is not None:
             self.rollout = Rollout(**{
