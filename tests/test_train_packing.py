@@ -5,14 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from supervised_cases import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import r1kernels
-from r1kernels.train.config import CorpusConfig
 from r1kernels.train.data import DataError
 from r1kernels.train.head import head_of, hidden_states
 from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fitting, pack
-from r1kernels.train.tiny import make_tokenizer
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -82,7 +81,7 @@ def test_a_sample_in_a_packed_row_has_the_log_probs_it_has_alone(family, attenti
 
 
 def test_samples_are_encoded_as_the_sampler_encodes_prompts():
-    tokenizer = make_tokenizer(CorpusConfig(), 3, 0)
+    tokenizer = make_tokenizer()
     pairs = [("User: Compute 1+2. Assistant:", " <think>1+2=3</think>"), ("Compute 3", " It is 3.")]
     for tokens, (prompt, completion) in zip(encode(tokenizer, pairs), pairs, strict=True):
         assert tokens.ids[: tokens.prompt_length].tolist() == tokenizer(prompt)["input_ids"]

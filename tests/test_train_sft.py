@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from supervised_cases import Killed, StopAt, outcome, same_after_stops, save_model, stage_of, write_rows
+from transformers import AutoModelForCausalLM
 
+from r1kernels.train import supervised
 from r1kernels.train.checkpoint import latest_checkpoint
-from r1kernels.train.config import load_recipe
-from r1kernels.train.console import Console
 from r1kernels.train.data import DataError
 from r1kernels.train.grpo import TrainingError
-from r1kernels.train.interrupt import Interrupt, Interrupted
+from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.packing import encode
@@ -24,12 +25,11 @@ from r1kernels.train.schema import ConfigError
 from r1kernels.train.stage import Stage
 from r1kernels.train.stages import sft
 from r1kernels.train.supervised import chosen, cross_entropy, gradient, learning_rate
-from r1kernels.train.tiny import CorpusConfig, TinyConfig, make_model, make_tokenizer
 
 RECIPE = """
 run_dir: {directory}/run
 threads: 1
-template: r1_zero
+template: chat
 data:
   sums: {{kind: arithmetic}}
   replies: {{kind: jsonl, path: {directory}/replies.jsonl}}
@@ -56,37 +56,17 @@ REPLIES = [
 def home(tmp_path_factory) -> Path:
     """A model and samples for it."""
     directory = tmp_path_factory.mktemp("sft")
-    tokenizer = make_tokenizer(CorpusConfig(), 3, 0)
-    shape = TinyConfig(hidden_size=16, intermediate_size=32, layers=1, heads=2)
-    make_model(shape, tokenizer, 0).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_model(directory / "model")
     write(directory / "replies.jsonl", REPLIES)
     return directory
 
 
 def write(path: Path, replies: list[tuple[str, str]]) -> None:
-    rows = [json.dumps({"question": question, "response": response}) for question, response in replies]
-    path.write_text("".join(f"{row}\n" for row in rows))
+    write_rows(path, [{"question": question, "response": response} for question, response in replies])
 
 
-def stage_at(home: Path, directory: Path, *overrides: str, interrupt: Interrupt | None = None) -> Stage:
-    (directory / "recipe.yaml").write_text(RECIPE.format(directory=home))
-    recipe = load_recipe(directory / "recipe.yaml", [f"run_dir={directory}/run", *overrides])
-    own = directory / "run" / "cold"
-    own.mkdir(parents=True, exist_ok=True)
-    return Stage(recipe, recipe.stage("cold"), own, Console(plain=True), interrupt or Interrupt())
-
-
-def outcome(stage: Stage) -> tuple:
-    checkpoint = latest_checkpoint(stage.directory)
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    return (
-        (stage.directory / "metrics.jsonl").read_bytes(),
-        {name: value.numpy().tobytes() for name, value in load_file(checkpoint / "model/model.safetensors").items()},
-        {(key, name): value.numpy().tobytes() for key, values in state["optimizer"]["state"].items()
-         for name, value in values.items()},
-        state["step"],
-    )
+def stage_at(home: Path, directory: Path, *overrides: str, interrupt=None) -> Stage:
+    return stage_of(RECIPE.format(directory=home), "cold", directory, overrides, interrupt)
 
 
 @pytest.fixture(scope="module")
@@ -110,58 +90,24 @@ def test_it_learns_the_responses(whole):
 
 
 def test_its_model_loads_with_plain_transformers_and_its_generation_ends(whole):
-    from transformers import AutoModelForCausalLM
-
     model_dir = latest_checkpoint(whole[2].directory) / "model"
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     ends = model.generation_config.eos_token_id
     assert load_tokenizer(model_dir).eos_token_id in (ends if isinstance(ends, list) else [ends])
 
 
-class StopAfter(Interrupt):
-    def __init__(self, checks: int) -> None:
-        super().__init__()
-        self.left = checks
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Interrupted("test")
-
-
-class Killed(BaseException):
-    pass
-
-
-class KilledAt(Interrupt):
-    """Ends the work as SIGKILL does: nothing is saved."""
-
-    def __init__(self, checks: int) -> None:
-        super().__init__()
-        self.left = checks
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
-
-
-@pytest.mark.parametrize("stop", [StopAfter, KilledAt])
+@pytest.mark.parametrize("how", [Interrupted, Killed])
 @pytest.mark.parametrize("checks", [0, 1, 4, 7, 12])
-def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_path, stop, checks):
-    with pytest.raises((Interrupted, Killed)):
-        sft.run(stage_at(home, tmp_path, interrupt=stop(checks)))
-    stage = stage_at(home, tmp_path)
-    assert sft.run(stage) == whole[0]
-    assert outcome(stage) == whole[1]
+def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_path, how, checks):
+    same_after_stops(sft, lambda stop: stage_at(home, tmp_path, interrupt=stop), whole[:2], checks, how)
     # Asked once more, a finished stage does nothing and says the same.
-    assert sft.run(stage_at(home, tmp_path, interrupt=KilledAt(0))) == whole[0]
+    assert sft.run(stage_at(home, tmp_path, interrupt=StopAt(0, Killed))) == whole[0]
 
 
 @pytest.fixture
 def parts(home):
     model, tokenizer = load_model(home / "model"), load_tokenizer(home / "model")
-    template = Template("r1_zero", tokenizer)
+    template = Template("chat", tokenizer)
     return model, encode(tokenizer, [(template.render(question), response) for question, response in REPLIES])
 
 
@@ -193,7 +139,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_responses(home, tmp
 def test_the_gradient_does_not_depend_on_windows_or_micro_batches(home, tmp_path, parts):
     model, samples = parts
     results = []
-    for window, size in ((96, "null"), (96, 1), (96, 3), (500, 1)):
+    for window, size in ((96, "null"), (96, 1), (96, 3), (1024, 1)):
         keys = (f"stages.cold.window={window}", f"stages.cold.micro_batch_size={size}")
         results.append(gradients(model, samples, stage_at(home, tmp_path, *keys).config))
     for measured, grad in results[1:]:
@@ -231,7 +177,7 @@ def test_a_sample_longer_than_the_window_is_left_out_and_counted(home, tmp_path,
 
 @pytest.mark.parametrize(("overrides", "error", "message"), [
     (["window=9"], DataError, r"'window' is 9, expected at least \d+: every sample is longer"),
-    (["window=513"], ConfigError, r"'window' is 513, expected at most 512: the model has no more positions"),
+    (["window=1025"], ConfigError, r"'window' is 1025, expected at most 1024: the model has no more positions"),
     (["samples=[]"], ConfigError, "'samples' is empty"),
     (["samples=[sums]"], ConfigError, "'samples' names the data set 'sums' of kind 'arithmetic', which has no"),
     (["samples=[base]"], ConfigError, "'samples' names 'base', expected"),
@@ -263,12 +209,10 @@ def test_a_damaged_sample_of_another_stage_is_named(home, tmp_path):
     rows = [json.dumps({"id": "1", "prompt": "Compute 1+1", "completion": " 2"}), '{"id": "2", "prompt": "Com']
     (stage.directory_of("traces") / "selected.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match=r"selected\.jsonl, line 2: not JSON"):
-        stage.samples(["traces"], Template("r1_zero", load_tokenizer(stage.model_dir("base"))))
+        stage.samples(["traces"], Template("chat", load_tokenizer(stage.model_dir("base"))))
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_checkpoint(home, tmp_path, monkeypatch):
-    from r1kernels.train import supervised
-
     calls = iter(range(100))
 
     def diverging(model, batch, tokens):
