@@ -189,6 +189,7 @@ def train(
     _end_with(model, start.tokenizer)
 
     def save() -> None:
+        log.sync()
         save_checkpoint(
             stage.directory,
             step,
