@@ -162,7 +162,8 @@ def learning_rate(config: SupervisedConfig, step: int, steps: int) -> float:
     if step < config.warmup_steps:
         return highest * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * share))
+    height = (1 + math.cos(math.pi * share)) / 2
+    return height * highest + (1 - height) * lowest
 
 
 def train(
@@ -189,6 +190,7 @@ def train(
     _end_with(model, start.tokenizer)
 
     def save() -> None:
+        log.sync()
         save_checkpoint(
             stage.directory,
             step,

@@ -114,7 +114,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 def _batches(stage: Stage, problems: list[Problem], first: int, count: int, scorer: Scorer) -> Iterator[Batch]:
     """Each batch once the next one has been sampled, while its scores were found."""
-    if first == count:
+    if first >= count:
         return
     config = stage.config
     model, tokenizer = stage.load_model(config.model)
