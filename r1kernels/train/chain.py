@@ -131,6 +131,9 @@ class Chain:
                 except BaseException:
                     console.say(f"stage '{name}' did not finish; what it has done so far is in {self.run_dir / name}")
                     raise
+            elif self.trust_code:
+                self.records[name]["hashes"]["code"] = code_hash()
+                self._write()
             self._evaluate(name, console, interrupt)
 
     def _run(self, name: str, plan: Plan, console: Console, interrupt: Interrupt) -> None:
