@@ -90,10 +90,8 @@ def test_of_logits_the_gradient_is_that_of_the_divergence_at_every_token_of_resp
     values = []
     for sample in samples:
         ids = torch.from_numpy(sample.ids).long()[None]
-        log_p, log_q = (
-            (model(input_ids=ids).logits[0, sample.prompt_length - 1 : -1, : len(tokenizer)] / temperature).log_softmax(-1)
-            for model in (student, teacher)
-        )
+        logits = [model(input_ids=ids).logits[0, sample.prompt_length - 1 : -1] for model in (student, teacher)]
+        log_p, log_q = ((z[:, : len(tokenizer)] / temperature).log_softmax(-1) for z in logits)
         if divergence == "jsd":
             log_m = (0.3 * log_q.exp() + 0.7 * log_p.exp()).log()
             value = 0.3 * F.kl_div(log_m, log_q, log_target=True, reduction="none")
@@ -140,7 +138,7 @@ def test_on_policy_the_student_writes_what_it_is_taught_on(on_policy):
 
 
 @pytest.mark.parametrize("how", [Interrupted, Killed])
-@pytest.mark.parametrize("checks", [0, 3, 15, 20])
+@pytest.mark.parametrize("checks", [3, 15, 20])
 def test_on_policy_too_it_goes_on_as_if_never_stopped(home, on_policy, tmp_path, how, checks):
     make = lambda stop: stage_at(home, tmp_path, *ON_POLICY, interrupt=stop)  # noqa: E731
     same_after_stops(distill, make, on_policy[:2], checks, how)
@@ -148,8 +146,8 @@ def test_on_policy_too_it_goes_on_as_if_never_stopped(home, on_policy, tmp_path,
 
 def test_on_policy_questions_without_room_for_an_answer_are_left_out(home, tmp_path):
     write_rows(tmp_path / "questions.jsonl", [{"question": q, "answer": "1"} for q in ("Compute 1+1", "Compute " * 20)])
-    data = f"data.questions.path={tmp_path}/questions.jsonl"
-    stage = stage_of(RECIPE.format(directory=home), "small", tmp_path, [data, *(f"stages.small.{k}" for k in ON_POLICY)])
+    keys = [f"data.questions.path={tmp_path}/questions.jsonl", *(f"stages.small.{key}" for key in ON_POLICY)]
+    stage = stage_of(RECIPE.format(directory=home), "small", tmp_path, keys)
     summary = distill.run(stage)
     assert (summary["questions"], summary["too_long"]) == (1, 1)
     with pytest.raises(DataError, match=r"hold 6 questions, none of at most 2 tokens \('window' 8 less 'max_new_to"):

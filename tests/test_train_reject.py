@@ -10,7 +10,9 @@ import pytest
 import torch
 from supervised_cases import Killed, StopAt, save_model, stage_of, write_rows
 
-from r1kernels.train.data import DataError, read_selected
+from r1kernels.train import selection
+from r1kernels.train.data import DataError, Problem, read_selected
+from r1kernels.train.files import write_atomically
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.rollout import Completions
@@ -48,11 +50,11 @@ def answers(question: str) -> list[str]:
         f"<think>{right}{end}",
         f"<think>So the sum is {right}{end}",
         f"<think>{right}</think>\n<answer>{2 * a + 1}</answer>",
-        f"The answer is {2 * a}",
+        f"It is <answer>{2 * a}</answer>",
         f"<think>所以答案是十二 {right}{end}",
         f"<think>```\nprint\n```{end}",
         f"<think>{'so and so ' * 80}{end}",
-        "<think>" + f"{right}\n" * 5 + end[1:].join(["<", ""]),
+        "<think>" + f"{right}\n" * 5 + end,
         f"<think>{right}{end} cut",
     ]
 
@@ -112,10 +114,7 @@ def test_what_is_correct_and_readable_is_kept_and_the_rest_counted(home, tmp_pat
     assert summary["answered"] == len({row["question"] for row in rows}) <= 8
     rejected = summary["rejected"]
     assert sum(rejected.values()) + summary["kept"] == 64
-    common = ("wrong", "unfinished", "unreadable", "mixed language", "long paragraph", "code block", "repetition",
-              "duplicate")
-    if "long paragraph" in common:  # 240 words are within the limit, and a loop
-        common = tuple(name for name in common if name != "long paragraph")
+    common = ("wrong", "unfinished", "unreadable", "mixed language", "code block", "repetition", "duplicate")
     assert all(rejected[name] > 0 for name in common), rejected
     assert rejected["unscorable"] == rejected["surplus"] == summary["timeouts"] == summary["crashes"] == 0
     report = json.loads((stage.directory / "report.json").read_text())
@@ -150,7 +149,7 @@ def test_at_most_so_many_of_a_question_and_the_same_only_once(home, tmp_path, sc
 
 
 @pytest.mark.parametrize("how", [Interrupted, Killed])
-@pytest.mark.parametrize("checks", [0, 10, 25, 30, 51, 66])
+@pytest.mark.parametrize("checks", [0, 25, 30, 66])
 def test_stopped_and_resumed_it_selects_the_same(home, tmp_path, scripted, how, checks):
     whole = stage_at(home, tmp_path / "whole")
     summary = reject.run(whole)
@@ -164,33 +163,25 @@ def test_stopped_and_resumed_it_selects_the_same(home, tmp_path, scripted, how, 
     assert files(stage) == files(whole)
 
 
-@pytest.mark.parametrize("where", ["write", "progress", "name"])
-def test_killed_while_it_writes_it_selects_the_same(home, tmp_path, scripted, monkeypatch, where):
-    from r1kernels.train import selection
-
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+def test_killed_while_it_writes_it_selects_the_same(home, tmp_path, scripted, monkeypatch, batches):
+    """After the samples of a batch and before its progress; and at last before the file gets its name."""
     whole = stage_at(home, tmp_path / "whole")
     summary = reject.run(whole)
     stage = stage_at(home, tmp_path)
-    calls = iter(range(9))
-
-    def fsync(descriptor):
-        if next(calls) == 1:
-            raise Killed
+    left = iter(range(batches))
 
     def write(path, text):
-        raise Killed
+        if next(left, None) is None:
+            raise Killed
+        write_atomically(path, text)
 
     def finish(self):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        if where == "write":  # the samples of the second batch are there, and its progress is not
-            patch.setattr(selection.os, "fsync", fsync)
-            patch.setattr(selection, "write_atomically", lambda path, text: path.write_text(text))
-        elif where == "progress":
-            patch.setattr(selection, "write_atomically", write)
-        else:
-            patch.setattr(selection.Selection, "finish", finish)
+        patch.setattr(selection, "write_atomically", write)
+        patch.setattr(selection.Selection, "finish", finish)
         reject.run(stage)
     assert reject.run(stage_at(home, tmp_path)) == summary and files(stage) == files(whole)
 
@@ -238,8 +229,6 @@ class FakeJudge(BaseHTTPRequestHandler):
 
 def test_open_questions_are_judged_if_asked_for(home, tmp_path, scripted, monkeypatch):
     """Of the questions, 1+1 has an answer the judge finds right, 2+2 one it finds wrong, and 3+3 gets no verdict."""
-    from r1kernels.train.data import Problem
-
     problems = [Problem(f"q{a}", f"Compute {a}+{a}", answer, "open") for a, answer in [(1, "2"), (2, "5"), (3, "6")]]
     monkeypatch.setattr(Stage, "problems", lambda self, names: problems)
     monkeypatch.setattr(torch, "randint", lambda *_: 0)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: what it computes, what it refuses, and that it goes on as if never stopped."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -97,7 +98,7 @@ def test_its_model_loads_with_plain_transformers_and_its_generation_ends(whole):
 
 
 @pytest.mark.parametrize("how", [Interrupted, Killed])
-@pytest.mark.parametrize("checks", [0, 1, 4, 7, 12])
+@pytest.mark.parametrize("checks", [0, 4, 12])
 def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_path, how, checks):
     same_after_stops(sft, lambda stop: stage_at(home, tmp_path, interrupt=stop), whole[:2], checks, how)
     # Asked once more, a finished stage does nothing and says the same.
@@ -162,7 +163,7 @@ def test_the_learning_rate_warms_up_and_falls_in_a_cosine_to_a_tenth(home, tmp_p
     rates = [learning_rate(config, step, 25) for step in range(25)]
     assert rates[:5] == pytest.approx([1.25e-5, 2.5e-5, 3.75e-5, 5e-5, 5e-5])
     assert rates[14] == pytest.approx((5e-5 + 5e-6) / 2) and rates[-1] == pytest.approx(5e-6)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     config = stage_at(home, tmp_path, "stages.cold.final_learning_rate=0").config
     assert learning_rate(config, 0, 1) == 1e-2 and learning_rate(config, 9, 10) == 0
 
