@@ -105,6 +105,8 @@ def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]
         kind = row.get("kind", "math")
         if kind not in get_args(Kind):
             raise DataError(f"{where}: 'kind' is {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
+        if kind == "code" and isinstance(row.get("answer"), dict):
+            row["answer"] = json.dumps(row["answer"], ensure_ascii=False)
         answer = "" if kind == "open" else _text(row, "answer", where)
         problems.append(Problem(
             str(row.get("id", f"{Path(path).stem}-{number}")), row["question"].strip(), answer.strip(), kind,
@@ -128,6 +130,11 @@ def read_selected(path: str | PathLike[str]) -> list[Demonstration]:
         Demonstration(str(row.get("id", number)), row["prompt"], row["completion"])
         for number, _, row in rows(path, ("prompt", "completion"))
     ]
+
+
+def response_of(row: dict[str, Any], where: str) -> str:
+    """The response of an object of a file for SFT: "response", or "completion" as a stage of kind reject calls it."""
+    return _text(row, "completion" if "completion" in row and "response" not in row else "response", where)
 
 
 def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -1,5 +1,7 @@
 from dataclasses import dataclass
 from typing import Literal
+
+
 @dataclass(frozen=True)
 class ImportanceConfig:
     mode: Literal["none", "truncate", "mask"] = "none"

@@ -16,9 +16,11 @@ from r1kernels.train.data import (
     load_jsonl,
     load_math,
     load_pairs_jsonl,
+    response_of,
     rows,
 )
 from r1kernels.train.prompt import Template
+from r1kernels.train.rewards.tags import THINK, prompt_opens_think
 from r1kernels.train.schema import ConfigError
 
 
@@ -54,14 +56,17 @@ def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[D
     if data.kind == "greetings":
         found = tiny.greeting_demonstrations(data.train_size, recipe.seed)
     elif data.kind == "jsonl":
-        lines = rows(_path(data, name, "path"), ("question", "response"))
-        found = [(row["question"], row["response"]) for _, _, row in lines]
+        lines = rows(_path(data, name, "path"), ("question",))
+        found = [(row["question"], response_of(row, where)) for _, where, row in lines]
     else:
         raise ConfigError(f"'samples' names the data set {name!r} of kind '{data.kind}', which has no responses")
-    return [
-        Demonstration(f"{name}-{index}", template.render(question), response)
-        for index, (question, response) in enumerate(found)
-    ]
+    demonstrations = []
+    for index, (question, response) in enumerate(found):
+        prompt = template.render(question)
+        if prompt_opens_think(prompt):
+            response = response.lstrip().removeprefix(THINK)
+        demonstrations.append(Demonstration(f"{name}-{index}", prompt, response))
+    return demonstrations
 
 
 def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
@@ -94,7 +99,8 @@ def check_data(recipe: Recipe) -> None:
             if key in readers:
                 readers[key](name)
             elif recipe.data[name].kind == "jsonl":
-                list(rows(_path(recipe.data[name], name, "path"), ("question", "response")))
+                for _, where, row in rows(_path(recipe.data[name], name, "path"), ("question",)):
+                    response_of(row, where)
     for name in recipe.eval_problems:
         load_problems(recipe, name, "test")
 

@@ -27,7 +27,6 @@ from r1kernels.train.selection import Selection
 from r1kernels.train.stage import Stage
 from r1kernels.train.steplog import StepLog
 
-
 REPORT = "report.json"
 # What is counted beside the reasons; "answered": questions of which a sample was kept.
 COUNTS = ("samples", "kept", "answered", "tokens", "timeouts", "crashes")
