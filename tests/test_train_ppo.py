@@ -135,8 +135,8 @@ checkpoint: {{every: 2, keep: 1}}
 stages:
   - {{name: base, kind: pretrain}}
   - {{name: rl, kind: ppo, model: base, problems: [sums], rewards: {{accuracy: 1.0, format: 1.0}}, steps: 3,
-      questions: 4, group_size: 4, minibatches: 2, epochs: 2, micro_batch_size: 3, learning_rate: 1.0e-3, warmup_updates: 4,
-      max_new_tokens: 6, value_learning_rate: 3.0e-3, kl_coef: 0.01, ref_refresh_every: 2}}
+      questions: 4, group_size: 4, minibatches: 2, epochs: 2, micro_batch_size: 3, learning_rate: 1.0e-3,
+      warmup_updates: 4, max_new_tokens: 6, value_learning_rate: 3.0e-3, kl_coef: 0.01, ref_refresh_every: 2}}
 """
 
 

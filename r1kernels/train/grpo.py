@@ -74,7 +74,7 @@ class GRPOTrainer:
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.interrupt.check)
         self.sampler: Sampler = self.local_sampler
-        self.preferences = Preferences(stage, self.settings)
+        self.preferences = Preferences(stage, self.settings, self.template)
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(model).requires_grad_(False) if self.objective.kl_coef else None
