@@ -229,7 +229,8 @@ class Chain:
         """All settings that a stage's result depends on."""
         config = self.recipe.stage(name)
         data = {other for _, other in references(config)} & set(self.recipe.data)
-        scored = hasattr(config, "rewards")
+        judged = getattr(config, "pairs", None) in {stage.name for stage in self.recipe.stages}
+        scored = hasattr(config, "rewards") or judged
         return {"stage": as_dict(config)} | self._shared(data, scored)
 
     def _shared(self, data: Any, scored: bool) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class GRPOTrainer:
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.interrupt.check)
         self.sampler: Sampler = self.local_sampler
-        self.preferences = Preferences(stage, self.settings)
+        self.preferences = Preferences(stage, self.settings, self.template)
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(model).requires_grad_(False) if self.objective.kl_coef else None
@@ -106,7 +106,7 @@ class GRPOTrainer:
                     if self.rollout is None:
                         self._evaluate_if_due()
                         self._roll_out()
-                    while self.minibatch < settings.minibatches:
+                    while self.minibatch < settings.updates:
                         self._update()
                     self._finish_step()
                 self._evaluate_if_due()
@@ -311,29 +311,30 @@ class GRPOTrainer:
         rows = torch.arange(rewards.numel()).view(groups.shape)[chosen].flatten()
         return rows, flat.double().mean().item()
 
-    def _minibatches(self) -> list[list[Tensor]]:
-        """Rows of each minibatch of this step, as micro-batches."""
+    def _minibatches(self, epoch: int = 0) -> list[list[Tensor]]:
+        """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
         count = self.settings.questions * self.settings.group_size
-        order = torch.tensor(permutation(count, self.seed, "minibatches", self.step))
+        order = torch.tensor(permutation(count, self.seed, "minibatches", self.step, epoch))
         size = self.settings.micro_batch_size or count
         return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
 
     def _update(self) -> None:
         """One optimiser step, on the next minibatch of the rollout."""
         started, settings = time.monotonic(), self.settings
-        self._phase(f"update {self.minibatch + 1}/{settings.minibatches}")
+        self._phase(f"update {self.minibatch + 1}/{settings.updates}")
+        epoch, place = divmod(self.minibatch, settings.minibatches)
         self.optimizer.zero_grad()
-        metrics = self.gradient(self._minibatches()[self.minibatch])
+        metrics = self.gradient(self._minibatches(epoch)[place])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
         self._check_update(metrics, norm)
-        done = self.step * settings.minibatches + self.minibatch + 1
+        done = self.step * settings.updates + self.minibatch + 1
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
         self.optimizer.step()
         self.updates.append({**metrics, "grad_norm": norm, "seconds_updates": time.monotonic() - started})
         self.minibatch += 1
         every = self.stage.recipe.checkpoint.every_updates
-        if every and done % every == 0 and self.minibatch < settings.minibatches:
+        if every and done % every == 0 and self.minibatch < settings.updates:
             self.save()
 
     def _check_update(self, metrics: dict[str, float], norm: float) -> None:
