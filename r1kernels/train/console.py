@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -51,9 +52,19 @@ class Console:
         self._status = text
         self._refresh()
 
-    def pretraining(self, step: int, steps: int, loss: float) -> None:
-        text = f"pre-training {step}/{steps}  loss {loss:.3f}"
-        self._left = self._eta("pretrain", step, steps)
+    def stage(self, name: str, number: int, count: int, plan: str) -> None:
+        """A stage begins, or is skipped."""
+        self._rows, self._samples, self._left, self._headed, self._clocks = [], [], "", False, {}
+        self.say(f"[{number}/{count}] {name}: {plan}")
+
+    def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
+        """What came out at the end of a stage."""
+        self.say(f"{name}: pass@1 {evaluation['pass_at_1'] or 0:.1%}, length {evaluation['length']:.1f} tokens")
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Progress of supervised training."""
+        text = f"{name} {step}/{steps}  loss {loss:.3f}"
+        self._left = self._eta(name, step, steps)
         if self._plain:
             print(f"{text}  ETA {self._left}", flush=True)
         self.phase(text)

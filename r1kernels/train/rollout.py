@@ -73,7 +73,7 @@ class TransformersSampler:
         # rollouts off-policy.
         model.generation_config = GenerationConfig(eos_token_id=self._eos)
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
+    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch=None) -> Completions:
         """One completion of each prompt, drawn from torch's global generator."""
         encoded = self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
         prompt_ids, prompt_mask = encoded["input_ids"], encoded["attention_mask"]
@@ -89,6 +89,8 @@ class TransformersSampler:
         )
         ended = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
         mask = (ended.cumsum(-1) - ended.long()) == 0
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        on_batch and on_batch(0, texts, mask.sum(-1).tolist())
         return Completions(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask.bool(),
@@ -143,3 +145,9 @@ class _Recorder(LogitsProcessor):
 
     def _score(self, tokens: Tensor) -> None:
         self._columns.append(r1kernels.token_logprobs(self._logits, tokens, temperature=self.temperature))
+
+
+    def update(self, model): ...
+class Sampler: ...
+TransformersSampler.update = lambda self, model: None
+TransformersSampler.close = lambda self: None

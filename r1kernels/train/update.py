@@ -31,13 +31,14 @@ class Rollout:
     advantages: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
+    importance_weights: Tensor | None = None
 
     def rows(self, index: Tensor) -> Rollout:
         """Some of the samples (n,), without the columns in which all of them are padding.
 
         A completion has at least one column, also where all of them are empty.
         """
-        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
+        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self) if item.name != 'importance_weights'}
         start = int(part["prompt_mask"].any(0).long().argmax())
         end = max(1, int(part["mask"].sum(-1).max()))
         for name in ("prompt_ids", "prompt_mask"):
