@@ -49,7 +49,8 @@ def rl_line(step: int, steps: int, skill: float, seed: int) -> dict[str, Any]:
     draw = random.Random(f"{seed} {step}")
     at = skill * (1 - math.exp(-4 * (step + 1) / steps)) + draw.gauss(0, 0.03)
     line = {
-        "step": step, "reward": 1 + at, "reward_accuracy": at, "reward_format": 1 - 0.5 * math.exp(-step / 5),
+        "step": step, "reward": 1 + at, "reward_std": 0.4, "reward_accuracy": at,
+        "reward_format": 1 - 0.5 * math.exp(-step / 5),
         "reward_language": 0.7 + 0.3 * at, "length": 30 + 30 * at, "truncated": 0.05 * draw.random(),
         "zero_spread": 0.2 + 0.1 * draw.random(), "unscorable": step % 7 == 3, "timeouts": 0, "crashes": 0,
         "logprob_gap_mean": 1e-6, "logprob_gap_max": 1e-5 * (1 + draw.random()), "completion_tokens": 2000,

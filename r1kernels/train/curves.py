@@ -61,7 +61,9 @@ PANELS = (
           {"pass_at_1": "pass_at_1_se", "cons_at_k": "cons_at_k_se"}, (0, 1)),
     Panel("Loss", {"loss": "loss", "held-out": "eval_loss"}),
     Panel("Preference accuracy", {"accuracy": "accuracy", "held-out": "eval_accuracy"}, range=(0, 1)),
+    Panel("Margin between preferences", {"margin": "margin"}),
     Panel("Rewards", {"total": "reward", "": "reward_*"}),
+    Panel("Standard deviation of rewards", {"all samples": "reward_std"}),
     Panel("Tokens in a response", {"rollout": "length", "held-out": "eval_length"}),
     Panel("Language consistency", {"rollout": "language", "held-out": "eval_language"}, range=(0, 1)),
     Panel("KL to the reference", {"KL": "kl"}),
@@ -73,7 +75,10 @@ PANELS = (
     Panel("Gradient norm", {"norm": "grad_norm"}),
     Panel("Value loss", {"loss": "value_loss"}),
     Panel("Value, explained variance", {"explained": "explained_variance"}),
+    Panel("Learning rate", {"rate": "learning_rate"}),
 )
+# The keys that have a place of their own, which a prefix does not include.
+NAMED = {key for panel in PANELS for key in panel.series.values()}
 
 
 def stage_panels(stage: StageRecord) -> list[tuple[str, list[tuple[str, str]], str]]:
@@ -83,7 +88,10 @@ def stage_panels(stage: StageRecord) -> list[tuple[str, list[tuple[str, str]], s
         labels = list(series(panel, stage.steps))
         if labels:
             legend = [(label, f"c{1 + index % len(SERIES)}") for index, label in enumerate(labels)]
-            svg = _svg((3.3, 1.95), lambda axes, panel=panel: _draw(axes[0], panel, stage.steps), margins=PANEL_MARGINS)
+            svg = _svg(
+                f"{stage.name} {panel.title}", (3.3, 1.95),
+                lambda axes, panel=panel: _draw(axes[0], panel, stage.steps), margins=PANEL_MARGINS,
+            )
             panels.append((panel.title, legend if len(labels) > 1 else [], svg))
     return panels
 
@@ -115,7 +123,7 @@ def accuracy_figure(run: RunRecord) -> str | None:
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("● pass@1   ◇ cons@k   bars: one standard error")
 
-    return _svg((7.2, 0.75 + 0.27 * len(stages)), draw)
+    return _svg("accuracy", (7.2, 0.75 + 0.27 * len(stages)), draw)
 
 
 CHAIN_ROWS = (
@@ -131,7 +139,8 @@ CHAIN_ROWS = (
 def chain_figure(stages: Sequence[StageRecord]) -> str:
     """The stages of RL of one model laid end to end, as SVG."""
     rows = _chain_rows(stages)
-    return _svg((7.2, 0.35 + 1.25 * len(rows)), lambda axes: _draw_chain(axes, rows, stages), len(rows))
+    size = (7.2, 0.35 + 1.25 * len(rows))
+    return _svg(f"chain {stages[0].name}", size, lambda axes: _draw_chain(axes, rows, stages), len(rows))
 
 
 def png(run: RunRecord) -> bytes | None:
@@ -188,7 +197,8 @@ def series(panel: Panel, lines: Sequence[Line]) -> dict[str, list[tuple[int, flo
     for label, key in panel.series.items():
         keys = {label: key}
         if key.endswith("*"):
-            keys = {name.removeprefix(key[:-1]): name for line in lines for name in line if name.startswith(key[:-1])}
+            keys = {name.removeprefix(key[:-1]): name for line in lines for name in line
+                    if name.startswith(key[:-1]) and name not in NAMED}
         for name, one in keys.items():
             error = (panel.se or {}).get(one, "")
             points = [(line["step"], line[one], line.get(error) or 0.0) for line in lines
@@ -234,9 +244,11 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _svg(size: tuple[float, float], draw: Callable[[list[Axes]], None], rows: int = 1,
-         margins: dict[str, float] | None = None) -> str:
-    """An SVG to stand inside a page: its colours and its font are the page's, and its names are its own."""
+def _svg(
+    name: str, size: tuple[float, float], draw: Callable[[list[Axes]], None], rows: int = 1,
+    margins: dict[str, float] | None = None,
+) -> str:
+    """An SVG to stand inside a page: its colours and its font are the page's, and its ids are its own, by `name`."""
     with matplotlib.rc_context(STYLE):
         figure = _figure(size, rows, margins)
         draw(figure.axes)
@@ -248,7 +260,8 @@ def _svg(size: tuple[float, float], draw: Callable[[list[Axes]], None], rows: in
     for name, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{name})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
-    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups
+    own = f"f{hashlib.sha256(name.encode()).hexdigest()[:10]}-"
     return re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{own}", text).strip()
 
 

@@ -24,6 +24,7 @@ MODEL_WORK = (
     "sampling", "generation", "logprobs", "values", "updates", "forward", "backward", "optimizer", "teacher",
     "training", "evaluation",
 )
+UNKNOWN = "not broken down"
 
 Line = dict[str, Any]
 
@@ -74,7 +75,7 @@ class StageRecord:
         if parts:
             parts["the rest"] = max(0.0, whole - sum(parts.values()))
         elif whole:
-            parts["not broken down"] = whole
+            parts[UNKNOWN] = whole
         after = (self.entry.get("evaluation") or {}).get("seconds")
         if after:
             parts["evaluation"] = parts.get("evaluation", 0.0) + after
@@ -113,7 +114,7 @@ class RunRecord:
         """The stages with a model, by the model they began from: distillation beside RL on the same small model."""
         families: dict[str, list[StageRecord]] = {}
         for stage in self.stages.values():
-            if stage.kind not in NO_MODEL:
+            if stage.kind not in NO_MODEL or stage.evaluation:
                 families.setdefault(self.root(stage), []).append(stage)
         return families
 
@@ -139,7 +140,7 @@ class RunRecord:
 
     def glue_share(self) -> float | None:
         """The share of the time, where it is broken down, that is not the model's work."""
-        known = [stage.seconds for stage in self.stages.values() if stage.seconds and stage.timings]
+        known = [stage.seconds for stage in self.stages.values() if stage.seconds and UNKNOWN not in stage.seconds]
         total = sum(sum(parts.values()) for parts in known)
         glue = sum(value for parts in known for name, value in parts.items() if name not in MODEL_WORK)
         return glue / total if total else None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from r1kernels.train import curves, tables
 from r1kernels.train.columns import duration
-from r1kernels.train.record import MODEL_WORK, Line, RunRecord, StageRecord
+from r1kernels.train.record import MODEL_WORK, UNKNOWN, Line, RunRecord, StageRecord
 from r1kernels.train.tables import Table
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -79,7 +79,7 @@ def to_html(run: RunRecord) -> str:
              ("provenance", "Provenance")]
     body = [
         f"<header><h1>{escape(run.name)}</h1><p class='meta'>{escape(tables.progress(run).capitalize())}.</p>",
-        "<nav>" + "".join(f"<a href='#{escape(key)}'>{escape(text)}</a>" for key, text in links) + "</nav></header>",
+        "<nav>" + " ".join(f"<a href='#{escape(key)}'>{escape(text)}</a>" for key, text in links) + "</nav></header>",
         *_missing(run),
         *_results(run),
         *(part for stage in stages for part in _stage(run, stage)),
@@ -165,7 +165,7 @@ def _times(run: RunRecord) -> Iterator[str]:
         for stage in stages:
             total = sum(stage.seconds.values())
             work = sum(value for name, value in stage.seconds.items() if name in MODEL_WORK)
-            unknown = stage.seconds.get("not broken down", 0.0)
+            unknown = stage.seconds.get(UNKNOWN, 0.0)
             widths = ((work, "c1"), (total - work - unknown, "c2"), (unknown, "faint"))
             yield (f"<span>{escape(stage.name)}</span><b>{duration(total)}</b><span class='bar'>" + "".join(
                 f"<i style='width:{100 * value / longest:.2f}%;background:var(--{colour})'></i>"

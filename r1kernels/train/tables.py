@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from r1kernels.train.columns import duration
-from r1kernels.train.record import MODEL_WORK, Line, RunRecord, StageRecord
+from r1kernels.train.record import MODEL_WORK, UNKNOWN, Line, RunRecord, StageRecord
 
 PACKAGES = ("r1kernels", "torch", "transformers", "tokenizers", "math-verify", "numpy")
 GLUE_BAR = 0.15
@@ -112,7 +112,7 @@ def times(run: RunRecord) -> Table:
     """Seconds a stage and part, and the share of what is not the model's work."""
     stages = [stage for stage in run.stages.values() if stage.seconds]
     names = list(dict.fromkeys(name for stage in stages for name in stage.seconds))
-    names.sort(key=lambda name: (name == "not broken down", name not in MODEL_WORK))
+    names.sort(key=lambda name: (name == UNKNOWN, name not in MODEL_WORK))
     rows = [
         [stage.name, f"{sum(stage.seconds.values()):.1f}",
          *(f"{stage.seconds[name]:.1f}" if name in stage.seconds else NONE for name in names)]
@@ -136,7 +136,7 @@ def troubles(run: RunRecord) -> Table:
     """What could not be scored, and the signs of a trainer at odds with its sampler."""
     rows = []
     for stage in run.stages.values():
-        counts = [stage.count(name) for name in ("unscorable", "timeouts", "crashes")]
+        counts = [stage.count(name) for name in ("unscorable", "timeouts", "crashes", "endpoint_failures")]
         flat = [line["zero_spread"] for line in stage.steps if line.get("zero_spread") is not None]
         worst = [max((line[name] for line in stage.steps if line.get(name) is not None), default=None)
                  for name in ("logprob_gap_max", "first_ratio_deviation")]
@@ -148,7 +148,7 @@ def troubles(run: RunRecord) -> Table:
                 f"{sum(value == 1 for value in flat)} of {len(flat)}" if flat else NONE,
                 *(NONE if value is None else f"{value:.1e}" for value in worst),
             ])
-    columns = ["stage", "unscorable", "timeouts", "crashes", "unscorable in the evaluation",
+    columns = ["stage", "unscorable", "timeouts", "crashes", "endpoint failures", "unscorable in the evaluation",
                "steps without a group to learn from", "largest log-prob gap", "first ratio, largest |r - 1|"]
     return Table("What could not be scored", columns, rows,
                  "Unscorable samples are left out of their group (advantage 0); none is counted as wrong.")
@@ -156,8 +156,9 @@ def troubles(run: RunRecord) -> Table:
 
 def facts(stage: StageRecord) -> list[tuple[str, str]]:
     """The single values of a stage's summary."""
+    summary = stage.entry.get("summary", {})
     return [(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}")
-            for name, value in stage.entry.get("summary", {}).items() if isinstance(value, int | float | str)]
+            for name, value in summary.items() if isinstance(value, int | float | str) and summary != stage.evaluation]
 
 
 def counts(stage: StageRecord) -> list[tuple[str, dict[str, float]]]:
