@@ -30,7 +30,9 @@ from r1kernels.train.stages import KINDS, stage_module
 
 MANIFEST, SUPERSEDED, FORMAT = "manifest.json", "superseded", 1
 # Modules that show results and compute none, so that a change of them makes no stage stale.
-_SHOWS = ("cli", "columns", "console", "curves", "report", "report_html", "trackers", "watch")
+_SHOWS = (
+    "cli", "columns", "console", "curves", "follow", "record", "report", "report_html", "tables", "trackers", "watch"
+)
 # Files up to this size are hashed whole; of larger ones of a model from elsewhere, name, size and time of change count.
 _WHOLE = 2**24
 

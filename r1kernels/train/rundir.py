@@ -19,7 +19,7 @@ from r1kernels.train.schema import ConfigError
 
 CONFIG, LOCK = "config.yaml", ".lock"
 # What a run writes beside the directories of its stages; a name with a dot is a file on its way to the one without.
-_WRITTEN = (CONFIG, MANIFEST, LOCK, SUPERSEDED, "report.md", "report.html", "tensorboard")
+_WRITTEN = (CONFIG, MANIFEST, LOCK, SUPERSEDED, "report.md", "report.html", "curves.png", "tensorboard")
 
 
 def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
