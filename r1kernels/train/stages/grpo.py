@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from r1kernels.train.config import ObjectiveConfig, Recipe
 from r1kernels.train.importance import ImportanceConfig
@@ -66,9 +66,6 @@ class Config:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
-    # What may grow without making the steps already done others.
-    GROWS: ClassVar[tuple[str, ...]] = ("steps",)
-
     def check(self, recipe: Recipe) -> None:
         check_rl(self, recipe)
         if self.group_size < 2:
@@ -79,6 +76,11 @@ class Config:
     def updates(self) -> int:
         """Of a step."""
         return self.epochs * self.minibatches
+
+    @property
+    def grows(self) -> tuple[str, ...]:
+        """What may grow without making the steps already done others."""
+        return () if any(item.last_steps is not None for item in self.preference) else ("steps",)
 
     def limit(self, step: int) -> int:
         """The most tokens of a completion at a step."""
@@ -106,6 +108,9 @@ def check_rl(config: Any, recipe: Recipe) -> None:
             raise ConfigError(f"'rewards' names {name!r}, expected some of {', '.join(sorted(REWARDS))}")
     if not config.problems:
         raise ConfigError("'problems' is empty, expected the name of a data set at least")
+    for index, item in enumerate(config.length_schedule):
+        if item.max_new_tokens < 1 or item.from_step < 0:
+            raise ConfigError(f"'length_schedule[{index}]' is {item}, expected from_step >= 0 and max_new_tokens >= 1")
     steps = [item.from_step for item in config.length_schedule]
     if steps != sorted(set(steps)):
         raise ConfigError(f"'length_schedule' has the steps {steps}, expected each once and in order")
