@@ -9,7 +9,9 @@ from r1kernels.train.importance import ImportanceConfig, importance_weights
 from r1kernels.train.schema import ConfigError, build
 
 SETTINGS = [
-    ImportanceConfig(mode, level, cap=1.5, floor=0.5) for mode in ("truncate", "mask") for level in ("token", "sequence")
+    ImportanceConfig(mode, level, cap=1.5, floor=0.5)
+    for mode in ("truncate", "mask")
+    for level in ("token", "sequence")
 ]
 
 
@@ -110,7 +112,7 @@ def test_empty_completions_and_no_counted_token():
 def test_log_probs_that_are_no_numbers_are_named():
     rollout, train, mask = policies()
     rollout[1, 2] = math.nan
-    with pytest.raises(ValueError, match=r"token 2 of sample 1 has log-prob nan in the rollout and -.* expected numbers"):
+    with pytest.raises(ValueError, match=r"token 2 of sample 1 has log-prob nan in the rollout and -.* in training"):
         importance_weights(rollout, train, mask, ImportanceConfig())
 
 

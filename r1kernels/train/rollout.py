@@ -113,7 +113,7 @@ class TransformersSampler:
         for rows in torch.arange(len(prompts), device=token_ids.device).split(sampling.batch_size or len(prompts)):
             self._generate(prompt_ids[rows], prompt_mask[rows], rows, (token_ids, logprobs, lengths), sampling, finish)
         if not logprobs.isfinite().all():
-            raise FloatingPointError(f"{type(self.model).__name__} gives log-probs that are not finite, expected numbers")
+            raise FloatingPointError(f"{type(self.model).__name__} gives log-probs that are not finite")
         return completions(prompt_ids, prompt_mask, token_ids, logprobs, lengths, texts, self._stops)
 
     def update(self, model: PreTrainedModel) -> None:
