@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -42,15 +42,24 @@ def read_yaml(text: str) -> Any:
 
 
 def override_key(values: dict, override: str) -> None:
-    """Changes one key of nested mappings in place; `override` is "grpo.steps=10", its value YAML."""
+    """Changes one key of nested mappings in place; `override` is "eval.samples=10" or "stages.r1.steps=10", in YAML."""
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     if not equals or not all((*parents, last)):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as grpo.steps=10")
-    for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
-            values[parent] = {}
-        values = values[parent]
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
+    of_list = False  # of mappings, which go by their names
+    for name in parents:
+        if of_list and name not in values:
+            raise ConfigError(f"--set {override!r}: no {name!r}, expected one of {', '.join(values)}")
+        child = values.setdefault(name, {})
+        of_list = isinstance(child, list)
+        if of_list:
+            child = {item.get("name", ""): item for item in child if isinstance(item, dict)}
+        elif not isinstance(child, dict):
+            child = values[name] = {}
+        values = child
+    if of_list:
+        raise ConfigError(f"--set {override!r}: expected a key after the name, such as stages.r1.steps=10")
     try:
         values[last] = read_yaml(text)
     except yaml.YAMLError as error:
@@ -75,7 +84,10 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in arguments:
             raise ConfigError(f"missing key '{item.name}'" + (f" in '{where}'" if where else ""))
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"'{where}': {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -93,6 +105,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in options:
             raise wrong("one of " + ", ".join(map(str, options)))
         return value
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise wrong("a list")
+        return origin(_convert(options[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise wrong("a mapping from names to values")
@@ -117,13 +133,44 @@ def _number(text: str) -> float | str:
         return text
 
 
+def check_ranges(
+    config: Any,
+    *,
+    at_least_1: Iterable[str] = (),
+    at_least_0: Iterable[str] = (),
+    positive: Iterable[str] = (),
+    probability: Iterable[str] = (),
+) -> None:
+    """Checks numbers of a configuration, given by their dotted keys; one that is None is left alone.
+
+    Raises:
+        ConfigError: naming the key, its value and the range.
+    """
+    ranges = (
+        (at_least_1, lambda value: value >= 1, "at least 1"),
+        (at_least_0, lambda value: value >= 0, "at least 0"),
+        (positive, lambda value: 0 < value < float("inf"), "a positive number"),
+        (probability, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    )
+    for keys, holds, expected in ranges:
+        for key in keys:
+            value = config
+            for name in key.split("."):
+                value = None if value is None else getattr(value, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"'{key}' is {value}, expected {expected}")
+
+
+def flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys; an item of a list of named mappings goes by its name."""
+    if isinstance(values, list | tuple) and values and all(isinstance(v, dict) and "name" in v for v in values):
+        values = {value["name"]: value for value in values}
+    if not isinstance(values, dict):
+        return {key: values}
+    return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
+
+
 def differences(first: Any, second: Any) -> list[str]:
-    """The dotted keys, with both values, in which two configurations differ."""
-
-    def flat(values: Any, key: str = "") -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {key: values}
-        return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
-
-    a, b = flat(dataclasses.asdict(first)), flat(dataclasses.asdict(second))
+    """The dotted keys, with both values, in which two mappings differ."""
+    a, b = flat(first), flat(second)
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]

@@ -11,14 +11,14 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r1kernels.train.config import CorpusConfig, PretrainConfig, TinyConfig
 from r1kernels.train.data import Problem
 from r1kernels.train.prompt import render
 from r1kernels.train.randomness import python_generator, torch_seeded
@@ -32,6 +32,27 @@ _SPLITS: dict[Split, range] = {"pretrain": range(6), "train": range(6, 8), "test
 # Of the smallest range of terms, one draw in some tens hits a split.
 _TRIES = 10_000
 _ERRORS = (-20, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 20)
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Shape of the model made on the spot (Llama architecture)."""
+
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    layers: int = 3
+    heads: int = 3
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What the generated text of pre-training is made of (see `document`); all are probabilities."""
+
+    textbook: float = 0.6
+    worked: float = 0.15
+    tagged: float = 0.5
+    terse_wrong: float = 0.8
+    slip: float = 0.02
 
 
 def split_of(terms: list[int]) -> Split:
@@ -157,7 +178,7 @@ def make_model(shape: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def corpus_batch(
-    tokenizer: PreTrainedTokenizerFast, settings: PretrainConfig, high: int, seed: int, step: int
+    tokenizer: PreTrainedTokenizerFast, settings: Any, high: int, seed: int, step: int
 ) -> dict[str, Tensor]:
     """Batch `step` of the endless corpus, packed without padding; a row's last document is cut off.
 
