@@ -33,7 +33,9 @@ from r1kernels.train.stages import KINDS, stage_module
 MANIFEST, SUPERSEDED, FORMAT = "manifest.json", "superseded", 1
 _RECORD = ("kind", "status", "config", "hashes", "output", "summary", "seconds", "evaluation")  # of a stage
 # Modules that show results and compute none, so that a change of them makes no stage stale.
-_SHOWS = ("cli", "columns", "console", "curves", "report", "report_html", "trackers", "watch")
+_SHOWS = (
+    "cli", "columns", "console", "curves", "follow", "record", "report", "report_html", "tables", "trackers", "watch"
+)
 # Files up to this size are hashed whole; of larger ones of a model from elsewhere, name, size and time of change count.
 _WHOLE = 2**24
 
@@ -243,7 +245,8 @@ class Chain:
         """All settings that a stage's result depends on."""
         config = self.recipe.stage(name)
         data = {other for _, other in references(config)} & set(self.recipe.data)
-        scored = hasattr(config, "rewards")
+        judged = getattr(config, "pairs", None) in {stage.name for stage in self.recipe.stages}
+        scored = hasattr(config, "rewards") or judged
         return {"stage": as_dict(config)} | self._shared(data, scored)
 
     def _shared(self, data: Any, scored: bool) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from r1kernels.train.head import check_head
 from r1kernels.train.schema import ConfigError
 
+ALIGNMENT = 64  # of memory that torch allocates on a CPU, in bytes
+
 
 def check_device(device: str) -> None:
     """Refuses a device that this installation of torch, or this machine, does not have."""
@@ -56,8 +58,20 @@ def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
         raise ConfigError(
             f"the model {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
         ) from error
-    model = model.to(device).eval()
+    model = settle(model.to(device)).eval()
     check_head(model)
+    return model
+
+
+def settle(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves weights that were mapped from a file to memory of the usual alignment.
+
+    In the file they begin anywhere, and products differ in their last bits with where their operands begin: without
+    this, a model that was saved and loaded would not compute what it computed before.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
     return model
 
 

@@ -32,7 +32,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One step = one rollout of `questions * group_size` samples, then `minibatches` updates.
+    """One step = one rollout of `questions * group_size` samples, then `minibatches` updates in each of `epochs`.
 
     `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training; the
     latter changes no gradient. `oversample` asks for that many times the questions and trains on the first `questions`
@@ -51,6 +51,7 @@ class Config:
     group_size: int = 16
     oversample: int = 1
     minibatches: int = 4
+    epochs: int = 1
     rollout_batch_size: int | None = None
     micro_batch_size: int | None = None
     learning_rate: float = 3e-6
@@ -72,6 +73,11 @@ class Config:
         self.objective.build()
 
     @property
+    def updates(self) -> int:
+        """Of a step."""
+        return self.epochs * self.minibatches
+
+    @property
     def grows(self) -> tuple[str, ...]:
         """What may grow without making the steps already done others."""
         return () if any(item.last_steps is not None for item in self.preference) else ("steps",)
@@ -86,7 +92,7 @@ def check_rl(config: Any, recipe: Recipe) -> None:
     """What all stages of reinforcement learning have in common."""
     check_ranges(
         config,
-        at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "rollout_batch_size",
+        at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "epochs", "rollout_batch_size",
                     "micro_batch_size", "max_new_tokens", "ref_refresh_every"),
         at_least_0=("warmup_updates",),
         positive=("learning_rate", "temperature", "grad_clip"),
