@@ -161,7 +161,7 @@ def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int
 def _row(line: bytes, keys: tuple[str, ...], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")

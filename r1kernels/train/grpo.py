@@ -274,10 +274,10 @@ class GRPOTrainer:
         weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
         rollout = dataclasses.replace(rollout, importance_weights=weights)
         self.rollout = dataclasses.replace(rollout, advantages=self.advantages(rewards[chosen], rollout))
-        parts = {**scores.parts, **preference.parts}
+        parts, known = {**scores.parts, **preference.parts}, rewards[~rewards.isnan()]
         measured = {
             "reward": rewards.nanmean().item(),
-            "reward_std": rewards[~rewards.isnan()].std().item(),
+            "reward_std": known.std().item() if len(known) > 1 else math.nan,
             **{f"reward_{name}": torch.tensor(part).nanmean().item() for name, part in parts.items()},
             "length": completions.lengths.float().mean().item(),
             "limit": settings.limit(self.step),
