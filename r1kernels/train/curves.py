@@ -257,8 +257,8 @@ def _svg(
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<=<svg)[^>]*?(?= viewBox)', "", text, count=1)
-    for name, colour in PALETTE.items():
-        text = text.replace(colour, f"var(--{name})")
+    for role, colour in PALETTE.items():
+        text = text.replace(colour, f"var(--{role})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups
     own = f"f{hashlib.sha256(name.encode()).hexdigest()[:10]}-"
