@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -105,6 +107,8 @@ def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]
         kind = row.get("kind", "math")
         if kind not in get_args(Kind):
             raise DataError(f"{where}: 'kind' is {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
+        if kind == "code" and isinstance(row.get("answer"), dict):
+            row["answer"] = json.dumps(row["answer"], ensure_ascii=False)
         answer = "" if kind == "open" else _text(row, "answer", where)
         problems.append(Problem(
             str(row.get("id", f"{Path(path).stem}-{number}")), row["question"].strip(), answer.strip(), kind,
@@ -130,6 +134,11 @@ def read_selected(path: str | PathLike[str]) -> list[Demonstration]:
     ]
 
 
+def response_of(row: dict[str, Any], where: str) -> str:
+    """The response of an object of a file for SFT: "response", or "completion" as a stage of kind reject calls it."""
+    return _text(row, "completion" if "completion" in row and "response" not in row else "response", where)
+
+
 def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """The objects of a JSONL file that all have some strings: (line number, "file, line n", object).
 
@@ -138,13 +147,13 @@ def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int
     """
     path, empty = Path(path), True
     try:
-        with path.open("rb") as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     empty, where = False, f"{path}, line {number}"
                     yield number, where, _row(line, keys, where)
-    except OSError as error:
-        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read data file {path}: {getattr(error, 'strerror', None) or error}") from error
     if empty:
         raise DataError(f"data file {path} holds nothing; expected one JSON object a line")
 
