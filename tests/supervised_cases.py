@@ -56,6 +56,7 @@ def stage_of(
     recipe: str, name: str, directory: Path, overrides: Iterable[str] = (), interrupt: Interrupt | None = None
 ) -> Stage:
     """Stage `name` of a recipe, in its directory of the run."""
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "recipe.yaml"
     path.write_text(recipe)
     loaded = load_recipe(path, [f"run_dir={directory}/run", *overrides])

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - Chinese has its own punctuation
 """Which texts the filters of rejection sampling let pass, in English and in Chinese."""
 
 import dataclasses
@@ -29,7 +30,7 @@ Let me set up the equation. If Natalia sold 48 clips in April and half as many i
 
 The question asks for both months together, so I add them: 48 + 24 = 72.
 
-Wait, let me check that "half as many" refers to April. Yes, it does. So $x = 72$, which is \\(\\frac{3}{2} \\cdot 48\\)."""
+Wait, let me check that "half as many" refers to April. It does. So $x = 72$, which is \\(\\frac{3}{2} \\cdot 48\\)."""
 CHINESE = """\
 我们先设小明有 x 个苹果。题目说小红的苹果是小明的两倍，所以小红有 2x 个。
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: what it computes, what it refuses, and that it goes on as if never stopped."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -42,7 +43,7 @@ stages:
     samples: [replies]
     epochs: 2
     batch_size: 4
-    window: 96
+    window: 160
     micro_batch_size: 1
     learning_rate: 1.0e-2
 """
@@ -82,7 +83,7 @@ def test_it_learns_the_responses(whole):
     assert summary["samples"] == 10 and summary["too_long"] == 0 and summary["steps"] == 5
     assert summary["loss"] == lines[-1]["loss"] < 0.8 * lines[0]["loss"] == 0.8 * summary["loss_first"]
     assert lines[0]["learning_rate"] == 1e-2 and lines[-1]["learning_rate"] == pytest.approx(1e-3)
-    assert all(0 < line["packed"] <= 1 and line["grad_norm"] > 0 for line in lines)
+    assert all(0.5 < line["packed"] <= 1 and line["grad_norm"] > 0 for line in lines)
     tokens = encode(load_tokenizer(stage.model_dir("base")), [("", response) for _, response in REPLIES])
     assert sum(line["tokens"] for line in lines) == summary["tokens"] == 2 * sum(map(len, tokens))
     assert not any("seconds" in name for name in lines[0])
@@ -97,7 +98,7 @@ def test_its_model_loads_with_plain_transformers_and_its_generation_ends(whole):
 
 
 @pytest.mark.parametrize("how", [Interrupted, Killed])
-@pytest.mark.parametrize("checks", [0, 1, 4, 7, 12])
+@pytest.mark.parametrize("checks", [0, 4, 12])
 def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_path, how, checks):
     same_after_stops(sft, lambda stop: stage_at(home, tmp_path, interrupt=stop), whole[:2], checks, how)
     # Asked once more, a finished stage does nothing and says the same.
@@ -139,7 +140,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_responses(home, tmp
 def test_the_gradient_does_not_depend_on_windows_or_micro_batches(home, tmp_path, parts):
     model, samples = parts
     results = []
-    for window, size in ((96, "null"), (96, 1), (96, 3), (1024, 1)):
+    for window, size in ((160, "null"), (160, 1), (160, 3), (1024, 1)):
         keys = (f"stages.cold.window={window}", f"stages.cold.micro_batch_size={size}")
         results.append(gradients(model, samples, stage_at(home, tmp_path, *keys).config))
     for measured, grad in results[1:]:
@@ -162,7 +163,7 @@ def test_the_learning_rate_warms_up_and_falls_in_a_cosine_to_a_tenth(home, tmp_p
     rates = [learning_rate(config, step, 25) for step in range(25)]
     assert rates[:5] == pytest.approx([1.25e-5, 2.5e-5, 3.75e-5, 5e-5, 5e-5])
     assert rates[14] == pytest.approx((5e-5 + 5e-6) / 2) and rates[-1] == pytest.approx(5e-6)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     config = stage_at(home, tmp_path, "stages.cold.final_learning_rate=0").config
     assert learning_rate(config, 0, 1) == 1e-2 and learning_rate(config, 9, 10) == 0
 
@@ -172,7 +173,7 @@ def test_a_sample_longer_than_the_window_is_left_out_and_counted(home, tmp_path,
     stage = stage_at(home, tmp_path, f"data.replies.path={tmp_path}/replies.jsonl", "stages.cold.epochs=1")
     summary = sft.run(stage)
     assert (summary["samples"], summary["too_long"]) == (10, 1)
-    assert "1 of 11 samples are longer than the window of 96 tokens" in capsys.readouterr().out
+    assert "1 of 11 samples are longer than the window of 160 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("overrides", "error", "message"), [
@@ -212,15 +213,15 @@ def test_a_damaged_sample_of_another_stage_is_named(home, tmp_path):
         stage.samples(["traces"], Template("chat", load_tokenizer(stage.model_dir("base"))))
 
 
-def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_checkpoint(home, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_checkpoint(home, tmp_path):
     calls = iter(range(100))
 
     def diverging(model, batch, tokens):
         loss = cross_entropy(model, batch, tokens)
-        return loss * math.nan if next(calls) > 6 else loss
+        return loss * math.nan if next(calls) > 2 else loss
 
-    stage = stage_at(home, tmp_path)
-    with pytest.raises(TrainingError, match=r"step \d: loss nan"):
+    stage = stage_at(home, tmp_path, "stages.cold.micro_batch_size=null")
+    with pytest.raises(TrainingError, match="step 3: loss nan"):
         supervised.train_on_samples(stage, supervised.Start.of(stage), diverging)
     weights = load_file(latest_checkpoint(stage.directory) / "model/model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -145,13 +147,13 @@ def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int
     """
     path, empty = Path(path), True
     try:
-        with path.open("rb") as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     empty, where = False, f"{path}, line {number}"
                     yield number, where, _row(line, keys, where)
-    except OSError as error:
-        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read data file {path}: {getattr(error, 'strerror', None) or error}") from error
     if empty:
         raise DataError(f"data file {path} holds nothing; expected one JSON object a line")
 

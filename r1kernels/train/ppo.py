@@ -58,7 +58,7 @@ class PPOTrainer(GRPOTrainer):
             self.values = {name: value.to(self.model.device) for name, value in state["values"].items()}
 
     def advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """(B, T) by the critic, of which the returns are kept to train it; a sample without a reward teaches neither."""
+        """(B, T) by the critic, which learns from the same returns; a sample without a reward teaches neither."""
         settings = self.settings
         batches = [rows for minibatch in self._minibatches() for rows in minibatch]
         values = rollout_values(self.critic, rollout, batches, self.interrupt.check)

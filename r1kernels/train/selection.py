@@ -77,7 +77,7 @@ class Selection:
             file = self.path if self.path.exists() else self._growing
             size = file.stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot go on from {self._progress}: {error}; remove the directory to begin anew") from error
+            raise DataError(f"cannot go on from {self._progress}: {error}; remove its folder to begin anew") from None
         if size < self._bytes:
             raise DataError(
                 f"{file} is damaged: {size} bytes, expected at least {self._bytes}; remove its directory to begin anew"

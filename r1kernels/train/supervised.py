@@ -86,11 +86,16 @@ class Start:
     @classmethod
     def of(cls, stage: Stage) -> Start:
         path = latest_checkpoint(stage.directory)
-        if path is None:
-            return cls(*stage.load_model(stage.config.model), None)
-        checkpoint = load_checkpoint(path)
-        model = load_model(checkpoint.model_dir, device=stage.recipe.device)
-        return cls(model, load_tokenizer(checkpoint.model_dir), checkpoint.state)
+        if path is not None:
+            checkpoint = load_checkpoint(path)
+            model = load_model(checkpoint.model_dir, device=stage.recipe.device)
+            return cls(model, load_tokenizer(checkpoint.model_dir), checkpoint.state)
+        model, tokenizer = stage.load_model(stage.config.model)
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if tokenizer.eos_token_id not in ends:  # what training puts at the end of responses must end generation too
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+        return cls(model, tokenizer, None)
 
 
 def check_window(model: PreTrainedModel, window: int, key: str = "window") -> None:
@@ -162,7 +167,8 @@ def learning_rate(config: SupervisedConfig, step: int, steps: int) -> float:
     if step < config.warmup_steps:
         return highest * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * share))
+    height = (1 + math.cos(math.pi * share)) / 2
+    return height * highest + (1 - height) * lowest
 
 
 def train(
@@ -186,9 +192,9 @@ def train(
     if start.state is not None:
         step = start.state["step"]
         optimizer.load_state_dict(start.state["optimizer"])
-    _end_with(model, start.tokenizer)
 
     def save() -> None:
+        log.sync()
         save_checkpoint(
             stage.directory,
             step,
@@ -269,11 +275,3 @@ def gradient(
         total += share.item()
         places += batch["input_ids"].numel()
     return {"loss": total, "tokens": tokens, "packed": sum(map(len, samples)) / places}
-
-
-def _end_with(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets generation end at the token that training puts at the end."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if tokenizer.eos_token_id not in ends:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]

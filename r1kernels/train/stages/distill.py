@@ -104,8 +104,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         token = min(different)
         raise ConfigError(
             f"the tokenizers of 'model' and 'teacher' differ, in {len(different)} tokens, such as {token!r} (id "
-            f"{ours.get(token)} and {theirs.get(token)}), expected the same one: method 'logits' compares distributions "
-            "token by token; 'samples' works across tokenizers"
+            f"{ours.get(token)} and {theirs.get(token)}), expected the same one: method 'logits' compares "
+            "distributions token by token; 'samples' works across tokenizers"
         )
     if student.eos_token_id != teacher.eos_token_id:
         raise ConfigError(

@@ -23,7 +23,6 @@ class Config(grpo.Config):
         value_learning_rate: of the critic.
         value_clip: how far a value may move from that of the rollout before its loss is cut off; null for any.
         whiten: shift and scale the advantages of a rollout's tokens to mean 0 and standard deviation 1.
-        epochs: passes over each rollout, in `minibatches` updates each.
     """
 
     kind: Literal["ppo"]
@@ -33,7 +32,6 @@ class Config(grpo.Config):
     value_learning_rate: float = 1e-5
     value_clip: float | None = 0.2
     whiten: bool = True
-    epochs: int = 1
     objective: ObjectiveConfig = field(
         default_factory=lambda: ObjectiveConfig("grpo", {"clip_low": 0.2, "clip_high": 0.2, "aggregate": "token_mean"})
     )
@@ -42,7 +40,6 @@ class Config(grpo.Config):
         super().check(recipe)
         check_ranges(
             self,
-            at_least_1=("epochs",),
             at_least_0=("kl_coef",),
             positive=("value_learning_rate", "value_clip"),
             probability=("lam", "gamma"),

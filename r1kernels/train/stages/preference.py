@@ -21,7 +21,6 @@ from r1kernels.train.data import DataError, Pair, rows
 from r1kernels.train.grpo import TrainingError
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_tokenizer
-from r1kernels.train.metrics import MetricsLog
 from r1kernels.train.pairs import JudgedPairs, candidates, judge_pairs
 from r1kernels.train.randomness import permutation
 from r1kernels.train.reward_model import (
@@ -37,6 +36,7 @@ from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.rewards.judge import Judge
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import SELECTED, Stage
+from r1kernels.train.steplog import StepLog
 from r1kernels.train.supervised import chosen, learning_rate
 
 
@@ -196,9 +196,7 @@ def _train(
             state={"step": step, "optimizer": optimizer.state_dict()}, keep=stage.recipe.checkpoint.keep,
         )
 
-    log = MetricsLog(stage.directory / "metrics.jsonl", first_step=step)
-    timings = MetricsLog(stage.directory / "timings.jsonl", first_step=step)
-    with log, timings:
+    with StepLog(stage, first_step=step) as log:
         try:
             while step < steps:
                 stage.interrupt.check()
@@ -215,11 +213,13 @@ def _train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                log.write({"step": step, **measured, "learning_rate": rate, "grad_norm": norm})
                 seconds, tokens = time.monotonic() - started, sum(len(row.chosen + row.rejected) for row in batch)
-                timings.write({"step": step, "seconds_updates": seconds, "tokens_per_second": tokens / seconds})
+                log.write({
+                    "step": step, **measured, "learning_rate": rate, "grad_norm": norm,
+                    "seconds_updates": seconds, "tokens_per_second": tokens / seconds,
+                })
                 step += 1
-                stage.console.pretraining(step, steps, measured["loss"])
+                stage.console.training(config.name, step, steps, measured["loss"])
                 if step % stage.recipe.checkpoint.supervised_every == 0 or step == steps:
                     save()
         except Interrupted:

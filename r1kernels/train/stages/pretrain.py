@@ -50,6 +50,8 @@ class Config:
             raise ConfigError(
                 f"'tiny' is {self.tiny}, expected sizes of at least 1 and hidden_size a multiple of 2 x heads"
             )
+        if recipe.template == "chat":
+            raise ConfigError("'template' is 'chat', expected 'r1_zero': a model made here has no chat template")
         if self.max_terms < 2:
             raise ConfigError(f"'max_terms' is {self.max_terms}, expected at least 2")
 
@@ -73,6 +75,7 @@ def run(stage: Stage) -> dict[str, Any]:
     def save() -> None:
         state = {"step": step, "seconds": time.monotonic() - started, "optimizer": optimizer.state_dict()}
         keep = stage.recipe.checkpoint.keep
+        log.sync()
         save_checkpoint(stage.directory, step, model=model, tokenizer=tokenizer, state=state, keep=keep)
 
     model.train()

@@ -105,7 +105,7 @@ def run(stage: Stage) -> dict[str, Any]:
     ):
         judge = _judge(stage.recipe) if config.judge else None
         for batch in _batches(stage, problems, selection.batches, count, scorer):
-            _select(config, batch, selection, judge, log)
+            _select(stage, batch, selection, judge, log)
             kept = selection.counts["kept"]
             stage.console.phase(f"{config.name}: {selection.batches}/{count} batches, {kept} samples kept")
         return _finish(stage, selection, len(problems))
@@ -113,7 +113,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 def _batches(stage: Stage, problems: list[Problem], first: int, count: int, scorer: Scorer) -> Iterator[Batch]:
     """Each batch once the next one has been sampled, while its scores were found."""
-    if first == count:
+    if first >= count:
         return
     config = stage.config
     model, tokenizer = stage.load_model(config.model)
@@ -147,9 +147,9 @@ def _batches(stage: Stage, problems: list[Problem], first: int, count: int, scor
     yield scored
 
 
-def _select(config: Config, batch: Batch, selection: Selection, judge: Judge | None, log: StepLog) -> None:
+def _select(stage: Stage, batch: Batch, selection: Selection, judge: Judge | None, log: StepLog) -> None:
     """Filters one batch and writes what is left of it."""
-    started = time.monotonic()
+    config, started = stage.config, time.monotonic()
     scores = batch.scores.result()
     waited = time.monotonic()
     reasons = [
@@ -159,7 +159,7 @@ def _select(config: Config, batch: Batch, selection: Selection, judge: Judge | N
         )
     ]
     if judge:
-        _ask(judge, batch, reasons)
+        _ask(judge, stage.recipe.scoring.judge.concurrency, batch, reasons)
     rows: list[dict[str, Any]] = []
     kept: Counter[int] = Counter()
     for index, (problem, sample) in enumerate(zip(batch.problems, batch.samples, strict=True)):
@@ -196,7 +196,7 @@ def _judge(recipe: Recipe) -> Judge:
         raise ConfigError(f"'scoring': {error}") from error
 
 
-def _ask(judge: Judge, batch: Batch, reasons: list[str | None]) -> None:
+def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]) -> None:
     """Rejects answers to open problems that the judge does not find equivalent to the reference.
 
     Asked last, and only about what passes all else: an answer costs seconds.
@@ -213,7 +213,7 @@ def _ask(judge: Judge, batch: Batch, reasons: list[str | None]) -> None:
         index for index, problem in enumerate(batch.problems)
         if reasons[index] is None and problem.kind == "open" and problem.answer
     ]
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(concurrency) as threads:
         for index, reason in zip(asked, threads.map(ask, asked), strict=True):
             reasons[index] = reason
 
