@@ -35,10 +35,11 @@ from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.preferences import Preferences
 from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Scores
-from r1kernels.train.rollout import Completions, Sampler, Sampling, TransformersSampler
+from r1kernels.train.rollout import Completions, Sampler, Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage
 from r1kernels.train.steplog import StepLog
 from r1kernels.train.update import Rollout, minibatch_gradient, rollout_logprobs
+from r1kernels.train.vllm import VLLMSampler
 
 # With the log-probs of the rollout just recomputed in the same batches, only unordered sums can differ.
 RATIO_TOLERANCE = 1e-2
@@ -73,7 +74,7 @@ class GRPOTrainer:
         }
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.interrupt.check)
-        self.sampler: Sampler = self.local_sampler
+        self.sampler = self._make_sampler()
         self.preferences = Preferences(stage, self.settings, self.template)
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
@@ -117,6 +118,15 @@ class GRPOTrainer:
             self.log.write({"step": self.step, **self.measured, "seconds_total": self.seconds})
             self.log.examples(self.step, self.examples)
         return {"steps": self.step, "questions": sum(self.cursors.values()), "evaluation": self.evaluation}
+
+    def _make_sampler(self) -> Sampler:
+        settings = self.settings.sampler
+        if settings.kind == "transformers":
+            return self.local_sampler
+        return VLLMSampler(
+            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), weights_dir=settings.weights_dir,
+            device=self.model.device, check=self.interrupt.check,
+        )
 
     # ---- what other algorithms change ---
 
@@ -212,12 +222,12 @@ class GRPOTrainer:
         """Completions and their scores, which are made while others are still sampled."""
         settings, limit = self.settings, self.settings.limit(self.step)
         prompts = [self.template.render(problem.question) for problem in problems]
-        pending: list[tuple[int, Future[Scores]]] = []
+        pending: list[tuple[list[int], Future[Scores]]] = []
 
-        def submit(first: int, texts: list[str], lengths: list[int]) -> None:
-            pending.append((first, self.scorer.submit([
-                make_sample(problems[first + i], prompts[first + i], text, tokens=length, limit=limit)
-                for i, (text, length) in enumerate(zip(texts, lengths, strict=True))
+        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
+            pending.append((rows, self.scorer.submit([
+                make_sample(problems[row], prompts[row], text, tokens=length, limit=limit)
+                for row, text, length in zip(rows, texts, lengths, strict=True)
             ])))
 
         with torch_seeded(self.seed, self.settings.name, "rollout", self.step):
@@ -227,7 +237,7 @@ class GRPOTrainer:
                 on_batch=submit,
             )
         self._sampled = time.monotonic()
-        return completions, Scores.joined([future.result() for _, future in sorted(pending, key=lambda item: item[0])])
+        return completions, Scores.joined([future.result() for _, future in pending], [rows for rows, _ in pending])
 
     def _roll_out(self) -> None:
         """Samples and scores this step's completions, and fixes what its updates are measured against."""

@@ -87,8 +87,8 @@ def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
     raise ConfigError(f"'pairs' names the data set {name!r} of kind '{data.kind}', which has no preferences")
 
 
-def check_data(recipe: Recipe) -> None:
-    """Reads all that stages will ask for, so that what is wrong shows before any work.
+def check_data(recipe: Recipe) -> set[str]:
+    """Reads all that stages will ask for, so that what is wrong shows before any work; returns the kinds of problems.
 
     Raises:
         ConfigError, DataError: as the functions above.
@@ -98,14 +98,16 @@ def check_data(recipe: Recipe) -> None:
         "pairs": lambda name: load_pairs(recipe, name),
         "samples": lambda name: _responses(recipe, name),
     }
+    found = []
     for stage in recipe.stages:
         for key, name in references(stage):
             if stage.kind == "evaluate" and key == "problems":
-                load_problems(recipe, name, "test")
+                found += load_problems(recipe, name, "test")
             elif name in recipe.data:
-                readers[key](name)
+                found += readers[key](name) or []
     for name in recipe.eval_problems:
-        load_problems(recipe, name, "test")
+        found += load_problems(recipe, name, "test")
+    return {problem.kind for problem in found if isinstance(problem, Problem)}
 
 
 def data_files(recipe: Recipe, names: set[str]) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from r1kernels.train.loading import check_device, load_tokenizer
 from r1kernels.train.problems import check_data
 from r1kernels.train.prompt import Template
 from r1kernels.train.report import write_report
+from r1kernels.train.rewards.sandbox import choose as choose_sandbox
 from r1kernels.train.rundir import CONFIG, absolute_inputs, check_run_dir, claim
 from r1kernels.train.schema import ConfigError
 from r1kernels.train.stage import make_scorer, model_dir
@@ -47,7 +48,8 @@ def train(
     check_run_dir(recipe, overwrite=overwrite)
     recipe = absolute_inputs(recipe)
     order(recipe)
-    check_data(recipe)
+    if "code" in check_data(recipe):
+        choose_sandbox(recipe.scoring.sandbox)
     _check_models(recipe)
     _check_rewards(recipe)
     check_trackers(recipe.trackers)
