@@ -188,10 +188,10 @@ class Chain:
         if record["evaluation"] and record["evaluation"]["settings"] == self._measured_with():
             return
         console.phase(f"{name}: evaluating")
-        path = model_dir(self.recipe, self.run_dir, name)
-        record["evaluation"] = {
-            **evaluate_model(self.recipe, path, interrupt).as_dict(), "settings": self._measured_with()
-        }
+        path, started = model_dir(self.recipe, self.run_dir, name), time.monotonic()
+        evaluation = evaluate_model(self.recipe, path, interrupt).as_dict()
+        seconds = time.monotonic() - started
+        record["evaluation"] = {**evaluation, "settings": self._measured_with(), "seconds": seconds}
         self._write()
         console.evaluation(name, record["evaluation"])
 

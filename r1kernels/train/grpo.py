@@ -193,6 +193,7 @@ class GRPOTrainer:
         due = self.step % self.stage.recipe.eval.every == 0 or last
         if not due or "pass_at_1" in self.measured:
             return
+        started = time.monotonic()
         if self.step == 0 and self.stage.before:
             evaluation = self.stage.before
         else:
@@ -203,6 +204,7 @@ class GRPOTrainer:
                     template=self.template, seed=self.seed,
                 ).as_dict()
         self.measured = {new: evaluation[old] for old, new in MEASURED.items()}
+        self.measured["seconds_evaluation"] = time.monotonic() - started
         self.examples, self.evaluation = evaluation["examples"], evaluation
 
     def _questions(self) -> list[Problem]:
