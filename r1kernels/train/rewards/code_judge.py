@@ -46,7 +46,9 @@ class Candidate:
     """The function under test, as the tests see it."""
 
     def __init__(self, program: Program):
-        self.program, self.calls, self.failure = program, 0, None
+        self.program, self.calls = program, 0
+        self.failure: ProgramError | None = None
+        self.broken: Exception | None = None
 
     def __call__(self, *arguments: object, **keywords: object) -> object:
         self.calls += 1
@@ -56,6 +58,9 @@ class Candidate:
             kind, *answer = self.program.ask(*arguments, **keywords)
         except ProgramError as failure:
             self.failure = failure  # even where a test expects exceptions
+            raise
+        except (TypeError, ValueError) as broken:
+            self.broken = broken
             raise
         if kind == "value":
             return answer[0]
@@ -76,7 +81,10 @@ def _passes(check, candidate: Candidate) -> bool:
     except Exception:
         if not candidate.calls:
             raise
-        return False
+        if candidate.broken is None:
+            return False
+    if candidate.broken is not None:
+        raise ValueError("a test calls the candidate with what is not plain data") from candidate.broken
     if not candidate.calls:
         raise ValueError("the tests never call the candidate")
     return candidate.failure is None and not candidate.program.overdue
