@@ -46,6 +46,13 @@ class CorpusConfig:
     tagged: float = 0.5
     terse_wrong: float = 0.8
     slip: float = 0.02
+    chinese: float = 0.0
+    switch: float = 0.0
+    care: float = 1.0
+    check: float = 0.0
+    stutter: float = 0.0
+    greetings: float = 0.0
+    kind: float = 0.3
 
 
 @dataclass(frozen=True)

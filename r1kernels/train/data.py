@@ -27,6 +27,7 @@ class Problem:
     id: str
     question: str
     answer: str
+    kind: str = "math"
 
 
 def load_gsm8k(path: str | PathLike[str]) -> list[Problem]:
