@@ -19,7 +19,7 @@ from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.cli import main
 from r1kernels.train.data import load_gsm8k
 from r1kernels.train.prompt import render
-from r1kernels.train.rewards import Sample, Scorer
+from r1kernels.train.rewards import Sample, Scorer, ScoringConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("<think>so</think> <answer>{}</answer>", r"so it is \boxed{{{}}}.", "so\n#### {}")
@@ -37,7 +37,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def scorer():
-    with Scorer({"accuracy": 1.0}, timeout_s=60) as scorer:
+    with Scorer({"accuracy": 1.0}, ScoringConfig(timeout_s=60)) as scorer:
         yield scorer
 
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 from r1kernels.train.prompt import render
-from r1kernels.train.rewards import Sample, Scorer, accuracy, format_reward
+from r1kernels.train.rewards import Judgement, Sample, Scorer, ScoringConfig, accuracy, format_reward
 from r1kernels.train.rewards.accuracy import triage
 from r1kernels.train.rewards.answers import final_answer, number_in_prose, plain_number
 
@@ -20,7 +20,7 @@ def tagged(answer):
 
 @pytest.fixture(scope="module")
 def scorer():
-    with Scorer({"accuracy": 1.0, "format": 0.5}, timeout_s=30) as scorer:
+    with Scorer({"accuracy": 1.0, "format": 0.5}, ScoringConfig(timeout_s=30)) as scorer:
         yield scorer
 
 
@@ -202,8 +202,8 @@ def test_any_text_can_be_read():
         text = draw.choice(["", " ", "\n"]).join(draw.choices(pieces, k=draw.randint(1, 12)))
         sample = Sample(draw.choice(["", "<think>"]), text, draw.choice(["18", r"\frac{1}{2}", text]))
         outcome = triage(sample)
-        if isinstance(outcome, tuple):
-            answer, reference = outcome
+        if isinstance(outcome, Judgement):
+            answer, reference = outcome.arguments
             assert answer
             assert reference
             assert answer != reference
@@ -249,9 +249,9 @@ def test_totals_weigh_the_parts_and_ignore_weight_zero():
         ({"format": "1"}, {}, "weight of reward 'format' must be a finite number, got '1'"),
         ({"format": 1}, {"workers": 0}, "workers must be positive, got 0"),
         ({"format": 1}, {"timeout_s": -1.0}, "timeout_s must be positive, got -1.0"),
-        ({"format": 1}, {"memory_bytes": 0}, "memory_bytes must be positive, got 0"),
+        ({"format": 1}, {"memory_mb": 0}, "memory_mb must be positive, got 0"),
     ],
 )
 def test_bad_arguments_are_named(parts, limits, message):
     with pytest.raises(ValueError, match=message):
-        Scorer(parts, **limits)
+        Scorer(parts, ScoringConfig(**limits))

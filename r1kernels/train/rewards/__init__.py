@@ -9,10 +9,30 @@ torch.
 """
 
 from .accuracy import accuracy
-from .base import Reward, Sample, Scores
+from .base import KINDS, Judgement, Reward, Sample, Scores
+from .endpoint import EndpointError
 from .formatting import format_reward
+from .judge import Judge
+from .language import language
 from .pool import WorkerError
 from .registry import REWARDS
 from .scorer import Scorer
+from .settings import JudgeConfig, ScoringConfig
 
-__all__ = ["REWARDS", "Reward", "Sample", "Scorer", "Scores", "WorkerError", "accuracy", "format_reward"]
+__all__ = [
+    "KINDS",
+    "REWARDS",
+    "EndpointError",
+    "Judge",
+    "JudgeConfig",
+    "Judgement",
+    "Reward",
+    "Sample",
+    "Scorer",
+    "Scores",
+    "ScoringConfig",
+    "WorkerError",
+    "accuracy",
+    "format_reward",
+    "language",
+]

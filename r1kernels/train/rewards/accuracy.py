@@ -2,17 +2,46 @@
 
 Most answers are plain numbers or literally the reference, and are settled here with exact decimals. The rest
 is mathematics that a model wrote, which can hang or exhaust any computer algebra system: it goes to
-`math_judge`, in a worker process that can be killed.
+`math_judge`, in a worker process that can be killed. So do programs, to the judge that `code.triage` names.
 """
 
+import importlib
 import math
+from collections.abc import Callable
 
 from .answers import MAX_ANSWER, final_answer, is_prose, number_in_prose, plain_number, unwrap
-from .base import Sample
+from .base import Judgement, Outcome, Sample
+from .choice import choice
+from .exact import exact
+from .settings import ScoringConfig
+
+MATH = "math_judge:judge"
 
 
-def triage(sample: Sample) -> float | tuple[str, str]:
-    """Settles a sample without any computer algebra, or returns (answer, reference) for `math_judge.judge`.
+def prepare_accuracy(settings: ScoringConfig) -> Callable[[Sample], Outcome]:
+    """`triage` under these settings."""
+    return lambda sample: triage(sample, settings)
+
+
+def triage(sample: Sample, settings: ScoringConfig = ScoringConfig()) -> Outcome:  # noqa: B008
+    """Settles a sample where that is cheap and safe, or names the judgement that does."""
+    if sample.kind == "math":
+        return _math(sample)
+    if sample.kind == "choice":
+        return choice(sample)
+    if sample.kind == "exact":
+        return exact(sample)
+    if sample.kind == "code":
+        # code.triage(sample, settings) returns a float, or Judgement("code_judge:judge", (...), timeout_s=...): with
+        # the tests, and of the settings the sandbox and its limits, in its arguments.
+        from . import code
+
+        return code.triage(sample, settings)
+    raise ValueError(f"a sample of kind {sample.kind!r} has no accuracy; it is for math, choice, exact and code")
+
+
+def _math(sample: Sample) -> Outcome:
+    """Settles a sample without any computer algebra, or leaves (answer, reference) to `math_judge.judge`.
 
     Returns 0.0 for a missing, ambiguous or absurdly long answer, and NaN when the reference is blank.
     """
@@ -29,18 +58,18 @@ def triage(sample: Sample) -> float | tuple[str, str]:
         return 0.0
     expected = plain_number(reference)
     if expected is None:
-        return answer, reference
+        return Judgement(MATH, (answer, reference))
     given = plain_number(answer)
     if given is None and is_prose(answer):
         given = number_in_prose(answer)
         if given is None:
             return 0.0
     if given is None:
-        return answer, reference
+        return Judgement(MATH, (answer, reference))
     if given[0] == expected[0]:
         return 1.0
     # 50% and 0.5 are the same number; only the judge knows when.
-    return 0.0 if given[1] == expected[1] else (answer, reference)
+    return 0.0 if given[1] == expected[1] else Judgement(MATH, (answer, reference))
 
 
 def accuracy(sample: Sample) -> float:
@@ -49,8 +78,8 @@ def accuracy(sample: Sample) -> float:
     In the calling process and without a time limit, for texts you trust; `Scorer` is for what a model wrote.
     """
     settled = triage(sample)
-    if isinstance(settled, float):
+    if not isinstance(settled, Judgement):
         return settled
-    from .math_judge import judge
-
-    return judge(*settled)
+    module, _, function = settled.judge.partition(":")
+    judge = getattr(importlib.import_module(f".{module}", __package__), function)
+    return float(judge(*settled.arguments))

@@ -16,6 +16,7 @@ from decimal import Decimal
 from .tags import ANSWER, ANSWER_END, after_thinking
 
 BOXED, HASHES = "\\boxed{", "####"
+ANSWER_MARKERS = (ANSWER, ANSWER_END, BOXED, HASHES)
 
 # Longer than any sensible final answer, and short enough that parsing it stays cheap.
 MAX_ANSWER = 500

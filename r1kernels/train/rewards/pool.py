@@ -5,23 +5,32 @@ torch threads hold locks, the trainer's main module is not imported again, and a
 away.
 """
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-# A judgement: the judge's "module:function", then its arguments.
-Task = tuple[str, tuple]
+from .base import Judgement
 
 TIMEOUT, CRASH = "timeout", "crash"
 
 # Importing the judges takes half a second; a machine under load may need many times that.
 START_LIMIT_S = 120.0
+
+# How long a stop asked for by another thread may wait.
+GLANCE_S = 0.1
+
+
+class Stopped(Exception):
+    """`Pool.stop` was called during a batch."""
 
 
 class WorkerError(RuntimeError):
@@ -31,7 +40,7 @@ class WorkerError(RuntimeError):
 class _Worker:
     """One process, and the task it is on."""
 
-    def __init__(self, judges: Sequence[str], memory_bytes: int, timeout_s: float):
+    def __init__(self, judges: Sequence[str], memory_bytes: int):
         script = str(Path(__file__).with_name("worker.py"))
         # The worker finds packages where this process does; a fixed hash seed makes verdicts repeatable.
         environment = os.environ | {
@@ -40,22 +49,23 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-B", script, str(os.getpid()), str(memory_bytes), str(timeout_s), *judges],
+            [sys.executable, "-B", script, str(os.getpid()), str(memory_bytes), *judges],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the trainer only
+            start_new_session=True,  # a terminal's Ctrl-C reaches the trainer only; its children die with it
         )
-        self.ready = False
+        self.ready = self.used = False
         self.task: int | None = None
         self.deadline = time.monotonic() + START_LIMIT_S
         self._received = b""
 
-    def send(self, index: int, task: Task, timeout_s: float) -> bool:
+    def send(self, index: int, task: Judgement, timeout_s: float) -> bool:
         """Hands over a task; False when the process has died in the meantime."""
-        message = (json.dumps(task, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        request = (task.judge, task.arguments, timeout_s)
+        message = (json.dumps(request, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
         try:
             while message:
                 message = message[self.process.stdin.write(message) :]
@@ -77,7 +87,9 @@ class _Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.kill()
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
@@ -87,9 +99,9 @@ class Pool:
     """Up to `workers` processes, started when first needed and replaced when killed.
 
     Args:
-        judges: the "module:function" names the workers load.
+        judges: the "module:function" names a worker loads before it is ready.
         workers: processes at most.
-        timeout_s: wall-clock seconds a judgement may take.
+        timeout_s: wall-clock seconds a judgement may take that names no limit of its own.
         memory_bytes: address space of one worker.
     """
 
@@ -97,20 +109,24 @@ class Pool:
         self._judges, self._limit = tuple(judges), workers
         self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
         self._workers: list[_Worker] = []
+        self._stop = threading.Event()
 
-    def run(self, tasks: Sequence[Task]) -> list[float | str]:
+    def run(self, tasks: Sequence[Judgement]) -> list[float | str]:
         """Judges every task; a value each, or TIMEOUT or CRASH for the ones that were stopped or died.
 
         Raises:
             WorkerError: a worker died before it was ready.
+            Stopped: `stop` was called.
         """
         results: list[float | str | None] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
+        waiting, suspects = deque(range(len(tasks))), deque()
         try:
-            while waiting or any(worker.task is not None for worker in self._workers):
-                self._hand_out(tasks, waiting)
+            while waiting or suspects or any(worker.task is not None for worker in self._workers):
+                if self._stop.is_set():
+                    raise Stopped
+                self._hand_out(tasks, waiting, suspects)
                 for worker in self._wait():
-                    self._take_verdict(worker, results, waiting)
+                    self._take_verdict(worker, results, suspects)
                 self._stop_overdue(results)
         except BaseException:
             # An interrupted batch leaves verdicts in the pipes that the next batch must not read.
@@ -118,20 +134,32 @@ class Pool:
             raise
         return results
 
+    def stop(self) -> None:
+        """Ends the batch under way, from any thread; `close` makes the pool usable again."""
+        self._stop.set()
+
     def close(self) -> None:
         """Kills every worker; the next `run` starts new ones."""
         while self._workers:
             self._workers.pop().close()
+        self._stop.clear()
 
-    def _hand_out(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
+    def _hand_out(self, tasks: Sequence[Judgement], waiting: deque[int], suspects: deque[int]) -> None:
         busy = sum(worker.task is not None for worker in self._workers)
-        while len(self._workers) < min(self._limit, busy + len(waiting)):
-            self._workers.append(_Worker(self._judges, self._memory_bytes, self._timeout_s))
+        while len(self._workers) < min(self._limit, busy + len(waiting) + len(suspects)):
+            self._workers.append(_Worker(self._judges, self._memory_bytes))
+        if suspects and not waiting and busy == 0 and all(worker.used for worker in self._workers):
+            self._retire(self._workers[0])
+            return
         for worker in list(self._workers):
-            if waiting and worker.ready and worker.task is None:
-                index = waiting.popleft()
-                if not worker.send(index, tasks[index], self._timeout_s):
-                    waiting.appendleft(index)
+            if not worker.ready or worker.task is not None:
+                continue
+            queue = suspects if suspects and not worker.used else waiting
+            if queue:
+                index = queue.popleft()
+                limit = tasks[index].timeout_s or self._timeout_s
+                if not worker.send(index, tasks[index], limit):
+                    queue.appendleft(index)
                     self._retire(worker)
 
     def _wait(self) -> list[_Worker]:
@@ -143,32 +171,33 @@ class Pool:
             if not active:
                 return []
             patience = min(worker.deadline for worker in active) - time.monotonic()
-            return [key.data for key, _ in selector.select(max(patience, 0.0))]
+            return [key.data for key, _ in selector.select(min(max(patience, 0.0), GLANCE_S))]
 
-    def _take_verdict(self, worker: _Worker, results: list[float | str | None], waiting: deque[int]) -> None:
+    def _take_verdict(self, worker: _Worker, results: list[float | str | None], suspects: deque[int]) -> None:
         message = worker.receive()
         if message is False:
             return
-        if message is None or "failed" in message:
-            if not worker.ready:
-                status = worker.process.wait()
-                reason = message["failed"] if message else f"exit status {status}"
+        if not worker.ready:
+            if message is None or "failed" in message:
+                reason = message["failed"] if message else f"exit status {worker.process.wait()}"
                 raise WorkerError(
                     f"a reward worker could not start ({reason}); judges {list(self._judges)}, "
                     f"memory_bytes={self._memory_bytes}"
                 )
-            if results[worker.task] is None:
-                # Perhaps the machine killed it, even before it began: a second death in a row is the task's.
-                results[worker.task] = CRASH
-                waiting.append(worker.task)
-            self._retire(worker)
-        elif not worker.ready:
             worker.ready = True
+            return
+        gone = message is None or message.get("leaving", False)
+        if message is not None and "value" in message:
+            results[worker.task] = message["value"]
         else:
-            results[worker.task] = message.get("value", CRASH)
-            worker.task = None
-            if message.get("leaving"):
-                self._retire(worker)
+            # Perhaps the machine killed it, or earlier judgements had used up its memory: what happens in a fresh
+            # worker is the task's own.
+            if gone and results[worker.task] is None:
+                suspects.append(worker.task)
+            results[worker.task] = CRASH
+        worker.task, worker.used = None, True
+        if gone:
+            self._retire(worker)
 
     def _stop_overdue(self, results: list[float | str | None]) -> None:
         now = time.monotonic()

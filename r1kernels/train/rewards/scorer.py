@@ -2,86 +2,92 @@
 
 import importlib.util
 import math
+import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 
-from .base import Sample, Scores
-from .pool import CRASH, TIMEOUT, Pool
+from .base import Judgement, Outcome, Sample, Scores
+from .endpoint import EndpointError
+from .pool import CRASH, TIMEOUT, Pool, Stopped
 from .registry import REWARDS
+from .settings import ScoringConfig
 
-DEFAULT_MEMORY = 512 * 2**20
+ENDPOINT = "endpoint"
+# How long a stop may wait for threads that wait for a network.
+GLANCE_S = 0.1
 
 
 class Scorer:
-    """Scores samples by a weighted sum of rewards.
+    """Scores samples by a weighted sum of rewards, in a thread of its own.
+
+    The same samples get the same scores, in whatever batches and at whatever time they come: but for time-outs, and
+    for what a model endpoint answers.
 
     Args:
         parts: the weight of each reward, by name (`REWARDS` lists them). A weight of 0 reports a reward
             without counting it.
-        workers: worker processes at most; none starts before a sample needs one.
-        timeout_s: wall-clock seconds one judgement may take.
-        memory_bytes: address space of one worker.
+        settings: limits, and what single rewards need.
 
     Raises:
-        ValueError: an unknown reward, a weight that is not finite, no reward at all, a limit that
-            is not positive.
+        ValueError: an unknown reward, a weight that is not finite, no reward at all, a setting that a reward needs.
         ImportError: a reward needs a package that is not installed.
     """
 
-    def __init__(
-        self,
-        parts: Mapping[str, float],
-        *,
-        workers: int = 1,
-        timeout_s: float = 5.0,
-        memory_bytes: int = DEFAULT_MEMORY,
-    ):
+    def __init__(self, parts: Mapping[str, float], settings: ScoringConfig = ScoringConfig()):  # noqa: B008
         _check_parts(parts)
-        for name, value in (("workers", workers), ("timeout_s", timeout_s), ("memory_bytes", memory_bytes)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive, got {value!r}")
         self._weights = dict(parts)
-        judges = [REWARDS[name].judge for name in parts if REWARDS[name].judge]
-        self._pool = Pool(judges, workers=workers, timeout_s=timeout_s, memory_bytes=memory_bytes)
+        self._score: dict[str, Callable[[Sample], Outcome]] = {
+            name: REWARDS[name].prepare(settings) if REWARDS[name].prepare else REWARDS[name].score for name in parts
+        }
+        self._threads = settings.judge.concurrency if settings.judge else 1
+        judges = dict.fromkeys(judge for name in parts for judge in REWARDS[name].judges)
+        self._pool = Pool(
+            list(judges),
+            workers=settings.workers,
+            timeout_s=settings.timeout_s,
+            memory_bytes=settings.memory_mb * 2**20,
+        )
         self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def submit(self, samples: Sequence[Sample]) -> "Future[Scores]":
+        """Has every sample scored while the caller does something else; batches are taken in order.
+
+        A reward that cannot be found, because its judgement times out, kills its worker, or its endpoint does not
+        answer, is NaN for that sample alone, and counted.
+
+        The future raises WorkerError where no worker could be started, and what a reward itself raised.
+        """
+        future: Future[Scores] = Future()
+        with self._lock:
+            if self._thread is None:
+                self._closing.clear()
+                self._thread = threading.Thread(target=self._serve, name="scorer", daemon=True)
+                self._thread.start()
+            self._queue.put((list(samples), future))
+        return future
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """Scores every sample.
-
-        A judgement that times out or kills its worker is NaN for that sample alone, and counted.
-
-        Raises:
-            WorkerError: no worker could be started.
-        """
-        parts = {name: [math.nan] * len(samples) for name in self._weights}
-        # The members of a group often give the same answer: each distinct judgement is made once.
-        asked: dict[tuple, list[tuple[str, int]]] = {}
-        for name, column in parts.items():
-            reward = REWARDS[name]
-            for index, sample in enumerate(samples):
-                outcome = (reward.triage or reward.score)(sample)
-                if isinstance(outcome, tuple):
-                    asked.setdefault((reward.judge, outcome), []).append((name, index))
-                else:
-                    column[index] = outcome
-        with self._lock:
-            verdicts = self._pool.run(list(asked))
-        counts = {TIMEOUT: 0, CRASH: 0}
-        for verdict, places in zip(verdicts, asked.values(), strict=True):
-            if verdict in counts:
-                counts[verdict] += len(places)
-                continue
-            for name, index in places:
-                parts[name][index] = verdict
-        return Scores(parts, self._total(parts, len(samples)), counts[TIMEOUT], counts[CRASH])
-
-    def _total(self, parts: Mapping[str, list[float]], count: int) -> list[float]:
-        weighted = [(weight, parts[name]) for name, weight in self._weights.items() if weight]
-        return [math.fsum(weight * column[index] for weight, column in weighted) for index in range(count)]
+        """The scores of `submit`, waited for."""
+        try:
+            return self.submit(samples).result()
+        except KeyboardInterrupt:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Ends the workers. Scoring again starts new ones."""
+        """Cancels what is under way and ends the workers. Scoring again starts new ones."""
         with self._lock:
+            if self._thread is not None:
+                self._closing.set()
+                self._pool.stop()
+                self._queue.put(None)
+                self._thread.join()
+                self._thread = None
             self._pool.close()
 
     def __enter__(self) -> "Scorer":
@@ -89,6 +95,95 @@ class Scorer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _serve(self) -> None:
+        while (item := self._queue.get()) is not None:
+            samples, future = item
+            if self._closing.is_set():
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._score_all(samples))
+            except Stopped:
+                future.set_exception(CancelledError("the scorer was closed"))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _score_all(self, samples: Sequence[Sample]) -> Scores:
+        parts = {name: [math.nan] * len(samples) for name in self._weights}
+        # The members of a group often give the same answer: each distinct judgement is made once.
+        asked: dict[Judgement, list[tuple[str, int]]] = {}
+        waiting: dict[tuple[str, Sample], list[tuple[str, int]]] = {}
+        for name in parts:
+            reward = REWARDS[name]
+            for index, sample in enumerate(samples):
+                if sample.kind not in reward.kinds:
+                    continue
+                if reward.waits:
+                    waiting.setdefault((name, sample), []).append((name, index))
+                    continue
+                outcome = self._score[name](sample)
+                if isinstance(outcome, Judgement):
+                    asked.setdefault(outcome, []).append((name, index))
+                else:
+                    parts[name][index] = outcome
+        answers = self._start_waiting(list(waiting))
+        verdicts = self._pool.run(list(asked))
+        counts: Counter[str] = Counter()
+        places = [*asked.values(), *waiting.values()]
+        for verdict, cells in zip([*verdicts, *answers()], places, strict=True):
+            if isinstance(verdict, str):
+                counts[verdict] += len(cells)
+                continue
+            for name, index in cells:
+                parts[name][index] = verdict
+        applies = {name: [sample.kind in REWARDS[name].kinds for sample in samples] for name in parts}
+        total = [
+            math.fsum(w * parts[name][index] for name, w in self._weights.items() if w and applies[name][index])
+            for index in range(len(samples))
+        ]
+        unscorable = {
+            name: sum(here and math.isnan(value) for here, value in zip(applies[name], column, strict=True))
+            for name, column in parts.items()
+        }
+        return Scores(parts, total, counts[TIMEOUT], counts[CRASH], counts[ENDPOINT], unscorable)
+
+    def _start_waiting(self, calls: Sequence[tuple[str, Sample]]) -> Callable[[], list[float | str]]:
+        """Starts what waits for a network, in daemon threads, and returns what waits for the results."""
+        results: list[float | str | BaseException | None] = [None] * len(calls)
+        places = deque(range(len(calls)))
+
+        def work() -> None:
+            while not self._closing.is_set():
+                try:
+                    index = places.popleft()
+                except IndexError:
+                    return
+                name, sample = calls[index]
+                try:
+                    results[index] = self._score[name](sample)
+                except EndpointError:
+                    results[index] = ENDPOINT
+                except BaseException as error:
+                    results[index] = error
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._threads, len(calls)))]
+        for thread in threads:
+            thread.start()
+
+        def collect() -> list[float | str]:
+            for thread in threads:
+                while thread.is_alive():
+                    if self._closing.is_set():
+                        raise Stopped
+                    thread.join(GLANCE_S)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            return results
+
+        return collect
 
 
 def _check_parts(parts: Mapping[str, float]) -> None:

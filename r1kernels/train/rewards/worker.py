@@ -1,8 +1,7 @@
 """The worker process: reads one judgement a line from stdin, writes one verdict a line.
 
-Run as a script with the parent's process id, the memory limit in bytes, the time limit in seconds and the
-judge modules to load. It never imports r1kernels itself (and so not torch): it loads the package around it
-under a name of its own.
+Run as a script with the parent's process id, the memory limit in bytes and the judges to load first. It never imports
+r1kernels itself (and so not torch): it loads the package around it under a name of its own.
 """
 
 import os
@@ -19,6 +18,7 @@ import resource  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 PACKAGE = "r1kernels_rewards"
@@ -28,7 +28,7 @@ ROOM = 64 * 2**20
 
 
 def main() -> None:
-    parent, memory, timeout = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    parent, memory = int(sys.argv[1]), int(sys.argv[2])
     # Ctrl-C is the parent's to handle; it ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
@@ -38,7 +38,8 @@ def main() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        judges = _load(sys.argv[4:])
+        _load_package()
+        judges = {name: _load(name) for name in sys.argv[3:]}
         idle, _ = _address_space()
         if memory - idle < ROOM:
             raise MemoryError(f"the idle worker takes {idle} bytes and needs {ROOM} more")
@@ -47,9 +48,11 @@ def main() -> None:
         return
     verdicts.write(json.dumps({"ready": True}) + "\n")
     for line in os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass", newline="\n"):
-        name, arguments = json.loads(line)
+        name, arguments, timeout = json.loads(line)
         _limit_cpu(timeout)
         try:
+            if name not in judges:
+                judges[name] = _load(name)
             value = float(judges[name](*arguments))
         except MemoryError:
             # The heap is in an unknown state: let a fresh process take the next one.
@@ -67,17 +70,17 @@ def main() -> None:
             return
 
 
-def _load(names: list[str]) -> dict:
-    """Loads this package on its own and returns its judges, by "module:function"."""
+def _load_package() -> None:
     here = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(PACKAGE, here / "__init__.py", submodule_search_locations=[str(here)])
     sys.modules[PACKAGE] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
-    judges = {}
-    for name in names:
-        module, _, function = name.partition(":")
-        judges[name] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
-    return judges
+
+
+def _load(name: str) -> Callable[..., float]:
+    """The judge "module:function" of this package."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
 
 
 def _leave_with(parent: int) -> None:

@@ -6,10 +6,10 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from r1kernels.train.config import CorpusConfig
 from r1kernels.train.data import Problem
 from r1kernels.train.randomness import python_generator
 from r1kernels.train.schema import ConfigError
+from r1kernels.train.tiny.settings import CorpusConfig
 from r1kernels.train.tiny.splits import Split, split_of
 
 # Of the smallest range of terms, one draw in some tens hits a split.
@@ -74,15 +74,14 @@ def miss(rng: random.Random, number: int) -> int:
     return next(other for other in iter(lambda: number + rng.choice(_ERRORS), None) if other >= 0)
 
 
-# plus, is, check, wrong: as many words in one script as in the other.
+# plus, is, check, wrong: as many words in one language as in the other.
 _WORDS = {"en": ("plus ", " is ", ", check", ", wrong, "), "zh": ("加", "得", ",查", ",错,")}
 
 
 def work_out(rng: random.Random, terms: list[int], corpus: CorpusConfig) -> tuple[str, int]:
-    """One addition a line; the text and its result.
+    """One addition a line, in one language or the other; the text and its result.
 
-    A line is in English or in Chinese, wrong with probability `slip`, and checked with probability `check`, after
-    which no slip remains. A line that stutters comes twice or more.
+    An addition may slip, and forget its carry. If it is checked, that is seen, said and put right.
     """
     total, lines = terms[0], []
     language = "zh" if rng.random() < corpus.chinese else "en"
@@ -90,16 +89,15 @@ def work_out(rng: random.Random, terms: list[int], corpus: CorpusConfig) -> tupl
         if lines and rng.random() < corpus.switch:
             language = "zh" if language == "en" else "en"
         plus, equals, check, wrong = _WORDS[language]
+        start = "" if lines else f"{total} " if language == "en" else f"{total}"
         result = right = total + term
-        if total % 10 + term >= 10 and rng.random() < corpus.slip * (corpus.care if language == "zh" else 1.0):
-            result = right - 10
-        line = f"{plus}{term}{equals}{result}"
-        if not lines:
-            line = f"{total}{line}" if language == "zh" else f"{total} {line}"
+        if total % 10 + term >= 10 and rng.random() < corpus.slip * (corpus.care if language == "zh" else 1):
+            result -= 10
+        line = f"{start}{plus}{term}{equals}{result}"
         if rng.random() < corpus.check:
-            line += check + (f"{wrong}{right}" if result != right else "")
+            line += check if result == right else f"{check}{wrong}{right}"
             result = right
-        lines += [line] * (rng.randint(2, 4) if rng.random() < corpus.stutter else 1)
+        lines += [line] * (2 if rng.random() < corpus.stutter else 1)
         total = result
     return "\n".join(lines), total
 
