@@ -25,13 +25,13 @@ class LengthStep:
 class SamplerConfig:
     """`transformers` samples in this process; `vllm` asks a server at `url`, which reads weights from `weights_dir`.
 
-    `model`: the name it is served under, if there are several; `requests`: how many are under way at once.
+    `served_name`: of the model there, if there are several; `requests`: how many are under way at once.
     """
 
     kind: Literal["transformers", "vllm"] = "transformers"
     url: str | None = None
     weights_dir: str | None = None
-    model: str | None = None
+    served_name: str | None = None
     requests: int = 64
     timeout_s: float = 3600.0
 
