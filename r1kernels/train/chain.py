@@ -6,12 +6,14 @@ and so is what depends on it, if its output differs. What it replaces is moved t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import graphlib
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,11 @@ from r1kernels.train.stage import SELECTED, Stage, model_dir
 from r1kernels.train.stages import KINDS, stage_module
 
 MANIFEST, SUPERSEDED, FORMAT = "manifest.json", "superseded", 1
+_RECORD = ("kind", "status", "config", "hashes", "output", "summary", "seconds", "evaluation")  # of a stage
 # Modules that show results and compute none, so that a change of them makes no stage stale.
-_SHOWS = ("cli", "columns", "console", "curves", "report", "report_html", "trackers", "watch")
+_SHOWS = (
+    "cli", "columns", "console", "curves", "follow", "record", "report", "report_html", "tables", "trackers", "watch"
+)
 # Files up to this size are hashed whole; of larger ones of a model from elsewhere, name, size and time of change count.
 _WHOLE = 2**24
 
@@ -82,6 +87,10 @@ def read_manifest(run_dir: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("stages"), dict):
         raise ConfigError(f"{path} is damaged or of another version, expected format {FORMAT} with 'stages'")
+    for name, record in content["stages"].items():
+        missing = [key for key in _RECORD if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise ConfigError(f"{path} is damaged: the record of stage '{name}' has no '{missing[0]}'")
     return content["stages"]
 
 
@@ -99,7 +108,7 @@ class Chain:
         if start is not None and start not in self.order:
             raise ConfigError(f"--from {start!r}: no such stage, expected one of {', '.join(self.order)}")
         self.records = read_manifest(self.run_dir)
-        self.forced = {start} if start else set()
+        self.start, self.forced = start, {start} if start else set()
         for name in self.order:
             if self.forced & self._needs(name):
                 self.forced.add(name)
@@ -131,14 +140,20 @@ class Chain:
                 except BaseException:
                     console.say(f"stage '{name}' did not finish; what it has done so far is in {self.run_dir / name}")
                     raise
+            elif self.trust_code:
+                self.records[name]["hashes"]["code"] = code_hash()
+                self._write()
             self._evaluate(name, console, interrupt)
 
     def _run(self, name: str, plan: Plan, console: Console, interrupt: Interrupt) -> None:
         config, started = self.recipe.stage(name), time.monotonic()
         directory = self.run_dir / name
-        if plan.action in ("run", "rerun") and directory.exists():
-            self._supersede(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            if plan.action in ("run", "rerun") and directory.exists():
+                self._supersede(directory)
+            directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be made: {error.strerror}; what was there stands") from error
         spent = self.records[name]["seconds"] if plan.action == "continue" else 0.0
         record = {
             "kind": config.kind, "status": "running", "config": self._settings(name), "hashes": self._hashes(name),
@@ -150,13 +165,18 @@ class Chain:
         stage = Stage(self.recipe, config, directory, console, interrupt, before=self._before(config))
         try:
             summary = stage_module(config.kind).run(stage)
-        finally:
+        except BaseException:
             record["seconds"] = spent + time.monotonic() - started
-            self._write()
+            with contextlib.suppress(ConfigError):  # what ended the stage is to be said, not what followed from it
+                self._write()
+            raise
         evaluation = summary.pop("evaluation", None)
-        if evaluation:  # the stage measured its last model already
+        if evaluation and plan.action != "continue":  # measured by the stage itself, with the settings of now
             record["evaluation"] = {**evaluation, "settings": self._measured_with()}
-        record |= {"status": "finished", "summary": summary, "output": self._output(name, summary)}
+        record |= {
+            "status": "finished", "summary": summary, "output": self._output(name, summary),
+            "seconds": spent + time.monotonic() - started,
+        }
         self.forced.discard(name)
         self._write()
 
@@ -168,10 +188,10 @@ class Chain:
         if record["evaluation"] and record["evaluation"]["settings"] == self._measured_with():
             return
         console.phase(f"{name}: evaluating")
-        path = model_dir(self.recipe, self.run_dir, name)
-        record["evaluation"] = {
-            **evaluate_model(self.recipe, path, interrupt).as_dict(), "settings": self._measured_with()
-        }
+        path, started = model_dir(self.recipe, self.run_dir, name), time.monotonic()
+        evaluation = evaluate_model(self.recipe, path, interrupt).as_dict()
+        seconds = time.monotonic() - started
+        record["evaluation"] = {**evaluation, "settings": self._measured_with(), "seconds": seconds}
         self._write()
         console.evaluation(name, record["evaluation"])
 
@@ -180,7 +200,7 @@ class Chain:
         data = self.recipe.eval_problems
         return _digest([
             {**as_dict(self.recipe.eval), "every": None}, self._shared(data, True),
-            {key: _file_hash(path) for key, path in data_files(self.recipe, set(data)).items()},
+            self._data_hashes(data, "test_path"),
         ])
 
     def _before(self, config: Any) -> dict[str, Any] | None:
@@ -192,9 +212,9 @@ class Chain:
         if record is None:
             return Plan(name, "run", "new")
         waits = sorted(self._needs(name) & stale)
-        why = [f"asked for by --from {name}" if not waits else ""] if name in self.forced else []
+        why = [f"asked for by --from {self.start}"] if name in self.forced else []
         config = self.recipe.stage(name)
-        grows, now = getattr(config, "GROWS", ()), self._settings(name)
+        grows, now = getattr(config, "grows", ()), self._settings(name)
         changed = differences(record["config"], now)
         grown = [item for item in changed if item.partition(":")[0] in {f"stage.{key}" for key in grows}]
         more = all(now["stage"][key] >= record["config"]["stage"].get(key, 0) for key in grows)
@@ -208,7 +228,6 @@ class Chain:
             f"the output of {key} changed" for key, value in hashes["inputs"].items()
             if key not in stale and record["hashes"]["inputs"].get(key) != value
         ]
-        why = [item for item in why if item]
         if why:
             return Plan(name, "rerun", "; ".join(why))
         if record["status"] != "finished":
@@ -226,7 +245,8 @@ class Chain:
         """All settings that a stage's result depends on."""
         config = self.recipe.stage(name)
         data = {other for _, other in references(config)} & set(self.recipe.data)
-        scored = hasattr(config, "rewards")
+        judged = getattr(config, "pairs", None) in {stage.name for stage in self.recipe.stages}
+        scored = hasattr(config, "rewards") or judged
         return {"stage": as_dict(config)} | self._shared(data, scored)
 
     def _shared(self, data: Any, scored: bool) -> dict[str, Any]:
@@ -234,7 +254,8 @@ class Chain:
         scoring = {key: value for key, value in recipe["scoring"].items() if key != "workers"}
         return {
             **{key: recipe[key] for key in ("seed", "template", "open_think")},
-            "data": {key: recipe["data"][key] for key in sorted(data)},
+            # Files count by what they hold, wherever they lie.
+            "data": {key: {**recipe["data"][key], "path": None, "test_path": None} for key in sorted(data)},
             "scoring": scoring if scored else None,
         }
 
@@ -244,9 +265,13 @@ class Chain:
         return {
             "config": _digest(self._settings(name)),
             "code": code_hash(),
-            "data": {key: _file_hash(path) for key, path in data_files(self.recipe, data).items()},
+            "data": self._data_hashes(data, "test_path" if config.kind == "evaluate" else "path"),
             "inputs": {key: (self.records.get(key) or {}).get("output") for key in sorted(self._needs(name))},
         }
+
+    def _data_hashes(self, names: Iterable[str], key: str) -> dict[str, str]:
+        files = data_files(self.recipe, set(names))
+        return {name: _file_hash(path) for name, path in files.items() if name.endswith(f".{key}")}
 
     def _stands(self, name: str) -> bool:
         record = self.records[name]
@@ -276,20 +301,22 @@ class Chain:
     def _supersede(self, directory: Path) -> None:
         shelf = self.run_dir / SUPERSEDED
         shelf.mkdir(exist_ok=True)
-        count = sum(entry.name.rpartition("-")[0] == directory.name for entry in shelf.iterdir())
-        directory.rename(shelf / f"{directory.name}-{count + 1}")
+        parts = [entry.name.rpartition("-") for entry in shelf.iterdir()]
+        taken = [int(number) for name, _, number in parts if name == directory.name and number.isdecimal()]
+        directory.rename(shelf / f"{directory.name}-{max(taken, default=0) + 1}")
 
     def _write(self) -> None:
-        content = {"format": FORMAT, "name": self.run_dir.name, "order": self.order, "stages": self.records}
+        content = {"format": FORMAT, "name": self.run_dir.absolute().name, "order": self.order, "stages": self.records}
         write_atomically(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @functools.cache
 def code_hash() -> str:
-    """Of the sources of r1kernels that compute, and the versions of the libraries that compute."""
+    """Of the sources of r1kernels that compute, its compiled kernels, and the versions of the libraries."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(
-        path for path in root.rglob("*.py") if not (path.parent.name == "train" and path.stem in _SHOWS)
+        path for pattern in ("*.py", "_C*.so") for path in root.rglob(pattern)
+        if not (path.parent.name == "train" and path.stem in _SHOWS)
     )
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "math-verify")}
     return _digest({path.relative_to(root).as_posix(): _file_hash(path) for path in files} | versions)

@@ -126,7 +126,8 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def _load(path: Path) -> Checkpoint:
+def verify_checkpoint(path: Path) -> None:
+    """Raises CheckpointError, naming the file, unless every file is what was written."""
     for name, size, digest in _manifest_entries(path):
         file = path / name
         try:
@@ -137,6 +138,10 @@ def _load(path: Path) -> Checkpoint:
                 raise CheckpointError(f"damaged checkpoint: {file} does not match the SHA-256 in its manifest")
         except OSError as error:
             raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
+
+
+def _load(path: Path) -> Checkpoint:
+    verify_checkpoint(path)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

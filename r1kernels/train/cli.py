@@ -104,6 +104,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from r1kernels.train.data import DataError
     from r1kernels.train.grpo import TrainingError
     from r1kernels.train.rewards import WorkerError
+    from r1kernels.train.rewards.sandbox import SandboxError
     from r1kernels.train.schema import ConfigError
+    from r1kernels.train.vllm import VLLMError
 
-    return CheckpointError, ConfigError, DataError, TrainingError, WorkerError
+    return CheckpointError, ConfigError, DataError, SandboxError, TrainingError, VLLMError, WorkerError

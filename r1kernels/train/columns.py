@@ -28,8 +28,8 @@ ALL_COLUMNS: dict[str, Column] = {
     "step": COLUMNS["step"],
     "loss": ("loss", "{:.4f}"),
     "right": ("accuracy", "{:.1%}"),
-    "lang.": ("reward_language", "{:.2f}"),
     **COLUMNS,
+    "lang.": ("reward_language", "{:.2f}"),
 }
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -20,8 +20,9 @@ from r1kernels.train.rewards.settings import ScoringConfig
 from r1kernels.train.schema import ConfigError, Scalar, build, check_ranges, override_key, read_yaml
 from r1kernels.train.stages import KINDS, stage_module
 
-# Names of data sets and stages are names of directories too.
+# Names of stages are names of directories too, beside the other files of a run.
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+RUN_FILES = ("config.yaml", "manifest.json", "superseded", "report.md", "report.html", "curves.png", "tensorboard")
 # Keys of a stage, at any depth, whose values name other things of the recipe, and what they may name.
 REFERENCES: dict[str, tuple[str, ...]] = {
     "model": ("model",), "teacher": ("model",), "preference.model": ("scores",), "problems": ("data",),
@@ -159,7 +160,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {values!r:.40}, expected a mapping with the keys of a recipe")
     for override in overrides:
-        override_key(values, override)
+        values = override_key(values, override)
     try:
         stages = _build_stages(values.pop("stages", None))
         recipe = dataclasses.replace(build(Recipe, {**values, "stages": []}), stages=stages)
@@ -231,7 +232,10 @@ def _check(recipe: Recipe) -> None:
             f"'device' is {recipe.device!r}, expected the name of a device, such as cpu, cuda or cuda:1"
         ) from None
     for name, data in recipe.data.items():
-        _check_data(name, data)
+        try:
+            _check_data(data)
+        except ConfigError as error:
+            raise ConfigError(f"data set '{name}': {error}") from None
     _check_names(recipe)
     for name in recipe.eval.problems:
         if name not in recipe.data or not recipe.data[name].has_test:
@@ -254,6 +258,8 @@ def _check_names(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if stage.name in kinds:
             raise ConfigError(f"the name '{stage.name}' is given twice, expected one for each data set and stage")
+        if stage.name in RUN_FILES:
+            raise ConfigError(f"the name '{stage.name}' of a stage is that of a file of a run, expected another")
         kinds[stage.name] = KINDS[stage.kind]
     for stage in recipe.stages:
         for key, name in references(stage):
@@ -264,13 +270,13 @@ def _check_names(recipe: Recipe) -> None:
                 raise ConfigError(f"stage '{stage.name}': '{key}' names {name!r}, expected {what} ({known})")
 
 
-def _check_data(name: str, data: DataConfig) -> None:
+def _check_data(data: DataConfig) -> None:
     check_ranges(data, at_least_1=("train_size",))
     if not data.generated and data.path is None and data.test_path is None:
-        raise ConfigError(f"'data.{name}.path' is missing, expected a file with kind '{data.kind}'")
+        raise ConfigError(f"'path' is missing, expected a file with kind '{data.kind}'")
     if data.kind == "arithmetic" and not 2 <= data.min_terms <= data.max_terms:
         raise ConfigError(
-            f"'data.{name}': min_terms and max_terms are {data.min_terms} and {data.max_terms}, expected "
+            f"'min_terms' and 'max_terms' are {data.min_terms} and {data.max_terms}, expected "
             "2 <= min_terms <= max_terms"
         )
 

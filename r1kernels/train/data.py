@@ -107,6 +107,8 @@ def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]
         kind = row.get("kind", "math")
         if kind not in get_args(Kind):
             raise DataError(f"{where}: 'kind' is {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
+        if kind == "code" and isinstance(row.get("answer"), dict):
+            row["answer"] = json.dumps(row["answer"], ensure_ascii=False)
         answer = "" if kind == "open" else _text(row, "answer", where)
         problems.append(Problem(
             str(row.get("id", f"{Path(path).stem}-{number}")), row["question"].strip(), answer.strip(), kind,
@@ -132,6 +134,11 @@ def read_selected(path: str | PathLike[str]) -> list[Demonstration]:
     ]
 
 
+def response_of(row: dict[str, Any], where: str) -> str:
+    """The response of an object of a file for SFT: "response", or "completion" as a stage of kind reject calls it."""
+    return _text(row, "completion" if "completion" in row and "response" not in row else "response", where)
+
+
 def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """The objects of a JSONL file that all have some strings: (line number, "file, line n", object).
 
@@ -154,7 +161,7 @@ def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int
 def _row(line: bytes, keys: tuple[str, ...], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")

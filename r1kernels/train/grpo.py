@@ -35,10 +35,11 @@ from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.preferences import Preferences
 from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Scores
-from r1kernels.train.rollout import Completions, Sampler, Sampling, TransformersSampler
+from r1kernels.train.rollout import Completions, Sampler, Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage
 from r1kernels.train.steplog import StepLog
 from r1kernels.train.update import Rollout, minibatch_gradient, rollout_logprobs
+from r1kernels.train.vllm import VLLMSampler
 
 # With the log-probs of the rollout just recomputed in the same batches, only unordered sums can differ.
 RATIO_TOLERANCE = 1e-2
@@ -73,8 +74,8 @@ class GRPOTrainer:
         }
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.interrupt.check)
-        self.sampler: Sampler = self.local_sampler
-        self.preferences = Preferences(stage, self.settings)
+        self.sampler = self._make_sampler()
+        self.preferences = Preferences(stage, self.settings, self.template)
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(model).requires_grad_(False) if self.objective.kl_coef else None
@@ -106,7 +107,7 @@ class GRPOTrainer:
                     if self.rollout is None:
                         self._evaluate_if_due()
                         self._roll_out()
-                    while self.minibatch < settings.minibatches:
+                    while self.minibatch < settings.updates:
                         self._update()
                     self._finish_step()
                 self._evaluate_if_due()
@@ -117,6 +118,16 @@ class GRPOTrainer:
             self.log.write({"step": self.step, **self.measured, "seconds_total": self.seconds})
             self.log.examples(self.step, self.examples)
         return {"steps": self.step, "questions": sum(self.cursors.values()), "evaluation": self.evaluation}
+
+    def _make_sampler(self) -> Sampler:
+        settings = self.settings.sampler
+        if settings.kind == "transformers":
+            return self.local_sampler
+        return VLLMSampler(
+            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=settings.served_name,
+            weights_dir=settings.weights_dir, device=self.model.device, requests=settings.requests,
+            timeout_s=settings.timeout_s, check=self.interrupt.check,
+        )
 
     # ---- what other algorithms change ---
 
@@ -183,6 +194,7 @@ class GRPOTrainer:
         due = self.step % self.stage.recipe.eval.every == 0 or last
         if not due or "pass_at_1" in self.measured:
             return
+        started = time.monotonic()
         if self.step == 0 and self.stage.before:
             evaluation = self.stage.before
         else:
@@ -193,6 +205,7 @@ class GRPOTrainer:
                     template=self.template, seed=self.seed,
                 ).as_dict()
         self.measured = {new: evaluation[old] for old, new in MEASURED.items()}
+        self.measured["seconds_evaluation"] = time.monotonic() - started
         self.examples, self.evaluation = evaluation["examples"], evaluation
 
     def _questions(self) -> list[Problem]:
@@ -212,12 +225,12 @@ class GRPOTrainer:
         """Completions and their scores, which are made while others are still sampled."""
         settings, limit = self.settings, self.settings.limit(self.step)
         prompts = [self.template.render(problem.question) for problem in problems]
-        pending: list[tuple[int, Future[Scores]]] = []
+        pending: list[tuple[list[int], Future[Scores]]] = []
 
-        def submit(first: int, texts: list[str], lengths: list[int]) -> None:
-            pending.append((first, self.scorer.submit([
-                make_sample(problems[first + i], prompts[first + i], text, tokens=length, limit=limit)
-                for i, (text, length) in enumerate(zip(texts, lengths, strict=True))
+        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
+            pending.append((rows, self.scorer.submit([
+                make_sample(problems[row], prompts[row], text, tokens=length, limit=limit)
+                for row, text, length in zip(rows, texts, lengths, strict=True)
             ])))
 
         with torch_seeded(self.seed, self.settings.name, "rollout", self.step):
@@ -227,7 +240,7 @@ class GRPOTrainer:
                 on_batch=submit,
             )
         self._sampled = time.monotonic()
-        return completions, Scores.joined([future.result() for _, future in sorted(pending, key=lambda item: item[0])])
+        return completions, Scores.joined([future.result() for _, future in pending], [rows for rows, _ in pending])
 
     def _roll_out(self) -> None:
         """Samples and scores this step's completions, and fixes what its updates are measured against."""
@@ -264,10 +277,10 @@ class GRPOTrainer:
         weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
         rollout = dataclasses.replace(rollout, importance_weights=weights)
         self.rollout = dataclasses.replace(rollout, advantages=self.advantages(rewards[chosen], rollout))
-        parts = {**scores.parts, **preference.parts}
+        parts, known = {**scores.parts, **preference.parts}, rewards[~rewards.isnan()]
         measured = {
             "reward": rewards.nanmean().item(),
-            "reward_std": rewards[~rewards.isnan()].std().item(),
+            "reward_std": known.std().item() if len(known) > 1 else math.nan,
             **{f"reward_{name}": torch.tensor(part).nanmean().item() for name, part in parts.items()},
             "length": completions.lengths.float().mean().item(),
             "limit": settings.limit(self.step),
@@ -311,29 +324,30 @@ class GRPOTrainer:
         rows = torch.arange(rewards.numel()).view(groups.shape)[chosen].flatten()
         return rows, flat.double().mean().item()
 
-    def _minibatches(self) -> list[list[Tensor]]:
-        """Rows of each minibatch of this step, as micro-batches."""
+    def _minibatches(self, epoch: int = 0) -> list[list[Tensor]]:
+        """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
         count = self.settings.questions * self.settings.group_size
-        order = torch.tensor(permutation(count, self.seed, "minibatches", self.step))
+        order = torch.tensor(permutation(count, self.seed, "minibatches", self.step, epoch))
         size = self.settings.micro_batch_size or count
         return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
 
     def _update(self) -> None:
         """One optimiser step, on the next minibatch of the rollout."""
         started, settings = time.monotonic(), self.settings
-        self._phase(f"update {self.minibatch + 1}/{settings.minibatches}")
+        self._phase(f"update {self.minibatch + 1}/{settings.updates}")
+        epoch, place = divmod(self.minibatch, settings.minibatches)
         self.optimizer.zero_grad()
-        metrics = self.gradient(self._minibatches()[self.minibatch])
+        metrics = self.gradient(self._minibatches(epoch)[place])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
         self._check_update(metrics, norm)
-        done = self.step * settings.minibatches + self.minibatch + 1
+        done = self.step * settings.updates + self.minibatch + 1
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
         self.optimizer.step()
         self.updates.append({**metrics, "grad_norm": norm, "seconds_updates": time.monotonic() - started})
         self.minibatch += 1
         every = self.stage.recipe.checkpoint.every_updates
-        if every and done % every == 0 and self.minibatch < settings.minibatches:
+        if every and done % every == 0 and self.minibatch < settings.updates:
             self.save()
 
     def _check_update(self, metrics: dict[str, float], norm: float) -> None:

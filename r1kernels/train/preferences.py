@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r1kernels.train.data import Problem
-from r1kernels.train.reward_model import RewardModel
+from r1kernels.train.prompt import Template
+from r1kernels.train.reward_model import RewardModel, whole_response
 from r1kernels.train.stage import Stage
 
 
@@ -26,8 +27,8 @@ class PreferenceScores:
 class Preferences:
     """The reward models that `preference` of a stage names; each is loaded when it first counts."""
 
-    def __init__(self, stage: Stage, settings: Any) -> None:
-        self._stage, self._settings = stage, settings
+    def __init__(self, stage: Stage, settings: Any, template: Template) -> None:
+        self._stage, self._settings, self._template = stage, settings, template
         self._models: dict[str, RewardModel] = {}
 
     def apply(self, step: int) -> bool:
@@ -44,7 +45,12 @@ class Preferences:
             if item.model not in self._models:
                 path, device = self._stage.model_dir(item.model), self._stage.recipe.device
                 self._models[item.model] = RewardModel(path, template=self._stage.recipe.template, device=device)
-            scores = self._models[item.model].score([problems[i].question for i in rows], [texts[i] for i in rows])
+            questions = [problems[i].question for i in rows]
+            responses = [
+                whole_response(self._template.render(question), texts[i])
+                for i, question in zip(rows, questions, strict=True)
+            ]
+            scores = self._models[item.model].score(questions, responses)
             parts[item.model] = [math.nan] * len(texts)
             for index, score in zip(rows, scores, strict=True):
                 parts[item.model][index] = score

@@ -16,9 +16,11 @@ from r1kernels.train.data import (
     load_jsonl,
     load_math,
     load_pairs_jsonl,
+    response_of,
     rows,
 )
 from r1kernels.train.prompt import Template
+from r1kernels.train.rewards.tags import THINK, prompt_opens_think
 from r1kernels.train.schema import ConfigError
 
 
@@ -39,7 +41,10 @@ def load_problems(recipe: Recipe, name: str, split: Literal["train", "test"]) ->
         return _read(data, _path(data, name, "path"))
     held_out = _read(data, _path(data, name, "test_path"))[:wanted]
     if data.path is not None:
-        asked = {problem.question for problem in _read(data, data.path)}
+        if data.kind == "jsonl":  # whose other file may be one for SFT or of preferences, without answers
+            asked = {row["question"].strip() for _, _, row in rows(_path(data, name, "path"), ("question",))}
+        else:
+            asked = {problem.question for problem in _read(data, _path(data, name, "path"))}
         if any(problem.question in asked for problem in held_out):
             raise ConfigError(
                 f"'data.{name}.test_path' {data.test_path!r} shares questions with its path {data.path!r}, "
@@ -50,18 +55,23 @@ def load_problems(recipe: Recipe, name: str, split: Literal["train", "test"]) ->
 
 def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[Demonstration]:
     """Questions with responses, for SFT."""
+    demonstrations = []
+    for index, (question, response) in enumerate(_responses(recipe, name)):
+        prompt = template.render(question)
+        if prompt_opens_think(prompt):
+            response = response.lstrip().removeprefix(THINK)
+        demonstrations.append(Demonstration(f"{name}-{index}", prompt, response))
+    return demonstrations
+
+
+def _responses(recipe: Recipe, name: str) -> list[tuple[str, str]]:
     data = recipe.data[name]
     if data.kind == "greetings":
-        found = tiny.greeting_demonstrations(data.train_size, recipe.seed)
-    elif data.kind == "jsonl":
-        lines = rows(_path(data, name, "path"), ("question", "response"))
-        found = [(row["question"], row["response"]) for _, _, row in lines]
-    else:
-        raise ConfigError(f"'samples' names the data set {name!r} of kind '{data.kind}', which has no responses")
-    return [
-        Demonstration(f"{name}-{index}", template.render(question), response)
-        for index, (question, response) in enumerate(found)
-    ]
+        return tiny.greeting_demonstrations(data.train_size, recipe.seed)
+    if data.kind == "jsonl":
+        lines = rows(_path(data, name, "path"), ("question",))
+        return [(row["question"], response_of(row, where)) for _, where, row in lines]
+    raise ConfigError(f"'samples' names the data set {name!r} of kind '{data.kind}', which has no responses")
 
 
 def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
@@ -77,8 +87,8 @@ def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
     raise ConfigError(f"'pairs' names the data set {name!r} of kind '{data.kind}', which has no preferences")
 
 
-def check_data(recipe: Recipe) -> None:
-    """Reads all that stages will ask for, so that what is wrong shows before any work.
+def check_data(recipe: Recipe) -> set[str]:
+    """Reads all that stages will ask for, so that what is wrong shows before any work; returns the kinds of problems.
 
     Raises:
         ConfigError, DataError: as the functions above.
@@ -86,17 +96,18 @@ def check_data(recipe: Recipe) -> None:
     readers = {
         "problems": lambda name: load_problems(recipe, name, "train"),
         "pairs": lambda name: load_pairs(recipe, name),
+        "samples": lambda name: _responses(recipe, name),
     }
+    found = []
     for stage in recipe.stages:
         for key, name in references(stage):
-            if name not in recipe.data or stage.kind == "evaluate":
-                continue
-            if key in readers:
-                readers[key](name)
-            elif recipe.data[name].kind == "jsonl":
-                list(rows(_path(recipe.data[name], name, "path"), ("question", "response")))
+            if stage.kind == "evaluate" and key == "problems":
+                found += load_problems(recipe, name, "test")
+            elif name in recipe.data:
+                found += readers[key](name) or []
     for name in recipe.eval_problems:
-        load_problems(recipe, name, "test")
+        found += load_problems(recipe, name, "test")
+    return {problem.kind for problem in found if isinstance(problem, Problem)}
 
 
 def data_files(recipe: Recipe, names: set[str]) -> dict[str, Path]:

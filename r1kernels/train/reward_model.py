@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from r1kernels.train.loading import load_tokenizer
+from r1kernels.train.loading import load_tokenizer, settle
 from r1kernels.train.prompt import Template
 from r1kernels.train.rewards.tags import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.schema import ConfigError
@@ -64,7 +64,7 @@ def new_reward_model(
         head_of_scores(model).weight.zero_()
     model.config.pad_token_id = tokenizer.pad_token_id
     setattr(model.config, TARGET, target)
-    return model.to(device).eval()
+    return settle(model.to(device)).eval()
 
 
 def head_of_scores(model: PreTrainedModel) -> torch.nn.Linear:
@@ -81,7 +81,7 @@ def load_reward_model(path: str | Path, *, device: str = "cpu") -> PreTrainedMod
     """The model for sequence classification in a directory, which must have one label."""
     model = _load(path)
     head_of_scores(model)
-    return model.to(device).eval()
+    return settle(model.to(device)).eval()
 
 
 def _load(path: str | Path, **options: int) -> PreTrainedModel:

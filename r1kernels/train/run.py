@@ -14,14 +14,17 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from r1kernels.train.chain import Chain, dependencies, order, read_manifest
+from r1kernels.train.checkpoint import MODEL
 from r1kernels.train.config import Recipe, load_recipe
 from r1kernels.train.console import Console
 from r1kernels.train.evaluate import PARTS, evaluate_model
 from r1kernels.train.interrupt import Interrupt, Interrupted
-from r1kernels.train.loading import check_device
+from r1kernels.train.loading import check_device, load_tokenizer
 from r1kernels.train.problems import check_data
+from r1kernels.train.prompt import Template
 from r1kernels.train.report import write_report
-from r1kernels.train.rundir import CONFIG, check_run_dir, claim
+from r1kernels.train.rewards.sandbox import choose as choose_sandbox
+from r1kernels.train.rundir import CONFIG, absolute_inputs, check_run_dir, claim
 from r1kernels.train.schema import ConfigError
 from r1kernels.train.stage import make_scorer, model_dir
 from r1kernels.train.stages import KINDS
@@ -42,9 +45,12 @@ def train(
     """Runs a recipe; returns the exit status: 0, or 130 when interrupted."""
     started = time.monotonic()
     _prepare(recipe)
-    check_run_dir(recipe)
+    check_run_dir(recipe, overwrite=overwrite)
+    recipe = absolute_inputs(recipe)
     order(recipe)
-    check_data(recipe)
+    if "code" in check_data(recipe):
+        choose_sandbox(recipe.scoring.sandbox)
+    _check_models(recipe)
     _check_rewards(recipe)
     check_trackers(recipe.trackers)
     if dry_run:
@@ -73,6 +79,13 @@ def _show_plan(recipe: Recipe, start: str | None, overwrite: bool, trust_code: b
     return 0
 
 
+def _check_models(recipe: Recipe) -> None:
+    """That models from elsewhere are there and can be asked in the template of the run."""
+    for stage in recipe.stages:
+        if stage.kind == "model":
+            Template(recipe.template, load_tokenizer(stage.path), open_think=recipe.open_think)
+
+
 def _check_rewards(recipe: Recipe) -> None:
     """That every reward can be computed here: its package is installed, and its settings are there."""
     for parts in (PARTS, *(stage.rewards for stage in recipe.stages if getattr(stage, "rewards", None))):
@@ -83,8 +96,9 @@ def _conclude(recipe: Recipe, seconds: float) -> None:
     """Writes the report, and says what came out, where it is and what can be done with it."""
     run_dir = Path(recipe.run_dir)
     files = write_report(run_dir)
-    for name, record in read_manifest(run_dir).items():
-        evaluation = record["evaluation"]
+    records = read_manifest(run_dir)
+    for name in order(recipe):
+        evaluation = records[name]["evaluation"]
         if evaluation:
             print(f"{name:20} pass@1 {_percent(evaluation, 'pass_at_1')}, cons@{evaluation['k']} "
                   f"{_percent(evaluation, 'cons_at_k')}, length {evaluation['length']:.1f} tokens")
@@ -121,12 +135,15 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
         raise ConfigError(f"{path} is neither a run nor a stage of one: no {CONFIG} in it or above it")
     recipe = load_recipe(run_dir / CONFIG, overrides)
     _prepare(recipe)
-    if (path / "model").is_dir():
-        model = path / "model"
+    if (path / MODEL / "config.json").is_file():
+        model = path / MODEL
     else:
         names = [name for name in order(recipe) if KINDS[recipe.stage(name).kind] == "model"]
         records = read_manifest(run_dir)
-        name = path.name if path.name in names else next((n for n in reversed(names) if n in records), names[-1])
+        done = [name for name in names if name in records]
+        name = path.name if path != run_dir else done[-1] if done else names[-1]
+        if name not in names:
+            raise ConfigError(f"{path} is no stage with a model, expected one of {', '.join(names)} in {run_dir}")
         model = model_dir(recipe, run_dir, name)
     with Interrupt() as interrupt:
         result = evaluate_model(recipe, model, interrupt).as_dict()
@@ -134,7 +151,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
         f"{model}\npass@1 {_percent(result, 'pass_at_1')}, cons@{result['k']} {_percent(result, 'cons_at_k')} "
         f"(± standard error; {result['questions']} questions x {result['k']} samples, T {result['temperature']}, "
         f"top-p {result['top_p']}, prompts {result['prompt_hash']})\n"
-        f"length {result['length']:.1f} tokens, cut off {result['truncated']:.1%}, format {result['format']:.1%}, "
+        f"length {result['length']:.1f} tokens, cut off {result['truncated']:.1%}, format {result['format'] or 0:.1%}, "
         f"language {_percent(result, 'language')}, unscorable {result['unscorable']}"
     )
     return 0

@@ -6,20 +6,23 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from r1kernels.train.chain import MANIFEST, SUPERSEDED, read_manifest
-from r1kernels.train.config import Recipe, dump_recipe, load_recipe
+from r1kernels.train.config import RUN_FILES, Recipe, dump_recipe, load_recipe
 from r1kernels.train.files import write_atomically
 from r1kernels.train.problems import data_files
 from r1kernels.train.schema import ConfigError
 
 CONFIG, LOCK = "config.yaml", ".lock"
-# What a run writes beside the directories of its stages; a name with a dot is a file on its way to the one without.
-_WRITTEN = (CONFIG, MANIFEST, LOCK, SUPERSEDED, "report.md", "report.html", "tensorboard")
+# Files of a run beside the directories of its stages; a name with a dot is a file on its way to the one without.
+_WRITTEN = (LOCK, *RUN_FILES, *(f".{name}" for name in RUN_FILES))
+# And in the directory of a stage, at any depth.
+_OF_STAGE = re.compile(r"\.?\w+\.jsonl?|checkpoints/(\.[a-z]+-)?step-\d+/(model/.*|state\.pt|manifest\.json)")
 
 
 def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,30 +43,36 @@ def is_run(path: Path) -> bool:
     return (path / LOCK).exists() or (path / MANIFEST).exists()
 
 
-def check_run_dir(recipe: Recipe) -> None:
-    """Refuses a directory that this recipe may not use. Changes nothing."""
+def check_run_dir(recipe: Recipe, *, overwrite: bool = False) -> None:
+    """Refuses a directory that this recipe may not use, or not delete. Changes nothing."""
     run_dir = Path(recipe.run_dir)
     for key, path in _inputs(recipe).items():
         if path.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"'{key}' {str(path)!r} lies in 'run_dir' {str(run_dir)!r}; name another run_dir")
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"'run_dir' {str(run_dir)!r} is a file, expected a directory or nothing")
-    if not run_dir.is_dir():
-        return
-    entries = {entry.name for entry in run_dir.iterdir()}
-    if not entries - {LOCK}:
-        return
-    known = {*_WRITTEN, *(f".{name}" for name in _WRITTEN)}
-    if is_run(run_dir):
-        known |= {stage.name for stage in load_recipe(run_dir / CONFIG).stages} | set(read_manifest(run_dir))
-    else:
-        known = {LOCK}
-    foreign = sorted(entries - known)
+    foreign = _foreign(run_dir, deep=overwrite) if run_dir.is_dir() else []
     if foreign:
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ConfigError(
             f"'run_dir' {str(run_dir)!r} holds files that are not a run's ({names}); name another directory"
         )
+
+
+def _foreign(run_dir: Path, *, deep: bool) -> list[str]:
+    """What no run has written; `deep` looks into the directories of stages too."""
+    if not is_run(run_dir):
+        return sorted(entry.name for entry in run_dir.iterdir() if entry.name != LOCK)
+    stages = {stage.name for stage in load_recipe(run_dir / CONFIG).stages} | set(read_manifest(run_dir))
+    found = [entry.name for entry in run_dir.iterdir() if entry.name not in (*_WRITTEN, *stages)]
+    shelf = run_dir / SUPERSEDED
+    for folder in (*(run_dir / name for name in stages), *(shelf.iterdir() if shelf.is_dir() else ())) if deep else ():
+        files = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+        found += [
+            file.relative_to(run_dir).as_posix() for file in files
+            if not _OF_STAGE.fullmatch(file.relative_to(folder).as_posix())
+        ]
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -73,13 +82,13 @@ def claim(recipe: Recipe, *, overwrite: bool) -> Iterator[None]:
     Deletes the run that `overwrite` replaces: to be called when nothing is left to fail.
     """
     run_dir = Path(recipe.run_dir)
-    check_run_dir(recipe)
+    check_run_dir(recipe, overwrite=overwrite)
     with contextlib.ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(run_dir))
             # Again: before the lock was held, another process may have started a run here.
-            check_run_dir(recipe)
+            check_run_dir(recipe, overwrite=overwrite)
             if overwrite:
                 _delete(run_dir)
             write_atomically(run_dir / CONFIG, dump_recipe(absolute_inputs(recipe)))

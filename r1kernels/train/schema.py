@@ -23,49 +23,67 @@ Scalar = int | float | str | None
 class _Loader(yaml.SafeLoader):
     """Of a key given twice, YAML readers keep the last value without a word; this one refuses it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # As it is written: later, keys that `<<` merges into it are among its own.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise ConfigError(f"key '{key}' is given twice, in the mapping of line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
+                raise ConfigError(f"key '{key[1]}' is given twice, in the mapping of line {node.start_mark.line + 1}")
+        return node
 
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ConfigError: a mapping has a key twice.
+        ConfigError: a mapping has a key twice, or a value is none, such as the date 2024-13-45.
         yaml.YAMLError: it is not YAML.
     """
-    return yaml.load(text, Loader=_Loader)
-
-
-def override_key(values: dict, override: str) -> None:
-    """Changes one key of nested mappings in place; `override` is "eval.samples=10" or "stages.r1.steps=10", in YAML."""
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
-    of_list = False  # of mappings, which go by their names
-    for name in parents:
-        if of_list and name not in values:
-            raise ConfigError(f"--set {override!r}: no {name!r}, expected one of {', '.join(values)}")
-        child = values.setdefault(name, {})
-        of_list = isinstance(child, list)
-        if of_list:
-            child = {item.get("name", ""): item for item in child if isinstance(item, dict)}
-        elif not isinstance(child, dict):
-            child = values[name] = {}
-        values = child
-    if of_list:
-        raise ConfigError(f"--set {override!r}: expected a key after the name, such as stages.r1.steps=10")
     try:
-        values[last] = read_yaml(text)
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"a value cannot be read: {error}") from None
+
+
+def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """Nested mappings with one key changed; `override` is "eval.samples=10" or "stages.r1.steps=10", in YAML.
+
+    What is changed is copied first: by an alias of YAML, two stages may hold the same mapping.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
+    try:
+        return _replaced(values, key, read_yaml(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from None
+
+
+def _replaced(values: Any, key: str, new: Any) -> Any:
+    """`values` with `new` at a dotted key; of a list of mappings, they go by their names."""
+    if not key:
+        return new
+    named = isinstance(values, list)
+    if named:
+        children = {str(item["name"]): item for item in values if isinstance(item, dict) and "name" in item}
+    else:
+        children = values if isinstance(values, dict) else {}
+    # A name may hold dots itself: the longest that is there is meant.
+    known = [name for name in map(str, children) if f"{key}.".startswith(f"{name}.")]
+    name = max(known, key=len) if known else key.partition(".")[0]
+    rest = key[len(name) + 1 :]
+    if not named:
+        return {**children, name: _replaced(children.get(name), rest, new)}
+    if name not in children:
+        raise ConfigError(f"no {name!r}, expected one of {', '.join(children) or 'none'}")
+    if not rest:
+        raise ConfigError("expected a key after the name, such as stages.r1.steps=10")
+    return [_replaced(item, rest, new) if item is children[name] else item for item in values]
 
 
 def build(cls: type, values: Any, where: str = "") -> Any:
@@ -119,7 +137,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         number = _number(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise wrong("a number")
-        return float(number)
+        try:
+            return float(number)
+        except OverflowError:
+            raise wrong("a number that fits a float") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong({int: "an integer", str: "a string", bool: "true or false"}[hint])
     return value

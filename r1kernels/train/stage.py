@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r1kernels.train.checkpoint import MODEL, latest_checkpoint
+from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint, verify_checkpoint
 from r1kernels.train.config import Recipe
 from r1kernels.train.console import Console
 from r1kernels.train.data import Demonstration, Pair, Problem, read_selected
@@ -91,6 +91,10 @@ def model_dir(recipe: Recipe, run_dir: Path, name: str) -> str | Path:
     checkpoint = latest_checkpoint(run_dir / name)
     if checkpoint is None:
         raise ConfigError(f"stage '{name}' has no checkpoint in {run_dir / name}")
+    try:
+        verify_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --from {name} makes it again") from error
     return checkpoint / MODEL
 
 

@@ -74,17 +74,18 @@ def value_gradient(
         check()
         batch = rollout.rows(rows)
         width = batch.token_ids.shape[1]
-        old, target, here = (tensor[rows, :width] for tensor in (values, returns, mask))
-        value = critic(batch)
+        here = mask[rows, :width]
+        old, target = values[rows, :width][here], returns[rows, :width][here]
+        value = critic(batch)[here]  # (tokens,), so that nothing behind the mask matters
         squares = (value - target).square()
-        clipped = torch.zeros_like(here)
+        clipped = torch.zeros_like(squares)
         if clip is not None:
             bounded = (old + (value - old).clamp(-clip, clip) - target).square()
-            clipped = bounded > squares
+            clipped = (bounded > squares).float()
             squares = torch.maximum(squares, bounded)
-        loss = 0.5 * torch.where(here, squares, 0.0).sum() / tokens
+        loss = 0.5 * squares.sum() / tokens
         loss.backward()
-        sums.append(torch.stack([loss.detach(), (clipped & here).sum() / tokens]))
+        sums.append(torch.stack([loss.detach(), clipped.sum() / tokens]))
     loss, fraction = torch.stack(sums).sum(0).tolist()
     return {"value_loss": loss} | ({} if clip is None else {"value_clip_fraction": fraction})
 

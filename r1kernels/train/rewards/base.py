@@ -101,12 +101,18 @@ class Scores:
     unscorable: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def joined(cls, batches: "Sequence[Scores]") -> "Scores":
-        """The scores of several batches of the same rewards, in order."""
+    def joined(cls, batches: "Sequence[Scores]", rows: Sequence[Sequence[int]]) -> "Scores":
+        """The scores of several batches of the same rewards, given which samples each holds; all samples are in one."""
+
+        def column(pick: "Callable[[Scores], list[float]]") -> list[float]:
+            values = {row: value for batch, some in zip(batches, rows, strict=True)
+                      for row, value in zip(some, pick(batch), strict=True)}
+            return [values[row] for row in range(len(values))]
+
         counts = ("timeouts", "crashes", "endpoint_failures")
         return cls(
-            {name: [value for batch in batches for value in batch.parts[name]] for name in batches[0].parts},
-            [value for batch in batches for value in batch.total],
+            {name: column(lambda batch, name=name: batch.parts[name]) for name in batches[0].parts},
+            column(lambda batch: batch.total),
             *(sum(getattr(batch, name) for batch in batches) for name in counts),
             unscorable={name: sum(batch.unscorable[name] for batch in batches) for name in batches[0].unscorable},
         )

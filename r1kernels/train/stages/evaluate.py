@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from r1kernels.train.config import EvalConfig, Recipe
-from r1kernels.train.evaluate import evaluate_model
+from r1kernels.train.evaluate import PARTS, evaluate_model
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
 
@@ -26,7 +26,8 @@ class Config:
     top_p: float = 0.95
     max_new_tokens: int = 64
     batch_size: int = 512
-    rewards: dict[str, float] = field(default_factory=dict)
+
+    rewards: ClassVar[dict[str, float]] = PARTS
 
     def check(self, recipe: Recipe) -> None:
         check_ranges(
@@ -35,6 +36,8 @@ class Config:
             positive=("temperature", "top_p"),
             probability=("top_p",),
         )
+        if not self.problems:
+            raise ConfigError("'problems' is empty, expected the name of a data set at least")
         for name in self.problems:
             if not recipe.data[name].has_test:
                 raise ConfigError(f"'problems' names {name!r}, which has no held-out problems, expected a 'test_path'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from r1kernels.train.config import ObjectiveConfig, Recipe
 from r1kernels.train.importance import ImportanceConfig
@@ -23,16 +23,22 @@ class LengthStep:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """`transformers` samples in this process; `vllm` asks a server at `url`, which reads weights from `weights_dir`."""
+    """`transformers` samples in this process; `vllm` asks a server at `url`, which reads weights from `weights_dir`.
+
+    `served_name`: of the model there, if there are several; `requests`: how many are under way at once.
+    """
 
     kind: Literal["transformers", "vllm"] = "transformers"
     url: str | None = None
     weights_dir: str | None = None
+    served_name: str | None = None
+    requests: int = 64
+    timeout_s: float = 3600.0
 
 
 @dataclass(frozen=True)
 class Config:
-    """One step = one rollout of `questions * group_size` samples, then `minibatches` updates.
+    """One step = one rollout of `questions * group_size` samples, then `minibatches` updates in each of `epochs`.
 
     `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training; the
     latter changes no gradient. `oversample` asks for that many times the questions and trains on the first `questions`
@@ -51,6 +57,7 @@ class Config:
     group_size: int = 16
     oversample: int = 1
     minibatches: int = 4
+    epochs: int = 1
     rollout_batch_size: int | None = None
     micro_batch_size: int | None = None
     learning_rate: float = 3e-6
@@ -65,14 +72,21 @@ class Config:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
-    # What may grow without making the steps already done others.
-    GROWS: ClassVar[tuple[str, ...]] = ("steps",)
-
     def check(self, recipe: Recipe) -> None:
         check_rl(self, recipe)
         if self.group_size < 2:
             raise ConfigError(f"'group_size' is {self.group_size}, expected at least 2: advantages compare samples")
         self.objective.build()
+
+    @property
+    def updates(self) -> int:
+        """Of a step."""
+        return self.epochs * self.minibatches
+
+    @property
+    def grows(self) -> tuple[str, ...]:
+        """What may grow without making the steps already done others."""
+        return () if any(item.last_steps is not None for item in self.preference) else ("steps",)
 
     def limit(self, step: int) -> int:
         """The most tokens of a completion at a step."""
@@ -84,7 +98,7 @@ def check_rl(config: Any, recipe: Recipe) -> None:
     """What all stages of reinforcement learning have in common."""
     check_ranges(
         config,
-        at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "rollout_batch_size",
+        at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "epochs", "rollout_batch_size",
                     "micro_batch_size", "max_new_tokens", "ref_refresh_every"),
         at_least_0=("warmup_updates",),
         positive=("learning_rate", "temperature", "grad_clip"),
@@ -100,11 +114,15 @@ def check_rl(config: Any, recipe: Recipe) -> None:
             raise ConfigError(f"'rewards' names {name!r}, expected some of {', '.join(sorted(REWARDS))}")
     if not config.problems:
         raise ConfigError("'problems' is empty, expected the name of a data set at least")
+    for index, item in enumerate(config.length_schedule):
+        if item.max_new_tokens < 1 or item.from_step < 0:
+            raise ConfigError(f"'length_schedule[{index}]' is {item}, expected from_step >= 0 and max_new_tokens >= 1")
     steps = [item.from_step for item in config.length_schedule]
     if steps != sorted(set(steps)):
         raise ConfigError(f"'length_schedule' has the steps {steps}, expected each once and in order")
-    if config.sampler.kind == "vllm" and not config.sampler.url:
-        raise ConfigError("'sampler.url' is missing, expected the address of a vLLM server, such as http://localhost:8000")
+    for key, example in (("url", "http://localhost:8000"), ("weights_dir", "/dev/shm/weights")):
+        if config.sampler.kind == "vllm" and not getattr(config.sampler, key):
+            raise ConfigError(f"'sampler.{key}' is missing, expected one for kind 'vllm', such as {example}")
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from r1kernels.train.data import DataError, Pair, rows
 from r1kernels.train.grpo import TrainingError
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_tokenizer
-from r1kernels.train.metrics import MetricsLog
 from r1kernels.train.pairs import JudgedPairs, candidates, judge_pairs
 from r1kernels.train.randomness import permutation
 from r1kernels.train.reward_model import (
@@ -37,6 +36,7 @@ from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.rewards.judge import Judge
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import SELECTED, Stage
+from r1kernels.train.steplog import StepLog
 from r1kernels.train.supervised import chosen, learning_rate
 
 
@@ -135,7 +135,10 @@ def _pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
     responses: dict[str, list[str]] = {}
     for _, _, row in rows(stage.directory_of(config.pairs) / SELECTED, ("question", "prompt", "completion")):
         responses.setdefault(row["question"], []).append(whole_response(row["prompt"], row["completion"]))
-    judge = Judge(scoring.judge)
+    try:
+        judge = Judge(scoring.judge)
+    except ValueError as error:
+        raise ConfigError(f"'scoring': {error}") from error
 
     def compare(question: str, first: str, second: str) -> float | None:
         try:
@@ -144,12 +147,14 @@ def _pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
             return None
 
     stage.console.phase(f"{config.name}: asking the judge")
+    verdicts = stage.directory / "verdicts.jsonl"
     pairs, counts = judge_pairs(
         candidates(responses, config.judged.per_question, stage.seed), compare, config.judged.margin,
-        stage.directory / "verdicts.jsonl", concurrency=scoring.judge.concurrency, check=stage.interrupt.check,
+        verdicts, concurrency=scoring.judge.concurrency, check=stage.interrupt.check,
     )
     stage.console.say(f"{config.name}: the judge's pairs: {counts}", warning=not pairs or counts["unscorable"] > 0)
     if not pairs:
+        verdicts.unlink()  # the judge may have been out of reach: next time it is asked again
         raise DataError(f"'pairs': the judge was clear on no pair of stage '{config.pairs}' ({counts})")
     return pairs, counts
 
@@ -196,9 +201,7 @@ def _train(
             state={"step": step, "optimizer": optimizer.state_dict()}, keep=stage.recipe.checkpoint.keep,
         )
 
-    log = MetricsLog(stage.directory / "metrics.jsonl", first_step=step)
-    timings = MetricsLog(stage.directory / "timings.jsonl", first_step=step)
-    with log, timings:
+    with StepLog(stage, first_step=step) as log:
         try:
             while step < steps:
                 stage.interrupt.check()
@@ -215,11 +218,13 @@ def _train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                log.write({"step": step, **measured, "learning_rate": rate, "grad_norm": norm})
                 seconds, tokens = time.monotonic() - started, sum(len(row.chosen + row.rejected) for row in batch)
-                timings.write({"step": step, "seconds_updates": seconds, "tokens_per_second": tokens / seconds})
+                log.write({
+                    "step": step, **measured, "learning_rate": rate, "grad_norm": norm,
+                    "seconds_updates": seconds, "tokens_per_second": tokens / seconds,
+                })
                 step += 1
-                stage.console.pretraining(step, steps, measured["loss"])
+                stage.console.training(config.name, step, steps, measured["loss"])
                 if step % stage.recipe.checkpoint.supervised_every == 0 or step == steps:
                     save()
         except Interrupted:
@@ -229,7 +234,11 @@ def _train(
 
 
 def pair_gradient(
-    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[Rows], micro_batch_size: int | None, check: Any
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Sequence[Rows],
+    micro_batch_size: int | None,
+    check: Callable[[], None],
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss a pair, whatever the number of micro-batches.
 
