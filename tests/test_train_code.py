@@ -117,6 +117,19 @@ def test_plain_cases():
     assert reward(long, "f = len") == 1.0
 
 
+def test_what_is_expected_cannot_be_found():
+    tests = {"cases": [{"args": [1], "expected": "a needle"}], "entry_point": "f"}
+    search = """
+import gc
+def f(x):
+    for thing in gc.get_objects():
+        for text in thing if type(thing) in (list, tuple) else thing.values() if type(thing) is dict else ():
+            if type(text) is str and text[1:] == " needle": return text
+"""
+    assert reward(tests, search) == 0.0
+    assert reward(tests, search + "\nknown = ['a needle']") == 1.0
+
+
 def test_whole_programs():
     assert reward(STDIO, "print(sum(map(int, input().split())), end='  \\n\\n')") == 1.0
     assert reward(STDIO, "print(3)") == 0.0
