@@ -124,8 +124,9 @@ class GRPOTrainer:
         if settings.kind == "transformers":
             return self.local_sampler
         return VLLMSampler(
-            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), weights_dir=settings.weights_dir,
-            device=self.model.device, check=self.interrupt.check,
+            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=settings.served_name,
+            weights_dir=settings.weights_dir, device=self.model.device, requests=settings.requests,
+            timeout_s=settings.timeout_s, check=self.interrupt.check,
         )
 
     # ---- what other algorithms change ---
