@@ -1,10 +1,11 @@
 """A chain of every kind of stage, on a model of noise, and a process that starts it again and again.
 
 Run as a program, it imports everything once and then forks a process for each line on its standard input: a run
-directory, and the number of the operation on files in it at which the process is to kill itself (0: never).
+directory, and the number of the operation on files in it at which the process is to end (0: never).
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -77,18 +78,20 @@ def use_parity() -> None:
     reject.reject = lambda sample, *_, **__: None if parity(sample) else "wrong"
 
 
-def kill_at(count: int, run_dir: Path) -> None:
-    """Ends this process, by SIGKILL, before its `count`-th operation on a file of the run."""
+def stop_at(count: int, run_dir: Path, *, full: bool) -> None:
+    """Ends this process, by SIGKILL, before its `count`-th operation on a file of the run, or has the disk full from
+    then on: nothing can be made there, but what is there can be deleted."""
     left, prefix = count, str(run_dir)
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal left
-        writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") or (
-            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        )
-        if writes and str(arguments[0]).startswith(prefix):
+        makes = event in ("os.rename", "os.mkdir") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        removes = event in ("os.remove", "os.rmdir", "os.truncate")
+        if (makes or removes) and str(arguments[0]).startswith(prefix):
             left -= 1
-            if left == 0:
+            if left <= 0 and full and makes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if left == 0 and not full:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -113,8 +116,9 @@ def serve() -> None:
             with contextlib.suppress(SystemExit), open(request["output"], "a") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-                if request["kill_at"]:
-                    kill_at(request["kill_at"], Path(request["run_dir"]))
+                if request["kill_at"] or request["full_at"]:
+                    count = request["kill_at"] or request["full_at"]
+                    stop_at(count, Path(request["run_dir"]), full=bool(request["full_at"]))
                 try:
                     main(["train", request["recipe"], "--plain"])
                 except SystemExit as end:
@@ -137,10 +141,10 @@ class Server:
         )
         assert self._line() == "ready"
 
-    def start(self, recipe: Path, run_dir: Path, *, kill_at: int = 0) -> int:
+    def start(self, recipe: Path, run_dir: Path, *, kill_at: int = 0, full_at: int = 0) -> int:
         """Starts `r1kernels train`; returns the process id. Its output is added to a file beside the recipe."""
         request = {
-            "recipe": str(recipe), "run_dir": str(run_dir), "kill_at": kill_at,
+            "recipe": str(recipe), "run_dir": str(run_dir), "kill_at": kill_at, "full_at": full_at,
             "output": str(recipe.with_name(f"{run_dir.name}.out")),
         }
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -153,6 +157,7 @@ class Server:
 
     def close(self) -> None:
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
     def _line(self) -> str:
