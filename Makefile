@@ -13,8 +13,7 @@ SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 # A run that was interrupted is continued; a finished one (it has a report) is made anew.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
-	$(BIN)/r1kernels train recipes/demo.yaml \
-	  $(if $(and $(wildcard runs/demo/config.yaml),$(if $(wildcard runs/demo/report.md),,unfinished)),--resume,--overwrite)
+	$(BIN)/r1kernels train recipes/demo.yaml $(if $(wildcard runs/demo/report.md),--overwrite)
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .

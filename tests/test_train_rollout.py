@@ -1,19 +1,24 @@
 """Rollouts: what was sampled, with which probability, and the gradient of an update on it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers.generation import TopPLogitsWarper
 
 import r1kernels
-from r1kernels.train.config import CorpusConfig, EvalConfig, TinyConfig
+from r1kernels.train.config import EvalConfig
 from r1kernels.train.data import Problem
-from r1kernels.train.evaluate import evaluate
+from r1kernels.train.evaluate import PARTS, evaluate
 from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.prompt import Template
 from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Scorer, Scores
-from r1kernels.train.rollout import Sampling, TransformersSampler
-from r1kernels.train.tiny import make_model, make_tokenizer
+from r1kernels.train.rollout import Sampling, TransformersSampler, draw
+from r1kernels.train.schema import ConfigError
+from r1kernels.train.tiny import CorpusConfig, TinyConfig, make_model, make_tokenizer
 from r1kernels.train.update import Rollout, completion_hidden_states, minibatch_gradient, rollout_logprobs
 
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
@@ -97,6 +102,101 @@ def test_a_rollout_can_be_stopped_between_tokens(model, tokenizer):
     assert len(checks) == 3
 
 
+def tiny(family, tokenizer, **options):
+    config = CONFIG_MAPPING[family](
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, initializer_range=0.2, **options,
+    )
+    with torch_seeded(0, family):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = list(range(tokenizer.eos_token_id, len(tokenizer), 8))
+    return model
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_have_ended_leave_every_kind_of_cache(tokenizer, family):
+    """Against `generate`, which keeps all rows to the end: the same tokens where the likeliest ones are drawn."""
+    model = tiny(family, tokenizer, **FAMILIES[family])
+    sampler, reports = TransformersSampler(model, tokenizer), []
+    with torch_seeded(0, "leave"):
+        sampled = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append(report))
+    lengths = sampled.lengths
+    assert len(reports) > 2
+    for row in range(len(PROMPTS)):
+        prompt, tokens = sampled.prompt_ids[row][sampled.prompt_mask[row]], sampled.token_ids[row, : lengths[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(sampled.logprobs[row, : lengths[row]], expected, rtol=1e-4, atol=1e-4)
+    greedy = sampler.sample(PROMPTS, Sampling(1e-6, 16))
+    oracle = model.generate(
+        input_ids=greedy.prompt_ids, attention_mask=greedy.prompt_mask.long(),
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=16, eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+    )[:, greedy.prompt_ids.shape[1] :]
+    assert greedy.lengths.min() < greedy.lengths.max() and torch.equal(greedy.token_ids, oracle)
+
+
+def test_a_row_depends_on_its_own_prompt_and_place_alone(tokenizer):
+    model = tiny("llama", tokenizer)
+    other = [prompt if row % 2 else "Compute 1+1" for row, prompt in enumerate(PROMPTS)]
+    sampled = []
+    for prompts in (PROMPTS, other):
+        with torch_seeded(0, "place"):
+            sampled.append(TransformersSampler(model, tokenizer).sample(prompts, Sampling(1.0, 16)).texts)
+    assert sampled[0][1::2] == sampled[1][1::2] and sampled[0][::2] != sampled[1][::2]
+
+
+def test_rows_are_reported_once_and_before_the_last_has_ended(tokenizer):
+    reports, steps = [], []
+    sampler = TransformersSampler(tiny("llama", tokenizer), tokenizer, lambda: steps.append(0))
+    with torch_seeded(0, "report"):
+        done = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append((len(steps), *report)))
+    assert sorted(row for _, rows, *_ in reports for row in rows) == list(range(len(PROMPTS)))
+    assert reports[0][0] < reports[-1][0] == len(steps)
+    for _, rows, texts, lengths in reports:
+        assert texts == [done.texts[row] for row in rows]
+        assert lengths == done.lengths[rows].tolist()
+
+
+def test_draws_follow_the_distribution():
+    """On a grid of uniform numbers, every token comes as often as its probability says, to one draw."""
+    logprobs = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(-1)
+    count = 20_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for top_p in (1.0, 0.7, 1e-9):
+        kept = TopPLogitsWarper(top_p)(None, logprobs) if top_p < 1 else logprobs
+        drawn = draw(logprobs.expand(count, -1), uniform, top_p)
+        expected = kept.double().softmax(-1)[0] * count
+        assert (drawn.bincount(minlength=50) - expected).abs().max() <= 1 + 1e-3
+    assert draw(logprobs, torch.zeros(1, dtype=torch.float64), 1.0).item() == 0
+    certain = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    for value in (0.0, 1 - 2**-53):
+        assert draw(certain, torch.tensor([value], dtype=torch.float64), 1.0).item() == 1
+
+
+def test_a_model_without_numbers_or_cache_is_refused(tokenizer):
+    model = tiny("llama", tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="LlamaForCausalLM gives log-probs that are not finite"):
+        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+    forward = model.forward
+    model.forward = lambda **inputs: dataclasses.replace(forward(**inputs), past_key_values=None)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM keeps no key-value cache"):
+        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+
+
 def test_rows_drop_only_padding(rollout, model):
     rows = torch.tensor([0, 3])
     part = rollout.rows(rows)
@@ -158,6 +258,48 @@ def test_the_first_ratio_is_exactly_one(rollout, model):
         model, fresh, batches, r1kernels.objectives.grpo(), temperature=0.7, check=lambda: None
     )
     assert metrics["ratio_deviation"] == 0.0
+
+
+def gradient(model, rollout, objective, size=5):
+    model.zero_grad()
+    batches = torch.tensor(permutation(len(PROMPTS), 0)).split(size)
+    metrics = minibatch_gradient(model, rollout, batches, objective, temperature=0.7, check=lambda: None)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
+
+
+def test_advantages_and_weights_may_be_of_sequences_or_tokens(rollout, model):
+    rows = torch.arange(len(PROMPTS)).split(5)
+    old = rollout_logprobs(model, rollout, rows, temperature=0.7, check=lambda: None)
+    fresh, objective = dataclasses.replace(rollout, old_logprobs=old - 0.1), r1kernels.objectives.grpo()
+    plain, metrics = gradient(model, fresh, objective)
+    weights = torch.linspace(0, 2, len(PROMPTS))
+    spread = weights[:, None].expand(rollout.mask.shape).masked_fill(~rollout.mask, math.nan)
+    same = dataclasses.replace(fresh, importance_weights=torch.ones_like(weights))
+    assert torch.equal(gradient(model, same, objective)[0], plain)
+    weighted = [
+        dataclasses.replace(fresh, importance_weights=weights),
+        dataclasses.replace(fresh, importance_weights=spread),
+        dataclasses.replace(fresh, advantages=rollout.advantages * weights),
+        dataclasses.replace(fresh, advantages=rollout.advantages[:, None] * spread),
+    ]
+    gradients = [gradient(model, given, objective) for given in weighted]
+    for found, _ in gradients:
+        torch.testing.assert_close(found, gradients[0][0], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(plain, gradients[0][0], rtol=1e-2)
+    # Without advantages of their own, tokens of weight 0 still count in the means and in the ratio.
+    assert gradients[0][1]["ratio_deviation"] == metrics["ratio_deviation"]
+    for given in weighted:
+        torch.testing.assert_close(gradient(model, given, objective, size=1)[0], gradients[0][0], rtol=1e-3, atol=1e-6)
+
+
+def test_rows_take_what_belongs_to_them(rollout):
+    tokens = torch.rand(rollout.mask.shape)
+    given = dataclasses.replace(rollout, advantages=tokens, importance_weights=rollout.advantages)
+    part = given.rows(torch.tensor([7, 2]))
+    width = part.token_ids.shape[1]
+    assert torch.equal(part.advantages, tokens[[7, 2], :width])
+    assert torch.equal(part.importance_weights, rollout.advantages[[7, 2]])
+    assert rollout.rows(torch.tensor([7, 2])).importance_weights is None
 
 
 @pytest.mark.parametrize("preset", ["grpo", "r1"])
@@ -239,32 +381,33 @@ class FixedScores:
     def score(self, samples):
         accuracy = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, float("nan")]
         assert len(samples) == len(accuracy)
-        return Scores({"accuracy": accuracy, "format": [1.0] * 8}, accuracy)
+        return Scores({"accuracy": accuracy, "format": [1.0] * 8, "language": [0.5] * 8}, accuracy)
+
+
+PROBLEMS = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
 
 
 def test_pass_at_1_and_its_standard_error(model, tokenizer):
-    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
-    settings = EvalConfig(samples=4, questions=2, batch_size=3)
+    settings = EvalConfig(samples=4, questions=2, batch_size=3, max_new_tokens=5)
     result = evaluate(
-        TransformersSampler(model, tokenizer), problems, FixedScores(), settings,
-        max_new_tokens=5, open_think=False, seed=0,
+        TransformersSampler(model, tokenizer), PROBLEMS, FixedScores(), settings,
+        template=Template("r1_zero", tokenizer), seed=0,
     )
     shares = torch.tensor([3 / 4, 1 / 3], dtype=torch.float64)
     assert result.pass_at_1 == pytest.approx(shares.mean().item())
-    assert result.standard_error == pytest.approx((shares.std() / 2**0.5).item())
-    assert (result.unscorable, result.parts["format"]) == (1, 1.0)
-    assert len(result.examples) == 2 and result.examples[1][:2] == ("Compute 2+2", "4")
+    assert result.pass_at_1_se == pytest.approx((shares.std() / 2**0.5).item())
+    assert (result.unscorable, result.format, result.language) == (1, 1.0, 0.5)
+    assert [example["question"] for example in result.examples] == ["Compute 1+1", "Compute 2+2"]
 
 
 def test_evaluation_is_repeatable(model, tokenizer):
-    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
-    with Scorer({"accuracy": 1.0}) as scorer:
+    with Scorer(PARTS) as scorer:
         results = [
             evaluate(
-                TransformersSampler(model, tokenizer), problems, scorer, EvalConfig(samples=3),
-                max_new_tokens=6, open_think=True, seed=seed,
-            )
+                TransformersSampler(model, tokenizer), PROBLEMS, scorer, EvalConfig(samples=3, max_new_tokens=6),
+                template=Template("r1_zero", tokenizer, open_think=True), seed=seed,
+            ).as_dict()
             for seed in (0, 0, 1)
         ]
     assert results[0] == results[1]
-    assert results[0].prompt_hash == results[2].prompt_hash and results[0].examples != results[2].examples
+    assert results[0]["prompt_hash"] == results[2]["prompt_hash"] and results[0]["examples"] != results[2]["examples"]

@@ -10,7 +10,6 @@ stands.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from r1kernels.train.files import sha256
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model", "state.pt", "manifest.json"
@@ -125,17 +126,22 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def _load(path: Path) -> Checkpoint:
+def verify_checkpoint(path: Path) -> None:
+    """Raises CheckpointError, naming the file, unless every file is what was written."""
     for name, size, digest in _manifest_entries(path):
         file = path / name
         try:
             actual = file.stat().st_size
             if actual != size:
                 raise CheckpointError(f"damaged checkpoint: {file} has {actual} bytes, its manifest says {size}")
-            if _sha256(file) != digest:
+            if sha256(file) != digest:
                 raise CheckpointError(f"damaged checkpoint: {file} does not match the SHA-256 in its manifest")
         except OSError as error:
             raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
+
+
+def _load(path: Path) -> Checkpoint:
+    verify_checkpoint(path)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -151,7 +157,7 @@ def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[s
     with open(directory / STATE, "wb") as file:
         torch.save(state, file)
     files = {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in _files(directory)
     }
     manifest = {"format": FORMAT, "step": step, "files": files}
@@ -264,14 +270,6 @@ def _check_plain(value: Any, where: str) -> None:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.rglob("*") if entry.is_file())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,12 +1,13 @@
-"""The configuration of a run: dataclasses, read from YAML, with an error that names what is wrong.
+"""A recipe: settings of the whole run, named data sets and a list of stages, read from YAML.
 
-Every check that needs no model is made here, before any work starts.
+Every check that needs no model is made here, before any work starts, and its error names what is wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,69 +16,53 @@ import torch
 import yaml
 
 from r1kernels import Objective, objectives
-from r1kernels.train.schema import ConfigError, Scalar, build, override_key, read_yaml
+from r1kernels.train.rewards.settings import ScoringConfig
+from r1kernels.train.schema import ConfigError, Scalar, build, check_ranges, override_key, read_yaml
+from r1kernels.train.stages import KINDS, stage_module
 
+# Names of stages are names of directories too, beside the other files of a run.
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+RUN_FILES = ("config.yaml", "manifest.json", "superseded", "report.md", "report.html", "curves.png", "tensorboard")
+# Keys of a stage, at any depth, whose values name other things of the recipe, and what they may name.
+REFERENCES: dict[str, tuple[str, ...]] = {
+    "model": ("model",), "teacher": ("model",), "preference.model": ("scores",), "problems": ("data",),
+    "samples": ("data", "samples"), "pairs": ("data", "samples"),
+}
 
-@dataclass(frozen=True)
-class TinyConfig:
-    """Shape of the model made on the spot (Llama architecture)."""
-
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 3
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """`path`: a directory or hub id; or `tiny`: a model made here, which `pretrain` then trains."""
-
-    path: str | None = None
-    tiny: TinyConfig | None = None
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """What the generated text of pre-training is made of (see `tiny.document`); all are probabilities."""
-
-    textbook: float = 0.6
-    worked: float = 0.15
-    tagged: float = 0.5
-    terse_wrong: float = 0.8
-    slip: float = 0.02
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Next-token training of a tiny model on rows of `window` tokens of generated text."""
-
-    steps: int = 600
-    batch_size: int = 8
-    window: int = 128
-    learning_rate: float = 3e-3
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+_SORTS = {
+    "data": "a data set", "model": "a stage with a model", "samples": "a stage of kind reject",
+    "scores": "a stage of kind preference",
+}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`arithmetic`: sums of `min_terms` to `max_terms` digits. `gsm8k`: the JSONL files at the two paths."""
+    """A set of problems.
 
-    kind: Literal["arithmetic", "gsm8k"] = "arithmetic"
+    Args:
+        kind: `arithmetic`: sums of `min_terms` to `max_terms` digits; `greetings`: requests without a checkable
+            answer; both are generated. `gsm8k`, `math`, `humaneval`: the files of these sets. `jsonl`: one object a
+            line, with `question` and `answer` (and `kind`, see `Problem`), or `response` for SFT, or `chosen` and
+            `rejected` for preferences.
+        path: the file to train on; test_path: the held-out one.
+        language: of the questions, which answers should be in.
+    """
+
+    kind: Literal["arithmetic", "greetings", "gsm8k", "math", "humaneval", "jsonl"]
     min_terms: int = 4
     max_terms: int = 6
     train_size: int = 4096
     path: str | None = None
     test_path: str | None = None
+    language: Literal["en", "zh"] = "en"
 
+    @property
+    def generated(self) -> bool:
+        return self.kind in ("arithmetic", "greetings")
 
-@dataclass(frozen=True)
-class RewardConfig:
-    """`parts`: weight of each reward by name."""
-
-    parts: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
-    workers: int = 1
-    timeout_s: float = 5.0
+    @property
+    def has_test(self) -> bool:
+        return self.kind == "arithmetic" or self.test_path is not None
 
 
 @dataclass(frozen=True)
@@ -91,81 +76,74 @@ class ObjectiveConfig:
         """The objective; raises ConfigError for an unknown preset or field."""
         presets = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
         if self.preset not in presets:
-            raise ConfigError(f"grpo.objective.preset is {self.preset!r}, expected one of {', '.join(presets)}")
+            raise ConfigError(f"'objective.preset' is {self.preset!r}, expected one of {', '.join(presets)}")
         try:
             return getattr(objectives, self.preset)(**self.options)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"grpo.objective.options: {error}") from error
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """Pure RL. One step = one rollout of `questions * group_size` samples, then `minibatches` updates.
-
-    `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training;
-    the latter changes no gradient.
-    """
-
-    steps: int = 40
-    questions: int = 32
-    group_size: int = 16
-    minibatches: int = 4
-    rollout_batch_size: int | None = None
-    micro_batch_size: int | None = None
-    learning_rate: float = 3e-6
-    warmup_updates: int = 0
-    grad_clip: float = 1.0
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    open_think: bool = False
-    ref_refresh_every: int = 400
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+            raise ConfigError(f"'objective.options': {error}") from error
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """pass@1 is the mean over `samples` samples of each of `questions` held-out questions."""
+    """pass@1 is the mean over `samples` samples of each of `questions` held-out questions of each set of `problems`.
+
+    Every stage with a model ends with an evaluation; RL has one every `every` steps too. `problems` are the data sets
+    with held-out problems if none is named. `max_new_tokens` is the same for all stages, so that they compare.
+    """
 
     every: int = 5
+    problems: list[str] = field(default_factory=list)
     questions: int = 128
     samples: int = 4
     temperature: float = 0.6
     top_p: float = 0.95
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 64
     batch_size: int = 512
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`every` counts steps of RL, `pretrain_every` steps of pre-training."""
+    """`every` counts steps of RL; `every_updates`, if given, its optimiser steps, inside a rollout too;
+    `supervised_every` steps of other training."""
 
     every: int = 5
-    pretrain_every: int = 200
+    every_updates: int | None = None
+    supervised_every: int = 200
     keep: int = 2
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run. `run_dir` is where everything it makes goes."""
+class Recipe:
+    """A run. `run_dir` is where everything it makes goes; `stages` are configurations of `r1kernels.train.stages`."""
 
     run_dir: str
+    stages: tuple[Any, ...]
     seed: int = 0
     threads: int | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    pretrain: PretrainConfig | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    device: str = "cpu"
+    template: Literal["r1_zero", "chat"] = "r1_zero"
+    open_think: bool = False
+    data: dict[str, DataConfig] = field(default_factory=dict)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: list[str] = field(default_factory=list)
+
+    def stage(self, name: str) -> Any:
+        """The configuration of a stage."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def eval_problems(self) -> list[str]:
+        return self.eval.problems or [name for name, data in self.data.items() if data.has_test]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: a YAML file whose keys are those of `Config`.
-        overrides: `"grpo.steps=10"`: replaces one key; the value is read as YAML.
+        path: a YAML file whose keys are those of `Recipe`.
+        overrides: `"eval.samples=10"`, `"stages.r1.steps=10"`: replaces one key; the value is read as YAML.
 
     Raises:
         ConfigError: naming the file, the key, its value and what was expected.
@@ -182,98 +160,128 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {values!r:.40}, expected a mapping with the keys of a recipe")
     for override in overrides:
-        override_key(values, override)
+        values = override_key(values, override)
     try:
-        config = build(Config, values)
-        _check(config)
+        stages = _build_stages(values.pop("stages", None))
+        recipe = dataclasses.replace(build(Recipe, {**values, "stages": []}), stages=stages)
+        _check(recipe)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return config
+    return recipe
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain mappings and lists, as YAML and JSON hold them."""
+    return _plain(dataclasses.asdict(config))
 
 
-_AT_LEAST_1 = (
-    "threads", "pretrain.steps", "pretrain.batch_size", "pretrain.window", "data.train_size", "reward.workers",
-    "grpo.steps", "grpo.questions", "grpo.minibatches", "grpo.rollout_batch_size", "grpo.micro_batch_size",
-    "grpo.max_new_tokens", "grpo.ref_refresh_every", "eval.every", "eval.questions", "eval.samples",
-    "eval.max_new_tokens", "eval.batch_size", "checkpoint.every", "checkpoint.pretrain_every", "checkpoint.keep",
-)
-_AT_LEAST_0 = ("seed", "grpo.warmup_updates")
-_POSITIVE = (
-    "pretrain.learning_rate", "reward.timeout_s", "grpo.learning_rate", "grpo.temperature", "grpo.grad_clip",
-    "eval.temperature", "eval.top_p",
-)
-_PROBABILITIES = (
-    "eval.top_p", *(f"pretrain.corpus.{item.name}" for item in dataclasses.fields(CorpusConfig)),
-)
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _check(config: Config) -> None:
+def references(config: Any) -> Iterator[tuple[str, str]]:
+    """What a stage's configuration names of the recipe: (key, name)."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                yield from ((f"{item.name}.{key}", name) for key, name in references(part))
+            elif item.name in REFERENCES and isinstance(part, str):
+                yield item.name, part
+
+
+def allowed_for(key: str) -> tuple[str, ...]:
+    """What the value of a key that `references` gives may name."""
+    return REFERENCES.get(key) or REFERENCES[key.rpartition(".")[2]]
+
+
+def _build_stages(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"'stages' is {values!r:.60}, expected a list of at least one stage")
+    stages = []
+    for index, item in enumerate(values):
+        where = f"stages[{index}]"
+        if not isinstance(item, Mapping):
+            raise ConfigError(f"'{where}' is {item!r:.60}, expected a mapping with 'name' and 'kind'")
+        for key in ("name", "kind"):
+            if not isinstance(item.get(key), str):
+                raise ConfigError(f"'{where}.{key}' is {item.get(key)!r:.60}, expected a word")
+        if item["kind"] not in KINDS:
+            raise ConfigError(
+                f"stage '{item['name']}' is of the unknown kind {item['kind']!r}, expected one of {', '.join(KINDS)}"
+            )
+        stages.append(build(stage_module(item["kind"]).Config, item, f"stages.{item['name']}"))
+    return tuple(stages)
+
+
+def _check(recipe: Recipe) -> None:
     """The ranges, and the rules that concern more than one key."""
-    ranges = (
-        (_AT_LEAST_1, lambda value: value >= 1, "at least 1"),
-        (_AT_LEAST_0, lambda value: value >= 0, "at least 0"),
-        (_POSITIVE, lambda value: 0 < value < float("inf"), "a positive number"),
-        (_PROBABILITIES, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    check_ranges(
+        recipe,
+        at_least_1=("threads", "eval.every", "eval.questions", "eval.samples", "eval.max_new_tokens", "eval.batch_size",
+                    "checkpoint.every", "checkpoint.every_updates", "checkpoint.supervised_every", "checkpoint.keep"),
+        at_least_0=("seed",),
+        positive=("eval.temperature", "eval.top_p"),
+        probability=("eval.top_p",),
     )
-    for keys, holds, expected in ranges:
-        for key in keys:
-            value = _lookup(config, key)
-            if value is not None and not holds(value):
-                raise ConfigError(f"'{key}' is {value}, expected {expected}")
     try:
-        torch.device(config.model.device)
+        torch.device(recipe.device)
     except RuntimeError:
         raise ConfigError(
-            f"'model.device' is {config.model.device!r}, expected the name of a device, such as cpu, cuda or cuda:1"
+            f"'device' is {recipe.device!r}, expected the name of a device, such as cpu, cuda or cuda:1"
         ) from None
-    _check_model_and_data(config)
-    grpo = config.grpo
-    if grpo.group_size < 2:
-        raise ConfigError(f"'grpo.group_size' is {grpo.group_size}, expected at least 2: advantages compare samples")
-    samples = grpo.questions * grpo.group_size
-    if samples % grpo.minibatches:
-        raise ConfigError(
-            f"'grpo.minibatches' is {grpo.minibatches}, expected a divisor of the {samples} samples of a rollout "
-            f"(questions {grpo.questions} x group_size {grpo.group_size})"
-        )
-    if "accuracy" not in config.reward.parts:
-        raise ConfigError(
-            f"'reward.parts' is {config.reward.parts}, expected 'accuracy' among them: pass@1 is its mean (a weight "
-            "of 0 reports it without rewarding it)"
-        )
-    grpo.objective.build()
+    for name, data in recipe.data.items():
+        try:
+            _check_data(data)
+        except ConfigError as error:
+            raise ConfigError(f"data set '{name}': {error}") from None
+    _check_names(recipe)
+    for name in recipe.eval.problems:
+        if name not in recipe.data or not recipe.data[name].has_test:
+            raise ConfigError(f"'eval.problems' names {name!r}, expected a data set with held-out problems (test_path)")
+    if not recipe.eval_problems:
+        raise ConfigError("'data' has no set with held-out problems ('test_path'), expected one: stages are evaluated")
+    for stage in recipe.stages:
+        try:
+            stage.check(recipe)
+        except ConfigError as error:
+            raise ConfigError(f"stage '{stage.name}': {error}") from None
 
 
-def _check_model_and_data(config: Config) -> None:
-    model, data = config.model, config.data
-    if (model.path is None) == (model.tiny is None):
-        raise ConfigError(f"'model' has path {model.path!r} and tiny {model.tiny!r}, expected exactly one of them")
-    if (model.tiny is None) != (config.pretrain is None):
-        raise ConfigError("'pretrain' and 'model.tiny' come together: only a tiny model is pre-trained, and it must be")
-    if model.tiny:
-        if min(dataclasses.astuple(model.tiny)) < 1 or model.tiny.hidden_size % (2 * model.tiny.heads):
-            raise ConfigError(
-                f"'model.tiny' is {model.tiny}, expected sizes of at least 1 and hidden_size a multiple of 2 x heads"
-            )
-        if data.kind != "arithmetic":
-            raise ConfigError(f"'data.kind' is '{data.kind}', expected 'arithmetic' with 'model.tiny'")
-    if data.kind == "gsm8k":
-        for key in ("path", "test_path"):
-            if getattr(data, key) is None:
-                raise ConfigError(f"'data.{key}' is missing, expected a JSONL file with data.kind 'gsm8k'")
-    elif not 2 <= data.min_terms <= data.max_terms:
+def _check_names(recipe: Recipe) -> None:
+    """That every name is one, and that what stages refer to exists and is of the right sort."""
+    kinds = dict.fromkeys(recipe.data, "data")
+    for name in (*recipe.data, *(stage.name for stage in recipe.stages)):
+        if not re.fullmatch(_NAME, name):
+            raise ConfigError(f"the name {name!r} is not one: expected letters, digits, '_', '-' and '.'")
+    for stage in recipe.stages:
+        if stage.name in kinds:
+            raise ConfigError(f"the name '{stage.name}' is given twice, expected one for each data set and stage")
+        if stage.name in RUN_FILES:
+            raise ConfigError(f"the name '{stage.name}' of a stage is that of a file of a run, expected another")
+        kinds[stage.name] = KINDS[stage.kind]
+    for stage in recipe.stages:
+        for key, name in references(stage):
+            allowed = allowed_for(key)
+            if kinds.get(name) not in allowed:
+                what = " or ".join(_SORTS[sort] for sort in allowed)
+                known = ", ".join(other for other, sort in kinds.items() if sort in allowed) or "none"
+                raise ConfigError(f"stage '{stage.name}': '{key}' names {name!r}, expected {what} ({known})")
+
+
+def _check_data(data: DataConfig) -> None:
+    check_ranges(data, at_least_1=("train_size",))
+    if not data.generated and data.path is None and data.test_path is None:
+        raise ConfigError(f"'path' is missing, expected a file with kind '{data.kind}'")
+    if data.kind == "arithmetic" and not 2 <= data.min_terms <= data.max_terms:
         raise ConfigError(
-            f"'data.min_terms' and 'data.max_terms' are {data.min_terms} and {data.max_terms}, expected "
+            f"'min_terms' and 'max_terms' are {data.min_terms} and {data.max_terms}, expected "
             "2 <= min_terms <= max_terms"
         )
 
 
-def _lookup(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = None if config is None else getattr(config, name)
-    return config
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

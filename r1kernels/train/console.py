@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -14,21 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-# Column -> (key in the metrics, format). "cut": completions cut off at the limit; "flat": groups whose samples all
-# have the same reward; "clip -/+": tokens without a gradient because of the lower and the upper bound.
-COLUMNS = {
-    "step": ("step", "{:.0f}"),
-    "pass@1": ("pass_at_1", "{:.1%}"),
-    "acc.": ("reward_accuracy", "{:.2f}"),
-    "form.": ("reward_format", "{:.2f}"),
-    "len.": ("length", "{:.1f}"),
-    "cut": ("truncated", "{:.0%}"),
-    "KL": ("kl", "{:.4f}"),
-    "entr.": ("entropy", "{:.3f}"),
-    "clip -/+": (("clip_low_fraction", "clip_high_fraction"), "{:.0%}/{:.0%}"),
-    "flat": ("zero_spread", "{:.0%}"),
-    "tok/s": ("tokens_per_second", "{:.0f}"),
-}
+from r1kernels.train.columns import COLUMNS, cell, duration
 
 
 class Console:
@@ -66,9 +52,19 @@ class Console:
         self._status = text
         self._refresh()
 
-    def pretraining(self, step: int, steps: int, loss: float) -> None:
-        text = f"pre-training {step}/{steps}  loss {loss:.3f}"
-        self._left = self._eta("pretrain", step, steps)
+    def stage(self, name: str, number: int, count: int, plan: str) -> None:
+        """A stage begins, or is skipped."""
+        self._rows, self._samples, self._left, self._headed, self._clocks = [], [], "", False, {}
+        self.say(f"[{number}/{count}] {name}: {plan}")
+
+    def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
+        """What came out at the end of a stage."""
+        self.say(f"{name}: pass@1 {evaluation['pass_at_1'] or 0:.1%}, length {evaluation['length']:.1f} tokens")
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Progress of supervised training."""
+        text = f"{name} {step}/{steps}  loss {loss:.3f}"
+        self._left = self._eta(name, step, steps)
         if self._plain:
             print(f"{text}  ETA {self._left}", flush=True)
         self.phase(text)
@@ -82,7 +78,7 @@ class Console:
 
     def step(self, metrics: Mapping[str, float], steps: int) -> None:
         """A finished step of RL."""
-        row = tuple(_cell(metrics, key, form) for key, form in COLUMNS.values())
+        row = tuple(cell(metrics, column) for column in COLUMNS.values())
         self._rows.append(row)
         self._left = self._eta("rl", int(metrics["step"]) + 1, steps)
         if self._plain:
@@ -98,8 +94,7 @@ class Console:
         begin, first = self._clocks.setdefault(phase, (now, step))
         if step == first:
             return "?"
-        minutes, seconds = divmod(round((now - begin) / (step - first) * (steps - step)), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+        return duration((now - begin) / (step - first) * (steps - step))
 
     def _refresh(self) -> None:
         if not self._live:
@@ -115,10 +110,3 @@ class Console:
         ]
         status = f"{self._status}  ETA {self._left}" if self._left else self._status
         self._live.update(Group(table, *panels, Text(status, style="bold")))
-
-
-def _cell(metrics: Mapping[str, float], key: str | tuple[str, ...], form: str) -> str:
-    values = [metrics.get(name) for name in ((key,) if isinstance(key, str) else key)]
-    if any(value is None or not math.isfinite(value) for value in values):
-        return ""
-    return form.format(*values)

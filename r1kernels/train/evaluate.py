@@ -1,96 +1,203 @@
-"""pass@1 as the paper measures it: sampled, averaged over several samples a question, with a standard error."""
+"""pass@1 and cons@k as the paper measures them: sampled, over several samples a question, with standard errors."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from r1kernels.train.config import EvalConfig
+from r1kernels.train.config import EvalConfig, Recipe
 from r1kernels.train.data import Problem
-from r1kernels.train.prompt import render
+from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.language_stats import reflective_words
+from r1kernels.train.loading import load_model, load_tokenizer
+from r1kernels.train.problems import load_problems
+from r1kernels.train.prompt import Template
 from r1kernels.train.randomness import torch_seeded
 from r1kernels.train.rewards import Sample, Scorer
-from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.rewards.answers import final_answer, plain_number, unwrap
+from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler
+from r1kernels.train.stage import make_scorer
+
+# What is measured of every response, whatever RL is rewarded for.
+PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on held-out problems.
+    """Results on held-out problems; `*_se` are standard errors from the spread between questions, NaN for one.
 
     Args:
         pass_at_1: mean over questions of the share of correct samples.
-        standard_error: of `pass_at_1`, from the spread between questions.
-        parts: mean of each reward.
+        cons_at_k: share of questions whose most frequent answer is correct; answers that are equally frequent share.
+        k: samples a question; questions: their number.
         length: mean tokens of a completion.
+        language: mean share of words in the language of the question.
+        format: share of completions in the format asked for.
         truncated: share of completions that were cut off.
         unscorable: samples without a score; they are left out of the means.
+        reflective: mean number of reflective words.
         prompt_hash: of all prompts, so that two numbers can be known to be of the same questions.
-        examples: (question, answer, completion, accuracy) of the first sample of the first questions.
+        examples: of the first sample of the first questions: question, answer, completion, accuracy.
     """
 
     pass_at_1: float
-    standard_error: float
-    parts: dict[str, float]
+    pass_at_1_se: float
+    cons_at_k: float
+    cons_at_k_se: float
+    k: int
+    questions: int
     length: float
+    length_se: float
+    language: float
+    language_se: float
+    format: float
     truncated: float
     unscorable: int
+    reflective: float
     prompt_hash: str
-    examples: list[tuple[str, str, str, float]]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    examples: list[dict[str, Any]]
 
-    def metrics(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
         return {
-            "pass_at_1": self.pass_at_1,
-            "pass_at_1_se": self.standard_error,
-            "eval_length": self.length,
-            "eval_truncated": self.truncated,
-            "eval_unscorable": self.unscorable,
-            **{f"eval_{name}": value for name, value in self.parts.items()},
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in dataclasses.asdict(self).items()
         }
 
 
+# Of an evaluation, what a line of metrics.jsonl holds, by the name it has there.
+MEASURED = {
+    "pass_at_1": "pass_at_1", "pass_at_1_se": "pass_at_1_se", "cons_at_k": "cons_at_k", "cons_at_k_se": "cons_at_k_se",
+    "length": "eval_length", "language": "eval_language", "format": "eval_format", "truncated": "eval_truncated",
+    "unscorable": "eval_unscorable", "reflective": "eval_reflective",
+}
+
+
+def evaluate_model(recipe: Recipe, path: str | Path, interrupt: Interrupt) -> Evaluation:
+    """Evaluates a saved model as `recipe.eval` says."""
+    tokenizer = load_tokenizer(path)
+    sampler = TransformersSampler(load_model(path, device=recipe.device), tokenizer, interrupt.check)
+    problems = eval_problems(recipe)
+    with make_scorer(recipe, PARTS) as scorer:
+        template = Template(recipe.template, tokenizer, open_think=recipe.open_think)
+        return evaluate(sampler, problems, scorer, recipe.eval, template=template, seed=recipe.seed)
+
+
+def eval_problems(recipe: Recipe) -> list[Problem]:
+    return [problem for name in recipe.eval_problems for problem in load_problems(recipe, name, "test")]
+
+
 def evaluate(
-    sampler: TransformersSampler,
+    sampler: Sampler,
     problems: Sequence[Problem],
     scorer: Scorer,
     settings: EvalConfig,
     *,
-    max_new_tokens: int,
-    open_think: bool,
+    template: Template,
     seed: int,
     examples: int = 4,
 ) -> Evaluation:
-    """Samples every problem `settings.samples` times; the same seed draws the same random numbers."""
+    """Samples every problem `settings.samples` times; the same seed draws the same random numbers.
+
+    Args:
+        scorer: of `PARTS`.
+    """
     k = settings.samples
-    prompts = [render(problem.question, open_think=open_think) for problem in problems]
-    sampling = Sampling(
-        settings.temperature, settings.max_new_tokens or max_new_tokens, settings.top_p, settings.batch_size
-    )
+    prompts = [template.render(problem.question) for problem in problems]
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.batch_size)
     rows = [index for index in range(len(problems)) for _ in range(k)]
     with torch_seeded(seed, "evaluate"):
         completions = sampler.sample([prompts[index] for index in rows], sampling)
     samples = [
-        Sample(prompts[index], text, problems[index].answer)
+        make_sample(problems[index], prompts[index], text)
         for index, text in zip(rows, completions.texts, strict=True)
     ]
     scores = scorer.score(samples)
-    correct = torch.tensor(scores.parts["accuracy"], dtype=torch.float64)
-    per_question = correct.view(len(problems), k).nanmean(-1)
-    known = per_question[~per_question.isnan()]
-    spread = known.std().item() if len(known) > 1 else math.nan
+
+    def per_question(values: Sequence[float] | Tensor) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float64).view(len(problems), k)
+
+    correct = per_question(scores.parts["accuracy"])
+    agreed = torch.tensor(
+        [consensus(samples[i * k : (i + 1) * k], correct[i].tolist()) for i in range(len(problems))],
+        dtype=torch.float64,
+    )
+    results = {
+        "pass_at_1": correct.nanmean(-1),
+        "cons_at_k": agreed,
+        "length": per_question(completions.lengths).mean(-1),
+        "language": per_question(scores.parts["language"]).nanmean(-1),
+    }
+    means = {}
+    for name, values in results.items():
+        means[name], means[f"{name}_se"] = _mean_and_error(values)
     return Evaluation(
-        pass_at_1=known.mean().item(),
-        standard_error=spread / math.sqrt(max(1, len(known))),
-        parts={name: torch.tensor(values).nanmean().item() for name, values in scores.parts.items()},
-        length=completions.lengths.double().mean().item(),
+        **means,
+        k=k,
+        questions=len(problems),
+        format=_mean_and_error(torch.tensor(scores.parts["format"], dtype=torch.float64))[0],
         truncated=1 - completions.finished.double().mean().item(),
         unscorable=int(correct.isnan().sum()),
+        reflective=sum(map(reflective_words, completions.texts)) / len(rows),
         prompt_hash=hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
         examples=[
-            (problems[index].question, problems[index].answer, samples[index * k].completion, float(correct[index * k]))
-            for index in range(min(examples, len(problems)))
+            {
+                "question": problem.question,
+                "answer": problem.answer,
+                "completion": completions.texts[i * k],
+                "accuracy": None if correct[i, 0].isnan() else correct[i, 0].item(),
+            }
+            for i, problem in enumerate(problems[:examples])
         ],
     )
+
+
+def make_sample(
+    problem: Problem, prompt: str, completion: str, *, tokens: int | None = None, limit: int | None = None
+) -> Sample:
+    """A completion of a problem, for the rewards."""
+    return Sample(
+        prompt, completion, problem.answer, kind=problem.kind, language=problem.language, tokens=tokens, limit=limit
+    )
+
+
+def consensus(samples: Sequence[Sample], correct: Sequence[float]) -> float:
+    """Whether the most frequent final answer of one question is correct: the mean over equally frequent ones.
+
+    Answers are the same that are written the same, or the same plain number. 0 where no sample has an answer, NaN where
+    none was scored, and for code, which has no answers to count.
+    """
+    votes: dict[Any, list[float]] = collections.defaultdict(list)
+    for sample, value in zip(samples, correct, strict=True):
+        if sample.kind == "code":
+            return math.nan
+        answer = final_answer(sample.prompt, sample.completion)
+        if answer is not None and not math.isnan(value):
+            answer = unwrap(answer)
+            votes[plain_number(answer) or answer].append(value)
+    if not votes:
+        return math.nan if all(map(math.isnan, correct)) else 0.0
+    most = max(map(len, votes.values()))
+    winners = [sum(values) / len(values) for values in votes.values() if len(values) == most]
+    return sum(winners) / len(winners)
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    known = values[~values.isnan()]
+    spread = known.std().item() if len(known) > 1 else math.nan
+    return known.mean().item(), spread / math.sqrt(max(1, len(known)))

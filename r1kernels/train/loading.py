@@ -17,20 +17,22 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from r1kernels.train.head import check_head
 from r1kernels.train.schema import ConfigError
 
+ALIGNMENT = 64  # of memory that torch allocates on a CPU, in bytes
+
 
 def check_device(device: str) -> None:
     """Refuses a device that this installation of torch, or this machine, does not have."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"'model.device' is {device!r}, which cannot be used here: {_reason(error)}") from error
+        raise ConfigError(f"'device' is {device!r}, which cannot be used here: {_reason(error)}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing padding token becomes the end-of-text token."""
     looks_local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise ConfigError(f"'model.path' {str(path)!r} is not a directory")
+        raise ConfigError(f"the model {str(path)!r} is not a directory")
     try:
         # For some architectures AutoTokenizer rebuilds its own pre-tokenizer over a directory's tokenizer.json. One
         # that declares the generic class is to be read as it is.
@@ -39,10 +41,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = loader.from_pretrained(path, padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"'model.path' {str(path)!r} has no tokenizer that can be loaded: {_reason(error)}"
+            f"the model {str(path)!r} has no tokenizer that can be loaded: {_reason(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of 'model.path' {str(path)!r} has no end-of-text token (eos_token)")
+        raise ConfigError(f"the tokenizer of the model {str(path)!r} has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -54,10 +56,22 @@ def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"'model.path' {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
+            f"the model {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
         ) from error
-    model = model.to(device).eval()
+    model = settle(model.to(device)).eval()
     check_head(model)
+    return model
+
+
+def settle(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves weights that were mapped from a file to memory of the usual alignment.
+
+    In the file they begin anywhere, and products differ in their last bits with where their operands begin: without
+    this, a model that was saved and loaded would not compute what it computed before.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
     return model
 
 

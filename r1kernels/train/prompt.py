@@ -1,4 +1,13 @@
-"""The prompt of R1-Zero."""
+"""Prompts: the template of R1-Zero, or the model's own chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from r1kernels.train.schema import ConfigError
 
 # DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
 R1_ZERO_TEMPLATE = (
@@ -29,3 +38,40 @@ def render(question: str, *, open_think: bool = False) -> str:
         raise ValueError("question must not be blank")
     prompt = R1_ZERO_TEMPLATE.replace("{question}", question)
     return f"{prompt} <think>" if open_think else prompt
+
+
+@dataclass(frozen=True)
+class Template:
+    """Turns questions into prompts.
+
+    Args:
+        kind: `r1_zero`, for base models, or `chat`: the chat template of the tokenizer.
+        open_think: end prompts with `<think>`, unless the chat template does so already.
+
+    Raises:
+        ConfigError: `chat`, and the tokenizer has no chat template.
+    """
+
+    kind: Literal["r1_zero", "chat"]
+    tokenizer: PreTrainedTokenizerBase
+    open_think: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "chat" and not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"'template' is 'chat', and the tokenizer of {self.tokenizer.name_or_path!r} has no chat template; "
+                "expected a model with one, or 'r1_zero'"
+            )
+
+    def render(self, question: str) -> str:
+        """The prompt of a question."""
+        if self.kind == "r1_zero":
+            return render(question, open_think=self.open_think)
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            prompt = prompt.removeprefix(bos)  # who turns it into tokens puts one there again
+        opened = prompt.rstrip().endswith("<think>")
+        return f"{prompt}<think>\n" if self.open_think and not opened else prompt

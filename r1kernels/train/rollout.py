@@ -1,22 +1,24 @@
-"""Sampling completions."""
+"""Sampling completions: what a sampler is, and the one that runs the model itself."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-import r1kernels
+from r1kernels.train.schema import ConfigError
+
+# Rows, their texts without special tokens, and their lengths in tokens.
+OnBatch = Callable[[list[int], list[str], list[int]], None]
+
+# Rows that have ended leave the batch once they are this share of it: copying the cache costs less than a token.
+_LEAVING = 0.25
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Completions:
         prompt_mask: (B, P) bool.
         token_ids: (B, T), padded on the right.
         mask: (B, T) bool, true up to and with the end-of-text token.
-        logprobs: (B, T), of each token under the distribution it was sampled from, before top-p.
+        logprobs: (B, T), of each token under the distribution it was sampled from, before top-p; 0 behind the mask.
         texts: B strings, without special tokens.
         finished: (B,) bool, false where `max_new_tokens` cut a completion off.
     """
@@ -56,8 +58,27 @@ class Completions:
         return self.mask.sum(-1)
 
 
+class Sampler(Protocol):
+    """Where completions come from. Random numbers are those of torch's global generator."""
+
+    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
+        """One completion of each prompt.
+
+        Args:
+            on_batch: called from this thread as soon as some rows are complete, each row once, so that they can be
+                scored elsewhere while others are still being sampled.
+        """
+        ...
+
+    def update(self, model: PreTrainedModel) -> None:
+        """From now on, samples come from these weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class TransformersSampler:
-    """Rollouts by `generate` of transformers: all rows in one batch, with a key-value cache.
+    """Rollouts by the model that is being trained, with the key-value cache of transformers.
 
     Args:
         check: called before every token; what it raises ends the rollout.
@@ -67,79 +88,150 @@ class TransformersSampler:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check: Callable[[], None] = lambda: None
     ) -> None:
         self.model, self.tokenizer, self.check = model, tokenizer, check
-        eos = model.generation_config.eos_token_id
-        self._eos = [tokenizer.eos_token_id] if eos is None else eos if isinstance(eos, list) else [eos]
-        # `generate` takes what it is not told from here; a model's own top-k or repetition penalty would make
-        # rollouts off-policy.
-        model.generation_config = GenerationConfig(eos_token_id=self._eos)
+        self._stops = torch.tensor(end_tokens(model, tokenizer), device=model.device)
+        # Of a prompt's logits, the last row alone is used, and all others would be most of the memory.
+        takes_less = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"use_cache": True, **({"logits_to_keep": 1} if takes_less else {})}
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
-        """One completion of each prompt, drawn from torch's global generator."""
-        encoded = self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
-        prompt_ids, prompt_mask = encoded["input_ids"], encoded["attention_mask"]
-        size = sampling.batch_size or len(prompts)
-        batches = [
-            self._generate(ids, mask, sampling)
-            for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True)
-        ]
-        width = max(ids.shape[1] for ids, _ in batches)
-        token_ids, logprobs = (
-            torch.cat([F.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
-            for parts, value in zip(zip(*batches, strict=True), (self.tokenizer.pad_token_id, 0.0), strict=True)
-        )
-        ended = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
-        mask = (ended.cumsum(-1) - ended.long()) == 0
-        return Completions(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask.bool(),
-            token_ids=token_ids,
-            mask=mask,
-            logprobs=logprobs,
-            texts=self.tokenizer.batch_decode(token_ids, skip_special_tokens=True),
-            finished=ended.any(-1),
-        )
+    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
+        """One completion of each prompt; a row's random numbers depend on its place alone."""
+        prompt_ids, prompt_mask = encode(self.tokenizer, prompts, self.model.device)
+        shape = (len(prompts), sampling.max_new_tokens)
+        token_ids = prompt_ids.new_full(shape, self.tokenizer.pad_token_id)
+        logprobs = torch.zeros(shape, device=token_ids.device)
+        lengths = torch.zeros_like(token_ids[:, 0])
+        texts = [""] * len(prompts)
+
+        def finish(rows: Tensor) -> None:
+            ids = [token_ids[row, : lengths[row]].tolist() for row in rows]
+            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for row, text in zip(rows.tolist(), decoded, strict=True):
+                texts[row] = text
+            if on_batch is not None:
+                on_batch(rows.tolist(), decoded, [len(row) for row in ids])
+
+        for rows in torch.arange(len(prompts), device=token_ids.device).split(sampling.batch_size or len(prompts)):
+            self._generate(prompt_ids[rows], prompt_mask[rows], rows, (token_ids, logprobs, lengths), sampling, finish)
+        if not logprobs.isfinite().all():
+            raise FloatingPointError(f"{type(self.model).__name__} gives log-probs that are not finite")
+        return completions(prompt_ids, prompt_mask, token_ids, logprobs, lengths, texts, self._stops)
+
+    def update(self, model: PreTrainedModel) -> None:
+        """The model is the one given, or another of its kind."""
+        self.model = model
+
+    def close(self) -> None:
+        pass
 
     @torch.no_grad()
-    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs, each (b, t)."""
-        recorder = _Recorder(sampling.temperature, self.check)
-        output = self.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            logits_processor=LogitsProcessorList([recorder]),
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self._eos,
-                pad_token_id=self.tokenizer.pad_token_id,
-            ),
-        )
-        token_ids = output[:, prompt_ids.shape[1] :]
-        return token_ids, recorder.finish(token_ids[:, -1])
+    def _generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        rows: Tensor,
+        into: tuple[Tensor, Tensor, Tensor],
+        sampling: Sampling,
+        finish: Callable[[Tensor], None],
+    ) -> None:
+        """Writes the tokens, log-probs and lengths of one batch, whose places in them are `rows`.
+
+        `generate` of transformers would compute a row that has ended until the last one has: where lengths differ,
+        most of its work.
+        """
+        token_ids, logprobs, lengths = into
+        inputs, mask = prompt_ids, F.pad(prompt_mask, (0, sampling.max_new_tokens), value=1)
+        positions, cache = (prompt_mask.cumsum(-1) - 1).clamp(min=0), None
+        size, place = len(rows), torch.arange(len(rows), device=rows.device)
+        going = torch.ones_like(rows, dtype=torch.bool)
+        for step in range(sampling.max_new_tokens):
+            self.check()
+            output = self.model(
+                input_ids=inputs,
+                attention_mask=mask[:, : prompt_ids.shape[1] + step],
+                position_ids=positions,
+                past_key_values=cache,
+                **self._options,
+            )
+            cache = _cache_of(output, self.model)
+            scores = (output.logits[:, -1].float() / sampling.temperature).log_softmax(-1)
+            uniform = torch.rand(size, dtype=torch.float64, device=rows.device)[place]
+            tokens = draw(scores, uniform, sampling.top_p)
+            token_ids[rows[going], step] = tokens[going]
+            logprobs[rows[going], step] = scores.gather(-1, tokens[:, None])[going, 0]
+            lengths[rows[going]] += 1
+            going &= torch.isin(tokens, self._stops, invert=True)
+            inputs, positions = tokens[:, None], positions[:, -1:] + 1
+            left = int(going.sum())
+            if left == 0:
+                break
+            if left <= (1 - _LEAVING) * len(rows):
+                finish(rows[~going])
+                stay = going.nonzero()[:, 0]
+                cache.reorder_cache(stay)
+                rows, place, mask, inputs, positions, going = (
+                    part[stay] for part in (rows, place, mask, inputs, positions, going)
+                )
+        finish(rows)
 
 
-class _Recorder(LogitsProcessor):
-    """Scores each sampled token when its successor is asked for, so that only one step's logits are kept."""
+def draw(logprobs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Tokens (B,) of log-probs (B, V): the inverse of the cumulative distribution at uniform (B,), in [0, 1).
 
-    def __init__(self, temperature: float, check: Callable[[], None]) -> None:
-        self.temperature, self.check = temperature, check
-        self._logits: Tensor | None = None
-        self._columns: list[Tensor] = []
+    Among the likeliest tokens alone whose probabilities first reach `top_p` together, where that is below 1.
+    """
+    probs, order = logprobs.double().exp(), None
+    if top_p < 1:
+        probs, order = probs.sort(descending=True, stable=True)
+    cumulative = probs.cumsum(-1)
+    mass = cumulative[:, -1:]
+    if order is not None:
+        last = torch.searchsorted(cumulative, top_p * mass).clamp(max=probs.shape[-1] - 1)
+        mass = cumulative.gather(-1, last)
+    found = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True)
+    found = found.clamp(max=probs.shape[-1] - 1)  # NaN compares with nothing
+    return (found if order is None else order.gather(-1, found))[:, 0]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.check()
-        if self._logits is not None:
-            self._score(input_ids[:, -1])
-        self._logits = scores
-        return scores
 
-    def finish(self, last: Tensor) -> Tensor:
-        """All log-probs (B, T), given the last column of tokens (B,)."""
-        self._score(last)
-        return torch.stack(self._columns, dim=1)
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion."""
+    ids = model.generation_config.eos_token_id
+    return [tokenizer.eos_token_id] if ids is None else ids if isinstance(ids, list) else [ids]
 
-    def _score(self, tokens: Tensor) -> None:
-        self._columns.append(r1kernels.token_logprobs(self._logits, tokens, temperature=self.temperature))
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, P), padded on the left."""
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(device)
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def completions(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    lengths: Tensor,
+    texts: list[str],
+    stops: Tensor,
+) -> Completions:
+    """What a sampler returns, without the columns that no row fills."""
+    width = max(1, int(lengths.max()))
+    token_ids, logprobs = token_ids[:, :width].clone(), logprobs[:, :width].clone()
+    last = token_ids.gather(-1, (lengths[:, None] - 1).clamp(min=0))[:, 0]
+    return Completions(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask.bool(),
+        token_ids=token_ids,
+        mask=torch.arange(width, device=lengths.device) < lengths[:, None],
+        logprobs=logprobs,
+        texts=texts,
+        finished=torch.isin(last, stops) & (lengths > 0),
+    )
+
+
+def _cache_of(output: object, model: PreTrainedModel) -> Cache:
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ConfigError(f"{type(model).__name__} keeps no key-value cache, expected one: sampling needs it")
+    return cache

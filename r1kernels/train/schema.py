@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -23,40 +23,67 @@ Scalar = int | float | str | None
 class _Loader(yaml.SafeLoader):
     """Of a key given twice, YAML readers keep the last value without a word; this one refuses it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # As it is written: later, keys that `<<` merges into it are among its own.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise ConfigError(f"key '{key}' is given twice, in the mapping of line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
+                raise ConfigError(f"key '{key[1]}' is given twice, in the mapping of line {node.start_mark.line + 1}")
+        return node
 
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ConfigError: a mapping has a key twice.
+        ConfigError: a mapping has a key twice, or a value is none, such as the date 2024-13-45.
         yaml.YAMLError: it is not YAML.
     """
-    return yaml.load(text, Loader=_Loader)
-
-
-def override_key(values: dict, override: str) -> None:
-    """Changes one key of nested mappings in place; `override` is "grpo.steps=10", its value YAML."""
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as grpo.steps=10")
-    for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
-            values[parent] = {}
-        values = values[parent]
     try:
-        values[last] = read_yaml(text)
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"a value cannot be read: {error}") from None
+
+
+def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """Nested mappings with one key changed; `override` is "eval.samples=10" or "stages.r1.steps=10", in YAML.
+
+    What is changed is copied first: by an alias of YAML, two stages may hold the same mapping.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
+    try:
+        return _replaced(values, key, read_yaml(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from None
+
+
+def _replaced(values: Any, key: str, new: Any) -> Any:
+    """`values` with `new` at a dotted key; of a list of mappings, they go by their names."""
+    if not key:
+        return new
+    named = isinstance(values, list)
+    if named:
+        children = {str(item["name"]): item for item in values if isinstance(item, dict) and "name" in item}
+    else:
+        children = values if isinstance(values, dict) else {}
+    # A name may hold dots itself: the longest that is there is meant.
+    known = [name for name in map(str, children) if f"{key}.".startswith(f"{name}.")]
+    name = max(known, key=len) if known else key.partition(".")[0]
+    rest = key[len(name) + 1 :]
+    if not named:
+        return {**children, name: _replaced(children.get(name), rest, new)}
+    if name not in children:
+        raise ConfigError(f"no {name!r}, expected one of {', '.join(children) or 'none'}")
+    if not rest:
+        raise ConfigError("expected a key after the name, such as stages.r1.steps=10")
+    return [_replaced(item, rest, new) if item is children[name] else item for item in values]
 
 
 def build(cls: type, values: Any, where: str = "") -> Any:
@@ -75,7 +102,10 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in arguments:
             raise ConfigError(f"missing key '{item.name}'" + (f" in '{where}'" if where else ""))
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"'{where}': {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -93,6 +123,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in options:
             raise wrong("one of " + ", ".join(map(str, options)))
         return value
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise wrong("a list")
+        return origin(_convert(options[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise wrong("a mapping from names to values")
@@ -103,7 +137,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         number = _number(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise wrong("a number")
-        return float(number)
+        try:
+            return float(number)
+        except OverflowError:
+            raise wrong("a number that fits a float") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong({int: "an integer", str: "a string", bool: "true or false"}[hint])
     return value
@@ -117,13 +154,44 @@ def _number(text: str) -> float | str:
         return text
 
 
+def check_ranges(
+    config: Any,
+    *,
+    at_least_1: Iterable[str] = (),
+    at_least_0: Iterable[str] = (),
+    positive: Iterable[str] = (),
+    probability: Iterable[str] = (),
+) -> None:
+    """Checks numbers of a configuration, given by their dotted keys; one that is None is left alone.
+
+    Raises:
+        ConfigError: naming the key, its value and the range.
+    """
+    ranges = (
+        (at_least_1, lambda value: value >= 1, "at least 1"),
+        (at_least_0, lambda value: value >= 0, "at least 0"),
+        (positive, lambda value: 0 < value < float("inf"), "a positive number"),
+        (probability, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    )
+    for keys, holds, expected in ranges:
+        for key in keys:
+            value = config
+            for name in key.split("."):
+                value = None if value is None else getattr(value, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"'{key}' is {value}, expected {expected}")
+
+
+def flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys; an item of a list of named mappings goes by its name."""
+    if isinstance(values, list | tuple) and values and all(isinstance(v, dict) and "name" in v for v in values):
+        values = {value["name"]: value for value in values}
+    if not isinstance(values, dict):
+        return {key: values}
+    return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
+
+
 def differences(first: Any, second: Any) -> list[str]:
-    """The dotted keys, with both values, in which two configurations differ."""
-
-    def flat(values: Any, key: str = "") -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {key: values}
-        return {k: v for name in values for k, v in flat(values[name], f"{key}.{name}".lstrip(".")).items()}
-
-    a, b = flat(dataclasses.asdict(first)), flat(dataclasses.asdict(second))
+    """The dotted keys, with both values, in which two mappings differ."""
+    a, b = flat(first), flat(second)
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]

@@ -21,7 +21,8 @@ TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fra
 class Rollout:
     """What one rollout gives to its updates; every field is a tensor with one row a sample.
 
-    Shapes: prompts (B, P), the others (B, T), advantages (B,).
+    Shapes: prompts (B, P), the others (B, T); advantages, and importance weights where there are any, (B,) for
+    sequences or (B, T) for tokens.
     """
 
     prompt_ids: Tensor
@@ -31,19 +32,20 @@ class Rollout:
     advantages: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
+    importance_weights: Tensor | None = None
 
     def rows(self, index: Tensor) -> Rollout:
         """Some of the samples (n,), without the columns in which all of them are padding.
 
         A completion has at least one column, also where all of them are empty.
         """
-        part = {item.name: getattr(self, item.name)[index] for item in dataclasses.fields(self)}
+        part = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        part = {name: value[index] for name, value in part.items() if value is not None}
         start = int(part["prompt_mask"].any(0).long().argmax())
         end = max(1, int(part["mask"].sum(-1).max()))
-        for name in ("prompt_ids", "prompt_mask"):
-            part[name] = part[name][:, start:]
-        for name in ("token_ids", "mask", "old_logprobs", "ref_logprobs"):
-            part[name] = part[name][:, :end]
+        for name, value in part.items():
+            if value.ndim == 2:
+                part[name] = value[:, start:] if name.startswith("prompt_") else value[:, :end]
         return Rollout(**part)
 
 
@@ -125,6 +127,7 @@ def minibatch_gradient(
             old_logprobs=batch.old_logprobs,
             ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask,
+            importance_weights=batch.importance_weights,
             normalizer=normalizer,
             temperature=temperature,
             objective=objective,

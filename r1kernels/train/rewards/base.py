@@ -1,6 +1,6 @@
 """The words every reward shares: a sample, a judgement, a reward, and the scores of a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .settings import ScoringConfig
@@ -99,3 +99,20 @@ class Scores:
     crashes: int = 0
     endpoint_failures: int = 0
     unscorable: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, batches: "Sequence[Scores]", rows: Sequence[Sequence[int]]) -> "Scores":
+        """The scores of several batches of the same rewards, given which samples each holds; all samples are in one."""
+
+        def column(pick: "Callable[[Scores], list[float]]") -> list[float]:
+            values = {row: value for batch, some in zip(batches, rows, strict=True)
+                      for row, value in zip(some, pick(batch), strict=True)}
+            return [values[row] for row in range(len(values))]
+
+        counts = ("timeouts", "crashes", "endpoint_failures")
+        return cls(
+            {name: column(lambda batch, name=name: batch.parts[name]) for name in batches[0].parts},
+            column(lambda batch: batch.total),
+            *(sum(getattr(batch, name) for batch in batches) for name in counts),
+            unscorable={name: sum(batch.unscorable[name] for batch in batches) for name in batches[0].unscorable},
+        )

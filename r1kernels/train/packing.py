@@ -1,0 +1,106 @@
+"""Samples packed into rows, without padding between them and without attention across them.
+
+A batch is a number of samples, as in the paper; its samples share as few rows of at most `window` tokens as first-fit
+finds, so the rows of a step follow from its samples alone and a resumed run packs as the first one did. Positions
+restart at 0 with each sample, by which `transformers` keeps attention inside (the mask of a batch without an
+`attention_mask`, for every attention implementation); a test compares log-probs with those of each sample alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from r1kernels.train.data import DataError
+
+IGNORED = -100
+_ENCODED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sample as tokens, int32: the prompt, and what is to be learned after it."""
+
+    ids: np.ndarray
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned; one without any before it cannot be."""
+        return len(self.ids) - max(1, self.prompt_length)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[tuple[str, str]]) -> list[Tokens]:
+    """(prompt, completion) pairs as tokens, encoded apart as the sampler does it, with the end of text after them."""
+    encoded = []
+    for start in range(0, len(samples), _ENCODED_AT_ONCE):
+        some = samples[start : start + _ENCODED_AT_ONCE]
+        prompts = tokenizer([prompt for prompt, _ in some])["input_ids"]
+        completions = tokenizer([completion for _, completion in some], add_special_tokens=False)["input_ids"]
+        encoded += [
+            Tokens(np.array([*prompt, *completion, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    return encoded
+
+
+def fitting(samples: Sequence[Tokens], window: int) -> list[Tokens]:
+    """The samples of at most `window` tokens: a sample cut off would teach to stop in mid-sentence, or never to stop.
+
+    Raises:
+        DataError: none of them fits.
+    """
+    kept = [sample for sample in samples if len(sample) <= window]
+    if samples and not kept:
+        raise DataError(
+            f"'window' is {window}, expected at least {min(map(len, samples))}: every sample is longer, in tokens"
+        )
+    return kept
+
+
+def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
+    """Indices of the samples of each row: the longest first, each into the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        row = next((row for row, left in enumerate(room) if left >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(window)
+        rows[row].append(index)
+        room[row] -= length
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Tokens]]) -> dict[str, Tensor]:
+    """Rows of samples as tensors, each (rows, longest row).
+
+    Returns:
+        input_ids, position_ids, and targets, whose column t is the token after column t where that is to be learned,
+        and -100 elsewhere: in prompts, at the end of a sample and in the padding, a sample of its own.
+    """
+    width = max(sum(map(len, row)) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    targets = torch.full_like(ids, IGNORED)
+    for index, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + len(sample)
+            ids[index, start:end] = torch.from_numpy(sample.ids)
+            first = end - sample.learned
+            targets[index, first - 1 : end - 1] = ids[index, first:end]
+            positions[index, start:end] = torch.arange(len(sample))
+            start = end
+        positions[index, start:] = torch.arange(width - start)
+    return {"input_ids": ids, "position_ids": positions, "targets": targets}

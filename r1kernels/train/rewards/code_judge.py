@@ -1,0 +1,131 @@
+"""The judge of programs, meant for a worker process.
+
+The program runs in a sandbox, and knows nothing but the arguments it is called with. The tests run here, on plain data
+that came out of it as text (`plain`): the data set's own code is trusted, down to its `check(candidate)`, where
+`candidate` passes calls on; the completion never runs here.
+
+What is whose fault: from the moment the sandbox has the program, all is the program's. It is wrong (0.0) when it
+cannot be compiled, ends, crashes, is killed for the time, memory or output it takes, or answers what is not plain data;
+for all that, it could bring about itself. When the sandbox does not start, SandboxError makes a worker report a crash,
+and the sample is unscorable (NaN); so does a data set whose own code cannot be run, or which never calls the candidate.
+"""
+
+import builtins
+import random
+
+from .code import read_tests, sources, with_body
+from .sandbox import Limits, Program, ProgramError
+
+MAX_CALLS = 100_000
+
+
+class CandidateError(Exception):
+    """An exception of the program that is none of Python's own."""
+
+
+def judge(reference: str, code: str, fenced: bool, sandbox: str, timeout_s: float, memory_mb: int) -> float:
+    """1.0 when the code passes every test of the reference, else 0.0.
+
+    Raises:
+        SandboxError: it could not be run at all.
+        Exception: whatever the data set's own code raises before it calls the program.
+    """
+    tests, limits = read_tests(reference), Limits(seconds=timeout_s, memory_bytes=memory_mb * 2**20)
+    try:
+        if "stdio" in tests:
+            return float(all(_prints(case, code, sandbox, limits) for case in tests["stdio"]))
+        # The tests are read before the program starts, so that what is wrong with them is not its failure.
+        check = _returns(tests["cases"]) if "cases" in tests else _defined_check(tests)
+        with Program(sandbox, sources(tests, code, fenced), tests["entry_point"], limits) as program:
+            return float(_passes(check, Candidate(program)))
+    except ProgramError:
+        return 0.0
+
+
+class Candidate:
+    """The function under test, as the tests see it."""
+
+    def __init__(self, program: Program):
+        self.program, self.calls = program, 0
+        self.failure: ProgramError | None = None
+        self.broken: Exception | None = None
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:
+        self.calls += 1
+        try:
+            if self.failure is not None or self.calls > MAX_CALLS:
+                raise ProgramError("it has failed before, or was called too often")
+            kind, *answer = self.program.ask(*arguments, **keywords)
+        except ProgramError as failure:
+            self.failure = failure  # even where a test expects exceptions
+            raise
+        except (TypeError, ValueError) as broken:
+            self.broken = broken
+            raise
+        if kind == "value":
+            return answer[0]
+        raised = getattr(builtins, str(answer[0]), None)
+        if not (isinstance(raised, type) and issubclass(raised, Exception)):
+            raised = CandidateError
+        try:
+            error = raised(str(answer[1]))
+        except TypeError:  # one of those that need more arguments
+            error = CandidateError(str(answer[1]))
+        raise error
+
+
+def _passes(check, candidate: Candidate) -> bool:
+    random.seed(0)  # tests that draw their arguments draw the same ones each time
+    try:
+        check(candidate)
+    except Exception:
+        if not candidate.calls:
+            raise
+        if candidate.broken is None:
+            return False
+    if candidate.broken is not None:
+        raise ValueError("a test calls the candidate with what is not plain data") from candidate.broken
+    if not candidate.calls:
+        raise ValueError("the tests never call the candidate")
+    return candidate.failure is None and not candidate.program.overdue
+
+
+def _defined_check(tests: dict):
+    """The data set's `check`, beside what its prompt defines; the function under test is `candidate` everywhere."""
+    namespace: dict = {"__name__": "tests"}
+    for name in ("prompt", "test"):
+        exec(compile(with_body(tests["prompt"]) if name == "prompt" else tests["test"], f"<{name}>", "exec"), namespace)
+    check = namespace["check"]
+
+    def run(candidate: Candidate) -> None:
+        namespace[tests["entry_point"]] = candidate
+        check(candidate)
+
+    return run
+
+
+def _returns(cases: list[dict]):
+    def check(candidate: Candidate) -> None:
+        for case in cases:
+            assert _as_json(candidate(*case["args"])) == case["expected"]
+
+    return check
+
+
+def _as_json(value):
+    """JSON has one kind of sequence, so a tuple may answer a list."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return value
+
+
+def _prints(case: dict, code: str, sandbox: str, limits: Limits) -> bool:
+    with Program(sandbox, [code], None, limits) as program:
+        printed, status = program.run(case["input"].encode())
+    return status == 0 and _lines(printed.decode(errors="replace")) == _lines(case["output"])
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]

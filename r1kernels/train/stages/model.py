@@ -1,0 +1,26 @@
+"""A model from elsewhere: a directory, or a name of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from r1kernels.train.config import Recipe
+from r1kernels.train.stage import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    kind: Literal["model"]
+    path: str
+
+    def check(self, recipe: Recipe) -> None:
+        """What is wrong with a model shows when its tokenizer is loaded, before any work."""
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Loads it, so that what is wrong with it shows before any work."""
+    model, tokenizer = stage.load_model(stage.config.name)
+    stage.template(tokenizer)
+    return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}

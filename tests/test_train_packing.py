@@ -1,0 +1,97 @@
+"""Packed rows: what is in them, and that a sample in one is as if alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from supervised_cases import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import r1kernels
+from r1kernels.train.data import DataError
+from r1kernels.train.head import head_of, hidden_states
+from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fitting, pack
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
+def sample(length: int, prompt_length: int, seed: int = 0) -> Tokens:
+    return Tokens(np.random.default_rng(seed).integers(2, 64, length).astype(np.int32), prompt_length)
+
+
+def model_of(family: str, attention: str):
+    torch.manual_seed(0)
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**SHAPE, attn_implementation=attention)
+    return {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[family](config).eval()
+
+
+@given(st.lists(st.integers(1, 32), max_size=40))
+def test_every_sample_is_in_one_row_and_no_row_overflows(lengths):
+    rows = pack(lengths, 32)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in row) <= 32 for row in rows)
+    # First-fit never leaves two rows that are both half empty.
+    assert sum(sum(lengths[index] for index in row) <= 16 for row in rows) <= 1
+
+
+def test_packing_is_a_function_of_the_lengths():
+    assert pack([5, 9, 5, 3], 10) == [[1], [0, 2], [3]]
+    assert pack([], 10) == []
+
+
+def test_targets_are_the_next_tokens_of_completions_alone():
+    first = Tokens(np.array([11, 12, 13, 14, 15], dtype=np.int32), 2)
+    second = Tokens(np.array([21, 22, 23], dtype=np.int32), 1)
+    batch = collate([[first, second], [second]])
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 21, 22, 23], [21, 22, 23, 0, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 0, 1, 2, 3, 4]]
+    no = IGNORED
+    assert batch["targets"].tolist() == [[no, 13, 14, 15, no, 22, 23, no], [22, 23, no, no, no, no, no, no]]
+
+
+def test_without_a_prompt_the_first_token_is_not_learned():
+    batch = collate([[Tokens(np.array([7, 8, 9], dtype=np.int32), 0)]])
+    assert batch["targets"].tolist() == [[8, 9, IGNORED]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_sample_in_a_packed_row_has_the_log_probs_it_has_alone(family, attention):
+    model = model_of(family, attention)
+    rows = [[sample(9, 4, 1), sample(5, 2, 2), sample(12, 1, 3)], [sample(7, 3, 4)]]
+
+    def logprobs(batch):
+        wanted = batch["targets"] != IGNORED
+        hidden = hidden_states(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        values = r1kernels.linear_token_logprobs(hidden, token_ids=batch["targets"].clamp(min=0), **head_of(model))
+        return values[wanted]
+
+    with torch.no_grad():
+        together = logprobs(collate(rows))
+        alone = torch.cat([logprobs(collate([[one]])) for row in rows for one in row])
+        # Had attention crossed from sample to sample, it would show.
+        crossing = collate(rows[:1])
+        crossing["position_ids"] = torch.arange(crossing["input_ids"].shape[1])[None]
+        crossed = logprobs(crossing)
+    assert together.shape == (5 + 3 + 11 + 4,)
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    assert (crossed[5:] - alone[5:19]).abs().max() > 1e-3
+
+
+def test_samples_are_encoded_as_the_sampler_encodes_prompts():
+    tokenizer = make_tokenizer()
+    pairs = [("User: Compute 1+2. Assistant:", " <think>1+2=3</think>"), ("Compute 3", " It is 3.")]
+    for tokens, (prompt, completion) in zip(encode(tokenizer, pairs), pairs, strict=True):
+        assert tokens.ids[: tokens.prompt_length].tolist() == tokenizer(prompt)["input_ids"]
+        assert tokenizer.decode(tokens.ids[tokens.prompt_length : -1]) == completion
+        assert tokens.ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_sample_longer_than_the_window_is_left_out_whole():
+    samples = [sample(9, 4), sample(5, 2), sample(10, 1)]
+    assert fitting(samples, 9) == samples[:2]
+    assert fitting([], 9) == []
+    with pytest.raises(DataError, match=r"'window' is 4, expected at least 5"):
+        fitting(samples, 4)
