@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 
-from .answers import MAX_ANSWER, final_answer, is_prose, number_in_prose, plain_number, unwrap
+from .answers import MAX_ANSWER, braced, final_answer, is_prose, number_in_prose, plain_number, unwrap
 from .base import Judgement, Outcome, Sample
 from .choice import choice
 from .effort import is_hopeless
@@ -80,6 +80,8 @@ def _math(sample: Sample) -> Outcome:
 
 
 def _judged(answer: str, reference: str) -> Outcome:
+    if braced(answer + "}", 0) != answer:
+        return 0.0  # the judge would read it up to the brace that is too many
     return math.nan if is_hopeless(answer, reference) else Judgement(MATH, (answer, reference))
 
 

@@ -50,10 +50,10 @@ def _last_marked(text: str) -> str | None:
     if hashes > boxed:
         line = text[hashes + len(HASHES) :].lstrip(" \t").partition("\n")[0]
         return line.strip()
-    return _braced(text, boxed + len(BOXED)) if boxed >= 0 else None
+    return braced(text, boxed + len(BOXED)) if boxed >= 0 else None
 
 
-def _braced(text: str, start: int) -> str | None:
+def braced(text: str, start: int) -> str | None:
     """The text from `start`, just inside a brace, to the brace that closes it; None when nothing does."""
     depth, position = 1, start
     while position < len(text):
