@@ -69,7 +69,7 @@ def test_finding_the_code(completion, found):
 
 
 def test_finding_the_code_takes_no_time():
-    for text in ("```" + "a" * 2_000_000 + "`", "```\n" * 500_000, "`" * 2_000_000, "<answer>" * 200_000):
+    for text in ("```" + "a" * 2_000_000 + "`", "```\n" * 100_000, "`" * 2_000_000, "<answer>" * 200_000):
         extract_code("", text)
 
 
@@ -77,7 +77,7 @@ def test_bodies_and_whole_functions():
     prompt, whole = PROBLEM["prompt"], ["import math", WHOLE]
     assert sources(PROBLEM, WHOLE, True) == [prompt, WHOLE]
     assert sources(PROBLEM, "area = lambda r: r", False) == [prompt, "area = lambda r: r"]
-    assert sources(PROBLEM, "    return 1\n\n# so\ndef other():\n    pass", False) == [prompt + "    return 1\n\n# so\n"]
+    assert sources(PROBLEM, "    return 1\n# so\ndef f():\n    pass", False) == [prompt + "    return 1\n# so\n"]
     assert sources(PROBLEM, "    return 1\nx = 2", True) == [prompt + "    return 1\nx = 2"]
     assert sources(PROBLEM, "    def area(r): pass", True) == [prompt + "    def area(r): pass"]
     assert sources(CASES, "\n".join(whole), True) == ["", "\n".join(whole)]
@@ -111,9 +111,23 @@ def test_plain_cases():
     assert reward(CASES, "def f(x): return tuple(sorted(x))") == 1.0
     assert reward(CASES, "def f(x): return x") == 0.0
     assert reward(CASES, "def f(x): return range(1, len(x) + 1)") == 0.0
-    assert reward({"cases": [{"args": ["ab"], "expected": {"a": [1]}}], "entry_point": "f"}, "f = lambda s: {'a': (1,)}") == 1.0
+    mapping = {"cases": [{"args": ["ab"], "expected": {"a": [1]}}], "entry_point": "f"}
+    assert reward(mapping, "f = lambda s: {'a': (1,)}") == 1.0
     long = {"cases": [{"args": [list(range(60_000))], "expected": 60_000}], "entry_point": "f"}
     assert reward(long, "f = len") == 1.0
+
+
+def test_what_is_expected_cannot_be_found():
+    tests = {"cases": [{"args": [1], "expected": "a needle"}], "entry_point": "f"}
+    search = """
+import gc
+def f(x):
+    for thing in gc.get_objects():
+        for text in thing if type(thing) in (list, tuple) else thing.values() if type(thing) is dict else ():
+            if type(text) is str and text[1:] == " needle": return text
+"""
+    assert reward(tests, search) == 0.0
+    assert reward(tests, search + "\nknown = ['a needle']") == 1.0
 
 
 def test_whole_programs():
@@ -128,7 +142,8 @@ def test_whole_programs():
 @pytest.mark.parametrize(
     "tests",
     [
-        "", "no JSON", "[]", "{}", '{"stdio": []}', '{"stdio": [{"input": ""}]}', '{"stdio": [{"input": 1, "output": ""}]}',
+        "", "no JSON", "[]", "{}", '{"stdio": []}', '{"stdio": [{"input": ""}]}',
+        '{"stdio": [{"input": 1, "output": ""}]}',
         '{"cases": [1], "entry_point": "f"}', '{"cases": [{"args": 1, "expected": 1}], "entry_point": "f"}',
         '{"cases": [{"args": [], "expected": 1}]}', '{"prompt": "", "test": ""}',
         '{"prompt": "", "test": "", "entry_point": "no name"}',
@@ -160,8 +175,10 @@ def test_the_scorer_runs_programs_in_its_workers(monkeypatch):
     broken = json.dumps(PROBLEM | {"test": "x = 1"})
     samples = [
         Sample("", completion, tests, kind="code")
-        for completion, tests in ((WHOLE, answer), ("    while True: pass", answer), (WHOLE, broken), ("", answer), (WHOLE, ""))
-    ]
+        for completion, tests in (
+            (WHOLE, answer), ("    while True: pass", answer), (WHOLE, broken), ("", answer), (WHOLE, "")
+        )
+    ]  # fmt: skip
     settled = triage(samples[0], SETTINGS)
     assert isinstance(settled, Judgement) and settled.timeout_s > SETTINGS.timeout_s
     with Scorer({"accuracy": 1.0}, SETTINGS) as scorer:

@@ -1,7 +1,6 @@
 """The sandbox: what a program in it cannot do, whichever way it is made, and that nothing is left of it."""
 
 import json
-import math
 import os
 import random
 import shutil
@@ -70,66 +69,9 @@ def outcome(kind, limits, body, *arguments):
         return program.ask(*arguments)
 
 
-PLAIN = [
-    None, True, False, 0, -1, 2**62, 2**63, -(10**400), 0.1, -0.0, math.inf, 1j, "", "a\n\x00\ud800\u20ac", b"\x00\xff",
-    [], [[1], (2, 3)], (), {1, 2}, frozenset({(1, "a")}), {}, {1: [2], "b": {None: ()}, (1,): {True: 1.5}},
-]  # fmt: skip
-
-
-def test_plain_data_keeps_its_value_and_types():
-    found = plain.read(plain.write(PLAIN))
-    assert found == PLAIN
-    assert repr(found) == repr(PLAIN)
-    assert plain.read(plain.write(-(10**5000))) == -(10**5000)
-
-
-def test_subclasses_become_plain_and_other_objects_are_refused():
-    from collections import Counter, OrderedDict, defaultdict, namedtuple
-
-    for value in (Counter("aab"), OrderedDict(a=1), defaultdict(int, a=1)):
-        found = plain.read(plain.write(value))
-        assert type(found) is dict and found == value
-    assert type(plain.read(plain.write(namedtuple("Pair", "a b")(1, 2)))) is tuple
-    for value in (object(), range(3), (x for x in "ab"), print, Exception, [iter("")]):
-        with pytest.raises(TypeError, match="is not plain data"):
-            plain.write(value)
-
-
-def nested(depth):
-    return b'{"list":[' * depth + b"]}" * depth
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"", b"[]", b"[1]", b"{}", b'{"list":[1],"tuple":[2]}', b'{"object":[]}', b'{"list":1}', b'{"list":"ab"}',
-        b'{"set":[{"list":[]}]}', b'{"dict":[1]}', b'{"dict":[[1,2,3]]}', b'{"int":5}', b'{"int":"x"}', b'{"bytes":"g"}',
-        b'{"complex":[1,2]}', b'{"complex":["1","2"]}', b"1" * 30, b"\xff", b"1 2", b"nul", nested(52), nested(100_000),
-        b"[" * 1_000_000, b'{"set":[' + b",".join(b"%d" % i for i in range(20_001)) + b"]}",
-    ],
-    ids=lambda text: repr(text[:20]),
-)  # fmt: skip
-def test_anything_else_is_no_plain_data(text):
-    with pytest.raises(ValueError):
-        plain.read(text)
-
-
-def test_noise_is_refused_as_well():
-    draw = random.Random(0)
-    valid = plain.write([PLAIN[3:5], {"a": (1.5, {2, 3})}])
-    for _ in range(3000):
-        text = bytearray(valid)
-        for _ in range(draw.randint(1, 4)):
-            text[draw.randrange(len(text))] = draw.randrange(256)
-        try:
-            plain.read(bytes(text))
-        except ValueError:
-            continue
-
-
 def test_calls_and_exceptions(kind, marker):
-    source = "import math\nstate = []\ndef probe(x, *, by=1):\n    state.append(x)\n    return [math.sqrt(x) / by, state]"
-    with Program(kind, [source], "probe", marker) as program:
+    source = "def probe(x, *, by=1):\n    state.append(x)\n    return [math.sqrt(x) / by, state]"
+    with Program(kind, ["import math\nstate = []", source], "probe", marker) as program:
         assert program.ask(4) == ("value", [2.0, [4]])
         assert program.ask(9, by=3) == ("value", [1.0, [4, 9]])
         assert program.ask(-1) == ("raise", "ValueError", "math domain error")
@@ -188,7 +130,8 @@ REFUSED = {
     "makes a sparse file": "open('x', 'wb').truncate(2**40)",
     "makes many files": "for i in range(2000): open(f'x{i}', 'w')",
     "keeps many files open": "import os; [os.dup(1) for i in range(100)]",
-    "starts many threads": "import threading as t, time\nfor i in range(100): t.Thread(target=time.sleep, args=(9,)).start()",
+    "starts many threads": "import threading as t, time\n"
+    "for i in range(100): t.Thread(target=time.sleep, args=(9,)).start()",
     "makes nothing executable": "import os, mmap; f = open('x', 'wb+'); f.write(bytes(4096)); f.flush()\n"
     "mmap.mmap(f.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
     "links to a file outside": "import os; os.symlink('/etc/shadow', 'x'); open('x').read()",
@@ -244,11 +187,12 @@ def test_floods_go_nowhere(kind, marker):
     # A gigabyte to stdout and stderr of a function costs nothing; of a program it counts.
     flood = "import os\nfor i in range(16): os.write(1 + i % 2, bytes(2**26))\nreturn 5"
     assert outcome(kind, marker, flood) == ("value", 5)
-    with Program(kind, ["import sys\nwhile True: sys.stdout.write('x' * 65536)"], None, marker) as program:
-        with pytest.raises(ProgramError, match="bytes of output"):
-            program.run(b"")
-    with Program(kind, ["import os, time\nos.close(1)\nwhile True: time.sleep(1)"], None, Limits(0.3, MEMORY)) as program:
-        with pytest.raises(ProgramError, match="out of time"):
+    short = Limits(seconds=0.3, memory_bytes=marker.memory_bytes)
+    for source, limits, reason in (
+        ("import sys\nwhile True: sys.stdout.write('x' * 65536)", marker, "bytes of output"),
+        ("import os, time\nos.close(1)\nwhile True: time.sleep(1)", short, "out of time"),
+    ):
+        with Program(kind, [source], None, limits) as program, pytest.raises(ProgramError, match=reason):
             program.run(b"")
 
 
@@ -328,25 +272,33 @@ return count, sum(f.tell() for f in files)
     assert 2**20 <= written <= marker.file_bytes
 
 
+FORGE = """
+import os
+for fd in range(3, 9):
+    try: os.write(fd, len(args[0]).to_bytes(8, 'big') + args[0])
+    except OSError: pass
+return 1
+"""
+PATCH = """
+import sys
+class Same:
+    __eq__ = lambda *_: True
+sys.modules['__main__'].write = lambda value: b'1'
+return Same()
+"""
+
+
 def test_the_protocol_cannot_be_talked_into_anything(kind, marker):
     # It may write its own answers, ahead or again: they are answers of its own, to be compared like any other.
-    forged = plain.write(("value", 42))
-    body = f"import os\nanswer = (len({forged!r})).to_bytes(8, 'big') + {forged!r}\n" \
-           "for fd in range(3, 9):\n    try: os.write(fd, answer)\n    except OSError: pass\nreturn 1"
-    source = "def probe():\n" + "\n".join("    " + line for line in body.splitlines())
+    source = "def probe(*args):\n" + "\n".join("    " + line for line in FORGE.strip().splitlines())
     with Program(kind, [source], "probe", marker) as program:
-        assert program.ask() == ("value", 42)
-        assert program.ask() == ("value", 1)
+        assert program.ask(plain.write(("value", 42))) == ("value", 42)
+        assert program.ask(b"") == ("value", 1)
     for bad in (("value",), ("value", 1, 2), ("pass", 1), ["value", 1], "value", (1, 2), None, ((), 1)):
-        text = plain.write(bad)
-        body = f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, ({len(text)}).to_bytes(8, 'big') + {text!r})\n" \
-               "    except OSError: pass"
         with pytest.raises(ProgramError, match="another form"):
-            outcome(kind, marker, body)
-    patched = "import sys\nmain = sys.modules.get('__main__')\n" \
-              "class Same:\n    __eq__ = lambda *_: True\n    __hash__ = None\nmain.write = lambda value: b'1'\nreturn Same()"
+            outcome(kind, marker, FORGE, plain.write(bad))
     with pytest.raises(ProgramError, match="another form"):
-        outcome(kind, marker, patched)
+        outcome(kind, marker, PATCH)
 
 
 def test_nothing_reaches_a_listener(kind, marker):
@@ -394,31 +346,32 @@ return 1
     target.parent.rmdir()
 
 
-ESCAPES = """
-found = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ in ('Popen', '_wrap_close', 'FileLoader')]
-import gc, sys
-reached = [o for o in gc.get_objects() if type(o) is dict and 'expected' in o]
-frames, frame = [], sys._getframe()
+SEARCH = """
+import atexit, gc, sys
+classes = [c.__name__ for c in ().__class__.__base__.__subclasses__()]
+seen = []
+frame = sys._getframe()
 while frame:
-    frames.append(sorted(map(str, frame.f_locals)))
+    seen += [*frame.f_locals.values(), *frame.f_globals.values()]
     frame = frame.f_back
+for thing in gc.get_objects():
+    if type(thing) is dict: seen += [*thing.keys(), *thing.values()]
+    elif type(thing) in (list, tuple) and thing is not seen: seen += thing
+texts = {text for text in seen if type(text) is str}
 class Late:
     def __del__(self):
         while True: pass
-keep = Late()
-__builtins__['late'] = keep
-import atexit; atexit.register(lambda: 1 / 0)
-import builtins
-builtins.print = builtins.len = builtins.isinstance = None
-return len_(reached), [name for names in frames for name in names if 'expected' in name or 'check' in name]
+sys.late = Late()
+atexit.register(sys.late.__del__)
+return 'FileLoader' in classes, len(texts) > 1000, [text for text in texts if 'expected' in text and args[0] in text]
 """
 
 
-def test_what_it_finds_in_its_own_process_is_nothing(kind, marker):
-    with Program(kind, ["len_ = len", "def probe(*args):\n" + "\n".join("    " + x for x in ESCAPES.splitlines())],
-                 "probe", Limits(seconds=1, memory_bytes=marker.memory_bytes)) as program:
-        with pytest.raises(ProgramError):  # it broke its own way out
-            program.ask(1)
+def test_what_it_finds_in_its_own_process_is_its_own(kind, marker):
+    source = "def probe(*args):\n" + "\n".join("    " + line for line in SEARCH.strip().splitlines())
+    with Program(kind, [source], "probe", marker) as program:
+        expected = "expected-of-this-test"
+        assert program.ask(expected[8:]) == ("value", (True, True, []))
 
 
 # The package alone, as a worker loads it, by whatever Python: without torch.
@@ -459,7 +412,7 @@ print(json.dumps(result))
 """
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user; everything else here ran without rights")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user; all else here ran without rights")
 def test_users_without_rights_are_as_safe(kind):
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -469,7 +422,8 @@ def test_users_without_rights_are_as_safe(kind):
         # Its own Python may be in a closed directory.
         for python in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
             try:
-                subprocess.run([python, "-c", "import json, ctypes"], check=True, capture_output=True, cwd="/", **nobody)
+                test = [python, "-c", "import json, ctypes"]
+                subprocess.run(test, check=True, capture_output=True, cwd="/", **nobody)
                 break
             except (OSError, subprocess.CalledProcessError):
                 continue
@@ -515,7 +469,7 @@ def test_a_machine_without_a_sandbox_is_told_so(monkeypatch):
         sandbox.choose("unshare")
     with pytest.raises(SandboxError, match="sandbox is 'docker', expected one of auto, bubblewrap, unshare, none"):
         sandbox.choose("docker")
-    with pytest.raises(SandboxError, match="unshare.* did not start"):
+    with pytest.raises(SandboxError, match="did not start"):
         Program("unshare", [], None, Limits())
     sandbox.choose.cache_clear()
 

@@ -8,6 +8,8 @@ What is whose fault: from the moment the sandbox has the program, all is the pro
 cannot be compiled, ends, crashes, is killed for the time, memory or output it takes, or answers what is not plain data;
 for all that, it could bring about itself. When the sandbox does not start, SandboxError makes a worker report a crash,
 and the sample is unscorable (NaN); so does a data set whose own code cannot be run, or which never calls the candidate.
+What tests do with a hostile answer takes time here that nobody can stop from within, such as comparing thousands of
+keys of one hash: the program's own limit makes that wrong afterwards, and the worker's, far beyond it, unscorable.
 """
 
 import builtins

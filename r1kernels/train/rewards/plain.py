@@ -8,7 +8,7 @@ that is equal to everything cannot be written down.
 import json
 
 MAX_DEPTH = 50  # of containers
-MAX_KEYS = 20_000  # in all sets and dicts together: as many of one hash take seconds to compare with each other
+MAX_KEYS = 10_000  # in all sets and dicts together: as many of one hash take seconds to compare with each other
 SMALL = 2**63
 
 SEQUENCES = {"list": list, "tuple": tuple}

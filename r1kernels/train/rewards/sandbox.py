@@ -275,6 +275,10 @@ def _privileged() -> bool:
     """Whether this process may make namespaces, and other users of its processes, without a user namespace."""
     if os.getuid() != 0:
         return False
+    for name in ("uid_map", "gid_map"):
+        ranges = [map(int, line.split()) for line in Path(f"/proc/self/{name}").read_text().splitlines()]
+        if not any(first <= 65534 < first + count for first, _, count in ranges):
+            return False
     status = Path("/proc/self/status").read_text()
     return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> CAP_SYS_ADMIN & 1)
 

@@ -53,8 +53,11 @@ def enter_namespaces(privileged: bool, visible: list[str]) -> None:
     if not privileged:
         maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
         for name, text in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+            try:
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+            except OSError as error:
+                raise OSError(error.errno, f"write of '{text}' to {name}: {error.strerror}") from None
     call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     child = os.fork()
     if child:
