@@ -93,8 +93,12 @@ def save_checkpoint(
         _put_in_place(writing, final)
     except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
+        cause: BaseException = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch says which byte it missed, not why
+            cause = cause.__context__
+        cause = cause if isinstance(cause, OSError) else error
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {type(error).__name__}: {error}; earlier ones are untouched"
+            f"cannot write checkpoint {final}: {type(cause).__name__}: {cause}; earlier ones are untouched"
         ) from error
     _prune(root, final, keep)
     return final
