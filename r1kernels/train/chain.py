@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from r1kernels.train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
-from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint
+from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint, tidy_checkpoints
 from r1kernels.train.config import Recipe, as_dict, references
 from r1kernels.train.console import Console
 from r1kernels.train.evaluate import evaluate_model
@@ -170,6 +170,7 @@ class Chain:
             with contextlib.suppress(ConfigError):  # what ended the stage is to be said, not what followed from it
                 self._write()
             raise
+        tidy_checkpoints(directory, self.recipe.checkpoint.keep)
         evaluation = summary.pop("evaluation", None)
         if evaluation and plan.action != "continue":  # measured by the stage itself, with the settings of now
             record["evaluation"] = {**evaluation, "settings": self._measured_with()}

@@ -144,6 +144,15 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
 
 
+def tidy_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
+    """Removes what the last save would have removed, had it not been killed."""
+    latest = latest_checkpoint(run_dir)
+    if latest is not None:
+        with contextlib.suppress(OSError):
+            _clean(latest.parent)
+            _prune(latest.parent, latest_checkpoint(run_dir), keep)
+
+
 def _load(path: Path) -> Checkpoint:
     verify_checkpoint(path)
     try:
