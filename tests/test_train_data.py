@@ -1,11 +1,20 @@
-"""Data sets and prompts: what is read, and what is refused with its file and line."""
+"""Files of problems, demonstrations and preferences: what is read, and what is refused with its file and line."""
 
 import json
 
 import pytest
 
-from r1kernels.train.data import DataError, Problem, load_gsm8k
-from r1kernels.train.prompt import R1_ZERO_TEMPLATE, render
+from r1kernels.train.data import (
+    DataError,
+    Demonstration,
+    Pair,
+    Problem,
+    load_gsm8k,
+    load_jsonl,
+    load_math,
+    load_pairs_jsonl,
+    read_selected,
+)
 
 
 def row(question="2 + 2?", answer="2 + 2 = <<2+2=4>>4\n#### 4"):
@@ -28,21 +37,22 @@ def test_problems_in_file_order(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{'question': 1}", "not JSON .*expected one JSON object a line"),
-        ('{"question": "a?"', "not JSON"),
-        (b"\xff\xfe{}", "not JSON"),
-        ("[1, 2]", "expected a JSON object, got list"),
-        ('{"question": "a?"}', "no 'answer'; expected the keys 'question' and 'answer', found: question"),
-        ("{}", "no 'question'; .* found: none"),
-        (row(answer="no mark"), "'answer' must end in '#### ' and the reference, got 'no mark'"),
-        (row(answer="four\n####  "), "'answer' must end in '#### '"),
-        ('{"question": "a?", "answer": 4}', "'answer' must be a string that is not blank, got 4"),
-        ('{"question": " ", "answer": "#### 4"}', "'question' must be a string that is not blank"),
-    ],
-)
+BAD = [
+    ("{'question': 1}", "not JSON .*expected one JSON object a line"),
+    ('{"question": "a?"', "not JSON"),
+    (b"\xff\xfe{}", "not JSON"),
+    ("[1, 2]", "expected a JSON object, got list"),
+    ('{"question": "a?"}', "no 'answer', found: question"),
+    ("{}", "no 'question', found: no key"),
+    (row(answer="no mark"), "'answer' must end in '#### ' and the reference, got 'no mark'"),
+    (row(answer="four\n####  "), "'answer' must end in '#### '"),
+    ('{"question": "a?", "answer": 4}', "'answer' must be a string that is not blank, got 4"),
+    ('{"question": " ", "answer": "#### 4"}', "'question' must be a string that is not blank"),
+    ("[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[str(line)[:30] for line, _ in BAD])
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "sums.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
@@ -51,21 +61,56 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         load_gsm8k(path)
 
 
-def test_a_missing_file_a_directory_and_an_empty_file_are_named(tmp_path):
+@pytest.mark.parametrize("load", [load_gsm8k, load_math, load_jsonl, load_pairs_jsonl, read_selected])
+def test_a_missing_file_a_directory_and_an_empty_file_are_named(tmp_path, load):
     with pytest.raises(DataError, match=r"cannot read data file .*none\.jsonl: No such file"):
-        load_gsm8k(tmp_path / "none.jsonl")
+        load(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"cannot read data file .*: Is a directory"):
-        load_gsm8k(tmp_path)
+        load(tmp_path)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n \n")
-    with pytest.raises(DataError, match=r"empty\.jsonl holds no problem; expected one JSON object a line"):
-        load_gsm8k(empty)
+    with pytest.raises(DataError, match=r"empty\.jsonl holds nothing; expected one JSON object a line"):
+        load(empty)
 
 
-def test_the_prompt_is_the_template_around_the_question():
-    before, after = R1_ZERO_TEMPLATE.split("{question}")
-    assert render(" What is {question}? {x} ") == f"{before}What is {{question}}? {{x}}{after}"
-    assert render("2 + 2").endswith("User: 2 + 2. Assistant:")
-    assert render("2 + 2", open_think=True) == render("2 + 2") + " <think>"
-    with pytest.raises(ValueError, match="question must not be blank"):
-        render(" \n")
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def test_problems_of_every_kind(tmp_path):
+    path = lines(
+        tmp_path / "mixed.jsonl",
+        {"question": " 2 + 2? ", "answer": " 4 "},
+        {"question": "Which?", "answer": "B", "kind": "choice", "id": 7},
+        {"question": "Hello!", "kind": "open", "language": "zh"},
+        {"question": "f?", "answer": {"test": "assert f() == 1"}, "kind": "code"},
+    )
+    assert load_jsonl(path, "zh") == [
+        Problem("mixed-1", "2 + 2?", "4", "math", "zh"),
+        Problem("7", "Which?", "B", "choice", "zh"),
+        Problem("mixed-3", "Hello!", "", "open", "zh"),
+        Problem("mixed-4", "f?", '{"test": "assert f() == 1"}', "code", "zh"),
+    ]
+    for bad, message in (
+        ({"question": "x", "answer": "y", "kind": "poem"}, "'kind' is 'poem', expected one of math, choice, "),
+        ({"question": "x"}, "no 'answer', found: question"),
+        ({"question": "x", "answer": None}, "'answer' must be a string that is not blank, got None"),
+        ({"answer": "x"}, "no 'question', found: answer"),
+    ):
+        with pytest.raises(DataError) as error:
+            load_jsonl(lines(tmp_path / "bad.jsonl", {"question": "x", "answer": "y"}, bad))
+        assert "bad.jsonl, line 2: " + message in str(error.value)
+
+
+def test_math_pairs_and_selections(tmp_path):
+    path = lines(tmp_path / "m.jsonl", {"problem": " x? ", "answer": " \\frac12 ", "level": 3})
+    assert load_math(path) == [Problem("m-1", "x?", "\\frac12")]
+    path = lines(tmp_path / "p.jsonl", {"question": "q", "chosen": " a ", "rejected": "b"})
+    assert load_pairs_jsonl(path) == [Pair("p-1", "q", "a", "b")]
+    row = {"prompt": "p", "completion": "c"}
+    path = lines(tmp_path / "s.jsonl", {"id": "one", "prompt": " p ", "completion": " c\n"}, row)
+    assert read_selected(path) == [Demonstration("one", " p ", " c\n"), Demonstration("2", "p", "c")]
+    for load, keys in ((load_math, "problem"), (load_pairs_jsonl, "question"), (read_selected, "prompt")):
+        with pytest.raises(DataError, match=rf"bad\.jsonl, line 1: no '{keys}', found: x"):
+            load(lines(tmp_path / "bad.jsonl", {"x": 1}))

@@ -12,11 +12,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.config import load_recipe
 from r1kernels.train.console import Console
-from r1kernels.train.data import DataError, Pair
+from r1kernels.train.data import DataError, Pair, Problem
 from r1kernels.train.interrupt import Interrupt, Interrupted
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.pairs import candidates, judge_pairs
+from r1kernels.train.preferences import Preferences
 from r1kernels.train.reward_model import (
     Encoder,
     PreferenceReward,
@@ -245,6 +246,29 @@ def test_it_learns_the_taste_of_the_pairs(trained):
     assert good > bad and thought == pytest.approx(good, abs=1e-5)
 
 
+def test_scores_as_a_part_of_the_reward(trained):
+    """In the last steps, and of open problems alone; the response is whole although its prompt opened the thought."""
+    scores, _ = trained
+    path = scores.directory.parent / "rl.yaml"
+    path.write_text((path.parent / "recipe.yaml").read_text() + """
+  - {name: r1, kind: grpo, model: base, problems: [sums], steps: 5,
+     preference: [{model: scores, weight: 0.5, last_steps: 2}]}
+open_think: true
+""")
+    recipe = load_recipe(path)
+    stage = Stage(recipe, recipe.stage("r1"), path.parent / "r1", Console(plain=True), Interrupt())
+    tokenizer = load_tokenizer(stage.model_dir("base"))
+    preferences = Preferences(stage, stage.config, stage.template(tokenizer))
+    problems = [Problem("1", "Compute 2+2", "", "open"), Problem("2", "Compute 2+2", "4")]
+    texts = ["so</think>2+2=4"] * 2
+    assert [preferences.apply(step) for step in range(5)] == [False] * 3 + [True] * 2
+    assert preferences.score(2, problems, texts).total == [0.0, 0.0]
+    found = preferences.score(3, problems, texts)
+    expected = RewardModel(stage.model_dir("scores")).score(["Compute 2+2"], ["<think>so</think>2+2=4"])[0]
+    assert found.parts["scores"][0] == pytest.approx(expected, abs=1e-6) and math.isnan(found.parts["scores"][1])
+    assert found.total == pytest.approx([0.5 * expected, 0.0], abs=1e-6) and expected != 0
+
+
 class StopAfter(Interrupt):
     def __init__(self, patience):
         super().__init__()
@@ -300,19 +324,46 @@ def test_pairs_that_the_judge_makes_of_samples(tmp_path, monkeypatch):
             return ("=" in first) - ("=" in second)
 
     monkeypatch.setattr(preference, "Judge", Wise)
-    stage = stage_of(tmp_path / "run", "pairs: traces, judged: {per_question: 3}", JUDGE)
-    (tmp_path / "run" / "traces").mkdir()
-    with open(stage.directory_of("traces") / "selected.jsonl", "w", encoding="utf-8") as file:
-        for row in taste(12):
-            for key in ("chosen", "rejected"):
-                # Its prompt had opened the thought.
-                completion = row[key].removeprefix("<think>")
-                line = {"question": row["question"], "prompt": "Assistant: <think>", "completion": completion}
-                file.write(json.dumps(line) + "\n")
-    summary = run(stage)
+    summary = run(with_traces(tmp_path / "run"))
     assert (summary["kept"], summary["unclear"], summary["unscorable"]) == (11, 0, 1)
     assert summary["pairs"] + summary["held_out_pairs"] == 11
     assert summary["accuracy"] == 1
+
+
+def with_traces(run_dir):
+    """A stage whose pairs are to be made of samples whose prompts had opened the thought."""
+    stage = stage_of(run_dir, "pairs: traces, judged: {per_question: 3}", JUDGE)
+    stage.directory_of("traces").mkdir(exist_ok=True)
+    with open(stage.directory_of("traces") / "selected.jsonl", "w", encoding="utf-8") as file:
+        for row in taste(12):
+            for key in ("chosen", "rejected"):
+                completion = row[key].removeprefix("<think>")
+                line = {"question": row["question"], "prompt": "Assistant: <think>", "completion": completion}
+                file.write(json.dumps(line) + "\n")
+    return stage
+
+
+def test_a_judge_out_of_reach_is_asked_again_next_time(tmp_path, monkeypatch):
+    asked = []
+
+    class Away:
+        def __init__(self, config):
+            pass
+
+        def compare(self, *texts):
+            asked.append(texts)
+            raise EndpointError("connection refused")
+
+    monkeypatch.setattr(preference, "Judge", Away)
+    for count in (12, 24):
+        with pytest.raises(DataError, match=r"the judge was clear on no pair of stage 'traces' .*'unscorable': 12"):
+            run(with_traces(tmp_path / "run"))
+        assert len(asked) == count
+    monkeypatch.undo()
+    stage = stage_of(tmp_path / "b", "pairs: traces", JUDGE.replace("concurrency", "api_key_env: NO_SUCH, concurrency"))
+    (tmp_path / "run" / "traces").rename(stage.directory_of("traces"))
+    with pytest.raises(ConfigError, match=r"'scoring': judge.api_key_env is 'NO_SUCH'"):
+        run(stage)
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path):

@@ -11,6 +11,7 @@ from r1kernels.train.data import DataError
 from r1kernels.train.record import read_run
 from r1kernels.train.report import _fenced, _text, write_report
 from r1kernels.train.schema import ConfigError
+from r1kernels.train.tables import NONE
 
 
 class Page(html.parser.HTMLParser):
@@ -165,7 +166,7 @@ def test_numbers_of_different_evaluations_are_told_apart(tmp_path):
     text = (run_dir / "report.md").read_text()
     assert "Not measured in the same way, so rows do not compare" in text and "T 1.0, " in text
     rows = rows_of(text, "From base")
-    assert rows[0][4] == "cons@k (%)" and rows[2][3:6] == ["50.0", "60.0 ± 3.0", "–"]
+    assert rows[0][4] == "cons@k (%)" and rows[2][3:6] == ["50.0", "60.0 ± 3.0", NONE]
     assert rows[4][:4] == ["more", "evaluate", "sft", "75.0 ± 2.0"]
 
 

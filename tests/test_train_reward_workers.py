@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -42,11 +41,22 @@ def cpu_seconds(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy(workers):
+    """Those of the processes that the workers judge in that have been at it for a while."""
+    return [child for worker in workers for child in children(worker) if cpu_seconds(child) > 0.3]
+
+
 def wait_until(condition, seconds):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_hopeless(monkeypatch):
+    """What workers withstand must not depend on what is seen beforehand (test_train_effort)."""
+    monkeypatch.setattr(sys.modules["r1kernels.train.rewards.accuracy"], "is_hopeless", lambda *texts: False)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +113,16 @@ def test_exhausted_memory_is_counted_and_harms_no_neighbour():
 
 
 def kill_busy(parent, spared, kills):
-    """Kills workers of `parent`, one after another, each once it is at work."""
+    """Kills the processes that workers of `parent` judge in, one after another, each once it is at work."""
     for _ in range(kills):
-        wait_until(lambda: any(cpu_seconds(pid) > 1 for pid in set(children(parent)) - spared), 60)
+        wait_until(lambda: busy(set(children(parent)) - spared), 60)
         (worker,) = set(children(parent)) - spared
-        os.kill(worker, signal.SIGKILL)
+        os.kill(*busy([worker]), signal.SIGKILL)
         wait_until(lambda worker=worker: worker not in children(parent), 10)
 
 
 def test_killed_workers_are_replaced():
-    with Scorer({"accuracy": 1}, ScoringConfig(timeout_s=2)) as scorer:
+    with Scorer({"accuracy": 1}, ScoringConfig(timeout_s=3)) as scorer:
         easy = Sample("", tagged(r"\frac{36}{2}"), "18")
         before = set(children(os.getpid()))
         assert scorer.score([easy]).total == [1.0]
@@ -122,7 +132,6 @@ def test_killed_workers_are_replaced():
         wait_until(lambda: worker not in children(os.getpid()), 10)
         scores = scorer.score([easy])
         assert (scores.total, scores.crashes) == ([1.0], 0)
-        (worker,) = set(children(os.getpid())) - before
         # Killed once, a judgement is made again; killed twice, it is unscorable. Its neighbour is scored.
         for kills in (1, 2):
             killer = threading.Thread(target=kill_busy, args=(os.getpid(), before, kills))
@@ -137,6 +146,7 @@ def test_killed_workers_are_replaced():
 PARENT = """
 import sys
 from r1kernels.train.rewards import Sample, Scorer, ScoringConfig
+sys.modules["r1kernels.train.rewards.accuracy"].is_hopeless = lambda *texts: False
 Scorer({"accuracy": 1}, ScoringConfig(timeout_s=float(sys.argv[1]))).score([Sample("", sys.argv[2], "18")])
 """
 
@@ -149,29 +159,45 @@ def test_workers_end_with_their_parent(how):
     with parent:
         wait_until(lambda: children(parent.pid), 60)
         (worker,) = children(parent.pid)
-        wait_until(lambda: cpu_seconds(worker) > 1, 60)  # it has started and is busy in the endless power
+        wait_until(lambda: busy([worker]), 60)  # in the endless power
+        processes = [worker, *children(worker)]
         os.killpg(parent.pid, how)
         errors = parent.stderr.read()
-    # The kernel's own limit ends it even while no Python in it gets to run.
-    wait_until(lambda: not Path(f"/proc/{worker}").exists(), 20)
+    wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes), 20)
     assert errors.count("Traceback") == (how == signal.SIGINT)
 
 
-def test_throughput(scorer):
-    draw = random.Random(0)
-    samples = []
-    for index in range(600):
-        value = draw.randrange(1000)
-        answer = rf"\frac{{{2 * value}}}{{2}}" if index % 10 == 0 else f"{value + index % 2}"
-        samples.append(Sample("", "<think>" + "word " * 200 + f"</think> <answer>{answer}</answer>", str(value)))
-    scorer.score(samples[:1])
-    start = time.monotonic()
-    scores = scorer.score(samples)
-    assert len(samples) / (time.monotonic() - start) > 200
-    assert scores.parts["accuracy"] == [float(index % 2 == 0) for index in range(600)]
+def test_a_judgement_without_worker_ends_by_itself(scorer):
+    scorer.score([Sample("", tagged(r"\frac{2}{2}"), "1")])
+    before = set(children(os.getpid()))
+    with Scorer({"accuracy": 1}, ScoringConfig(timeout_s=4)) as lonely:
+        future = lonely.submit([Sample("", ENDLESS, "18")])
+        wait_until(lambda: busy(set(children(os.getpid())) - before), 60)
+        (worker,) = set(children(os.getpid())) - before
+        (child,) = children(worker)
+        os.kill(worker, signal.SIGKILL)
+        # The kernel's own limit ends it, where no Python in it gets to run.
+        wait_until(lambda: not Path(f"/proc/{child}").exists(), 20)
+        assert math.isnan(future.result().total[0])
 
 
-@pytest.mark.parametrize("memory", [1, 160])
+def test_a_stopped_judgement_leaves_a_fresh_process_in_the_same_worker():
+    before = set(children(os.getpid()))
+    with Scorer({"accuracy": 1}, ScoringConfig(timeout_s=0.5)) as scorer:
+        easy = Sample("", tagged(r"\frac{36}{2}"), "18")
+        scorer.score([easy])
+        (worker,) = set(children(os.getpid())) - before
+        seen = set()
+        for index in range(5):
+            seen.update(children(worker))
+            scores = scorer.score([Sample("", rf"\boxed{{9^{{9^{{9^{{9{index}}}}}}}}}", "18"), easy])
+            assert math.isnan(scores.total[0])
+            assert (scores.total[1], scores.timeouts) == (1.0, 1)
+        assert set(children(os.getpid())) - before == {worker}
+        assert len(seen) == 5
+
+
+@pytest.mark.parametrize("memory", [1, 120])
 def test_a_worker_that_cannot_start_is_an_error_not_a_score(memory):
     with (
         Scorer({"accuracy": 1}, ScoringConfig(memory_mb=memory)) as scorer,

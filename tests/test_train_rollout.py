@@ -9,15 +9,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.generation import TopPLogitsWarper
 
 import r1kernels
-from r1kernels.train.config import CorpusConfig, EvalConfig, TinyConfig
+from r1kernels.train.config import EvalConfig
 from r1kernels.train.data import Problem
-from r1kernels.train.evaluate import evaluate
+from r1kernels.train.evaluate import PARTS, evaluate
 from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.prompt import Template
 from r1kernels.train.randomness import permutation, torch_seeded
 from r1kernels.train.rewards import Scorer, Scores
 from r1kernels.train.rollout import Sampling, TransformersSampler, draw
 from r1kernels.train.schema import ConfigError
-from r1kernels.train.tiny import make_model, make_tokenizer
+from r1kernels.train.tiny import CorpusConfig, TinyConfig, make_model, make_tokenizer
 from r1kernels.train.update import Rollout, completion_hidden_states, minibatch_gradient, rollout_logprobs
 
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
@@ -380,32 +381,33 @@ class FixedScores:
     def score(self, samples):
         accuracy = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, float("nan")]
         assert len(samples) == len(accuracy)
-        return Scores({"accuracy": accuracy, "format": [1.0] * 8}, accuracy)
+        return Scores({"accuracy": accuracy, "format": [1.0] * 8, "language": [0.5] * 8}, accuracy)
+
+
+PROBLEMS = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
 
 
 def test_pass_at_1_and_its_standard_error(model, tokenizer):
-    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
-    settings = EvalConfig(samples=4, questions=2, batch_size=3)
+    settings = EvalConfig(samples=4, questions=2, batch_size=3, max_new_tokens=5)
     result = evaluate(
-        TransformersSampler(model, tokenizer), problems, FixedScores(), settings,
-        max_new_tokens=5, open_think=False, seed=0,
+        TransformersSampler(model, tokenizer), PROBLEMS, FixedScores(), settings,
+        template=Template("r1_zero", tokenizer), seed=0,
     )
     shares = torch.tensor([3 / 4, 1 / 3], dtype=torch.float64)
     assert result.pass_at_1 == pytest.approx(shares.mean().item())
-    assert result.standard_error == pytest.approx((shares.std() / 2**0.5).item())
-    assert (result.unscorable, result.parts["format"]) == (1, 1.0)
-    assert len(result.examples) == 2 and result.examples[1][:2] == ("Compute 2+2", "4")
+    assert result.pass_at_1_se == pytest.approx((shares.std() / 2**0.5).item())
+    assert (result.unscorable, result.format, result.language) == (1, 1.0, 0.5)
+    assert [example["question"] for example in result.examples] == ["Compute 1+1", "Compute 2+2"]
 
 
 def test_evaluation_is_repeatable(model, tokenizer):
-    problems = [Problem("a", "Compute 1+1", "2"), Problem("b", "Compute 2+2", "4")]
-    with Scorer({"accuracy": 1.0}) as scorer:
+    with Scorer(PARTS) as scorer:
         results = [
             evaluate(
-                TransformersSampler(model, tokenizer), problems, scorer, EvalConfig(samples=3),
-                max_new_tokens=6, open_think=True, seed=seed,
-            )
+                TransformersSampler(model, tokenizer), PROBLEMS, scorer, EvalConfig(samples=3, max_new_tokens=6),
+                template=Template("r1_zero", tokenizer, open_think=True), seed=seed,
+            ).as_dict()
             for seed in (0, 0, 1)
         ]
     assert results[0] == results[1]
-    assert results[0].prompt_hash == results[2].prompt_hash and results[0].examples != results[2].examples
+    assert results[0]["prompt_hash"] == results[2]["prompt_hash"] and results[0]["examples"] != results[2]["examples"]

@@ -153,6 +153,10 @@ def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[s
     model_dir = directory / MODEL
     model_dir.mkdir(parents=True)
     model.save_pretrained(model_dir)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # how it was used last would be saved with it
+        backend.no_padding()
+        backend.no_truncation()
     tokenizer.save_pretrained(model_dir)
     with open(directory / STATE, "wb") as file:
         torch.save(state, file)

@@ -72,6 +72,8 @@ PANELS = (
                      "clipped below": "clip_low_fraction", "clipped above": "clip_high_fraction"}),
     Panel("Reflective words in a response", {"rollout": "reflective", "held-out": "eval_reflective"}),
     Panel("Log-prob gap, sampler to trainer", {"mean": "logprob_gap_mean", "max": "logprob_gap_max"}, log=True),
+    Panel("Importance weights of the rollout", {"mean": "importance_mean", "cut": "importance_cut",
+                                                "effective share": "importance_ess"}),
     Panel("Gradient norm", {"norm": "grad_norm"}),
     Panel("Value loss", {"loss": "value_loss"}),
     Panel("Value, explained variance", {"explained": "explained_variance"}),
@@ -118,7 +120,7 @@ def accuracy_figure(run: RunRecord) -> str | None:
                     )
         axis.set_yticks(range(len(stages)), [stage.name for stage in stages], color=PALETTE["ink"])
         axis.set_ylim(len(stages) - 0.4, -0.6)
-        axis.set_xlim(0, 1)
+        axis.set_xlim(-0.01, 1.01)
         axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("● pass@1   ◇ cons@k   bars: one standard error")
@@ -130,7 +132,7 @@ CHAIN_ROWS = (
     Panel("pass@1, held-out", {"pass@1": "pass_at_1"}, {"pass_at_1": "pass_at_1_se"}),
     Panel("Reward", {"reward": "reward"}),
     Panel("Tokens in a response", {"length": "length"}),
-    Panel("Language consistency", {"language": "language"}),
+    Panel("Language consistency", {"held-out": "eval_language"}),
     Panel("Language reward", {"language": "reward_language"}),
     Panel("Reflective words in a response", {"words": "reflective"}),
 )
@@ -257,8 +259,8 @@ def _svg(
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(?<=<svg)[^>]*?(?= viewBox)', "", text, count=1)
-    for name, colour in PALETTE.items():
-        text = text.replace(colour, f"var(--{name})")
+    for role, colour in PALETTE.items():
+        text = text.replace(colour, f"var(--{role})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups
     own = f"f{hashlib.sha256(name.encode()).hexdigest()[:10]}-"

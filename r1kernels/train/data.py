@@ -97,7 +97,8 @@ def load_math(path: str | PathLike[str]) -> list[Problem]:
 
 
 def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]:
-    """Reads problems: a JSON object a line with the string "question", and "answer" unless its "kind" is "open".
+    """Reads problems: a JSON object a line with the strings "question" and "answer"; the latter may be missing where
+    "kind" is "open".
 
     Raises:
         DataError: as `load_gsm8k`, or a kind that is none.
@@ -109,7 +110,7 @@ def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]
             raise DataError(f"{where}: 'kind' is {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
         if kind == "code" and isinstance(row.get("answer"), dict):
             row["answer"] = json.dumps(row["answer"], ensure_ascii=False)
-        answer = "" if kind == "open" else _text(row, "answer", where)
+        answer = "" if kind == "open" and "answer" not in row else _text(row, "answer", where)
         problems.append(Problem(
             str(row.get("id", f"{Path(path).stem}-{number}")), row["question"].strip(), answer.strip(), kind,
             str(row.get("language", language)),
@@ -161,7 +162,7 @@ def rows(path: str | PathLike[str], keys: tuple[str, ...]) -> Iterator[tuple[int
 def _row(line: bytes, keys: tuple[str, ...], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")

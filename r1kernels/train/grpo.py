@@ -124,8 +124,9 @@ class GRPOTrainer:
         if settings.kind == "transformers":
             return self.local_sampler
         return VLLMSampler(
-            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), weights_dir=settings.weights_dir,
-            device=self.model.device, check=self.interrupt.check,
+            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=settings.served_name,
+            weights_dir=settings.weights_dir, device=self.model.device, requests=settings.requests,
+            timeout_s=settings.timeout_s, check=self.interrupt.check,
         )
 
     # ---- what other algorithms change ---
@@ -193,6 +194,7 @@ class GRPOTrainer:
         due = self.step % self.stage.recipe.eval.every == 0 or last
         if not due or "pass_at_1" in self.measured:
             return
+        started = time.monotonic()
         if self.step == 0 and self.stage.before:
             evaluation = self.stage.before
         else:
@@ -203,6 +205,7 @@ class GRPOTrainer:
                     template=self.template, seed=self.seed,
                 ).as_dict()
         self.measured = {new: evaluation[old] for old, new in MEASURED.items()}
+        self.measured["seconds_evaluation"] = time.monotonic() - started
         self.examples, self.evaluation = evaluation["examples"], evaluation
 
     def _questions(self) -> list[Problem]:
@@ -274,10 +277,10 @@ class GRPOTrainer:
         weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
         rollout = dataclasses.replace(rollout, importance_weights=weights)
         self.rollout = dataclasses.replace(rollout, advantages=self.advantages(rewards[chosen], rollout))
-        parts = {**scores.parts, **preference.parts}
+        parts, known = {**scores.parts, **preference.parts}, rewards[~rewards.isnan()]
         measured = {
             "reward": rewards.nanmean().item(),
-            "reward_std": rewards[~rewards.isnan()].std().item(),
+            "reward_std": known.std().item() if len(known) > 1 else math.nan,
             **{f"reward_{name}": torch.tensor(part).nanmean().item() for name, part in parts.items()},
             "length": completions.lengths.float().mean().item(),
             "limit": settings.limit(self.step),

@@ -70,5 +70,8 @@ class Template:
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            prompt = prompt.removeprefix(bos)  # who turns it into tokens puts one there again
         opened = prompt.rstrip().endswith("<think>")
         return f"{prompt}<think>\n" if self.open_think and not opened else prompt

@@ -49,7 +49,7 @@ def train(
     recipe = absolute_inputs(recipe)
     order(recipe)
     if "code" in check_data(recipe):
-        choose_sandbox(recipe.scoring.sandbox)
+        choose_sandbox(recipe.scoring.sandbox, recipe.scoring.memory_mb)
     _check_models(recipe)
     _check_rewards(recipe)
     check_trackers(recipe.trackers)

@@ -65,13 +65,11 @@ def _foreign(run_dir: Path, *, deep: bool) -> list[str]:
         return sorted(entry.name for entry in run_dir.iterdir() if entry.name != LOCK)
     stages = {stage.name for stage in load_recipe(run_dir / CONFIG).stages} | set(read_manifest(run_dir))
     found = [entry.name for entry in run_dir.iterdir() if entry.name not in (*_WRITTEN, *stages)]
-    shelf = run_dir / SUPERSEDED
-    for folder in (*(run_dir / name for name in stages), *(shelf.iterdir() if shelf.is_dir() else ())) if deep else ():
-        files = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-        found += [
-            file.relative_to(run_dir).as_posix() for file in files
-            if not _OF_STAGE.fullmatch(file.relative_to(folder).as_posix())
-        ]
+    for file in run_dir.rglob("*") if deep else ():
+        name = file.relative_to(run_dir).as_posix()
+        top, _, inner = name.removeprefix(f"{SUPERSEDED}/").partition("/")
+        if (top in stages or name.startswith(f"{SUPERSEDED}/")) and (file.is_symlink() or not file.is_dir()):
+            found += [] if _OF_STAGE.fullmatch(inner) else [name]
     return sorted(found)
 
 

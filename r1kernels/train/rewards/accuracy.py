@@ -7,15 +7,19 @@ is mathematics that a model wrote, which can hang or exhaust any computer algebr
 
 import importlib
 import math
+import re
 from collections.abc import Callable
 
-from .answers import MAX_ANSWER, final_answer, is_prose, number_in_prose, plain_number, unwrap
+from .answers import MAX_ANSWER, braced, final_answer, is_prose, number_in_prose, plain_number, unwrap
 from .base import Judgement, Outcome, Sample
 from .choice import choice
+from .effort import is_hopeless
 from .exact import exact
 from .settings import ScoringConfig
 
 MATH = "math_judge:judge"
+# The `x = ` of an answer to what x is.
+_NAMED = re.compile(r"^[A-Za-z]\s*=\s*(?=[^=]*$)")
 
 
 def prepare_accuracy(settings: ScoringConfig) -> Callable[[Sample], Outcome]:
@@ -43,33 +47,42 @@ def triage(sample: Sample, settings: ScoringConfig = ScoringConfig()) -> Outcome
 def _math(sample: Sample) -> Outcome:
     """Settles a sample without any computer algebra, or leaves (answer, reference) to `math_judge.judge`.
 
-    Returns 0.0 for a missing, ambiguous or absurdly long answer, and NaN when the reference is blank.
+    Returns 0.0 for a missing, ambiguous or absurdly long answer, and NaN when the reference is blank or the answer
+    would take the judge longer than any limit (see `effort`).
     """
     reference = unwrap(sample.answer)
     if not reference:
         return math.nan
     answer = final_answer(sample.prompt, sample.completion)
-    if answer is None or len(answer) > MAX_ANSWER:
+    if answer is None or len(answer) > MAX_ANSWER + len(reference):
         return 0.0
     answer = unwrap(answer)
+    if "=" not in reference:
+        answer = _NAMED.sub("", answer)
     if answer == reference:
         return 1.0
     if not answer:
         return 0.0
     expected = plain_number(reference)
     if expected is None:
-        return Judgement(MATH, (answer, reference))
+        return _judged(answer, reference)
     given = plain_number(answer)
     if given is None and is_prose(answer):
         given = number_in_prose(answer)
         if given is None:
             return 0.0
     if given is None:
-        return Judgement(MATH, (answer, reference))
+        return _judged(answer, reference)
     if given[0] == expected[0]:
         return 1.0
     # 50% and 0.5 are the same number; only the judge knows when.
-    return 0.0 if given[1] == expected[1] else Judgement(MATH, (answer, reference))
+    return 0.0 if given[1] == expected[1] else _judged(answer, reference)
+
+
+def _judged(answer: str, reference: str) -> Outcome:
+    if braced(answer + "}", 0) != answer:
+        return 0.0  # the judge would read it up to the brace that is too many
+    return math.nan if is_hopeless(answer, reference) else Judgement(MATH, (answer, reference))
 
 
 def accuracy(sample: Sample) -> float:

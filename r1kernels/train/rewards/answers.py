@@ -50,10 +50,10 @@ def _last_marked(text: str) -> str | None:
     if hashes > boxed:
         line = text[hashes + len(HASHES) :].lstrip(" \t").partition("\n")[0]
         return line.strip()
-    return _braced(text, boxed + len(BOXED)) if boxed >= 0 else None
+    return braced(text, boxed + len(BOXED)) if boxed >= 0 else None
 
 
-def _braced(text: str, start: int) -> str | None:
+def braced(text: str, start: int) -> str | None:
     """The text from `start`, just inside a brace, to the brace that closes it; None when nothing does."""
     depth, position = 1, start
     while position < len(text):
@@ -70,18 +70,15 @@ def _braced(text: str, start: int) -> str | None:
     return None
 
 
-_MATH_DELIMITERS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_MATH = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
 def unwrap(text: str) -> str:
     """Strips white space, a full stop, and math delimiters when they hold all that could be an answer."""
     text = text.strip().rstrip(".").rstrip()
-    for left, right in _MATH_DELIMITERS:
-        before, opening, rest = text.partition(left)
-        inside, closing, after = rest.partition(right)
-        around = before + after
-        if opening and closing and inside.strip() and not re.search(r"[\d\\$=]", around):
-            return inside.strip()
+    found = _MATH.search(text)
+    if found and not re.search(r"[\d\\$=]", text[: found.start()] + text[found.end() :]):
+        return next(filter(None, found.groups())).strip() or text
     return text
 
 
@@ -121,9 +118,18 @@ _OPERATOR = re.compile(
 )
 
 
+_FACTORIAL = re.compile(r"\d\s*!")
+
+
 def is_prose(text: str) -> bool:
-    """Whether the text is only words and plain numbers: nothing that mathematics would have to read."""
+    """Whether the text is only words and plain numbers: nothing that mathematics would have to read.
+
+    The mark of `18!` is a factorial, but for one at the end of a sentence.
+    """
     tokens = [token.strip(_PUNCTUATION) for token in text.split()]
+    shouted = text.endswith("!") and any(_WORD.fullmatch(token) for token in tokens)
+    if _FACTORIAL.search(text[:-1] if shouted else text):
+        return False
     return all(not token or _WORD.fullmatch(token) or plain_number(token) for token in tokens)
 
 

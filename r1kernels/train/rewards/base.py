@@ -91,6 +91,7 @@ class Scores:
         crashes: judgements whose worker died or ran out of memory (NaN in `parts`).
         endpoint_failures: rewards that a model endpoint did not give (NaN in `parts`).
         unscorable: for each reward, the samples it applies to and could not score, for whatever reason.
+        endpoint_error: what the first of the endpoint failures met, "" where there was none.
     """
 
     parts: dict[str, list[float]]
@@ -99,6 +100,7 @@ class Scores:
     crashes: int = 0
     endpoint_failures: int = 0
     unscorable: dict[str, int] = field(default_factory=dict)
+    endpoint_error: str = ""
 
     @classmethod
     def joined(cls, batches: "Sequence[Scores]", rows: Sequence[Sequence[int]]) -> "Scores":
@@ -115,4 +117,5 @@ class Scores:
             column(lambda batch: batch.total),
             *(sum(getattr(batch, name) for batch in batches) for name in counts),
             unscorable={name: sum(batch.unscorable[name] for batch in batches) for name in batches[0].unscorable},
+            endpoint_error=next((batch.endpoint_error for batch in batches if batch.endpoint_error), ""),
         )

@@ -26,7 +26,6 @@ from .tags import ANSWER, ANSWER_END, after_thinking
 JUDGE = "code_judge:judge"
 MAX_CODE = 100_000  # characters
 
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([\w+-]*)[^`\n]*$", re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
 _UNINDENTED = re.compile(r"^\w", re.MULTILINE)
 
@@ -45,7 +44,8 @@ def triage(sample: Sample, settings: ScoringConfig = ScoringConfig()) -> float |
     if found is None:
         return 0.0
     runs = len(tests.get("stdio", ".")) * (settings.timeout_s + START_LIMIT_S)
-    arguments = (sample.answer, *found, choose(settings.sandbox), settings.timeout_s, settings.memory_mb)
+    sandbox = choose(settings.sandbox, settings.memory_mb)
+    arguments = (sample.answer, *found, sandbox, settings.timeout_s, settings.memory_mb)
     return Judgement(JUDGE, arguments, timeout_s=runs + settings.timeout_s)
 
 
@@ -74,7 +74,7 @@ def extract_code(prompt: str, completion: str) -> tuple[str, bool] | None:
         text = text.rpartition(ANSWER)[2].partition(ANSWER_END)[0]
     blocks = _blocks(text.replace("\r\n", "\n"))
     for languages in (_PYTHON, ("",)):
-        chosen = [code for language, code in blocks if language.lower() in languages]
+        chosen = [code for language, code in blocks if language in languages]
         if chosen:
             text = chosen[-1]
             break
@@ -83,16 +83,19 @@ def extract_code(prompt: str, completion: str) -> tuple[str, bool] | None:
 
 def _blocks(text: str) -> list[tuple[str, str]]:
     """The fenced blocks of a text, (language, content); a last one that is not closed ends with the text."""
-    blocks, opened = [], None
-    for fence in _FENCE.finditer(text):
-        if opened is None:
-            opened = fence
-        elif not fence[1]:
-            blocks.append((opened[1], text[opened.end() + 1 : fence.start()]))
-            opened = None
-    if opened is not None:
-        blocks.append((opened[1], text[opened.end() + 1 :]))
-    return blocks
+    blocks, opened = [], False
+    for line in text.splitlines(keepends=True):
+        if not line.lstrip().startswith("```"):
+            if opened:
+                blocks[-1][1].append(line)
+        elif not opened:
+            language, opened = line.strip().lstrip("`").split(), True
+            blocks.append((language[0].lower() if language else "", []))
+        elif line.strip().strip("`"):
+            blocks[-1][1].append(line)
+        else:
+            opened = False
+    return [(language, "".join(lines)) for language, lines in blocks]
 
 
 def read_tests(reference: str) -> dict:
@@ -116,7 +119,7 @@ def read_tests(reference: str) -> dict:
     needed = ("entry_point",) if "cases" in tests else ("prompt", "test", "entry_point")
     for key in needed:
         if not isinstance(tests.get(key), str):
-            raise ValueError(f"expected tests with 'stdio', 'cases' or 'test', and for the latter two {key!r}, a string")
+            raise ValueError(f"tests need {key!r}, a string, unless they are of 'stdio'; got {tests.get(key)!r:.80}")
     if not tests["entry_point"].isidentifier():
         raise ValueError(f"'entry_point' must be the name of a function, got {tests['entry_point']!r}")
     return tests

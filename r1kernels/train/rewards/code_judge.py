@@ -8,6 +8,8 @@ What is whose fault: from the moment the sandbox has the program, all is the pro
 cannot be compiled, ends, crashes, is killed for the time, memory or output it takes, or answers what is not plain data;
 for all that, it could bring about itself. When the sandbox does not start, SandboxError makes a worker report a crash,
 and the sample is unscorable (NaN); so does a data set whose own code cannot be run, or which never calls the candidate.
+What tests do with a hostile answer takes time here that nobody can stop from within, such as comparing thousands of
+keys of one hash: the program's own limit makes that wrong afterwards, and the worker's, far beyond it, unscorable.
 """
 
 import builtins
@@ -46,7 +48,9 @@ class Candidate:
     """The function under test, as the tests see it."""
 
     def __init__(self, program: Program):
-        self.program, self.calls, self.failure = program, 0, None
+        self.program, self.calls = program, 0
+        self.failure: ProgramError | None = None
+        self.broken: Exception | None = None
 
     def __call__(self, *arguments: object, **keywords: object) -> object:
         self.calls += 1
@@ -56,6 +60,9 @@ class Candidate:
             kind, *answer = self.program.ask(*arguments, **keywords)
         except ProgramError as failure:
             self.failure = failure  # even where a test expects exceptions
+            raise
+        except (TypeError, ValueError) as broken:
+            self.broken = broken
             raise
         if kind == "value":
             return answer[0]
@@ -76,7 +83,10 @@ def _passes(check, candidate: Candidate) -> bool:
     except Exception:
         if not candidate.calls:
             raise
-        return False
+        if candidate.broken is None:
+            return False
+    if candidate.broken is not None:
+        raise ValueError("a test calls the candidate with what is not plain data") from candidate.broken
     if not candidate.calls:
         raise ValueError("the tests never call the candidate")
     return candidate.failure is None and not candidate.program.overdue

@@ -18,8 +18,8 @@ _LATIN = (
     "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0300-\u036f\u1e00-\u1eff\u2c60-\u2c7f\ua722-\ua7ff"
     "\uff21-\uff3a\uff41-\uff5a"
 )
-# Letters that stand for themselves: styled letters of mathematics, and letters in circles.
-_SYMBOLS = "\u2100-\u214f\u2460-\u24ff\U0001d400-\U0001d7ff"
+# Letters and numbers that stand for themselves: fractions, exponents, styled letters of mathematics, circled ones.
+_SYMBOLS = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2100-\u218f\u2460-\u24ff\u3200-\u33ff\U0001d400-\U0001d7ff"
 _WORD = re.compile(
     f"([{_HAN}])|([{_LATIN}]+(?:['\u2019-][{_LATIN}]+)*|[\u0370-\u03ff](?![^\\W\\d_]))|[^\\W\\d_{_HAN}{_LATIN}{_SYMBOLS}]+"
 )
@@ -34,7 +34,7 @@ _LATIN_LETTERS = re.compile(f"[{_LATIN}]+")
 def thought(sample: Sample) -> str:
     """The chain of thought: what comes before the last `</think>`; all of a completion that has none."""
     text, end, _ = sample.completion.rpartition(THINK_END)
-    return (text if end else sample.completion).replace(THINK, " ")
+    return (text if end else sample.completion).replace(THINK, " ").replace(THINK_END, " ")
 
 
 def language(sample: Sample) -> float:

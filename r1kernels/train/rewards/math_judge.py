@@ -5,6 +5,7 @@ out of a text, but then an answer that lists every candidate would be right; and
 expressions evaluates them as Python, which model text never is here.
 """
 
+import functools
 import logging
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -26,5 +27,13 @@ def judge(answer: str, reference: str) -> float:
     return float(verify(expected, given, timeout_seconds=None))
 
 
+# The answers to one problem share its reference.
+@functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> list:
     return parse(f"\\boxed{{{text}}}", _LATEX, extraction_mode="first_match", parsing_timeout=None)
+
+
+# The first expressions build tables and import half of sympy. A worker does that before it is ready, once for all the
+# children it forks.
+for _text in (r"\frac{1}{2}", r"\sqrt{2} + 1", r"x^2 - 2", r"(1, \pi)", r"\{1, 2\}", r"(-\infty, 3]"):
+    judge(_text, "18")

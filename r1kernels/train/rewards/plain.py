@@ -8,25 +8,26 @@ that is equal to everything cannot be written down.
 import json
 
 MAX_DEPTH = 50  # of containers
-MAX_ITEMS = 20_000  # in all containers together: a set of this many values of one hash takes seconds to build
+MAX_KEYS = 10_000  # in all sets and dicts together: as many of one hash take seconds to compare with each other
 SMALL = 2**63
 
-CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+SEQUENCES = {"list": list, "tuple": tuple}
+SETS = {"set": set, "frozenset": frozenset}
 
 
 def write(value: object) -> bytes:
     """A value of plain types, or of their subclasses, as JSON.
 
     Raises:
-        TypeError: another type. ValueError: containers nested too deeply.
+        TypeError: another type. ValueError: containers nested far too deeply.
     """
-    return json.dumps(_packed(value, MAX_DEPTH)).encode()
+    return json.dumps(_packed(value, 2 * MAX_DEPTH)).encode()
 
 
 def _packed(value, depth):
     """JSON's scalars stand for themselves; anything else is an object of one key, its type."""
     if depth < 0:
-        raise ValueError(f"containers nested deeper than {MAX_DEPTH}")
+        raise ValueError(f"containers nested deeper than {2 * MAX_DEPTH}")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -41,20 +42,21 @@ def _packed(value, depth):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, dict):
         return {"dict": [[_packed(key, depth - 1), _packed(item, depth - 1)] for key, item in value.items()]}
-    for name, kind in CONTAINERS.items():
+    for name, kind in (SEQUENCES | SETS).items():
         if isinstance(value, kind):
             return {name: [_packed(item, depth - 1) for item in value]}
     raise TypeError(f"a {type(value).__name__} is not plain data")
 
 
-def read(text: bytes) -> object:
+def read(text: bytes, trusted: bool = False) -> object:
     """The value that `write` wrote.
 
     Raises:
-        ValueError: anything else, or more than the limits above.
+        ValueError: anything else, or, from a writer who is not trusted, more than the limits above.
     """
     try:
-        return _Reader().value(json.loads(text, parse_int=_small_int), MAX_DEPTH)
+        packed = json.loads(text, parse_int=_small_int)
+        return _Reader(trusted).value(packed, 2 * MAX_DEPTH if trusted else MAX_DEPTH)
     except (TypeError, KeyError, RecursionError, UnicodeError) as error:
         raise ValueError(f"not plain data: {type(error).__name__}") from None
 
@@ -66,26 +68,28 @@ def _small_int(digits):
 
 
 class _Reader:
-    def __init__(self):
-        self.items = 0
+    def __init__(self, trusted):
+        self.keys_left = float("inf") if trusted else MAX_KEYS
 
     def value(self, packed, depth):
         if packed is None or type(packed) in (bool, int, float, str):
             return packed
-        if type(packed) is not dict or len(packed) != 1:
-            raise ValueError("expected an object of one key")
+        if type(packed) is not dict or len(packed) != 1 or depth < 0:
+            raise ValueError("expected an object of one key, nested less deeply")
         [(name, inner)] = packed.items()
         if name in ("int", "bytes"):
             return int(_of(str, inner), 16) if name == "int" else bytes.fromhex(_of(str, inner))
         if name == "complex":
             real, imaginary = _of(list, inner)
             return complex(_of(float, real), _of(float, imaginary))
-        self.items += len(_of(list, inner))
-        if depth <= 0 or self.items > MAX_ITEMS:
-            raise ValueError("too deep or too long")
+        if name in SEQUENCES:
+            return SEQUENCES[name]([self.value(item, depth - 1) for item in _of(list, inner)])
+        self.keys_left -= len(_of(list, inner))
+        if self.keys_left < 0:
+            raise ValueError(f"more than {MAX_KEYS} keys")
         if name == "dict":
             return {self.value(key, depth - 1): self.value(item, depth - 1) for key, item in inner}
-        return CONTAINERS[name](self.value(item, depth - 1) for item in inner)
+        return SETS[name]([self.value(item, depth - 1) for item in inner])
 
 
 def _of(kind, value):

@@ -57,7 +57,8 @@ class _Worker:
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C reaches the trainer only; its children die with it
         )
-        self.ready = self.used = False
+        self.started = self.ready = self.used = False
+        self.stops = 0
         self.task: int | None = None
         self.deadline = time.monotonic() + START_LIMIT_S
         self._received = b""
@@ -74,17 +75,23 @@ class _Worker:
         self.task, self.deadline = index, time.monotonic() + timeout_s
         return True
 
-    def receive(self) -> dict | bool | None:
-        """The next message; False when it is not complete yet, None when the process has gone."""
+    def receive(self) -> list[dict] | None:
+        """The messages that have come, None when the process has gone."""
         data = os.read(self.process.stdout.fileno(), 65536)
         if not data:
             return None
-        self._received += data
-        line, newline, rest = self._received.partition(b"\n")
-        if not newline:
-            return False
-        self._received = rest
-        return json.loads(line)
+        *lines, self._received = (self._received + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def stop(self) -> None:
+        """Ends the task it is on; it is ready again, and as new, in a moment."""
+        self.process.send_signal(signal.SIGTERM)
+        self.stops += 1
+        self.renew()
+
+    def renew(self) -> None:
+        self.task, self.ready, self.used = None, False, False
+        self.deadline = time.monotonic() + START_LIMIT_S
 
     def close(self) -> None:
         if self.process.returncode is None:
@@ -126,7 +133,7 @@ class Pool:
                     raise Stopped
                 self._hand_out(tasks, waiting, suspects)
                 for worker in self._wait():
-                    self._take_verdict(worker, results, suspects)
+                    self._take_verdicts(worker, results, suspects)
                 self._stop_overdue(results)
         except BaseException:
             # An interrupted batch leaves verdicts in the pipes that the next batch must not read.
@@ -149,8 +156,7 @@ class Pool:
         while len(self._workers) < min(self._limit, busy + len(waiting) + len(suspects)):
             self._workers.append(_Worker(self._judges, self._memory_bytes))
         if suspects and not waiting and busy == 0 and all(worker.used for worker in self._workers):
-            self._retire(self._workers[0])
-            return
+            self._workers[0].stop()
         for worker in list(self._workers):
             if not worker.ready or worker.task is not None:
                 continue
@@ -173,31 +179,45 @@ class Pool:
             patience = min(worker.deadline for worker in active) - time.monotonic()
             return [key.data for key, _ in selector.select(min(max(patience, 0.0), GLANCE_S))]
 
-    def _take_verdict(self, worker: _Worker, results: list[float | str | None], suspects: deque[int]) -> None:
-        message = worker.receive()
-        if message is False:
-            return
-        if not worker.ready:
-            if message is None or "failed" in message:
-                reason = message["failed"] if message else f"exit status {worker.process.wait()}"
-                raise WorkerError(
-                    f"a reward worker could not start ({reason}); judges {list(self._judges)}, "
-                    f"memory_bytes={self._memory_bytes}"
-                )
-            worker.ready = True
-            return
-        gone = message is None or message.get("leaving", False)
-        if message is not None and "value" in message:
+    def _take_verdicts(self, worker: _Worker, results: list[float | str | None], suspects: deque[int]) -> None:
+        messages = worker.receive()
+        for message in messages or ():
+            if "failed" in message:
+                raise self._broken(message["failed"])
+            if not worker.ready:
+                # A verdict that came too late is not read, nor what a child said that was stopped right after.
+                worker.ready = message.get("ready") == worker.stops
+                worker.started |= worker.ready
+                continue
+            self._settle(worker, message, results, suspects)
+        if messages is None:
+            if not worker.started:
+                raise self._broken(f"exit status {worker.process.wait()}")
+            if worker.task is not None:
+                self._settle(worker, {"leaving": True}, results, suspects)
+            self._retire(worker)
+
+    def _settle(
+        self, worker: _Worker, message: dict, results: list[float | str | None], suspects: deque[int]
+    ) -> None:
+        leaving = message.get("leaving", False)
+        if "value" in message:
             results[worker.task] = message["value"]
         else:
             # Perhaps the machine killed it, or earlier judgements had used up its memory: what happens in a fresh
             # worker is the task's own.
-            if gone and results[worker.task] is None:
+            if leaving and results[worker.task] is None:
                 suspects.append(worker.task)
             results[worker.task] = CRASH
         worker.task, worker.used = None, True
-        if gone:
-            self._retire(worker)
+        if leaving:
+            worker.renew()
+
+    def _broken(self, reason: str) -> WorkerError:
+        return WorkerError(
+            f"a reward worker could not start ({reason}); judges {list(self._judges)}, "
+            f"memory_bytes={self._memory_bytes}"
+        )
 
     def _stop_overdue(self, results: list[float | str | None]) -> None:
         now = time.monotonic()
@@ -206,7 +226,7 @@ class Pool:
                 raise WorkerError(f"a reward worker was not ready after {START_LIMIT_S:.0f} s")
             if worker.task is not None and now >= worker.deadline:
                 results[worker.task] = TIMEOUT
-                self._retire(worker)
+                worker.stop()
 
     def _retire(self, worker: _Worker) -> None:
         self._workers.remove(worker)

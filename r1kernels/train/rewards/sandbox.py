@@ -48,7 +48,7 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: wall-clock time from the moment the program is handed over, and CPU time, rounded up.
+        seconds: wall-clock time from the moment the program is handed over.
         memory_bytes: address space.
         output_bytes: of one result, or of all that a program prints.
         file_bytes: of everything in its /tmp together.
@@ -78,7 +78,8 @@ class Program:
     """
 
     def __init__(self, kind: str, sources: Sequence[str], entry_point: str | None, limits: Limits):
-        self._limits, self._received, self._deadline = limits, bytearray(), time.monotonic() + START_LIMIT_S
+        self._kind, self._limits, self._received = kind, limits, bytearray()
+        self._deadline = time.monotonic() + START_LIMIT_S
         self._process = subprocess.Popen(
             _command(kind, limits),
             stdin=subprocess.PIPE,
@@ -87,11 +88,12 @@ class Program:
             bufsize=0,
             cwd="/",
             env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
+            start_new_session=kind == "none",  # the others die with this process, and with its group
         )
         try:
             for end in (self._process.stdin, self._process.stdout):
                 os.set_blocking(end.fileno(), False)
-            self._await_ready(kind)
+            self._await_ready()
             self._deadline = time.monotonic() + limits.seconds
             self._handover = _frame(json.dumps({"entry_point": entry_point, "sources": list(sources)}).encode())
         except BaseException:
@@ -129,16 +131,16 @@ class Program:
             raise ProgramError("out of time") from None
         return bytes(self._received), status
 
-    def _await_ready(self, kind: str) -> None:
+    def _await_ready(self) -> None:
         try:
             ready = self._next_frame(b"") == b"ready"
             reason = "it said something else"
         except ProgramError as error:
             ready, reason = False, str(error)
         if not ready:
-            _end(self._process)
+            self._end()
             told = os.read(self._process.stderr.fileno(), 2000).decode(errors="replace").strip()
-            raise SandboxError(f"the sandbox ({kind}) did not start: {told or reason}")
+            raise SandboxError(f"the sandbox ({self._kind}) did not start: {told or reason}")
 
     def _next_frame(self, request: bytes) -> bytes:
         def complete() -> bool:
@@ -183,6 +185,21 @@ class Program:
                 if len(self._received) > self._limits.output_bytes + 65536:
                     raise ProgramError(f"more than {self._limits.output_bytes} bytes of output")
 
+    def _end(self) -> None:
+        """Kills from the inside out: the outermost process takes its leave when all others have, and leaves nothing."""
+        process = self._process
+        if self._kind == "none":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        elif process.poll() is None:
+            inside = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                for child in inside.read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+                    process.wait(2)
+            process.kill()
+        process.wait()
+
     @property
     def overdue(self) -> bool:
         """Whether its time is over."""
@@ -190,7 +207,7 @@ class Program:
 
     def close(self) -> None:
         """Ends it and all that it started."""
-        _end(self._process)
+        self._end()
         for end in (self._process.stdin, self._process.stdout, self._process.stderr):
             with contextlib.suppress(BrokenPipeError):
                 end.close()
@@ -206,22 +223,6 @@ def _frame(text: bytes) -> bytes:
     return len(text).to_bytes(FRAME_HEAD, "big") + text
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Kills a sandbox from the inside out: its outermost process takes leave when all others have."""
-    if process.poll() is None:
-        try:
-            inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        except OSError:
-            inside = []
-        for child in inside:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(child), signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2 if inside else 0)
-        process.kill()
-        process.wait()
-
-
 @functools.cache
 def _command(kind: str, limits: Limits) -> list[str]:
     here = Path(__file__)
@@ -235,7 +236,7 @@ def _command(kind: str, limits: Limits) -> list[str]:
         "visible": visible,
         "limits": {
             "memory_bytes": limits.memory_bytes,
-            "cpu_seconds": math.ceil(limits.seconds),
+            "cpu_seconds": math.ceil(limits.seconds) + 1,  # in case nobody looks at the clock any more
             "file_bytes": limits.file_bytes,
             "files": limits.files,
             "threads": limits.threads,
@@ -274,11 +275,15 @@ def _privileged() -> bool:
     """Whether this process may make namespaces, and other users of its processes, without a user namespace."""
     if os.getuid() != 0:
         return False
+    for name in ("uid_map", "gid_map"):
+        ranges = [map(int, line.split()) for line in Path(f"/proc/self/{name}").read_text().splitlines()]
+        if not any(first <= 65534 < first + count for first, _, count in ranges):
+            return False
     status = Path("/proc/self/status").read_text()
     return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> CAP_SYS_ADMIN & 1)
 
 
-def _lacks(kind: str) -> str | None:
+def lacks(kind: str, memory_mb: int = 512) -> str | None:
     """Why this kind of sandbox cannot be used here; None where a program did run in it."""
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, this is {sys.platform}"
@@ -286,7 +291,7 @@ def _lacks(kind: str) -> str | None:
         return "bwrap is not installed"
     source = "import os\ndef probe(): return os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')"
     try:
-        with Program(kind, [source], "probe", Limits()) as program:
+        with Program(kind, [source], "probe", Limits(memory_bytes=memory_mb * 2**20)) as program:
             found = program.ask()
     except (SandboxError, ProgramError, OSError) as error:
         return str(error)
@@ -294,8 +299,8 @@ def _lacks(kind: str) -> str | None:
 
 
 @functools.cache
-def choose(requested: str = "auto") -> str:
-    """The sandbox to use: the one requested, or for "auto" the first that works, tried out once.
+def choose(requested: str = "auto", memory_mb: int = 512) -> str:
+    """The sandbox to use: the one requested, or for "auto" the first that works, tried out once with so much memory.
 
     "none" is not a sandbox: limits of memory and time are all that is between the program and this machine, and a
     warning says so once.
@@ -315,7 +320,7 @@ def choose(requested: str = "auto") -> str:
         raise SandboxError(f"sandbox is {requested!r}, expected one of auto, {', '.join(KINDS)}, none")
     reasons = []
     for kind in KINDS if requested == "auto" else (requested,):
-        reason = _lacks(kind)
+        reason = lacks(kind, memory_mb)
         if reason is None:
             return kind
         reasons.append(f"{kind}: {reason}")

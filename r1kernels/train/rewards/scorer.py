@@ -1,22 +1,25 @@
 """Scoring a batch: every reward of every sample, the dangerous ones in worker processes."""
 
+import functools
 import importlib.util
 import math
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 
 from .base import Judgement, Outcome, Sample, Scores
+from .calls import Calls
 from .endpoint import EndpointError
 from .pool import CRASH, TIMEOUT, Pool, Stopped
 from .registry import REWARDS
 from .settings import ScoringConfig
 
 ENDPOINT = "endpoint"
-# How long a stop may wait for threads that wait for a network.
-GLANCE_S = 0.1
+
+# A reward of a sample.
+Cell = tuple[str, int]
 
 
 class Scorer:
@@ -112,33 +115,36 @@ class Scorer:
 
     def _score_all(self, samples: Sequence[Sample]) -> Scores:
         parts = {name: [math.nan] * len(samples) for name in self._weights}
+        applies = {name: [sample.kind in REWARDS[name].kinds for sample in samples] for name in parts}
         # The members of a group often give the same answer: each distinct judgement is made once.
-        asked: dict[Judgement, list[tuple[str, int]]] = {}
-        waiting: dict[tuple[str, Sample], list[tuple[str, int]]] = {}
-        for name in parts:
-            reward = REWARDS[name]
+        asked: dict[Judgement, list[Cell]] = {}
+        called: dict[tuple[str, Sample], list[Cell]] = {}
+        for name, column in parts.items():
             for index, sample in enumerate(samples):
-                if sample.kind not in reward.kinds:
+                if not applies[name][index]:
                     continue
-                if reward.waits:
-                    waiting.setdefault((name, sample), []).append((name, index))
+                if REWARDS[name].waits:
+                    called.setdefault((name, sample), []).append((name, index))
                     continue
                 outcome = self._score[name](sample)
                 if isinstance(outcome, Judgement):
                     asked.setdefault(outcome, []).append((name, index))
                 else:
-                    parts[name][index] = outcome
-        answers = self._start_waiting(list(waiting))
-        verdicts = self._pool.run(list(asked))
+                    column[index] = outcome
+        jobs = [functools.partial(self._score[name], sample) for name, sample in called]
+        with Calls(jobs, self._threads, self._closing) as calls:
+            verdicts = [*self._pool.run(list(asked)), *calls.results()]
         counts: Counter[str] = Counter()
-        places = [*asked.values(), *waiting.values()]
-        for verdict, cells in zip([*verdicts, *answers()], places, strict=True):
+        endpoint_error = ""
+        for verdict, cells in zip(verdicts, [*asked.values(), *called.values()], strict=True):
+            if isinstance(verdict, EndpointError):
+                endpoint_error = endpoint_error or str(verdict)
+                verdict = ENDPOINT
             if isinstance(verdict, str):
                 counts[verdict] += len(cells)
                 continue
             for name, index in cells:
                 parts[name][index] = verdict
-        applies = {name: [sample.kind in REWARDS[name].kinds for sample in samples] for name in parts}
         total = [
             math.fsum(w * parts[name][index] for name, w in self._weights.items() if w and applies[name][index])
             for index in range(len(samples))
@@ -147,43 +153,7 @@ class Scorer:
             name: sum(here and math.isnan(value) for here, value in zip(applies[name], column, strict=True))
             for name, column in parts.items()
         }
-        return Scores(parts, total, counts[TIMEOUT], counts[CRASH], counts[ENDPOINT], unscorable)
-
-    def _start_waiting(self, calls: Sequence[tuple[str, Sample]]) -> Callable[[], list[float | str]]:
-        """Starts what waits for a network, in daemon threads, and returns what waits for the results."""
-        results: list[float | str | BaseException | None] = [None] * len(calls)
-        places = deque(range(len(calls)))
-
-        def work() -> None:
-            while not self._closing.is_set():
-                try:
-                    index = places.popleft()
-                except IndexError:
-                    return
-                name, sample = calls[index]
-                try:
-                    results[index] = self._score[name](sample)
-                except EndpointError:
-                    results[index] = ENDPOINT
-                except BaseException as error:
-                    results[index] = error
-
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._threads, len(calls)))]
-        for thread in threads:
-            thread.start()
-
-        def collect() -> list[float | str]:
-            for thread in threads:
-                while thread.is_alive():
-                    if self._closing.is_set():
-                        raise Stopped
-                    thread.join(GLANCE_S)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            return results
-
-        return collect
+        return Scores(parts, total, counts[TIMEOUT], counts[CRASH], counts[ENDPOINT], unscorable, endpoint_error)
 
 
 def _check_parts(parts: Mapping[str, float]) -> None:

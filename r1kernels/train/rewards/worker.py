@@ -2,6 +2,9 @@
 
 Run as a script with the parent's process id, the memory limit in bytes and the judges to load first. It never imports
 r1kernels itself (and so not torch): it loads the package around it under a name of its own.
+
+It judges in a child that it forks once everything is loaded, so that after a judgement that had to be stopped a fresh
+one is ready in milliseconds: SIGTERM has it replace the child. What the judges themselves start must end with them.
 """
 
 import os
@@ -10,6 +13,8 @@ import sys
 # A script's directory is searched first, and would offer this package's modules under their bare names.
 sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))]
 
+import contextlib  # noqa: E402
+import gc  # noqa: E402
 import importlib  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
@@ -26,14 +31,20 @@ PACKAGE = "r1kernels_rewards"
 # Address space a judgement must be able to use.
 ROOM = 64 * 2**20
 
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
+# How long a worker may outlive its parent.
+GLANCE_S = 0.5
+# Exit status of a child whose place another is to take, and what is said of one that SIGTERM stopped.
+LEAVING, STOPPED = 3, 15
+
 
 def main() -> None:
     parent, memory = int(sys.argv[1]), int(sys.argv[2])
-    # Ctrl-C is the parent's to handle; it ends its workers itself.
+    # Ctrl-C is the parent's to handle; it ends its workers itself. The other signals are waited for, below.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # Verdicts go to a private copy of stdout, so that nothing a library prints can pass for one.
-    verdicts = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    verdicts = os.dup(1)
     os.dup2(2, 1)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -44,9 +55,47 @@ def main() -> None:
         if memory - idle < ROOM:
             raise MemoryError(f"the idle worker takes {idle} bytes and needs {ROOM} more")
     except BaseException as error:
-        verdicts.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+        _say(verdicts, {"failed": f"{type(error).__name__}: {error}"})
         return
-    verdicts.write(json.dumps({"ready": True}) + "\n")
+    gc.freeze()
+    stops, ended = 0, LEAVING
+    while ended in (LEAVING, STOPPED):
+        child = os.fork()
+        if child == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            _say(verdicts, {"ready": stops})
+            os._exit(LEAVING if _judge(judges, memory, verdicts) else 1)
+        ended = _keep(child, parent)
+        stops += ended == STOPPED
+
+
+def _keep(child: int, parent: int) -> int | None:
+    """Waits for the child to end: LEAVING, STOPPED by SIGTERM, or None where there is to be no other."""
+    stopped = False
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait(SIGNALS, GLANCE_S)
+        if sent is not None and sent.si_signo == signal.SIGTERM:
+            stopped = True
+            os.kill(child, signal.SIGKILL)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            if stopped:
+                # Nothing is sent to a worker that is being stopped: what the child left unread is of its last task.
+                os.set_blocking(0, False)
+                with contextlib.suppress(BlockingIOError):
+                    while os.read(0, 65536):
+                        pass
+                os.set_blocking(0, True)
+                return STOPPED
+            return LEAVING if os.waitstatus_to_exitcode(status) == LEAVING else None
+    os.kill(child, signal.SIGKILL)
+    return None
+
+
+def _judge(judges: dict[str, Callable[..., float]], memory: int, verdicts: int) -> bool:
+    """Judges one line of stdin after another; True when what earlier judgements took of memory may spoil the next."""
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    idle, _ = _address_space()
     for line in os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass", newline="\n"):
         name, arguments, timeout = json.loads(line)
         _limit_cpu(timeout)
@@ -56,18 +105,24 @@ def main() -> None:
             value = float(judges[name](*arguments))
         except MemoryError:
             # The heap is in an unknown state: let a fresh process take the next one.
-            verdicts.write(json.dumps({"crash": True, "leaving": True}) + "\n")
-            return
+            _say(verdicts, {"crash": True, "leaving": True})
+            return True
         except Exception:
-            verdicts.write(json.dumps({"crash": True}) + "\n")
+            _say(verdicts, {"crash": True})
             continue
         used, peak = _address_space()
         # Libraries turn a MemoryError of their own into "not equal". Such a verdict is worth nothing.
         verdict = {"value": value} if peak < 0.9 * memory else {"crash": True}
         leaving = "crash" in verdict or used > (idle + memory) / 2
-        verdicts.write(json.dumps(verdict | {"leaving": leaving}) + "\n")
+        _say(verdicts, verdict | {"leaving": leaving})
         if leaving:
-            return
+            return True
+    return False
+
+
+def _say(verdicts: int, message: dict) -> None:
+    """One line in one write, which a pipe takes as a whole or not at all."""
+    os.write(verdicts, (json.dumps(message) + "\n").encode()[:4000])
 
 
 def _load_package() -> None:
@@ -86,7 +141,7 @@ def _load(name: str) -> Callable[..., float]:
 def _leave_with(parent: int) -> None:
     """Ends the process when its parent is gone."""
     while os.getppid() == parent:
-        time.sleep(0.5)
+        time.sleep(GLANCE_S)
     os._exit(0)
 
 

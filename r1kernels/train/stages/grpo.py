@@ -23,11 +23,17 @@ class LengthStep:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """`transformers` samples in this process; `vllm` asks a server at `url`, which reads weights from `weights_dir`."""
+    """`transformers` samples in this process; `vllm` asks a server at `url`, which reads weights from `weights_dir`.
+
+    `served_name`: of the model there, if there are several; `requests`: how many are under way at once.
+    """
 
     kind: Literal["transformers", "vllm"] = "transformers"
     url: str | None = None
     weights_dir: str | None = None
+    served_name: str | None = None
+    requests: int = 64
+    timeout_s: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,9 @@ def check_rl(config: Any, recipe: Recipe) -> None:
     steps = [item.from_step for item in config.length_schedule]
     if steps != sorted(set(steps)):
         raise ConfigError(f"'length_schedule' has the steps {steps}, expected each once and in order")
-    if config.sampler.kind == "vllm" and not config.sampler.url:
-        raise ConfigError("'sampler.url' is missing, expected the address of a vLLM server, such as http://localhost:8000")
+    for key, example in (("url", "http://localhost:8000"), ("weights_dir", "/dev/shm/weights")):
+        if config.sampler.kind == "vllm" and not getattr(config.sampler, key):
+            raise ConfigError(f"'sampler.{key}' is missing, expected one for kind 'vllm', such as {example}")
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -135,7 +135,10 @@ def _pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
     responses: dict[str, list[str]] = {}
     for _, _, row in rows(stage.directory_of(config.pairs) / SELECTED, ("question", "prompt", "completion")):
         responses.setdefault(row["question"], []).append(whole_response(row["prompt"], row["completion"]))
-    judge = Judge(scoring.judge)
+    try:
+        judge = Judge(scoring.judge)
+    except ValueError as error:
+        raise ConfigError(f"'scoring': {error}") from error
 
     def compare(question: str, first: str, second: str) -> float | None:
         try:
@@ -144,12 +147,14 @@ def _pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
             return None
 
     stage.console.phase(f"{config.name}: asking the judge")
+    verdicts = stage.directory / "verdicts.jsonl"
     pairs, counts = judge_pairs(
         candidates(responses, config.judged.per_question, stage.seed), compare, config.judged.margin,
-        stage.directory / "verdicts.jsonl", concurrency=scoring.judge.concurrency, check=stage.interrupt.check,
+        verdicts, concurrency=scoring.judge.concurrency, check=stage.interrupt.check,
     )
     stage.console.say(f"{config.name}: the judge's pairs: {counts}", warning=not pairs or counts["unscorable"] > 0)
     if not pairs:
+        verdicts.unlink()  # the judge may have been out of reach: next time it is asked again
         raise DataError(f"'pairs': the judge was clear on no pair of stage '{config.pairs}' ({counts})")
     return pairs, counts
 
@@ -229,7 +234,11 @@ def _train(
 
 
 def pair_gradient(
-    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[Rows], micro_batch_size: int | None, check: Any
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Sequence[Rows],
+    micro_batch_size: int | None,
+    check: Callable[[], None],
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss a pair, whatever the number of micro-batches.
 

@@ -16,9 +16,9 @@ from r1kernels.train.config import Recipe
 from r1kernels.train.head import head_of, hidden_states
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_model, load_tokenizer
-from r1kernels.train.metrics import MetricsLog
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
+from r1kernels.train.steplog import StepLog
 from r1kernels.train.tiny import CorpusConfig, TinyConfig, corpus_batch, make_model, make_tokenizer
 
 LOG_EVERY = 50
@@ -73,14 +73,15 @@ def run(stage: Stage) -> dict[str, Any]:
     started = time.monotonic() - spent
 
     def save() -> None:
+        log.sync()
         state = {"step": step, "seconds": time.monotonic() - started, "optimizer": optimizer.state_dict()}
         keep = stage.recipe.checkpoint.keep
         log.sync()
         save_checkpoint(stage.directory, step, model=model, tokenizer=tokenizer, state=state, keep=keep)
 
     model.train()
-    log, times = (MetricsLog(stage.directory / f"{name}.jsonl", first_step=step) for name in ("metrics", "timings"))
-    with log, times:
+    logged = time.monotonic()
+    with StepLog(stage, first_step=step) as log:
         try:
             while step < settings.steps:
                 stage.interrupt.check()
@@ -99,8 +100,12 @@ def run(stage: Stage) -> dict[str, Any]:
                 optimizer.step()
                 step += 1
                 if step % LOG_EVERY == 0 or step == settings.steps:
-                    log.write({"step": step - 1, "loss": loss.item()})
-                    times.write({"step": step - 1, "seconds_total": time.monotonic() - started})
+                    now = time.monotonic()
+                    log.write({
+                        "step": step - 1, "loss": loss.item(), "seconds_updates": now - logged,
+                        "seconds_total": now - started,
+                    })
+                    logged = now
                     stage.console.training(stage.config.name, step, settings.steps, loss.item())
                 if step % stage.recipe.checkpoint.supervised_every == 0 or step == settings.steps:
                     save()

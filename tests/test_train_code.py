@@ -1,0 +1,220 @@
+"""Programs as answers: finding the code, the forms of tests, and whose fault is what."""
+
+import gzip
+import json
+import math
+
+import pytest
+
+from r1kernels.train.data import DataError
+from r1kernels.train.data_code import load_humaneval
+from r1kernels.train.rewards import Judgement, Sample, Scorer, sandbox
+from r1kernels.train.rewards.code import code_reward, extract_code, sources, triage
+from r1kernels.train.rewards.settings import ScoringConfig
+
+SETTINGS = ScoringConfig(timeout_s=1.0, memory_mb=256)
+
+PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r: float):\n    """Of a circle.\n    """\n'
+TEST = """
+def check(candidate):
+    assert abs(candidate(1) - math.pi) < 1e-6
+    assert candidate(0) == 0
+    assert half(candidate(2.0)) > 6
+    try:
+        candidate("r")
+    except TypeError:
+        pass
+"""
+PROBLEM = {"prompt": PROMPT, "test": TEST, "entry_point": "area"}
+WHOLE = "def area(r):\n    return math.pi * half(2 * r * r)"
+CASES = {"cases": [{"args": [[3, 1, 2]], "expected": [1, 2, 3]}, {"args": [[]], "expected": []}], "entry_point": "f"}
+STDIO = {"stdio": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def works():
+    try:
+        sandbox.choose()
+    except sandbox.SandboxError as error:
+        pytest.skip(str(error))
+
+
+def reward(tests, completion, prompt=""):
+    return code_reward(Sample(prompt, completion, json.dumps(tests), kind="code"), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        ("x = 1", ("x = 1", False)),
+        ("    return 1", ("    return 1", False)),
+        ("<think>x = 1</think>x = 2", ("x = 2", False)),
+        ("<think>x = 1</think><answer>x = 2</answer>", ("x = 2", False)),
+        ("Here:\n```python\nx = 1\n```\nand\n```py\nx = 2\n```\nDone.", ("x = 2\n", True)),
+        ("```python\nx = 1\n```\nprints\n```\n1\n```", ("x = 1\n", True)),
+        ("```\nx = 1\n```\n```bash\nls\n```", ("x = 1\n", True)),
+        ("```Python\r\nx = 1\r\n```", ("x = 1\n", True)),
+        ("  ```python\nx = 1\n  ```", ("x = 1\n", True)),
+        ("```python\n'''\n```text\n'''\n```", ("'''\n```text\n'''\n", True)),
+        ("```python\nx = 1", ("x = 1", True)),
+        ("<answer>```\nx = 1\n```</answer>```\nx = 2\n```", ("x = 1\n", True)),
+        ("<think>x = 1", None),
+        ("", None),
+        ("```python\n```", None),
+        ("x" * 200_000, None),
+    ],
+)
+def test_finding_the_code(completion, found):
+    assert extract_code("", completion) == found
+
+
+def test_finding_the_code_takes_no_time():
+    for text in ("```" + "a" * 2_000_000 + "`", "```\n" * 100_000, "`" * 2_000_000, "<answer>" * 200_000):
+        extract_code("", text)
+
+
+def test_bodies_and_whole_functions():
+    prompt, whole = PROBLEM["prompt"], ["import math", WHOLE]
+    assert sources(PROBLEM, WHOLE, True) == [prompt, WHOLE]
+    assert sources(PROBLEM, "area = lambda r: r", False) == [prompt, "area = lambda r: r"]
+    assert sources(PROBLEM, "    return 1\n# so\ndef f():\n    pass", False) == [prompt + "    return 1\n# so\n"]
+    assert sources(PROBLEM, "    return 1\nx = 2", True) == [prompt + "    return 1\nx = 2"]
+    assert sources(PROBLEM, "    def area(r): pass", True) == [prompt + "    def area(r): pass"]
+    assert sources(CASES, "\n".join(whole), True) == ["", "\n".join(whole)]
+    commented = PROBLEM | {"prompt": "def area(r):\n    # of a circle\n"}
+    assert sources(commented, WHOLE, True)[0].endswith("\n    pass\n")
+
+
+def test_checks_as_in_humaneval():
+    assert reward(PROBLEM, WHOLE) == 1.0
+    assert reward(PROBLEM, f"<think>so</think><answer>```python\n{WHOLE}\n```</answer>") == 1.0
+    assert reward(PROBLEM, "    return math.pi * r ** 2\nI hope that helps!") == 1.0
+    assert reward(PROBLEM, "    return 3 * r ** 2") == 0.0
+    assert reward(PROBLEM, "    return math.pi * r ** 2", prompt="<think>") == 0.0
+    for broken in ("def area(r", "def area(r): raise SystemExit", "return 1", "\0", "\ud800", "area = None"):
+        assert reward(PROBLEM, f"```\n{broken}\n```") == 0.0, broken
+
+
+def test_failing_where_a_test_expects_exceptions_is_failing():
+    tests = PROBLEM | {"test": "def check(candidate):\n    try: candidate(1)\n    except Exception: pass"}
+    assert reward(tests, "    raise ValueError") == 1.0
+    for failure in ("    import os; os._exit(0)", "    while True: pass", "    return 'x' * 2_000_000", "    !"):
+        assert reward(tests, failure) == 0.0, failure
+    expects = PROBLEM | {"test": "import pytest\ndef check(candidate):\n    with pytest.raises(OSError): candidate(1)"}
+    assert reward(expects, "    raise FileNotFoundError(2, 'no')") == 1.0
+    assert reward(expects, "    class OSError(Exception): pass\n    raise OSError") == 1.0
+    assert reward(expects, "    raise SystemExit") == 0.0
+
+
+def test_plain_cases():
+    assert reward(CASES, "def f(x): return sorted(x)") == 1.0
+    assert reward(CASES, "def f(x): return tuple(sorted(x))") == 1.0
+    assert reward(CASES, "def f(x): return x") == 0.0
+    assert reward(CASES, "def f(x): return range(1, len(x) + 1)") == 0.0
+    mapping = {"cases": [{"args": ["ab"], "expected": {"a": [1]}}], "entry_point": "f"}
+    assert reward(mapping, "f = lambda s: {'a': (1,)}") == 1.0
+    long = {"cases": [{"args": [list(range(60_000))], "expected": 60_000}], "entry_point": "f"}
+    assert reward(long, "f = len") == 1.0
+
+
+def test_what_is_expected_cannot_be_found():
+    tests = {"cases": [{"args": [1], "expected": "a needle"}], "entry_point": "f"}
+    search = """
+import gc
+def f(x):
+    for thing in gc.get_objects():
+        for text in thing if type(thing) in (list, tuple) else thing.values() if type(thing) is dict else ():
+            if type(text) is str and text[1:] == " needle": return text
+"""
+    assert reward(tests, search) == 0.0
+    assert reward(tests, search + "\nknown = ['a needle']") == 1.0
+
+
+def test_whole_programs():
+    assert reward(STDIO, "print(sum(map(int, input().split())), end='  \\n\\n')") == 1.0
+    assert reward(STDIO, "print(3)") == 0.0
+    assert reward(STDIO, "print(sum(map(int, input().split()))); raise SystemExit(1)") == 0.0
+    assert reward(STDIO, "if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split())))") == 1.0
+    assert reward(STDIO, "import time; time.sleep(60)") == 0.0
+    assert reward(STDIO, "while True: print(1)") == 0.0
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "", "no JSON", "[]", "{}", '{"stdio": []}', '{"stdio": [{"input": ""}]}',
+        '{"stdio": [{"input": 1, "output": ""}]}',
+        '{"cases": [1], "entry_point": "f"}', '{"cases": [{"args": 1, "expected": 1}], "entry_point": "f"}',
+        '{"cases": [{"args": [], "expected": 1}]}', '{"prompt": "", "test": ""}',
+        '{"prompt": "", "test": "", "entry_point": "no name"}',
+    ],
+)  # fmt: skip
+def test_what_is_no_reference_is_unscorable(tests):
+    assert math.isnan(code_reward(Sample("", WHOLE, tests, kind="code"), SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("test", "error"),
+    [
+        ("def check(candidate): pass", ValueError),
+        ("def check(candidate): missing", NameError),
+        ("def check(candidate): candidate(object())", ValueError),
+        ("def check(candidate):\n    candidate(1)\n    candidate(print)", ValueError),
+        ("check = 1", TypeError),
+        ("no check", SyntaxError),
+        ("x = 1", KeyError),
+    ],
+)
+def test_broken_tests_are_not_the_candidate_s_fault(test, error):
+    with pytest.raises(error):
+        reward(PROBLEM | {"test": test}, WHOLE)
+
+
+def test_the_scorer_runs_programs_in_its_workers(monkeypatch):
+    answer = json.dumps(PROBLEM)
+    broken = json.dumps(PROBLEM | {"test": "x = 1"})
+    samples = [
+        Sample("", completion, tests, kind="code")
+        for completion, tests in (
+            (WHOLE, answer), ("    while True: pass", answer), (WHOLE, broken), ("", answer), (WHOLE, "")
+        )
+    ]  # fmt: skip
+    settled = triage(samples[0], SETTINGS)
+    assert isinstance(settled, Judgement) and settled.timeout_s > SETTINGS.timeout_s
+    with Scorer({"accuracy": 1.0}, SETTINGS) as scorer:
+        scores = scorer.score(samples)
+    values = scores.parts["accuracy"]
+    assert values[:2] == [1.0, 0.0] and values[3] == 0.0
+    assert math.isnan(values[2]) and math.isnan(values[4])
+    assert (scores.timeouts, scores.crashes) == (0, 1)
+    monkeypatch.setattr(sandbox, "lacks", lambda kind, memory_mb: "nothing works")
+    sandbox.choose.cache_clear()
+    with pytest.raises(sandbox.SandboxError, match="nothing works"), Scorer({"accuracy": 1.0}, SETTINGS) as scorer:
+        scorer.score(samples)
+    sandbox.choose.cache_clear()
+
+
+def test_reading_humaneval(tmp_path):
+    row = PROBLEM | {"task_id": "HumanEval/7", "canonical_solution": "    return 1"}
+    plain, zipped = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_text(json.dumps(row) + "\n\n")
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    (problem,) = load_humaneval(plain)
+    assert [problem] == load_humaneval(zipped)
+    assert (problem.id, problem.kind) == ("HumanEval/7", "code")
+    assert PROMPT.strip() in problem.question and json.loads(problem.answer) == PROBLEM
+    for change, expected in (
+        ({"test": " "}, "'test' must be a string that is not blank"),
+        ({"entry_point": "a b"}, "'entry_point' must be the name of a function, got 'a b'"),
+    ):
+        plain.write_text(json.dumps(row | change))
+        with pytest.raises(DataError, match=f"a.jsonl, line 1: {expected}"):
+            load_humaneval(plain)
+    for content, expected in (
+        (b"not gzipped", "cannot read data file"),
+        (zipped.read_bytes()[:-9], "cannot read data file"),
+        (gzip.compress(b""), "holds nothing"),
+    ):
+        zipped.write_bytes(content)
+        with pytest.raises(DataError, match=expected):
+            load_humaneval(zipped)

@@ -1,0 +1,64 @@
+"""Plain data as text: values come back as they were, and nothing else comes back at all."""
+
+import math
+import random
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+
+import pytest
+
+from r1kernels.train.rewards import plain
+
+PLAIN = [
+    None, True, False, 0, -1, 2**62, 2**63, -(10**400), 0.1, -0.0, math.inf, 1j, "", "a\n\x00\ud800\u20ac", b"\x00\xff",
+    [], [[1], (2, 3)], (), {1, 2}, frozenset({(1, "a")}), {}, {1: [2], "b": {None: ()}, (1,): {True: 1.5}},
+]  # fmt: skip
+
+
+def test_plain_data_keeps_its_value_and_types():
+    found = plain.read(plain.write(PLAIN))
+    assert found == PLAIN
+    assert repr(found) == repr(PLAIN)
+    assert plain.read(plain.write(-(10**5000))) == -(10**5000)
+
+
+def test_subclasses_become_plain_and_other_objects_are_refused():
+    for value in (Counter("aab"), OrderedDict(a=1), defaultdict(int, a=1)):
+        found = plain.read(plain.write(value))
+        assert type(found) is dict and found == value
+    assert type(plain.read(plain.write(namedtuple("Pair", "a b")(1, 2)))) is tuple
+    for value in (object(), range(3), (x for x in "ab"), print, Exception, [iter("")]):
+        with pytest.raises(TypeError, match="is not plain data"):
+            plain.write(value)
+
+
+def nested(depth):
+    return b'{"list":[' * depth + b"]}" * depth
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"[]", b"[1]", b"{}", b'{"list":[1],"tuple":[2]}', b'{"object":[]}', b'{"list":1}', b'{"list":"ab"}',
+        b'{"set":[{"list":[]}]}', b'{"dict":[1]}', b'{"dict":[[1,2,3]]}', b'{"int":5}', b'{"int":"x"}',
+        b'{"bytes":"g"}', b'{"complex":[1,2]}', b'{"complex":["1","2"]}', b"1" * 30, b"\xff", b"1 2", b"nul",
+        nested(52), nested(100_000), b"[" * 1_000_000,
+        b'{"set":[' + b",".join(b"%d" % i for i in range(10_001)) + b"]}",
+    ],
+    ids=lambda text: repr(text[:20]),
+)  # fmt: skip
+def test_anything_else_is_no_plain_data(text):
+    with pytest.raises(ValueError):
+        plain.read(text)
+
+
+def test_noise_is_refused_as_well():
+    draw = random.Random(0)
+    valid = plain.write([PLAIN[3:5], {"a": (1.5, {2, 3})}])
+    for _ in range(3000):
+        text = bytearray(valid)
+        for _ in range(draw.randint(1, 4)):
+            text[draw.randrange(len(text))] = draw.randrange(256)
+        try:
+            plain.read(bytes(text))
+        except ValueError:
+            continue
