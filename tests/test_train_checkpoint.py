@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -173,6 +174,21 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(tmp_path, step)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-000001"]
     assert load_checkpoint(earlier).state["note"] == "earlier"
+
+
+def test_a_disk_that_is_full_within_the_state_is_named(tmp_path, monkeypatch):
+    """Interrupted in a record, torch complains about where it stands."""
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: real(state, Full()))
+    with pytest.raises(CheckpointError, match=r"step-000001: OSError: \[Errno 28\] No space left on device; earlier"):
+        save(tmp_path, 1, tensor=torch.zeros(10_000))
 
 
 @pytest.mark.parametrize("failing", [1, 2])

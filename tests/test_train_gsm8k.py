@@ -162,24 +162,26 @@ def test_whole_steps_on_real_problems(data, one_thread, tmp_path, capsys):
 
     settings = {
         "run_dir": tmp_path / "run",
-        "model.path": tmp_path / "model",
-        "model.device": "cpu",
-        "data.path": tmp_path / "train.jsonl",
-        "data.test_path": tmp_path / "test.jsonl",
-        "grpo.steps": 2,
-        "grpo.questions": 4,
-        "grpo.group_size": 4,
-        "grpo.minibatches": 2,
-        "grpo.max_new_tokens": 24,
+        "stages.base.path": tmp_path / "model",
+        "device": "cpu",
+        "data.gsm8k.path": tmp_path / "train.jsonl",
+        "data.gsm8k.test_path": tmp_path / "test.jsonl",
+        "stages.r1_zero.steps": 2,
+        "stages.r1_zero.questions": 4,
+        "stages.r1_zero.group_size": 4,
+        "stages.r1_zero.minibatches": 2,
+        "stages.r1_zero.max_new_tokens": 24,
         "eval.every": 2,
-        "reward.workers": 1,
+        "eval.max_new_tokens": 24,
+        "scoring.workers": 1,
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
     with pytest.raises(SystemExit) as done:
         main(["train", str(ROOT / "recipes" / "gsm8k_zero.yaml"), "--plain", "--set", *overrides])
     assert done.value.code == 0, capsys.readouterr()
 
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stage = tmp_path / "run" / "r1_zero"
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [0, 1]
     for line in steps:
@@ -193,7 +195,7 @@ def test_whole_steps_on_real_problems(data, one_thread, tmp_path, capsys):
     assert steps[0]["pass_at_1"] > 0
     assert any("pass_at_1" in line for line in lines if line["step"] == 2)
 
-    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "run"))
+    checkpoint = load_checkpoint(latest_checkpoint(stage))
     assert checkpoint.state["step"] == 2
     trained = AutoModelForCausalLM.from_pretrained(checkpoint.model_dir)
     reloaded = AutoTokenizer.from_pretrained(checkpoint.model_dir)

@@ -1,111 +1,193 @@
-"""A run that was stopped and resumed equals one that never stopped, bit for bit."""
+"""A chain that was stopped or killed, again and again, equals one that never stopped, bit for bit."""
 
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from resume_cases import STAGES, Server, use_parity, write_recipe
 from safetensors.torch import load_file
 
 from r1kernels.train import run as run_module
 from r1kernels.train.checkpoint import latest_checkpoint
-from r1kernels.train.config import load_config
+from r1kernels.train.config import load_recipe
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.metrics import MetricsLog, read_metrics
-from r1kernels.train.rewards import REWARDS, Reward
+from r1kernels.train.rewards import REWARDS
+from r1kernels.train.run import INTERRUPTED
+from r1kernels.train.stages import reject
 
-RECIPE = """
-run_dir: {run_dir}
-seed: 3
-threads: 1
-model:
-  tiny: {{hidden_size: 16, intermediate_size: 32, layers: 1, heads: 2}}
-pretrain: {{steps: 6, batch_size: 2, window: 64}}
-data: {{min_terms: 2, max_terms: 3, train_size: 16}}
-reward: {{parts: {{accuracy: 1.0, format: 1.0}}}}
-grpo:
-  steps: 4
-  questions: 4
-  group_size: 4
-  minibatches: 2
-  micro_batch_size: 6
-  learning_rate: 1.0e-3
-  warmup_updates: 4
-  max_new_tokens: 6
-  ref_refresh_every: 2
-  objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}
-eval: {{every: 2, questions: 4, samples: 2, batch_size: 4}}
-checkpoint: {{every: 3, pretrain_every: 4, keep: 1}}
-"""
-TIMES = ("seconds", "tokens_per_second")
-
-
-def parity(sample) -> float:
-    """A reward that even a model of noise gets half of the time, so that there are advantages."""
-    return float(sum(map(ord, sample.completion)) % 2)
+# Three of five before an operation on a file, counted in the process, the others after a time, from outside.
+KILLS = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings():
-    threads, format_reward = torch.get_num_threads(), REWARDS["format"]
-    REWARDS["format"] = Reward(score=parity)
+    threads, reward, filters = torch.get_num_threads(), REWARDS["format"], reject.reject
+    use_parity()
     yield
-    REWARDS["format"] = format_reward
+    REWARDS["format"], reject.reject = reward, filters
     torch.set_num_threads(threads)
 
 
-def recipe(run_dir: Path) -> Path:
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    path = run_dir.parent / f"{run_dir.name}.yaml"
-    path.write_text(RECIPE.format(run_dir=run_dir))
-    return path
+@pytest.fixture(scope="module")
+def server():
+    made = Server()
+    yield made
+    made.close()
 
 
-def outcome(run_dir: Path) -> dict:
-    """Everything a run leaves that should not depend on when it ran."""
-    logs = {}
-    for name in ("metrics.jsonl", "samples.jsonl", "base/metrics.jsonl"):
-        logs[name] = [
-            {key: value for key, value in line.items() if not key.startswith(TIMES)}
-            for line in read_metrics(run_dir / name)
-        ]
-    weights = load_file(latest_checkpoint(run_dir) / "model" / "model.safetensors")
-    state = torch.load(latest_checkpoint(run_dir) / "state.pt", weights_only=True)
-    return {"logs": logs, "weights": weights, "optimizer": state["optimizer"], "reference": state["reference"]}
+def timeless(value: Any) -> Any:
+    """Without what depends on the clock."""
+    if isinstance(value, dict):
+        return {
+            key: timeless(item) for key, item in value.items()
+            if not str(key).startswith("seconds") and key != "tokens_per_second"
+        }
+    return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def assert_equal(first: dict, second: dict) -> None:
-    assert first["logs"] == second["logs"]
-    assert str(first["optimizer"]["param_groups"]) == str(second["optimizer"]["param_groups"])
-    for key in ("weights", "reference"):
-        assert first[key].keys() == second[key].keys()
-        assert all(torch.equal(first[key][name], second[key][name]) for name in first[key])
-    for index, state in first["optimizer"]["state"].items():
-        assert all(torch.equal(value, second["optimizer"]["state"][index][name]) for name, value in state.items())
+def equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second) and first.dtype == second.dtype
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return type(first) is type(second) and (first == second or (first != first and second != second))
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Everything that a chain leaves and that should not depend on when it ran: by file, as bytes or as values."""
+    found: dict[str, Any] = {}
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir).as_posix()
+        if not path.is_file() or path.name in (".lock", "timings.jsonl", "config.yaml", "curves.png") or (
+            path.name.startswith("report.") and path.parent == run_dir
+        ):
+            continue
+        if path.name == "state.pt":
+            found[name] = timeless(torch.load(path, weights_only=True))
+        elif name == "manifest.json":
+            found[name] = timeless(json.loads(path.read_text()))
+        elif path.name == "manifest.json":  # of a checkpoint, with the hash of a state that holds seconds
+            found[name] = {**json.loads(path.read_text()), "files": None}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not equal(first[name], second[name])] == []
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> dict:
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert run_module.train(load_config(recipe(run_dir)), plain=True) == 0
-    result = outcome(run_dir)
-    lines = result["logs"]["metrics.jsonl"]
+def whole(server, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    run_dir, started = folder / "run", time.monotonic()
+    recipe = write_recipe(folder, run_dir)
+    server.start(recipe, run_dir)
+    assert server.wait() == 0, (folder / "run.out").read_text()
+    found = outcome(run_dir)
+    assert tuple(found["manifest.json"]["stages"]) == STAGES
+    # A comparison of runs in which nothing happens would prove nothing.
+    lines = read_metrics(run_dir / "rl" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert {line["step"] for line in lines if "pass_at_1" in line} == {0, 2, 4}
-    # A comparison of runs in which nothing happens would prove nothing.
     assert all(line["zero_spread"] < 1 and line["kl"] > 0 for line in lines[:4])
-    assert not all(torch.equal(a, b) for a, b in zip(result["weights"].values(), _base_weights(run_dir), strict=True))
-    return result
+    assert [line["limit"] for line in lines[:4]] == [6, 6, 8, 8]
+    assert "reward_scores" in read_metrics(run_dir / "r1" / "metrics.jsonl")[1]
+    weights = [load_file(latest_checkpoint(run_dir / name) / "model" / "model.safetensors")
+               for name in ("base", "rl", "cold", "r1", "ppo", "small")]
+    assert not any(equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    return {"found": found, "seconds": time.monotonic() - started, "out": (folder / "run.out").read_text()}
 
 
-def _base_weights(run_dir: Path):
-    return load_file(latest_checkpoint(run_dir / "base") / "model" / "model.safetensors").values()
+def test_the_same_seed_makes_the_same_run(whole, server, tmp_path):
+    recipe = write_recipe(tmp_path, tmp_path / "run")
+    server.start(recipe, tmp_path / "run")
+    assert server.wait() == 0
+    found = outcome(tmp_path / "run")
+    # Data sets are known by what they hold, so another folder for them changes nothing.
+    assert_equal(found, whole["found"])
+
+
+def test_killed_at_20_random_moments(whole, server, tmp_path):
+    """While it lasts, one run is killed and goes on; when it ends all the same, another begins."""
+    rng, where, runs = random.Random(1), [], 0
+    while len(where) < KILLS:
+        runs += 1
+        run_dir = tmp_path / str(runs) / "run"
+        run_dir.parent.mkdir()
+        recipe = write_recipe(run_dir.parent, run_dir)
+        while True:
+            if len(where) == KILLS:
+                server.start(recipe, run_dir)
+            elif len(where) % 5 in (0, 2, 4):
+                server.start(recipe, run_dir, kill_at=rng.randint(10, 90))
+            else:
+                process, before = server.start(recipe, run_dir), snapshot(run_dir)
+                deadline = time.monotonic() + 60
+                while snapshot(run_dir) == before and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, whole["seconds"] / 10))
+                os.kill(process, signal.SIGKILL)
+            status = server.wait()
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL, run_dir.with_suffix(".out").read_text()
+            where.append(at_work(run_dir))
+        assert_equal(outcome(run_dir), whole["found"])
+    assert len(set(where)) > 4, where
+
+
+def snapshot(run_dir: Path) -> list[tuple[str, int]]:
+    """Names and sizes of what is in a run."""
+    found = []
+    for path in run_dir.rglob("*"):
+        try:
+            found.append((str(path), path.stat().st_size))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def at_work(run_dir: Path) -> str:
+    """The last stage that was begun."""
+    try:
+        return list(json.loads((run_dir / "manifest.json").read_text())["stages"])[-1]
+    except FileNotFoundError:
+        return ""
+
+
+def test_stopped_by_signals_and_continued(whole, server, tmp_path):
+    """At a safe place, in whatever stage; the command to go on is printed."""
+    run_dir, rng, stops = tmp_path / "run", random.Random(2), 0
+    recipe = write_recipe(tmp_path, run_dir)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, None):
+        process = server.start(recipe, run_dir)
+        if number is None:
+            break
+        before = snapshot(run_dir)
+        while snapshot(run_dir) == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, whole["seconds"] / 6))
+        os.kill(process, number)
+        status = server.wait()
+        # The signal may find the run finished, or not yet begun or already ending, where it ends the process.
+        assert status in (0, INTERRUPTED, -number), (tmp_path / "run.out").read_text()
+        stops += status == INTERRUPTED
+    assert server.wait() == 0, (tmp_path / "run.out").read_text()
+    text = (tmp_path / "run.out").read_text()
+    assert 1 <= text.count(f"go on with: r1kernels train {run_dir / 'config.yaml'}") <= stops
+    assert text.count("stopping at the next safe place") >= 1
+    assert_equal(outcome(run_dir), whole["found"])
 
 
 class StopAfter(Interrupt):
@@ -124,76 +206,62 @@ class StopAfter(Interrupt):
         super().check()
 
 
-def test_stopped_again_and_again(uninterrupted, tmp_path, monkeypatch):
-    config = load_config(recipe(tmp_path / "run"))
+def test_stopped_at_any_safe_place_of_a_rollout(whole, tmp_path, monkeypatch):
+    """Between an evaluation and its rollout, without a rollout, before its first update, and between two updates."""
+    run_dir = tmp_path / "run"
+    recipe = load_recipe(write_recipe(tmp_path, run_dir))
+    two = [stage for stage in recipe.stages if stage.name in ("base", "rl")]
+    recipe = type(recipe)(**{**vars(recipe), "stages": tuple(two)})
     monkeypatch.setattr(run_module, "Interrupt", StopAfter)
-    rng = random.Random(0)
-    seen, stops = set(), 0
+    rng, seen, stops = random.Random(0), set(), 0
     while True:
-        # Twice within pre-training; then a rollout with its log-probs takes 14 checks, and begins again when stopped
-        # before their end.
-        StopAfter.patience = 3 if stops < 2 else rng.randint(1, 22)
-        if run_module.train(config, resume=stops > 0, plain=True) == 0:
+        # Twice within pre-training; then a rollout with its log-probs begins again when stopped before their end.
+        StopAfter.patience = 3 if stops < 2 else rng.randint(3, 26)
+        if run_module.train(recipe, plain=True) == 0:
             break
         stops += 1
-        path = latest_checkpoint(tmp_path / "run")
+        path = latest_checkpoint(run_dir / "rl")
         if path is not None:
             state = torch.load(path / "state.pt", weights_only=True)
             seen.add((state["minibatch"], state["rollout"] is not None))
             seen.add("evaluated" if "pass_at_1" in state["measured"] and state["rollout"] is None else "")
-        assert stops < 200
-    # Between an evaluation and its rollout, without a rollout, before its first update, and between two updates.
+        assert stops < 100
     assert {"evaluated", (0, False), (0, True), (1, True)} <= seen
-    assert_equal(outcome(tmp_path / "run"), uninterrupted)
+    found = {name: value for name, value in outcome(run_dir).items() if name != "manifest.json"}
+    assert_equal(found, {name: whole["found"][name] for name in found})
 
 
-def start(run_dir: Path, *flags: str) -> subprocess.Popen:
-    code = """
-import test_train_resume as here
-from r1kernels.train.cli import main
-here.REWARDS["format"] = here.Reward(score=here.parity)
-main()
-"""
-    command = [sys.executable, "-c", code, "train", str(recipe(run_dir)), "--plain", *flags]
-    here = Path(__file__).parent
-    return subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_a_full_disk_is_named_and_costs_nothing(whole, server, tmp_path):
+    """From any operation on files on, in any stage; with room again, the run goes on."""
+    run_dir, rng, where = tmp_path / "run", random.Random(3), []
+    recipe, output = write_recipe(tmp_path, run_dir), tmp_path / "run.out"
+    for full_at in (*range(1, 9), *(rng.randint(10, 60) for _ in range(8)), 0):
+        output.unlink(missing_ok=True)
+        server.start(recipe, run_dir, full_at=full_at)
+        status, text = server.wait(), output.read_text()
+        if status == 0:
+            break
+        message = text.splitlines()[-1]
+        assert status == 1 and "Traceback" not in text and message.startswith("r1kernels: "), text
+        assert "No space left on device" in message and str(run_dir) in message, text
+        where.append(at_work(run_dir))
+    assert status == 0 and len(where) > 8, text
+    assert_equal(outcome(run_dir), whole["found"])
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_killed_then_terminated(uninterrupted, tmp_path):
+def test_more_steps_continue_as_if_there_had_been_as_many_from_the_start(whole, server, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir)
-    wait_for(lambda: (run_dir / "base" / "checkpoints").exists(), process)
-    process.kill()
-    process.communicate()
-    process = start(run_dir, "--resume")
-    wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) >= 1, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    # The run is short: the signal may find it finished.
-    assert process.returncode in (0, run_module.INTERRUPTED), output
-    if process.returncode:
-        assert "--resume" in output
-    assert run_module.train(load_config(recipe(run_dir)), resume=True, plain=True) == 0
-    assert_equal(outcome(run_dir), uninterrupted)
-
-
-def test_resuming_a_finished_run_changes_nothing_and_more_steps_continue_it(uninterrupted, tmp_path):
-    path = recipe(tmp_path / "run")
-    short = load_config(path, ["grpo.steps=2"])
-    assert run_module.train(short, plain=True) == 0
-    before = outcome(tmp_path / "run")
-    assert run_module.train(short, resume=True, plain=True) == 0
-    assert_equal(outcome(tmp_path / "run"), before)
-    assert run_module.train(load_config(path), resume=True, plain=True) == 0
-    assert_equal(outcome(tmp_path / "run"), uninterrupted)
+    recipe = write_recipe(tmp_path, run_dir)
+    text = recipe.read_text()
+    recipe.write_text(text.replace("problems: [sums], steps: 4", "problems: [sums], steps: 2"))
+    server.start(recipe, run_dir)
+    assert server.wait() == 0
+    recipe.write_text(text)
+    server.start(recipe, run_dir)
+    assert server.wait() == 0, (tmp_path / "run.out").read_text()
+    assert "rl: continue: stage.steps: 2 -> 4" in (tmp_path / "run.out").read_text()
+    found = {name: value for name, value in outcome(run_dir).items() if not name.startswith("superseded/")}
+    assert_equal(found, whole["found"])
 
 
 def test_log_drops_what_will_be_written_again(tmp_path):

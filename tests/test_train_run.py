@@ -172,7 +172,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe, run_dir, tmp
     assert capsys.readouterr().out.splitlines()[1] == "rerun    rl (grpo, after base): asked for by --from rl"
     assert command("train", recipe, "--dry-run", "--overwrite") == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"would delete the run in {run_dir} first", "run      base (pretrain): new", "run      rl (grpo, after base): new"
+        f"would delete the run in {run_dir} first",
+        "run      base (pretrain): new",
+        "run      rl (grpo, after base): new",
     ]
     assert command("train", recipe, "--dry-run", "--set", f"run_dir={tmp_path / 'new'}") == 0
     assert state(tmp_path) == before
@@ -186,6 +188,67 @@ def test_a_damaged_log_is_named(recipe, run_dir, line):
     for verb in (["report", run_dir], ["train", recipe, "--plain", "--set", "stages.rl.steps=3"]):
         message = command(*verb)
         assert message.startswith(f"r1kernels: {log}, line 2: damaged: ") and "\n" not in message
+
+
+def flip(path: Path) -> None:
+    """Another bit, and the same size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(recipe, tmp_path):
+    run_dir = tmp_path / "runs" / "it"
+    settings = ["--plain", "--set", "checkpoint.every=1", "checkpoint.keep=2"]
+    assert command("train", recipe, *settings) == 0
+    whole = read_metrics(run_dir / "rl" / "metrics.jsonl")
+    first, second = (run_dir / "rl" / "checkpoints" / f"step-00000{step}" for step in (1, 2))
+    # As if killed in its last step.
+    content = json.loads((run_dir / "manifest.json").read_text())
+    content["stages"]["rl"]["status"] = "running"
+    (run_dir / "manifest.json").write_text(json.dumps(content))
+    for name in ("state.pt", "model/model.safetensors", "model/config.json"):
+        before = (second / name).read_bytes()
+        flip(second / name)
+        assert command("train", recipe, *settings) == (
+            f"r1kernels: damaged checkpoint: {second / name} does not match the SHA-256 in its manifest; {first} is "
+            f"older: remove {second} to go on from there"
+        )
+        (second / name).write_bytes(before)
+    shutil.rmtree(second)
+    assert command("train", recipe, *settings) == 0
+    assert read_metrics(run_dir / "rl" / "metrics.jsonl") == whole
+
+
+def test_a_damaged_model_is_named_before_another_stage_starts_from_it(recipe, run_dir):
+    model = run_dir / "base" / "checkpoints" / "step-000002" / "model" / "model.safetensors"
+    flip(model)
+    settings = ["--plain", "--set", "stages.rl.temperature=0.9"]
+    message = f"r1kernels: damaged checkpoint: {model} does not match the SHA-256 in its manifest; --from base makes it"
+    assert command("train", recipe, *settings).startswith(message)
+    assert command("eval", run_dir / "base").startswith(message)
+    assert command("train", recipe, *settings, "--from", "base") == 0
+
+
+@pytest.mark.parametrize("kind", ["the run", "a stage"])
+def test_a_directory_that_is_read_only_is_named(recipe, run_dir, kind, monkeypatch):
+    """Simulated: who may do anything may write there too."""
+    refused = run_dir if kind == "the run" else run_dir / "rl"
+    before, real = contents(run_dir), open
+
+    def guarded(file, mode="r", *arguments, **keywords):
+        if isinstance(file, str | Path) and Path(file).parent == refused and set(mode) & set("wax+"):
+            raise PermissionError(13, "Permission denied")
+        return real(file, mode, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", guarded)
+        message = command("train", recipe, "--plain", "--set", "stages.rl.steps=3")
+    assert "cannot be written: Permission denied" in message and str(refused) in message and "\n" not in message
+    if kind == "the run":
+        assert contents(run_dir) == before
+    assert command("train", recipe, "--plain", "--set", "stages.rl.steps=3") == 0
+    assert len(read_metrics(run_dir / "rl" / "metrics.jsonl")) == 4
 
 
 def test_a_report_needs_a_run_and_a_place(run_dir, tmp_path):
@@ -292,9 +355,11 @@ class Unscorable:
 @pytest.mark.parametrize(("every", "count"), [(2, 2), (4, 3), (1, 0)])
 def test_unscorable_samples_and_idle_steps_are_shown(recipe, run_dir, monkeypatch, capsys, every, count):
     real = Stage.scorer
-    monkeypatch.setattr(
-        Stage, "scorer", lambda self, parts: real(self, parts) if "language" in parts else Unscorable(real(self, parts), every)
-    )
+
+    def scorer(self, parts):
+        return real(self, parts) if "language" in parts else Unscorable(real(self, parts), every)
+
+    monkeypatch.setattr(Stage, "scorer", scorer)
     recipe = load_recipe(recipe, ["stages.rl.steps=5", "stages.rl.temperature=0.9", "stages.rl.rollout_batch_size=4"])
     assert run_module.train(recipe, plain=True) == 0
     output = capsys.readouterr().out

@@ -148,20 +148,20 @@ class Chain:
     def _run(self, name: str, plan: Plan, console: Console, interrupt: Interrupt) -> None:
         config, started = self.recipe.stage(name), time.monotonic()
         directory = self.run_dir / name
-        try:
-            if plan.action in ("run", "rerun") and directory.exists():
-                self._supersede(directory)
-            directory.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{directory} cannot be made: {error.strerror}; what was there stands") from error
         spent = self.records[name]["seconds"] if plan.action == "continue" else 0.0
         record = {
             "kind": config.kind, "status": "running", "config": self._settings(name), "hashes": self._hashes(name),
             "output": None, "summary": {}, "seconds": spent, "evaluation": None,
         }
         record["fingerprint"] = _digest(record["hashes"])
-        self.records[name] = record
-        self._write()
+        try:
+            if plan.action in ("run", "rerun") and directory.exists():
+                self._supersede(directory)
+            self.records[name] = record
+            self._write()
+            directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be made: {error.strerror}; what was there stands") from error
         stage = Stage(self.recipe, config, directory, console, interrupt, before=self._before(config))
         try:
             summary = stage_module(config.kind).run(stage)

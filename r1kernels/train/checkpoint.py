@@ -93,8 +93,12 @@ def save_checkpoint(
         _put_in_place(writing, final)
     except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
+        cause: BaseException = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch says which byte it missed, not why
+            cause = cause.__context__
+        cause = cause if isinstance(cause, OSError) else error
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {type(error).__name__}: {error}; earlier ones are untouched"
+            f"cannot write checkpoint {final}: {type(cause).__name__}: {cause}; earlier ones are untouched"
         ) from error
     _prune(root, final, keep)
     return final
@@ -153,6 +157,10 @@ def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[s
     model_dir = directory / MODEL
     model_dir.mkdir(parents=True)
     model.save_pretrained(model_dir)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # how it was used last would be saved with it
+        backend.no_padding()
+        backend.no_truncation()
     tokenizer.save_pretrained(model_dir)
     with open(directory / STATE, "wb") as file:
         torch.save(state, file)

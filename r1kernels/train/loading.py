@@ -43,6 +43,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"the model {str(path)!r} has no tokenizer that can be loaded: {_reason(error)}"
         ) from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of the model {str(path)!r} has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:

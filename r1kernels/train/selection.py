@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,17 @@ class Selection:
         if self._progress.exists():
             self._restore()
         self._seen = self._known()
-        self._file = None if self.path.exists() else self._growing.open("ab")
-        if self._file:
-            self._file.truncate(self._bytes)
+        with self._writing():
+            self._file = None if self.path.exists() else self._growing.open("ab")
+            if self._file:
+                self._file.truncate(self._bytes)
 
     def add(self, rows: list[dict[str, Any]], counts: Counter[str]) -> None:
         """Completes a batch."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.batches, self._bytes, self.counts = self.batches + 1, self._file.tell(), self.counts + counts
         progress = {"batches": self.batches, "bytes": self._bytes, "counts": dict(self.counts)}
         write_atomically(self._progress, json.dumps(progress) + "\n")
@@ -59,15 +63,26 @@ class Selection:
     def finish(self) -> None:
         """Gives the file its name."""
         if self._file:
-            self._file.close()
-            self._growing.replace(self.path)
+            with self._writing():
+                self._file.close()
+                self._growing.replace(self.path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._growing} cannot be written: {error.strerror}; {self.batches} complete batches stand"
+            ) from error
 
     def __enter__(self) -> Selection:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what is not yet on the disk is of no complete batch
+                self._file.close()
 
     def _restore(self) -> None:
         try:
