@@ -68,7 +68,7 @@ def test_gold_answers_are_right_and_perturbed_ones_wrong(data, scorer, form, spl
     ):  # fmt: skip
         assert accuracy(right) == {1.0}
     for wrong in (
-        "minus one more than {}".format, "{}%1".format, "{0}/2 or so of {0}".format,
+        "minus one more than {}".format, "{0}, 1{0}".format,
         "{}1".format, "1{}".format, "{}.5".format, lambda gold: str(int(gold) + 1), "{0} or 1{0}".format,
     ):  # fmt: skip
         assert accuracy(wrong) == {0.0}
