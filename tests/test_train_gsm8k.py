@@ -22,7 +22,14 @@ from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Sample, Scorer, ScoringConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMATS = ("<think>so</think> <answer>{}</answer>", r"so it is \boxed{{{}}}.", "so\n#### {}")
+FORMATS = (
+    "<think>so</think> <answer>{}</answer>",
+    r"so it is \boxed{{{}}}.",
+    "so\n#### {}",
+    r"<think>so</think> <answer>It is \boxed{{{}}}.</answer>",
+    "<think>so</think> <answer>It is\n#### {}</answer>",
+    r"<think>\boxed{{17}}, or #### 18</think> It is $\boxed{{{}}}$, I think.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +48,7 @@ def scorer():
         yield scorer
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split, form", [*(("test", form) for form in FORMATS), ("train", FORMATS[0])])
 def test_gold_answers_are_right_and_perturbed_ones_wrong(data, scorer, form, split):
     problems = load_gsm8k(data / f"gsm8k_{split}.jsonl")
     assert len(problems) == {"train": 7473, "test": 1319}[split]
@@ -54,9 +60,17 @@ def test_gold_answers_are_right_and_perturbed_ones_wrong(data, scorer, form, spl
         ]
         return set(scorer.score(samples).parts["accuracy"])
 
-    for right in (str, "${}".format, "{}.00".format, "{} dollars".format, lambda gold: f"{int(gold):,}"):
+    for right in (
+        str, "${}".format, "{}.00".format, "{} dollars".format, "{}.".format, "The answer is {}!".format,
+        "x = {}".format,
+        lambda gold: f"{int(gold):,}", lambda gold: f"${int(gold):,}.00", lambda gold: f"**{int(gold):,}** apples",
+        lambda gold: rf"\${int(gold):,}".replace(",", "{,}"), lambda gold: f"{int(gold):,}".replace(",", " "),
+    ):  # fmt: skip
         assert accuracy(right) == {1.0}
-    for wrong in ("{}1".format, "1{}".format, "{}.5".format, lambda gold: str(int(gold) + 1), "{0} or 1{0}".format):
+    for wrong in (
+        "minus one more than {}".format, "{0}, 1{0}".format,
+        "{}1".format, "1{}".format, "{}.5".format, lambda gold: str(int(gold) + 1), "{0} or 1{0}".format,
+    ):  # fmt: skip
         assert accuracy(wrong) == {0.0}
 
 
@@ -70,7 +84,7 @@ def test_gold_answers_reach_the_judge_too(data, scorer):
             for form in FORMATS
         ]
         scores = scorer.score(samples)
-        assert scores.parts["accuracy"] == [value] * 300
+        assert scores.parts["accuracy"] == [value] * len(samples)
         assert (scores.timeouts, scores.crashes) == (0, 0)
 
 

@@ -172,7 +172,8 @@ def make_sample(
 ) -> Sample:
     """A completion of a problem, for the rewards."""
     return Sample(
-        prompt, completion, problem.answer, kind=problem.kind, language=problem.language, tokens=tokens, limit=limit
+        prompt, completion, problem.answer, kind=problem.kind, language=problem.language, tokens=tokens, limit=limit,
+        question=problem.question,
     )
 
 

@@ -42,8 +42,10 @@ class Config:
 
     `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training; the
     latter changes no gradient. `oversample` asks for that many times the questions and trains on the first `questions`
-    groups whose rewards differ (DAPO's dynamic sampling). `preference` adds scores of reward models in the last steps
-    of the stage; questions without a checkable answer are asked only then. `rewards` with a weight of 0 are reported.
+    groups whose rewards differ (DAPO's dynamic sampling). A group whose rewards differ by no more than `min_spread`
+    counts as equal: else a crumb, such as 0.01 more language consistency, is scaled up to the size of a success.
+    `preference` adds scores of reward models in the last steps of the stage; questions without a checkable answer are
+    asked only then. `rewards` with a weight of 0 are reported.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Config:
     questions: int = 32
     group_size: int = 16
     oversample: int = 1
+    min_spread: float = 0.0
     minibatches: int = 4
     epochs: int = 1
     rollout_batch_size: int | None = None
@@ -100,7 +103,7 @@ def check_rl(config: Any, recipe: Recipe) -> None:
         config,
         at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "epochs", "rollout_batch_size",
                     "micro_batch_size", "max_new_tokens", "ref_refresh_every"),
-        at_least_0=("warmup_updates",),
+        at_least_0=("warmup_updates", "min_spread"),
         positive=("learning_rate", "temperature", "grad_clip"),
     )
     samples = config.questions * config.group_size

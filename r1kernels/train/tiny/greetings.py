@@ -88,6 +88,7 @@ def _some(split: Split, count: int, seed: int, key: str = "train_size") -> list[
     guests = guests_of(split)
     if count > len(guests):
         raise ConfigError(
-            f"'{key}' is {count}, expected at most {len(guests)}: no more different greetings are in the {split!r} split"
+            f"'{key}' is {count}, expected at most {len(guests)}: there are no more different greetings in the "
+            f"{split!r} split"
         )
     return python_generator(seed, "greetings", split).sample(guests, count)
