@@ -1,26 +1,18 @@
-"""The generated world: its splits share nothing, and its text is what the recipe says."""
+"""The text of the tiny world is what the recipe says, and what its tokenizer and model make of it."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from r1kernels.train.config import CorpusConfig, PretrainConfig, TinyConfig
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Sample, accuracy, format_reward
-from r1kernels.train.schema import ConfigError
-from r1kernels.train.tiny import (
-    arithmetic_problems,
-    corpus_batch,
-    document,
-    draw_terms,
-    make_model,
-    make_tokenizer,
-    split_of,
-    sums_of,
-    work_out,
-)
+from r1kernels.train.rewards.language import word_counts
+from r1kernels.train.tiny import CorpusConfig, TinyConfig, corpus_batch, make_model, make_tokenizer
+from r1kernels.train.tiny.corpus import document
+from r1kernels.train.tiny.greetings import MANNERS, NAMES
 
 CORPUS = CorpusConfig()
 
@@ -30,96 +22,91 @@ def tokenizer():
     return make_tokenizer(CORPUS, 6, seed=0)
 
 
-def terms_of(question: str) -> list[int]:
-    return [int(term) for term in question.removeprefix("Compute ").split("+")]
+def near(part: list, whole: list, probability: float) -> bool:
+    return abs(len(part) / len(whole) - probability) < 5 * (probability * (1 - probability) / len(whole)) ** 0.5
 
 
-def test_splits_are_disjoint_whatever_the_order_of_the_terms():
-    seen = {
-        split: {tuple(sorted(terms_of(problem.question))) for problem in arithmetic_problems(split, 500, 4, 6, seed)}
-        for split, seed in (("train", 0), ("test", 1))
-    }
+def texts_of(corpus: CorpusConfig, count: int = 6000) -> list[Sample]:
     rng = random.Random(0)
-    seen["pretrain"] = {tuple(sorted(draw_terms(rng, "pretrain", 4, 6))) for _ in range(2000)}
-    assert not seen["train"] & seen["test"]
-    assert not seen["pretrain"] & (seen["train"] | seen["test"])
-    assert split_of([1, 2, 3]) == split_of([3, 1, 2])
+    texts = [document(rng, corpus, 4, 6) for _ in range(count)]
+    return [Sample(head, tail, answer_of(head)) for head, tail in texts]
 
 
-def test_problems_are_distinct_right_and_depend_on_the_seed():
-    problems = arithmetic_problems("train", 300, 4, 6, 0)
-    assert len({problem.question for problem in problems}) == len({problem.id for problem in problems}) == 300
-    assert all(int(problem.answer) == sum(terms_of(problem.question)) for problem in problems)
-    assert all(4 <= len(terms_of(problem.question)) <= 6 for problem in problems)
-    assert problems == arithmetic_problems("train", 300, 4, 6, 0) != arithmetic_problems("train", 300, 4, 6, 1)
+def answer_of(head: str) -> str:
+    _, found, sum_and_rest = head.partition("Compute ")
+    return str(sum(map(int, sum_and_rest.split(".")[0].split("+")))) if found else ""
 
 
-def test_small_worlds_are_used_up_but_not_beyond():
-    problems = arithmetic_problems("train", 140, 2, 3, 0)
-    assert len({problem.question for problem in problems}) == 140
-    assert {len(terms_of(problem.question)) for problem in problems} == {2, 3}
-    with pytest.raises(ConfigError) as error:
-        arithmetic_problems("train", 4096, 2, 3, 0, key="data.train_size")
-    there = len(list(sums_of("train", 2, 3)))
-    assert f"'data.train_size' is 4096, expected at most {there}: " in str(error.value)
-    assert "'data.min_terms' 2 to 'data.max_terms' 3" in str(error.value)
-    assert len(arithmetic_problems("train", there, 2, 3, 0)) == there
-    with pytest.raises(ConfigError, match=f"expected at most {there}"):
-        arithmetic_problems("train", there + 1, 2, 3, 0)
-
-
-def test_a_split_without_sums_is_an_error():
-    empty = next(split for split in ("pretrain", "train", "test") if split_of([5]) != split)
-    with pytest.raises(ConfigError, match="leave no sum"):
-        draw_terms(FiveAlone(), empty, 1, 1)
-
-
-class FiveAlone(random.Random):
-    """Draws as if 5 were the only digit."""
-
-    def randint(self, low, high):
-        return 5 if high > 1 else 1
-
-
-def test_working_out_is_right_without_slips():
-    assert work_out(random.Random(0), [3, 8, 5], 0.0) == ("3+8=11\n11+5=16", 16)
-    text, total = work_out(random.Random(0), [3, 8, 5], 1.0)
-    assert text.split("\n")[0] != "3+8=11" and text.endswith(str(total))
+def is_worked(sample: Sample) -> bool:
+    return sample.completion.count("plus") + sample.completion.count("加") >= 3
 
 
 def test_the_corpus_is_mixed_as_configured():
-    rng, count = random.Random(0), 6000
-    texts = [document(rng, CORPUS, 4, 6) for _ in range(count)]
-    asked = [(head, tail) for head, tail in texts if head.endswith("Assistant:")]
-    samples = [Sample(head, tail, str(sum(terms_of(head.split("User: ")[1].split(".")[0])))) for head, tail in asked]
-    worked = [sample for sample in samples if sample.completion.count("=") >= 3]
+    texts = texts_of(CORPUS)
+    samples = [sample for sample in texts if sample.prompt.endswith("Assistant:")]
+    worked = [sample for sample in samples if is_worked(sample)]
     tagged = [sample for sample in samples if format_reward(sample)]
-    terse = [sample for sample in tagged if "=" not in sample.completion]
-
-    def near(part: list, whole: list, probability: float) -> bool:
-        return abs(len(part) / len(whole) - probability) < 5 * (probability * (1 - probability) / len(whole)) ** 0.5
-
-    assert near(asked, texts, 1 - CORPUS.textbook)
+    terse = [sample for sample in tagged if not is_worked(sample)]
+    assert near(samples, texts, 1 - CORPUS.textbook)
     assert near(worked, samples, CORPUS.worked)
     assert near(tagged, samples, CORPUS.tagged)
     assert near([sample for sample in terse if accuracy(sample)], terse, 1 - CORPUS.terse_wrong)
     # Worked out means mostly right, which is what there is to discover.
     thought = [sample for sample in worked if format_reward(sample)]
     assert sum(map(accuracy, thought)) / len(thought) > 0.85
+    assert not any(word_counts(sample.completion)["zh"] for sample in texts)
+    assert not any("check" in sample.completion for sample in texts)
 
 
-def test_a_prompt_costs_little_more_than_its_sum(tokenizer):
-    prompt = render("Compute 3+4+5+6")
-    ids = tokenizer(prompt)["input_ids"]
-    assert len(ids) <= 10
-    assert tokenizer.decode(ids) == prompt
-    text = " <think>3+4=7\n7+5=12</think>\n<answer>12</answer>"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_two_languages_checks_and_greetings_come_in_as_configured():
+    corpus = CorpusConfig(chinese=0.5, switch=0.3, slip=0.3, check=0.4, stutter=0.1, greetings=0.2, kind=0.6)
+    texts = texts_of(corpus)
+    greetings = [sample for sample in texts if "Greet " in sample.prompt]
+    kind = [sample for sample in greetings if any(end in sample.completion for end in MANNERS[0][2])]
+    assert near(greetings, texts, corpus.greetings)
+    assert near(kind, greetings, corpus.kind)
+    worked = [sample.completion for sample in texts if is_worked(sample)]
+    mixed = [text for text in worked if "plus" in text and "加" in text]
+    assert 0.5 < len(mixed) / len(worked) < 0.9
+    assert all(any(sign in text for text in worked) for sign in (", check", ",查", ", wrong, ", ",错,"))
+
+
+def test_a_prompt_costs_little_more_than_its_question(tokenizer):
+    mixed = make_tokenizer(CorpusConfig(greetings=0.2), 6, seed=0)
+    for some, question, most in (
+        (tokenizer, "Compute 3+4+5+6", 10),
+        (tokenizer, "Greet Jing and Felix, evening", 40),  # of which this corpus never speaks
+        (mixed, "Greet Jing and Felix, evening", 6),
+    ):
+        prompt = render(question)
+        ids = some(prompt)["input_ids"]
+        assert len(ids) <= most
+        assert some.decode(ids) == prompt
+
+
+def test_a_thought_costs_few_tokens_in_either_language():
+    corpus = CorpusConfig(chinese=0.5, switch=0.3, slip=0.3, check=0.4, greetings=0.2)
+    tokenizer = make_tokenizer(corpus, 6, seed=0)
+    for text, most in (
+        (" <think>3 plus 8 is 11\nplus 5 is 16, check</think>\n<answer>16</answer>", 20),
+        (" <think>3加8得1,查,错,11\n加5得16</think>\n<answer>16</answer>", 23),
+        (" <think>be kind</think>\n<answer>Good evening Anna and Tom, how nice to see you!</answer>", 7),
+    ):
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) <= most
+        assert tokenizer.decode(ids) == text
+    names = [tokenizer(name)["input_ids"] for name in NAMES]
+    assert all(len(ids) == 1 for ids in names) and len({ids[0] for ids in names}) == len(NAMES)
+
+
+def test_models_of_all_sizes_share_one_tokenizer():
+    first, second = (make_tokenizer(CORPUS, 6, seed=0) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
 
 
 def test_packed_documents_do_not_see_each_other(tokenizer):
     model = make_model(TinyConfig(hidden_size=32, intermediate_size=32, layers=2, heads=2), tokenizer, seed=0).eval()
-    batch = corpus_batch(tokenizer, PretrainConfig(batch_size=2, window=128), 6, seed=0, step=0)
+    batch = corpus_batch(tokenizer, SimpleNamespace(corpus=CORPUS, batch_size=2, window=128), 6, seed=0, step=0)
     targets = batch.pop("targets")
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) >= 3

@@ -36,7 +36,7 @@ def load_problems(recipe: Recipe, name: str, split: Literal["train", "test"]) ->
         count, key = (data.train_size, f"data.{name}.train_size") if split == "train" else (wanted, "eval.questions")
         return tiny.arithmetic_problems(split, count, data.min_terms, data.max_terms, recipe.seed, key=key)
     if data.kind == "greetings":
-        return tiny.greeting_problems(split, data.train_size, recipe.seed)
+        return tiny.greeting_problems(split, data.train_size, recipe.seed, f"data.{name}.train_size")
     if split == "train":
         return _read(data, _path(data, name, "path"))
     held_out = _read(data, _path(data, name, "test_path"))[:wanted]
@@ -67,7 +67,7 @@ def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[D
 def _responses(recipe: Recipe, name: str) -> list[tuple[str, str]]:
     data = recipe.data[name]
     if data.kind == "greetings":
-        return tiny.greeting_demonstrations(data.train_size, recipe.seed)
+        return tiny.greeting_demonstrations(data.train_size, recipe.seed, f"data.{name}.train_size")
     if data.kind == "jsonl":
         lines = rows(_path(data, name, "path"), ("question",))
         return [(row["question"], response_of(row, where)) for _, where, row in lines]
@@ -80,7 +80,9 @@ def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
     if data.kind == "greetings":
         return [
             Pair(f"{name}-{index}", *texts)
-            for index, texts in enumerate(tiny.greeting_pairs(data.train_size, recipe.seed))
+            for index, texts in enumerate(
+                tiny.greeting_pairs(data.train_size, recipe.seed, f"data.{name}.train_size")
+            )
         ]
     if data.kind == "jsonl":
         return load_pairs_jsonl(_path(data, name, "path"))

@@ -58,33 +58,33 @@ def greet(rng: random.Random, guests: Guests, manner: int, chinese: float = 0.0)
 
 
 def greeting_problems(split: Split, count: int, seed: int, key: str = "train_size") -> list[Problem]:
-    """`count` different requests of a split, in a random order given by the seed."""
+    """`count` different requests of a split, in a random order given by the seed; `key` is the setting to blame."""
     return [
         Problem(f"greeting-{split}-{index}", ask(guests), "", "open")
         for index, guests in enumerate(_some(split, count, seed, key))
     ]
 
 
-def greeting_demonstrations(count: int, seed: int) -> list[tuple[str, str]]:
+def greeting_demonstrations(count: int, seed: int, key: str = "train_size") -> list[tuple[str, str]]:
     """Requests to train on, with responses of all manners: (question, response)."""
     rng = python_generator(seed, "greetings", "demonstrations")
     return [
         (ask(guests), tagged(*greet(rng, guests, rng.choice((KIND, BRIEF, RUDE)))))
-        for guests in _some("train", count, seed)
+        for guests in _some("train", count, seed, key)
     ]
 
 
-def greeting_pairs(count: int, seed: int) -> list[tuple[str, str, str]]:
+def greeting_pairs(count: int, seed: int, key: str = "train_size") -> list[tuple[str, str, str]]:
     """Requests to train on, with two responses of which the first is the kinder: (question, chosen, rejected)."""
     rng = python_generator(seed, "greetings", "pairs")
     pairs = []
-    for guests in _some("train", count, seed):
+    for guests in _some("train", count, seed, key):
         manners = sorted(rng.sample((KIND, BRIEF, RUDE), 2))
         pairs.append((ask(guests), *(tagged(*greet(rng, guests, manner)) for manner in manners)))
     return pairs
 
 
-def _some(split: Split, count: int, seed: int, key: str = "train_size") -> list[Guests]:
+def _some(split: Split, count: int, seed: int, key: str) -> list[Guests]:
     guests = guests_of(split)
     if count > len(guests):
         raise ConfigError(

@@ -23,7 +23,13 @@ def make_tokenizer(corpus: CorpusConfig, high: int, seed: int) -> PreTrainedToke
     tokenizer.decoder = decoders.Fuse()
     rng = python_generator(seed, "tokenizer")
     texts = [piece for _ in range(1000) for piece in document(rng, corpus, 2, high)]
-    trainer = trainers.BpeTrainer(vocab_size=1024, min_frequency=2, special_tokens=[PAD, EOS], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=[chr(code) for code in range(32, 127)],  # a character without a token would vanish
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
 
