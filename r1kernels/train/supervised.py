@@ -141,7 +141,12 @@ def train_on_samples(stage: Stage, start: Start, loss: Loss) -> dict[str, Any]:
     def draw(step: int) -> tuple[list[Tokens], dict[str, float]]:
         return [samples[index] for index in chosen(len(samples), config, stage.seed, step)], {}
 
-    return counts | train(stage, start, config.steps(len(samples)), draw, loss)
+    return counts | train(stage, start, config.steps(len(samples)), draw, by_tokens(stage, start, loss))
+
+
+def by_tokens(stage: Stage, start: Start, loss: Loss) -> Callable[[Sequence[Tokens]], dict[str, float]]:
+    """What `train` does with the samples of a step: `gradient` of a loss a token."""
+    return lambda samples: gradient(start.model, samples, stage.config, loss, stage.interrupt.check)
 
 
 def cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: float) -> Tensor:
@@ -172,12 +177,17 @@ def learning_rate(config: SupervisedConfig, step: int, steps: int) -> float:
 
 
 def train(
-    stage: Stage, start: Start, steps: int, draw: Callable[[int], tuple[list[Tokens], dict[str, float]]], loss: Loss
+    stage: Stage,
+    start: Start,
+    steps: int,
+    draw: Callable[[int], tuple[list[Any], dict[str, float]]],
+    learn: Callable[[Sequence[Any]], dict[str, float]],
 ) -> dict[str, Any]:
     """Trains from `start` to step `steps`, with a checkpoint at its end.
 
     Args:
         draw: from the number of a step to its samples, and what was measured of them.
+        learn: adds the gradient of some samples, and returns what was measured: "loss", "tokens" and more.
 
     Returns:
         A summary of the run.
@@ -212,7 +222,7 @@ def train(
                 samples, measured = draw(step)
                 drawn = time.monotonic()
                 optimizer.zero_grad()
-                measured |= gradient(model, samples, config, loss, stage.interrupt.check)
+                measured |= learn(samples)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
                 if not (math.isfinite(measured["loss"]) and math.isfinite(norm)):
                     raise TrainingError(

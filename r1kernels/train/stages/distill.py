@@ -28,6 +28,7 @@ from r1kernels.train.supervised import (
     Loss,
     Start,
     SupervisedConfig,
+    by_tokens,
     check_samples,
     check_window,
     chosen,
@@ -184,4 +185,4 @@ def _train_on_policy(stage: Stage, start: Start, loss: Loss) -> dict[str, Any]:
         return samples, measured
 
     counts = {"questions": len(prompts), "too_long": len(rendered) - len(prompts)}
-    return counts | train(stage, start, config.steps(len(prompts)), draw, loss)
+    return counts | train(stage, start, config.steps(len(prompts)), draw, by_tokens(stage, start, loss))
