@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.config import load_recipe
 from r1kernels.train.console import Console
-from r1kernels.train.data import DataError, Pair, Problem
+from r1kernels.train.data import DataError, Pair, Problem, whole_response
 from r1kernels.train.interrupt import Interrupt, Interrupted
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.metrics import read_metrics
@@ -26,7 +26,6 @@ from r1kernels.train.reward_model import (
     judged_part,
     load_reward_model,
     new_reward_model,
-    whole_response,
 )
 from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.schema import ConfigError

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,13 @@ MEASURED = {
 }
 
 
-def evaluate_model(recipe: Recipe, path: str | Path, interrupt: Interrupt) -> Evaluation:
-    """Evaluates a saved model as `recipe.eval` says."""
+def evaluate_model(
+    recipe: Recipe, path: str | Path, interrupt: Interrupt, overrides: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Evaluates a saved model as `recipe.eval` says; `overrides` as in `load_model`."""
     tokenizer = load_tokenizer(path)
-    sampler = TransformersSampler(load_model(path, device=recipe.device), tokenizer, interrupt.check)
+    model = load_model(path, device=recipe.device, overrides=overrides)
+    sampler = TransformersSampler(model, tokenizer, interrupt.check)
     problems = eval_problems(recipe)
     with make_scorer(recipe, PARTS) as scorer:
         template = Template(recipe.template, tokenizer, open_think=recipe.open_think)

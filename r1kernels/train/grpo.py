@@ -107,6 +107,8 @@ class GRPOTrainer:
         with self.log, contextlib.closing(self.sampler), stage.scorer(settings.rewards) as self.scorer:
             self.sampler.update(self.model)
             try:
+                if self.rollout is None and self.step % stage.recipe.eval.every and self.step < settings.steps:
+                    self.measured, self.examples = {}, []  # of what was the last step when there were fewer
                 while self.step < settings.steps:
                     if self.rollout is None:
                         self._evaluate_if_due()
@@ -217,13 +219,18 @@ class GRPOTrainer:
         self.measured["seconds_evaluation"] = time.monotonic() - started
         self.examples, self.evaluation = evaluation["examples"], evaluation
 
+    def _pool(self) -> str:
+        """Open problems are asked where something judges their answers: the reward of a judge, or of preferences."""
+        return "all" if self.settings.judges_open or self.preferences.apply(self.step) else "checkable"
+
     def _questions(self) -> list[Problem]:
         """The next questions: every epoch visits all of a pool in an order of its own."""
-        pool = "all" if self.preferences.apply(self.step) else "checkable"
+        pool = self._pool()
         problems, first = self.pools[pool], self.cursors[pool]
         if not problems:
             raise TrainingError(
-                f"step {self.step}: no problem has a checkable answer, and no 'preference' applies yet to the others"
+                f"step {self.step}: no problem has a checkable answer, and for the others neither the reward 'judge' "
+                "nor a 'preference' counts yet"
             )
         places = range(first, first + self.settings.questions * self.settings.oversample)
         orders = {epoch: permutation(len(problems), self.seed, "questions", pool, epoch)
@@ -283,7 +290,10 @@ class GRPOTrainer:
             for name, model in policies.items() if model is not None
         })
         sampled_logprobs = completions.logprobs[chosen][:, : rollout.token_ids.shape[1]]
-        weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
+        try:
+            weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
+        except ValueError as error:
+            raise TrainingError(f"step {self.step}: {error}") from error
         rollout = dataclasses.replace(rollout, importance_weights=weights)
         self.rollout = dataclasses.replace(rollout, advantages=self.advantages(rewards[chosen], rollout))
         parts, known = {**scores.parts, **preference.parts}, rewards[~rewards.isnan()]
@@ -306,8 +316,7 @@ class GRPOTrainer:
             "seconds_scoring": scored - self._sampled,
             "seconds_logprobs": time.monotonic() - scored,
         }
-        pool = "all" if self.preferences.apply(self.step) else "checkable"
-        self.cursors[pool] += len(questions)
+        self.cursors[self._pool()] += len(questions)
         self.measured |= measured
         self.minibatch, self.updates = 0, []
         self.console.samples([

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1kernels.train.data import Problem
+from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.prompt import Template
-from r1kernels.train.reward_model import RewardModel, judged_part, whole_response
+from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.stage import Stage
 
 

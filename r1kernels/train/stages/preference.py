@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.config import Recipe
-from r1kernels.train.data import DataError, Pair, rows
+from r1kernels.train.data import DataError, Pair, rows, whole_response
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.pairs import JudgedPairs, candidates, judge_pairs
 from r1kernels.train.randomness import permutation
@@ -27,7 +27,6 @@ from r1kernels.train.reward_model import (
     load_reward_model,
     new_reward_model,
     score_rows,
-    whole_response,
 )
 from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.rewards.judge import Judge
