@@ -106,6 +106,44 @@ def test_failing_where_a_test_expects_exceptions_is_failing():
     assert reward(expects, "    raise SystemExit") == 0.0
 
 
+SQUARE = {"prompt": "", "entry_point": "f"}
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert all(map(lambda x: candidate(x) == x * x, range(10)))",
+        "assert not any(map(lambda x: candidate(x) != x * x, range(10)))",
+        "for a, b in zip(map(candidate, range(5)), [0, 1, 4, 9, 16]): assert a == b",
+        "assert list(iter(lambda: candidate(3), 9)) == []",
+        "for a in filter(candidate, range(5)): assert candidate(a) == a * a",
+        "assert not [a for a in map(candidate, range(3)) if a not in (0, 1, 4)]",
+    ],
+)
+def test_what_loops_swallow_is_no_way_to_pass(test):
+    tests = SQUARE | {"test": f"def check(candidate):\n    {test}"}
+    assert reward(tests, "def f(x): return x * x") == 1.0
+    for end in ("StopIteration", "type('Mine', (StopIteration,), {})", "StopAsyncIteration", "GeneratorExit"):
+        assert reward(tests, f"def f(x): raise {end}") == 0.0, end
+
+
+def test_exceptions_are_known_by_their_bases():
+    test = "def check(candidate):\n    try: candidate(1)\n    except ValueError: return\n    assert 0"
+    tests = SQUARE | {"test": test}
+    for good in (
+        "class E(ValueError): pass\ndef f(x): raise E('x')",
+        "class E(Exception): pass\nclass F(E, UnicodeError): pass\ndef f(x): raise F",
+        "def f(x): b'\\xff'.decode()",
+        "import json\ndef f(x): json.loads('{')",
+    ):
+        assert reward(tests, good) == 1.0, good
+    for bad in ("type('E', (Exception,), {})", "KeyError", "SystemExit"):
+        assert reward(tests, f"def f(x): raise {bad}") == 0.0, bad
+    tests = SQUARE | {"test": "def check(candidate):\n    try: candidate(1)\n    except Exception: pass"}
+    assert reward(tests, "def f(x): raise StopIteration") == 1.0
+    assert reward(tests, "def f(x): raise SystemExit") == reward(tests, "def f(x): raise KeyboardInterrupt") == 0.0
+
+
 def test_plain_cases():
     assert reward(CASES, "def f(x): return sorted(x)") == 1.0
     assert reward(CASES, "def f(x): return tuple(sorted(x))") == 1.0

@@ -8,11 +8,18 @@ What is whose fault: from the moment the sandbox has the program, all is the pro
 cannot be compiled, ends, crashes, is killed for the time, memory or output it takes, or answers what is not plain data;
 for all that, it could bring about itself. When the sandbox does not start, SandboxError makes a worker report a crash,
 and the sample is unscorable (NaN); so does a data set whose own code cannot be run, or which never calls the candidate.
+
+An exception that the program raises is raised again for the tests, which may expect it. None of them can be swallowed
+but by an `except` (or `pytest.raises`, or `suppress`) that the data set wrote: what Python's own loops swallow unasked,
+StopIteration, comes as a CandidateError, so a test that expects just that cannot be passed; and what is no Exception
+(SystemExit, KeyboardInterrupt, GeneratorExit) is the end of the program, whatever the test expects.
+
 What tests do with a hostile answer takes time here that nobody can stop from within, such as comparing thousands of
 keys of one hash: the program's own limit makes that wrong afterwards, and the worker's, far beyond it, unscorable.
 """
 
 import builtins
+import contextlib
 import random
 
 from .code import read_tests, sources, with_body
@@ -21,8 +28,12 @@ from .sandbox import Limits, Program, ProgramError
 MAX_CALLS = 100_000
 
 
+# What `for`, `all`, `zip` and the like take for the end of an iterator: from a map over the candidate, it would end it.
+CONTROL_FLOW = (StopIteration, StopAsyncIteration)
+
+
 class CandidateError(Exception):
-    """An exception of the program that is none of Python's own."""
+    """An exception of the program that Python has no name for, or that would be taken for the end of a loop."""
 
 
 def judge(reference: str, code: str, fenced: bool, sandbox: str, timeout_s: float, memory_mb: int) -> float:
@@ -66,14 +77,25 @@ class Candidate:
             raise
         if kind == "value":
             return answer[0]
-        raised = getattr(builtins, str(answer[0]), None)
-        if not (isinstance(raised, type) and issubclass(raised, Exception)):
-            raised = CandidateError
-        try:
-            error = raised(str(answer[1]))
-        except TypeError:  # one of those that need more arguments
-            error = CandidateError(str(answer[1]))
+        error = _exception(*answer)
+        if error is None:
+            self.failure = ProgramError(f"it raised {answer[0]!r:.200}, which is no Exception")
+            raise self.failure
         raise error
+
+
+def _exception(names: list[str], message: str) -> Exception | None:
+    """The first of a class and its bases, by name, that Python has too; None where it is no Exception."""
+    if "Exception" not in names:
+        return None
+    for name in names:
+        raised = getattr(builtins, name, None)
+        if isinstance(raised, type) and issubclass(raised, Exception):
+            if issubclass(raised, CONTROL_FLOW):
+                break
+            with contextlib.suppress(TypeError):  # of those that need more arguments
+                return raised.__new__(raised, message)
+    return CandidateError(message)
 
 
 def _passes(check, candidate: Candidate) -> bool:

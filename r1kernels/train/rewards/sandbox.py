@@ -101,7 +101,8 @@ class Program:
             raise
 
     def ask(self, *arguments: object, **keywords: object) -> tuple:
-        """Calls the function: ("value", result), or ("raise", name of the exception, message); see `plain`.
+        """Calls the function: ("value", result), or ("raise", names of the exception's class and
+        its bases, message); see `plain`.
 
         Raises:
             ProgramError: there was no such answer within the limits.
@@ -111,11 +112,12 @@ class Program:
             answer = plain.read(self._next_frame(request))
         except ValueError as error:
             raise ProgramError(str(error)) from None
-        if type(answer) is not tuple or [type(part) for part in answer[:1]] != [str]:
-            raise ProgramError("an answer of another form")
-        if (answer[0], len(answer)) not in (("value", 2), ("raise", 3)):
-            raise ProgramError("an answer of another form")
-        return answer
+        match answer if type(answer) is tuple else None:
+            case ("value", _):
+                return answer
+            case ("raise", list(names), str()) if all(type(name) is str for name in names):
+                return answer
+        raise ProgramError("an answer of another form")
 
     def run(self, text: bytes) -> tuple[bytes, int]:
         """Gives the program its stdin: what it printed, and its exit status.

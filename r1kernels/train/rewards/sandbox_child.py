@@ -206,7 +206,7 @@ def answer_calls(entry_point: str, sources: list[str]) -> None:
         try:
             reply = write(("value", function(*arguments, **keywords)))  # noqa: F821
         except BaseException as error:
-            reply = write(("raise", type(error).__name__, str(error)[:1000]))  # noqa: F821
+            reply = write(("raise", [base.__name__ for base in type(error).__mro__], str(error)[:1000]))  # noqa: F821
         send(replies, reply)
 
 
