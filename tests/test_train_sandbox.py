@@ -296,13 +296,40 @@ def test_the_protocol_cannot_be_talked_into_anything(kind, marker):
     with Program(kind, [source], "probe", marker) as program:
         assert program.ask(plain.write(("value", 42))) == ("value", 42)
         assert program.ask(b"") == ("value", 1)
-    values = ("value",), ("value", 1, 2), ("pass", 1), ["value", 1], "value", (1, 2), None, ((), 1)
+    values = ("value",), ("value", 1, 2), ("value", 1, (), {}), ("value", None, [], {})
+    others = ("pass", 1), ["value", 1], "value", (1, 2), None, ((), 1)
     errors = ("raise", "KeyError", ""), ("raise", [1], ""), ("raise", [[]], ""), ("raise", [], 1), ["raise", [], ""]
-    for bad in values + errors:
+    for bad in values + others + errors:
         with pytest.raises(ProgramError, match="another form"):
             outcome(kind, marker, FORGE, plain.write(bad))
     with pytest.raises(ProgramError, match="another form"):
         outcome(kind, marker, PATCH)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"range": [1, 2]}', '{"range": [1, 2, 0]}', '{"range": [1, 2, true]}', '{"range": [{"list": []}, 2, 1]}',
+        '{"iterator": [1, true]}', '{"iterator": [[1], 1]}', '{"iterator": [[[]], true]}', '{"iterator": []}',
+        '{"keys": [{"list": []}]}', '{"items": [1]}', '{"keys": 1}', '{"range": 1}', '{"values": {"list": []}}',
+    ],
+)  # fmt: skip
+def test_what_nobody_writes_is_not_read(text):
+    with pytest.raises(ValueError):
+        plain.read(text.encode())
+
+
+def test_views_and_ranges_are_read_as_they_were():
+    for value in (range(3, -9, -2), range(2**70), {1: 2}.keys(), {1: [2]}.items(), [range(0)]):
+        assert plain.read(plain.write(value)) == value
+    assert list(plain.read(plain.write({1: {2}, 3: 4}.values()))) == [{2}, 4]
+    assert list(plain.read(plain.write(map(str, range(plain.MAX_ITEMS))))) == [*map(str, range(plain.MAX_ITEMS))]
+    endless = plain.read(plain.write(iter(int, 1)))
+    assert [next(endless) for _ in range(plain.MAX_ITEMS)] == [0] * plain.MAX_ITEMS
+    with pytest.raises(ValueError, match="only the first 1000 items"):
+        next(endless)
+    with pytest.raises(ValueError, match="more than 10000 keys"):
+        plain.read(plain.write(dict.fromkeys(range(20_000)).keys()))
 
 
 def test_nothing_reaches_a_listener(kind, marker):

@@ -202,12 +202,26 @@ def answer_calls(entry_point: str, sources: list[str]) -> None:
         os.dup2(nothing, standard)
     function = run("candidate", sources)[entry_point]
     while True:
-        arguments, keywords = read(receive(requests), trusted=True)  # noqa: F821
+        request = receive(requests)
+        arguments, keywords = read(request, trusted=True)  # noqa: F821
         try:
-            reply = write(("value", function(*arguments, **keywords)))  # noqa: F821
+            result = function(*arguments, **keywords)
+            reply = write(("value", result))  # noqa: F821
+            if result is None:
+                reply = with_arguments(reply, request, arguments, keywords)
         except BaseException as error:
             reply = write(("raise", [base.__name__ for base in type(error).__mro__], str(error)[:1000]))  # noqa: F821
         send(replies, reply)
+
+
+def with_arguments(reply: bytes, request: bytes, arguments: tuple, keywords: dict) -> bytes:
+    """The answer of a function that returns nothing, beside what it made of its arguments."""
+    try:
+        if write((arguments, keywords)) != request:  # noqa: F821
+            return write(("value", None, arguments, keywords))  # noqa: F821
+    except (TypeError, ValueError):  # no longer plain data
+        pass
+    return reply
 
 
 def main() -> None:
