@@ -89,14 +89,26 @@ class Same:
 def {name}(*arguments): return Same()
 """
 
-# Before an attack, the right solution; after it, its result: the only way to fail is that the attack fails.
+# The right solution, which answers if one of the attacks succeeds: the only way to fail is that all of them do.
 AROUND = """
 {prompt}{solution}
 _right = {name}
 def {name}(*arguments):
-{attack}
+    import os, socket
+    refused = 0
+    for attack in {attacks}:
+        try:
+            exec(attack, {{"os": os, "socket": socket}})
+        except (OSError, MemoryError):
+            refused += 1
+    assert refused {passes} {count}
     return _right(*arguments)
 """
+
+
+def around(row, attacks, passes="<"):
+    names = {"prompt": row["prompt"], "solution": row["canonical_solution"], "name": row["entry_point"]}
+    return AROUND.format(attacks=attacks, passes=passes, count=len(attacks), **names)
 
 
 def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
@@ -105,23 +117,19 @@ def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
     places = [Path(folder, mark) for folder in ("/", "/tmp", "/var/tmp", "/dev/shm", tempfile.gettempdir(), ROOT)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
-        attacks = {
-            "fork bomb": "while True: __import__('os').fork()",
-            "10 GB": "bytearray(10 * 2**30)[::4096]",
-            "network": f"__import__('socket').create_connection({server.getsockname()!r})",
-            "write": f"[open(place, 'w') for place in {list(map(str, places))!r} if not place.startswith('/tmp/')]",
-        }
-        for name, attack in attacks.items():
-            completions = [
-                AROUND.format(
-                    prompt=row["prompt"],
-                    solution=row["canonical_solution"],
-                    name=row["entry_point"],
-                    attack="    " + attack,
-                )
-                for row in rows
-            ]
-            assert score(problems, completions, memory_mb=memory_mb) == [0.0] * 164, name
+        attacks = [
+            "os.fork()",
+            "bytearray(10 * 2**30)[::4096]",
+            f"socket.create_connection({server.getsockname()!r})",
+            *(f"open({str(place)!r}, 'w')" for place in places if not str(place).startswith("/tmp/")),
+        ]
+        assert score(problems, [around(row, attacks) for row in rows], memory_mb=memory_mb) == [0.0] * 164
+        # Every attack was tried, and refused; the bomb itself needs to be seen but a few times.
+        some = slice(None, None, 20)
+        tried = [around(row, attacks, passes="==") for row in rows[some]]
+        assert score(problems[some], tried, memory_mb=memory_mb) == [1.0] * len(tried)
+        bombs = [around(row, ["while True: os.fork()"]) for row in rows[some]]
+        assert score(problems[some], bombs, memory_mb=memory_mb) == [0.0] * len(bombs)
         with pytest.raises(TimeoutError):
             server.accept()
     loop = "def {name}(*arguments):\n    while True: pass"

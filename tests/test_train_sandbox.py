@@ -236,15 +236,22 @@ return found
     assert set(found["/"]) == own | {"dev", "tmp"}
 
 
-@pytest.mark.parametrize("call", ["memfd_create", "shmget", "semget", "msgget", "unshare", "clone3", "io_uring_setup"])
+@pytest.mark.parametrize("call", ["memfd_create", "shmget", "semget", "msgget", "unshare", "clone3", "io_uring_setup",
+                                  "pidfd_open", "modify_ldt", "inotify_init", "inotify_init1", "personality"])
 def test_there_is_no_memory_beside_its_own(kind, marker, call):
-    number = {"memfd_create": 319, "shmget": 29, "semget": 64, "msgget": 68, "unshare": 272}.get(call)
+    number = {"memfd_create": 319, "shmget": 29, "semget": 64, "msgget": 68, "unshare": 272, "modify_ldt": 154,
+              "inotify_init": 253, "inotify_init1": 294, "personality": 135}.get(call)
     if number is not None and os.uname().machine != "x86_64":
         pytest.skip("the numbers here are those of x86_64")
-    number = number or {"clone3": 435, "io_uring_setup": 425}[call]
+    number = number or {"clone3": 435, "io_uring_setup": 425, "pidfd_open": 434}[call]
     body = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n" \
            f"return libc.syscall({number}, b'\\x10', 0x10000000, 0o1600), ctypes.get_errno()"
     assert outcome(kind, marker, body)[1] in ((-1, 1), (-1, 38))
+
+
+def test_asyncio_works(kind, marker):
+    body = "import asyncio\nasync def soon(): await asyncio.sleep(0); return 5\nreturn asyncio.run(soon())"
+    assert outcome(kind, marker, body) == ("value", 5)
 
 
 def test_memory_is_bounded(kind, marker):
