@@ -123,19 +123,18 @@ def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
             f"socket.create_connection({server.getsockname()!r})",
             *(f"open({str(place)!r}, 'w')" for place in places if not str(place).startswith("/tmp/")),
         ]
-        assert score(problems, [around(row, attacks) for row in rows], memory_mb=memory_mb) == [0.0] * 164
         # Every attack was tried, and refused; the bomb itself needs to be seen but a few times.
-        some = slice(None, None, 20)
+        some, same = slice(None, None, 20), [ALWAYS_EQUAL.replace("{name}", row["entry_point"]) for row in rows]
         tried = [around(row, attacks, passes="==") for row in rows[some]]
-        assert score(problems[some], tried, memory_mb=memory_mb) == [1.0] * len(tried)
         bombs = [around(row, ["while True: os.fork()"]) for row in rows[some]]
-        assert score(problems[some], bombs, memory_mb=memory_mb) == [0.0] * len(bombs)
+        wrong = [around(row, attacks) for row in rows] + same + bombs
+        values = score(problems * 2 + problems[some] * 2, wrong + tried, memory_mb=memory_mb)
+        assert values == [0.0] * len(wrong) + [1.0] * len(tried)
         with pytest.raises(TimeoutError):
             server.accept()
     loop = "def {name}(*arguments):\n    while True: pass"
-    for name, attack, limit in (("always equal", ALWAYS_EQUAL, 5.0), ("loop", loop, 0.1)):
-        completions = [attack.replace("{name}", row["entry_point"]) for row in rows]
-        assert score(problems, completions, memory_mb=memory_mb, timeout_s=limit) == [0.0] * 164, name
+    loops = [loop.replace("{name}", row["entry_point"]) for row in rows]
+    assert score(problems, loops, memory_mb=memory_mb, timeout_s=0.1) == [0.0] * 164
     assert not [place for place in places if place.exists()]
     deadline = time.monotonic() + 20
     while (left := processes(memory_mb)) and time.monotonic() < deadline:
