@@ -106,6 +106,81 @@ def test_failing_where_a_test_expects_exceptions_is_failing():
     assert reward(expects, "    raise SystemExit") == 0.0
 
 
+SQUARE = {"prompt": "", "entry_point": "f"}
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert all(map(lambda x: candidate(x) == x * x, range(10)))",
+        "assert not any(map(lambda x: candidate(x) != x * x, range(10)))",
+        "for a, b in zip(map(candidate, range(5)), [0, 1, 4, 9, 16]): assert a == b",
+        "assert list(iter(lambda: candidate(3), 9)) == []",
+        "for a in filter(candidate, range(5)): assert candidate(a) == a * a",
+        "assert not [a for a in map(candidate, range(3)) if a not in (0, 1, 4)]",
+    ],
+)
+def test_what_loops_swallow_is_no_way_to_pass(test):
+    tests = SQUARE | {"test": f"def check(candidate):\n    {test}"}
+    assert reward(tests, "def f(x): return x * x") == 1.0
+    for end in ("StopIteration", "type('Mine', (StopIteration,), {})", "StopAsyncIteration", "GeneratorExit"):
+        assert reward(tests, f"def f(x): raise {end}") == 0.0, end
+
+
+@pytest.mark.parametrize(
+    ("test", "good", "bad"),
+    [
+        ("l = [3, 1, 2]; candidate(l); assert l == [1, 2, 3]", "x.sort()", "sorted(x)"),
+        ("l = [3, 1]; assert candidate(l) is None and l == [1]", "x.remove(3)", "x.remove(1)"),
+        ("l = [1]; candidate(x=l); assert l == [1, 2]", "x.append(2)", "x = x + [2]"),
+        ("s = {1}; candidate(s); assert s == {2}", "x.clear(); x.add(2)", "x = {2}"),
+        ("d = {1: [2]}; e = d[1]; candidate(d); assert e == [2, 3] and d[1] is e and d[4] == 5",
+         "x[1].append(3); x[4] = 5", "x[1] += [3, 4]; x[4] = 5"),
+        ("g = [[1, 2], [3, 4]]; r = g[0]; candidate(g); assert g == [[3, 1], [4, 2]] and r == [3, 1]",
+         "x[:] = map(list, zip(*x[::-1]))", "x[:] = map(list, zip(*x))"),
+        ("t = ([1], 2); candidate(t); assert t == ([], 2)", "x[0].pop()", "pass"),
+        ("l = list(range(150_000)); candidate(l); assert l[0] == 149_999", "x.reverse()", "pass"),
+        ("l = [2, 1]; assert candidate(l) == sorted(l)", "return sorted(x)", "x.clear(); return []"),
+        ("l = [2, 1]; assert candidate(l) == [] and l == [2, 1]", "x.append(print); return []", "return None"),
+        ("l = [2, 1]; assert candidate(l) is None", "x.append(print)", "return 1"),
+        ("assert list(candidate(3)) == [0, 1, 2]", "yield from range(x)", "yield 0"),
+        ("assert list(candidate(3)) == [0, 1, 2]", "return range(x)", "return range(1)"),
+        ("assert candidate(3) == [0, 1, 2]", "return list(range(x))", "return range(x)"),
+        ("assert candidate(3) == [0, 1, 2]", "return list(range(x))", "yield from range(x)"),
+        ("assert candidate(3) == [0, 1, 2]", "return list(range(x))", "return map(int, range(x))"),
+        ("assert candidate(3) == range(3)", "return range(x)", "return list(range(x))"),
+        ("assert len(candidate(3)) == 3", "return range(x)", "yield from range(x)"),
+        ("assert sorted(candidate({1: 3, 2: 4})) == [3, 4]", "return x.values()", "return x.keys()"),
+        ("assert list(candidate({1: 3})) == [(1, 3)]", "return x.items()", "return x"),
+        ("assert candidate({1: 3}) == {1}", "return x.keys()", "return x.values()"),
+        ("assert [list(a) for a in candidate(2)] == [[0, 2]]", "return [zip([0], [2])][0]", "return zip([0])"),
+        ("g = candidate(5); assert [next(g), next(g)] == [5, 6]", "while True: yield x; x += 1", "yield 5"),
+        ("assert len(list(candidate(1000))) == 1000", "yield from range(x)", "while True: yield x"),
+    ],
+)  # fmt: skip
+def test_work_in_place_and_iterators(test, good, bad):
+    tests = SQUARE | {"test": f"def check(candidate):\n    {test}"}
+    assert reward(tests, f"def f(x):\n    {good}") == 1.0
+    assert reward(tests, f"def f(x):\n    {bad}") == 0.0
+
+
+def test_exceptions_are_known_by_their_bases():
+    test = "def check(candidate):\n    try: candidate(1)\n    except ValueError: return\n    assert 0"
+    tests = SQUARE | {"test": test}
+    for good in (
+        "class E(ValueError): pass\ndef f(x): raise E('x')",
+        "class E(Exception): pass\nclass F(E, UnicodeError): pass\ndef f(x): raise F",
+        "def f(x): b'\\xff'.decode()",
+        "import json\ndef f(x): json.loads('{')",
+    ):
+        assert reward(tests, good) == 1.0, good
+    for bad in ("type('E', (Exception,), {})", "KeyError", "SystemExit"):
+        assert reward(tests, f"def f(x): raise {bad}") == 0.0, bad
+    tests = SQUARE | {"test": "def check(candidate):\n    try: candidate(1)\n    except Exception: pass"}
+    assert reward(tests, "def f(x): raise StopIteration") == 1.0
+    assert reward(tests, "def f(x): raise SystemExit") == reward(tests, "def f(x): raise KeyboardInterrupt") == 0.0
+
+
 def test_plain_cases():
     assert reward(CASES, "def f(x): return sorted(x)") == 1.0
     assert reward(CASES, "def f(x): return tuple(sorted(x))") == 1.0
@@ -113,6 +188,9 @@ def test_plain_cases():
     assert reward(CASES, "def f(x): return range(1, len(x) + 1)") == 0.0
     mapping = {"cases": [{"args": ["ab"], "expected": {"a": [1]}}], "entry_point": "f"}
     assert reward(mapping, "f = lambda s: {'a': (1,)}") == 1.0
+    numbers = {"cases": [{"args": [1], "expected": {"1": [{"2": 0}]}}], "entry_point": "f"}
+    assert reward(numbers, "f = lambda x: {x: [{'2': 0}]}") == reward(numbers, "f = lambda x: {'1': ({2: 0},)}") == 1.0
+    assert reward(numbers, "f = lambda x: {x: [{'2': 0}], '1': [{'2': 0}]}") == 0.0
     long = {"cases": [{"args": [list(range(60_000))], "expected": 60_000}], "entry_point": "f"}
     assert reward(long, "f = len") == 1.0
 
@@ -192,6 +270,27 @@ def test_the_scorer_runs_programs_in_its_workers(monkeypatch):
     with pytest.raises(sandbox.SandboxError, match="nothing works"), Scorer({"accuracy": 1.0}, SETTINGS) as scorer:
         scorer.score(samples)
     sandbox.choose.cache_clear()
+
+
+def test_a_value_that_makes_the_tests_explode_is_wrong():
+    tests = {
+        "pow": "assert 2 ** candidate(3) == 8",
+        "sum": "assert sum(range(candidate(3))) == 3",
+        "memory": "assert [0] * candidate(3) == [0]",
+        "caught": "try: [0] * candidate(3)\n    except MemoryError: pass\n    assert 2 ** candidate(3) == 8",
+        "right": "assert candidate(3) == 10**12",
+        "own": "x = [0] * 10**12; assert candidate(3)",
+    }
+    samples = [
+        Sample("", "f = lambda x: 10**12", json.dumps(SQUARE | {"test": f"def check(candidate):\n    {test}"}), "code")
+        for test in tests.values()
+    ]
+    with Scorer({"accuracy": 1.0}, ScoringConfig(timeout_s=0.5, workers=2)) as scorer:
+        scores = scorer.score(samples)
+        assert scorer.score(samples[4:5]).parts["accuracy"] == [1.0]
+    values = scores.parts["accuracy"]
+    assert values[:5] == [0.0, 0.0, 0.0, 0.0, 1.0] and math.isnan(values[5])
+    assert (scores.timeouts, scores.crashes) == (0, 1)
 
 
 def test_reading_humaneval(tmp_path):

@@ -89,14 +89,26 @@ class Same:
 def {name}(*arguments): return Same()
 """
 
-# Before an attack, the right solution; after it, its result: the only way to fail is that the attack fails.
+# The right solution, which answers if one of the attacks succeeds: the only way to fail is that all of them do.
 AROUND = """
 {prompt}{solution}
 _right = {name}
 def {name}(*arguments):
-{attack}
+    import os, socket
+    refused = 0
+    for attack in {attacks}:
+        try:
+            exec(attack, {{"os": os, "socket": socket}})
+        except (OSError, MemoryError):
+            refused += 1
+    assert refused {passes} {count}
     return _right(*arguments)
 """
+
+
+def around(row, attacks, passes="<"):
+    names = {"prompt": row["prompt"], "solution": row["canonical_solution"], "name": row["entry_point"]}
+    return AROUND.format(attacks=attacks, passes=passes, count=len(attacks), **names)
 
 
 def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
@@ -105,29 +117,24 @@ def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
     places = [Path(folder, mark) for folder in ("/", "/tmp", "/var/tmp", "/dev/shm", tempfile.gettempdir(), ROOT)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
-        attacks = {
-            "fork bomb": "while True: __import__('os').fork()",
-            "10 GB": "bytearray(10 * 2**30)[::4096]",
-            "network": f"__import__('socket').create_connection({server.getsockname()!r})",
-            "write": f"[open(place, 'w') for place in {list(map(str, places))!r} if not place.startswith('/tmp/')]",
-        }
-        for name, attack in attacks.items():
-            completions = [
-                AROUND.format(
-                    prompt=row["prompt"],
-                    solution=row["canonical_solution"],
-                    name=row["entry_point"],
-                    attack="    " + attack,
-                )
-                for row in rows
-            ]
-            assert score(problems, completions, memory_mb=memory_mb) == [0.0] * 164, name
+        attacks = [
+            "os.fork()",
+            "bytearray(10 * 2**30)[::4096]",
+            f"socket.create_connection({server.getsockname()!r})",
+            *(f"open({str(place)!r}, 'w')" for place in places if not str(place).startswith("/tmp/")),
+        ]
+        # Every attack was tried, and refused; the bomb itself needs to be seen but a few times.
+        some, same = slice(None, None, 20), [ALWAYS_EQUAL.replace("{name}", row["entry_point"]) for row in rows]
+        tried = [around(row, attacks, passes="==") for row in rows[some]]
+        bombs = [around(row, ["while True: os.fork()"]) for row in rows[some]]
+        wrong = [around(row, attacks) for row in rows] + same + bombs
+        values = score(problems * 2 + problems[some] * 2, wrong + tried, memory_mb=memory_mb)
+        assert values == [0.0] * len(wrong) + [1.0] * len(tried)
         with pytest.raises(TimeoutError):
             server.accept()
     loop = "def {name}(*arguments):\n    while True: pass"
-    for name, attack, limit in (("always equal", ALWAYS_EQUAL, 5.0), ("loop", loop, 0.1)):
-        completions = [attack.replace("{name}", row["entry_point"]) for row in rows]
-        assert score(problems, completions, memory_mb=memory_mb, timeout_s=limit) == [0.0] * 164, name
+    loops = [loop.replace("{name}", row["entry_point"]) for row in rows]
+    assert score(problems, loops, memory_mb=memory_mb, timeout_s=0.1) == [0.0] * 164
     assert not [place for place in places if place.exists()]
     deadline = time.monotonic() + 20
     while (left := processes(memory_mb)) and time.monotonic() < deadline:

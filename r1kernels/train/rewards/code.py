@@ -3,7 +3,8 @@
 A problem's reference is a JSON object, in one of three forms:
 
 * `{"prompt", "test", "entry_point"}`, as in HumanEval: `test` defines `check(candidate)`;
-* `{"cases": [{"args": [...], "expected": ...}, ...], "entry_point"}`: plain calls and their results;
+* `{"cases": [{"args": [...], "expected": ...}, ...], "entry_point"}`: plain calls and their results, where
+  a tuple is as good as a list and an int key as good as the string of it: JSON has no other;
 * `{"stdio": [{"input", "output"}, ...]}`: whole programs; white space at the ends of lines does not count.
 
 The code is the last fenced block of the final answer that is marked as Python, or not marked at all; an answer

@@ -8,21 +8,38 @@ What is whose fault: from the moment the sandbox has the program, all is the pro
 cannot be compiled, ends, crashes, is killed for the time, memory or output it takes, or answers what is not plain data;
 for all that, it could bring about itself. When the sandbox does not start, SandboxError makes a worker report a crash,
 and the sample is unscorable (NaN); so does a data set whose own code cannot be run, or which never calls the candidate.
-What tests do with a hostile answer takes time here that nobody can stop from within, such as comparing thousands of
-keys of one hash: the program's own limit makes that wrong afterwards, and the worker's, far beyond it, unscorable.
+
+An exception that the program raises is raised again for the tests, which may expect it. None of them can be swallowed
+but by an `except` (or `pytest.raises`, or `suppress`) that the data set wrote: what Python's own loops swallow unasked,
+StopIteration, comes as a CandidateError, so a test that expects just that cannot be passed; and what is no Exception
+(SystemExit, KeyboardInterrupt, GeneratorExit) is the end of the program, whatever the test expects.
+
+What a function did to its arguments is done to those of the tests only where it returned None, as functions that work
+in place do: else one that empties a list and returns [] would pass `candidate(x) == sorted(x)`.
+
+What tests do with a hostile answer (10**12, where they raise 2 to it) takes time and memory here: from the first answer
+on, that is the program's failure too. Out of time (SPARE_S beyond the program's own limit) a worker ends by its
+`fuse`, and the verdict is 0.0; without a worker there is no such limit.
 """
 
 import builtins
+import contextlib
 import random
 
+from . import fuse
 from .code import read_tests, sources, with_body
 from .sandbox import Limits, Program, ProgramError
 
 MAX_CALLS = 100_000
+SPARE_S = 2.0  # for the tests' own work, beyond the program's time
+
+
+# What `for`, `all`, `zip` and the like take for the end of an iterator: from a map over the candidate, it would end it.
+CONTROL_FLOW = (StopIteration, StopAsyncIteration)
 
 
 class CandidateError(Exception):
-    """An exception of the program that is none of Python's own."""
+    """An exception of the program that Python has no name for, or that would be taken for the end of a loop."""
 
 
 def judge(reference: str, code: str, fenced: bool, sandbox: str, timeout_s: float, memory_mb: int) -> float:
@@ -42,6 +59,11 @@ def judge(reference: str, code: str, fenced: bool, sandbox: str, timeout_s: floa
             return float(_passes(check, Candidate(program)))
     except ProgramError:
         return 0.0
+    finally:
+        fuse.put_out()
+
+
+judge.out_of_memory_is_zero = True
 
 
 class Candidate:
@@ -58,6 +80,8 @@ class Candidate:
             if self.failure is not None or self.calls > MAX_CALLS:
                 raise ProgramError("it has failed before, or was called too often")
             kind, *answer = self.program.ask(*arguments, **keywords)
+            if self.calls == 1:
+                fuse.light(self.program.seconds_left + SPARE_S)
         except ProgramError as failure:
             self.failure = failure  # even where a test expects exceptions
             raise
@@ -65,15 +89,47 @@ class Candidate:
             self.broken = broken
             raise
         if kind == "value":
+            if len(answer) == 3:
+                _refilled(arguments, answer[1])
+                _refilled(keywords, answer[2])
             return answer[0]
-        raised = getattr(builtins, str(answer[0]), None)
-        if not (isinstance(raised, type) and issubclass(raised, Exception)):
-            raised = CandidateError
-        try:
-            error = raised(str(answer[1]))
-        except TypeError:  # one of those that need more arguments
-            error = CandidateError(str(answer[1]))
+        error = _exception(*answer)
+        if error is None:
+            self.failure = ProgramError(f"it raised {answer[0]!r:.200}, which is no Exception")
+            raise self.failure
         raise error
+
+
+def _refilled(old: object, new: object) -> object:
+    """The caller's own container, made what has become of it, where its type is still the same; else the new value."""
+    if isinstance(old, list) and type(new) is list:
+        old[:] = [*map(_refilled, old, new), *new[len(old) :]]
+    elif isinstance(old, dict) and type(new) is dict:
+        items = {key: _refilled(old[key], item) if key in old else item for key, item in new.items()}
+        old.clear()
+        old.update(items)
+    elif isinstance(old, set) and type(new) is set:
+        old.clear()
+        old.update(new)
+    elif isinstance(old, tuple) and type(new) is tuple:
+        return (*map(_refilled, old, new), *new[len(old) :])
+    else:
+        return new
+    return old
+
+
+def _exception(names: list[str], message: str) -> Exception | None:
+    """The first of a class and its bases, by name, that Python has too; None where it is no Exception."""
+    if "Exception" not in names:
+        return None
+    for name in names:
+        raised = getattr(builtins, name, None)
+        if isinstance(raised, type) and issubclass(raised, Exception):
+            if issubclass(raised, CONTROL_FLOW):
+                break
+            with contextlib.suppress(TypeError):  # of those that need more arguments
+                return raised.__new__(raised, message)
+    return CandidateError(message)
 
 
 def _passes(check, candidate: Candidate) -> bool:
@@ -89,7 +145,7 @@ def _passes(check, candidate: Candidate) -> bool:
         raise ValueError("a test calls the candidate with what is not plain data") from candidate.broken
     if not candidate.calls:
         raise ValueError("the tests never call the candidate")
-    return candidate.failure is None and not candidate.program.overdue
+    return candidate.failure is None and candidate.program.seconds_left >= 0
 
 
 def _defined_check(tests: dict):
@@ -115,11 +171,12 @@ def _returns(cases: list[dict]):
 
 
 def _as_json(value):
-    """JSON has one kind of sequence, so a tuple may answer a list."""
+    """JSON has one kind of sequence, so a tuple may answer a list, and of keys: an int may answer its digits."""
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        renamed = {str(key) if type(key) is int else key: _as_json(item) for key, item in value.items()}
+        return renamed if len(renamed) == len(value) else value
     return value
 
 

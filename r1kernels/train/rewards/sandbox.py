@@ -101,21 +101,26 @@ class Program:
             raise
 
     def ask(self, *arguments: object, **keywords: object) -> tuple:
-        """Calls the function: ("value", result), or ("raise", name of the exception, message); see `plain`.
+        """Calls the function. Results and arguments are what `plain` can write.
+
+        Returns ("value", result); ("value", None, arguments, keywords) where it returned None and changed those; or
+        ("raise", names of the exception's class and its bases, message).
 
         Raises:
             ProgramError: there was no such answer within the limits.
         """
-        request, self._handover = self._handover + _frame(plain.write((arguments, keywords))), b""
+        frame = _frame(plain.write((arguments, keywords)))
+        request, self._handover = self._handover + frame, b""
         try:
-            answer = plain.read(self._next_frame(request))
+            answer = plain.read(self._next_frame(request, spare=len(frame)))
         except ValueError as error:
             raise ProgramError(str(error)) from None
-        if type(answer) is not tuple or [type(part) for part in answer[:1]] != [str]:
-            raise ProgramError("an answer of another form")
-        if (answer[0], len(answer)) not in (("value", 2), ("raise", 3)):
-            raise ProgramError("an answer of another form")
-        return answer
+        match answer if type(answer) is tuple else None:
+            case ("value", _) | ("value", None, tuple(), dict()):
+                return answer
+            case ("raise", list(names), str()) if all(type(name) is str for name in names):
+                return answer
+        raise ProgramError("an answer of another form")
 
     def run(self, text: bytes) -> tuple[bytes, int]:
         """Gives the program its stdin: what it printed, and its exit status.
@@ -124,7 +129,7 @@ class Program:
             ProgramError: it did not end within the limits.
         """
         request, self._handover = self._handover + text, b""
-        self._exchange(request, lambda: False, close=True)
+        self._exchange(request, lambda: False, self._limits.output_bytes, close=True)
         try:
             status = self._process.wait(max(self._deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
@@ -142,20 +147,22 @@ class Program:
             told = os.read(self._process.stderr.fileno(), 2000).decode(errors="replace").strip()
             raise SandboxError(f"the sandbox ({self._kind}) did not start: {told or reason}")
 
-    def _next_frame(self, request: bytes) -> bytes:
+    def _next_frame(self, request: bytes, spare: int = 0) -> bytes:
+        most = self._limits.output_bytes + spare
+
         def complete() -> bool:
             size = int.from_bytes(self._received[:FRAME_HEAD], "big")
-            if len(self._received) >= FRAME_HEAD and size > self._limits.output_bytes:
-                raise ProgramError(f"more than {self._limits.output_bytes} bytes of output")
+            if len(self._received) >= FRAME_HEAD and size > most:
+                raise ProgramError(f"more than {most} bytes of output")
             return len(self._received) >= FRAME_HEAD + size
 
-        self._exchange(request, complete)
+        self._exchange(request, complete, most)
         end = FRAME_HEAD + int.from_bytes(self._received[:FRAME_HEAD], "big")
         frame = bytes(self._received[FRAME_HEAD:end])
         del self._received[:end]
         return frame
 
-    def _exchange(self, request: bytes, complete: Callable[[], bool], close: bool = False) -> None:
+    def _exchange(self, request: bytes, complete: Callable[[], bool], most: int, close: bool = False) -> None:
         """Writes and reads at once, until what was read is complete; with `close`, until the other end closes."""
         writer, reader, request = self._process.stdin, self._process.stdout, memoryview(request)
         while not complete():
@@ -182,8 +189,8 @@ class Program:
                         return
                     raise ProgramError("it ended")
                 self._received += piece
-                if len(self._received) > self._limits.output_bytes + 65536:
-                    raise ProgramError(f"more than {self._limits.output_bytes} bytes of output")
+                if len(self._received) > most + 65536:
+                    raise ProgramError(f"more than {most} bytes of output")
 
     def _end(self) -> None:
         """Kills from the inside out: the outermost process takes its leave when all others have, and leaves nothing."""
@@ -201,9 +208,9 @@ class Program:
         process.wait()
 
     @property
-    def overdue(self) -> bool:
-        """Whether its time is over."""
-        return time.monotonic() > self._deadline
+    def seconds_left(self) -> float:
+        """Of its time; below 0 when that is over."""
+        return self._deadline - time.monotonic()
 
     def close(self) -> None:
         """Ends it and all that it started."""

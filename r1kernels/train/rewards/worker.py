@@ -63,15 +63,19 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _die_with(keeper)
+            importlib.import_module(f"{PACKAGE}.fuse").in_worker = True
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             _say(verdicts, {"ready": stops})
             os._exit(LEAVING if _judge(judges, memory, verdicts) else 1)
-        ended = _keep(child, parent)
+        ended = _keep(child, parent, verdicts)
         stops += ended == STOPPED
 
 
-def _keep(child: int, parent: int) -> int | None:
-    """Waits for the child to end: LEAVING, STOPPED by SIGTERM, or None where there is to be no other."""
+def _keep(child: int, parent: int, verdicts: int) -> int | None:
+    """Waits for the child to end: LEAVING, STOPPED by SIGTERM, or None where there is to be no other.
+
+    One that its `fuse` has ended leaves the verdict to be said here.
+    """
     stopped = False
     while os.getppid() == parent:
         sent = signal.sigtimedwait(SIGNALS, GLANCE_S)
@@ -88,6 +92,9 @@ def _keep(child: int, parent: int) -> int | None:
                         pass
                 os.set_blocking(0, True)
                 return STOPPED
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+                _say(verdicts, {"value": 0.0, "leaving": True})
+                return LEAVING
             return LEAVING if os.waitstatus_to_exitcode(status) == LEAVING else None
     os.kill(child, signal.SIGKILL)
     return None
@@ -96,6 +103,7 @@ def _keep(child: int, parent: int) -> int | None:
 def _judge(judges: dict[str, Callable[..., float]], memory: int, verdicts: int) -> bool:
     """Judges one line of stdin after another; True when what earlier judgements took of memory may spoil the next."""
     idle, _ = _address_space()
+    fresh = True
     for line in os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass", newline="\n"):
         name, arguments = json.loads(line)
         try:
@@ -108,11 +116,15 @@ def _judge(judges: dict[str, Callable[..., float]], memory: int, verdicts: int) 
             return True
         except Exception:
             _say(verdicts, {"crash": True})
+            fresh = False
             continue
         used, peak = _address_space()
-        # Libraries turn a MemoryError of their own into "not equal". Such a verdict is worth nothing.
-        verdict = {"value": value} if peak < 0.9 * memory else {"crash": True}
-        leaving = "crash" in verdict or used > (idle + memory) / 2
+        # Libraries turn a MemoryError of their own into "not equal". Such a verdict is worth nothing, but where the
+        # judge means it, and no earlier judgement can have taken what lacks.
+        full = peak >= 0.9 * memory
+        meant = fresh and getattr(judges[name], "out_of_memory_is_zero", False)
+        verdict = {"crash": True} if full and not meant else {"value": value}
+        leaving, fresh = full or used > (idle + memory) / 2, False
         _say(verdicts, verdict | {"leaving": leaving})
         if leaving:
             return True
