@@ -11,7 +11,8 @@ import pytest
 from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Judgement, Sample, Scorer, ScoringConfig, accuracy, format_reward
 from r1kernels.train.rewards.accuracy import triage
-from r1kernels.train.rewards.answers import final_answer, number_in_prose, plain_number
+from r1kernels.train.rewards.answers import final_answer, plain_number
+from r1kernels.train.rewards.prose import number_in_prose
 
 
 def tagged(answer):
