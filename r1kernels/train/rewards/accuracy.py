@@ -22,9 +22,9 @@ from .settings import ScoringConfig
 MATH = "math_judge:judge"
 # The `x = ` of an answer to what x is.
 _NAMED = re.compile(r"^[A-Za-z](?:\s*=\s*|: | (?:is|equals) )(?=[^=]*$)")
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-# A ratio and a derangement, which the judge would read as their first or last number.
-_NO_NUMBER = re.compile(r"\d\s*:|!\s*\d")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,;: ]|~)\d{3})+(?![\d,])")
+# Ratios, derangements, other bases and near equality, which the judge would read as one of their numbers.
+_NO_NUMBER = re.compile(r"\d\s*:|!\s*\d|\d\s*_|\d\s*\\(?:equiv|approx|cong|sim)(?![A-Za-z])|\\fbox")
 
 
 def prepare_accuracy(settings: ScoringConfig) -> Callable[[Sample], Outcome]:
@@ -95,7 +95,10 @@ def _number(answer: str) -> tuple[Decimal, bool] | None:
 
 def _is_no_number(answer: str) -> bool:
     words = as_prose(answer)
-    return is_prose(words) or changes(words) or bool(_NO_NUMBER.search(words))
+    if is_prose(words) or changes(words) or _NO_NUMBER.search(words):
+        return True
+    numbers = {number[0] for part in answer.split("=") if (number := plain_number(part))}
+    return len(numbers) > 1  # 3 = 5 = 4
 
 
 def _fraction(number: tuple[Decimal, bool]) -> Decimal:
@@ -103,7 +106,7 @@ def _fraction(number: tuple[Decimal, bool]) -> Decimal:
 
 
 def _ungrouped(match: re.Match[str]) -> str:
-    return match[0].replace(",", "")
+    return "".join(filter(str.isdigit, match[0]))
 
 
 def spelling(sample: Sample) -> tuple[str, object] | None:

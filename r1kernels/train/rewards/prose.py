@@ -7,19 +7,20 @@ on the side of too many. A wrong answer that scores teaches more than a right on
 import re
 from decimal import Decimal
 
-from .answers import INVISIBLE, plain_number
+from .answers import INVISIBLE, braced, plain_number
 
-_WIDE = dict.fromkeys(range(0xFF01, 0xFF5F)) | {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x2248: "\\approx "}
-_WIDE |= {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_WIDE = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_WIDE |= {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x2248: "\\approx "}
 _SPACES = re.compile(r"[\u00a0\u2000-\u200a\u202f\u205f]")
 _STRONG = re.compile(r"(\*\*|__|\*|`)(?=[^\s*`])([^*`]+)\1")
 _APPROXIMATELY = re.compile(r"^(?:\\approx(?![A-Za-z])|=)\s*(?=[^=]*$)")
+_COMMA = re.compile(r"\{,\}|,\\!\s*")
 _SAYS = re.compile(
     r"^(?:(?:so|thus|hence|therefore)\b,? )?(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:)|it is:?) "
     r"|^(?:正确|最终)?答案(?:是|为|应为)?[:\s]*",
     re.IGNORECASE,
 )
-_STYLED = re.compile(r"^\\(?:mathbf|boldsymbol|bm|mathit|textbf|textit|text|mathrm|mbox)\s*\{([^{}]*)\}$")
+_STYLED = re.compile(r"\\(?:(mathbf|boldsymbol|bm|mathit)|textbf|textit|text|mathrm|mbox|fbox)\s*\{")
 _BRACKETS = re.compile(r"^(?:\\left)?\((.*?)(?:\\right)?\)$|^\{(.*)\}$")
 _MATH = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mbox)\s*\{([^{}]*)\}")
@@ -39,7 +40,7 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # Wherever they are, they change the number, take it back or put another beside it.
 _CHANGING = re.compile(
     r"not|no|non|never|none|nor|neither|n't|\w+n['\u2019]t|cannot|except|excluding|without|but|wrong|false|incorrect|untrue|"
-    r"or|either|versus|vs|unless|than|least|most|under|below|above|exceeds?|exceeding|beyond|almost|nearly|"
+    r"or|either|versus|vs|unless|maybe|perhaps|possibly|guess|than|least|most|under|below|above|exceeds?|exceeding|beyond|almost|nearly|"
     r"plus|minus|negative|over|divided|multiplied|added|subtracted|increment|decrement|point|half|halves|halved|"
     r"double|doubled|twice|triple|tripled|thrice|quadrupled?|opposite|inverse|reciprocal|negation|complement|"
     r"dozens?|scores?|hundreds?|thousands?|(?:m|b|tr)illions?|tens|lakhs?|crores?|pairs?|mod|modulo|"
@@ -66,9 +67,8 @@ def tidy(text: str) -> str:
     text = _SPACES.sub(" ", text.translate(INVISIBLE | _WIDE)).strip()
     text = _STRONG.sub(r"\2", text) if "\\" not in text or text[:1] in "*_`" else text
     text = text.strip().rstrip(".").rstrip()
-    text = _APPROXIMATELY.sub("", text)
-    stripped = _SAYS.sub("", text)
-    return stripped.strip() if stripped.strip() else text
+    text = _COMMA.sub(",", _APPROXIMATELY.sub("", text))
+    return _SAYS.sub("", text).strip() if "\\" in text else text
 
 
 def unwrap(text: str) -> str:
@@ -81,17 +81,15 @@ def unwrap(text: str) -> str:
         before, after = text[: found.start()], text[found.end() :]
         if not re.search(r"[\d\\$=]", before + after) and number_in_prose(f"{before} 7 {after}") == (Decimal(7), False):
             text = next(filter(None, found.groups())).strip() or text
-    if (match := _STYLED.match(text)) and _keeps(text, match[1]):
-        text = match[1].strip()
+    if match := _STYLED.match(text):
+        inside = braced(text, match.end())
+        # Words without the style would be read as products of their letters.
+        if inside and text[match.end() :].strip() in (inside + "}", inside + " }"):
+            text = inside if match[1] or plain_number(inside) else text
     if match := _BRACKETS.match(text):
         inside = (match[1] or match[2] or "").strip()
         text = inside if plain_number(inside) else text
     return text
-
-
-def _keeps(text: str, inside: str) -> bool:
-    """Whether styled text means the same without the style: words would be read as products of their letters."""
-    return bool(plain_number(inside)) or text.startswith(("\\mathbf", "\\bold", "\\bm", "\\mathit"))
 
 
 def as_prose(text: str) -> str:
