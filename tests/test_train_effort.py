@@ -21,7 +21,8 @@ from r1kernels.train.rewards.effort import is_hopeless
         r"\sum_{k=1}^{1000000} k", r"\prod_{k=1}^{1000000} k", r"\int_0^1 x \, dx", r"\lim_{x \to 0} x",
         "(x+y+z+1)^{101}", r"\left(1+\sqrt{2}\right)^{5000}", "(3+4i)^{1000}", "(" * 40 + "18" + ")" * 40, "(" * 400,
         r"\frac{1}{" * 20 + "18" + "}" * 20, r" \cup ".join(f"({k},{k + 1})" for k in range(20)), "|" * 40,
-        "(x+1)^{100}(y+1)^{100}", r"\frac{x^{99999}-1}{x-1}", "12345!!", r"\prod_{k=1}^{9999} (x+k)", r"\sum_{k=1}^{99999} \frac{1}{k}", "(x^{99999}-1)/(x-1)",
+        "(x+1)^{100}(y+1)^{100}", r"\frac{x^{99999}-1}{x-1}", "12345!!", r"\prod_{k=1}^{9999} (x+k)",
+        r"\sum_{k=1}^{99999} \frac{1}{k}", "(x^{99999}-1)/(x-1)",
     ],
 )  # fmt: skip
 def test_what_no_judge_would_finish_is_neither_right_nor_wrong(answer):

@@ -264,7 +264,8 @@ def test_bad_arguments_are_named(parts, limits, message):
         ("58500", [
             r"\text{58500 dollars}", "\u2248 58500", r"\approx 58500", "\u20ac58500", r"58,500^\circ", r"\text{58,500}",
             r"\textbf{58,500}", "(58,500)", "{58,500}", "Total = $58,500", "58000 + 500 = 58,500", r"\mathbf{58500}",
-            r"58{,}500\text{ cm}^2", r"58,\!500 \text{ km}", r"\left(58500\right)", "58500\u20ac", r"58\,500\ \mathrm{m}",
+            r"58{,}500\text{ cm}^2", r"58,\!500 \text{ km}", r"\left(58500\right)", "58500\u20ac",
+            r"58\,500\ \mathrm{m}",
         ]),
         ("18", ["18 square inches", "18 dollars!", "**18**", "**18** dollars", "\uff11\uff18", "18 m\u00b2"]),
         ("3", [
@@ -275,7 +276,8 @@ def test_bad_arguments_are_named(parts, limits, message):
         ("2500000", ["2.5 million"]),
         ("1000", ["1\uff0c000", "1\u00a0000", r"1\;000", "1~000", "1\u202f000", r"1{,}000"]),
         (r"\frac{14}{3}", [
-            r"**\frac{14}{3}**", r"The answer is \frac{14}{3}.", r"The answer is $\frac{14}{3}$.", r"\mathbf{\frac{14}{3}}",
+            r"**\frac{14}{3}**", r"The answer is \frac{14}{3}.", r"The answer is $\frac{14}{3}$.",
+            r"\mathbf{\frac{14}{3}}",
             r"\boxed{\mathbf{\frac{14}{3}}}", r"\boxed {\frac{14}{3}}",
         ]),
     ],
@@ -292,11 +294,13 @@ def test_right_answers_in_their_usual_dress(reference, answers, scorer):
             "not $4$", "$4$ is wrong", "half of $4$", "one more than $4$", "$4$ or five", "any number except 4",
             "the opposite of 4", "less than 4", "4 dozens", "4 hundreds", "4 tenths", "twenty 4", r"\text{not } 4",
             "4 is false", "seven times 4", "the square of 4", "4 thousandths", "4 thousand", "3=5=4", r"\fbox{4} 5",
-            "4 isn't it", "twenty $4$", "$4$ dozens", "\\(4\\) maybe", "\u4e0d\u662f4", "4\u4e07", "4\u6216\u4e94", "two 4",
+            "4 isn't it", "twenty $4$", "$4$ dozens", "\\(4\\) maybe", "\u4e0d\u662f4", "4\u4e07", "4\u6216\u4e94",
+            "two 4",
             "multiple of 4", "4 fewer than that", "4 million", "(4 or so)", "4-fold or five", r"\approx 4 or 5",
         ]),
         ("7", [
-            r"7\text{ million}", r"7\text{ minus 2}", r"7\text{ not}", "!7", "7:1", r"\text{not }7", "7_2", r"7\equiv 7",
+            r"7\text{ million}", r"7\text{ minus 2}", r"7\text{ not}", "!7", "7:1", r"\text{not }7", "7_2",
+            r"7\equiv 7",
             r"7\text{ or }8", r"\text{7 million}", r"7\mathrm{ million}", "7 wrong",
         ]),
         (r"\frac{14}{3}", [r"not $\frac{14}{3}$", r"half of $\frac{14}{3}$", r"$\frac{14}{3}$ is wrong"]),

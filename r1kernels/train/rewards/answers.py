@@ -84,7 +84,10 @@ _NUMBER = re.compile(
     r" ?(?:(?P<percent>\\?%)|[€£¥₹₽°]|\^ ?\\circ|\^ ?\{ ?\\circ ?\})?\.?",
     re.ASCII,
 )
-_LATEX_SPACING = (("\u2212", "-"), ("{,}", ","), (",\\!", ","), ("\\!", ""), ("\\,", " "), ("\\;", " "), ("\\:", " "), ("~", " "), ("\\ ", " "))
+_LATEX_SPACING = (
+    ("\u2212", "-"), ("{,}", ","), (",\\!", ","), ("\\!", ""),
+    *((space, " ") for space in ("\\,", "\\;", "\\:", "~", "\\ ")),
+)  # fmt: skip
 
 
 def plain_number(text: str) -> tuple[Decimal, bool] | None:

@@ -39,8 +39,9 @@ _COUNTED = {word: value for value, word in enumerate(_DIGIT_WORDS.split("|")[:21
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # Wherever they are, they change the number, take it back or put another beside it.
 _CHANGING = re.compile(
-    r"not|no|non|never|none|nor|neither|n't|\w+n['\u2019]t|cannot|except|excluding|without|but|wrong|false|incorrect|untrue|"
-    r"or|either|versus|vs|unless|maybe|perhaps|possibly|guess|than|least|most|under|below|above|exceeds?|exceeding|beyond|almost|nearly|"
+    r"not|no|non|never|none|nor|neither|n't|\w+n['\u2019]t|cannot|except|excluding|without|but|wrong|false|incorrect|"
+    r"untrue|or|either|versus|vs|unless|maybe|perhaps|possibly|guess|than|least|most|under|below|above|exceeds?|"
+    r"exceeding|beyond|almost|nearly|"
     r"plus|minus|negative|over|divided|multiplied|added|subtracted|increment|decrement|point|half|halves|halved|"
     r"double|doubled|twice|triple|tripled|thrice|quadrupled?|opposite|inverse|reciprocal|negation|complement|"
     r"dozens?|scores?|hundreds?|thousands?|(?:m|b|tr)illions?|tens|lakhs?|crores?|pairs?|mod|modulo|"
@@ -54,11 +55,14 @@ _CHANGING = re.compile(
 # These only before the number, or between it and another.
 _BEFORE = re.compile(r"squares?|cubes?|times|by-?|of-?|e|less|fewer|more", re.IGNORECASE)
 _OF = re.compile(
-    r"\b(?:square|cube|multiple|fraction|part|share|opposite|percent|power|factor|third|fourth|fifth|less|fewer|more)s? of\b",
+    r"\b(?:square|cube|multiple|fraction|part|share|opposite|percent|power|factor|third|fourth|fifth|less|"
+    r"fewer|more)s? of\b",
     re.IGNORECASE,
 )
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_CHINESE_CHANGING = re.compile(r"[不非没無无除减減加乘倍半多少或万萬千百亿億十余餘错錯和与與成几幾于於分二三四五六七八九两零的相负約到至]|一(?!共)")
+_CHINESE_CHANGING = re.compile(
+    r"[不非没無无除减減加乘倍半多少或万萬千百亿億十余餘错錯和与與成几幾于於分二三四五六七八九两零的相负約到至]|一(?!共)"
+)
 _CHINESE_NUMBER = re.compile(r"^([\u4e00-\u9fff:,\s]*)([^\u4e00-\u9fff]*?)([\u4e00-\u9fff]*)[.!]?$")
 
 
@@ -145,7 +149,7 @@ def number_in_prose(text: str) -> tuple[Decimal, bool] | None:
         token = token.strip(_PUNCTUATION)
         number = plain_number(token)
         if number is not None:
-            if found is not None or _BEFORE.fullmatch(before) and before.lower() not in ("by", "of"):
+            if found is not None or (_BEFORE.fullmatch(before) and before.lower() not in ("by", "of")):
                 return None
             found, before = number, token
             continue
