@@ -275,6 +275,7 @@ def test_bad_arguments_are_named(parts, limits, message):
         ("20000", ["20 thousand", "20 thousand dollars"]),
         ("2500000", ["2.5 million"]),
         ("1000", ["1\uff0c000", "1\u00a0000", r"1\;000", "1~000", "1\u202f000", r"1{,}000"]),
+        ("3,4", ["$3$ or $4$", r"3 \text{ or } 4"]),
         (r"\frac{14}{3}", [
             r"**\frac{14}{3}**", r"The answer is \frac{14}{3}.", r"The answer is $\frac{14}{3}$.",
             r"\mathbf{\frac{14}{3}}",
@@ -296,7 +297,9 @@ def test_right_answers_in_their_usual_dress(reference, answers, scorer):
             "4 is false", "seven times 4", "the square of 4", "4 thousandths", "4 thousand", "3=5=4", r"\fbox{4} 5",
             "4 isn't it", "twenty $4$", "$4$ dozens", "\\(4\\) maybe", "\u4e0d\u662f4", "4\u4e07", "4\u6216\u4e94",
             "two 4",
-            "multiple of 4", "4 fewer than that", "4 million", "(4 or so)", "4-fold or five", r"\approx 4 or 5",
+            "multiple of 4", "4 fewer than that", "4 million", "(4 or so)", "4-fold or five", "4 bn", "4 mil",
+            "4 x/y", "4 m/n", "4 pi/e", "\u8d85\u8fc74", "\u6839\u53f74", "4\u6b21\u65b9", "4\u4ee5\u4e0a", "4 k",
+            "$4k", r"\approx 4 or 5",
         ]),
         ("7", [
             r"7\text{ million}", r"7\text{ minus 2}", r"7\text{ not}", "!7", "7:1", r"\text{not }7", "7_2",

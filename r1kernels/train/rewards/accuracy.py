@@ -1,6 +1,7 @@
 """Accuracy: whether the final answer of a completion equals the reference.
 
-Most answers are plain numbers or literally the reference, and are settled here with exact decimals. The rest
+Most answers are plain numbers, said in words (`prose`) or not, or literally the reference, and are settled here with
+exact decimals. A percentage is both its number and its fraction: `120%` is 120 and 1.2. The rest
 is mathematics that a model wrote, which can hang or exhaust any computer algebra system: it goes to
 `math_judge`, in a worker process that can be killed. So do programs, to the judge that `code.triage` names.
 """
@@ -22,6 +23,8 @@ from .settings import ScoringConfig
 MATH = "math_judge:judge"
 # The `x = ` of an answer to what x is.
 _NAMED = re.compile(r"^[A-Za-z](?:\s*=\s*|: | (?:is|equals) )(?=[^=]*$)")
+# Of the words that change a number, those that an answer of several parts may have.
+_ALTERNATIVE = re.compile(r"\b(?:or|either)\b", re.IGNORECASE)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,;: ]|~)\d{3})+(?![\d,])")
 # Ratios, derangements, other bases and near equality, which the judge would read as one of their numbers.
 _NO_NUMBER = re.compile(r"\d\s*:|!\s*\d|\d\s*_|\d\s*\\(?:equiv|approx|cong|sim)(?![A-Za-z])|\\fbox")
@@ -70,7 +73,7 @@ def _math(sample: Sample) -> Outcome:
         return 0.0
     expected = plain_number(reference)
     if expected is None:
-        taken_back = changes(as_prose(answer)) and not changes(as_prose(reference))
+        taken_back = changes(_ALTERNATIVE.sub(" ", as_prose(answer))) and not changes(as_prose(reference))
         return 0.0 if taken_back else _judged(answer, reference)
     given = _number(answer)
     if given is None:

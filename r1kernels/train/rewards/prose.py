@@ -27,7 +27,9 @@ _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mbox)\s*\{([^{}]*)\}"
 _DOLLARS = re.compile(r"(?<!\\)\$")
 
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['\u2019-][^\W\d_]+)*|[aAI]")
-_UNIT = re.compile(r"[A-Za-z\u00b0\u00b5]{1,6}[\u00b2\u00b3]?(?:/[A-Za-z]{1,6}[\u00b2\u00b3]?)?")
+_UNIT = re.compile(
+    r"(?:[A-Za-z]{3,10}|[kcm]?m|[km]?g|in|ft|mi|lb|m?[lL])/(?:[A-Za-z]{3,10}|h|hr|s|[kc]?m|k?g|ft|lb|m?[lL])[\u00b2\u00b3]?"
+)
 _PUNCTUATION = ".,;:!?*\"'"
 _FACTORIAL = re.compile(r"\d\s*!|!\s*\d")
 
@@ -44,7 +46,7 @@ _CHANGING = re.compile(
     r"exceeding|beyond|almost|nearly|"
     r"plus|minus|negative|over|divided|multiplied|added|subtracted|increment|decrement|point|half|halves|halved|"
     r"double|doubled|twice|triple|tripled|thrice|quadrupled?|opposite|inverse|reciprocal|negation|complement|"
-    r"dozens?|scores?|hundreds?|thousands?|(?:m|b|tr)illions?|tens|lakhs?|crores?|pairs?|mod|modulo|"
+    r"dozens?|scores?|hundreds?|thousands?|(?:m|b|tr)illions?|tens|lakhs?|crores?|bn|mn|mil|pairs?|mod|modulo|"
     r"squared|cubed|roots?|sqrt|powers?|exponents?|factorials?|logs?|ln|exp|sin|cos|tan|pi|infinity|infinite|"
     r"percentage points?|sum|product|quotient|difference|remainder|successor|predecessor|"
     r"half-\w+|double-\w+|quarters?|thirds?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
@@ -61,7 +63,7 @@ _OF = re.compile(
 )
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _CHINESE_CHANGING = re.compile(
-    r"[不非没無无除减減加乘倍半多少或万萬千百亿億十余餘错錯和与與成几幾于於分二三四五六七八九两零的相负約到至]|一(?!共)"
+    r"[不非没無无除减減加乘倍半多少或万萬千百亿億十余餘错錯和与與成几幾于於分二三四五六七八九两零的相负約到至上下超大小未根过過最高低]|一(?!共)|次方|(?:平|立)方(?![米厘分千公英])"
 )
 _CHINESE_NUMBER = re.compile(r"^([\u4e00-\u9fff:,\s]*)([^\u4e00-\u9fff]*?)([\u4e00-\u9fff]*)[.!]?$")
 
@@ -116,7 +118,7 @@ def is_prose(text: str) -> bool:
     if _FACTORIAL.search(text[:-1] if shouted else text):
         return False
     return all(
-        not token or _WORD.fullmatch(token) or plain_number(token) or ("/" in token and _UNIT.fullmatch(token))
+        not token or _WORD.fullmatch(token) or plain_number(token) or _UNIT.fullmatch(token)
         or _in_brackets(token) for token in tokens
     ) or bool(_CHINESE.search(text))
 
