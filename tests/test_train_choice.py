@@ -23,7 +23,8 @@ def score(completion, answer="B"):
         "The answer is B", "the answer is (B).", "The correct answer is: B", "Option B", "answer: B",
         "So the answer is B.", "The correct option would be B", "\uff22", "\uff08\uff22\uff09", "\u7b54\u6848\u662fB",
         "\u9009B", "B) A cat", "B. A vitamin, C or D", "B) I think so",
-        "B because A is wrong", "B, since A and C fail", "B Paris", "B!", '"B"', "'B'", "B\u3002", "B\u3001\u5df4\u9ece",
+        "B because A is wrong", "B, since A and C fail", "B Paris", "B!", '"B"', "'B'", "B\u3002",
+        "B\u3001\u5df4\u9ece",
         "B\uff1a\u5df4\u9ece", "B\u200b", "The answer is B because A is wrong", "B) False", "b because of C",
     ],
 )  # fmt: skip
@@ -48,8 +49,10 @@ def test_nothing_else_is_taken_for_the_letter(written):
 
 
 WORDS = [
-    "The answer is ", "answer ", "answer", " answer: ", "\u9009\u62e9", "\u7b54\u6848 ", "\u7b54\u6848", "option ", "choice : ",
-    "right ", "the ", "so ", "thus, ", "or ", ", ", "/", "B ", "B. ", "B or ", "( ", "\\text ", "\\", "because ", "\t", "is ",
+    "The answer is ", "answer ", "answer", " answer: ", "\u9009\u62e9", "\u7b54\u6848 ", "\u7b54\u6848", "option ",
+    "choice : ",
+    "right ", "the ", "so ", "thus, ", "or ", ", ", "/", "B ", "B. ", "B or ", "( ", "\\text ", "\\", "because ",
+    "\t", "is ",
 ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from r1kernels.train.rewards.effort import is_hopeless
         r"\sum_{k=1}^{1000000} k", r"\prod_{k=1}^{1000000} k", r"\int_0^1 x \, dx", r"\lim_{x \to 0} x",
         "(x+y+z+1)^{101}", r"\left(1+\sqrt{2}\right)^{5000}", "(3+4i)^{1000}", "(" * 40 + "18" + ")" * 40, "(" * 400,
         r"\frac{1}{" * 20 + "18" + "}" * 20, r" \cup ".join(f"({k},{k + 1})" for k in range(20)), "|" * 40,
+        "(x+1)^{100}(y+1)^{100}", r"\frac{x^{99999}-1}{x-1}", "12345!!", r"\prod_{k=1}^{9999} (x+k)",
+        r"\sum_{k=1}^{99999} \frac{1}{k}", "(x^{99999}-1)/(x-1)",
     ],
 )  # fmt: skip
 def test_what_no_judge_would_finish_is_neither_right_nor_wrong(answer):
@@ -37,7 +39,7 @@ def test_what_no_judge_would_finish_is_neither_right_nor_wrong(answer):
     [
         "1,000,000", "1000000", "3000000x^2", "1000000^2", "2^{1000}", "2^{2^{3}}", "e^{x^{2}}", "10^{100}",
         "x^{99999}", r"\left(\frac{5}{6}\right)^{100}", "1000!", r"\binom{100}{50}", r"\sum_{k=1}^{100} k",
-        r"\int", "12!!",
+        r"\int", "12!!", r"\sum_{k=1}^{9999} k", r"\sum_{k=1}^{999} (2k+1)", "x_{1}^{200}", "(x-1)^2(x+1)^3",
         r"1+\frac{1}{1+\frac{1}{1+\frac{1}{1+\sqrt{2}}}}", r"\left\{\left(1,\sqrt{\frac{2}{3}}\right)\right\}",
         r"(-\infty,1) \cup (2,3) \cup (4,5) \cup (6,\infty)", "|x|+|y|",
         r"\begin{pmatrix} 1/3 & 2^{10} \\ 0 & 1 \end{pmatrix}",
@@ -109,7 +111,8 @@ def families(draw):
 
 
 # Families whose texts may say 18 and nothing else, in odd clothes; a chain of equations is worth its last member.
-MAY_BE_RIGHT = {"parentheses", "brackets", "left", "fractions", "minus", "words", "subscripts", "equations"}
+MAY_BE_RIGHT = {"parentheses", "brackets", "left", "fractions", "minus", "words", "subscripts", "equations", "unicode",
+                "digits of others"}
 # Seconds for one judgement; the default of ScoringConfig is for a run of hours.
 LIMIT_S = float(os.environ.get("R1KERNELS_HOSTILE_LIMIT_S", "0.5"))
 

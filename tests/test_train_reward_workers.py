@@ -1,5 +1,6 @@
 """Reward workers: what hostile answers can do (nothing, within the limits), and how processes end."""
 
+import json
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from r1kernels.train.rewards import Sample, Scorer, ScoringConfig, WorkerError
+from r1kernels.train.rewards.worker import _say
 
 LIMIT_S = 1.5
 # Endless by itself, and one long operation in C that no Python signal handler or thread can interrupt.
@@ -203,3 +205,15 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_score(memory):
         pytest.raises(WorkerError, match=f"could not start .*memory_bytes={memory * 2**20}"),
     ):
         scorer.score([Sample("", tagged(r"\frac{36}{2}"), "18")])
+
+
+def test_a_long_failure_is_still_one_whole_message():
+    ours, theirs = os.pipe()
+    try:
+        _say(theirs, {"failed": "\U0001f600" * 100_000})
+        said = os.read(ours, 100_000)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert len(said) <= 4096
+    assert json.loads(said)["failed"].startswith("\U0001f600")

@@ -11,7 +11,8 @@ import pytest
 from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Judgement, Sample, Scorer, ScoringConfig, accuracy, format_reward
 from r1kernels.train.rewards.accuracy import triage
-from r1kernels.train.rewards.answers import final_answer, number_in_prose, plain_number
+from r1kernels.train.rewards.answers import final_answer, plain_number
+from r1kernels.train.rewards.prose import number_in_prose
 
 
 def tagged(answer):
@@ -255,3 +256,65 @@ def test_totals_weigh_the_parts_and_ignore_weight_zero():
 def test_bad_arguments_are_named(parts, limits, message):
     with pytest.raises(ValueError, match=message):
         Scorer(parts, ScoringConfig(**limits))
+
+
+@pytest.mark.parametrize(
+    ("reference", "answers"),
+    [
+        ("58500", [
+            r"\text{58500 dollars}", "\u2248 58500", r"\approx 58500", "\u20ac58500", r"58,500^\circ", r"\text{58,500}",
+            r"\textbf{58,500}", "(58,500)", "{58,500}", "Total = $58,500", "58000 + 500 = 58,500", r"\mathbf{58500}",
+            r"58{,}500\text{ cm}^2", r"58,\!500 \text{ km}", r"\left(58500\right)", "58500\u20ac",
+            r"58\,500\ \mathrm{m}",
+        ]),
+        ("18", ["18 square inches", "18 dollars!", "**18**", "**18** dollars", "\uff11\uff18", "18 m\u00b2"]),
+        ("3", [
+            "3 square feet", "3 times", "increased by 3", "3 km/h", "3 (three)", "x is 3", "3\u4e2a", "3\u3002",
+            "\u7b54\u6848\u662f3", "\u4e00\u5171\u67093\u4e2a", "\uff13", "3\u200b", "\ufeff3", "It is 3.", "`3`",
+        ]),
+        ("20000", ["20 thousand", "20 thousand dollars"]),
+        ("2500000", ["2.5 million"]),
+        ("1000", ["1\uff0c000", "1\u00a0000", r"1\;000", "1~000", "1\u202f000", r"1{,}000"]),
+        ("3,4", ["$3$ or $4$", r"3 \text{ or } 4"]),
+        (r"\frac{14}{3}", [
+            r"**\frac{14}{3}**", r"The answer is \frac{14}{3}.", r"The answer is $\frac{14}{3}$.",
+            r"\mathbf{\frac{14}{3}}",
+            r"\boxed{\mathbf{\frac{14}{3}}}", r"\boxed {\frac{14}{3}}",
+        ]),
+    ],
+)  # fmt: skip
+def test_right_answers_in_their_usual_dress(reference, answers, scorer):
+    values = scorer.score([Sample("", tagged(answer), reference) for answer in answers]).parts["accuracy"]
+    assert [answer for answer, value in zip(answers, values, strict=True) if value != 1.0] == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "answers"),
+    [
+        ("4", [
+            "not $4$", "$4$ is wrong", "half of $4$", "one more than $4$", "$4$ or five", "any number except 4",
+            "the opposite of 4", "less than 4", "4 dozens", "4 hundreds", "4 tenths", "twenty 4", r"\text{not } 4",
+            "4 is false", "seven times 4", "the square of 4", "4 thousandths", "4 thousand", "3=5=4", r"\fbox{4} 5",
+            "4 isn't it", "twenty $4$", "$4$ dozens", "\\(4\\) maybe", "\u4e0d\u662f4", "4\u4e07", "4\u6216\u4e94",
+            "two 4",
+            "multiple of 4", "4 fewer than that", "4 million", "(4 or so)", "4-fold or five", "4 bn", "4 mil",
+            "4 x/y", "4 m/n", "4 pi/e", "\u8d85\u8fc74", "\u6839\u53f74", "4\u6b21\u65b9", "4\u4ee5\u4e0a", "4 k",
+            "$4k", r"\approx 4 or 5",
+        ]),
+        ("7", [
+            r"7\text{ million}", r"7\text{ minus 2}", r"7\text{ not}", "!7", "7:1", r"\text{not }7", "7_2",
+            r"7\equiv 7",
+            r"7\text{ or }8", r"\text{7 million}", r"7\mathrm{ million}", "7 wrong",
+        ]),
+        (r"\frac{14}{3}", [r"not $\frac{14}{3}$", r"half of $\frac{14}{3}$", r"$\frac{14}{3}$ is wrong"]),
+    ],
+)  # fmt: skip
+def test_words_that_change_a_number_are_heard(reference, answers, scorer):
+    values = scorer.score([Sample("", tagged(answer), reference) for answer in answers]).parts["accuracy"]
+    assert [answer for answer, value in zip(answers, values, strict=True) if value != 0.0] == []
+
+
+def test_a_heading_is_no_answer():
+    assert final_answer("", r"So \boxed{18}." + "\n\n#### Summary\nAll is well.") == "18"
+    assert final_answer("", r"So \boxed {18}.") == "18"
+    assert final_answer("", "#### Paris") == "Paris"

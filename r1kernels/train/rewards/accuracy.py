@@ -1,6 +1,7 @@
 """Accuracy: whether the final answer of a completion equals the reference.
 
-Most answers are plain numbers or literally the reference, and are settled here with exact decimals. The rest
+Most answers are plain numbers, said in words (`prose`) or not, or literally the reference, and are settled here with
+exact decimals. A percentage is both its number and its fraction: `120%` is 120 and 1.2. The rest
 is mathematics that a model wrote, which can hang or exhaust any computer algebra system: it goes to
 `math_judge`, in a worker process that can be killed. So do programs, to the judge that `code.triage` names.
 """
@@ -9,17 +10,24 @@ import importlib
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 
-from .answers import MAX_ANSWER, braced, final_answer, is_prose, number_in_prose, plain_number, unwrap
+from .answers import MAX_ANSWER, braced, final_answer, plain_number
 from .base import Judgement, Outcome, Sample
 from .choice import choice, chosen
 from .effort import is_hopeless
 from .exact import exact, normal
+from .prose import as_prose, changes, is_prose, number_in_prose, unwrap
 from .settings import ScoringConfig
 
 MATH = "math_judge:judge"
 # The `x = ` of an answer to what x is.
-_NAMED = re.compile(r"^[A-Za-z]\s*=\s*(?=[^=]*$)")
+_NAMED = re.compile(r"^[A-Za-z](?:\s*=\s*|: | (?:is|equals) )(?=[^=]*$)")
+# Of the words that change a number, those that an answer of several parts may have.
+_ALTERNATIVE = re.compile(r"\b(?:or|either)\b", re.IGNORECASE)
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,;: ]|~)\d{3})+(?![\d,])")
+# Ratios, derangements, other bases and near equality, which the judge would read as one of their numbers.
+_NO_NUMBER = re.compile(r"\d\s*:|!\s*\d|\d\s*_|\d\s*\\(?:equiv|approx|cong|sim)(?![A-Za-z])|\\fbox")
 
 
 def prepare_accuracy(settings: ScoringConfig) -> Callable[[Sample], Outcome]:
@@ -65,18 +73,43 @@ def _math(sample: Sample) -> Outcome:
         return 0.0
     expected = plain_number(reference)
     if expected is None:
-        return _judged(answer, reference)
-    given = plain_number(answer)
-    if given is None and is_prose(answer):
-        given = number_in_prose(answer)
-        if given is None:
-            return 0.0
+        taken_back = changes(_ALTERNATIVE.sub(" ", as_prose(answer))) and not changes(as_prose(reference))
+        return 0.0 if taken_back else _judged(answer, reference)
+    given = _number(answer)
     if given is None:
-        return _judged(answer, reference)
-    if given[0] == expected[0]:
-        return 1.0
-    # 50% and 0.5 are the same number; only the judge knows when.
-    return 0.0 if given[1] == expected[1] else _judged(answer, reference)
+        return 0.0 if _is_no_number(answer) else _judged(_GROUPED.sub(_ungrouped, answer), reference)
+    # 50% is the number 50 as well as 0.5: problems ask for either.
+    return float(given[0] == expected[0] or (given[1] != expected[1] and _fraction(given) == _fraction(expected)))
+
+
+def _number(answer: str) -> tuple[Decimal, bool] | None:
+    """The number that an answer is, says in words, or ends a calculation with."""
+    number = plain_number(answer)
+    if number is not None:
+        return number
+    words = as_prose(answer)
+    if is_prose(words):
+        return number_in_prose(words)
+    name, equals, value = words.partition("=")
+    if equals and "=" not in value and not plain_number(name) and not changes(name):
+        return plain_number(value)
+    return None
+
+
+def _is_no_number(answer: str) -> bool:
+    words = as_prose(answer)
+    if is_prose(words) or changes(words) or _NO_NUMBER.search(words):
+        return True
+    numbers = {number[0] for part in answer.split("=") if (number := plain_number(part))}
+    return len(numbers) > 1  # 3 = 5 = 4
+
+
+def _fraction(number: tuple[Decimal, bool]) -> Decimal:
+    return number[0].scaleb(-2) if number[1] else number[0]
+
+
+def _ungrouped(match: re.Match[str]) -> str:
+    return "".join(filter(str.isdigit, match[0]))
 
 
 def spelling(sample: Sample) -> tuple[str, object] | None:
@@ -95,7 +128,7 @@ def spelling(sample: Sample) -> tuple[str, object] | None:
     if len(answer) > MAX_ANSWER:
         return "long", answer
     answer = _NAMED.sub("", unwrap(answer))
-    number = plain_number(answer) or (is_prose(answer) and number_in_prose(answer))
+    number = _number(answer)
     return ("number", number) if number else ("text", answer)
 
 

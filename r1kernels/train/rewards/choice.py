@@ -33,7 +33,7 @@ _LETTER = re.compile(r"\( ?([A-Za-z]) ?\)|\[ ?([A-Za-z]) ?\]|([A-Za-z])")
 _END = re.compile(r" ?[.):!。]{0,4}$")
 _REASON = re.compile(r" ?[,、.;:]? ?(?:\b(?:because|since)\b|因为)", re.IGNORECASE)
 # What sets off the option's text.
-_TEXT = re.compile(r" ?[.):。、](?: (?=\S)|(?=[\u4e00-\u9fff]))|(?<=[)\]]) (?=\S)| [-–—] (?=\S)")
+_TEXT = re.compile(r" ?[.):。、](?: (?=\S)|(?=[\u4e00-\u9fff]))|(?<=[)\]]) (?=\S)| [-\u2013\u2014] (?=\S)")
 _CAPITALISED = re.compile(r" (?=[A-Z][a-z])")
 # A second letter at the beginning of the text, and words that take the letter back or put another beside it.
 _SECOND = re.compile(
@@ -44,7 +44,8 @@ _SECOND = re.compile(
 )
 _TAKEN_BACK = re.compile(r"(?:not|no|wrong|incorrect|false|never|only|if|unless)\b", re.IGNORECASE)
 _OTHER = re.compile(
-    r"(?:^|(?<=[ (]))[A-Z][.)] |\b(?i:is|be|it's) [(\[]?[A-Z][)\]]?[.!]?$|\b[B-HJ-Z] (?i:is|would be) (?i:right|correct)"
+    r"(?:^|(?<=[ (]))[A-Z][.)] |\b(?i:is|be|it's) [(\[]?[A-Z][)\]]?[.!]?$"
+    r"|\b[B-HJ-Z] (?i:is|would be) (?i:right|correct)"
 )
 _CHANGED = re.compile(r"\b(?:actually|wait|instead|rather|alternatively|maybe|perhaps)\b", re.IGNORECASE)
 
@@ -75,7 +76,7 @@ def letter(text: str, *, named: bool = False) -> str | None:
     if len(text) > MAX_CHOICE:
         return None
     text = " ".join(unicodedata.normalize("NFKC", text.translate(INVISIBLE)).split())
-    text = " ".join(_STYLE.sub(" ", text).split()).strip("'‘’ ")
+    text = " ".join(_STYLE.sub(" ", text).split()).strip("\'\u2018\u2019 ")
     match = _SO.match(text)
     start = first = match.end() if match else 0
     while match := _NAME.match(text, start):

@@ -12,6 +12,8 @@ import re
 # Brackets within brackets, parts of a union, bars, and exponents of a bracket: more than answers have, and as many as
 # the judge takes a second or so for.
 MAX_DEPTH, MAX_PARTS, MAX_BARS, MAX_BRACKET_POWER = 8, 8, 12, 100
+# Terms of the product of all powers of brackets, and the exponent of a variable in a fraction.
+MAX_TERMS, MAX_FRACTION_POWER = 1000, 1000
 # The size of an exponent, or of a number that a product or sum runs to, in decimal digits; and of a power.
 MAX_DIGITS, MAX_POWER_DIGITS = 5, 2_000_000
 
@@ -19,12 +21,17 @@ _LARGE = re.compile(rf"\d{{{MAX_DIGITS + 1}}}", re.ASCII)
 _POWER = re.compile(r"\^\s*\{?([^{}^]{0,80})", re.ASCII)
 _TOWER = re.compile(r"(?=\^[\s{(]*(\d{1,6})[\s})]*\^[\s{(]*(\d{1,6}))", re.ASCII)
 _NUMBER_POWER = re.compile(r"(\d+)\s*\^\s*\{?\s*-?\s*(\d{1,6})", re.ASCII)
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)(?=\s*\^)")
+_VARIABLE_POWER = re.compile(r"[A-Za-z]\s*\^\s*\{?\s*-?\s*(\d+)", re.ASCII)
+_FRACTION = re.compile(r"\\[dtc]?frac|\\over|/|\\div")
 _BRACKET_POWER = re.compile(r"[)\]}]\s*\^\s*\{?\s*-?\s*(\d+)", re.ASCII)
 # Operations that turn a large number into as much work.
 _RUNNING = re.compile(r"!|\\(?:d|t)?binom|\\choose|\\Gamma|\\sum|\\prod|\\bmod|\\pmod|\\mod")
 # Operations that are still to be carried out.
 _UNDONE = re.compile(r"\\(?:i{0,3}|o)int(?![A-Za-z])|\\lim(?![A-Za-z])")
-_FACTORIALS = re.compile(r"!\s*!\s*!")
+# Sums and products of tens of thousands of terms, products of thousands.
+_LONG = re.compile(r"\\(?:sum|prod)(?![A-Za-z])[^^]{0,40}\^\s*\{?\s*\d{5}|\\prod(?![A-Za-z])[^^]{0,40}\^\s*\{?\s*\d{4}")
+_FACTORIALS = re.compile(r"!\s*!\s*!|\d{4}[\s)}]*!\s*!")
 
 
 def is_hopeless(answer: str, reference: str) -> bool:
@@ -34,7 +41,7 @@ def is_hopeless(answer: str, reference: str) -> bool:
     for mark, most in (("\\cup", MAX_PARTS), ("|", MAX_BARS)):
         if answer.count(mark) > most + reference.count(mark):
             return True
-    for pattern in (_UNDONE, _FACTORIALS):
+    for pattern in (_UNDONE, _FACTORIALS, _LONG):
         if pattern.search(answer) and not pattern.search(reference):
             return True
     if _LARGE.search(answer) and _RUNNING.search(answer) and not _RUNNING.search(reference):
@@ -65,6 +72,13 @@ def _power(text: str) -> float:
             largest = max(largest, 10.0 ** min(exponent * math.log10(base) - MAX_DIGITS, 100))
     for match in _NUMBER_POWER.finditer(text):
         largest = max(largest, len(match[1]) * int(match[2]) / MAX_POWER_DIGITS)
-    for match in _BRACKET_POWER.finditer(text):
-        largest = max(largest, min(float(match[1][:100]), 1e100) / MAX_BRACKET_POWER)
+    terms = 1.0
+    # The limits of a sum are no power of the bracket before them.
+    for match in _BRACKET_POWER.finditer(_SUBSCRIPT.sub("", text)):
+        exponent = float(match[1][:100])
+        terms = min(terms * max(exponent, 1.0), 1e100)
+        largest = max(largest, exponent / MAX_BRACKET_POWER, terms / MAX_TERMS)
+    if _FRACTION.search(text):
+        for match in _VARIABLE_POWER.finditer(text):
+            largest = max(largest, float(match[1][:100]) / MAX_FRACTION_POWER)
     return largest

@@ -29,7 +29,11 @@ _EQUIVALENT = (
     "meaning, whatever its form? " + _MATERIAL
     + "Reason briefly, then end with one line: 'Verdict: yes' or 'Verdict: no'."
 )
-_VERDICT = re.compile(r"verdict\W{1,8}(a|b|tie|yes|no)\b", re.IGNORECASE)
+# `A tie` is a tie, and `a better one` no verdict.
+_VERDICT = re.compile(
+    r"verdict\W{1,8}(?:response\W{1,4}|a (?=tie\b))?(a(?! (?!is\b|wins\b|because\b)[a-z])|b|tie|yes|no)\b",
+    re.IGNORECASE,
+)
 
 
 class Judge:

@@ -132,8 +132,9 @@ def _judge(judges: dict[str, Callable[..., float]], memory: int, verdicts: int) 
 
 
 def _say(verdicts: int, message: dict) -> None:
-    """One line in one write, which a pipe takes as a whole or not at all."""
-    os.write(verdicts, (json.dumps(message) + "\n").encode()[:4000])
+    """One line in one write, which a pipe takes as a whole or not at all, if it is short."""
+    short = {key: value[:300] if isinstance(value, str) else value for key, value in message.items()}
+    os.write(verdicts, (json.dumps(short) + "\n").encode())
 
 
 def _load_package() -> None:
