@@ -110,7 +110,7 @@ class World:
             raise self.fail.pop(config.name)
         return {"steps": config.steps}
 
-    def _measure(self, recipe: Any, path: Path, interrupt: Interrupt) -> Measured:
+    def _measure(self, recipe: Any, path: Path, interrupt: Interrupt, overrides: dict[str, Any]) -> Measured:
         self.log.append(f"{path.parents[2].name}?")
         if f"{path.parents[2].name}?" in self.fail:
             raise self.fail.pop(f"{path.parents[2].name}?")

@@ -17,6 +17,13 @@ from r1kernels.train.data import (
 )
 
 
+TESTS = {"cases": [{"args": [], "expected": 1}], "entry_point": "f"}
+
+
+def selected(path):
+    return read_selected(path, lambda question: f"[{question}]")
+
+
 def row(question="2 + 2?", answer="2 + 2 = <<2+2=4>>4\n#### 4"):
     return json.dumps({"question": question, "answer": answer})
 
@@ -61,7 +68,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         load_gsm8k(path)
 
 
-@pytest.mark.parametrize("load", [load_gsm8k, load_math, load_jsonl, load_pairs_jsonl, read_selected])
+@pytest.mark.parametrize("load", [load_gsm8k, load_math, load_jsonl, load_pairs_jsonl, selected])
 def test_a_missing_file_a_directory_and_an_empty_file_are_named(tmp_path, load):
     with pytest.raises(DataError, match=r"cannot read data file .*none\.jsonl: No such file"):
         load(tmp_path / "none.jsonl")
@@ -84,15 +91,18 @@ def test_problems_of_every_kind(tmp_path):
         {"question": " 2 + 2? ", "answer": " 4 "},
         {"question": "Which?", "answer": "B", "kind": "choice", "id": 7},
         {"question": "Hello!", "kind": "open", "language": "zh"},
-        {"question": "f?", "answer": {"test": "assert f() == 1"}, "kind": "code"},
+        {"question": "f?", "answer": TESTS, "kind": "code"},
     )
     assert load_jsonl(path, "zh") == [
         Problem("mixed-1", "2 + 2?", "4", "math", "zh"),
         Problem("7", "Which?", "B", "choice", "zh"),
         Problem("mixed-3", "Hello!", "", "open", "zh"),
-        Problem("mixed-4", "f?", '{"test": "assert f() == 1"}', "code", "zh"),
+        Problem("mixed-4", "f?", json.dumps(TESTS), "code", "zh"),
     ]
     for bad, message in (
+        ({"question": "x", "answer": "y", "language": "fr"}, "'language' is 'fr', expected one of en, zh"),
+        ({"question": "x", "answer": "two", "kind": "choice"}, "'answer' is 'two', expected the letter of an option"),
+        ({"question": "x", "answer": "{}", "kind": "code"}, "'answer' holds no tests of a program: tests need 'prompt'"),
         ({"question": "x", "answer": "y", "kind": "poem"}, "'kind' is 'poem', expected one of math, choice, "),
         ({"question": "x"}, "no 'answer', found: question"),
         ({"question": "x", "answer": None}, "'answer' must be a string that is not blank, got None"),
@@ -108,9 +118,11 @@ def test_math_pairs_and_selections(tmp_path):
     assert load_math(path) == [Problem("m-1", "x?", "\\frac12")]
     path = lines(tmp_path / "p.jsonl", {"question": "q", "chosen": " a ", "rejected": "b"})
     assert load_pairs_jsonl(path) == [Pair("p-1", "q", "a", "b")]
-    row = {"prompt": "p", "completion": "c"}
-    path = lines(tmp_path / "s.jsonl", {"id": "one", "prompt": " p ", "completion": " c\n"}, row)
-    assert read_selected(path) == [Demonstration("one", " p ", " c\n"), Demonstration("2", "p", "c")]
-    for load, keys in ((load_math, "problem"), (load_pairs_jsonl, "question"), (read_selected, "prompt")):
+    row = {"question": "q", "prompt": "p<think>", "completion": "c"}
+    path = lines(tmp_path / "s.jsonl", {"id": "one", "question": "q", "prompt": " p ", "completion": " c\n"}, row)
+    assert selected(path) == [Demonstration("one", "[q]", " c\n"), Demonstration("2", "[q]", "<think>c")]
+    opened = read_selected(path, lambda question: f"[{question}] <think>")
+    assert [sample.completion for sample in opened] == ["c\n", "c"]
+    for load, keys in ((load_math, "problem"), (load_pairs_jsonl, "question"), (selected, "question")):
         with pytest.raises(DataError, match=rf"bad\.jsonl, line 1: no '{keys}', found: x"):
             load(lines(tmp_path / "bad.jsonl", {"x": 1}))

@@ -141,7 +141,7 @@ def test_at_most_so_many_of_a_question_and_the_same_only_once(home, tmp_path, sc
     everything = reject.run(stage_at(home, tmp_path / "other", "stages.traces.samples_per_question=16"))
     stage = stage_at(home, tmp_path, "stages.traces.samples_per_question=16", "stages.traces.keep_per_question=1")
     summary = reject.run(stage)
-    per_question = Counter(sample.prompt for sample in read_selected(stage.directory / "selected.jsonl"))
+    per_question = Counter(sample.prompt for sample in read_selected(stage.directory / "selected.jsonl", str))
     assert set(per_question.values()) == {1} and summary["kept"] == summary["answered"] == everything["answered"]
     assert summary["rejected"]["surplus"] + summary["rejected"]["duplicate"] == (
         everything["rejected"]["duplicate"] + everything["kept"] - summary["kept"]

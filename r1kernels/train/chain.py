@@ -130,15 +130,13 @@ class Chain:
         Raises:
             Interrupted: after the stage at work has saved its state.
         """
+        for plan in self.plan():
+            if plan.action == "refuse":
+                raise ConfigError(f"stage '{plan.name}': {plan.why}")
         for index, name in enumerate(self.order):
             interrupt.check()
             plan = self._decide(name, set())
             console.stage(name, index + 1, len(self.order), f"{plan.action}: {plan.why}")
-            if plan.action == "refuse":
-                raise ConfigError(
-                    f"stage '{name}' was interrupted, and {plan.why}: --trust-code continues it, --from {name} begins "
-                    "anew"
-                )
             if plan.action != "skip":
                 try:
                     self._run(name, plan, console, interrupt)
@@ -227,7 +225,11 @@ class Chain:
         why += [item for item in changed if item not in grown or not more]
         hashes = self._hashes(name)
         other_code = hashes["code"] != record["hashes"]["code"] and not self.trust_code
-        if other_code and record["status"] == "finished":
+        if other_code and record["status"] != "finished" and not why:
+            # Not begun anew by itself: what it has done may have taken weeks.
+            return Plan(name, "refuse", "it was interrupted, and the code or a library changed since: --trust-code "
+                        f"continues it, --from {name} begins it anew")
+        if other_code:
             why.append("the code or a library changed (--trust-code lets it stand)")
         why += [f"{key} changed" for key, value in hashes["data"].items() if record["hashes"]["data"].get(key) != value]
         why += [f"{dependency} is run first" for dependency in waits]
@@ -238,9 +240,7 @@ class Chain:
         if why:
             return Plan(name, "rerun", "; ".join(why))
         if record["status"] != "finished":
-            # Not run again by itself: what it has done may have taken weeks.
-            return Plan(name, "refuse", "the code or a library changed since") if other_code else Plan(
-                name, "continue", "it was interrupted")
+            return Plan(name, "continue", "it was interrupted")
         if grown:
             return Plan(name, "continue", "; ".join(grown))
         if not self._stands(name):

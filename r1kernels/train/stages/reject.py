@@ -204,7 +204,7 @@ def _judge(recipe: Recipe) -> Judge:
 def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]) -> list[str]:
     """Rejects answers to open problems that the judge does not find equivalent to the reference.
 
-    Asked last, and only about what passes all else: an answer costs seconds. Returns what went wrong where it gave none.
+    Asked last, and only about what passes all else: an answer costs seconds. Returns what went wrong where none came.
     """
     failures: list[str] = []
 
