@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -14,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1kernels.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from r1kernels.train.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    tidy_checkpoints,
+)
 
 
 class Files:
@@ -175,6 +182,21 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(tmp_path, step)
     assert load_checkpoint(earlier).state["note"] == "earlier"
 
 
+def test_a_disk_that_is_full_within_the_state_is_named(tmp_path, monkeypatch):
+    """Interrupted in a record, torch complains about where it stands."""
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: real(state, Full()))
+    with pytest.raises(CheckpointError, match=r"step-000001: OSError: \[Errno 28\] No space left on device; earlier"):
+        save(tmp_path, 1, tensor=torch.zeros(10_000))
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_rename_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, failing):
     earlier = save(tmp_path, 1, note="earlier")
@@ -265,6 +287,17 @@ def test_a_kill_at_any_moment_leaves_the_latest_checkpoint_whole(tmp_path):
     # The kills came in the middle of saves, and saves completed between them: both ends were exercised.
     assert number > 10
     assert interrupted > 5
+
+
+def test_what_a_killed_save_left_can_be_removed(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / ".deleted-step-000000" / "model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000003").rename(tmp_path / "checkpoints" / ".replaced-step-000003")
+    tidy_checkpoints(tmp_path, keep=2)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    tidy_checkpoints(tmp_path / "nothing", keep=2)
+    assert load_checkpoint(latest_checkpoint(tmp_path)).state["step"] == 3
 
 
 def test_a_damaged_one_names_the_next_older(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from r1kernels.train.config import EvalConfig
 from r1kernels.train.data import Problem
 from r1kernels.train.evaluate import PARTS, consensus, evaluate
 from r1kernels.train.prompt import Template, render
-from r1kernels.train.rewards import Sample, Scorer, ScoringConfig
+from r1kernels.train.rewards import Sample, Scorer, ScoringConfig, accuracy
 from r1kernels.train.rollout import Completions
 
 PROBLEMS = [Problem("a", "2 + 2?", "4"), Problem("b", "3 + 3?", "6"), Problem("c", "4 + 4?", "8")]
@@ -123,7 +124,7 @@ def test_samples_without_a_score_are_left_out_and_counted(scorer):
     assert result.unscorable == 3
     values = np.array([1.0, 1.0])  # the third question has no score at all
     assert result.pass_at_1 == values.mean() and result.pass_at_1_se == 0
-    assert result.cons_at_k == 1.0
+    assert result.cons_at_k == 0.75  # the answer without a score is as frequent as the right one
     _, nothing = measure(Unscorable(scorer, range(6)), texts)
     stored = nothing.as_dict()
     assert all(stored[key] is None for key in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se"))
@@ -160,14 +161,44 @@ def test_the_most_frequent_answer_decides(answers, expected):
     assert vote(*answers) == pytest.approx(expected)
 
 
-def test_what_has_no_score_has_no_vote():
+def test_what_has_no_score_has_the_vote_of_a_wrong_answer():
     nan = math.nan
-    assert vote(2, 2, 1, correct=[nan, nan, 1.0]) == 1.0
+    assert vote(2, 2, 1, correct=[nan, nan, 1.0]) == 0.0
+    assert vote(2, 3, 1, 1, correct=[nan, nan, 1.0, 1.0]) == 1.0
     assert math.isnan(vote(2, 1, correct=[nan, nan]))
     assert math.isnan(vote(None, correct=[nan]))
     assert math.isnan(vote(1, 1, kind="code"))  # programs are not compared
 
 
-def test_equal_answers_judged_differently_share():
+def test_equal_answers_judged_differently_are_not_one():
     """The same plain answer may be right in one sample alone, where what surrounds it is judged too."""
-    assert vote(1, 1, 2, correct=[1.0, 0.0, 0.0]) == 0.5
+    assert vote(1, 1, 2, correct=[1.0, 0.0, 0.0]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "completions", "expected"),
+    [
+        ("choice", "B", ["The answer is B"] * 3, 1.0),
+        ("choice", "B", [r"\boxed{B}", r"\boxed{(B)}", "The answer is B.", r"\boxed{A}", r"\boxed{A}"], 1.0),
+        ("choice", "B", [r"\boxed{A}", r"\boxed{(A)}", "The answer is A.", r"\boxed{B}", r"\boxed{B}"], 0.0),
+        ("exact", "a b", [r"\boxed{a b}", r"\boxed{a  b}", r"\boxed{c}"], 1.0),
+        ("exact", "a b", [r"\boxed{c d}", r"\boxed{c  d}", r"\boxed{a b}"], 0.0),
+        ("math", "5", [r"\boxed{x=5}", r"\boxed{5}", r"\boxed{6}", r"\boxed{7}"], 1.0),
+        ("math", "5", [r"\boxed{x=6}", r"\boxed{6}", r"\boxed{5}"], 0.0),
+        ("math", "18", [r"\boxed{18\text{ dollars}}", r"\boxed{\$18}", r"\boxed{18}", *[r"\boxed{17}"] * 2], 1.0),
+        ("math", "18", [r"\boxed{17\text{ dollars}}", r"\boxed{\$17}", r"\boxed{17.0}", *[r"\boxed{18}"] * 2], 0.0),
+        ("math", "18", [r"\boxed{17 dollars}", r"\boxed{It is 17}", r"\boxed{18}"], 0.0),
+        ("math", "18", [*[r"\boxed{9^{9^{9^9}}}"] * 15, r"\boxed{18}"], 0.0),
+        ("math", "18", [*["no idea"] * 15, r"\boxed{18}"], 1.0),
+    ],
+)  # fmt: skip
+def test_answers_are_the_same_that_are_read_as_the_same(kind, reference, completions, expected):
+    samples = [Sample("", completion, reference, kind=kind) for completion in completions]
+    assert consensus(samples, [accuracy(sample) for sample in samples]) == expected
+
+
+def test_counting_long_answers_is_cheap():
+    samples = [Sample("", r"\boxed{" + r"\(" * 9990 + "}", "18")] * 200
+    start = time.monotonic()
+    assert consensus(samples, [0.0] * 200) == 0.0
+    assert time.monotonic() - start < 5

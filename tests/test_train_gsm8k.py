@@ -22,7 +22,14 @@ from r1kernels.train.prompt import render
 from r1kernels.train.rewards import Sample, Scorer, ScoringConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMATS = ("<think>so</think> <answer>{}</answer>", r"so it is \boxed{{{}}}.", "so\n#### {}")
+FORMATS = (
+    "<think>so</think> <answer>{}</answer>",
+    r"so it is \boxed{{{}}}.",
+    "so\n#### {}",
+    r"<think>so</think> <answer>It is \boxed{{{}}}.</answer>",
+    "<think>so</think> <answer>It is\n#### {}</answer>",
+    r"<think>\boxed{{17}}, or #### 18</think> It is $\boxed{{{}}}$, I think.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +48,7 @@ def scorer():
         yield scorer
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split, form", [*(("test", form) for form in FORMATS), ("train", FORMATS[0])])
 def test_gold_answers_are_right_and_perturbed_ones_wrong(data, scorer, form, split):
     problems = load_gsm8k(data / f"gsm8k_{split}.jsonl")
     assert len(problems) == {"train": 7473, "test": 1319}[split]
@@ -54,9 +60,17 @@ def test_gold_answers_are_right_and_perturbed_ones_wrong(data, scorer, form, spl
         ]
         return set(scorer.score(samples).parts["accuracy"])
 
-    for right in (str, "${}".format, "{}.00".format, "{} dollars".format, lambda gold: f"{int(gold):,}"):
+    for right in (
+        str, "${}".format, "{}.00".format, "{} dollars".format, "{}.".format, "The answer is {}!".format,
+        "x = {}".format,
+        lambda gold: f"{int(gold):,}", lambda gold: f"${int(gold):,}.00", lambda gold: f"**{int(gold):,}** apples",
+        lambda gold: rf"\${int(gold):,}".replace(",", "{,}"), lambda gold: f"{int(gold):,}".replace(",", " "),
+    ):  # fmt: skip
         assert accuracy(right) == {1.0}
-    for wrong in ("{}1".format, "1{}".format, "{}.5".format, lambda gold: str(int(gold) + 1), "{0} or 1{0}".format):
+    for wrong in (
+        "minus one more than {}".format, "{0}, 1{0}".format,
+        "{}1".format, "1{}".format, "{}.5".format, lambda gold: str(int(gold) + 1), "{0} or 1{0}".format,
+    ):  # fmt: skip
         assert accuracy(wrong) == {0.0}
 
 
@@ -70,7 +84,7 @@ def test_gold_answers_reach_the_judge_too(data, scorer):
             for form in FORMATS
         ]
         scores = scorer.score(samples)
-        assert scores.parts["accuracy"] == [value] * 300
+        assert scores.parts["accuracy"] == [value] * len(samples)
         assert (scores.timeouts, scores.crashes) == (0, 0)
 
 
@@ -148,24 +162,26 @@ def test_whole_steps_on_real_problems(data, one_thread, tmp_path, capsys):
 
     settings = {
         "run_dir": tmp_path / "run",
-        "model.path": tmp_path / "model",
-        "model.device": "cpu",
-        "data.path": tmp_path / "train.jsonl",
-        "data.test_path": tmp_path / "test.jsonl",
-        "grpo.steps": 2,
-        "grpo.questions": 4,
-        "grpo.group_size": 4,
-        "grpo.minibatches": 2,
-        "grpo.max_new_tokens": 24,
+        "stages.base.path": tmp_path / "model",
+        "device": "cpu",
+        "data.gsm8k.path": tmp_path / "train.jsonl",
+        "data.gsm8k.test_path": tmp_path / "test.jsonl",
+        "stages.r1_zero.steps": 2,
+        "stages.r1_zero.questions": 4,
+        "stages.r1_zero.group_size": 4,
+        "stages.r1_zero.minibatches": 2,
+        "stages.r1_zero.max_new_tokens": 24,
         "eval.every": 2,
-        "reward.workers": 1,
+        "eval.max_new_tokens": 24,
+        "scoring.workers": 1,
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
     with pytest.raises(SystemExit) as done:
         main(["train", str(ROOT / "recipes" / "gsm8k_zero.yaml"), "--plain", "--set", *overrides])
     assert done.value.code == 0, capsys.readouterr()
 
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stage = tmp_path / "run" / "r1_zero"
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [0, 1]
     for line in steps:
@@ -179,7 +195,7 @@ def test_whole_steps_on_real_problems(data, one_thread, tmp_path, capsys):
     assert steps[0]["pass_at_1"] > 0
     assert any("pass_at_1" in line for line in lines if line["step"] == 2)
 
-    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "run"))
+    checkpoint = load_checkpoint(latest_checkpoint(stage))
     assert checkpoint.state["step"] == 2
     trained = AutoModelForCausalLM.from_pretrained(checkpoint.model_dir)
     reloaded = AutoTokenizer.from_pretrained(checkpoint.model_dir)

@@ -17,6 +17,6 @@ def test_the_penalty_grows_over_the_buffer():
 def test_a_sample_without_its_length_is_an_error(known):
     with (
         Scorer({"overlong": 1.0}) as scorer,
-        pytest.raises(ValueError, match="reward 'overlong' got tokens=.*, limit=.*, expected two numbers"),
+        pytest.raises(ValueError, match=r"reward 'overlong' got tokens=.*, limit=.*, expected two numbers"),
     ):
         scorer.score([Sample("", "", "", **known)])

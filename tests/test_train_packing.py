@@ -6,12 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from supervised_cases import make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import r1kernels
 from r1kernels.train.data import DataError
 from r1kernels.train.head import head_of, hidden_states
-from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fitting, pack
+from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fitting, keeps_apart, pack
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -78,6 +87,36 @@ def test_a_sample_in_a_packed_row_has_the_log_probs_it_has_alone(family, attenti
     assert together.shape == (5 + 3 + 11 + 4,)
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
     assert (crossed[5:] - alone[5:19]).abs().max() > 1e-3
+
+
+MIXING = {
+    "alibi": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    "recurrent": MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "positions by mask": OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("config", MIXING.values(), ids=MIXING)
+def test_models_whose_samples_see_each_other_are_noticed(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    assert not keeps_apart(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_models_that_heed_positions_are_packed(family):
+    assert keeps_apart(model_of(family, "sdpa"))
+
+
+def test_without_room_every_sample_has_a_row():
+    assert sorted(pack([5, 9, 5, 3], 0)) == [[0], [1], [2], [3]]
 
 
 def test_samples_are_encoded_as_the_sampler_encodes_prompts():

@@ -12,12 +12,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.config import load_recipe
 from r1kernels.train.console import Console
-from r1kernels.train.data import DataError, Pair, Problem
+from r1kernels.train.data import DataError, Pair, Problem, whole_response
 from r1kernels.train.interrupt import Interrupt, Interrupted
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.pairs import candidates, judge_pairs
-from r1kernels.train.preferences import Preferences
+from r1kernels.train.preferences import Preferences, without_summary_last
 from r1kernels.train.reward_model import (
     Encoder,
     PreferenceReward,
@@ -26,7 +26,6 @@ from r1kernels.train.reward_model import (
     judged_part,
     load_reward_model,
     new_reward_model,
-    whole_response,
 )
 from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.schema import ConfigError
@@ -132,6 +131,18 @@ def test_a_prompt_that_opens_the_thought_is_closed_again(tokenizer):
         tokenizer.chat_template = template
         rows += Encoder(tokenizer, "chat").tokens(["Compute 1+2"], ["It is 3."])
     assert rows[0] == rows[1]
+
+
+def test_a_thought_without_end_scores_no_better_than_the_worst_summary():
+    class Scores:
+        target = "summary"
+
+        def score(self, questions, responses):
+            return [{"": 3.0, "good": 2.0, "poor": -1.0}[judged_part("summary", response)] for response in responses]
+
+    responses = ["<think>on and on", "<think>a</think>good", "<think>b</think>poor"]
+    assert without_summary_last(Scores(), ["?"] * 3, responses) == [-1.0, 2.0, -1.0]
+    assert without_summary_last(Scores(), ["?"], responses[:1]) == [3.0]
 
 
 def test_the_window_of_the_last_steps():

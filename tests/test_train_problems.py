@@ -127,6 +127,18 @@ def test_demonstrations_are_rendered_and_an_opened_thought_is_not_opened_again(m
     )
 
 
+def test_greetings_serve_as_problems_demonstrations_and_pairs(make):
+    recipe = make(kind="greetings", train_size=5)
+    problems = load_problems(recipe, "file", "train")
+    assert len(problems) == 5 and {problem.kind for problem in problems} == {"open"}
+    template = Template("r1_zero", None)
+    assert len(load_demonstrations(recipe, "file", template)) == len(load_pairs(recipe, "file")) == 5
+    for stage in (GRPO, SFT, SCORES):
+        check_data(make(stage, kind="greetings", train_size=5))
+        with pytest.raises(ConfigError, match="train_size' is 100000, expected at most"):
+            check_data(make(stage, kind="greetings", train_size=100_000))
+
+
 def test_pairs_are_read(make):
     recipe = make(train=[{"question": "q", "chosen": "a", "rejected": "b"}])
     assert load_pairs(recipe, "file") == [Pair("path-1", "q", "a", "b")]

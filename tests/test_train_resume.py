@@ -1,5 +1,6 @@
 """A chain that was stopped or killed, again and again, equals one that never stopped, bit for bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -132,12 +133,8 @@ def test_killed_at_20_random_moments(whole, server, tmp_path):
             elif len(where) % 5 in (0, 2, 4):
                 server.start(recipe, run_dir, kill_at=rng.randint(10, 90))
             else:
-                process, before = server.start(recipe, run_dir), snapshot(run_dir)
-                deadline = time.monotonic() + 60
-                while snapshot(run_dir) == before and time.monotonic() < deadline:
-                    time.sleep(0.002)
-                time.sleep(rng.uniform(0, whole["seconds"] / 10))
-                os.kill(process, signal.SIGKILL)
+                delay = rng.uniform(0, whole["seconds"] / 10)
+                send_at_work(server.start(recipe, run_dir), signal.SIGKILL, run_dir, delay)
             status = server.wait()
             if status == 0:
                 break
@@ -145,6 +142,17 @@ def test_killed_at_20_random_moments(whole, server, tmp_path):
             where.append(at_work(run_dir))
         assert_equal(outcome(run_dir), whole["found"])
     assert len(set(where)) > 4, where
+
+
+def send_at_work(process: int, number: signal.Signals, run_dir: Path, delay: float) -> None:
+    """Sends a signal to a run, some seconds after it has begun to change files, unless it ends before that."""
+    before = snapshot(run_dir)
+    with contextlib.suppress(ProcessLookupError):
+        while snapshot(run_dir) == before:
+            os.kill(process, 0)  # still there?
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(process, number)
 
 
 def snapshot(run_dir: Path) -> list[tuple[str, int]]:
@@ -174,11 +182,7 @@ def test_stopped_by_signals_and_continued(whole, server, tmp_path):
         process = server.start(recipe, run_dir)
         if number is None:
             break
-        before = snapshot(run_dir)
-        while snapshot(run_dir) == before:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, whole["seconds"] / 6))
-        os.kill(process, number)
+        send_at_work(process, number, run_dir, rng.uniform(0, whole["seconds"] / 6))
         status = server.wait()
         # The signal may find the run finished, or not yet begun or already ending, where it ends the process.
         assert status in (0, INTERRUPTED, -number), (tmp_path / "run.out").read_text()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from r1kernels.train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
-from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint
+from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint, tidy_checkpoints
 from r1kernels.train.config import Recipe, as_dict, references
 from r1kernels.train.console import Console
 from r1kernels.train.evaluate import evaluate_model
@@ -27,7 +27,7 @@ from r1kernels.train.files import sha256, write_atomically
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.problems import data_files
 from r1kernels.train.schema import ConfigError, differences
-from r1kernels.train.stage import SELECTED, Stage, model_dir
+from r1kernels.train.stage import SELECTED, Stage, model_dir, model_overrides
 from r1kernels.train.stages import KINDS, stage_module
 
 MANIFEST, SUPERSEDED, FORMAT = "manifest.json", "superseded", 1
@@ -42,7 +42,7 @@ _WHOLE = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be done with a stage: `skip`, `run`, `continue` or `rerun`, and why."""
+    """What is to be done with a stage: `skip`, `run`, `continue`, `rerun` or `refuse`, and why."""
 
     name: str
     action: str
@@ -134,6 +134,11 @@ class Chain:
             interrupt.check()
             plan = self._decide(name, set())
             console.stage(name, index + 1, len(self.order), f"{plan.action}: {plan.why}")
+            if plan.action == "refuse":
+                raise ConfigError(
+                    f"stage '{name}' was interrupted, and {plan.why}: --trust-code continues it, --from {name} begins "
+                    "anew"
+                )
             if plan.action != "skip":
                 try:
                     self._run(name, plan, console, interrupt)
@@ -170,6 +175,7 @@ class Chain:
             with contextlib.suppress(ConfigError):  # what ended the stage is to be said, not what followed from it
                 self._write()
             raise
+        tidy_checkpoints(directory, self.recipe.checkpoint.keep)
         evaluation = summary.pop("evaluation", None)
         if evaluation and plan.action != "continue":  # measured by the stage itself, with the settings of now
             record["evaluation"] = {**evaluation, "settings": self._measured_with()}
@@ -189,7 +195,7 @@ class Chain:
             return
         console.phase(f"{name}: evaluating")
         path, started = model_dir(self.recipe, self.run_dir, name), time.monotonic()
-        evaluation = evaluate_model(self.recipe, path, interrupt).as_dict()
+        evaluation = evaluate_model(self.recipe, path, interrupt, model_overrides(self.recipe, name)).as_dict()
         seconds = time.monotonic() - started
         record["evaluation"] = {**evaluation, "settings": self._measured_with(), "seconds": seconds}
         self._write()
@@ -220,7 +226,8 @@ class Chain:
         more = all(now["stage"][key] >= record["config"]["stage"].get(key, 0) for key in grows)
         why += [item for item in changed if item not in grown or not more]
         hashes = self._hashes(name)
-        if hashes["code"] != record["hashes"]["code"] and not self.trust_code:
+        other_code = hashes["code"] != record["hashes"]["code"] and not self.trust_code
+        if other_code and record["status"] == "finished":
             why.append("the code or a library changed (--trust-code lets it stand)")
         why += [f"{key} changed" for key, value in hashes["data"].items() if record["hashes"]["data"].get(key) != value]
         why += [f"{dependency} is run first" for dependency in waits]
@@ -231,7 +238,9 @@ class Chain:
         if why:
             return Plan(name, "rerun", "; ".join(why))
         if record["status"] != "finished":
-            return Plan(name, "continue", "it was interrupted")
+            # Not run again by itself: what it has done may have taken weeks.
+            return Plan(name, "refuse", "the code or a library changed since") if other_code else Plan(
+                name, "continue", "it was interrupted")
         if grown:
             return Plan(name, "continue", "; ".join(grown))
         if not self._stands(name):

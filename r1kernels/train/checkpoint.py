@@ -93,8 +93,12 @@ def save_checkpoint(
         _put_in_place(writing, final)
     except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
+        cause: BaseException = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch says which byte it missed, not why
+            cause = cause.__context__
+        cause = cause if isinstance(cause, OSError) else error
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {type(error).__name__}: {error}; earlier ones are untouched"
+            f"cannot write checkpoint {final}: {type(cause).__name__}: {cause}; earlier ones are untouched"
         ) from error
     _prune(root, final, keep)
     return final
@@ -138,6 +142,15 @@ def verify_checkpoint(path: Path) -> None:
                 raise CheckpointError(f"damaged checkpoint: {file} does not match the SHA-256 in its manifest")
         except OSError as error:
             raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
+
+
+def tidy_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
+    """Removes what the last save would have removed, had it not been killed."""
+    latest = latest_checkpoint(run_dir)
+    if latest is not None:
+        with contextlib.suppress(OSError):
+            _clean(latest.parent)
+            _prune(latest.parent, latest_checkpoint(run_dir), keep)
 
 
 def _load(path: Path) -> Checkpoint:

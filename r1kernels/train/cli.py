@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app.cli(args=arguments))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
@@ -108,4 +112,6 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from r1kernels.train.schema import ConfigError
     from r1kernels.train.vllm import VLLMError
 
-    return CheckpointError, ConfigError, DataError, SandboxError, TrainingError, VLLMError, WorkerError
+    return (
+        CheckpointError, ConfigError, DataError, FloatingPointError, SandboxError, TrainingError, VLLMError, WorkerError
+    )

@@ -21,6 +21,7 @@ from r1kernels.train.schema import ConfigError, Scalar, build, check_ranges, ove
 from r1kernels.train.stages import KINDS, stage_module
 
 # Names of stages are names of directories too, beside the other files of a run.
+_LONGEST = 100
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 RUN_FILES = ("config.yaml", "manifest.json", "superseded", "report.md", "report.html", "curves.png", "tensorboard")
 # Keys of a stage, at any depth, whose values name other things of the recipe, and what they may name.
@@ -253,8 +254,10 @@ def _check_names(recipe: Recipe) -> None:
     """That every name is one, and that what stages refer to exists and is of the right sort."""
     kinds = dict.fromkeys(recipe.data, "data")
     for name in (*recipe.data, *(stage.name for stage in recipe.stages)):
-        if not re.fullmatch(_NAME, name):
-            raise ConfigError(f"the name {name!r} is not one: expected letters, digits, '_', '-' and '.'")
+        if not re.fullmatch(_NAME, name) or len(name) > _LONGEST:
+            raise ConfigError(
+                f"the name {name!r:.120} is not one: expected at most {_LONGEST} letters, digits, '_', '-' and '.'"
+            )
     for stage in recipe.stages:
         if stage.name in kinds:
             raise ConfigError(f"the name '{stage.name}' is given twice, expected one for each data set and stage")

@@ -59,7 +59,8 @@ class Console:
 
     def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
         """What came out at the end of a stage."""
-        self.say(f"{name}: pass@1 {evaluation['pass_at_1'] or 0:.1%}, length {evaluation['length']:.1f} tokens")
+        pass_at_1 = "-" if evaluation["pass_at_1"] is None else f"{evaluation['pass_at_1']:.1%}"
+        self.say(f"{name}: pass@1 {pass_at_1}, length {evaluation['length']:.1f} tokens")
 
     def training(self, name: str, step: int, steps: int, loss: float) -> None:
         """Progress of supervised training."""

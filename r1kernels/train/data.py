@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from r1kernels.train.rewards.answers import plain_number
+from r1kernels.train.rewards.choice import letter
+from r1kernels.train.rewards.code import read_tests
+from r1kernels.train.rewards.tags import THINK, prompt_opens_think
 
 GOLD_MARK = "####"
 # How an answer is checked; an open problem has none.
 Kind = Literal["math", "choice", "exact", "code", "open"]
+Language = Literal["en", "zh"]
 
 
 class DataError(ValueError):
@@ -110,12 +114,27 @@ def load_jsonl(path: str | PathLike[str], language: str = "en") -> list[Problem]
             raise DataError(f"{where}: 'kind' is {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
         if kind == "code" and isinstance(row.get("answer"), dict):
             row["answer"] = json.dumps(row["answer"], ensure_ascii=False)
+        if row.get("language", language) not in get_args(Language):
+            known = ", ".join(get_args(Language))
+            raise DataError(f"{where}: 'language' is {row['language']!r:.60}, expected one of {known}")
         answer = "" if kind == "open" and "answer" not in row else _text(row, "answer", where)
+        _check_answer(kind, answer.strip(), where)
         problems.append(Problem(
             str(row.get("id", f"{Path(path).stem}-{number}")), row["question"].strip(), answer.strip(), kind,
             str(row.get("language", language)),
         ))
     return problems
+
+
+def _check_answer(kind: Kind, answer: str, where: str) -> None:
+    """Refuses a reference that no answer could be checked against."""
+    if kind == "choice" and letter(answer) is None:
+        raise DataError(f"{where}: 'answer' is {answer!r:.60}, expected the letter of an option with kind 'choice'")
+    if kind == "code":
+        try:
+            read_tests(answer)
+        except ValueError as error:
+            raise DataError(f"{where}: 'answer' holds no tests of a program: {error}") from error
 
 
 def load_pairs_jsonl(path: str | PathLike[str]) -> list[Pair]:
@@ -127,11 +146,25 @@ def load_pairs_jsonl(path: str | PathLike[str]) -> list[Pair]:
     ]
 
 
-def read_selected(path: str | PathLike[str]) -> list[Demonstration]:
-    """Reads what a stage of kind reject selected."""
+def whole_response(prompt: str, completion: str) -> str:
+    """A completion with the start of its thought, where the prompt has that."""
+    return f"{THINK}{completion}" if prompt_opens_think(prompt) else completion
+
+
+def demonstration(id: str, prompt: str, response: str) -> Demonstration:
+    """A whole response after a prompt, which may have opened its thought already."""
+    if prompt_opens_think(prompt):
+        response = response.lstrip().removeprefix(THINK)
+    return Demonstration(id, prompt, response)
+
+
+def read_selected(path: str | PathLike[str], render: Callable[[str], str]) -> list[Demonstration]:
+    """Reads what a stage of kind reject selected, for a model that is asked in another template, perhaps."""
     return [
-        Demonstration(str(row.get("id", number)), row["prompt"], row["completion"])
-        for number, _, row in rows(path, ("prompt", "completion"))
+        demonstration(
+            str(row.get("id", number)), render(row["question"]), whole_response(row["prompt"], row["completion"])
+        )
+        for number, _, row in rows(path, ("question", "prompt", "completion"))
     ]
 
 

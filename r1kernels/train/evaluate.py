@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from r1kernels.train.problems import load_problems
 from r1kernels.train.prompt import Template
 from r1kernels.train.randomness import torch_seeded
 from r1kernels.train.rewards import Sample, Scorer
-from r1kernels.train.rewards.answers import final_answer, plain_number, unwrap
+from r1kernels.train.rewards.accuracy import spelling
 from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler
 from r1kernels.train.stage import make_scorer
 
 # What is measured of every response, whatever RL is rewarded for.
 PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
+
+# What all correct answers of one question vote for.
+CORRECT = "correct"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Evaluation:
         language: mean share of words in the language of the question.
         format: share of completions in the format asked for.
         truncated: share of completions that were cut off.
-        unscorable: samples without a score; they are left out of the means.
+        unscorable: samples without a score; they are left out of the means, and vote as wrong answers.
         reflective: mean number of reflective words.
         prompt_hash: of all prompts, so that two numbers can be known to be of the same questions.
         examples: of the first sample of the first questions: question, answer, completion, accuracy.
@@ -85,10 +88,13 @@ MEASURED = {
 }
 
 
-def evaluate_model(recipe: Recipe, path: str | Path, interrupt: Interrupt) -> Evaluation:
-    """Evaluates a saved model as `recipe.eval` says."""
+def evaluate_model(
+    recipe: Recipe, path: str | Path, interrupt: Interrupt, overrides: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Evaluates a saved model as `recipe.eval` says; `overrides` as in `load_model`."""
     tokenizer = load_tokenizer(path)
-    sampler = TransformersSampler(load_model(path, device=recipe.device), tokenizer, interrupt.check)
+    model = load_model(path, device=recipe.device, overrides=overrides)
+    sampler = TransformersSampler(model, tokenizer, interrupt.check)
     problems = eval_problems(recipe)
     with make_scorer(recipe, PARTS) as scorer:
         template = Template(recipe.template, tokenizer, open_think=recipe.open_think)
@@ -172,29 +178,26 @@ def make_sample(
 ) -> Sample:
     """A completion of a problem, for the rewards."""
     return Sample(
-        prompt, completion, problem.answer, kind=problem.kind, language=problem.language, tokens=tokens, limit=limit
+        prompt, completion, problem.answer, kind=problem.kind, language=problem.language, tokens=tokens, limit=limit,
+        question=problem.question,
     )
 
 
 def consensus(samples: Sequence[Sample], correct: Sequence[float]) -> float:
     """Whether the most frequent final answer of one question is correct: the mean over equally frequent ones.
 
-    Answers are the same that are written the same, or the same plain number. 0 where no sample has an answer, NaN where
-    none was scored, and for code, which has no answers to count.
+    All correct answers are one; others are the same that are read as the same (`accuracy.spelling`). An answer that
+    could not be scored is counted as a wrong one, so that the result is a lower bound; NaN where none could be, and for
+    code, which has no answers to count. 0 where no sample has an answer.
     """
-    votes: dict[Any, list[float]] = collections.defaultdict(list)
-    for sample, value in zip(samples, correct, strict=True):
-        if sample.kind == "code":
-            return math.nan
-        answer = final_answer(sample.prompt, sample.completion)
-        if answer is not None and not math.isnan(value):
-            answer = unwrap(answer)
-            votes[plain_number(answer) or answer].append(value)
-    if not votes:
-        return math.nan if all(map(math.isnan, correct)) else 0.0
-    most = max(map(len, votes.values()))
-    winners = [sum(values) / len(values) for values in votes.values() if len(values) == most]
-    return sum(winners) / len(winners)
+    if all(map(math.isnan, correct)) or any(sample.kind == "code" for sample in samples):
+        return math.nan
+    votes = collections.Counter(
+        (CORRECT, "") if value == 1 else spelling(sample) for sample, value in zip(samples, correct, strict=True)
+    )
+    del votes[None]
+    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(answer == (CORRECT, "") for answer in most) / len(most) if most else 0.0
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -47,6 +47,10 @@ RATIO_TOLERANCE = 1e-2
 IDLE_STEPS = 5
 
 
+# Below this, a group's rewards hardly differ, and dividing by their deviation makes crumbs as large as successes.
+SMALL_SPREAD = 0.1
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is untouched."""
 
@@ -103,6 +107,8 @@ class GRPOTrainer:
         with self.log, contextlib.closing(self.sampler), stage.scorer(settings.rewards) as self.scorer:
             self.sampler.update(self.model)
             try:
+                if self.rollout is None and self.step % stage.recipe.eval.every and self.step < settings.steps:
+                    self.measured, self.examples = {}, []  # of what was the last step when there were fewer
                 while self.step < settings.steps:
                     if self.rollout is None:
                         self._evaluate_if_due()
@@ -133,7 +139,12 @@ class GRPOTrainer:
 
     def advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """(B,), or (B, T) for one a token; a sample without a reward (NaN) gets 0."""
-        return r1kernels.group_advantages(rewards, self.settings.group_size, scale=self.settings.advantage_scale)
+        groups = rewards.view(-1, self.settings.group_size)
+        level = (spreads(groups) <= self.settings.min_spread).unsqueeze(-1) & ~groups.isnan()
+        groups = torch.where(level, groups.nanmean(-1, keepdim=True), groups)
+        return r1kernels.group_advantages(
+            groups.flatten(), self.settings.group_size, scale=self.settings.advantage_scale
+        )
 
     def gradient(self, rows: list[Tensor]) -> dict[str, float]:
         """Adds the gradient of one minibatch, given as micro-batches; returns its metrics."""
@@ -208,13 +219,18 @@ class GRPOTrainer:
         self.measured["seconds_evaluation"] = time.monotonic() - started
         self.examples, self.evaluation = evaluation["examples"], evaluation
 
+    def _pool(self) -> str:
+        """Open problems are asked where something judges their answers: the reward of a judge, or of preferences."""
+        return "all" if self.settings.judges_open or self.preferences.apply(self.step) else "checkable"
+
     def _questions(self) -> list[Problem]:
         """The next questions: every epoch visits all of a pool in an order of its own."""
-        pool = "all" if self.preferences.apply(self.step) else "checkable"
+        pool = self._pool()
         problems, first = self.pools[pool], self.cursors[pool]
         if not problems:
             raise TrainingError(
-                f"step {self.step}: no problem has a checkable answer, and no 'preference' applies yet to the others"
+                f"step {self.step}: no problem has a checkable answer, and for the others neither the reward 'judge' "
+                "nor a 'preference' counts yet"
             )
         places = range(first, first + self.settings.questions * self.settings.oversample)
         orders = {epoch: permutation(len(problems), self.seed, "questions", pool, epoch)
@@ -252,7 +268,7 @@ class GRPOTrainer:
         preference = self.preferences.score(self.step, problems, completions.texts)
         scored = time.monotonic()
         rewards = torch.tensor(scores.total, dtype=torch.float64) + torch.tensor(preference.total, dtype=torch.float64)
-        chosen, flat = self._choose(rewards)
+        chosen, spread_shares = self._choose(rewards)
         rewards = rewards.float().to(self.model.device)
         zeros = torch.zeros_like(completions.logprobs)
         rollout = Rollout(
@@ -274,7 +290,10 @@ class GRPOTrainer:
             for name, model in policies.items() if model is not None
         })
         sampled_logprobs = completions.logprobs[chosen][:, : rollout.token_ids.shape[1]]
-        weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
+        try:
+            weights, gap = importance_weights(sampled_logprobs, rollout.old_logprobs, rollout.mask, settings.importance)
+        except ValueError as error:
+            raise TrainingError(f"step {self.step}: {error}") from error
         rollout = dataclasses.replace(rollout, importance_weights=weights)
         self.rollout = dataclasses.replace(rollout, advantages=self.advantages(rewards[chosen], rollout))
         parts, known = {**scores.parts, **preference.parts}, rewards[~rewards.isnan()]
@@ -285,7 +304,7 @@ class GRPOTrainer:
             "length": completions.lengths.float().mean().item(),
             "limit": settings.limit(self.step),
             "truncated": 1 - completions.finished.float().mean().item(),
-            "zero_spread": flat,
+            **spread_shares,
             "reflective": sum(map(reflective_words, completions.texts)) / len(problems),
             "unscorable": int(rewards.isnan().sum()),
             "timeouts": scores.timeouts,
@@ -297,8 +316,7 @@ class GRPOTrainer:
             "seconds_scoring": scored - self._sampled,
             "seconds_logprobs": time.monotonic() - scored,
         }
-        pool = "all" if self.preferences.apply(self.step) else "checkable"
-        self.cursors[pool] += len(questions)
+        self.cursors[self._pool()] += len(questions)
         self.measured |= measured
         self.minibatch, self.updates = 0, []
         self.console.samples([
@@ -307,22 +325,25 @@ class GRPOTrainer:
         ])
         if measured["unscorable"]:
             reasons = ", ".join(f"{name} {count}" for name, count in scores.unscorable.items() if count)
+            if scores.endpoint_error:
+                reasons += f"; the endpoint: {scores.endpoint_error}"
             self.console.say(
                 f"step {self.step}: {measured['unscorable']} samples could not be scored ({reasons}; {scores.timeouts} "
                 f"timeouts, {scores.crashes} crashes); their advantage is 0", warning=True,
             )
 
-    def _choose(self, rewards: Tensor) -> tuple[Tensor, float]:
-        """Rows to train on, and the share of groups whose samples all have the same reward.
+    def _choose(self, rewards: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Rows to train on, and the shares of groups whose rewards are all the same, and hardly differ.
 
         Of more groups than are needed, those that differ come first, each kind in order.
         """
         groups = rewards.view(-1, self.settings.group_size)
-        known = groups.where(~groups.isnan(), groups.nanmean(-1, keepdim=True))
-        flat = ~(known.amax(-1) > known.amin(-1))
+        spread = spreads(groups)
+        flat = spread <= self.settings.min_spread
         chosen = torch.argsort(flat.long(), stable=True)[: self.settings.questions].sort().values
         rows = torch.arange(rewards.numel()).view(groups.shape)[chosen].flatten()
-        return rows, flat.double().mean().item()
+        small = (spread > 0) & (spread < SMALL_SPREAD)
+        return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
 
     def _minibatches(self, epoch: int = 0) -> list[list[Tensor]]:
         """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
@@ -393,3 +414,10 @@ class GRPOTrainer:
         self.sampler.update(self.model)
         if self.step % self.stage.recipe.checkpoint.every == 0 and self.step < self.settings.steps:
             self.save()
+
+
+def spreads(groups: Tensor) -> Tensor:
+    """Largest less smallest reward of each group (n, G), without those that are NaN; 0 where all are."""
+    infinity = float("inf")
+    spread = groups.nan_to_num(-infinity).amax(-1) - groups.nan_to_num(infinity).amin(-1)
+    return spread.clamp(min=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -52,17 +55,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, *, device: str = "cpu") -> PreTrainedModel:
-    """The model, in float32 and in evaluation mode, with a head that the losses can compute."""
+def load_model(
+    path: str | Path, *, device: str = "cpu", overrides: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model, in float32 and in evaluation mode, with a head that the losses can compute.
+
+    Args:
+        overrides: fields of its configuration, such as max_position_embeddings.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **(overrides or {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the model {str(path)!r} holds no causal LM that can be loaded: {_reason(error)}"
         ) from error
     model = settle(model.to(device)).eval()
     check_head(model)
     return model
+
+
+def positions(path: str | Path, overrides: Mapping[str, Any]) -> int | None:
+    """How many positions a model has, by its configuration; None where that does not say."""
+    try:
+        config = AutoConfig.from_pretrained(path, **overrides).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the model {str(path)!r} has no configuration that can be read: {_reason(error)}") from error
+    return getattr(config, "max_position_embeddings", None)
 
 
 def settle(model: PreTrainedModel) -> PreTrainedModel:

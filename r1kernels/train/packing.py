@@ -2,8 +2,8 @@
 
 A batch is a number of samples, as in the paper; its samples share as few rows of at most `window` tokens as first-fit
 finds, so the rows of a step follow from its samples alone and a resumed run packs as the first one did. Positions
-restart at 0 with each sample, by which `transformers` keeps attention inside (the mask of a batch without an
-`attention_mask`, for every attention implementation); a test compares log-probs with those of each sample alone.
+restart at 0 with each sample, by which `transformers` keeps attention inside for most architectures; `keeps_apart`
+finds out, and for the others each sample has a row of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.train.data import DataError
+from r1kernels.train.head import hidden_states
 
 IGNORED = -100
 _ENCODED_AT_ONCE = 1024
+# Of the largest hidden state: far above rounding, far below what a sample does to the next one.
+_APART = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,22 @@ def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
         rows[row].append(index)
         room[row] -= length
     return rows
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether samples in one row do not see each other: recurrences, ALiBi and positions counted from a mask do not
+    heed the positions they are given."""
+    generator = np.random.default_rng(0)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    samples = [Tokens(generator.integers(0, vocabulary, length).astype(np.int32), 1) for length in (7, 5)]
+    together, alone = collate([samples]), collate([samples[1:]])
+    for batch in (together, alone):
+        batch.pop("targets")
+    states = [hidden_states(model, **{name: value.to(model.device) for name, value in batch.items()})
+              for batch in (together, alone)]
+    gap = (states[0][0, len(samples[0]):] - states[1][0]).abs().max()
+    return bool(gap <= _APART * states[1].abs().max())
 
 
 def collate(rows: Sequence[Sequence[Tokens]]) -> dict[str, Tensor]:

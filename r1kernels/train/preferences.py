@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1kernels.train.data import Problem
+from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.prompt import Template
-from r1kernels.train.reward_model import RewardModel, whole_response
+from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.stage import Stage
 
 
@@ -50,9 +50,19 @@ class Preferences:
                 whole_response(self._template.render(question), texts[i])
                 for i, question in zip(rows, questions, strict=True)
             ]
-            scores = self._models[item.model].score(questions, responses)
+            scores = without_summary_last(self._models[item.model], questions, responses)
             parts[item.model] = [math.nan] * len(texts)
             for index, score in zip(rows, scores, strict=True):
                 parts[item.model][index] = score
                 total[index] += item.weight * score
         return PreferenceScores(total, parts)
+
+
+def without_summary_last(model: RewardModel, questions: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Scores; where a model scores summaries and there is none, the lowest of the others: else never to end a thought
+    could beat a poor summary."""
+    missing = [not judged_part(model.target, response).strip() for response in responses]
+    scores = model.score(questions, responses)
+    known = [score for score, none in zip(scores, missing, strict=True) if not none and not math.isnan(score)]
+    lowest = min(known, default=math.nan)
+    return [min(score, lowest) if none else score for score, none in zip(scores, missing, strict=True)]

@@ -12,6 +12,7 @@ from r1kernels.train.data import (
     Demonstration,
     Pair,
     Problem,
+    demonstration,
     load_gsm8k,
     load_jsonl,
     load_math,
@@ -20,7 +21,6 @@ from r1kernels.train.data import (
     rows,
 )
 from r1kernels.train.prompt import Template
-from r1kernels.train.rewards.tags import THINK, prompt_opens_think
 from r1kernels.train.schema import ConfigError
 
 
@@ -55,13 +55,10 @@ def load_problems(recipe: Recipe, name: str, split: Literal["train", "test"]) ->
 
 def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[Demonstration]:
     """Questions with responses, for SFT."""
-    demonstrations = []
-    for index, (question, response) in enumerate(_responses(recipe, name)):
-        prompt = template.render(question)
-        if prompt_opens_think(prompt):
-            response = response.lstrip().removeprefix(THINK)
-        demonstrations.append(Demonstration(f"{name}-{index}", prompt, response))
-    return demonstrations
+    return [
+        demonstration(f"{name}-{index}", template.render(question), response)
+        for index, (question, response) in enumerate(_responses(recipe, name))
+    ]
 
 
 def _responses(recipe: Recipe, name: str) -> list[tuple[str, str]]:

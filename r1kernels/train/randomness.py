@@ -8,6 +8,7 @@ saving, and an evaluation more or less disturbs nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -25,11 +26,12 @@ def python_generator(seed: int, *position: str | int) -> random.Random:
     return random.Random(seed_at(seed, *position))
 
 
-def permutation(count: int, seed: int, *position: str | int) -> list[int]:
+@functools.lru_cache(maxsize=8)  # of an epoch, which many steps ask for
+def permutation(count: int, seed: int, *position: str | int) -> tuple[int, ...]:
     """A shuffled range(count)."""
     order = list(range(count))
     python_generator(seed, *position).shuffle(order)
-    return order
+    return tuple(order)
 
 
 @contextlib.contextmanager

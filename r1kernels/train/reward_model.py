@@ -44,11 +44,6 @@ class PreferenceReward:
         return self.last_steps is None or step >= steps - self.last_steps
 
 
-def whole_response(prompt: str, completion: str) -> str:
-    """A completion with the start of its thought, where the prompt has that."""
-    return f"{THINK}{completion}" if prompt_opens_think(prompt) else completion
-
-
 def judged_part(target: Target, response: str) -> str:
     """The text that a reward model sees of a whole response: all of it, or its summary, what follows the thought (empty
     when that never ends)."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -19,14 +20,14 @@ from r1kernels.train.config import Recipe, load_recipe
 from r1kernels.train.console import Console
 from r1kernels.train.evaluate import PARTS, evaluate_model
 from r1kernels.train.interrupt import Interrupt, Interrupted
-from r1kernels.train.loading import check_device, load_tokenizer
+from r1kernels.train.loading import check_device, load_tokenizer, positions
 from r1kernels.train.problems import check_data
 from r1kernels.train.prompt import Template
 from r1kernels.train.report import write_report
 from r1kernels.train.rewards.sandbox import choose as choose_sandbox
 from r1kernels.train.rundir import CONFIG, absolute_inputs, check_run_dir, claim
 from r1kernels.train.schema import ConfigError
-from r1kernels.train.stage import make_scorer, model_dir
+from r1kernels.train.stage import make_scorer, model_dir, model_overrides
 from r1kernels.train.stages import KINDS
 from r1kernels.train.trackers import check_trackers
 
@@ -84,6 +85,26 @@ def _check_models(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if stage.kind == "model":
             Template(recipe.template, load_tokenizer(stage.path), open_think=recipe.open_think)
+            _check_positions(recipe, stage)
+
+
+def _check_positions(recipe: Recipe, base: Any) -> None:
+    """That no stage that goes back to a model asks for more positions than it has."""
+    most = positions(base.path, base.overrides)
+    family = {base.name}
+    for stage in map(recipe.stage, order(recipe)):
+        if getattr(stage, "model", None) in family:
+            family.add(stage.name)
+        if most is None or stage.name not in family:
+            continue
+        limits = {f"stages.{stage.name}.{key}": getattr(stage, key, None) for key in ("window", "max_new_tokens")}
+        limits |= {"eval.max_new_tokens": recipe.eval.max_new_tokens}
+        for key, value in limits.items():
+            if value is not None and value > most:
+                raise ConfigError(
+                    f"'{key}' is {value}, expected at most {most}: the model of stage '{base.name}' has no more "
+                    "positions ('overrides' of that stage can set max_position_embeddings)"
+                )
 
 
 def _check_rewards(recipe: Recipe) -> None:
@@ -109,7 +130,7 @@ def _conclude(recipe: Recipe, seconds: float) -> None:
 
 
 def _percent(evaluation: dict, key: str) -> str:
-    value, error = evaluation[key], evaluation[f"{key}_se"]
+    value, error = evaluation[key], evaluation.get(f"{key}_se")
     if value is None:
         return "-"
     return f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else "")
@@ -136,7 +157,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
     recipe = load_recipe(run_dir / CONFIG, overrides)
     _prepare(recipe)
     if (path / MODEL / "config.json").is_file():
-        model = path / MODEL
+        model, changes = path / MODEL, {}
     else:
         names = [name for name in order(recipe) if KINDS[recipe.stage(name).kind] == "model"]
         records = read_manifest(run_dir)
@@ -144,15 +165,16 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> int:
         name = path.name if path != run_dir else done[-1] if done else names[-1]
         if name not in names:
             raise ConfigError(f"{path} is no stage with a model, expected one of {', '.join(names)} in {run_dir}")
-        model = model_dir(recipe, run_dir, name)
+        model, changes = model_dir(recipe, run_dir, name), model_overrides(recipe, name)
     with Interrupt() as interrupt:
-        result = evaluate_model(recipe, model, interrupt).as_dict()
+        result = evaluate_model(recipe, model, interrupt, changes).as_dict()
     print(
         f"{model}\npass@1 {_percent(result, 'pass_at_1')}, cons@{result['k']} {_percent(result, 'cons_at_k')} "
         f"(± standard error; {result['questions']} questions x {result['k']} samples, T {result['temperature']}, "
         f"top-p {result['top_p']}, prompts {result['prompt_hash']})\n"
-        f"length {result['length']:.1f} tokens, cut off {result['truncated']:.1%}, format {result['format'] or 0:.1%}, "
-        f"language {_percent(result, 'language')}, unscorable {result['unscorable']}"
+        f"length {result['length']:.1f} tokens, cut off {result['truncated']:.1%}, "
+        f"format {_percent(result, 'format')}, language {_percent(result, 'language')}, "
+        f"unscorable {result['unscorable']}"
     )
     return 0
 

@@ -54,8 +54,8 @@ class Stage:
 
     def load_model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model of a stage, on the device of the run, in evaluation mode, and its tokenizer."""
-        path = self.model_dir(name)
-        return load_model(path, device=self.recipe.device), load_tokenizer(path)
+        path, overrides = self.model_dir(name), model_overrides(self.recipe, name)
+        return load_model(path, device=self.recipe.device, overrides=overrides), load_tokenizer(path)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         return Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
@@ -71,7 +71,7 @@ class Stage:
             if name in self.recipe.data:
                 found += load_demonstrations(self.recipe, name, template)
             else:
-                found += read_selected(self.directory_of(name) / SELECTED)
+                found += read_selected(self.directory_of(name) / SELECTED, template.render)
         return found
 
     def pairs(self, name: str) -> list[Pair]:
@@ -96,6 +96,11 @@ def model_dir(recipe: Recipe, run_dir: Path, name: str) -> str | Path:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --from {name} makes it again") from error
     return checkpoint / MODEL
+
+
+def model_overrides(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The fields of the configuration that a model from elsewhere is loaded with."""
+    return getattr(recipe.stage(name), "overrides", {})
 
 
 def make_scorer(recipe: Recipe, parts: dict[str, float]) -> Scorer:

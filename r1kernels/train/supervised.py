@@ -25,7 +25,7 @@ from r1kernels.train.head import head_of, hidden_states
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
-from r1kernels.train.packing import Tokens, collate, encode, fitting, pack
+from r1kernels.train.packing import Tokens, collate, encode, fitting, keeps_apart, pack
 from r1kernels.train.randomness import permutation
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
@@ -133,15 +133,34 @@ def check_samples(samples: list[str]) -> None:
         raise ConfigError("'samples' is empty, expected stages of kind reject or data sets with responses")
 
 
-def train_on_samples(stage: Stage, start: Start, loss: Loss) -> dict[str, Any]:
-    """Trains on the samples that the stage names; returns a summary."""
+def train_on_samples(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel) -> dict[str, Any]:
+    """Trains on the samples that the stage names; returns a summary. `others` as in `by_tokens`."""
     config = stage.config
     samples, counts = responses(stage, start)
 
     def draw(step: int) -> tuple[list[Tokens], dict[str, float]]:
         return [samples[index] for index in chosen(len(samples), config, stage.seed, step)], {}
 
-    return counts | train(stage, start, config.steps(len(samples)), draw, loss)
+    return counts | train(stage, start, config.steps(len(samples)), draw, by_tokens(stage, start, loss, *others))
+
+
+def by_tokens(
+    stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel
+) -> Callable[[Sequence[Tokens]], dict[str, float]]:
+    """What `train` does with the samples of a step: `gradient` of a loss a token.
+
+    Args:
+        others: models beside the one trained that see the rows.
+    """
+    window = stage.config.window
+    mixing = [type(model).__name__ for model in (start.model, *others) if not keeps_apart(model)]
+    if mixing:
+        window = 0
+        stage.console.say(
+            f"{stage.config.name}: {mixing[0]} lets samples in one row see each other, so each has a row of its own, "
+            "with padding: slower", warning=True,
+        )
+    return lambda samples: gradient(start.model, samples, stage.config, loss, stage.interrupt.check, window=window)
 
 
 def cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: float) -> Tensor:
@@ -172,12 +191,17 @@ def learning_rate(config: SupervisedConfig, step: int, steps: int) -> float:
 
 
 def train(
-    stage: Stage, start: Start, steps: int, draw: Callable[[int], tuple[list[Tokens], dict[str, float]]], loss: Loss
+    stage: Stage,
+    start: Start,
+    steps: int,
+    draw: Callable[[int], tuple[list[Any], dict[str, float]]],
+    learn: Callable[[Sequence[Any]], dict[str, float]],
 ) -> dict[str, Any]:
     """Trains from `start` to step `steps`, with a checkpoint at its end.
 
     Args:
         draw: from the number of a step to its samples, and what was measured of them.
+        learn: adds the gradient of some samples, and returns what was measured: "loss", "tokens" and more.
 
     Returns:
         A summary of the run.
@@ -212,7 +236,7 @@ def train(
                 samples, measured = draw(step)
                 drawn = time.monotonic()
                 optimizer.zero_grad()
-                measured |= gradient(model, samples, config, loss, stage.interrupt.check)
+                measured |= learn(samples)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
                 if not (math.isfinite(measured["loss"]) and math.isfinite(norm)):
                     raise TrainingError(
@@ -254,16 +278,20 @@ def gradient(
     config: SupervisedConfig,
     loss: Loss,
     check: Callable[[], None],
+    *,
+    window: int | None = None,
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss a token over some samples, whatever the number of their micro-batches.
 
     Args:
         check: called before every micro-batch.
+        window: tokens of a row, if not those of `config`; with 0 each sample has its own.
 
     Returns:
         loss; tokens, the learned ones; packed, the share of the rows' places that hold samples.
     """
-    rows = [[samples[index] for index in row] for row in pack([len(sample) for sample in samples], config.window)]
+    room = config.window if window is None else window
+    rows = [[samples[index] for index in row] for row in pack([len(sample) for sample in samples], room)]
     size = config.micro_batch_size or len(rows)
     tokens = sum(sample.learned for sample in samples)
     total, places = 0.0, 0

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from .answers import MAX_ANSWER, braced, final_answer, is_prose, number_in_prose, plain_number, unwrap
 from .base import Judgement, Outcome, Sample
-from .choice import choice
+from .choice import choice, chosen
 from .effort import is_hopeless
-from .exact import exact
+from .exact import exact, normal
 from .settings import ScoringConfig
 
 MATH = "math_judge:judge"
@@ -77,6 +77,26 @@ def _math(sample: Sample) -> Outcome:
         return 1.0
     # 50% and 0.5 are the same number; only the judge knows when.
     return 0.0 if given[1] == expected[1] else _judged(answer, reference)
+
+
+def spelling(sample: Sample) -> tuple[str, object] | None:
+    """What the completion's final answer says, as far as that is seen without computer algebra; None without one.
+
+    Equal answers need not have equal spellings; different ones have different ones.
+    """
+    if sample.kind == "choice":
+        named = chosen(sample)
+        return None if named is None else ("choice", named)
+    answer = final_answer(sample.prompt, sample.completion)
+    if answer is None:
+        return None
+    if sample.kind != "math":
+        return "exact", normal(answer)
+    if len(answer) > MAX_ANSWER:
+        return "long", answer
+    answer = _NAMED.sub("", unwrap(answer))
+    number = plain_number(answer) or (is_prose(answer) and number_in_prose(answer))
+    return ("number", number) if number else ("text", answer)
 
 
 def _judged(answer: str, reference: str) -> Outcome:

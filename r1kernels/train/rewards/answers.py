@@ -21,6 +21,9 @@ ANSWER_MARKERS = (ANSWER, ANSWER_END, BOXED, HASHES)
 # Longer than any sensible final answer, and short enough that parsing it stays cheap.
 MAX_ANSWER = 500
 
+# Characters that are not seen: of no width, of direction, and what chooses between two looks of another.
+INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065), *range(0xFE00, 0xFE10)])
+
 # Untagged answers are looked for at the end only: the scan for a matching brace is a Python loop.
 TAIL = 20_000
 

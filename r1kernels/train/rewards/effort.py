@@ -12,12 +12,13 @@ import re
 # Brackets within brackets, parts of a union, bars, and exponents of a bracket: more than answers have, and as many as
 # the judge takes a second or so for.
 MAX_DEPTH, MAX_PARTS, MAX_BARS, MAX_BRACKET_POWER = 8, 8, 12, 100
-# The size of an exponent, or of a number that a product or sum runs to, in decimal digits.
-MAX_DIGITS = 5
+# The size of an exponent, or of a number that a product or sum runs to, in decimal digits; and of a power.
+MAX_DIGITS, MAX_POWER_DIGITS = 5, 2_000_000
 
 _LARGE = re.compile(rf"\d{{{MAX_DIGITS + 1}}}", re.ASCII)
 _POWER = re.compile(r"\^\s*\{?([^{}^]{0,80})", re.ASCII)
 _TOWER = re.compile(r"(?=\^[\s{(]*(\d{1,6})[\s})]*\^[\s{(]*(\d{1,6}))", re.ASCII)
+_NUMBER_POWER = re.compile(r"(\d+)\s*\^\s*\{?\s*-?\s*(\d{1,6})", re.ASCII)
 _BRACKET_POWER = re.compile(r"[)\]}]\s*\^\s*\{?\s*-?\s*(\d+)", re.ASCII)
 # Operations that turn a large number into as much work.
 _RUNNING = re.compile(r"!|\\(?:d|t)?binom|\\choose|\\Gamma|\\sum|\\prod|\\bmod|\\pmod|\\mod")
@@ -62,6 +63,8 @@ def _power(text: str) -> float:
         base, exponent = int(match[1]), int(match[2])
         if base > 1:
             largest = max(largest, 10.0 ** min(exponent * math.log10(base) - MAX_DIGITS, 100))
+    for match in _NUMBER_POWER.finditer(text):
+        largest = max(largest, len(match[1]) * int(match[2]) / MAX_POWER_DIGITS)
     for match in _BRACKET_POWER.finditer(text):
         largest = max(largest, min(float(match[1][:100]), 1e100) / MAX_BRACKET_POWER)
     return largest

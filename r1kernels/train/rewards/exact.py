@@ -12,14 +12,15 @@ def exact(sample: Sample) -> float:
 
     NaN when the reference is blank.
     """
-    reference = _normal(sample.answer)
+    reference = normal(sample.answer)
     if not reference:
         return math.nan
     answer = final_answer(sample.prompt, sample.completion)
-    return float(answer is not None and _normal(answer) == reference)
+    return float(answer is not None and normal(answer) == reference)
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """The text without what makes no difference."""
     # Normalising takes time quadratic in a run of combining marks: what is that long stays as it is.
     text = " ".join(text.split())
     return unicodedata.normalize("NFC", text) if len(text) <= TAIL else text

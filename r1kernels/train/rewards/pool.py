@@ -65,8 +65,7 @@ class _Worker:
 
     def send(self, index: int, task: Judgement, timeout_s: float) -> bool:
         """Hands over a task; False when the process has died in the meantime."""
-        request = (task.judge, task.arguments, timeout_s)
-        message = (json.dumps(request, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        message = (json.dumps((task.judge, task.arguments), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
         try:
             while message:
                 message = message[self.process.stdin.write(message) :]

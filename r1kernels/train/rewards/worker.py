@@ -14,15 +14,13 @@ import sys
 sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.dirname(os.path.realpath(__file__))]
 
 import contextlib  # noqa: E402
+import ctypes  # noqa: E402
 import gc  # noqa: E402
 import importlib  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -34,6 +32,7 @@ ROOM = 64 * 2**20
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
 # How long a worker may outlive its parent.
 GLANCE_S = 0.5
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 # Exit status of a child whose place another is to take, and what is said of one that SIGTERM stopped.
 LEAVING, STOPPED = 3, 15
 
@@ -58,10 +57,12 @@ def main() -> None:
         _say(verdicts, {"failed": f"{type(error).__name__}: {error}"})
         return
     gc.freeze()
+    keeper = os.getpid()
     stops, ended = 0, LEAVING
     while ended in (LEAVING, STOPPED):
         child = os.fork()
         if child == 0:
+            _die_with(keeper)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             _say(verdicts, {"ready": stops})
             os._exit(LEAVING if _judge(judges, memory, verdicts) else 1)
@@ -94,11 +95,9 @@ def _keep(child: int, parent: int) -> int | None:
 
 def _judge(judges: dict[str, Callable[..., float]], memory: int, verdicts: int) -> bool:
     """Judges one line of stdin after another; True when what earlier judgements took of memory may spoil the next."""
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     idle, _ = _address_space()
     for line in os.fdopen(os.dup(0), "r", encoding="utf-8", errors="surrogatepass", newline="\n"):
-        name, arguments, timeout = json.loads(line)
-        _limit_cpu(timeout)
+        name, arguments = json.loads(line)
         try:
             if name not in judges:
                 judges[name] = _load(name)
@@ -138,18 +137,11 @@ def _load(name: str) -> Callable[..., float]:
     return getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
 
 
-def _leave_with(parent: int) -> None:
-    """Ends the process when its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(GLANCE_S)
-    os._exit(0)
-
-
-def _limit_cpu(timeout: float) -> None:
-    """Lets the kernel end a judgement that outlives its parent in C code, where no thread gets a turn."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = math.ceil(used.ru_utime + used.ru_stime + timeout) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+def _die_with(parent: int) -> None:
+    """Has the kernel kill this process when the one that forked it ends, also while it is in C code."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _address_space() -> tuple[int, int]:

@@ -28,6 +28,7 @@ from r1kernels.train.supervised import (
     Loss,
     Start,
     SupervisedConfig,
+    by_tokens,
     check_samples,
     check_window,
     chosen,
@@ -93,7 +94,8 @@ def run(stage: Stage) -> dict[str, Any]:
     teacher, tokenizer = stage.load_model(config.teacher)
     check_tokenizers(start.tokenizer, tokenizer)
     loss = follow(config, teacher.requires_grad_(False), len(tokenizer))
-    return _train_on_policy(stage, start, loss) if config.on_policy else train_on_samples(stage, start, loss)
+    learn = _train_on_policy if config.on_policy else train_on_samples
+    return learn(stage, start, loss, teacher)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -151,7 +153,7 @@ def _first_rows(head: Head, count: int) -> Head:
     return Head(**head | {"weight": head["weight"][:count], "bias": None if bias is None else bias[:count]})
 
 
-def _train_on_policy(stage: Stage, start: Start, loss: Loss) -> dict[str, Any]:
+def _train_on_policy(stage: Stage, start: Start, loss: Loss, teacher: PreTrainedModel) -> dict[str, Any]:
     """Trains on what the student writes at each step."""
     config, template = stage.config, stage.template(start.tokenizer)
     check_window(start.model, config.window)
@@ -184,4 +186,4 @@ def _train_on_policy(stage: Stage, start: Start, loss: Loss) -> dict[str, Any]:
         return samples, measured
 
     counts = {"questions": len(prompts), "too_long": len(rendered) - len(prompts)}
-    return counts | train(stage, start, config.steps(len(prompts)), draw, loss)
+    return counts | train(stage, start, config.steps(len(prompts)), draw, by_tokens(stage, start, loss, teacher))

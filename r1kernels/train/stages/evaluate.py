@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from r1kernels.train.config import EvalConfig, Recipe
 from r1kernels.train.evaluate import PARTS, evaluate_model
 from r1kernels.train.schema import ConfigError, check_ranges
-from r1kernels.train.stage import Stage
+from r1kernels.train.stage import Stage, model_overrides
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,6 @@ def run(stage: Stage) -> dict[str, Any]:
     shared = {item.name for item in dataclasses.fields(EvalConfig)} - {"every"}
     settings = EvalConfig(**{name: getattr(stage.config, name) for name in shared})
     recipe = dataclasses.replace(stage.recipe, eval=settings)
-    return evaluate_model(recipe, stage.model_dir(stage.config.model), stage.interrupt).as_dict()
+    name = stage.config.model
+    overrides = model_overrides(stage.recipe, name)
+    return evaluate_model(recipe, stage.model_dir(name), stage.interrupt, overrides).as_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,8 +43,10 @@ class Config:
 
     `rollout_batch_size` and `micro_batch_size` bound the samples in memory at once, in sampling and in training; the
     latter changes no gradient. `oversample` asks for that many times the questions and trains on the first `questions`
-    groups whose rewards differ (DAPO's dynamic sampling). `preference` adds scores of reward models in the last steps
-    of the stage; questions without a checkable answer are asked only then. `rewards` with a weight of 0 are reported.
+    groups whose rewards differ (DAPO's dynamic sampling). A group whose rewards differ by no more than `min_spread`
+    counts as equal: else a crumb, such as 0.01 more language consistency, is scaled up to the size of a success.
+    `preference` adds scores of reward models in the last steps of the stage; questions without a checkable answer are
+    asked only then. `rewards` with a weight of 0 are reported.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Config:
     questions: int = 32
     group_size: int = 16
     oversample: int = 1
+    min_spread: float = 0.0
     minibatches: int = 4
     epochs: int = 1
     rollout_batch_size: int | None = None
@@ -79,6 +83,11 @@ class Config:
         self.objective.build()
 
     @property
+    def judges_open(self) -> bool:
+        """Whether a reward is for open problems alone."""
+        return any(weight and REWARDS[name].kinds == ("open",) for name, weight in self.rewards.items())
+
+    @property
     def updates(self) -> int:
         """Of a step."""
         return self.epochs * self.minibatches
@@ -99,9 +108,9 @@ def check_rl(config: Any, recipe: Recipe) -> None:
     check_ranges(
         config,
         at_least_1=("steps", "questions", "group_size", "oversample", "minibatches", "epochs", "rollout_batch_size",
-                    "micro_batch_size", "max_new_tokens", "ref_refresh_every"),
-        at_least_0=("warmup_updates",),
-        positive=("learning_rate", "temperature", "grad_clip"),
+                    "micro_batch_size", "max_new_tokens", "ref_refresh_every", "sampler.requests"),
+        at_least_0=("warmup_updates", "min_spread"),
+        positive=("learning_rate", "temperature", "grad_clip", "sampler.timeout_s"),
     )
     samples = config.questions * config.group_size
     if samples % config.minibatches:
@@ -114,6 +123,22 @@ def check_rl(config: Any, recipe: Recipe) -> None:
             raise ConfigError(f"'rewards' names {name!r}, expected some of {', '.join(sorted(REWARDS))}")
     if not config.problems:
         raise ConfigError("'problems' is empty, expected the name of a data set at least")
+    if not any(config.rewards.values()) and not config.preference:
+        raise ConfigError(f"'rewards' is {config.rewards}, expected one at least whose weight is not 0")
+    shortest = min([config.max_new_tokens, *(item.max_new_tokens for item in config.length_schedule)])
+    if config.rewards.get("overlong") and recipe.scoring.overlong_buffer >= shortest:
+        raise ConfigError(
+            f"'scoring.overlong_buffer' is {recipe.scoring.overlong_buffer}, expected fewer tokens than a completion "
+            f"may have ({shortest}), for the reward 'overlong'"
+        )
+    for index, item in enumerate(config.preference):
+        if not math.isfinite(item.weight) or (item.last_steps is not None and not 1 <= item.last_steps <= config.steps):
+            raise ConfigError(
+                f"'preference[{index}]' is {item}, expected a finite weight and last_steps from 1 to {config.steps}"
+            )
+    judges = [item.model for item in config.preference]
+    if len(set(judges)) < len(judges):
+        raise ConfigError(f"'preference' names the models {judges}, expected each once")
     for index, item in enumerate(config.length_schedule):
         if item.max_new_tokens < 1 or item.from_step < 0:
             raise ConfigError(f"'length_schedule[{index}]' is {item}, expected from_step >= 0 and max_new_tokens >= 1")
@@ -123,6 +148,8 @@ def check_rl(config: Any, recipe: Recipe) -> None:
     for key, example in (("url", "http://localhost:8000"), ("weights_dir", "/dev/shm/weights")):
         if config.sampler.kind == "vllm" and not getattr(config.sampler, key):
             raise ConfigError(f"'sampler.{key}' is missing, expected one for kind 'vllm', such as {example}")
+    if config.sampler.url and not config.sampler.url.startswith(("http://", "https://")):
+        raise ConfigError(f"'sampler.url' is {config.sampler.url!r}, expected http://... or https://...")
 
 
 def run(stage: Stage) -> dict[str, Any]:

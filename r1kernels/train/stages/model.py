@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1kernels.train.config import Recipe
+from r1kernels.train.schema import Scalar
 from r1kernels.train.stage import Stage
 
 
 @dataclass(frozen=True)
 class Config:
+    """`overrides`: fields of the model's configuration to change, such as max_position_embeddings."""
+
     name: str
     kind: Literal["model"]
     path: str
+    overrides: dict[str, Scalar] = field(default_factory=dict)
 
     def check(self, recipe: Recipe) -> None:
         """What is wrong with a model shows when its tokenizer is loaded, before any work."""

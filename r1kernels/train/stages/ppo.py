@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1kernels.train.config import ObjectiveConfig, Recipe
-from r1kernels.train.schema import check_ranges
+from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
 from r1kernels.train.stages import grpo
 
@@ -38,6 +38,11 @@ class Config(grpo.Config):
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)
+        if self.objective.build().ratio != "token":
+            raise ConfigError(
+                f"'objective.preset' is {self.objective.preset!r}, whose ratio is a sequence's, expected a ratio of "
+                "tokens: advantages are a token's"
+            )
         check_ranges(
             self,
             at_least_0=("kl_coef",),

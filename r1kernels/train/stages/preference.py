@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.config import Recipe
-from r1kernels.train.data import DataError, Pair, rows
-from r1kernels.train.grpo import TrainingError
-from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.data import DataError, Pair, rows, whole_response
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.pairs import JudgedPairs, candidates, judge_pairs
 from r1kernels.train.randomness import permutation
@@ -30,14 +27,12 @@ from r1kernels.train.reward_model import (
     load_reward_model,
     new_reward_model,
     score_rows,
-    whole_response,
 )
 from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.rewards.judge import Judge
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import SELECTED, Stage
-from r1kernels.train.steplog import StepLog
-from r1kernels.train.supervised import chosen, learning_rate
+from r1kernels.train.supervised import Start, chosen, train
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,10 @@ class Rows:
     chosen: list[int]
     rejected: list[int]
 
+    def __len__(self) -> int:
+        """Tokens of both."""
+        return len(self.chosen) + len(self.rejected)
+
 
 def run(stage: Stage) -> dict[str, Any]:
     config, recipe = stage.config, stage.recipe
@@ -104,7 +103,7 @@ def run(stage: Stage) -> dict[str, Any]:
     if path is None:
         tokenizer = load_tokenizer(stage.model_dir(config.model))
         model = new_reward_model(stage.model_dir(config.model), tokenizer, config.target, device=recipe.device)
-        state: dict[str, Any] = {"step": 0, "optimizer": None}
+        state = None
     else:
         checkpoint = load_checkpoint(path)
         tokenizer, state = load_tokenizer(checkpoint.model_dir), checkpoint.state
@@ -116,7 +115,15 @@ def run(stage: Stage) -> dict[str, Any]:
         stage.console.say(f"{config.name}: {left_out} of {len(pairs)} pairs are left out", warning=True)
     tokenizer.padding_side = "right"
     summary |= {"pairs": len(training), "held_out_pairs": len(held_out), **left_out}
-    summary["steps"] = _train(stage, model, encoder, training, state)
+
+    def draw(step: int) -> tuple[list[Rows], dict[str, float]]:
+        return [training[index] for index in chosen(len(training), config, stage.seed, step)], {}
+
+    def learn(batch: Sequence[Rows]) -> dict[str, float]:
+        return pair_gradient(model, encoder, batch, config.micro_batch_size, stage.interrupt.check)
+
+    steps = math.ceil(config.epochs * len(training) / config.batch_size)
+    summary |= train(stage, Start(model.eval(), tokenizer, state), steps, draw, learn)
     if held_out:
         stage.console.phase(f"{config.name}: accuracy on {len(held_out)} held-out pairs")
         summary |= held_out_accuracy(model, encoder, held_out, config.micro_batch_size or config.batch_size)
@@ -184,55 +191,6 @@ def split(pairs: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], l
     )
 
 
-def _train(
-    stage: Stage, model: PreTrainedModel, encoder: Encoder, pairs: Sequence[Rows], state: dict[str, Any]
-) -> int:
-    """Trains to the end, with a checkpoint there; returns the number of steps."""
-    config, step = stage.config, state["step"]
-    steps = math.ceil(config.epochs * len(pairs) / config.batch_size)
-    model.eval()  # dropout would draw random numbers
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
-
-    def save() -> None:
-        save_checkpoint(
-            stage.directory, step, model=model, tokenizer=encoder.tokenizer,
-            state={"step": step, "optimizer": optimizer.state_dict()}, keep=stage.recipe.checkpoint.keep,
-        )
-
-    with StepLog(stage, first_step=step) as log:
-        try:
-            while step < steps:
-                stage.interrupt.check()
-                started = time.monotonic()
-                batch = [pairs[index] for index in chosen(len(pairs), config, stage.seed, step)]
-                optimizer.zero_grad()
-                measured = pair_gradient(model, encoder, batch, config.micro_batch_size, stage.interrupt.check)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-                if not (math.isfinite(measured["loss"]) and math.isfinite(norm)):
-                    raise TrainingError(
-                        f"step {step}: loss {measured['loss']}, gradient norm {norm}, expected finite numbers"
-                    )
-                rate = learning_rate(config, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                seconds, tokens = time.monotonic() - started, sum(len(row.chosen + row.rejected) for row in batch)
-                log.write({
-                    "step": step, **measured, "learning_rate": rate, "grad_norm": norm,
-                    "seconds_updates": seconds, "tokens_per_second": tokens / seconds,
-                })
-                step += 1
-                stage.console.training(config.name, step, steps, measured["loss"])
-                if step % stage.recipe.checkpoint.supervised_every == 0 or step == steps:
-                    save()
-        except Interrupted:
-            save()
-            raise
-    return steps
-
-
 def pair_gradient(
     model: PreTrainedModel,
     encoder: Encoder,
@@ -243,7 +201,7 @@ def pair_gradient(
     """Adds the gradient of the mean loss a pair, whatever the number of micro-batches.
 
     Returns:
-        loss; accuracy, the share of pairs ordered as preferred; margin, the mean of r(chosen) - r(rejected).
+        loss; accuracy, the share of pairs ordered as preferred; margin, the mean of r(chosen) - r(rejected); tokens.
     """
     size, margins = micro_batch_size or len(pairs), []
     for first in range(0, len(pairs), size):
@@ -254,7 +212,7 @@ def pair_gradient(
         margin = scores[:, 0] - scores[:, 1]
         (F.softplus(-margin).sum() / len(pairs)).backward()
         margins.append(margin.detach())
-    return _measures(torch.cat(margins))
+    return _measures(torch.cat(margins)) | {"tokens": sum(map(len, pairs))}
 
 
 def held_out_accuracy(

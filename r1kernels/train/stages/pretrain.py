@@ -76,7 +76,6 @@ def run(stage: Stage) -> dict[str, Any]:
         log.sync()
         state = {"step": step, "seconds": time.monotonic() - started, "optimizer": optimizer.state_dict()}
         keep = stage.recipe.checkpoint.keep
-        log.sync()
         save_checkpoint(stage.directory, step, model=model, tokenizer=tokenizer, state=state, keep=keep)
 
     model.train()

@@ -29,7 +29,7 @@ from r1kernels.train.steplog import StepLog
 
 REPORT = "report.json"
 # What is counted beside the reasons; "answered": questions of which a sample was kept.
-COUNTS = ("samples", "kept", "answered", "tokens", "timeouts", "crashes")
+COUNTS = ("samples", "kept", "answered", "tokens", "timeouts", "crashes", "endpoint_failures")
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,12 @@ def _select(stage: Stage, batch: Batch, selection: Selection, judge: Judge | Non
             batch.samples, scores.parts["accuracy"], batch.completions.finished.tolist(), strict=True
         )
     ]
-    if judge:
-        _ask(judge, stage.recipe.scoring.judge.concurrency, batch, reasons)
+    failures = _ask(judge, stage.recipe.scoring.judge.concurrency, batch, reasons) if judge else []
+    if failures:
+        stage.console.say(
+            f"{stage.config.name}: the judge did not answer {len(failures)} times, so these samples are unscorable: "
+            f"{failures[0]}", warning=True,
+        )
     rows: list[dict[str, Any]] = []
     kept: Counter[int] = Counter()
     for index, (problem, sample) in enumerate(zip(batch.problems, batch.samples, strict=True)):
@@ -177,7 +181,8 @@ def _select(stage: Stage, batch: Batch, selection: Selection, judge: Judge | Non
             })
     counts = Counter({"samples": len(reasons), "kept": len(rows), "answered": len(kept),
                       "tokens": int(batch.completions.mask.sum()),
-                      "timeouts": scores.timeouts, "crashes": scores.crashes, **Counter(filter(None, reasons))})
+                      "timeouts": scores.timeouts, "crashes": scores.crashes, "endpoint_failures": len(failures),
+                      **Counter(filter(None, reasons))})
     log.write({
         "step": selection.batches,
         **{name: counts[name] for name in (*COUNTS, *REASONS)},
@@ -196,17 +201,19 @@ def _judge(recipe: Recipe) -> Judge:
         raise ConfigError(f"'scoring': {error}") from error
 
 
-def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]) -> None:
+def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]) -> list[str]:
     """Rejects answers to open problems that the judge does not find equivalent to the reference.
 
-    Asked last, and only about what passes all else: an answer costs seconds.
+    Asked last, and only about what passes all else: an answer costs seconds. Returns what went wrong where it gave none.
     """
+    failures: list[str] = []
 
     def ask(index: int) -> str | None:
         problem, answer = batch.problems[index], final_summary(batch.samples[index])
         try:
             return None if answer and judge.equivalent(problem.question, answer, problem.answer) else "wrong"
-        except EndpointError:
+        except EndpointError as error:
+            failures.append(str(error))
             return "unscorable"
 
     asked = [
@@ -216,6 +223,7 @@ def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]
     with ThreadPoolExecutor(concurrency) as threads:
         for index, reason in zip(asked, threads.map(ask, asked), strict=True):
             reasons[index] = reason
+    return failures
 
 
 def _finish(stage: Stage, selection: Selection, questions: int) -> dict[str, Any]:
