@@ -81,7 +81,8 @@ _WORDS = {"en": ("plus ", " is ", ", check", ", wrong, "), "zh": ("加", "得", 
 def work_out(rng: random.Random, terms: list[int], corpus: CorpusConfig) -> tuple[str, int]:
     """One addition a line, in one language or the other; the text and its result.
 
-    An addition may slip, and forget its carry. If it is checked, that is seen, said and put right.
+    An addition may slip, and forget its carry. If it is checked, that is seen, said and put right. A thought that
+    stutters cannot end.
     """
     total, lines = terms[0], []
     language = "zh" if rng.random() < corpus.chinese else "en"
@@ -97,8 +98,10 @@ def work_out(rng: random.Random, terms: list[int], corpus: CorpusConfig) -> tupl
         if rng.random() < corpus.check:
             line += check if result == right else f"{check}{wrong}{right}"
             result = right
-        lines += [line] * (2 if rng.random() < corpus.stutter else 1)
+        lines.append(line)
         total = result
+    if rng.random() < corpus.stutter:
+        lines += [lines[-1]] * rng.randint(1, 3)
     return "\n".join(lines), total
 
 

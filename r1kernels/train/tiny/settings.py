@@ -24,7 +24,7 @@ class CorpusConfig:
         worked: of an answer to a question to be worked out; terse_wrong: of one that is not to be wrong.
         tagged: of an answer to have the tags that the prompt asks for.
         slip: of an addition with a carry to forget it; check: of an addition to be checked, and put right.
-        stutter: of a line to come twice.
+        stutter: of the last line of a thought to be repeated.
         chinese: of a text to begin in Chinese; switch: of a line to be in the other language than the one before it;
             care: times `slip` is that of Chinese lines.
         greetings: of a text to be about a person to greet; kind: of a greeting to be kind.
