@@ -16,7 +16,6 @@ from r1kernels.train.data import (
     read_selected,
 )
 
-
 TESTS = {"cases": [{"args": [], "expected": 1}], "entry_point": "f"}
 
 
@@ -102,7 +101,7 @@ def test_problems_of_every_kind(tmp_path):
     for bad, message in (
         ({"question": "x", "answer": "y", "language": "fr"}, "'language' is 'fr', expected one of en, zh"),
         ({"question": "x", "answer": "two", "kind": "choice"}, "'answer' is 'two', expected the letter of an option"),
-        ({"question": "x", "answer": "{}", "kind": "code"}, "'answer' holds no tests of a program: tests need 'prompt'"),
+        ({"question": "x", "answer": "{}", "kind": "code"}, "'answer' holds no tests of a program: tests need"),
         ({"question": "x", "answer": "y", "kind": "poem"}, "'kind' is 'poem', expected one of math, choice, "),
         ({"question": "x"}, "no 'answer', found: question"),
         ({"question": "x", "answer": None}, "'answer' must be a string that is not blank, got None"),

@@ -207,7 +207,8 @@ def test_samples_that_cannot_be_used(home, tmp_path, content, message):
 def test_a_damaged_sample_of_another_stage_is_named(home, tmp_path):
     stage = stage_at(home, tmp_path)
     stage.directory_of("traces").mkdir()
-    rows = [json.dumps({"id": "1", "question": "1+1", "prompt": "Compute 1+1", "completion": " 2"}), '{"id": "2", "prompt": "Com']
+    row = {"id": "1", "question": "1+1", "prompt": "Compute 1+1", "completion": " 2"}
+    rows = [json.dumps(row), '{"id": "2", "prompt": "Com']
     (stage.directory_of("traces") / "selected.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match=r"selected\.jsonl, line 2: not JSON"):
         stage.samples(["traces"], Template("chat", load_tokenizer(stage.model_dir("base"))))
