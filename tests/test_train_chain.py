@@ -243,7 +243,7 @@ def test_an_interrupted_stage_that_changed_begins_again(world, monkeypatch):
     assert world.actions("stages.first.text=x") == "rerun rerun run run"
     monkeypatch.setattr(chain, "code_hash", lambda: "new")
     assert world.actions() == "rerun refuse run run"
-    with pytest.raises(ConfigError, match=r"stage 'middle': it was interrupted, and the code .* changed since: --trust"):
+    with pytest.raises(ConfigError, match=r"stage 'middle': it was interrupted, and the code .* changed since"):
         world.run()
     assert world.log == []  # before any other work
     assert world.actions(start="middle") == "rerun rerun run run"

@@ -11,6 +11,7 @@ import pytest
 from r1kernels.train.rewards import Judgement, Sample, Scorer, ScoringConfig, accuracy
 from r1kernels.train.rewards.accuracy import MATH
 from r1kernels.train.rewards.effort import is_hopeless
+from r1kernels.train.rewards.math_judge import judge
 from r1kernels.train.rewards.pool import Pool
 
 
@@ -98,3 +99,12 @@ def test_judging_in_the_calling_process_is_the_same():
 )  # fmt: skip
 def test_decimals_are_exact_or_well_rounded(answer, reference, value, scorer):
     assert boxed([answer], [reference], scorer) == [value]
+
+
+@pytest.mark.parametrize("reference", ["\\frac{1", "(3,", "\\sqrt{", "3 \\cdot"])
+def test_a_reference_that_is_no_expression_is_nobodys_mistake(reference):
+    """No answer could be right: a silent 0 would punish them all."""
+    assert math.isnan(judge("3", reference))
+    with Scorer({"accuracy": 1.0}) as scorer:
+        scores = scorer.score([Sample("", "\\boxed{3}", reference)])
+    assert math.isnan(scores.total[0]) and scores.unscorable == {"accuracy": 1} and scores.crashes == 0

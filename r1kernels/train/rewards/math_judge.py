@@ -12,6 +12,7 @@ Where one side is a plain decimal and the other an exact number, math-verify wou
 
 import functools
 import logging
+import math
 from decimal import Decimal
 
 import sympy
@@ -31,12 +32,14 @@ logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 
 def judge(answer: str, reference: str) -> float:
-    """1.0 when two LaTeX expressions are mathematically equal, else 0.0.
+    """1.0 when two LaTeX expressions are mathematically equal, else 0.0; NaN where the reference is no expression.
 
     It can take any time and memory: the caller limits both. (math-verify's own limit is a SIGALRM, works on
     a main thread only, and cannot interrupt a long integer power.)
     """
     expected, given = _parse(reference), _parse(answer)
+    if all(isinstance(item, str) for item in expected):
+        return math.nan
     for text, parsed in ((answer, expected), (reference, given)):
         number = plain_number(text)
         if number is not None and "." in text.rstrip("."):
