@@ -184,7 +184,7 @@ def gap(completions, model, temperature, settings=ImportanceConfig("truncate")):
 
 
 def test_log_probs_are_those_of_the_trainer(connect, model, tokenizer):
-    completions = sample(connect(), Sampling(0.7, 12))
+    completions = sample(connect(), Sampling(0.7, 48))
     assert completions.finished.any() and not completions.finished.all()
     weights, metrics = gap(completions, model, 0.7)
     assert 0 < metrics["logprob_gap_max"] < 1e-4 and metrics["importance_cut"] == 0
@@ -193,8 +193,8 @@ def test_log_probs_are_those_of_the_trainer(connect, model, tokenizer):
         ids = completions.token_ids[row][completions.mask[row]].tolist()
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert (ids[-1] == tokenizer.eos_token_id) == bool(completions.finished[row])
-        assert completions.finished[row] or len(ids) == 12
-    oracle = sample(TransformersSampler(model, tokenizer), Sampling(0.7, 12))
+        assert completions.finished[row] or len(ids) == 48
+    oracle = sample(TransformersSampler(model, tokenizer), Sampling(0.7, 48))
     assert torch.equal(completions.prompt_ids, oracle.prompt_ids)
     assert torch.equal(completions.prompt_mask, oracle.prompt_mask)
     for name in ("token_ids", "mask", "logprobs", "finished"):
