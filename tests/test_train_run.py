@@ -16,7 +16,7 @@ from r1kernels.train import run as run_module
 from r1kernels.train.cli import main
 from r1kernels.train.config import load_recipe
 from r1kernels.train.console import Console
-from r1kernels.train.grpo import TrainingError
+from r1kernels.train.interrupt import TrainingError
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.rewards import Scores
 from r1kernels.train.stage import Stage

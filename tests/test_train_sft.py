@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from r1kernels.train import supervised
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.data import DataError
-from r1kernels.train.grpo import TrainingError
-from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.interrupt import Interrupted, TrainingError
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.packing import encode

@@ -106,7 +106,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """What needs no traceback. Imported late: `--help` should not wait for torch."""
     from r1kernels.train.checkpoint import CheckpointError
     from r1kernels.train.data import DataError
-    from r1kernels.train.grpo import TrainingError
+    from r1kernels.train.interrupt import TrainingError
     from r1kernels.train.rewards import WorkerError
     from r1kernels.train.rewards.sandbox import SandboxError
     from r1kernels.train.schema import ConfigError

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.data import Problem
 from r1kernels.train.evaluate import MEASURED, PARTS, eval_problems, evaluate, make_sample
+from r1kernels.train.groups import advantages_of, choose
 from r1kernels.train.importance import importance_weights
-from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.interrupt import Interrupted, TrainingError
 from r1kernels.train.language_stats import reflective_words
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.preferences import Preferences
@@ -45,14 +45,6 @@ from r1kernels.train.vllm import VLLMSampler
 RATIO_TOLERANCE = 1e-2
 # Steps in a row without any group to learn from, after which the console warns.
 IDLE_STEPS = 5
-
-
-# Below this, a group's rewards hardly differ, and dividing by their deviation makes crumbs as large as successes.
-SMALL_SPREAD = 0.1
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is untouched."""
 
 
 class GRPOTrainer:
@@ -139,11 +131,9 @@ class GRPOTrainer:
 
     def advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
         """(B,), or (B, T) for one a token; a sample without a reward (NaN) gets 0."""
-        groups = rewards.view(-1, self.settings.group_size)
-        level = (spreads(groups) <= self.settings.min_spread).unsqueeze(-1) & ~groups.isnan()
-        groups = torch.where(level, groups.nanmean(-1, keepdim=True), groups)
-        return r1kernels.group_advantages(
-            groups.flatten(), self.settings.group_size, scale=self.settings.advantage_scale
+        settings = self.settings
+        return advantages_of(
+            rewards, settings.group_size, min_spread=settings.min_spread, scale=settings.advantage_scale
         )
 
     def gradient(self, rows: list[Tensor]) -> dict[str, float]:
@@ -268,7 +258,9 @@ class GRPOTrainer:
         preference = self.preferences.score(self.step, problems, completions.texts)
         scored = time.monotonic()
         rewards = torch.tensor(scores.total, dtype=torch.float64) + torch.tensor(preference.total, dtype=torch.float64)
-        chosen, spread_shares = self._choose(rewards)
+        chosen, spread_shares = choose(
+            rewards, settings.group_size, settings.questions, min_spread=settings.min_spread
+        )
         rewards = rewards.float().to(self.model.device)
         zeros = torch.zeros_like(completions.logprobs)
         rollout = Rollout(
@@ -331,19 +323,6 @@ class GRPOTrainer:
                 f"step {self.step}: {measured['unscorable']} samples could not be scored ({reasons}; {scores.timeouts} "
                 f"timeouts, {scores.crashes} crashes); their advantage is 0", warning=True,
             )
-
-    def _choose(self, rewards: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Rows to train on, and the shares of groups whose rewards are all the same, and hardly differ.
-
-        Of more groups than are needed, those that differ come first, each kind in order.
-        """
-        groups = rewards.view(-1, self.settings.group_size)
-        spread = spreads(groups)
-        flat = spread <= self.settings.min_spread
-        chosen = torch.argsort(flat.long(), stable=True)[: self.settings.questions].sort().values
-        rows = torch.arange(rewards.numel()).view(groups.shape)[chosen].flatten()
-        small = (spread > 0) & (spread < SMALL_SPREAD)
-        return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
 
     def _minibatches(self, epoch: int = 0) -> list[list[Tensor]]:
         """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
@@ -414,10 +393,3 @@ class GRPOTrainer:
         self.sampler.update(self.model)
         if self.step % self.stage.recipe.checkpoint.every == 0 and self.step < self.settings.steps:
             self.save()
-
-
-def spreads(groups: Tensor) -> Tensor:
-    """Largest less smallest reward of each group (n, G), without those that are NaN; 0 where all are."""
-    infinity = float("inf")
-    spread = groups.nan_to_num(-infinity).amax(-1) - groups.nan_to_num(infinity).amin(-1)
-    return spread.clamp(min=0)

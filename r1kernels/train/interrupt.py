@@ -12,6 +12,10 @@ class Interrupted(Exception):
     """A stop was asked for, and this is a safe place to stop at."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is untouched."""
+
+
 class Interrupt:
     """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`.
 

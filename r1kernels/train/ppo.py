@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from r1kernels.train.gae import gae, whiten
-from r1kernels.train.grpo import GRPOTrainer, TrainingError
+from r1kernels.train.grpo import GRPOTrainer
+from r1kernels.train.interrupt import TrainingError
 from r1kernels.train.update import Rollout
 from r1kernels.train.value import Critic, explained_variance, rollout_values, value_gradient
 

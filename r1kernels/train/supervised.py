@@ -20,9 +20,8 @@ import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.config import Recipe
 from r1kernels.train.data import DataError
-from r1kernels.train.grpo import TrainingError
 from r1kernels.train.head import head_of, hidden_states
-from r1kernels.train.interrupt import Interrupted
+from r1kernels.train.interrupt import Interrupted, TrainingError
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.packing import Tokens, collate, encode, fitting, keeps_apart, pack
