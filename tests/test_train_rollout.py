@@ -14,7 +14,7 @@ from r1kernels.train.data import Problem
 from r1kernels.train.evaluate import PARTS, evaluate
 from r1kernels.train.interrupt import Interrupted
 from r1kernels.train.prompt import Template
-from r1kernels.train.randomness import permutation, torch_seeded
+from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rewards import Scorer, Scores
 from r1kernels.train.rollout import Sampling, TransformersSampler, draw
 from r1kernels.train.schema import ConfigError

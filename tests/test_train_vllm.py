@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from r1kernels.train import vllm
 from r1kernels.train.importance import ImportanceConfig, importance_weights
 from r1kernels.train.interrupt import Interrupted
-from r1kernels.train.randomness import torch_seeded
+from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens
 from r1kernels.train.tiny import CorpusConfig, TinyConfig, make_model, make_tokenizer
 from r1kernels.train.update import Rollout, rollout_logprobs

@@ -21,7 +21,7 @@ from r1kernels.train.language_stats import reflective_words
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.problems import load_problems
 from r1kernels.train.prompt import Template
-from r1kernels.train.randomness import torch_seeded
+from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rewards import Sample, Scorer
 from r1kernels.train.rewards.accuracy import spelling
 from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler

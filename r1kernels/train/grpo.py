@@ -33,7 +33,7 @@ from r1kernels.train.interrupt import Interrupted, TrainingError
 from r1kernels.train.language_stats import reflective_words
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.preferences import Preferences
-from r1kernels.train.randomness import permutation, torch_seeded
+from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rewards import Scores
 from r1kernels.train.rollout import Completions, Sampler, Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage

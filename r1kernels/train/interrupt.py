@@ -1,4 +1,4 @@
-"""Stopping at a moment from which the run can continue."""
+"""Stopping where the run can continue later."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import signal
 from types import FrameType
 from typing import Any
 
-
-class Interrupted(Exception):
-    """A stop was asked for, and this is a safe place to stop at."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is untouched."""
+from r1kernels.train.errors import Interrupted, TrainingError  # noqa: F401  (the old modules import them from here)
 
 
 class Interrupt:
     """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`.
 
-    Code calls `check` wherever the trainer's state is whole: between tokens of a rollout, between the
-    micro-batches before an optimiser step, never inside one. A second signal ends the process at once.
+    Code calls `check` wherever the state is complete: between tokens of a rollout and between the micro-batches before an
+    optimizer step, never inside one. A second signal stops the process immediately. Both signals are handled even if
+    the process was started with SIGINT ignored, as shells do for background jobs.
     """
 
     def __init__(self) -> None:
@@ -28,6 +23,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def check(self) -> None:
+        """Raises Interrupted if a signal came."""
         if self.requested:
             raise Interrupted(self.requested)
 
@@ -44,5 +40,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.requested}: stopping at the next safe place; once more to stop at once\n".encode())
+        # Not print: the signal may arrive in the middle of one.
+        os.write(2, f"\n{self.requested}: stopping at the next safe point; press Ctrl-C again to stop immediately\n".encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1kernels.train.data import Pair
 from r1kernels.train.metrics import MetricsLog, read_metrics
-from r1kernels.train.randomness import python_generator
+from r1kernels.train.rng import python_generator
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from r1kernels.train.interrupt import Interrupted, TrainingError
 from r1kernels.train.loading import load_model, load_tokenizer
 from r1kernels.train.metrics import read_metrics
 from r1kernels.train.packing import Tokens, collate, encode, fitting, keeps_apart, pack
-from r1kernels.train.randomness import permutation
+from r1kernels.train.rng import permutation
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage
 from r1kernels.train.steplog import StepLog

@@ -20,7 +20,7 @@ from r1kernels.train.config import Recipe
 from r1kernels.train.data import DataError
 from r1kernels.train.head import Head, head_of, hidden_states
 from r1kernels.train.packing import IGNORED, Tokens
-from r1kernels.train.randomness import torch_seeded
+from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.schema import ConfigError, check_ranges
 from r1kernels.train.stage import Stage

@@ -19,7 +19,7 @@ from r1kernels.train.config import Recipe
 from r1kernels.train.data import DataError, Pair, rows, whole_response
 from r1kernels.train.loading import load_tokenizer
 from r1kernels.train.pairs import JudgedPairs, candidates, judge_pairs
-from r1kernels.train.randomness import permutation
+from r1kernels.train.rng import permutation
 from r1kernels.train.reward_model import (
     Encoder,
     Target,

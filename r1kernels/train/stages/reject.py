@@ -17,7 +17,7 @@ from r1kernels.train.evaluate import make_sample
 from r1kernels.train.files import write_atomically
 from r1kernels.train.filters import REASONS, FilterConfig, reject
 from r1kernels.train.interrupt import Interrupted
-from r1kernels.train.randomness import torch_seeded
+from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rewards import Sample, Scorer, Scores
 from r1kernels.train.rewards.endpoint import EndpointError
 from r1kernels.train.rewards.judge import Judge, final_summary

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 from r1kernels.train.data import Problem
-from r1kernels.train.randomness import python_generator
+from r1kernels.train.rng import python_generator
 from r1kernels.train.schema import ConfigError
 from r1kernels.train.tiny.settings import CorpusConfig
 from r1kernels.train.tiny.splits import Split, split_of

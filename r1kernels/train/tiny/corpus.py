@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r1kernels.train.prompt import render
-from r1kernels.train.randomness import python_generator
+from r1kernels.train.rng import python_generator
 from r1kernels.train.tiny import arithmetic, greetings
 from r1kernels.train.tiny.settings import CorpusConfig
 from r1kernels.train.tiny.texts import tagged

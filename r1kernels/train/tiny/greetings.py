@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 
 from r1kernels.train.data import Problem
-from r1kernels.train.randomness import python_generator
+from r1kernels.train.rng import python_generator
 from r1kernels.train.schema import ConfigError
 from r1kernels.train.tiny.splits import Split, split_of
 from r1kernels.train.tiny.texts import tagged

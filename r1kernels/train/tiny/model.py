@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r1kernels.train.randomness import python_generator, torch_seeded
+from r1kernels.train.rng import python_generator, torch_seeded
 from r1kernels.train.tiny.corpus import document
 from r1kernels.train.tiny.greetings import NAMES
 from r1kernels.train.tiny.settings import CorpusConfig, TinyConfig

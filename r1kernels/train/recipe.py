@@ -1,0 +1,525 @@
+"""Every setting of a recipe, with its description, its range and its default.
+
+A recipe is one YAML file: settings of the whole run, named data sets, and a list of stages that build on each other.
+Everything that needs no model and no data is checked before any work starts. The page docs/settings.md is
+generated from the descriptions below. `recipe_file` reads and writes recipes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from r1kernels import Objective, objectives
+from r1kernels.train.errors import ConfigError
+
+RESERVED_NAMES = ("config.yaml", "manifest.json", "report.html", "tensorboard")
+REWARDS = ("accuracy", "format", "language", "overlong", "judge")
+PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
+
+
+class Settings(BaseModel):
+    """Unknown keys are refused, and so are values of the wrong type, infinity and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def setting(description: str, default: Any = ..., **limits: Any) -> Any:
+    """A field with its description, its default (required if missing) and its range (`ge`, `gt`, `le`, `lt`)."""
+    if isinstance(default, list | dict | Settings):
+        value = default
+        return Field(default_factory=lambda: value.copy() if isinstance(value, list | dict) else value,
+                     description=description, **limits)
+    return Field(default, description=description, **limits)
+
+
+@dataclass(frozen=True)
+class RefersTo:
+    """Marks a field that names data sets ("data") or stages, by what they leave ("model", "samples", "scores")."""
+
+    kinds: tuple[str, ...]
+
+
+def _import_path(value: str) -> str:
+    module, colon, name = value.partition(":")
+    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError("expected an import path 'module:function'")
+    return value
+
+
+ImportPath = Annotated[str, AfterValidator(_import_path)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+ModelName = Annotated[str, RefersTo(("model",))]
+DataNames = Annotated[list[str], RefersTo(("data",))]
+SampleNames = Annotated[list[str], RefersTo(("data", "samples"))]
+Scalar = bool | int | float | str | None
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function that an import path `module:function` names.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"cannot import '{path}': {error}; 'import_from' names the directories in which modules are looked for"
+        ) from error
+
+
+class Function(Settings):
+    """A function of your own, by import path. `import_from` of the recipe says where modules are looked for."""
+
+    function: ImportPath = setting("import path `module:function`")
+    options: dict[str, Any] = setting("keyword arguments that the function is called with", {})
+
+    def load(self) -> Callable[..., Any]:
+        """The function."""
+        return load_function(self.function)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class FileData(Settings):
+    """Problems, demonstrations or preference pairs from a file: one JSON object a line, gzipped or not.
+
+    `jsonl`: `question` and `answer` (and `kind`, `language`), `question` and `response` for SFT, or `question`, `chosen`
+    and `rejected` for preferences. `gsm8k`, `math` and `humaneval` are the files of these sets.
+    """
+
+    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
+    path: str | None = setting("file to train on", None)
+    test_path: str | None = setting("file with the held-out problems", None)
+    language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
+
+    @property
+    def held_out(self) -> bool:
+        return self.test_path is not None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> FileData:
+        if self.path is None and self.test_path is None:
+            raise ValueError("'path' or 'test_path' is missing; at least one is needed")
+        return self
+
+
+class HubData(Settings):
+    """A data set of the Hugging Face hub, or a local directory that `datasets.load_dataset` reads."""
+
+    kind: Literal["hub"]
+    path: str = setting("name on the hub, or a directory")
+    subset: str | None = setting("name of the subset (configuration)", None)
+    split: str = setting("split to train on", "train")
+    test_split: str | None = setting("split with the held-out problems", None)
+    columns: dict[str, str] = setting("our name of a column: its name in the data set, such as `question: problem`", {})
+    answers: Literal["math", "choice", "exact", "code", "open"] = setting("how answers are checked", "math")
+    language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
+
+    @property
+    def held_out(self) -> bool:
+        return self.test_split is not None
+
+
+class FunctionData(Function):
+    """A data set from a function of your own: `function(split, count, seed, **options)` returns a list of objects like
+    the lines of a `jsonl` file; `split` is "train" or "test", and `count` how many are wanted at most (None: all)."""
+
+    kind: Literal["function"]
+    held_out: bool = setting("whether the function has problems for the split `test`", True)
+
+
+Data = Annotated[FileData | HubData | FunctionData, Field(discriminator="kind")]
+
+# ---- parts of a stage -----------------------------------------------------------------------------------------------
+
+
+class Judge(Settings):
+    """A language model that judges answers, behind any endpoint that speaks OpenAI's chat completions."""
+
+    url: str = setting("address without `/chat/completions`, such as http://localhost:8000/v1", pattern="^https?://")
+    model: str = setting("name of the model on that server")
+    api_key_env: str | None = setting("environment variable that holds the key; null sends none", None)
+    timeout_s: float = setting("seconds for one answer, retries included", 60.0, gt=0)
+    retries: int = setting("further attempts after a failed one; then the sample is unscorable", 4, ge=0)
+    votes: int = setting("answers for one comparison, half of them with the sides swapped", 4, ge=2, multiple_of=2)
+    temperature: float = setting("sampling temperature of the judge", 0.7, ge=0)
+    concurrency: int = setting("requests in flight at once", 16, ge=1)
+
+
+class Scoring(Settings):
+    """How completions are scored."""
+
+    workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
+    timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
+    memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
+    sandbox: Literal["bubblewrap", "none"] = setting(
+        "where programs written by a model run; `none` is no protection at all", "bubblewrap")
+    imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
+    overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
+    judge: Judge | None = setting("the model that the reward `judge` and pairs of stage `preference` ask", None)
+
+
+class Eval(Settings):
+    """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions.
+
+    Every stage that leaves a model ends with an evaluation; RL has one every `every` steps too.
+    """
+
+    every: int = setting("steps of RL between evaluations", 5, ge=1)
+    problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
+    questions: int = setting("questions of each data set at most", 128, ge=1)
+    samples: int = setting("completions of each question", 4, ge=1)
+    temperature: float = setting("sampling temperature", 0.6, gt=0)
+    top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
+    max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
+    batch_size: int = setting("completions in memory at once", 512, ge=1)
+
+
+class Checkpoint(Settings):
+    """When checkpoints are written."""
+
+    every: int = setting("steps of RL between checkpoints", 5, ge=1)
+    every_updates: int | None = setting("optimizer steps of RL between checkpoints, inside a rollout too", None, ge=1)
+    supervised_every: int = setting("steps of other training between checkpoints", 200, ge=1)
+    keep: int = setting("checkpoints to keep", 2, ge=1)
+
+
+class ObjectiveSettings(Settings):
+    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own.
+
+    The function is called with `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`.
+    """
+
+    preset: Literal[PRESETS] = setting("name of a preset", "r1")
+    function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
+    options: dict[str, Scalar] = setting("fields of the preset to override, or arguments of the function", {})
+
+    def build(self) -> Objective:
+        """The objective. Raises ConfigError for an unknown field or a value out of range."""
+        make = getattr(objectives, self.preset) if self.function is None else load_function(self.function)
+        try:
+            made = make(**self.options)
+            return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"'objective.options': {error}") from error
+
+
+class Importance(Settings):
+    """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
+
+    mode: Literal["none", "truncate", "mask"] = setting(
+        "`truncate` moves weights into [floor, cap], `mask` drops what lies outside, `none` only measures", "none")
+    level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
+    cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
+    floor: float = setting("smallest weight", 0.0, ge=0, le=1)
+
+
+class SamplerSettings(Settings):
+    """Where completions come from: the model in this process, or a vLLM server."""
+
+    kind: Literal["transformers", "vllm"] = setting("`transformers`: this process; `vllm`: a server", "transformers")
+    url: str | None = setting("address of the server, such as http://localhost:8000", None, pattern="^https?://")
+    weights_dir: str | None = setting("directory for new weights, under the same path for the server", None)
+    served_name: str | None = setting("name of the model on the server; null if there is only one", None)
+    requests: int = setting("requests in flight at once", 64, ge=1)
+    timeout_s: float = setting("seconds for one request, retries included", 3600.0, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> SamplerSettings:
+        for key in ("url", "weights_dir"):
+            if self.kind == "vllm" and getattr(self, key) is None:
+                raise ValueError(f"'{key}' is missing; kind 'vllm' needs it")
+        return self
+
+
+class LengthStep(Settings):
+    """From step `from_step` on, completions may have `max_new_tokens` tokens."""
+
+    from_step: int = setting("first step", ge=0)
+    max_new_tokens: int = setting("tokens of a completion at most", ge=1)
+
+
+class PreferenceReward(Settings):
+    """Adds the score of a reward model to the reward of open problems."""
+
+    model: Annotated[str, RefersTo(("scores",))] = setting("stage of kind `preference`")
+    weight: float = setting("factor of the score", 1.0)
+    last_steps: int | None = setting("count it in so many last steps only; null for all", None, ge=1)
+
+
+class Filters(Settings):
+    """Limits of rejection sampling; null turns one off. The paper names the filters and gives no numbers."""
+
+    format: bool = setting("require the tags of the template, once each and in order", True)
+    language: float | None = setting("least share of words in the language of the question", 0.9, ge=0, le=1)
+    paragraph: int | None = setting("most words without a line break", 256, ge=1)
+    code_blocks: bool = setting("allow code blocks in the thought", False)
+    line_repeats: int | None = setting("so many repetitions of the same lines are a loop", 4, ge=2)
+    word_repeats: int | None = setting("so many repetitions of the same words are a loop", 5, ge=2)
+    loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
+    ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
+    ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
+
+
+class JudgedPairs(Settings):
+    """How completions become preference pairs: a judge compares two completions of a question."""
+
+    per_question: int = setting("pairs compared for each question", 1, ge=1)
+    margin: float = setting("least preference of the judge, 1 for unanimous votes", 0.5, ge=0, le=1)
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+
+class StageSettings(Settings):
+    """What all stages have."""
+
+    name: Name = Field(description="the key of the stage in `stages`; names its directory", exclude=True)
+
+
+class Model(StageSettings):
+    """A pretrained model: a directory or a name of the hub."""
+
+    kind: Literal["model"]
+    path: str = setting("directory, or name on the hub")
+    overrides: dict[str, Scalar] = setting("fields of its configuration to change, e.g. max_position_embeddings", {})
+
+
+class Pretrain(StageSettings):
+    """Next-token training of a new, small model."""
+
+    kind: Literal["pretrain"]
+    architecture: Function = setting("`function(seed, **options)` returns an untrained model and its tokenizer")
+    corpus: Function = setting(
+        "`function(seed, step, **options)` yields documents without end, each as (head, tail), tokenized separately")
+    steps: int = setting("updates", 600, ge=1)
+    batch_size: int = setting("rows of an update", 8, ge=1)
+    window: int = setting("tokens of a row", 128, ge=1)
+    learning_rate: float = setting("highest learning rate; it falls linearly", 3e-3, gt=0)
+
+
+class Supervised(StageSettings):
+    """Training on given responses. The defaults are the paper's for its cold start."""
+
+    model: ModelName = setting("stage whose model this starts from, with a new optimizer")
+    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
+    epochs: int = setting("passes over the samples", 2, ge=1)
+    batch_size: int = setting("samples of an update", 128, ge=1)
+    window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
+    micro_batch_size: int | None = setting("rows in memory at once; changes no gradient; null for all", None, ge=1)
+    learning_rate: float = setting("highest learning rate", 5e-5, gt=0)
+    final_learning_rate: float | None = setting("rate of the last update, after a cosine; null: a tenth", None, ge=0)
+    warmup_steps: int = setting("updates of linear warm-up", 0, ge=0)
+    weight_decay: float = setting("weight decay of AdamW", 0.0, ge=0)
+    grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
+
+
+class SFT(Supervised):
+    """Supervised fine-tuning: next-token training on the responses, never on their prompts."""
+
+    kind: Literal["sft"]
+    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
+
+
+class Distill(Supervised):
+    """Distillation into a smaller model. `samples` is the paper's method, `logits` an extension."""
+
+    kind: Literal["distill"]
+    batch_size: int = setting("samples of an update", 64, ge=1)
+    learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
+    method: Literal["samples", "logits"] = setting(
+        "`samples`: SFT on the teacher's samples; `logits`: match the teacher's distribution of every token", "samples")
+    teacher: ModelName | None = setting("stage whose model is matched, for `logits`; the tokenizers must agree", None)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
+    beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
+    temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)
+    on_policy: bool = setting("for `logits`: the student answers `problems` itself", False)
+    problems: DataNames = setting("data sets whose questions the student answers, for `on_policy`", [])
+    sampling_temperature: float = setting("sampling temperature of the student", 1.0, gt=0)
+    max_new_tokens: int = setting("tokens of a completion of the student at most", 64, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Distill:
+        if (self.teacher is not None) != (self.method == "logits"):
+            raise ValueError(f"'teacher' is {self.teacher!r}; method 'logits' needs one and 'samples' takes none")
+        if self.on_policy and self.method != "logits":
+            raise ValueError("'on_policy' is true; it needs method 'logits'")
+        if self.on_policy and (self.samples or not self.problems):
+            raise ValueError("'on_policy' is true; it needs 'problems' and no 'samples'")
+        if not self.on_policy and (self.problems or not self.samples):
+            raise ValueError("'samples' is needed, and 'problems' is only for 'on_policy'")
+        return self
+
+
+class GRPO(StageSettings):
+    """Reinforcement learning: a step is one rollout of `questions` x `group_size` completions and the updates on it."""
+
+    kind: Literal["grpo"]
+    model: ModelName = setting("stage whose model this starts from")
+    problems: DataNames = setting("data sets to ask", min_length=1)
+    rewards: dict[str, float] = setting(
+        "weight of each reward: accuracy, format, language, overlong, judge, or an import path `module:function`; a "
+        "weight of 0 only reports", {"accuracy": 1.0, "format": 1.0})
+    preference: list[PreferenceReward] = setting("reward models for open problems", [])
+    steps: int = setting("rollouts", 40, ge=1)
+    questions: int = setting("questions of a rollout", 32, ge=1)
+    group_size: int = setting("completions of a question", 16, ge=2)
+    oversample: int = setting("ask so many times the questions, and train on groups whose rewards differ (DAPO)", 1, ge=1)
+    min_spread: float = setting("a group whose rewards differ by no more counts as equal", 0.0, ge=0)
+    minibatches: int = setting("updates of one pass over a rollout", 4, ge=1)
+    epochs: int = setting("passes over a rollout", 1, ge=1)
+    rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
+    micro_batch_size: int | None = setting("completions trained on at once; changes no gradient", None, ge=1)
+    learning_rate: float = setting("learning rate of AdamW", 3e-6, gt=0)
+    warmup_updates: int = setting("updates of linear warm-up", 0, ge=0)
+    grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
+    temperature: float = setting("sampling temperature", 1.0, gt=0)
+    max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
+    length_schedule: list[LengthStep] = setting("other values of max_new_tokens from certain steps on", [])
+    ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
+    advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
+    advantages: Function | None = setting(
+        "advantages of your own, such as those of a critic: `function(trainer, **options)` returns an `Advantages`", None)
+    measure_all: bool = setting(
+        "measure metrics on every token; false skips the forward work of tokens with advantage 0", True)
+    objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
+    importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
+    sampler: SamplerSettings = setting("where completions come from", SamplerSettings())
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.epochs * self.minibatches
+
+    def limit(self, step: int) -> int:
+        """Tokens of a completion at most, at a step."""
+        reached = [item.max_new_tokens for item in self.length_schedule if item.from_step <= step]
+        return reached[-1] if reached else self.max_new_tokens
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> GRPO:
+        samples = self.questions * self.group_size
+        if samples % self.minibatches:
+            raise ValueError(
+                f"'minibatches' is {self.minibatches}; expected a divisor of the {samples} completions of a rollout "
+                f"(questions {self.questions} x group_size {self.group_size})")
+        for name in self.rewards:
+            if name not in REWARDS and ":" not in name:
+                raise ValueError(f"'rewards' names {name!r}; expected {', '.join(REWARDS)} or 'module:function'")
+        if not any(self.rewards.values()) and not self.preference:
+            raise ValueError(f"'rewards' is {self.rewards}; expected at least one non-zero weight")
+        if len({item.model for item in self.preference}) < len(self.preference):
+            raise ValueError("'preference' names a model twice")
+        for item in self.preference:
+            if item.last_steps is not None and item.last_steps > self.steps:
+                raise ValueError(f"'preference.last_steps' is {item.last_steps}; expected at most steps ({self.steps})")
+        steps = [item.from_step for item in self.length_schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"'length_schedule' has the steps {steps}; expected increasing ones")
+        if self.objective.function is None:
+            self.objective.build()
+        return self
+
+
+class Reject(StageSettings):
+    """Rejection sampling: samples completions and keeps those that are right and readable."""
+
+    kind: Literal["reject"]
+    model: ModelName = setting("stage whose model is sampled")
+    problems: DataNames = setting("data sets to ask", min_length=1)
+    questions: int | None = setting("use the first questions only; null for all", None, ge=1)
+    samples_per_question: int = setting("completions of a question", 16, ge=1)
+    keep_per_question: int | None = setting("keep the first ones that pass; null for all", None, ge=1)
+    questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
+    rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
+    temperature: float = setting("sampling temperature", 1.0, gt=0)
+    top_p: float = setting("share of the probability that is sampled from", 1.0, gt=0, le=1)
+    max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
+    filters: Filters = setting("what makes a completion unreadable", Filters())
+    judge: bool = setting("ask `scoring.judge` whether answers to open problems equal their reference", False)
+
+
+class Preference(StageSettings):
+    """A reward model of preferences (Bradley-Terry), trained on pairs of responses."""
+
+    kind: Literal["preference"]
+    model: ModelName = setting("stage whose model it starts from")
+    pairs: Annotated[str, RefersTo(("data", "samples"))] = setting(
+        "a data set with pairs, or a stage of kind `reject` whose completions `scoring.judge` compares")
+    target: Literal["summary", "response"] = setting("score what follows the thought, or all of it", "response")
+    epochs: int = setting("passes over the pairs", 1, ge=1)
+    batch_size: int = setting("pairs of an update", 256, ge=1)
+    micro_batch_size: int | None = setting("pairs in memory at once; null for all", None, ge=1)
+    learning_rate: float = setting("highest learning rate", 6e-6, gt=0)
+    final_learning_rate: float | None = setting("rate of the last update, after a cosine; null: a tenth", None, ge=0)
+    warmup_steps: int = setting("updates of linear warm-up", 0, ge=0)
+    weight_decay: float = setting("weight decay of AdamW", 0.0, ge=0)
+    grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
+    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, le=1)
+    max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
+    judged: JudgedPairs = setting("how the judge compares", JudgedPairs())
+
+
+class Evaluate(StageSettings):
+    """An evaluation with its own settings, in addition to the one that ends every stage."""
+
+    kind: Literal["evaluate"]
+    model: ModelName = setting("stage whose model is measured")
+    problems: DataNames = setting("data sets with held-out problems", min_length=1)
+    questions: int = setting("questions of each data set at most", 128, ge=1)
+    samples: int = setting("completions of each question", 64, ge=1)
+    temperature: float = setting("sampling temperature", 0.6, gt=0)
+    top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
+    max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
+    batch_size: int = setting("completions in memory at once", 512, ge=1)
+
+
+AnyStage = Annotated[
+    Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate, Field(discriminator="kind")
+]
+# What a stage of each kind leaves.
+LEAVES = {
+    "model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model", "reject": "samples",
+    "preference": "scores", "evaluate": "measurements",
+}
+
+
+class Recipe(Settings):
+    """A run."""
+
+    run_dir: str = setting("directory of everything that the run writes")
+    seed: int = setting("seed of all random numbers", 0, ge=0)
+    threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1)
+    device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
+    template: Literal["r1_zero", "chat"] = setting("prompt: the paper's template, or the model's chat template", "r1_zero")
+    open_think: bool = setting("end the prompt with `<think>`", False)
+    import_from: list[str] = setting(
+        "directories in which modules of import paths are looked for, relative to the recipe's file", [])
+    data: dict[Name, Data] = setting("data sets by name", {})
+    scoring: Scoring = setting("how completions are scored", Scoring())
+    eval: Eval = setting("the evaluation that ends every stage", Eval())
+    checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
+    trackers: list[Literal["tensorboard", "trackio"]] = setting("where else metrics are shown", [])
+    stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
+
+    @pydantic.field_validator("stages", mode="before")
+    @classmethod
+    def _name_stages(cls, stages: Any) -> Any:
+        """Tells every stage its name."""
+        if not isinstance(stages, dict):
+            return stages
+        return {name: {**stage, "name": name} if isinstance(stage, dict) else stage for name, stage in stages.items()}
+
+    @property
+    def eval_problems(self) -> list[str]:
+        """The data sets of the evaluation."""
+        return self.eval.problems or [name for name, data in self.data.items() if data.held_out]
