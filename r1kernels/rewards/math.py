@@ -96,7 +96,7 @@ _FUNCTION = re.compile(r"[A-Za-z]\((?:[A-Za-z])\)", re.ASCII)
 _LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?", re.ASCII)
 _WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*\)?")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]|^no$", re.IGNORECASE)
-_SEPARATOR = re.compile(r",?(?: or | and )|[,;]")
+_SEPARATOR = re.compile(r",?(?: or | and )|(?<!\d),|,(?!\d{3}(?!\d))|;", re.ASCII)
 _RELATION = re.compile(r":=|=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z])")
 _COMMA = re.compile(",")
 _UNION = re.compile(r"\\cup(?![A-Za-z])")
@@ -198,15 +198,14 @@ def _compare(answer: str, reference: str, decide: Decide) -> bool:
 
 
 def _same(given: Form, expected: Form, decide: Decide) -> bool:
-    if isinstance(expected, Words):
-        text = given.text if isinstance(given, Words | Expression) else ""
-        return text.casefold() == expected.text.casefold()
     if isinstance(expected, Equation):
         return _same_equation(given, expected, decide)
     if isinstance(given, Equation):
-        if given.name and given.name in _names(expected):
-            return False
-        return all(_same(side, expected, decide) for side in given.sides)
+        # `x = 5` answers 5, and so does `5 = 5`; but `x = 2x + 1` is still to be solved.
+        return given.name not in _names(expected) and all(_same(side, expected, decide) for side in given.sides)
+    if isinstance(expected, Words):
+        text = given.text if isinstance(given, Words | Expression) else ""
+        return text.casefold() == expected.text.casefold()
     if isinstance(given, Words):
         return isinstance(expected, Expression) and given.text == expected.text
     if isinstance(expected, Group):

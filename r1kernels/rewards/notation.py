@@ -25,13 +25,13 @@ _TABLE = INVISIBLE | str.maketrans(_SYMBOLS)
 
 # Applied in this order.
 _REWRITTEN = [(re.compile(pattern, re.ASCII), written) for pattern, written in (
-    (r"(?<!\\)\$\$?([^$]*?)(?<!\\)\$\$?", r" \1 "),
+    # Dollars around mathematics go, and dollars of money stay.
+    (r"\\\$", "\1"), (r"\$\$?([^$]*)\$\$?", r" \1 "), ("\1", "$"), (r"\\%", "%"),
     (r"^ ?\\\((.*)\\\) ?$|^ ?\\\[(.*)\\\] ?$|^ ?\*\*(.*)\*\* ?$", r"\1\2\3"),
-    (r"\\([$%])", r"\1"),
     (r"(?<=\d)(?:\{,\}|,\\! *|\\[,;:! ]|~)(?=\d{3}(?!\d))", ","),
     (r"\{,\}", ","),
     (r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|\s", " "),
+    (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|\s", " "),
     # Letters, and words: those with a digit are no words.
     (r"\\(?:mathrm|rm|text) ?\{ ?([ei]) ?\}", r"\1"),
     (r"\\(?:mathbf|boldsymbol|mathit) ?\{([^{}]*)\}", r"\1"),
@@ -55,7 +55,7 @@ _REWRITTEN = [(re.compile(pattern, re.ASCII), written) for pattern, written in (
     (r"\^ ?([+-]?\d+|[A-Za-z])", r"^{\1}"), (r"_ ?(\d+|[A-Za-z])", r"_{\1}"),
     (r"(?<![\w)}.!\]]) ?\+ ?\\infty", r"\\infty"),
     # White space that separates nothing.
-    (r" *(\\?[{}()\[\]]|[,;=+]) *", r"\1"), (r" +", " "), (r"^ | $", ""),
+    (r" *(\\?[{}()\[\]]|[;=+]) *", r"\1"), (r" +", " "), (" ,", ","), (r"^ | $", ""),
 )]  # fmt: skip
 _SAYS = re.compile(r"(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:) ?|(?:正确|最终)?答案(?:是|为|:) ?)", re.I)
 
@@ -63,6 +63,8 @@ _SAYS = re.compile(r"(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:) ?|
 def normal(text: str) -> str:
     """The text in the one notation. Linear in the text, but for texts made of brackets, which its length bounds."""
     text = text.translate(_TABLE).strip()
+    if text.isdecimal() and text.isascii():
+        return text
     if says := _SAYS.match(text):
         text = text[says.end() :]
     text = text[:-1] if text.endswith(".") and not text.endswith("..") else text
