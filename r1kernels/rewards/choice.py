@@ -33,7 +33,7 @@ _LETTER = re.compile(r"\( ?([A-Za-z]) ?\)|\[ ?([A-Za-z]) ?\]|([A-Za-z])(?![A-Za-
 _END = re.compile(r" ?[.):!。]{0,4}(?:,? not \(?[A-Z]\)?\.?)?$")
 _REASON = re.compile(r" ?[,;.]? ?(?:because|since|因为)\b ?(.*)", re.IGNORECASE)
 # The text of the option, after what separates it from the letter.
-_OPTION = re.compile(r" ?[.):、](?: |(?<=、))(.+)|(?<=[)\]]) (.+)| [-–—] (.+)| \(([^()]+)\)\.?$")
+_OPTION = re.compile(r" ?[.):、](?: |(?<=、)|(?=[\u4e00-\u9fff]))(.+)|(?<=[)\]]) (.+)| [-–—] (.+)| \(([^()]+)\)\.?$")
 # Another letter: a capital on its own that is no article, or any letter as an option is written.
 _OTHER = re.compile(
     r"\b[B-HJ-Z]\b|\bA\b(?! [a-z])|\bA (?:is|was|or|and|may|might|could|would)\b|[(\[][A-Za-z][)\]]|^[a-z]\b[.):]?$"

@@ -36,8 +36,10 @@ _TOKEN = re.compile(
     re.ASCII | re.DOTALL,
 )
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
-# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x` and `1/2/3` have two readings too.
-_AMBIGUOUS = re.compile(r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}", re.ASCII)
+# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x`, `1/2/3` and `2^2^3` have two readings too.
+_AMBIGUOUS = re.compile(
+    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^", re.ASCII
+)
 _LOGARITHM = re.compile(r"\\log_\{(\w+)\} ?(\d+)", re.ASCII)
 
 

@@ -67,9 +67,10 @@ _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?P<money>[$€£¥₹]?) ?(?:"
     rf"(?:(?P<whole>{_WHOLE})(?: |(?=\\)))?(?:\\frac\{{(?P<over>-?{_WHOLE})\}}\{{(?P<under>[1-9]\d*)\}}"
     rf"|(?P<above>{_WHOLE}) ?/ ?(?P<below>[1-9]\d*))"
+    r"|10\^\{(?P<ten>-?\d{1,4})\}"
     rf"|(?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)(?:\\overline\{{(?P<period>\d+)\}})?"
     r"(?:[eE](?P<exponent>[+-]?\d{1,4})(?!\d)| ?\\(?:times|cdot) ?10\^\{(?P<power>-?\d{1,4})\})?"
-    r"|10\^\{(?P<ten>-?\d{1,4})\})(?![\d.,]*\d)",
+    r")(?![\d.,]*\d)",
     re.ASCII,
 )
 _NAME = re.compile(expression.NAME, re.ASCII)
@@ -94,7 +95,7 @@ def read(text: str) -> Form:
         return Words(text.replace(" ", ""))
     if _WORDS.fullmatch(words) and ('"' in text or _LONG_WORD.search(words)):
         return Words(words.strip("()"))
-    if form := _read_list(text) or _read_relation(text) or _read_brackets(text):
+    if form := _read_list(text) or _read_relation(text) or _read_signs(text) or _read_brackets(text):
         return form
     if matrix := _MATRIX.fullmatch(text):
         rows = [[read(cell.strip()) for cell in row.split("&")] for row in matrix[2].split("\\\\")]
@@ -151,8 +152,6 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]
 
 def _read_list(text: str) -> Form | None:
     parts, separators = _split(text, _SEPARATOR)
-    if not separators and text.count(r"\pm") == 1:
-        parts = [re.sub(r"\\pm ?", sign, text) for sign in "+-"]
     if len(parts) == 1:
         return None
     items: list[Form] = []
@@ -197,6 +196,12 @@ def _read_relation(text: str) -> Form | None:
     if not (set(relations) <= {">", r"\ge"} or set(relations) <= {"<", r"\le"}):
         raise ValueError(f"{text!r} is no relation of the listed forms")
     return Equation(sides[1], (Group("(["[closed[0]] + ")]"[closed[1]], (read(sides[0]), read(sides[2]))),))
+
+
+def _read_signs(text: str) -> Form | None:
+    if text.count(r"\pm") != 1 or text.startswith(r"\{"):
+        return None
+    return Group("list", tuple(read(re.sub(r"\\pm ?", sign, text)) for sign in "+-"))
 
 
 def _read_brackets(text: str) -> Form | None:

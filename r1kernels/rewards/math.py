@@ -55,7 +55,8 @@ def check_reference(reference: str) -> str | None:
     if not text:
         return "the reference is blank"
     try:
-        for part in expressions(read(text)):
+        form = read(text)
+        for part in [] if isinstance(form, Number) else expressions(form):
             expression.tree(part)
     except (ValueError, RecursionError) as error:
         return f"the reference {reference!r} has none of the listed answer forms: {error}"
