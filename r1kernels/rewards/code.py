@@ -18,7 +18,7 @@ import re
 
 from markdown_it import MarkdownIt
 
-from .sandbox import START_LIMIT_S, Limits, Program, ProgramError, Sandbox
+from .sandbox import START_LIMIT_S, Limits, Program, ProgramError, Sandbox, frame
 from .text import ANSWER, ANSWER_END, after_thinking
 
 MAX_TEXT = 200_000  # characters of an answer
@@ -98,7 +98,7 @@ def judge(reference: str, text: str, sandbox: Sandbox, timeout_s: float = 5.0) -
     code, fenced = find_code(text, tests["entry_point"])
     limits = Limits(seconds=timeout_s, memory_bytes=sandbox.memory_bytes)
     texts = [code] if tests["form"] == "stdio" else sources(tests, code, fenced)
-    with Program(sandbox, texts, tests["entry_point"] or None, limits) as program:
+    with Program(sandbox, texts, tests["entry_point"], limits) as program:
         try:
             if tests["form"] == "test":
                 return float(_passes(tests, program, sandbox, limits))
@@ -195,7 +195,7 @@ def _passes(tests: dict, program: Program, sandbox: Sandbox, limits: Limits) -> 
             message = checks.relay(b"")
             while message[:1] == b"c":
                 called = True
-                message = checks.relay(program.call(message[1:]))
+                message = checks.relay(frame(program.call(message[1:])))
         except ProgramError as error:
             if called:  # what hostile answers make of the tests is the program's failure too
                 raise

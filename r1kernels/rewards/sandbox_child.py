@@ -1,16 +1,8 @@
 """Runs inside the sandbox: gives up all privileges, then executes the submitted program.
 
-`sandbox.Program` starts this file by its path, with a JSON object of settings as the argument. Frames travel on stdin
-and stdout: eight bytes of length, then as many bytes. The frame "ready" means that the process is locked in and that no
-line of the program has run yet. Whatever goes wrong before is the sandbox's failure and is told on stderr; what goes
-wrong later is the program's.
-
-Protection, outermost first; each layer stops most attacks alone:
-
-* namespaces by bubblewrap: no network, no other processes, read-only files (only what Python reads), no /proc;
-* an unprivileged user without capabilities;
-* limits of address space, CPU time, file size, open files and threads; a small /tmp in memory;
-* a filter of system calls (`seccomp`): one process, no other program, no sockets.
+`sandbox.Program` starts this file by its path, with JSON settings as the argument. Frames travel on stdin and stdout: eight
+bytes of length, then as many bytes. The frame "ready" says that the process is locked in and has executed nothing of the
+program; whatever fails before is the sandbox's failure, told on stderr. SECURITY.md lists the layers of protection.
 """
 
 from __future__ import annotations
@@ -24,29 +16,25 @@ import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import struct  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
 
 import plain  # noqa: E402
 import seccomp  # noqa: E402
 
-FRAME = struct.Struct(">Q")
-STATUS = struct.Struct(">i")
+FRAME, STATUS = struct.Struct(">Q"), struct.Struct(">i")
 NOBODY = 65534
 ROOM = 32 * 2**20  # bytes that the limit of memory must leave to a program
-NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
-NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+NEW_MOUNTS, NEW_USER, NOSUID_NODEV_NOEXEC = 0x00020000, 0x10000000, 2 | 4 | 8
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
 
 
 def call(name: str, *arguments: object) -> None:
     """Calls a function of libc that returns -1 for an error."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*arguments) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}{arguments}: {os.strerror(number)}")
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}: {os.strerror(ctypes.get_errno())}")
 
 
 def lock_in(kind: str, privileged: bool, limits: dict[str, int]) -> None:
@@ -59,38 +47,24 @@ def lock_in(kind: str, privileged: bool, limits: dict[str, int]) -> None:
             call("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID_NODEV_NOEXEC, options)
             os.chdir("/tmp")
             if privileged:
-                # Limits of threads do not bind root, and elsewhere are shared by all processes of a user.
                 os.setgroups([])
                 os.setresgid(NOBODY, NOBODY, NOBODY)
                 os.setresuid(NOBODY, NOBODY, NOBODY)
-                call("unshare", NEW_USER)
+                call("unshare", NEW_USER)  # else its threads count with those of other sandboxes
             call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
-        set_limits(limits)
+        bounds = {"AS": limits["memory_bytes"], "CPU": math.ceil(limits["seconds"]) + 1, "NPROC": limits["threads"]}
+        bounds |= {"FSIZE": limits["file_bytes"], "NOFILE": limits["files"], "SIGPENDING": 64}
+        for name, value in (bounds | {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}).items():
+            which = getattr(resource, f"RLIMIT_{name}")
+            _, most = resource.getrlimit(which)
+            value = value if most == resource.RLIM_INFINITY else min(value, most)
+            resource.setrlimit(which, (value, value))
         bytearray(ROOM)
         if kind != "none":
             seccomp.filter_calls()
     except (OSError, ValueError, MemoryError) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)
-
-
-def set_limits(limits: dict[str, int]) -> None:
-    """Sets the limits of this process; nothing in it can raise them again."""
-    for name, value in (
-        ("AS", limits["memory_bytes"]),
-        ("CPU", limits["cpu_seconds"]),
-        ("FSIZE", limits["file_bytes"]),
-        ("NOFILE", limits["files"]),
-        ("NPROC", limits["threads"]),
-        ("CORE", 0),
-        ("MEMLOCK", 0),
-        ("MSGQUEUE", 0),
-        ("SIGPENDING", 64),
-    ):
-        which = getattr(resource, f"RLIMIT_{name}")
-        _, most = resource.getrlimit(which)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(which, (value, value))
 
 
 def receive(source: int) -> bytes:
@@ -112,14 +86,6 @@ def send(target: int, text: bytes) -> None:
         frame = frame[os.write(target, frame) :]
 
 
-def run(name: str, sources: Sequence[str]) -> dict:
-    """Runs texts one after another as one module of this name."""
-    module = sys.modules[name] = type(sys)(name)
-    for source in sources:
-        exec(compile(source, f"<{name}>", "exec"), module.__dict__)
-    return module.__dict__
-
-
 def point_to_null(*files: int) -> None:
     nothing = os.open("/dev/null", os.O_RDWR)
     for file in files:
@@ -127,11 +93,18 @@ def point_to_null(*files: int) -> None:
     os.close(nothing)
 
 
-def answer_calls(sources: Sequence[str], entry_point: str, requests: int, replies: int) -> None:
+def run(name: str, sources: list[str]) -> dict:
+    """Runs texts one after another as one module of this name."""
+    module = sys.modules[name] = type(sys)(name)
+    for source in sources:
+        exec(compile(source, f"<{name}>", "exec"), module.__dict__)
+    return module.__dict__
+
+
+def answer_calls(sources: list[str], entry_point: str, requests: int, replies: int) -> None:
     """Calls the program's function with each frame of arguments and answers with its result or exception."""
-    module = run("candidate", sources)
     owner, _, method = entry_point.partition(".")
-    function = module[owner]
+    function = run("candidate", sources)[owner]
     send(replies, b"loaded")
     while True:
         request = receive(requests)
@@ -139,33 +112,24 @@ def answer_calls(sources: Sequence[str], entry_point: str, requests: int, replie
         try:
             result = (getattr(function(), method) if method else function)(*arguments, **keywords)
             reply = plain.write(("value", result))
-            if result is None:
-                reply = with_arguments(reply, request, arguments, keywords)
+            if result is None:  # it may have changed its arguments, as functions do that work in place
+                with contextlib.suppress(TypeError, ValueError):
+                    if plain.write((arguments, keywords)) != request:
+                        reply = plain.write(("value", None, arguments, keywords))
         except BaseException as error:
             reply = plain.write(("raise", [base.__name__ for base in type(error).__mro__], str(error)[:1000]))
         send(replies, reply)
 
 
-def with_arguments(reply: bytes, request: bytes, arguments: tuple, keywords: dict) -> bytes:
-    """Adds to the answer of a function that returned None what it made of its arguments, if it changed them."""
-    try:
-        if plain.write((arguments, keywords)) != request:
-            return plain.write(("value", None, arguments, keywords))
-    except (TypeError, ValueError):  # they are no longer plain data
-        pass
-    return reply
-
-
 def fork_runs(settings: dict) -> None:
-    """Forks a process for each input frame and returns in that process; answers with its exit status and its output.
+    """Forks a process for each input and returns in it; answers with its exit status and what it printed.
 
-    This process executes nothing of the program. Each new one is locked in for itself and gets an empty /tmp.
+    This process executes nothing of the program. Each new one locks itself in and gets an empty /tmp.
     """
     while True:
         text = receive(0)
         stdin, stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
-        os.write(stdin, text)
-        os.lseek(stdin, 0, os.SEEK_SET)
+        os.pwrite(stdin, text, 0)
         child = os.fork()
         if child == 0:
             lock_in(**settings)
@@ -181,35 +145,29 @@ def fork_runs(settings: dict) -> None:
         os.close(stdout)
 
 
-def survey(imports: Sequence[str]) -> dict:
-    """Lists the files that this interpreter reads, with all of its own modules and these imports loaded."""
-    standard = os.path.dirname(os.__file__)
-    for path in [path for path in sys.path if os.path.basename(path) == "lib-dynload"]:
-        for name in sorted({file.partition(".")[0] for file in os.listdir(path)}):
+def survey(imports: list[str]) -> dict:
+    """Lists the files that this interpreter reads when all of its own modules and these imports are loaded."""
+    standard = os.path.dirname(os.__file__) + os.sep
+    for folder in [path for path in sys.path if os.path.basename(path) == "lib-dynload"]:
+        for name in {file.partition(".")[0] for file in os.listdir(folder)}:
             if not name.startswith(("_test", "_xx", "xx", "_tkinter")):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
-    before, packages = set(sys.modules), set()
+    before, packages, libraries = set(sys.modules), set(), []
     for name in imports:
         importlib.import_module(name)
     for name in {module.partition(".")[0] for module in set(sys.modules) - before}:
-        spec = getattr(sys.modules[name], "__spec__", None)
-        if spec is not None and spec.has_location | bool(spec.submodule_search_locations):
+        if (spec := getattr(sys.modules[name], "__spec__", None)) and spec.origin != "built-in":
             packages |= set(spec.submodule_search_locations or [spec.origin])
-    libraries: list[str] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_char_p * 2), ctypes.c_size_t, ctypes.c_void_p)
-    def visit(info, size, data):
-        libraries.append(os.fsdecode(info.contents[1] or b""))
-        return 0
-
+    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_char_p * 2), ctypes.c_size_t, ctypes.c_void_p)
+    visit = visitor(lambda info, size, data: libraries.append(os.fsdecode(info.contents[1])) or 0)
     ctypes.CDLL(None).dl_iterate_phdr(visit, None)
-    own = (standard + os.sep,)
     return {
         "standard": standard,
-        "libraries": [path for path in libraries if os.path.isfile(path) and not path.startswith(own)],
-        "packages": sorted(path for path in packages if not path.startswith(own) or "-packages" in path),
-    }
+        "libraries": [path for path in libraries if os.path.isfile(path) and not path.startswith(standard)],
+        "packages": [path for path in packages if os.path.exists(path)
+                     and ("-packages" in path or not path.startswith(standard))],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -222,7 +180,7 @@ def main() -> None:
         import sandbox_tests
     sys.argv[:] = [""]
     sys.path[-1:] = packages  # in the place of this directory
-    builtins.exit = builtins.quit = sys.exit  # which `site` would define
+    builtins.exit = builtins.quit = sys.exit  # as `site` would define them
     if role == "runs":
         source = receive(0).decode()
         fork_runs(settings)
@@ -235,8 +193,7 @@ def main() -> None:
     point_to_null(0, 1, 2)
     if role == "tests":
         sandbox_tests.run(sources, entry_point, lambda: receive(requests), lambda text: send(replies, text))
-    else:
-        answer_calls(sources, entry_point, requests, replies)
+    answer_calls(sources, entry_point, requests, replies)
 
 
 main()

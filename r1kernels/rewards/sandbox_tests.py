@@ -1,11 +1,9 @@
-"""Runs a data set's own `check(candidate)` in a sandbox beside the program's.
+"""Runs a data set's `check(candidate)` in a sandbox beside the program's; `sandbox_child` starts it there.
 
-`candidate` passes its calls on: the parent relays each to the program and its answer back. All that reaches this
-process from the program is plain data, so the verdict, which is sent from here, cannot be forged there.
-
-An exception of the program is raised again here, where the tests may expect it. What Python's own loops take for the
-end of an iterator comes as a CandidateError; what is not an Exception (SystemExit) is the end of the program.
-A function that returned None may have changed its arguments: the tests' own then change alike.
+`candidate` passes its calls on: the parent relays each to the program and brings its answer. All that reaches this
+process from the program is plain data, so the verdict cannot be forged. An exception of the program is raised again, for
+the tests may expect it; one that is no Exception (SystemExit) is the program's end. A function that returned None may
+have changed its arguments: the tests' own then change alike.
 """
 
 from __future__ import annotations
@@ -20,19 +18,18 @@ from collections.abc import Callable, Sequence
 
 import plain
 
-CONTROL_FLOW = (StopIteration, StopAsyncIteration)
-
 
 class CandidateError(Exception):
     """An exception of the program that Python has no name for, or that would be taken for the end of a loop."""
 
 
 def run(sources: Sequence[str], entry_point: str, receive: Callable[[], bytes], send: Callable[[bytes], None]) -> None:
-    """Sends calls (`c` and the arguments) and at last a verdict: `passed`, `failed` or `u` and why tests are unusable."""
+    """Sends `c` with the arguments of each call, and at last `passed`, `failed`, or `u` with why tests are unusable."""
     calls = 0
 
-    def end(verdict: str, reason: object = "") -> None:
-        send(verdict.encode() if verdict != "u" else f"u{reason!r:.300}".encode(errors="replace"))
+    def end(passed: bool, reason: object = "") -> None:
+        verdict = ("passed" if passed else "failed") if calls else f"u{reason!r:.300}"
+        send(verdict.encode(errors="replace"))
         os._exit(0)
 
     def candidate(*arguments: object, **keywords: object) -> object:
@@ -40,21 +37,22 @@ def run(sources: Sequence[str], entry_point: str, receive: Callable[[], bytes], 
         try:
             request = plain.write((arguments, keywords))
         except TypeError as error:
-            end("u", error)
+            calls = 0  # the tests' own fault
+            end(False, error)
         except ValueError as error:  # such as an endless iterator of the program
-            end("failed" if calls else "u", error)
+            end(False, error)
         calls += 1
         send(b"c" + request)
         try:
             kind, *answer = plain.read_answer(receive())
-        except ValueError as error:
-            end("failed", error)
-        if kind == "value":
-            if len(answer) == 3:
-                refill(arguments, answer[1])
-                refill(keywords, answer[2])
-            return answer[0]
-        raise exception(*answer) or end("failed", answer[0])
+        except ValueError:
+            end(False)
+        if kind == "raise":
+            raise exception(*answer) or end(False)
+        if len(answer) == 3:
+            refill(arguments, answer[1])
+            refill(keywords, answer[2])
+        return answer[0]
 
     send(b"loaded")
     try:
@@ -66,8 +64,8 @@ def run(sources: Sequence[str], entry_point: str, receive: Callable[[], bytes], 
         random.seed(0)  # tests that draw their arguments draw the same ones each time
         namespace["check"](candidate)
     except BaseException as error:
-        end("failed" if calls else "u", error)
-    end("passed" if calls else "u", "the tests never call the candidate")
+        end(False, error)
+    end(True, "the tests never call the candidate")
 
 
 def refill(old: object, new: object) -> object:
@@ -89,24 +87,19 @@ def refill(old: object, new: object) -> object:
 
 
 def exception(names: list[str], message: str) -> Exception | None:
-    """Finds the first of a class and its bases that Python has too, by name; None for one that is no Exception."""
+    """Makes the first of a class and its bases that Python has too, by name; None if it is no Exception."""
     if "Exception" not in names:
         return None
-    for name in names:
-        kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            if issubclass(kind, CONTROL_FLOW):
-                break
+    kinds = [kind for name in names if isinstance(kind := getattr(builtins, name, None), type)]
+    for kind in kinds:
+        if issubclass(kind, Exception) and not issubclass(kind, StopIteration | StopAsyncIteration):
             with contextlib.suppress(TypeError):  # of those that need more arguments
-                return kind.__new__(kind, message)
+                return kind.__new__(kind, message) if kind is not Exception else CandidateError(message)
     return CandidateError(message)
 
 
-def raises(expected: type | tuple, *call: Callable, match: str | None = None, **keywords: object) -> object:
-    """Stands for `pytest.raises`: pytest itself need not be installed."""
+def raises(expected: type | tuple, *call: Callable, match: str = "", **keywords: object) -> object:
+    """Stands for `pytest.raises`, since pytest need not be installed."""
     import unittest
 
-    case = unittest.TestCase()
-    if match is None:
-        return case.assertRaises(expected, *call, **keywords)
-    return case.assertRaisesRegex(expected, match, *call, **keywords)
+    return unittest.TestCase().assertRaisesRegex(expected, match, *call, **keywords)
