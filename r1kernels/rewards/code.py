@@ -69,7 +69,7 @@ def read_tests(reference: str) -> dict:
     return tests | {"entry_point": tests.get("entry_point", "").replace("()", ""), "tolerance": tolerance, "form": form}
 
 
-def settle(prompt: str, completion: str, reference: str) -> float | None | tuple[str, str]:
+def settle(prompt: str, completion: str, reference: str) -> float | tuple[str, str] | None:
     """Returns 0.0 without an answer, None for tests that cannot be read, else the first arguments of `judge`."""
     try:
         read_tests(reference)

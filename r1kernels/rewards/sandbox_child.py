@@ -11,18 +11,18 @@ import sys
 
 sys.path.append(sys.path.pop(0))  # this directory comes last: its modules must not hide Python's own
 
-import builtins  # noqa: E402
-import contextlib  # noqa: E402
-import ctypes  # noqa: E402
-import importlib  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import resource  # noqa: E402
-import struct  # noqa: E402
+import builtins
+import contextlib
+import ctypes
+import importlib
+import json
+import math
+import os
+import resource
+import struct
 
-import plain  # noqa: E402
-import seccomp  # noqa: E402
+import plain
+import seccomp
 
 FRAME, STATUS = struct.Struct(">Q"), struct.Struct(">i")
 NOBODY = 65534
