@@ -15,10 +15,11 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 
 from markdown_it import MarkdownIt
 
-from .sandbox import START_LIMIT_S, Limits, Program, ProgramError, Sandbox, frame
+from .sandbox import START_LIMIT_S, Limits, Program, ProgramError, Sandbox, check, frame
 from .text import ANSWER, ANSWER_END, after_thinking
 
 MAX_TEXT = 200_000  # characters of an answer
@@ -87,22 +88,25 @@ def time_limit(reference: str, timeout_s: float) -> float:
     return runs * (2 * timeout_s + SPARE_S) + 3 * START_LIMIT_S
 
 
-def judge(reference: str, text: str, sandbox: Sandbox, timeout_s: float = 5.0) -> float:
+def judge(
+    reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: float = 5.0, memory_mb: int = 512,
+    imports: Sequence[str] | None = None,
+) -> float:  # fmt: skip
     """1.0 if the program in an answer passes every test, else 0.0.
 
     Raises:
         SandboxError: it could not be run.
         ValueError: the tests could not be run.
     """
-    tests = read_tests(reference)
+    tests, place = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
+    limits = Limits(seconds=timeout_s, memory_bytes=memory_mb * 2**20)
     code, fenced = find_code(text, tests["entry_point"])
-    limits = Limits(seconds=timeout_s, memory_bytes=sandbox.memory_bytes)
     texts = [code] if tests["form"] == "stdio" else sources(tests, code, fenced)
-    with Program(sandbox, texts, tests["entry_point"], limits) as program:
+    with Program(place, texts, tests["entry_point"], limits) as program:
         try:
             if tests["form"] == "test":
-                return float(_passes(tests, program, sandbox, limits))
-            return float(_answers(tests, program, sandbox, limits))
+                return float(_passes(tests, program, place, limits))
+            return float(_answers(tests, program, place, limits))
         except ProgramError:
             return 0.0
 
@@ -151,12 +155,12 @@ def with_body(prompt: str) -> str:
     return prompt
 
 
-def _answers(tests: dict, program: Program, sandbox: Sandbox, limits: Limits) -> bool:
+def _answers(tests: dict, program: Program, place: Sandbox, limits: Limits) -> bool:
     """Whether the program answers each case, by its output or by the problem's checker."""
     given, _, wanted = GIVEN[tests["form"]]
     with contextlib.ExitStack() as stack:
         if "checker" in tests:
-            checker = stack.enter_context(Program(sandbox, [tests["checker"]], "check", limits))
+            checker = stack.enter_context(Program(place, [tests["checker"]], "check", limits))
             try:
                 checker.load()
             except ProgramError as error:
@@ -185,11 +189,11 @@ def _answers(tests: dict, program: Program, sandbox: Sandbox, limits: Limits) ->
     return True
 
 
-def _passes(tests: dict, program: Program, sandbox: Sandbox, limits: Limits) -> bool:
+def _passes(tests: dict, program: Program, place: Sandbox, limits: Limits) -> bool:
     """Whether the data set's `check(candidate)` passes: relays its calls to the program."""
     own = dataclasses.replace(limits, seconds=limits.seconds + SPARE_S, output_bytes=TEST_BYTES)
     texts, called = [with_body(tests["prompt"]), tests["test"]], False
-    with Program(sandbox, texts, tests["entry_point"], own, tests=True) as checks:
+    with Program(place, texts, tests["entry_point"], own, tests=True) as checks:
         try:
             checks.load()
             message = checks.relay(b"")

