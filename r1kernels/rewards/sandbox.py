@@ -266,7 +266,7 @@ def _bubblewrap(bwrap: str, python: str, found: dict) -> list[str]:
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     seen = {path: path for path in (python, found["standard"], *found["libraries"], *found["packages"])}
-    for name in (CHILD.name, "sandbox_tests.py", "plain.py", "seccomp.py"):
+    for name in (CHILD.name, "sandbox_tests.py", "plain.py", "seccomp.py", "syscalls.txt"):
         seen[f"{INSIDE}/{name}"] = str(CHILD.with_name(name))
     for path in (*seen, "/dev/null"):
         for above in reversed(Path(path).parents[:-1]):
