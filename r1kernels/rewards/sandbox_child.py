@@ -183,9 +183,9 @@ def main() -> None:
     sys.path[-1:] = packages  # in the place of this directory
     builtins.exit = builtins.quit = sys.exit  # as `site` would define them
     if role == "runs":
-        source = receive(0).decode()
+        sources, _ = json.loads(receive(0))
         fork_runs(settings)
-        run("__main__", [source])
+        run("__main__", sources)
         return
     lock_in(**settings)
     send(1, b"ready")
