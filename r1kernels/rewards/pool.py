@@ -80,18 +80,14 @@ class Pool:
                     message = worker.receive()
                     if worker.pid is None:
                         worker.pid = message.get("pid") or self._refuse(message)
-                    elif "otherwise" in message:
-                        worker.otherwise = message["otherwise"]
+                        continue
+                    task, worker.task = worker.task, None
+                    if "ended" in message:
+                        self._retire(worker)
+                    if message.get("ended") == CRASH and worker.tasks > 1:
+                        waiting.appendleft(task)
                     else:
-                        task, worker.task = worker.task, None
-                        if "verdict" in message:
-                            verdicts[task] = message["verdict"]
-                        elif message["ended"] == CRASH and worker.otherwise is None and worker.tasks > 1:
-                            waiting.appendleft(task)
-                        else:
-                            verdicts[task] = message["ended"] if worker.otherwise is None else worker.otherwise
-                        if "ended" in message:
-                            self._retire(worker)
+                        verdicts[task] = message.get("verdict", message.get("ended"))
         except BaseException:
             self.close()  # the workers still have tasks that nobody waits for
             raise
@@ -165,7 +161,7 @@ class _Worker:
         return self.pid is not None and self.task is None
 
     def give(self, index: int, task: Task) -> None:
-        self.task, self.tasks, self.otherwise = index, self.tasks + 1, None
+        self.task, self.tasks = index, self.tasks + 1
         with contextlib.suppress(OSError):  # so is a worker that has died
             self.connection.send_bytes(json.dumps([task.judge, task.arguments]).encode())
         self.deadline = time.monotonic() + task.timeout_s
@@ -178,14 +174,6 @@ class _Worker:
 
 
 # ---- in the processes ----------------------------------------------------------------------------------------------
-
-_caller: Connection | None = None  # of this worker
-
-
-def otherwise(verdict: float) -> None:
-    """For judges: the verdict of this judgement if its worker is killed or dies from now on."""
-    _say(otherwise=verdict)
-
 
 def serve_forks(parent: int, memory: int, warm_up: Sequence[tuple[str, tuple]]) -> None:
     """The fork server: forks a worker for each connection that arrives on its stdin, until the parent ends."""
@@ -211,8 +199,9 @@ def serve_forks(parent: int, memory: int, warm_up: Sequence[tuple[str, tuple]]) 
 
 
 def _work(caller: Connection, server: int, memory: int, failure: BaseException | None) -> None:
-    global _caller
-    _caller = caller
+    def say(**message: object) -> None:
+        caller.send_bytes(json.dumps(message).encode())
+
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with its server, also in C code
         os.setsid()  # what a judge starts can be killed with it
@@ -224,9 +213,9 @@ def _work(caller: Connection, server: int, memory: int, failure: BaseException |
         idle, _ = _address_space()
         if memory - idle < ROOM:
             raise MemoryError(f"an idle worker takes {idle >> 20} MiB and needs {ROOM >> 20} more")
-        _say(pid=os.getpid())
+        say(pid=os.getpid())
     except BaseException as error:
-        _say(failed=f"{type(error).__name__}: {error}"[:300])
+        say(failed=f"{type(error).__name__}: {error}"[:300])
         os._exit(1)
     while True:
         try:
@@ -240,14 +229,9 @@ def _work(caller: Connection, server: int, memory: int, failure: BaseException |
         used, peak = _address_space()
         if peak >= 0.9 * memory:
             os._exit(1)  # libraries turn a MemoryError into "not equal": such a verdict is worth nothing
-        _say(verdict=verdict)
+        say(verdict=verdict)
         if used > (idle + memory) / 2:
             os._exit(0)
-
-
-def _say(**message: object) -> None:
-    if _caller is not None:
-        _caller.send_bytes(json.dumps(message).encode())
 
 
 def _load(judge: str) -> Callable:
