@@ -6,7 +6,8 @@ The functions here take lists and return lists, so TRL takes them as they are:
 
 Completions and prompts are strings, or chats (lists of messages; the last message counts). A value of None means that
 the completion cannot be scored: its reference is blank or unusable, or its judgement timed out or crashed. It never
-stands for a wrong answer. `Scorer` adds weights, counts of failures, a background thread, and workers that you can close.
+stands for a wrong answer. `Scorer` adds weights, counts of failures, a background thread, and a pool of workers that
+you can close.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ from .judge import Judge, JudgeError
 from .pool import WorkerError
 from .scorer import KINDS, Scorer, Scores
 
-__all__ = ["KINDS", "Judge", "JudgeError", "Scorer", "Scores", "WorkerError", "accuracy", "code", "format", "language",
-           "overlong"]
+__all__ = [
+    "KINDS",
+    "Judge",
+    "JudgeError",
+    "Scorer",
+    "Scores",
+    "WorkerError",
+    "accuracy",
+    "code",
+    "format",
+    "language",
+    "overlong",
+]
 
 Values = list[float | None]
 
@@ -70,6 +82,8 @@ def overlong(completions: Sequence, *, limit: int | Sequence[int], buffer: int, 
 
     Lengths are in tokens: `lengths`, or the lengths of TRL's `completion_ids`. `limit` is one number or a list.
     """
+    if buffer < 1:
+        raise ValueError(f"buffer is {buffer!r}, expected at least 1")
     if lengths is None and completion_ids is not None:
         lengths = [len(ids) for ids in completion_ids]
     limits = [limit] * len(completions) if isinstance(limit, int) else limit

@@ -35,7 +35,8 @@ _EQUIVALENT = (
 )
 # "A tie" is a tie. "a better one" is no verdict.
 _VERDICT = re.compile(
-    r"verdict\W{1,8}(?:response\W{1,4}|a (?=tie\b))?(a(?! (?!is\b|wins\b|because\b)[a-z])|b|tie|yes|no)\b", re.IGNORECASE
+    r"verdict\W{1,8}(?:response\W{1,4}|a (?=tie\b))?(a(?! (?!is\b|wins\b|because\b)[a-z])|b|tie|yes|no)\b",
+    re.IGNORECASE,
 )
 
 

@@ -3,8 +3,8 @@
     reward = (words in the wanted language) / (words)
 
 Words are told apart by their script, which is exact for English and Chinese and needs no model. A Chinese character is
-a word. Digits, symbols and single Latin or Greek letters (variables) are no words. Latin letters in code and TeX are not
-counted either: they are the same in every language.
+a word. Digits, symbols and single Latin or Greek letters (variables) are no words. Latin letters in code and TeX are
+not counted either: they are the same in every language.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ONE_LINE = ("`", "``", "$")
 
 
 def share(completion: str, language: str) -> float:
-    """The share, from 0 to 1, of the words before the last `</think>` (of all words without one) that are in `language`.
+    """The share, from 0 to 1, of the words before the last `</think>` (without one, of all) that are in `language`.
 
     A thought without words is 1: nothing in it is in another language.
     """

@@ -30,7 +30,7 @@ KINDS = ("math", "choice", "exact", "code", "open")
 APPLIES = {"accuracy": ("math", "choice", "exact", "code"), "judge": ("open",)}
 MATH, PROGRAM, ENDPOINT = "r1kernels.rewards.math:judge", f"{__name__}:judge_in_sandbox", "endpoint"
 # Judgements that load what later ones need.
-WARM_UP = [(MATH, pair) for pair in ((r"\sqrt{12}", r"2\sqrt{3}"), ("x^2 - 2x", "x(x - 2)"), (r"\frac{\pi}{2}", r"\pi/2"))]
+WARM_UP = [(MATH, (r"\sqrt{12}", r"2\sqrt{3}")), (MATH, ("x^2 - x", "x(x - 1)")), (MATH, (r"\frac{\pi}{2}", r"\pi/2"))]
 
 
 class Row(NamedTuple):
@@ -113,8 +113,8 @@ class Scorer:
     def __init__(self, rewards: Mapping[str, float], *, workers: int = 1, timeout_s: float = 5.0, memory_mb: int = 512,
                  sandbox: str = "bubblewrap", imports: Sequence[str] | None = None, overlong_buffer: int = 4096,
                  judge: Judge | None = None):
-        limits = {"workers": workers, "timeout_s": timeout_s, "memory_mb": memory_mb, "overlong_buffer": overlong_buffer}
-        for name, value in limits.items():
+        for name, value in {"workers": workers, "timeout_s": timeout_s, "memory_mb": memory_mb,
+                            "overlong_buffer": overlong_buffer}.items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
         if sandbox not in ("bubblewrap", "none"):

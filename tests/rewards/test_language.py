@@ -68,9 +68,11 @@ def test_an_unknown_language_is_named():
         rewards.language(["bonjour"], language=["fr"])
 
 
-SPECIAL = ["\\", "$", "$$", "`", "```", "\\(", "\\)", "\\[", "\\\\", "\\\\(", "\n", " ", "a", "'", "\u0301", "\u6240", "{"]
+SPECIAL = ["\\", "$", "$$", "`", "```", "\\(", "\\)", "\\[", "\\\\", "\\\\(", "\n"]
+SPECIAL += [" ", "a", "'", "\u0301", "\u6240", "{"]
 HOSTILE = SPECIAL + [first + second for first, second in itertools.permutations(SPECIAL[:11], 2)]
-HOSTILE += ["`" * n for n in range(1, 40)] + ["``\n`", "\\(\\\\", "$ $a", "$a 5$", "a-", "<think>", "</think>", "<answer>"]
+HOSTILE += ["`" * n for n in range(1, 40)] + ["``\n`", "\\(\\\\", "$ $a", "$a 5$", "a-"]
+HOSTILE += ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 def test_megabytes_take_linear_time():

@@ -1,4 +1,4 @@
-"""The pool of workers: hanging, crashing and greedy judgements, and how processes end. Judges are of the standard library."""
+"""The pool of workers: hanging, crashing and greedy judgements, and how processes end."""
 
 import math
 import os
@@ -71,11 +71,6 @@ def test_a_worker_is_kept_until_it_must_be_replaced(pool):
 
 JUDGES = """
 import os
-from r1kernels.rewards.pool import otherwise
-
-def falls_back(die):
-    otherwise(0.25)
-    os.abort() if die else pow(9**9, 9**9)
 
 def hides_the_error():
     try:
@@ -89,14 +84,10 @@ def grows(kept=[]):
 """
 
 
-def test_judges_may_fall_back_and_hidden_memory_errors_are_crashes(tmp_path, monkeypatch):
+def test_hidden_memory_errors_are_crashes(tmp_path, monkeypatch):
     (tmp_path / "other_judges.py").write_text(JUDGES)
     monkeypatch.syspath_prepend(str(tmp_path))
     pool = Pool([], workers=1, memory_mb=256)
-    fallen = run(pool, task("other_judges:falls_back", True), task("other_judges:falls_back", False, timeout_s=1.0))
-    assert fallen == [0.25, 0.25]
-    # Nothing is said about the next judgement.
-    assert run(pool, task("os:getpid"), Task(*HANG, 0.5))[1] == TIMEOUT
     # What earlier judgements took is not held against a later one: it runs again in a fresh worker.
     processes = run(pool, *[task("other_judges:grows")] * 6)
     assert CRASH not in processes and len(set(processes)) > 1
