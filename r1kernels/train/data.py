@@ -138,8 +138,8 @@ def check_data(recipe: Recipe, console: Console | None = None) -> set[str]:
         asked = {row["question"].strip() for _, _, row in _rows(recipe, name, "train")} if name in trained else set()
         shared = [problem.question for problem in problems[name, "test"] if problem.question in asked]
         if shared:
-            raise ConfigError(f"data set '{name}' shares {len(shared)} questions between training and held-out problems, "
-                              f"such as {shared[0]!r:.60}; expected none")
+            raise ConfigError(f"data set '{name}' shares {len(shared)} questions, such as {shared[0]!r:.60}, between "
+                              "training and held-out problems; expected none")
     for (name, split), found in problems.items():
         _check_references(f"data set '{name}', split '{split}'", found, console)
     return {problem.kind for found in problems.values() for problem in found}
@@ -253,7 +253,8 @@ def _hub(name: str, data: HubData, split: Split) -> Iterator[dict[str, Any]]:
         raise DataError(f"'data.{name}': cannot load {data.path!r}, split {wanted!r}: {error}") from error
     for ours, theirs in data.columns.items():
         if theirs not in found.column_names:
-            raise ConfigError(f"'data.{name}.columns.{ours}' is {theirs!r}; expected one of {', '.join(found.column_names)}")
+            known = ", ".join(found.column_names)
+            raise ConfigError(f"'data.{name}.columns.{ours}' is {theirs!r}; expected one of {known}")
     for row in found:
         yield {key: value for key, value in row.items() if value is not None} | {
             ours: row[theirs] for ours, theirs in data.columns.items()}

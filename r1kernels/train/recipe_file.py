@@ -76,7 +76,10 @@ def build_recipe(values: Mapping[str, Any], directory: Path = Path()) -> Recipe:
         if asks and recipe.scoring.judge is None:
             raise ConfigError(f"stage '{name}' asks a judge; expected 'scoring.judge' with 'url' and 'model'")
         if stage.kind == "grpo":
-            stage.objective.build()
+            try:
+                stage.objective.build()
+            except ConfigError as error:
+                raise ConfigError(f"'stages.{name}.objective': {error}") from None
             shortest = min([stage.max_new_tokens, *(item.max_new_tokens for item in stage.length_schedule)])
             if stage.rewards.get("overlong") and recipe.scoring.overlong_buffer >= shortest:
                 raise ConfigError(
@@ -136,15 +139,15 @@ def _short(value: Any) -> str:
 def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic in our words: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
-    kind, place, value, context = first["type"], list(first["loc"]), first["input"], first.get("ctx", {})
-    if place[-1:] == ["[key]"]:
-        return (f"invalid name {_short(place[-2])} in '{place[0]}'; use at most 64 letters, digits, '_' and '-', "
-                "beginning with a letter or digit")
-    if place[:1] in (["data"], ["stages"]):
+    kind, place, value, context = first["type"], list(first["loc"]) or [""], first["input"], first.get("ctx", {})
+    if place[-1] == "[key]":
+        rule = "at most 64 letters, digits, '_' and '-', the first no sign" if len(place) == 3 else "a string"
+        return f"invalid key {_short(place[-2])} in '{_dotted(place[:-2])}'; expected {rule}"
+    if place[0] in ("data", "stages"):
         del place[2:3]  # pydantic's name of the kind
     if kind == "union_tag_not_found":
         kind, place = "missing", [*place, "kind"]
-    *parents, last = place or [""]
+    *parents, last = place
     if kind == "missing":
         return f"missing key '{last}'" + (f" in '{_dotted(parents)}'" if parents else "")
     where = _dotted(place)
@@ -184,7 +187,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
 
 
 def read_yaml(text: str) -> Any:
@@ -198,7 +202,7 @@ def read_yaml(text: str) -> Any:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"not YAML: {error}") from None
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
