@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from r1kernels.train.errors import ConfigError
 from r1kernels.train.prompt import R1_ZERO_TEMPLATE, Template, render
-from r1kernels.train.schema import ConfigError
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}{{ '\\n' }}[assistant]"
 
@@ -26,7 +26,7 @@ def test_the_prompt_is_the_template_around_the_question():
     assert render(" What is {question}? {x} ") == f"{before}What is {{question}}? {{x}}{after}"
     assert render("2 + 2").endswith("User: 2 + 2. Assistant:")
     assert render("2 + 2", open_think=True) == render("2 + 2") + " <think>"
-    with pytest.raises(ValueError, match="question must not be blank"):
+    with pytest.raises(ValueError, match="question"):
         render(" \n")
 
 
@@ -57,5 +57,5 @@ def test_a_prompt_begins_with_one_start_of_text():
 
 
 def test_a_model_without_a_chat_template_is_refused():
-    with pytest.raises(ConfigError, match=r"'template' is 'chat', and the tokenizer of .* has no chat template"):
+    with pytest.raises(ConfigError, match="'template'.*'chat'"):
         Template("chat", tokenizer(None))
