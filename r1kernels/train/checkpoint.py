@@ -82,7 +82,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         verify_checkpoint(path)
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except (CheckpointError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        message = str(error) if isinstance(error, CheckpointError) else f"cannot load {path / STATE}: {type(error).__name__}"
+        known = isinstance(error, CheckpointError)
+        message = str(error) if known else f"cannot load {path / STATE}: {type(error).__name__}"
         older = [other for _, other in sorted(_steps(path.parent).items()) if other.name < path.name]
         hint = f"; delete {path} to continue from {older[-1].name}" if older else ""
         raise CheckpointError(f"{message}{hint}") from error

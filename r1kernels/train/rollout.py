@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from r1kernels.train.errors import ConfigError, TrainingError
 OnBatch = Callable[[list[int], list[str], list[int]], None]
 # Rows that have ended leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
+AnyTokens = TypeVar("AnyTokens", bound="Tokens")
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,40 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Completions:
-    """Sampled completions of B prompts.
-
-    Args:
-        prompt_ids, prompt_mask: (B, P), padded on the left; the mask is bool.
-        token_ids, mask: (B, T), padded on the right; the bool mask is true up to and including the end token.
-        logprobs: (B, T), of each token in the distribution that it was drawn from, before top-p; 0 behind the mask.
-        texts: B strings, without the end token.
-        finished: (B,) bool, false where `max_new_tokens` cut the completion off.
-    """
+class Tokens:
+    """Prompts (B, P), padded on the left, and completions (B, T), padded on the right. The masks are bool; that of the
+    completions is true up to and including the end token."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     token_ids: Tensor
     mask: Tensor
+
+    def rows(self: AnyTokens, index: Tensor) -> AnyTokens:
+        """Some of the rows (n,), without the columns that are padding in all of them; one column of T always stays."""
+        start = int(self.prompt_mask[index].any(0).long().argmax())
+        end = max(1, int(self.mask[index].sum(-1).max()))
+
+        def part(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return [value[row] for row in index.tolist()] if value else value
+            if value.ndim == 1:
+                return value[index]
+            return value[index][:, start:] if name.startswith("prompt_") else value[index][:, :end]
+
+        return type(self)(**{name: part(name, value) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Completions(Tokens):
+    """Sampled completions of B prompts.
+
+    Args:
+        logprobs: (B, T), of each token in the distribution that it was drawn from, before top-p; 0 behind the mask.
+        texts: B strings, without the end token.
+        finished: (B,) bool, false where `max_new_tokens` cut the completion off.
+    """
+
     logprobs: Tensor
     texts: list[str]
     finished: Tensor
@@ -60,11 +80,9 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
         """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete."""
-        ...
 
     def update(self, model: PreTrainedModel) -> None:
         """From now on, samples come from these weights."""
-        ...
 
     def close(self) -> None: ...
 
