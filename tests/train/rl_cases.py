@@ -64,8 +64,10 @@ def make_tokenizer(*, appends_end: bool = False, special_tags: bool = False) -> 
         padding_side="right")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **shape: int) -> LlamaForCausalLM:
-    """A model with random weights, in which some completions end early."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, *, end_scale: float = 4.0, **shape: int
+) -> LlamaForCausalLM:
+    """A model with random weights, in which some completions end early; the more, the larger `end_scale`."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "max_position_embeddings": 1024} | shape
     config = LlamaConfig(
@@ -74,7 +76,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **shape: int) 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 4
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= end_scale
     return model
 
 
@@ -83,7 +85,7 @@ def stage_of(folder: Path, overrides: Iterable[str] = (), *, interrupt: Interrup
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").exists():
         tokenizer = make_tokenizer()
-        make_model(tokenizer).save_pretrained(folder / "base")
+        make_model(tokenizer, end_scale=1.5).save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
         rows = [{"question": f"Compute {n}+{n + 1}", "answer": str(2 * n + 1)} for n in range(8)]
         (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
