@@ -278,11 +278,11 @@ class GRPOTrainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "timing": {**self.timing, "tokens_per_second": self.measured["completion_tokens"] / busy},
         }
-        self.idle_steps = self.idle_steps + 1 if metrics["zero_spread"] == 1 else 0
+        self.idle_steps = 0 if self.rollout.advantages.any() else self.idle_steps + 1
         if self.idle_steps and self.idle_steps % IDLE_STEPS == 0:
             self.console.say(
-                f"step {self.step}: for {self.idle_steps} steps all samples of every group had the same reward, so "
-                "there was nothing to learn from; the questions are too hard or too easy", warning=True)
+                f"step {self.step}: for {self.idle_steps} steps all advantages were 0, so there was nothing to learn "
+                "from; the questions are too hard or too easy", warning=True)
         self.log.write(metrics)
         self.log.examples(self.step, self.examples)
         self.console.step(self.settings.name, metrics, self.settings.steps)
