@@ -84,7 +84,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (CheckpointError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         known = isinstance(error, CheckpointError)
         message = str(error) if known else f"cannot load {path / STATE}: {type(error).__name__}"
-        older = [other for _, other in sorted(_steps(path.parent).items()) if other.name < path.name]
+        paths = [other for _, other in sorted(_steps(path.parent).items())]
+        older = paths[: paths.index(path)] if path in paths else []
         hint = f"; delete {path} to continue from {older[-1].name}" if older else ""
         raise CheckpointError(f"{message}{hint}") from error
     return Checkpoint(path, path / MODEL, state)

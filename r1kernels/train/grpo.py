@@ -2,7 +2,7 @@
 
 `GRPOTrainer.train_step` is the algorithm: one rollout and the updates on it. Its state is complete between any two
 updates, and a checkpoint holds all of it, the rollout included. Random numbers depend only on the seed and on the
-position in the run (see `rng`). So a resumed run equals one that was never interrupted.
+position in the run. So a resumed run equals one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class Advantages:
         self, rewards: Tensor, tokens: Tokens, old_logprobs: Tensor, ref_logprobs: Tensor | None
     ) -> tuple[Tensor, dict[str, float]]:
         """Advantages, (B,) of samples or (B, T) of tokens, and metrics. A sample without a reward (NaN) gets 0."""
-        size, spread, scale = self.settings.group_size, self.settings.min_spread, self.settings.advantage_scale
-        return group_advantages(rewards, size, min_spread=spread, scale=scale), {}
+        return group_advantages(rewards, self.settings), {}
 
     def learn(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
         """An update of its own on a minibatch, right before that of the policy; returns metrics."""
@@ -102,13 +101,12 @@ class GRPOTrainer:
         self.cursors = dict.fromkeys(self.pools, 0)  # questions asked so far, of each pool
         self.rollout: Rollout | None = None
         self.measured: dict[str, Any] = {}  # in this step, before its updates
-        self.timing: dict[str, float] = {"total": 0.0}  # seconds: `total` of the stage, the others of this step
+        self.timing = {"total": 0.0}  # seconds, `total` of the stage and the others of this step
         self.updates: list[dict[str, float]] = []  # metrics of this step's updates
         self.examples: list[dict[str, Any]] = []
         self.evaluation: dict[str, Any] | None = None
         if checkpoint is not None:
             self.restore(checkpoint.state)
-        self.clock = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step; returns the stage's summary.
@@ -136,7 +134,7 @@ class GRPOTrainer:
     # ---- one step ----
 
     def train_step(self) -> None:
-        """One step of GRPO: sample, score, choose groups, compute what the updates are measured against, update."""
+        """Samples and scores completions, computes what the updates are measured against, and updates the policy."""
         settings = self.settings
         if self.rollout is None:  # a checkpoint between two updates holds the rollout
             self.evaluate_if_due()
@@ -145,8 +143,7 @@ class GRPOTrainer:
             completions, scores = self.sample_and_score(problems)
             preference, judged = self.preference_rewards(problems, completions.texts)
             rewards = torch.tensor(scores.total, dtype=torch.float64) + preference
-            rows, spread = choose_groups(
-                rewards, settings.group_size, settings.questions, min_spread=settings.min_spread)
+            rows, spread = choose_groups(rewards, settings)
             rewards, kept = rewards.float().to(self.model.device), completions.rows(rows)
             with self.timed("logprobs", "log-probs of the rollout"):
                 old_logprobs = self.logprobs(self.model, kept)
@@ -177,10 +174,9 @@ class GRPOTrainer:
             raise TrainingError(
                 f"step {self.step}: all problems are open, and nothing judges them yet; expected problems with "
                 "answers, the reward 'judge', a reward function, or a 'preference' that counts from the first step on")
-        places = range(first, first + self.settings.questions * self.settings.oversample)
-        orders = {epoch: permutation(len(problems), self.seed, "questions", pool, epoch)
-                  for epoch in {place // len(problems) for place in places}}
-        return pool, [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+        places = (divmod(first + i, len(problems)) for i in range(self.settings.questions * self.settings.oversample))
+        return pool, [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
+                      for epoch, index in places]
 
     def sample_and_score(self, problems: list[Problem]) -> tuple[Completions, Scores]:
         """A completion of each problem, and its scores, which are computed while others are still sampled."""
@@ -269,7 +265,6 @@ class GRPOTrainer:
         """Writes the step's line and moves on to the next step."""
         updates = {name: [update[name] for update in self.updates] for name in self.updates[0]}
         busy = sum(self.timing[name] for name in ("sampling", "scoring", "logprobs", "updates"))
-        self.elapsed()
         metrics = {
             "step": self.step,
             **self.measured,
@@ -308,18 +303,16 @@ class GRPOTrainer:
             timeout_s=settings.timeout_s, check=self.check)
 
     def evaluate_if_due(self) -> None:
-        last = self.step == self.settings.steps
-        if (self.step % self.stage.recipe.eval.every and not last) or "pass_at_1" in self.measured:
+        due = self.step % self.stage.recipe.eval.every == 0 or self.step == self.settings.steps
+        if not due or "pass_at_1" in self.measured:
             return
-        with self.timed("evaluation", "evaluating"):
-            if self.step == 0 and self.stage.before:
-                self.evaluation = self.stage.before
-            else:
-                with self.stage.scorer(PARTS) as scorer:
-                    self.evaluation = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
-                                               template=self.template, seed=self.seed)
-        self.measured = {name: self.evaluation[key] for key, name in MEASURED.items()}
-        self.examples = self.evaluation["examples"]
+        found = self.stage.before if self.step == 0 else None
+        if not found:
+            with self.timed("evaluation", "evaluating"), self.stage.scorer(PARTS) as scorer:
+                found = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
+                                 template=self.template, seed=self.seed)
+        self.measured = {name: found[key] for key, name in MEASURED.items()}
+        self.evaluation, self.examples = found, found["examples"]
 
     def show(self, problems: list[Problem], texts: list[str], rewards: Tensor, scores: Scores) -> None:
         shown = range(0, len(problems), math.ceil(len(problems) / 3))
@@ -334,28 +327,24 @@ class GRPOTrainer:
 
     @contextlib.contextmanager
     def timed(self, name: str, phase: str) -> Iterator[None]:
-        """Shows what is going on, and adds its seconds to the timing of this step."""
+        """Shows what is going on, and adds its seconds to the timing."""
         self.console.phase(f"{self.settings.name}, step {self.step}: {phase}")
         started = time.monotonic()
         yield
-        self.timing[name] = self.timing.get(name, 0.0) + time.monotonic() - started
-
-    def elapsed(self) -> None:
-        """Brings the seconds of the stage up to date."""
-        now = time.monotonic()
-        self.timing["total"], self.clock = self.timing["total"] + now - self.clock, now
+        for key in (name, "total"):
+            self.timing[key] = self.timing.get(key, 0.0) + time.monotonic() - started
 
     def save(self) -> None:
-        self.elapsed()
         state = {name: getattr(self, name) for name in PROGRESS} | {
             "rollout": None if self.rollout is None else vars(self.rollout),
             "optimizer": self.optimizer.state_dict(),
             "reference": None if self.reference is None else self.reference.state_dict(),
             "advantages": self.advantages.state_dict(),
         }
-        self.log.sync()
-        save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
-                        keep=self.stage.recipe.checkpoint.keep)
+        with self.timed("saving", "saving"):
+            self.log.sync()
+            save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
+                            keep=self.stage.recipe.checkpoint.keep)
 
     def restore(self, state: dict[str, Any]) -> None:
         for name in PROGRESS:

@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 import r1kernels
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
-from r1kernels.train.recipe import Importance
+from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
 # A group whose rewards differ by less is reported: its small differences become advantages as large as any.
 SMALL_SPREAD = 0.1
-# Importance ratios are computed from logarithms within the first bound, far outside any useful cap. The second is the
-# log-prob that servers write for a probability of 0; no gap of a token counts for more.
+# Bounds of log-ratios: far outside any useful cap; and the log-prob that servers write for a probability of 0.
 RATIO_BOUND, GAP_BOUND = 20.0, 9999.0
 
 
@@ -40,17 +39,15 @@ class Rollout(Tokens):
     importance_weights: Tensor | None
 
 
-def choose_groups(
-    rewards: Tensor, group_size: int, count: int, *, min_spread: float
-) -> tuple[Tensor, dict[str, float]]:
-    """Rows of `count` groups to train on, and the shares of groups whose rewards are equal or hardly differ.
+def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
+    """Rows of the groups to train on, and the shares of groups whose rewards are equal or hardly differ.
 
-    Groups whose rewards differ come first; within each kind, the order stays.
+    Of more groups than are needed, the first ones whose rewards differ are chosen, and then the first others.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.view(-1, settings.group_size)
     spread = spreads(groups)
-    flat = spread <= min_spread
-    kept = torch.argsort(flat.long(), stable=True)[:count].sort().values
+    flat = spread <= settings.min_spread
+    kept = torch.argsort(flat.long(), stable=True)[: settings.questions].sort().values
     rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
     small = (spread > 0) & (spread < SMALL_SPREAD)
     return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
@@ -61,12 +58,12 @@ def spreads(groups: Tensor) -> Tensor:
     return (groups.nan_to_num(-math.inf).amax(-1) - groups.nan_to_num(math.inf).amin(-1)).clamp(min=0)
 
 
-def group_advantages(rewards: Tensor, group_size: int, *, min_spread: float, scale: str) -> Tensor:
+def group_advantages(rewards: Tensor, settings: GRPO) -> Tensor:
     """Advantages (B,) of rewards (B,): 0 for NaN, and in groups whose rewards differ by no more than `min_spread`."""
-    groups = rewards.view(-1, group_size)
-    level = (spreads(groups) <= min_spread).unsqueeze(-1) & ~groups.isnan()
+    groups = rewards.view(-1, settings.group_size)
+    level = (spreads(groups) <= settings.min_spread).unsqueeze(-1) & ~groups.isnan()
     groups = torch.where(level, groups.nanmean(-1, keepdim=True), groups)
-    return r1kernels.group_advantages(groups.flatten(), group_size, scale=scale)
+    return r1kernels.group_advantages(groups.flatten(), settings.group_size, scale=settings.advantage_scale)
 
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
@@ -155,9 +152,9 @@ def importance_weights(
 ) -> tuple[Tensor | None, dict[str, float]]:
     """Weights pi / mu that correct the gap between the policy pi that is trained and mu, which sampled; and its size.
 
-    pi and mu are the same weights in two programs that round differently, or mu is some updates old. Large weights are
-    noise: they are truncated (TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training") or their tokens are left out (MIS: Liu et al. 2025, "When speed kills stability").
+    The two round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training") or their tokens are left out (MIS:
+    Liu et al. 2025, "When speed kills stability").
 
     Args:
         sampled, trained: log-probs (B, T) by mu and by pi before its first update; nothing behind the mask matters.

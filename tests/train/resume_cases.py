@@ -40,8 +40,8 @@ stages:
     steps: 4, questions: 4, group_size: 4, oversample: 2, minibatches: 2, micro_batch_size: 6, learning_rate: 1.0e-3,
     warmup_updates: 4, max_new_tokens: 6, length_schedule: [{{from_step: 2, max_new_tokens: 8}}],
     ref_refresh_every: 2, objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}}}
-  traces: {{kind: reject, model: rl, problems: [open], samples_per_question: 2, questions_per_batch: 4,
-    max_new_tokens: 6, filters: {{format: false, language: null}}}}
+  traces: {{kind: reject, model: rl, problems: [open], samples_per_question: 4, questions_per_batch: 2,
+    max_new_tokens: 40, filters: {{format: false, language: null}}}}
   cold: {{kind: sft, model: base, samples: [traces], batch_size: 4, window: 256, learning_rate: 1.0e-3}}
   scores: {{kind: preference, model: cold, pairs: pairs, batch_size: 2, learning_rate: 1.0e-3}}
   r1: {{<<: *rl, model: cold, problems: [sums, open], oversample: 1, steps: 2,
@@ -96,7 +96,7 @@ def stop_at(count: int, run_dir: Path, *, full: bool) -> None:
 def serve() -> None:
     import torch
 
-    from r1kernels.train import chain  # noqa: F401  (with all stages)
+    from r1kernels.train import chain  # noqa: F401  (it imports all stages)
     from r1kernels.train.cli import main
 
     torch.set_num_threads(1)

@@ -16,7 +16,12 @@ import torch
 from rl_cases import make_model, make_tokenizer
 
 from r1kernels.train.checkpoint import (
-    latest_checkpoint, load_checkpoint, save_checkpoint, sha256, tidy_checkpoints, write_file,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    sha256,
+    tidy_checkpoints,
+    write_file,
 )
 from r1kernels.train.errors import CheckpointError, ConfigError, StorageError
 

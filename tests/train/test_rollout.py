@@ -57,7 +57,8 @@ def test_rows_belong_together(completions):
     assert part.texts == [completions.texts[7], completions.texts[0]]
     assert torch.equal(part.finished, completions.finished[[7, 0]])
     width = part.mask.shape[1]
-    assert width == completions.lengths[[7, 0]].max() and torch.equal(part.logprobs, completions.logprobs[[7, 0], :width])
+    assert width == completions.lengths[[7, 0]].max()
+    assert torch.equal(part.logprobs, completions.logprobs[[7, 0], :width])
     short = completions.rows(torch.tensor([0]))
     assert short.prompt_ids.shape[1] == len(PROMPTS[0]) and short.prompt_mask.all()
     nothing = dataclasses.replace(completions, mask=torch.zeros_like(completions.mask)).rows(torch.tensor([1, 2]))

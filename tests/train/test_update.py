@@ -9,7 +9,7 @@ from rl_cases import make_model, make_tokenizer
 
 import r1kernels
 from r1kernels.train.errors import TrainingError
-from r1kernels.train.recipe import Importance
+from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.update import (
@@ -180,7 +180,7 @@ def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
 
 def test_an_objective_may_be_a_function(rollout, model):
     """-A log pi, as REINFORCE has it."""
-    objective = r1kernels.Objective(surrogate=lambda l, batch: -l * batch.advantages, aggregate="token_mean")
+    objective = r1kernels.Objective(surrogate=lambda logprobs, batch: -logprobs * batch.advantages, aggregate="token_mean")
     expected, _ = gradient(model, rollout, r1kernels.objectives.reinforce())
     found, _ = gradient(model, rollout, objective)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
@@ -217,26 +217,30 @@ def test_the_spread_of_a_group_leaves_out_what_could_not_be_scored():
     assert spreads(torch.tensor([[1, 0, NAN, 0.5], [NAN, 2, 2, NAN], [NAN] * 4])).tolist() == [1, 0, 0]
 
 
+def groups_of_4(count=2, **settings):
+    return GRPO(name="rl", kind="grpo", model="base", problems=["sums"], questions=count, group_size=4, **settings)
+
+
 def test_a_small_difference_is_no_success():
     """Divided by their deviation, 0.01 among zeros becomes as large as 1 among zeros."""
     rewards = torch.tensor([0.01, 0, 0, 0, 1.0, 0, 0, 0])
-    plain = group_advantages(rewards, 4, min_spread=0.0, scale="group_std")
+    plain = group_advantages(rewards, groups_of_4())
     assert plain[0] > 0.9 * plain[4]
-    careful = group_advantages(rewards, 4, min_spread=0.05, scale="group_std")
+    careful = group_advantages(rewards, groups_of_4(min_spread=0.05))
     assert careful[:4].tolist() == [0] * 4 and torch.equal(careful[4:], plain[4:])
-    assert choose_groups(rewards, 4, 2, min_spread=0.05)[1] == {"zero_spread": 0.5, "small_spread": 0.5}
+    assert choose_groups(rewards, groups_of_4(min_spread=0.05))[1] == {"zero_spread": 0.5, "small_spread": 0.5}
 
 
 def test_groups_that_differ_come_first():
     rewards = torch.tensor([1.0, 1, 1, 1, 0, 1, NAN, 0, 0, 0, 0, 0, 1, 0, 0, 0])
-    rows, shares = choose_groups(rewards, 4, 2, min_spread=0.0)
+    rows, shares = choose_groups(rewards, groups_of_4(2))
     assert rows.tolist() == [4, 5, 6, 7, 12, 13, 14, 15] and shares["zero_spread"] == 0.5
-    rows, _ = choose_groups(rewards, 4, 3, min_spread=0.0)  # filled up in order
+    rows, _ = choose_groups(rewards, groups_of_4(3))  # filled up in order
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
 
 
 def test_a_sample_without_a_reward_teaches_nothing():
-    advantages = group_advantages(torch.tensor([1.0, 0, NAN, 0]), 4, min_spread=0.0, scale="group_std")
+    advantages = group_advantages(torch.tensor([1.0, 0, NAN, 0]), groups_of_4())
     assert advantages[2] == 0 and advantages[0] > 0 > advantages[1]
 
 
