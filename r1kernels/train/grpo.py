@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from r1kernels.rewards import Scores
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.data import Problem, whole_response
-from r1kernels.train.errors import Interrupted, TrainingError
+from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import MEASURED, PARTS, columns, eval_problems, evaluate, reflective_words
 from r1kernels.train.log import StepLog
 from r1kernels.train.model import load_model, load_tokenizer
@@ -96,7 +96,10 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
         make = self.settings.advantages
-        self.advantages = Advantages(self.settings) if make is None else make.load()(self, **make.options)
+        try:
+            self.advantages = Advantages(self.settings) if make is None else make.load()(self, **make.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
         self.step = self.minibatch = self.idle_steps = 0
         self.cursors = dict.fromkeys(self.pools, 0)  # questions asked so far, of each pool
         self.rollout: Rollout | None = None
@@ -318,12 +321,10 @@ class GRPOTrainer:
         shown = range(0, len(problems), math.ceil(len(problems) / 3))
         self.console.samples([(problems[row].question, texts[row], rewards[row].item()) for row in shown])
         if self.measured["unscorable"]:
-            reasons = ", ".join(f"{name} {count}" for name, count in scores.unscorable.items() if count)
-            if scores.endpoint_error:
-                reasons += f"; the endpoint: {scores.endpoint_error}"
-            self.console.say(
-                f"step {self.step}: {self.measured['unscorable']} samples could not be scored ({reasons}; "
-                f"{scores.timeouts} timeouts, {scores.crashes} crashes); their advantage is 0", warning=True)
+            counts = {**scores.unscorable, "timeouts": scores.timeouts, "crashes": scores.crashes}
+            reasons = [f"{name} {count}" for name, count in counts.items() if count] + [scores.endpoint_error]
+            self.console.say(f"step {self.step}: {self.measured['unscorable']} samples could not be scored; their "
+                             f"advantage is 0 ({', '.join(filter(None, reasons))})", warning=True)
 
     @contextlib.contextmanager
     def timed(self, name: str, phase: str) -> Iterator[None]:
@@ -367,7 +368,7 @@ def preference_scores(model: RewardModel, questions: list[str], responses: list[
     scores = torch.tensor(model.score(questions, responses), dtype=torch.float64)
     missing = torch.tensor([not judged_part(model.target, text).strip() for text in responses], dtype=torch.bool)
     known = scores[~missing & ~scores.isnan()]
-    lowest = known.min().item() if len(known) else math.nan
+    lowest = known.min().item() if len(known) else math.inf
     return torch.where(missing, scores.clamp(max=lowest), scores)
 
 

@@ -122,8 +122,7 @@ def test_a_response_without_a_summary_scores_no_more_than_the_others():
               "<think>a</think> z": math.nan}
     found = preference_scores(Judge(scores, "summary"), ["q"] * 5, list(scores))
     assert found[:4].tolist() == [0.5, -1.0, -1.0, -2.0] and found[4].isnan()
-    alone = preference_scores(Judge(scores, "summary"), ["q"], ["<think>no end"])
-    assert alone.isnan().all()  # nothing to compare with
+    assert preference_scores(Judge(scores, "summary"), ["q"], ["<think>no end"]).tolist() == [3.0]  # no others
     assert preference_scores(Judge(scores), ["q"] * 5, list(scores))[2] == 3.0
     assert len(preference_scores(Judge({}), [], [])) == 0
 

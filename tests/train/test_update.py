@@ -180,7 +180,8 @@ def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
 
 def test_an_objective_may_be_a_function(rollout, model):
     """-A log pi, as REINFORCE has it."""
-    objective = r1kernels.Objective(surrogate=lambda logprobs, batch: -logprobs * batch.advantages, aggregate="token_mean")
+    own = lambda logprobs, batch: -logprobs * batch.advantages  # noqa: E731
+    objective = r1kernels.Objective(surrogate=own, aggregate="token_mean")
     expected, _ = gradient(model, rollout, r1kernels.objectives.reinforce())
     found, _ = gradient(model, rollout, objective)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
