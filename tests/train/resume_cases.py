@@ -1,12 +1,14 @@
-"""A chain of every kind of stage, on a model of noise, and a process that starts it again and again.
+"""A chain with every kind of stage, on a model of noise, and a process that starts it again and again.
 
-Run as a program, it imports everything once and then forks a process for each line on its standard input: a run
-directory, and the number of the operation on files in it at which the process is to end (0: never).
+Run as a program, this file imports everything once and then forks a process for each line on its standard input. The
+line says which recipe to run, and before which operation on files of the run the process is to be killed, or from
+which one on the disk is to be full (0: never).
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import signal
@@ -16,39 +18,47 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = """
 run_dir: {run_dir}
 seed: 3
 threads: 1
+import_from: [{examples}, {here}]
 data:
-  sums: {{kind: arithmetic, min_terms: 2, max_terms: 3, train_size: 16}}
+  sums: {{kind: function, function: "tiny_world:sums", options: {{min_terms: 2, max_terms: 3, train_size: 16}}}}
   open: {{kind: jsonl, path: {folder}/open.jsonl}}
   pairs: {{kind: jsonl, path: {folder}/pairs.jsonl}}
 scoring: {{timeout_s: 60}}
 eval: {{every: 2, questions: 4, samples: 2, batch_size: 4, max_new_tokens: 6}}
 checkpoint: {{every: 3, every_updates: 3, supervised_every: 2, keep: 1}}
 stages:
-- {{name: base, kind: pretrain, tiny: {{hidden_size: 16, intermediate_size: 32, layers: 1, heads: 2}}, max_terms: 3,
-    steps: 6, batch_size: 2, window: 64}}
-- &rl {{name: rl, kind: grpo, model: base, problems: [sums], steps: 4, questions: 4, group_size: 4, oversample: 2,
-    minibatches: 2, micro_batch_size: 6, learning_rate: 1.0e-3, warmup_updates: 4, max_new_tokens: 6,
-    length_schedule: [{{from_step: 2, max_new_tokens: 8}}], ref_refresh_every: 2,
-    objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}}}
-- {{name: traces, kind: reject, model: rl, problems: [sums], samples_per_question: 2, questions_per_batch: 4,
-    max_new_tokens: 6}}
-- {{name: cold, kind: sft, model: base, samples: [traces], batch_size: 4, window: 256, learning_rate: 1.0e-3}}
-- {{name: scores, kind: preference, model: cold, pairs: pairs, batch_size: 2, learning_rate: 1.0e-3}}
-- {{<<: *rl, name: r1, model: cold, problems: [sums, open], oversample: 1, steps: 2,
-    preference: [{{model: scores, last_steps: 1}}]}}
-- {{name: ppo, kind: ppo, model: base, problems: [sums], steps: 2, questions: 4, group_size: 2, minibatches: 2,
-    epochs: 2, learning_rate: 1.0e-3, value_learning_rate: 1.0e-3, max_new_tokens: 6, kl_coef: 0.01}}
-- {{name: small, kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
+  base: {{kind: pretrain, steps: 6, batch_size: 2, window: 64,
+    architecture: {{function: "tiny_world:architecture", options: {{
+      text: {{max_terms: 3}}, hidden_size: 16, intermediate_size: 32, layers: 1, heads: 2}}}},
+    corpus: {{function: "tiny_world:corpus", options: {{max_terms: 3}}}}}}
+  rl: &rl {{kind: grpo, model: base, problems: [sums], rewards: {{"resume_cases:parity": 1.0, accuracy: 1.0}},
+    steps: 4, questions: 4, group_size: 4, oversample: 2, minibatches: 2, micro_batch_size: 6, learning_rate: 1.0e-3,
+    warmup_updates: 4, max_new_tokens: 6, length_schedule: [{{from_step: 2, max_new_tokens: 8}}],
+    ref_refresh_every: 2, objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}}}
+  traces: {{kind: reject, model: rl, problems: [open], samples_per_question: 4, questions_per_batch: 2,
+    max_new_tokens: 40, filters: {{format: false, language: null}}}}
+  cold: {{kind: sft, model: base, samples: [traces], batch_size: 4, window: 256, learning_rate: 1.0e-3}}
+  scores: {{kind: preference, model: cold, pairs: pairs, batch_size: 2, learning_rate: 1.0e-3}}
+  r1: {{<<: *rl, model: cold, problems: [sums, open], oversample: 1, steps: 2,
+    rewards: {{accuracy: 1.0}}, preference: [{{model: scores, last_steps: 1}}]}}
+  ppo: {{<<: *rl, steps: 2, oversample: 1, group_size: 2, epochs: 2, micro_batch_size: null,
+    advantages: {{function: "ppo:critic", options: {{learning_rate: 1.0e-3, kl_coef: 0.01}}}},
+    objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
+  small: {{kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
     batch_size: 4, window: 256, max_new_tokens: 6, learning_rate: 1.0e-3}}
-- {{name: more, kind: evaluate, model: small, problems: [sums], questions: 2, samples: 3, max_new_tokens: 6}}
+  more: {{kind: evaluate, model: small, problems: [sums], questions: 2, samples: 3, max_new_tokens: 6}}
 """
 STAGES = ("base", "rl", "traces", "cold", "scores", "r1", "ppo", "small", "more")
+
+
+def parity(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that a model of noise gets half of the time."""
+    return [float(sum(map(ord, text)) % 2) for text in completions]
 
 
 def write_recipe(folder: Path, run_dir: Path) -> Path:
@@ -60,27 +70,13 @@ def write_recipe(folder: Path, run_dir: Path) -> Path:
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(run_dir=run_dir, folder=folder))
+    path.write_text(RECIPE.format(run_dir=run_dir, folder=folder, examples=EXAMPLES, here=Path(__file__).parent))
     return path
 
 
-def parity(sample: Any) -> float:
-    """What even a model of noise gets right half of the time, so that there are advantages."""
-    return float(sum(map(ord, sample.completion)) % 2)
-
-
-def use_parity() -> None:
-    """As the reward for the format, and as the filter of rejection sampling."""
-    from r1kernels.train.rewards import REWARDS, Reward
-    from r1kernels.train.stages import reject
-
-    REWARDS["format"] = Reward(score=parity)
-    reject.reject = lambda sample, *_, **__: None if parity(sample) else "wrong"
-
-
 def stop_at(count: int, run_dir: Path, *, full: bool) -> None:
-    """Ends this process, by SIGKILL, before its `count`-th operation on a file of the run, or has the disk full from
-    then on: nothing can be made there, but what is there can be deleted."""
+    """Kills this process before its `count`-th operation on a file of the run. With `full`, the disk is full from then
+    on: nothing can be made there, but files can be deleted."""
     left, prefix = count, str(run_dir)
 
     def hook(event: str, arguments: tuple) -> None:
@@ -98,14 +94,11 @@ def stop_at(count: int, run_dir: Path, *, full: bool) -> None:
 
 
 def serve() -> None:
+    import torch
+
+    from r1kernels.train import chain  # noqa: F401  (it imports all stages)
     from r1kernels.train.cli import main
-    from r1kernels.train.stages import KINDS, stage_module
 
-    for kind in KINDS:
-        stage_module(kind)
-    importlib.import_module("r1kernels.train.ppo")
-
-    use_parity()
     torch.set_num_threads(1)
     assert threading.active_count() == 1
     print("ready", flush=True)
@@ -113,11 +106,12 @@ def serve() -> None:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            code: Any = 0
             with contextlib.suppress(SystemExit), open(request["output"], "a") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-                if request["kill_at"] or request["full_at"]:
-                    count = request["kill_at"] or request["full_at"]
+                count = request["kill_at"] or request["full_at"]
+                if count:
                     stop_at(count, Path(request["run_dir"]), full=bool(request["full_at"]))
                 try:
                     main(["train", request["recipe"], "--plain"])
@@ -137,8 +131,7 @@ class Server:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._line() == "ready"
 
     def start(self, recipe: Path, run_dir: Path, *, kill_at: int = 0, full_at: int = 0) -> int:
@@ -154,6 +147,10 @@ class Server:
     def wait(self) -> int:
         """The exit status of the run, negative for a signal."""
         return int(self._line())
+
+    def run(self, recipe: Path, run_dir: Path, **options: int) -> int:
+        self.start(recipe, run_dir, **options)
+        return self.wait()
 
     def close(self) -> None:
         self._process.stdin.close()
