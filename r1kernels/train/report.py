@@ -76,7 +76,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
     curves = {name: drawn for name, drawn in ((stage["name"], _curves(stage["lines"])) for stage in stages) if drawn}
     images = {name: png for name, (png, _) in curves.items()}
     if accuracy := _accuracy([stage for stage in stages if stage["evaluation"]]):
-        images["pass_at_1"] = accuracy
+        images["pass@1"] = accuracy
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_clean,
         extensions=["jinja2.ext.do"], trim_blocks=True, lstrip_blocks=True,

@@ -98,7 +98,7 @@ class Page(html.parser.HTMLParser):
 def test_files_and_numbers(run):
     paths = write_report(run)
     assert sorted(str(path.relative_to(run)) for path in paths) == [
-        "curves/pass_at_1.png", "curves/r1.png", "report.html"]
+        "curves/pass@1.png", "curves/r1.png", "report.html"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
     page = Page(run / "report.html")
     assert page.row("base", "model", NONE) == [
@@ -179,7 +179,8 @@ def test_what_is_not_a_run_is_named(tmp_path):
         write_report(tmp_path)
     good, names = {"base": record("model")}, {"base": {"kind": "model"}}
     for number, (stages, records) in enumerate([
-        (names, {"base": 3}), (names, [1]), ([1], good), ({"base": "x"}, good), ({"../up": {}}, good), ({"/b": {}}, good)
+        (names, {"base": 3}), (names, [1]), ([1], good), ({"base": "x"}, good), ({"../up": {}}, good),
+        ({"/a": {}}, good),
     ]):
         damaged = tmp_path / str(number)
         damaged.mkdir()
