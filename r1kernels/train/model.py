@@ -73,7 +73,7 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
         try:
             from peft import PeftModel
         except ImportError as error:
-            raise ConfigError(f"the model '{path}' is a LoRA adapter, which needs peft; run: pip install peft") from error
+            raise ConfigError(f"the model '{path}' is a LoRA adapter; to load it, run: pip install peft") from error
         with _loading(path, "no LoRA adapter that can be loaded"):
             model = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     model = align(model.to(device)).eval()
