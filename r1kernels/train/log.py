@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from r1kernels.train.checkpoint import write_file
@@ -38,7 +38,6 @@ _COLUMNS = {
     "entr.": ("entropy", ".3f"), "clip -": ("clip_low_fraction", ".1%"), "clip +": ("clip_high_fraction", ".1%"),
     "flat": ("zero_spread", ".0%"), "tok/s": ("tokens_per_second", ".0f"),
 }
-
 
 # Controls but tab and newline, halves of characters, separators of lines, invisible and direction-changing characters.
 _HIDDEN = re.compile(
@@ -98,7 +97,8 @@ class Console:
         """Tells what happens now, below the live table."""
         if not self._live:
             return
-        table = Table(*_COLUMNS, box=None, header_style="bold", padding=(0, 1))
+        columns = (Column(name, justify="right") for name in _COLUMNS)
+        table = Table(*columns, box=None, header_style="bold", padding=(0, 1))
         for row in self._rows[-15:]:
             table.add_row(*row)
         panels = []
@@ -130,7 +130,7 @@ class Console:
         self._samples = list(samples)
         if samples and not self._live:
             question, completion, reward = samples[0]
-            self.say(f"  [{reward:g}] {question} -> {completion!r}")
+            self.say(f"  [{reward:g}] {question} -> {completion[:600]!r}")
 
     def step(self, name: str, metrics: Mapping[str, Any], steps: int) -> None:
         """A step of RL is done."""
