@@ -31,7 +31,8 @@ def sums(
         ValueError: there are not enough different sums.
     """
     if not 2 <= min_terms <= max_terms:
-        raise ValueError(f"'min_terms' is {min_terms} and 'max_terms' {max_terms}; expected 2 <= min_terms <= max_terms")
+        raise ValueError(
+            f"'min_terms' is {min_terms} and 'max_terms' {max_terms}; expected 2 <= min_terms <= max_terms")
     count = train_size if count is None else count
     rng = python_generator(seed, "problems", split)
     # Twice as many as wanted, or all: with fewer, drawing until all are different would take very long.
@@ -88,7 +89,7 @@ _WORDS = {"en": ("plus ", " is ", ", check", ", wrong, "), "zh": ("加", "得", 
 def work_out(rng: random.Random, terms: list[int], mixture: Mixture) -> tuple[str, int]:
     """A thought of one addition a line, and its result.
 
-    An addition may forget its carry. A line that is checked finds and corrects that. A thought may repeat its last line.
+    An addition may forget its carry. A line that is checked corrects that. A thought may repeat its last line.
     """
     total, lines = terms[0], []
     language = "zh" if rng.random() < mixture.chinese else "en"

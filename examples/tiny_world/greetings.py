@@ -31,8 +31,8 @@ Guests = tuple[str, ...]  # one or two names, and the time of the day
 def guests(split: Split, count: int | None, seed: int, *, train_size: int = 512) -> list[Row]:
     """Different requests to greet somebody, in a random order given by the seed.
 
-    A row is a problem without an answer, a demonstration (`response`, in any manner) and a pair (`chosen` is kinder than
-    `rejected`).
+    A row is a problem without an answer, a demonstration (`response`, in any manner) and a pair (`chosen` is kinder
+    than `rejected`).
 
     Args:
         count: how many; None for `train_size`.

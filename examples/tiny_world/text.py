@@ -1,8 +1,8 @@
 """The text of pretraining.
 
-It mixes what text of the web mixes. Textbooks work sums out step by step. Conversations mostly answer at once, and mostly
-wrongly; few work the sum out; some use the tags of the prompt and some do not. A model of this text can add, but rarely
-does so when asked: reinforcement learning has to discover that it pays.
+It mixes what text of the web mixes. Textbooks work sums out step by step. Conversations mostly answer at once, and
+mostly wrongly; few work the sum out; some use the tags of the prompt and some do not. A model of this text can add, but
+rarely does so when asked: reinforcement learning has to discover that it pays.
 """
 
 from __future__ import annotations
