@@ -1,50 +1,40 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are complete or absent, and files that are replaced as a whole.
 
-    <run>/checkpoints/step-000123/model/         loads with plain transformers
-                                  state.pt       everything else a resumed run needs
-                                  manifest.json  format version, step, and size and SHA-256 of every file
+    <stage>/checkpoints/step-000123/model/         loads with plain transformers
+                                    state.pt       everything else that a resumed run needs
+                                    manifest.json  format, step, and the size and SHA-256 of every file
 
-A checkpoint is written under a hidden name, flushed to the disk, and renamed in one step, so a `step-*`
-directory is always complete, whenever the process was killed. Old ones are removed only after the new one
-stands.
+A checkpoint is written under a hidden name, flushed to the disk and renamed. So a directory `step-*` is always
+complete, whenever the process was killed. Old checkpoints are removed after the new one is in place.
 """
 
+from __future__ import annotations
+
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1kernels.train.files import sha256
+from r1kernels.train.errors import CheckpointError, StorageError
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model", "state.pt", "manifest.json"
 _STEP = re.compile(r"step-(\d{6,})", re.ASCII)
-# Hidden names: a save under way, a checkpoint being replaced by another of the same step, one being deleted.
-_WRITING, _REPLACED, _DELETED = ".writing-", ".replaced-", ".deleted-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is missing, damaged or of an unknown format; names the file."""
+# Hidden names: a checkpoint that is being written or deleted, and one that another of the same step is replacing.
+_PARTIAL, _REPLACED = ".partial-", ".replaced-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint.
-
-    Args:
-        path: its directory.
-        model_dir: the model and tokenizer, for `from_pretrained`.
-        state: what was given to `save_checkpoint`, with tensors on the CPU.
-    """
+    """A verified checkpoint: its directory, its model for `from_pretrained`, and its state with tensors on the CPU."""
 
     path: Path
     model_dir: Path
@@ -52,241 +42,148 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_dir: str | os.PathLike[str],
-    step: int,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: dict[str, Any],
-    keep: int,
+    directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int
 ) -> Path:
-    """Writes a checkpoint, and then removes old ones.
+    """Writes the checkpoint of a step, in place of an earlier one of that step, and keeps the last `keep` checkpoints.
 
     Args:
-        run_dir: the directory of the run; created if missing.
-        step: the number of the step, at least 0. A checkpoint of the same step is replaced.
-        model: what has `save_pretrained`.
-        tokenizer: likewise, saved beside the model.
         state: tensors and plain containers of numbers and strings, so that loading it runs no code.
-        keep: how many checkpoints to keep, at least 1; the one just written always stays, then the highest
-            steps.
-
-    Returns:
-        The directory of the checkpoint.
 
     Raises:
-        ValueError, TypeError: a step or keep out of range; a state that could not be loaded again.
-        CheckpointError: writing failed, on a full disk say. Earlier checkpoints are as they were.
+        TypeError: the state holds something else.
+        StorageError: writing failed, for example on a full disk. Earlier checkpoints are unchanged.
     """
-    if step < 0:
-        raise ValueError(f"step must be at least 0, got {step}")
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    _check_plain(state, "state")
-    root = Path(run_dir) / "checkpoints"
+    root = Path(directory) / "checkpoints"
     final = root / f"step-{step:06d}"
-    writing = root / f"{_WRITING}{final.name}"
+    tidy_checkpoints(directory, keep)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clean(root)
-        _write(writing, step, model, tokenizer, state)
-        _put_in_place(writing, final)
+        partial = root / f"{_PARTIAL}{final.name}"
+        _write(partial, step, model, tokenizer, state)
+        if final.exists():  # a kill between the two renames leaves it under a name that `_steps` knows
+            os.rename(final, root / f"{_REPLACED}{final.name}")
+        os.rename(partial, final)
+        _sync(root)
+    except TypeError:
+        raise
     except Exception as error:
-        shutil.rmtree(writing, ignore_errors=True)
         cause: BaseException = error
-        while cause.__context__ and not isinstance(cause, OSError):  # torch says which byte it missed, not why
+        while cause.__context__ and not isinstance(cause, OSError):  # torch names the byte and not the reason
             cause = cause.__context__
-        cause = cause if isinstance(cause, OSError) else error
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {type(cause).__name__}: {cause}; earlier ones are untouched"
-        ) from error
-    _prune(root, final, keep)
+        reason = cause if isinstance(cause, OSError) else error
+        raise StorageError(f"cannot write the checkpoint {final}: {reason}; earlier ones are unchanged") from error
+    finally:
+        tidy_checkpoints(directory, keep)
     return final
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Verifies every file of a checkpoint against its manifest, then loads the state.
-
-    Args:
-        path: a checkpoint directory, as `save_checkpoint` and `latest_checkpoint` return it.
-
-    Raises:
-        CheckpointError: a file is missing or not what was written, or the format is unknown; says what else there is.
-    """
-    path = Path(path)
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verifies every file of a checkpoint, then loads its state. Raises CheckpointError, which names an older one."""
     try:
-        return _load(path)
-    except CheckpointError as error:
-        paths = [other for _, other in sorted(_steps(path.parent).items())]
-        older = paths[: paths.index(path)] if path in paths else []
-        if not older:
-            raise
-        raise CheckpointError(f"{error}; {older[-1]} is older: remove {path} to go on from there") from error
+        verify_checkpoint(path)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (CheckpointError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        known = isinstance(error, CheckpointError)
+        message = str(error) if known else f"cannot load {path / STATE}: {type(error).__name__}"
+        older = [other for _, other in sorted(_steps(path.parent).items()) if other.name < path.name]
+        hint = f"; delete {path} to continue from {older[-1].name}" if older else ""
+        raise CheckpointError(f"{message}{hint}") from error
+    return Checkpoint(path, path / MODEL, state)
 
 
-def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the highest step in a run, or None. Changes nothing on the disk."""
-    steps = _steps(Path(run_dir) / "checkpoints")
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in a stage's directory, or None. Changes nothing on the disk."""
+    steps = _steps(Path(directory) / "checkpoints")
     return steps[max(steps)] if steps else None
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError, naming the file, unless every file is what was written."""
-    for name, size, digest in _manifest_entries(path):
-        file = path / name
-        try:
-            actual = file.stat().st_size
-            if actual != size:
-                raise CheckpointError(f"damaged checkpoint: {file} has {actual} bytes, its manifest says {size}")
-            if sha256(file) != digest:
-                raise CheckpointError(f"damaged checkpoint: {file} does not match the SHA-256 in its manifest")
-        except OSError as error:
-            raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
-
-
-def tidy_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Removes what the last save would have removed, had it not been killed."""
-    latest = latest_checkpoint(run_dir)
-    if latest is not None:
-        with contextlib.suppress(OSError):
-            _clean(latest.parent)
-            _prune(latest.parent, latest_checkpoint(run_dir), keep)
-
-
-def _load(path: Path) -> Checkpoint:
-    verify_checkpoint(path)
+    """Raises CheckpointError, naming the file, unless every file has the size and hash that were written."""
+    file = path / MANIFEST
     try:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot load {path / STATE}: {error}") from error
-    return Checkpoint(path, path / MODEL, state)
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{file} has the format {manifest['format']!r}; expected {FORMAT}")
+        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        if STATE not in entries:
+            raise CheckpointError(f"damaged checkpoint: {file} does not list {STATE}")
+        for name, expected in entries.items():
+            file = path / name
+            if (file.stat().st_size, sha256(file)) != expected:
+                raise CheckpointError(f"damaged checkpoint: the size or SHA-256 of {file} is not the one in {MANIFEST}")
+    except OSError as error:
+        raise CheckpointError(f"damaged checkpoint: cannot read {file}: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"damaged checkpoint: {file} is not a list of files with sizes and hashes") from error
+
+
+def tidy_checkpoints(directory: Path, keep: int) -> None:
+    """Removes what a killed save left and all but the last `keep` checkpoints. A failure is left to the next call."""
+    root = Path(directory) / "checkpoints"
+    with contextlib.suppress(OSError):
+        for entry in list(root.iterdir()):
+            final = root / entry.name.removeprefix(_REPLACED)
+            if entry.name.startswith(_REPLACED) and not final.exists():
+                os.rename(entry, final)  # it was set aside, and nothing replaced it
+            elif entry.name.startswith((_PARTIAL, _REPLACED)):
+                shutil.rmtree(entry)
+        for _, path in sorted(_steps(root).items())[:-keep]:
+            partial = root / f"{_PARTIAL}{path.name}"
+            os.rename(path, partial)  # so that a kill never leaves half a directory `step-*`
+            shutil.rmtree(partial)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replaces a file as a whole. Raises StorageError if that fails; the old file is unchanged then."""
+    aside = path.with_name(f".{path.name}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise StorageError(f"{path} cannot be written: {error.strerror}; the old file is unchanged") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Any]) -> None:
-    model_dir = directory / MODEL
-    model_dir.mkdir(parents=True)
-    model.save_pretrained(model_dir)
+    (directory / MODEL).mkdir(parents=True)
+    model.save_pretrained(directory / MODEL)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # how it was used last would be saved with it
+    if backend is not None:  # padding and truncation of the last call would be saved
         backend.no_padding()
         backend.no_truncation()
-    tokenizer.save_pretrained(model_dir)
-    with open(directory / STATE, "wb") as file:
-        torch.save(state, file)
-    files = {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-        for file in _files(directory)
-    }
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for file in _files(directory):
-        _sync(file)
-    for folder in (model_dir, *(entry for entry in model_dir.rglob("*") if entry.is_dir()), directory):
-        _sync(folder)
-
-
-def _put_in_place(writing: Path, final: Path) -> None:
-    """Renames a finished checkpoint to its name, setting aside one of the same step until that is done.
-
-    A kill between the two renames leaves the earlier one under its hidden name, where `_steps` finds it.
-    """
-    replaced = final.with_name(f"{_REPLACED}{final.name}")
-    if final.exists():
-        os.rename(final, replaced)
+    tokenizer.save_pretrained(directory / MODEL)
+    torch.save(state, directory / STATE)
     try:
-        os.rename(writing, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        torch.load(directory / STATE, mmap=True, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error: ")[2].partition(". ")[0]
+        raise TypeError(f"the state of a checkpoint may hold tensors and plain values only: {reason}") from error
+    files = [entry for entry in sorted(directory.rglob("*")) if entry.is_file()]
+    entries = {
+        str(file.relative_to(directory)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files
+    }
+    (directory / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=2) + "\n")
+    for entry in (*directory.rglob("*"), directory):
+        _sync(entry)
 
 
 def _steps(root: Path) -> dict[int, Path]:
     """The complete checkpoints by step."""
-    found: dict[int, Path] = {}
-    for entry in root.iterdir() if root.is_dir() else ():
-        set_aside = entry.name.startswith(_REPLACED)
-        match = _STEP.fullmatch(entry.name.removeprefix(_REPLACED))
-        if match and entry.is_dir() and not (set_aside and int(match[1]) in found):
-            found[int(match[1])] = entry
-    return found
-
-
-def _clean(root: Path) -> None:
-    """Removes what a killed save left behind, and brings back a checkpoint it had only set aside."""
-    for entry in list(root.iterdir()):
-        if entry.name.startswith(_REPLACED):
-            final = root / entry.name.removeprefix(_REPLACED)
-            if not final.exists():
-                os.rename(entry, final)
-                continue
-        if entry.name.startswith((_WRITING, _REPLACED, _DELETED)):
-            shutil.rmtree(entry)
-
-
-def _prune(root: Path, newest: Path, keep: int) -> None:
-    others = [path for _, path in sorted(_steps(root).items()) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        # Renamed first: a kill halfway through the deletion must not leave half a `step-*` directory.
-        # Failing to delete is no reason to stop a run: the next save tries again.
-        with contextlib.suppress(OSError):
-            deleted = path.with_name(f"{_DELETED}{path.name}")
-            os.rename(path, deleted)
-            shutil.rmtree(deleted)
-
-
-def _manifest_entries(path: Path) -> Iterator[tuple[str, int, str]]:
-    manifest_file = path / MANIFEST
-    try:
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"no checkpoint at {path}: cannot read {manifest_file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"damaged checkpoint: {manifest_file} is not JSON: {error}") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(f"{manifest_file}: format {version!r}, expected {FORMAT}")
-    try:
-        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint: {manifest_file} does not list its files") from error
-    if not any(name == STATE for name, _, _ in entries):
-        raise CheckpointError(f"damaged checkpoint: {manifest_file} does not list {STATE}")
-    yield from entries
-
-
-_PLAIN_LEAVES = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.Tensor,
-    torch.dtype,
-    torch.Size,
-    torch.device,
-)
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Finds, before the run depends on it, what `torch.load(weights_only=True)` would refuse."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple, set):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif type(value) not in _PLAIN_LEAVES:
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values only")
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(entry for entry in directory.rglob("*") if entry.is_file())
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    found = [(match, name) for name in names if (match := _STEP.fullmatch(name.removeprefix(_REPLACED)))]
+    return {int(match[1]): root / name for match, name in found}  # `step-*` sorts after `.replaced-*` and wins
 
 
 def _sync(path: Path) -> None:

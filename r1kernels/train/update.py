@@ -1,8 +1,8 @@
-"""The arithmetic of an update: log-probs of a rollout, and the gradient of a minibatch of it."""
+"""The arithmetic of a step: which groups to train on, log-probs and importance weights of a rollout, gradients."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,45 +11,65 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
-from r1kernels.train.head import head_of, hidden_states
+from r1kernels.train.errors import TrainingError
+from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.recipe import Importance
+from r1kernels.train.rollout import Tokens
 
-# Means over tokens, which micro-batches contribute to by their tokens.
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
+# A group whose rewards differ by less is reported: its small differences become advantages as large as any.
+SMALL_SPREAD = 0.1
+# Importance ratios are computed from logarithms within the first bound, far outside any useful cap. The second is the
+# log-prob that servers write for a probability of 0; no gap of a token counts for more.
+RATIO_BOUND, GAP_BOUND = 20.0, 9999.0
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What one rollout gives to its updates; every field is a tensor with one row a sample.
+class Rollout(Tokens):
+    """What the updates of a step learn from.
 
-    Shapes: prompts (B, P), the others (B, T); advantages, and importance weights where there are any, (B,) for
-    sequences or (B, T) for tokens.
+    Args:
+        advantages: (B,) of samples, or (B, T) of tokens.
+        old_logprobs, ref_logprobs: (B, T), under the policy before its first update and under the reference, if any.
+        importance_weights: (B,) or (B, T); None for no correction.
     """
 
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    token_ids: Tensor
-    mask: Tensor
     advantages: Tensor
     old_logprobs: Tensor
-    ref_logprobs: Tensor
-    importance_weights: Tensor | None = None
-
-    def rows(self, index: Tensor) -> Rollout:
-        """Some of the samples (n,), without the columns in which all of them are padding.
-
-        A completion has at least one column, also where all of them are empty.
-        """
-        part = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        part = {name: value[index] for name, value in part.items() if value is not None}
-        start = int(part["prompt_mask"].any(0).long().argmax())
-        end = max(1, int(part["mask"].sum(-1).max()))
-        for name, value in part.items():
-            if value.ndim == 2:
-                part[name] = value[:, start:] if name.startswith("prompt_") else value[:, :end]
-        return Rollout(**part)
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
 
 
-def completion_hidden_states(model: PreTrainedModel, batch: Rollout) -> Tensor:
+def choose_groups(
+    rewards: Tensor, group_size: int, count: int, *, min_spread: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Rows of `count` groups to train on, and the shares of groups whose rewards are equal or hardly differ.
+
+    Groups whose rewards differ come first; within each kind, the order stays.
+    """
+    groups = rewards.view(-1, group_size)
+    spread = spreads(groups)
+    flat = spread <= min_spread
+    kept = torch.argsort(flat.long(), stable=True)[:count].sort().values
+    rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
+    small = (spread > 0) & (spread < SMALL_SPREAD)
+    return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
+
+
+def spreads(groups: Tensor) -> Tensor:
+    """Largest less smallest reward of each group (n, G), without NaN; 0 where all are NaN."""
+    return (groups.nan_to_num(-math.inf).amax(-1) - groups.nan_to_num(math.inf).amin(-1)).clamp(min=0)
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, min_spread: float, scale: str) -> Tensor:
+    """Advantages (B,) of rewards (B,): 0 for NaN, and in groups whose rewards differ by no more than `min_spread`."""
+    groups = rewards.view(-1, group_size)
+    level = (spreads(groups) <= min_spread).unsqueeze(-1) & ~groups.isnan()
+    groups = torch.where(level, groups.nanmean(-1, keepdim=True), groups)
+    return r1kernels.group_advantages(groups.flatten(), group_size, scale=scale)
+
+
+def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
     """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
     hidden = hidden_states(
@@ -62,52 +82,40 @@ def completion_hidden_states(model: PreTrainedModel, batch: Rollout) -> Tensor:
 
 
 @torch.no_grad()
-def rollout_logprobs(
-    model: PreTrainedModel,
-    rollout: Rollout,
-    batches: Sequence[Tensor],
-    *,
-    temperature: float,
-    check: Callable[[], None],
+def completion_logprobs(
+    model: PreTrainedModel, tokens: Tokens, batches: Sequence[Tensor], *, temperature: float, check: Callable[[], None]
 ) -> Tensor:
-    """Log-probs (B, T) of the rollout's tokens, 0 behind the mask.
+    """Log-probs (B, T) of completions, 0 behind the mask.
 
     Args:
-        batches: rows of the rollout, to be those of the updates: a row's result may depend in its last bits on the
-            rows beside it, and this way the first ratio is exactly 1.
+        batches: rows of each batch. Use those of the updates: the last bits of a row may depend on the rows beside it,
+            and this way the first ratio is exactly 1.
         check: called before every batch.
     """
-    logprobs = torch.zeros_like(rollout.old_logprobs)
+    logprobs = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
     for rows in batches:
         check()
-        batch = rollout.rows(rows)
+        batch = tokens.rows(rows)
         logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
-            completion_hidden_states(model, batch),
-            token_ids=batch.token_ids,
-            mask=batch.mask,
-            temperature=temperature,
+            completion_hidden_states(model, batch), token_ids=batch.token_ids, mask=batch.mask, temperature=temperature,
             **head_of(model),
         )
     return logprobs
 
 
 def minibatch_gradient(
-    model: PreTrainedModel,
-    rollout: Rollout,
-    batches: Sequence[Tensor],
-    objective: r1kernels.Objective,
-    *,
-    temperature: float,
-    check: Callable[[], None],
+    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective, *,
+    temperature: float, measure_all: bool = True, check: Callable[[], None],
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch, which does not depend on its division into micro-batches.
 
     Args:
-        batches: rows of each micro-batch.
-        check: called before every micro-batch.
+        batches: rows of each micro-batch; `check` is called before every one.
+        measure_all: metrics speak of every token. Without it, tokens of advantage 0 may not even be computed, and the
+            first ratio may differ from 1 in its last bits.
 
     Returns:
-        Metrics of the minibatch. "ratio_deviation" is the largest |ratio - 1| of a token.
+        Metrics; "ratio_deviation" is the largest |ratio - 1| of a token.
     """
     mask = rollout.mask[torch.cat(list(batches))]
     tokens = mask.sum()
@@ -121,32 +129,73 @@ def minibatch_gradient(
         check()
         batch = rollout.rows(rows)
         loss, part = r1kernels.linear_grpo_loss(
-            completion_hidden_states(model, batch),
-            token_ids=batch.token_ids,
-            advantages=batch.advantages,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
-            mask=batch.mask,
-            importance_weights=batch.importance_weights,
-            normalizer=normalizer,
-            temperature=temperature,
-            objective=objective,
-            # Metrics speak of every token; and with the rows of `rollout_logprobs`, the first ratio is exactly 1 even
-            # where the bits of a product depend on how many rows it has.
-            measure_all=True,
-            **head_of(model),
+            completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
+            old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
+            mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
+            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model),
         )
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
     # One transfer from the device for all metrics of all micro-batches.
     micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
-    shares = [values["tokens"] / sum(other["tokens"] for other in micro) for values in micro]
-    metrics = {
-        "loss": sum(values["loss"] for values in micro),
-        "ratio_deviation": max(max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in micro),
-    }
+    known = [values for values in micro if values["measured_tokens"]]
+    deviations = [max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in known]
+    metrics = {"loss": sum(values["loss"] for values in micro), "ratio_deviation": max(deviations, default=0.0)}
     for name in TOKEN_MEANS:
         if name in names:
-            metrics[name] = sum(values[name] * share for values, share in zip(micro, shares, strict=True))
+            weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
+            total = sum(values[weight] for values in parts)
+            metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
     return metrics
+
+
+def importance_weights(
+    sampled: Tensor, trained: Tensor, mask: Tensor, settings: Importance
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Weights pi / mu that correct the gap between the policy pi that is trained and mu, which sampled; and its size.
+
+    pi and mu are the same weights in two programs that round differently, or mu is some updates old. Large weights are
+    noise: they are truncated (TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training") or their tokens are left out (MIS: Liu et al. 2025, "When speed kills stability").
+
+    Args:
+        sampled, trained: log-probs (B, T) by mu and by pi before its first update; nothing behind the mask matters.
+
+    Returns:
+        Weights (B, T), or (B,) for sequences, exactly 1 where the log-probs are equal; None for mode `none`. Metrics:
+        the gap |log pi - log mu|, two estimates of KL(mu || pi), the mean weight, the share cut, and the effective
+        sample size as a share.
+    """
+    gap = (trained.double() - sampled.double()).masked_fill(~mask, 0.0)
+    if gap.isnan().any():
+        row, column = gap.isnan().nonzero()[0].tolist()
+        raise TrainingError(
+            f"token {column} of sample {row} has log-prob {sampled[row, column].item()} in the sampler and "
+            f"{trained[row, column].item()} in the trainer; expected numbers"
+        )
+    gap = gap.clamp(-GAP_BOUND, GAP_BOUND)
+    counted = gap[mask]
+    near = counted.clamp(-RATIO_BOUND, RATIO_BOUND)
+    sequences = settings.level == "sequence"
+    ratios = (gap.sum(-1) if sequences else gap).clamp(-RATIO_BOUND, RATIO_BOUND).exp()
+    kept = (ratios >= settings.floor) & (ratios <= settings.cap) | (settings.mode == "none")
+    weights = {
+        "none": ratios, "truncate": ratios.clamp(settings.floor, settings.cap), "mask": ratios.where(kept, 0.0)
+    }[settings.mode]
+    among = mask.any(-1) if sequences else mask
+    used = weights[among]
+    squares = used.square().sum().item()
+    return None if settings.mode == "none" else weights.float(), {
+        "logprob_gap_mean": _mean(counted.abs()),
+        "logprob_gap_max": counted.abs().max().item() if len(counted) else 0.0,
+        "rollout_kl_k1": _mean(-counted),
+        "rollout_kl_k3": _mean(near.expm1() - near),
+        "importance_mean": _mean(used),
+        "importance_cut": _mean((~kept[among]).double()),
+        "importance_ess": used.sum().item() ** 2 / (len(used) * squares) if squares else 0.0,
+    }
+
+
+def _mean(values: Tensor) -> float:
+    return values.mean().item() if values.numel() else 0.0
