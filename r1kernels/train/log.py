@@ -196,7 +196,20 @@ def _storage(path: Path) -> Iterator[None]:
         raise StorageError(f"{path} cannot be written: {error.strerror}; its older lines are unchanged") from error
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
+def cut_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Removes the lines of `first_step` and later steps and a half-written one; returns the lines before them."""
+    kept = [line for line in read_lines(path) if line["step"] < first_step]
+    write_file(path, b"".join(map(_encode, kept)))
+    return kept
+
+
+def sync_lines(path: Path) -> None:
+    """Puts all lines on the disk."""
+    with _storage(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Adds a line, whole or not at all. It survives the death of the process at once, a power cut after a sync."""
     text = _encode(line)
     with _storage(path), open(path, "ab", buffering=0) as file:
@@ -260,8 +273,7 @@ class StepLog:
         self._console = stage.console
         self._files = stage.directory / METRICS, stage.directory / SAMPLES
         for path in self._files:
-            kept = [_encode(line) for line in read_lines(path) if line["step"] < first_step]
-            write_file(path, b"".join(kept))
+            cut_lines(path, first_step)
         self._trackers: dict[str, _Tracker] = {}
         for name in stage.recipe.trackers:
             with self._optional(name):
@@ -272,7 +284,7 @@ class StepLog:
 
         Whatever depends on the clock is under "timing", so that two equal runs have equal lines without it.
         """
-        _append(self._files[0], line)
+        append_line(self._files[0], line)
         values = {**line, **{f"timing/{name}": value for name, value in line.get("timing", {}).items()}}
         step = values.pop("step")
         numbers = {key: x for key, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
@@ -283,13 +295,12 @@ class StepLog:
     def examples(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
         """Completions of a step, for people and for the report."""
         for example in examples:
-            _append(self._files[1], {"step": step, **example})
+            append_line(self._files[1], {"step": step, **example})
 
     def sync(self) -> None:
         """Puts all lines on the disk, before a checkpoint that relies on them."""
         for path in self._files:
-            with _storage(path), open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync_lines(path)
 
     def __enter__(self) -> StepLog:
         return self

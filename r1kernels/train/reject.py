@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -26,7 +25,7 @@ from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import DataError
 from r1kernels.train.evaluate import columns
-from r1kernels.train.log import METRICS, LineFile, StepLog, read_lines
+from r1kernels.train.log import METRICS, StepLog, append_line, cut_lines, read_lines, sync_lines
 from r1kernels.train.recipe import Filters
 from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Completions, Sampling, TransformersSampler
@@ -63,22 +62,18 @@ def run(stage: Stage) -> dict[str, Any]:
     problems = stage.problems(settings.problems)[: settings.questions]
     batches = math.ceil(len(problems) / settings.questions_per_batch)
     done = read_lines(stage.directory / METRICS)
-    known = [row for row in read_lines(path) if row["step"] < len(done)]
+    known = cut_lines(path, len(done))
     if len(known) != sum(line["kept"] for line in done):
         raise DataError(f"{path} is damaged: it holds {len(known)} samples of {len(done)} complete batches, expected "
                         f"{sum(line['kept'] for line in done)}; run with --from {settings.name} to rebuild it")
     seen = {_digest(row["prompt"], row["completion"]) for row in known}
     judge = make_judge(stage.recipe) if settings.judge else None
-    with (
-        closing(LineFile(path, first_step=len(done))) as selected,
-        StepLog(stage, first_step=len(done)) as log,
-        stage.scorer({"accuracy": 1.0}) as scorer,
-    ):
+    with StepLog(stage, first_step=len(done)) as log, stage.scorer({"accuracy": 1.0}) as scorer:
         for batch in _sampled(stage, problems, range(len(done), batches), scorer):
             rows, counts, timing = _select(stage, batch, seen, judge)
             for row in rows:
-                selected.write({"step": batch.number, **row})
-            selected.sync()
+                append_line(path, {"step": batch.number, **row})
+            sync_lines(path)
             done.append({"step": batch.number, **{name: counts[name] for name in (*COUNTS, *REASONS)}})
             log.write({**done[-1], "timing": timing})
             log.sync()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1kernels.rewards import Scorer, sandbox
+from r1kernels.rewards.judge import Judge
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, verify_checkpoint
 from r1kernels.train.data import (
     Demonstration,
@@ -114,10 +115,19 @@ def model_overrides(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def make_scorer(recipe: Recipe, rewards: Mapping[str, float]) -> Scorer:
     """A scorer of these rewards under the recipe's limits; none of its workers runs yet."""
+    judge = make_judge(recipe) if "judge" in rewards else None
     try:
-        return Scorer(rewards, **recipe.scoring.model_dump())
+        return Scorer(rewards, **recipe.scoring.model_dump() | {"judge": judge})
     except (ValueError, ImportError) as error:
         raise ConfigError(f"'rewards': {error}") from error
+
+
+def make_judge(recipe: Recipe) -> Judge:
+    """The language model of `scoring.judge`."""
+    try:
+        return Judge(**recipe.scoring.judge.model_dump())
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"'scoring.judge': {error}") from error
 
 
 def run_model(stage: Stage) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def train(
             measures["learning_rate"] = rate(done)
             measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
             if not all(map(math.isfinite, measures.values())):
-                raise TrainingError(f"step {done} measured {measures}; expected finite numbers (lower the learning rate)")
+                raise TrainingError(f"step {done} measured {measures}; expected finite numbers; see 'learning_rate'")
             for group in optimizer.param_groups:
                 group["lr"] = measures["learning_rate"]
             optimizer.step()
