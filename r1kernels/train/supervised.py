@@ -81,7 +81,7 @@ def run_distill(stage: Stage) -> dict[str, Any]:
         return _train_on_samples(stage, start, cross_entropy)
     teacher, tokenizer = stage.load_model(settings.teacher)
     check_tokenizers(start.tokenizer, tokenizer)
-    loss = partial(divergence, settings, teacher.requires_grad_(False), len(tokenizer))
+    loss = partial(divergence_loss, settings, teacher.requires_grad_(False), len(tokenizer))
     return (_train_on_policy if settings.on_policy else _train_on_samples)(stage, start, loss, teacher)
 
 
@@ -140,7 +140,7 @@ def cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: floa
     return r1kernels.linear_cross_entropy(hidden, targets=targets, normalizer=tokens, **head_of(model))
 
 
-def divergence(
+def divergence_loss(
     settings: Any, teacher: PreTrainedModel, vocabulary: int, model: PreTrainedModel, batch: dict[str, Tensor],
     tokens: float,
 ) -> Tensor:

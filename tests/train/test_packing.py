@@ -1,0 +1,146 @@
+"""Packed rows: what is in them, and that a sample in one is as if alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from supervised_cases import make_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import r1kernels
+from r1kernels.train.errors import DataError
+from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fill, keeps_apart, pack
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
+def sample(length: int, prompt_length: int, seed: int = 0) -> Tokens:
+    return Tokens(np.random.default_rng(seed).integers(2, 64, length).astype(np.int32), prompt_length)
+
+
+def model_of(family: str, attention: str):
+    torch.manual_seed(0)
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**SHAPE, attn_implementation=attention)
+    return {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[family](config).eval()
+
+
+@given(st.lists(st.integers(1, 32), max_size=40))
+def test_every_sample_is_in_one_row_and_no_row_overflows(lengths):
+    samples = [sample(length, 1, index) for index, length in enumerate(lengths)]
+    rows = pack(samples, 32)
+    assert sorted(map(id, samples)) == sorted(id(one) for row in rows for one in row)
+    sizes = [sum(map(len, row)) for row in rows]
+    assert all(0 < size <= 32 for size in sizes)
+    assert sum(size <= 16 for size in sizes) <= 1  # first-fit never leaves two rows that are both half empty
+
+
+def test_packing_is_a_function_of_the_lengths():
+    assert [list(map(len, row)) for row in pack([sample(n, 1) for n in (5, 9, 5, 3)], 10)] == [[9], [5, 5], [3]]
+    assert sorted(len(one) for [one] in pack([sample(n, 1) for n in (5, 9, 5, 3)], 0)) == [3, 5, 5, 9]
+    assert pack([], 10) == []
+
+
+def test_targets_are_the_next_tokens_of_completions_alone():
+    first = Tokens(np.array([11, 12, 13, 14, 15], dtype=np.int32), 2)
+    second = Tokens(np.array([21, 22, 23], dtype=np.int32), 1)
+    batch = collate([[first, second], [second]])
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 21, 22, 23], [21, 22, 23, 0, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 0, 1, 2, 3, 4]]
+    no = IGNORED
+    assert batch["targets"].tolist() == [[no, 13, 14, 15, no, 22, 23, no], [22, 23, no, no, no, no, no, no]]
+
+
+def test_without_a_prompt_the_first_token_is_not_learned():
+    batch = collate([[Tokens(np.array([7, 8, 9], dtype=np.int32), 0)]])
+    assert batch["targets"].tolist() == [[8, 9, IGNORED]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_sample_in_a_packed_row_has_the_log_probs_it_has_alone(family, attention):
+    model = model_of(family, attention)
+    rows = [[sample(9, 4, 1), sample(5, 2, 2), sample(12, 1, 3)], [sample(7, 3, 4)]]
+
+    def logprobs(batch):
+        wanted = batch["targets"] != IGNORED
+        hidden = hidden_states(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        values = r1kernels.linear_token_logprobs(hidden, token_ids=batch["targets"].clamp(min=0), **head_of(model))
+        return values[wanted]
+
+    with torch.no_grad():
+        together = logprobs(collate(rows))
+        alone = torch.cat([logprobs(collate([[one]])) for row in rows for one in row])
+        # Had attention crossed from sample to sample, it would show.
+        crossing = collate(rows[:1])
+        crossing["position_ids"] = torch.arange(crossing["input_ids"].shape[1])[None]
+        crossed = logprobs(crossing)
+    assert together.shape == (5 + 3 + 11 + 4,)
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    assert (crossed[5:] - alone[5:19]).abs().max() > 1e-3
+
+
+MIXING = {
+    "alibi": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    "recurrent": MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "positions by mask": OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("config", MIXING.values(), ids=MIXING)
+def test_models_whose_samples_see_each_other_are_noticed(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    assert not keeps_apart(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_models_that_heed_positions_are_packed(family):
+    assert keeps_apart(model_of(family, "sdpa"))
+
+
+def test_samples_are_encoded_as_the_sampler_encodes_prompts():
+    tokenizer = make_tokenizer()
+    pairs = [("User: Compute 1+2. Assistant:", " <think>1+2=3</think>"), ("Compute 3", " It is 3.")]
+    for tokens, (prompt, completion) in zip(encode(tokenizer, pairs), pairs, strict=True):
+        assert tokens.ids[: tokens.prompt_length].tolist() == tokenizer(prompt)["input_ids"]
+        assert tokenizer.decode(tokens.ids[tokens.prompt_length : -1]) == completion
+        assert tokens.ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_appended_end_token_does_not_end_the_prompt():
+    pairs = [("Compute 1+2:", " 3"), ("Compute 3:", " It is 3.")]
+    plain, appending = (encode(make_tokenizer(appends_end=appends), pairs) for appends in (False, True))
+    assert [tokens.ids.tolist() for tokens in plain] == [tokens.ids.tolist() for tokens in appending]
+    assert [tokens.prompt_length for tokens in plain] == [tokens.prompt_length for tokens in appending] == [12, 10]
+
+
+def test_rows_are_filled_with_documents_and_the_last_one_is_cut():
+    tokenizer = make_tokenizer()
+    [first, second] = fill(iter([("ab", "c")] * 9), tokenizer, 2, 10)
+    a, b, c, end = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "c", "<eos>"))
+    assert [one.ids.tolist() for one in first] == [[a, b, c, end], [a, b, c, end], [a, b]]
+    batch = collate([first, second])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]] * 2
+    no = IGNORED  # nothing asks for the start of a document
+    assert batch["targets"].tolist() == [[b, c, end, no, b, c, end, no, b, no]] * 2
+    with pytest.raises(DataError, match="documents without end"):
+        fill(iter([("ab", "c")] * 5), tokenizer, 2, 10)
