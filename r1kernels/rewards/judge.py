@@ -77,9 +77,9 @@ class Judge:
             headers["Authorization"] = openai.Omit()
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_close_failed]})
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout_s,
-                                          default_headers=headers, http_client=http)
+                                          http_client=http)
         self._where, self._timeout_s, self._votes = f"judge {model!r} at {url}", timeout_s, votes
-        self._settings = {"model": model, "temperature": temperature}
+        self._settings = {"model": model, "temperature": temperature, "extra_headers": headers}
         self._slots, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(self._loop, self._client), name="judge", daemon=True).start()
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)

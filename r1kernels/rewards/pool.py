@@ -1,7 +1,7 @@
 """Worker processes that can be killed, for judging text that a model wrote.
 
-A judgement can hang inside C code or take all memory, so it runs in a process that is killed at its time limit. The next
-process must be ready fast. So one process, the fork server, imports the judges once and forks the workers, which takes
+A judgement can hang inside C code or take all memory, so it runs in a process that is killed at its time limit. Another
+process must replace it fast. So one process, the fork server, loads the judges once and forks the workers, which takes
 milliseconds. It is started with `exec` and has one thread: no process with threads is ever forked, and the main module
 of the caller is not imported again, as the fork server of `multiprocessing` does in each worker.
 """
@@ -49,10 +49,14 @@ class Task(NamedTuple):
 
 
 class Pool:
-    """At most `workers` processes, started when a task needs one. Not for several threads at once."""
+    """At most `workers` processes, started when a task needs one. Not for several threads at once.
 
-    def __init__(self, judges: Sequence[str], *, workers: int, memory_mb: int):
-        self._judges, self._most, self._memory_mb = list(judges), workers, memory_mb
+    `warm_up` lists judges and arguments. The fork server makes these judgements first, so that workers start with all
+    modules loaded.
+    """
+
+    def __init__(self, warm_up: Sequence[tuple[str, tuple]], *, workers: int, memory_mb: int):
+        self._warm_up, self._most, self._memory_mb = list(warm_up), workers, memory_mb
         self._workers: list[_Worker] = []
         self._server: subprocess.Popen | None = None
 
@@ -105,7 +109,7 @@ class Pool:
 
     def _hand_out(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
         for worker in self._workers:
-            if waiting and worker.pid is not None and worker.task is None:
+            if waiting and worker.idle:
                 worker.give(waiting[0], tasks[waiting.popleft()])
         starting = sum(worker.pid is None for worker in self._workers)
         for _ in range(min(len(waiting) - starting, self._most - len(self._workers))):
@@ -115,7 +119,7 @@ class Pool:
 
     def _due(self) -> list[_Worker]:
         """The workers that have said something or are over their limit, after a short wait."""
-        active = {worker.connection: worker for worker in self._workers if worker.pid is None or worker.task is not None}
+        active = {worker.connection: worker for worker in self._workers if not worker.idle}
         patience = min(worker.deadline for worker in active.values()) - time.monotonic()
         heard = wait(list(active), max(0.0, min(patience, GLANCE_S)))
         now = time.monotonic()
@@ -130,13 +134,13 @@ class Pool:
 
     def _refuse(self, message: dict) -> int:
         reason = message.get("failed") or f"{message['ended']} while starting"
-        raise WorkerError(f"no worker could start: {reason} (judges {self._judges}, memory_mb {self._memory_mb})")
+        raise WorkerError(f"no worker could start: {reason} (memory_mb is {self._memory_mb})")
 
     def _start_server(self) -> None:
         self.close()
         self._control, theirs = socket.socketpair()
         path = [entry for entry in sys.path if isinstance(entry, str)]
-        call = f"serve_forks({os.getpid()}, {self._memory_mb * 2**20}, {self._judges!r})"
+        call = f"serve_forks({os.getpid()}, {self._memory_mb * 2**20}, {self._warm_up!r})"
         program = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve_forks; {call}"
         with theirs:
             self._server = subprocess.Popen(
@@ -155,6 +159,10 @@ class _Worker:
         self.pid: int | None = None  # known once it is ready
         self.task: int | None = None
         self.tasks, self.deadline = 0, time.monotonic() + START_S
+
+    @property
+    def idle(self) -> bool:
+        return self.pid is not None and self.task is None
 
     def give(self, index: int, task: Task) -> None:
         self.task, self.tasks, self.otherwise = index, self.tasks + 1, None
@@ -179,14 +187,14 @@ def otherwise(verdict: float) -> None:
     _say(otherwise=verdict)
 
 
-def serve_forks(parent: int, memory: int, judges: Sequence[str]) -> None:
+def serve_forks(parent: int, memory: int, warm_up: Sequence[tuple[str, tuple]]) -> None:
     """The fork server: forks a worker for each connection that arrives on its stdin, until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     failure = None
     try:
-        for judge in judges:
-            _load(judge)
+        for judge, arguments in warm_up:
+            _load(judge)(*arguments)
     except BaseException as error:
         failure = error
     gc.freeze()

@@ -23,6 +23,8 @@ KINDS = ("math", "choice", "exact", "code", "open")
 APPLIES = {"accuracy": ("math", "choice", "exact", "code"), "judge": ("open",)}
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 MATH, CODE = "r1kernels.rewards.math", "r1kernels.rewards.code"
+# Judgements that load what later ones need.
+WARM_UP = [(f"{MATH}:judge", (answer, "18")) for answer in (r"\frac{36}{2}", r"\sqrt{2} + 1", "(1, 2)", "x^2 - 2")]
 
 
 class Row(NamedTuple):
@@ -118,7 +120,7 @@ class Scorer:
         self._functions = {name: load_function(name) for name in rewards if ":" in name}
         self._timeout_s = timeout_s
         self._program = (sandbox, timeout_s, memory_mb, imports and list(imports))
-        self._pool = Pool([f"{MATH}:judge"] if "accuracy" in rewards else [], workers=workers, memory_mb=memory_mb)
+        self._pool = Pool(WARM_UP, workers=workers, memory_mb=memory_mb)
         self._lock, self._queue, self._closing = threading.Lock(), queue.SimpleQueue(), threading.Event()
         self._thread: threading.Thread | None = None
 

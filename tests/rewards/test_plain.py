@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import pytest
 
-from r1kernels.train.rewards import plain
+from r1kernels.rewards import plain
 
 PLAIN = [
     None, True, False, 0, -1, 2**62, 2**63, -(10**400), 0.1, -0.0, math.inf, 1j, "", "a\n\x00\ud800\u20ac", b"\x00\xff",
@@ -64,3 +64,39 @@ def test_noise_is_refused_as_well():
             plain.read(bytes(text))
         except ValueError:
             continue
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"range": [1, 2]}', '{"range": [1, 2, 0]}', '{"range": [1, 2, true]}', '{"range": [{"list": []}, 2, 1]}',
+        '{"iterator": [1, true]}', '{"iterator": [[1], 1]}', '{"iterator": [[[]], true]}', '{"iterator": []}',
+        '{"keys": [{"list": []}]}', '{"items": [1]}', '{"keys": 1}', '{"range": 1}', '{"values": {"list": []}}',
+    ],
+)  # fmt: skip
+def test_what_nobody_writes_is_not_read(text):
+    with pytest.raises(ValueError):
+        plain.read(text.encode())
+
+
+def test_views_and_ranges_are_read_as_they_were():
+    for value in (range(3, -9, -2), range(2**70), {1: 2}.keys(), {1: [2]}.items(), [range(0)]):
+        assert plain.read(plain.write(value)) == value
+    assert list(plain.read(plain.write({1: {2}, 3: 4}.values()))) == [{2}, 4]
+    assert list(plain.read(plain.write(map(str, range(plain.MAX_ITEMS))))) == [*map(str, range(plain.MAX_ITEMS))]
+    endless = plain.read(plain.write(iter(int, 1)))
+    assert [next(endless) for _ in range(plain.MAX_ITEMS)] == [0] * plain.MAX_ITEMS
+    with pytest.raises(ValueError, match="only the first 1000 items"):
+        next(endless)
+    with pytest.raises(ValueError, match="more than 10000 keys"):
+        plain.read(plain.write(dict.fromkeys(range(20_000)).keys()))
+
+
+def test_an_answer_has_one_of_three_forms():
+    for good in (("value", 1), ("value", None, (1,), {}), ("raise", ["KeyError"], "x")):
+        assert plain.read_answer(plain.write(good)) == good
+    values = ("value",), ("value", 1, 2), ("value", 1, (), {}), ("value", None, [], {}), ["value", 1], "value", None
+    errors = ("raise", "KeyError", ""), ("raise", [1], ""), ("raise", [[]], ""), ("raise", [], 1), ["raise", [], ""]
+    for bad in (*values, *errors, ("pass", 1), (1, 2), ((), 1)):
+        with pytest.raises(ValueError):
+            plain.read_answer(plain.write(bad))
