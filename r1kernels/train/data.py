@@ -96,8 +96,7 @@ def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[D
 def load_selected(path: str | Path, template: Template) -> list[Demonstration]:
     """What a stage of kind reject selected, asked in the template of another model."""
     return [
-        _demonstration(str(row.get("id", number)), template.render(row["question"]),
-                       whole_response(row["prompt"], row["completion"]))
+        _demonstration(str(number), template.render(row["question"]), whole_response(row["prompt"], row["completion"]))
         for number, row in read_jsonl(path, ("question", "prompt", "completion"))
     ]
 
@@ -117,32 +116,31 @@ def check_data(recipe: Recipe, console: Console | None = None) -> set[str]:
         ConfigError, DataError: something cannot be used, or a question is both trained on and held out.
     """
     tested = dict.fromkeys(recipe.eval_problems, recipe.eval.questions)
-    trained = {name for name, data in recipe.data.items() if isinstance(data, FileData) and data.path}
-    problems: dict[tuple[str, Split], list[Problem]] = {}
+    uses: set[tuple[str, str]] = set()  # (key of a stage, data set that it trains on)
     for stage in recipe.stages.values():
-        for key, name, _ in references(stage):
-            if stage.kind == "evaluate" and key == "problems":
-                tested[name] = max(stage.questions, tested.get(name, 0))
-            elif name in recipe.data:
-                trained.add(name)
-                if key == "problems":
-                    problems[name, "train"] = load_problems(recipe, name, "train")
-                elif key == "pairs":
-                    load_pairs(recipe, name)
-                elif key == "samples":
-                    for where, _, row in _rows(recipe, name, "train"):
-                        _response(row, where)
+        if stage.kind == "evaluate":
+            tested |= {name: max(stage.questions, tested.get(name, 0)) for name in stage.problems}
+        else:
+            uses |= {(key, name) for key, name, _ in references(stage) if name in recipe.data}
+    for name in {name for key, name in uses if key == "samples"}:
+        for where, _, row in _rows(recipe, name, "train"):
+            _response(row, where)
+    for name in {name for key, name in uses if key == "pairs"}:
+        load_pairs(recipe, name)
+    found = {(name, "train"): load_problems(recipe, name, "train") for key, name in sorted(uses) if key == "problems"}
+    trained = {name for _, name in uses}
+    trained |= {name for name, data in recipe.data.items() if isinstance(data, FileData) and data.path}
     for name, count in tested.items():
-        wider = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"questions": count})})
-        problems[name, "test"] = load_problems(wider, name, "test")
+        changed = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"questions": count})})
+        found[name, "test"] = load_problems(changed, name, "test")
         asked = {row["question"].strip() for _, _, row in _rows(recipe, name, "train")} if name in trained else set()
-        shared = [problem.question for problem in problems[name, "test"] if problem.question in asked]
+        shared = [problem.question for problem in found[name, "test"] if problem.question in asked]
         if shared:
             raise ConfigError(f"data set '{name}' shares {len(shared)} questions, such as {shared[0]!r:.60}, between "
                               "training and held-out problems; expected none")
-    for (name, split), found in problems.items():
-        _check_references(f"data set '{name}', split '{split}'", found, console)
-    return {problem.kind for found in problems.values() for problem in found}
+    for (name, split), problems in found.items():
+        _check_references(f"data set '{name}', split '{split}'", problems, console)
+    return {problem.kind for problems in found.values() for problem in problems}
 
 
 def _check_references(where: str, problems: list[Problem], console: Console | None) -> None:
@@ -154,7 +152,7 @@ def _check_references(where: str, problems: list[Problem], console: Console | No
         text = f"{where}: {len(bad)} of {len(asked)} references cannot be read, such as {examples}"
         if len(bad) == len(asked):
             raise DataError(f"{text}; expected answers without their derivation, or another 'kind'")
-        if console:
+        if console is not None:
             console.say(f"{text}; these problems are unscorable", warning=True)
 
 
@@ -178,86 +176,71 @@ def read_jsonl(path: str | Path, keys: Iterable[str] = ()) -> Iterator[tuple[int
                 if len(line) > MAX_LINE:
                     raise DataError(f"{where}: longer than {MAX_LINE} bytes")
                 if line.strip():
-                    row, empty = _json(line, where), False
-                    for key in keys:
-                        _text(row, key, where)
+                    row, empty = _row(json.loads(line), where, keys), False
                     yield number, row
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read data file {path}: {getattr(error, 'strerror', None) or error}") from error
     if empty:
         raise DataError(f"data file {path} is empty; expected one JSON object a line")
 
 
-def _json(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
-    return _checked(row, where)
-
-
-def _checked(row: Any, where: str) -> dict[str, Any]:
-    """A row that is a mapping of text that can be encoded."""
+def _row(row: Any, where: str, keys: Iterable[str] = ("question",)) -> dict[str, Any]:
+    """A row, if it is a mapping with these keys and all its text can be encoded."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise DataError(f"{where}: a string holds half of a surrogate pair, which is not text") from None
+    for key in keys:
+        _text(row, key, where)
     return row
 
 
 def _rows(recipe: Recipe, name: str, split: Split, count: int | None = None) -> list[Row]:
     """The rows of one split, with our names of columns; each has a question."""
-    data = recipe.data[name]
+    data, training = recipe.data[name], split == "train"
+    if not training and not data.held_out:
+        raise ConfigError(f"data set '{name}' has no held-out problems")
     if isinstance(data, FileData):
-        path = data.path if split == "train" else data.test_path
+        path = data.path if training else data.test_path
         if path is None:
-            raise ConfigError(f"'data.{name}.{'path' if split == 'train' else 'test_path'}' is missing")
-        rows = [(f"{path}, line {number}", f"{Path(path).stem}-{number}", row) for number, row in read_jsonl(path)]
+            raise ConfigError(f"'data.{name}.path' is missing; a stage trains on this data set")
+        form = _FORMS.get(data.kind, lambda row, where: row)
+        found = [(f"{path}, line {number}", f"{Path(path).stem}-{number}", row) for number, row in read_jsonl(path)]
+        return [(where, id, _row(form(row, where), where)) for where, id, row in found]
+    if isinstance(data, HubData):
+        rows = _hub(name, data, data.split if training else data.test_split)
     else:
-        found = _call(recipe, name, data, split, count) if isinstance(data, FunctionData) else _hub(name, data, split)
-        rows = []
-        for index, row in enumerate(found):
-            where = f"data set '{name}', split '{split}', row {index}"
-            rows.append((where, f"{name}-{index}", _checked(row, where)))
-        if not rows:
-            raise DataError(f"data set '{name}' has no rows in split '{split}'")
-    change = _FORMS.get(data.kind, lambda row, where: row)
-    rows = [(where, id, change(row, where)) for where, id, row in rows]
-    for where, _, row in rows:
-        _text(row, "question", where)
-    return rows
+        try:
+            rows = list(data.load()(split=split, count=count, seed=recipe.seed, **data.options))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"'data.{name}': {data.function} failed for split '{split}': {error}") from error
+    if not rows:
+        raise DataError(f"data set '{name}' has no rows in split '{split}'")
+    return [(f"data set '{name}', split '{split}', row {index}", f"{name}-{index}",
+             _row(row, f"data set '{name}', split '{split}', row {index}")) for index, row in enumerate(rows)]
 
 
-def _call(recipe: Recipe, name: str, data: FunctionData, split: Split, count: int | None) -> list[Any]:
-    if split == "test" and not data.held_out:
-        raise ConfigError(f"'data.{name}.held_out' is false: it has no held-out problems")
-    try:
-        return list(data.load()(split=split, count=count, seed=recipe.seed, **data.options))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"'data.{name}': {data.function} failed for split '{split}': {error}") from error
-
-
-def _hub(name: str, data: HubData, split: Split) -> Iterator[dict[str, Any]]:
+def _hub(name: str, data: HubData, split: str) -> list[dict[str, Any]]:
     try:
         from datasets import load_dataset  # imported late: it takes seconds, and most recipes do not need it
+
+        found = load_dataset(data.path, data.subset, split=split)
     except ImportError as error:
         raise ConfigError(f"'data.{name}.kind' is 'hub', which needs: pip install datasets") from error
-    wanted = data.split if split == "train" else data.test_split
-    if wanted is None:
-        raise ConfigError(f"'data.{name}.test_split' is missing")
-    try:
-        found = load_dataset(data.path, data.subset, split=wanted)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"'data.{name}': cannot load {data.path!r}, split {wanted!r}: {error}") from error
+        raise DataError(f"'data.{name}': cannot load {data.path!r}, split {split!r}: {error}") from error
     for ours, theirs in data.columns.items():
         if theirs not in found.column_names:
             known = ", ".join(found.column_names)
             raise ConfigError(f"'data.{name}.columns.{ours}' is {theirs!r}; expected one of {known}")
-    for row in found:
-        yield {key: value for key, value in row.items() if value is not None} | {
-            ours: row[theirs] for ours, theirs in data.columns.items()}
+    rows = [{**row, **{ours: row[theirs] for ours, theirs in data.columns.items()}} for row in found]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
 def _gsm8k(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -283,8 +266,11 @@ _FORMS = {"gsm8k": _gsm8k, "math": _math, "humaneval": _humaneval}
 
 def _problem(data: FileData | HubData | FunctionData, item: Row) -> Problem:
     where, id, row = item
-    kind = _one_of(row, "kind", getattr(data, "answers", "math"), KINDS, where)
-    language = _one_of(row, "language", getattr(data, "language", "en"), LANGUAGES, where)
+    kind = row.get("kind", getattr(data, "answers", "math"))
+    language = row.get("language", getattr(data, "language", "en"))
+    for key, value, known in (("kind", kind, KINDS), ("language", language, LANGUAGES)):
+        if value not in known:
+            raise DataError(f"{where}: {key!r} is {value!r:.60}; expected one of {', '.join(known)}")
     answer = row.get("answer")
     if kind == "code" and isinstance(answer, dict | list):
         row = {**row, "answer": json.dumps(answer, ensure_ascii=False)}
@@ -297,13 +283,6 @@ def _problem(data: FileData | HubData | FunctionData, item: Row) -> Problem:
         except ValueError as error:
             raise DataError(f"{where}: 'answer' holds no tests of a program: {error}") from error
     return Problem(str(row.get("id", id)), row["question"].strip(), answer, kind, language)
-
-
-def _one_of(row: dict[str, Any], key: str, default: str, known: tuple[str, ...], where: str) -> str:
-    value = row.get(key, default)
-    if value not in known:
-        raise DataError(f"{where}: {key!r} is {value!r:.60}; expected one of {', '.join(known)}")
-    return value
 
 
 def _demonstration(id: str, prompt: str, response: str) -> Demonstration:

@@ -73,11 +73,7 @@ Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function that an import path `module:function` names.
-
-    Raises:
-        ConfigError: there is no such module or function.
-    """
+    """The function that an import path names. Raises ConfigError if there is none."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -93,19 +89,13 @@ class Function(Settings):
     options: dict[str, Any] = setting("keyword arguments that the function is called with", {})
 
     def load(self) -> Callable[..., Any]:
-        """The function."""
         return load_function(self.function)
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
 class FileData(Settings):
-    """Problems, demonstrations or preference pairs from a file: one JSON object a line, gzipped or not.
-
-    `jsonl`: `question` and `answer` (and `kind`, `language`); `question` and `response` for SFT; `question`, `chosen`
-    and `rejected` for preferences. `gsm8k`, `math` and `humaneval` are the files of these sets.
-    """
+    """A file with one JSON object a line, gzipped or not. The keys of an object decide its use: `question` and `answer`
+    (and `kind`, `language`) make a problem, `question` and `response` a demonstration for SFT, `question`, `chosen` and
+    `rejected` a preference pair. `gsm8k`, `math` and `humaneval` are the files of these sets."""
 
     kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
     path: str | None = setting("file to train on", None)
@@ -149,9 +139,6 @@ class FunctionData(Function):
 
 
 Data = Annotated[FileData | HubData | FunctionData, Field(discriminator="kind")]
-
-# ---- parts of a stage -----------------------------------------------------------------------------------------------
-
 
 class Judge(Settings):
     """A language model that judges answers, behind any endpoint that speaks OpenAI's chat completions."""
@@ -206,10 +193,8 @@ class Checkpoint(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own.
-
-    The function takes `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`.
-    """
+    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own, which takes
+    `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`."""
 
     preset: Literal[PRESETS] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
@@ -289,12 +274,7 @@ class JudgedPairs(Settings):
     margin: float = setting("least preference of the judge, 1 for unanimous votes", 0.5, ge=0, le=1)
 
 
-# ---- stages ---------------------------------------------------------------------------------------------------------
-
-
 class StageSettings(Settings):
-    """What all stages have."""
-
     name: Name = Field(description="the key of the stage in `stages`; names its directory", exclude=True)
 
 
@@ -332,24 +312,20 @@ class Training(StageSettings):
     grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
 
 
-class Supervised(Training):
-    """Training on given responses. The defaults are the paper's for its cold start."""
-
-    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
-    window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
-
-
-class SFT(Supervised):
-    """Supervised fine-tuning: next-token training on the responses, never on their prompts."""
+class SFT(Training):
+    """Supervised fine-tuning: next-token training on the responses, never on their prompts. The defaults are the
+    paper's for its cold start."""
 
     kind: Literal["sft"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
+    window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
 
 
-class Distill(Supervised):
+class Distill(SFT):
     """Distillation into a smaller model. `samples` is the paper's method, `logits` an extension."""
 
     kind: Literal["distill"]
+    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
     batch_size: int = setting("samples of an update", 64, ge=1)
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
     method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
@@ -484,8 +460,7 @@ class Evaluate(StageSettings, Measurement):
     samples: int = setting("completions of each question", 64, ge=1)
 
 
-AnyStage = Annotated[Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate,
-                     Field(discriminator="kind")]
+Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate
 # What a stage of each kind leaves.
 LEAVES = {
     "model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model", "reject": "samples",
@@ -508,7 +483,7 @@ class Recipe(Settings):
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard", "trackio"]] = setting("where else metrics are shown", [])
-    stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
+    stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name, in any order", min_length=1)
 
     @pydantic.field_validator("stages", mode="before")
     @classmethod
@@ -523,5 +498,4 @@ class Recipe(Settings):
 
     @property
     def eval_problems(self) -> list[str]:
-        """The data sets of the evaluation."""
         return self.eval.problems or [name for name, data in self.data.items() if data.held_out]
