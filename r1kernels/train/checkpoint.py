@@ -164,7 +164,8 @@ def _write(directory: Path, step: int, model: Any, tokenizer: Any, state: dict[s
         backend.no_padding()
         backend.no_truncation()
     tokenizer.save_pretrained(directory / MODEL)
-    torch.save(state, directory / STATE)
+    with open(directory / STATE, "wb") as file:  # given a path, torch would not say why it cannot write
+        torch.save(state, file)
     try:
         torch.load(directory / STATE, mmap=True, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

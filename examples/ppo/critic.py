@@ -1,0 +1,167 @@
+"""The critic of PPO, and the advantages that it gives to the trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from r1kernels.train.model import head_of
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from r1kernels.train.errors import ConfigError, TrainingError
+from r1kernels.train.grpo import GRPOTrainer
+from r1kernels.train.rollout import Tokens
+from r1kernels.train.update import Rollout, completion_hidden_states
+
+from .gae import gae, whiten
+
+
+def critic(
+    trainer: GRPOTrainer, *, lam: float = 0.95, gamma: float = 1.0, kl_coef: float = 0.0, learning_rate: float = 1e-5,
+    value_clip: float | None = 0.2, whiten: bool = True,
+) -> CriticAdvantages:
+    """Advantages by a critic, for `advantages` of a stage of kind grpo.
+
+    Args:
+        lam: of GAE, from 0 to 1.
+        gamma: discount of a token, from 0 to 1.
+        kl_coef: penalty in each token's reward for leaving the reference, as in RLHF. The `kl_coef` of the objective is
+            a term of the loss, as in GRPO.
+        learning_rate: of the critic.
+        value_clip: how far a value may move from that of the rollout before its loss stops to fall; None for no limit.
+        whiten: shift and scale the advantages of a rollout to mean 0 and standard deviation 1.
+    """
+    limits = {
+        "lam": (lam, "a number from 0 to 1", 0 <= lam <= 1),
+        "gamma": (gamma, "a number from 0 to 1", 0 <= gamma <= 1),
+        "kl_coef": (kl_coef, "at least 0", kl_coef >= 0),
+        "learning_rate": (learning_rate, "a positive number", learning_rate > 0),
+        "value_clip": (value_clip, "a positive number or null", value_clip is None or value_clip > 0),
+    }
+    for name, (value, expected, fits) in limits.items():
+        if not fits:
+            raise ConfigError(f"'advantages.options.{name}' is {value}; expected {expected}")
+    if trainer.objective.ratio != "token":
+        raise ConfigError("'objective' has one ratio per sequence; the advantages of a critic need one per token")
+    return CriticAdvantages(trainer, lam, gamma, kl_coef, learning_rate, value_clip, whiten)
+
+
+class Critic(nn.Module):
+    """A copy of a causal LM's body under a head of zeros: before training, every state is worth 0."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = copy.deepcopy(model.base_model)
+        weight = head_of(model)["weight"]
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.eval()
+
+    def forward(self, batch: Tokens) -> Tensor:
+        """Values (B, T); column t is that of the state in which token t of the completion was chosen."""
+        return self.head(completion_hidden_states(self, batch)).squeeze(-1).float()
+
+
+class CriticAdvantages:
+    """GAE with the values of a critic, which learns beside the policy. See `critic`."""
+
+    def __init__(
+        self, trainer: GRPOTrainer, lam: float, gamma: float, kl_coef: float, learning_rate: float,
+        value_clip: float | None, whiten: bool,
+    ) -> None:
+        self.trainer, self.lam, self.gamma, self.kl_coef = trainer, lam, gamma, kl_coef
+        self.value_clip, self.whitened = value_clip, whiten
+        if kl_coef and trainer.reference is None:
+            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+        self.critic = Critic(trainer.model)
+        self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=learning_rate, weight_decay=0.0)
+        self.targets: dict[str, Tensor] = {}  # of the last rollout: values, returns, and the mask of what counts
+
+    def __call__(
+        self, rewards: Tensor, tokens: Tokens, old_logprobs: Tensor, ref_logprobs: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Advantages (B, T). A sample without a reward teaches neither the policy nor the critic."""
+        values = self._values(tokens)
+        mask = tokens.mask & ~rewards.isnan()[:, None]
+        penalty = self.kl_coef * (old_logprobs - ref_logprobs) if self.kl_coef else torch.zeros_like(values)
+        last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+        token_rewards = torch.where(last, rewards[:, None], 0.0) - penalty
+        advantages, returns = gae(token_rewards, values, mask, gamma=self.gamma, lam=self.lam)
+        self.targets = {"values": values, "returns": returns, "mask": mask}
+        old, target = values[mask], returns[mask]
+        metrics = {
+            "value": old.mean().item(), "return": target.mean().item(),
+            "explained_variance": explained_variance(old, target),
+        }
+        if self.kl_coef:
+            metrics["reward_kl"] = (old_logprobs - ref_logprobs)[tokens.mask].mean().item()
+        return whiten(advantages, mask) if self.whitened else advantages, metrics
+
+    def learn(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
+        """One optimizer step of the critic on a minibatch, given as micro-batches."""
+        self.optimizer.zero_grad()
+        metrics = self._gradient(rollout, batches)
+        norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.trainer.settings.grad_clip).item()
+        if not (math.isfinite(metrics["value_loss"]) and math.isfinite(norm)):
+            raise TrainingError(f"step {self.trainer.step}, minibatch {self.trainer.minibatch}: the critic's loss is "
+                                f"{metrics['value_loss']}, its gradient norm {norm}; expected finite numbers")
+        self.optimizer.step()
+        return metrics | {"value_grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict(), "targets": self.targets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = self.trainer.model.device
+        self.targets = {name: value.to(device) for name, value in state["targets"].items()}
+
+    @torch.no_grad()
+    def _values(self, tokens: Tokens) -> Tensor:
+        """Values (B, T) of the states of a rollout, 0 behind the mask."""
+        values = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
+        for rows in (rows for minibatch in self.trainer.minibatches(0) for rows in minibatch):
+            self.trainer.check()
+            batch = tokens.rows(rows)
+            values[rows, : batch.mask.shape[1]] = self.critic(batch).masked_fill(~batch.mask, 0.0)
+        return values
+
+    def _gradient(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
+        """Adds the gradient of the value loss, which does not depend on the division into micro-batches.
+
+        loss = mean_t 1/2 max((V_t - R_t)^2, (V_t' - R_t)^2),  V_t' = V_old,t + clamp(V_t - V_old,t, -clip, clip)
+        """
+        values, returns, mask = (self.targets[name] for name in ("values", "returns", "mask"))
+        tokens = mask[torch.cat(batches)].sum().clamp(min=1)
+        sums = []
+        for rows in batches:
+            self.trainer.check()
+            batch = rollout.rows(rows)
+            width = batch.mask.shape[1]
+            here = mask[rows, :width]
+            old, target = values[rows, :width][here], returns[rows, :width][here]
+            value = self.critic(batch)[here]  # (tokens,), so that nothing behind the mask matters
+            squares = (value - target).square()
+            clipped = torch.zeros_like(squares)
+            if self.value_clip is not None:
+                bounded = (old + (value - old).clamp(-self.value_clip, self.value_clip) - target).square()
+                clipped = (bounded > squares).float()
+                squares = torch.maximum(squares, bounded)
+            loss = 0.5 * squares.sum() / tokens
+            loss.backward()
+            sums.append(torch.stack([loss.detach(), clipped.sum() / tokens]))
+        loss, fraction = torch.stack(sums).sum(0).tolist()
+        return {"value_loss": loss} | ({} if self.value_clip is None else {"value_clip_fraction": fraction})
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant; NaN where
+    the returns are all equal."""
+    if not len(returns) or returns.amin() == returns.amax():
+        return math.nan
+    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()

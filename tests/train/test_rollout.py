@@ -1,0 +1,253 @@
+"""Sampling: what is sampled and with which probability; prompts become tokens, and tokens become texts."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from rl_cases import TAGS, make_model, make_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers.generation import TopPLogitsWarper
+
+from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
+from r1kernels.train.rng import torch_seeded
+from r1kernels.train.rollout import Sampling, TransformersSampler, decode, draw, encode, prompt_tokens
+
+PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def completions(model, tokenizer):
+    with torch_seeded(0, "test"):
+        return TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
+
+
+def test_completions_end_where_they_say(completions, tokenizer):
+    assert completions.finished.any() and not completions.finished.all()
+    for row, text in enumerate(completions.texts):
+        ids = completions.token_ids[row][completions.mask[row]].tolist()
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert (tokenizer.eos_token_id in ids) == bool(completions.finished[row])
+        assert tokenizer.eos_token_id not in ids[:-1]
+        assert len(ids) == completions.lengths[row] and (completions.finished[row] or len(ids) == 12)
+
+
+def test_sampled_logprobs_are_those_of_a_plain_forward(completions, model):
+    for row in range(len(PROMPTS)):
+        prompt = completions.prompt_ids[row][completions.prompt_mask[row]]
+        tokens = completions.token_ids[row][completions.mask[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(completions.logprobs[row][completions.mask[row]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_belong_together(completions):
+    part = completions.rows(torch.tensor([7, 0]))
+    assert part.texts == [completions.texts[7], completions.texts[0]]
+    assert torch.equal(part.finished, completions.finished[[7, 0]])
+    width = part.mask.shape[1]
+    assert width == completions.lengths[[7, 0]].max() and torch.equal(part.logprobs, completions.logprobs[[7, 0], :width])
+    short = completions.rows(torch.tensor([0]))
+    assert short.prompt_ids.shape[1] == len(PROMPTS[0]) and short.prompt_mask.all()
+    nothing = dataclasses.replace(completions, mask=torch.zeros_like(completions.mask)).rows(torch.tensor([1, 2]))
+    assert nothing.mask.shape == nothing.token_ids.shape == (2, 1)
+
+
+def test_sampling_follows_the_seed_and_leaves_the_generator_alone(model, tokenizer):
+    sampler, before = TransformersSampler(model, tokenizer), torch.get_rng_state()
+    texts = []
+    for seed in (0, 0, 1):
+        with torch_seeded(seed, "here"):
+            texts.append(sampler.sample(PROMPTS, Sampling(1.0, 8)).texts)
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_defaults_of_the_model_do_not_shape_rollouts(model, tokenizer):
+    with torch_seeded(0, "here"):
+        plain = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, do_sample=False)
+    with torch_seeded(0, "here"):
+        assert TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts == plain
+
+
+def test_a_rollout_can_be_stopped_between_tokens(model, tokenizer):
+    checks = []
+
+    def check():
+        checks.append(0)
+        if len(checks) == 3:
+            raise Interrupted("SIGINT")
+
+    with pytest.raises(Interrupted):
+        TransformersSampler(model, tokenizer, check).sample(PROMPTS, Sampling(1.0, 8))
+    assert len(checks) == 3
+
+
+def tiny(family, tokenizer, **options):
+    config = CONFIG_MAPPING[family](
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, initializer_range=0.2, **options,
+    )
+    with torch_seeded(0, family):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = list(range(tokenizer.eos_token_id, len(tokenizer), 8))
+    return model
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_have_ended_leave_every_kind_of_cache(tokenizer, family):
+    """Against `generate`, which keeps all rows to the end: the same tokens where the likeliest ones are drawn."""
+    model = tiny(family, tokenizer, **FAMILIES[family])
+    sampler, reports = TransformersSampler(model, tokenizer), []
+    with torch_seeded(0, "leave"):
+        sampled = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append(report))
+    lengths = sampled.lengths
+    assert len(reports) > 2
+    for row in range(len(PROMPTS)):
+        prompt, tokens = sampled.prompt_ids[row][sampled.prompt_mask[row]], sampled.token_ids[row, : lengths[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(sampled.logprobs[row, : lengths[row]], expected, rtol=1e-4, atol=1e-4)
+    greedy = sampler.sample(PROMPTS, Sampling(1e-6, 16))
+    oracle = model.generate(
+        input_ids=greedy.prompt_ids, attention_mask=greedy.prompt_mask.long(),
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=16, eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+    )[:, greedy.prompt_ids.shape[1] :]
+    assert greedy.lengths.min() < greedy.lengths.max() and torch.equal(greedy.token_ids, oracle)
+
+
+def test_a_row_depends_on_its_own_prompt_and_place_alone(tokenizer):
+    model = tiny("llama", tokenizer)
+    other = [prompt if row % 2 else "Compute 1+1" for row, prompt in enumerate(PROMPTS)]
+    sampled = []
+    for prompts in (PROMPTS, other):
+        with torch_seeded(0, "place"):
+            sampled.append(TransformersSampler(model, tokenizer).sample(prompts, Sampling(1.0, 16)).texts)
+    assert sampled[0][1::2] == sampled[1][1::2] and sampled[0][::2] != sampled[1][::2]
+
+
+def test_rows_are_reported_once_and_before_the_last_has_ended(tokenizer):
+    reports, steps = [], []
+    sampler = TransformersSampler(tiny("llama", tokenizer), tokenizer, lambda: steps.append(0))
+    with torch_seeded(0, "report"):
+        done = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append((len(steps), *report)))
+    assert sorted(row for _, rows, *_ in reports for row in rows) == list(range(len(PROMPTS)))
+    assert reports[0][0] < reports[-1][0] == len(steps)
+    for _, rows, texts, lengths in reports:
+        assert texts == [done.texts[row] for row in rows]
+        assert lengths == done.lengths[rows].tolist()
+
+
+def test_draws_follow_the_distribution():
+    """On a grid of uniform numbers, every token comes as often as its probability says, to one draw."""
+    logprobs = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(-1)
+    count = 20_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for top_p in (1.0, 0.7, 1e-9):
+        kept = TopPLogitsWarper(top_p)(None, logprobs) if top_p < 1 else logprobs
+        drawn = draw(logprobs.expand(count, -1), uniform, top_p)
+        expected = kept.double().softmax(-1)[0] * count
+        assert (drawn.bincount(minlength=50) - expected).abs().max() <= 1 + 1e-3
+    assert draw(logprobs, torch.zeros(1, dtype=torch.float64), 1.0).item() == 0
+    certain = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    for value in (0.0, 1 - 2**-53):
+        assert draw(certain, torch.tensor([value], dtype=torch.float64), 1.0).item() == 1
+
+
+def test_a_model_without_numbers_or_cache_is_refused(tokenizer):
+    model = tiny("llama", tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(TrainingError, match="LlamaForCausalLM"):
+        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+    forward = model.forward
+    model.forward = lambda **inputs: dataclasses.replace(forward(**inputs), past_key_values=None)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM"):
+        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+
+
+# ---- tokens of prompts, texts of completions ----
+
+
+def test_a_prompt_does_not_end_in_an_appended_end_token():
+    plain, appending = make_tokenizer(), make_tokenizer(appends_end=True)
+    texts = ["Compute 3+4", "no", ""]
+    assert [row[-1] for row in appending(texts)["input_ids"]] == [appending.eos_token_id] * 3
+    expected = [[appending.bos_token_id, *row] for row in prompt_tokens(plain, texts)]
+    assert prompt_tokens(appending, texts) == expected
+    assert prompt_tokens(appending, []) == []
+    # An end token that the prompt itself has, as chat templates do, stays.
+    written = prompt_tokens(appending, ["ab<eos>"])[0]
+    assert written == [appending.bos_token_id, *plain("ab")["input_ids"], appending.eos_token_id]
+
+
+def test_the_model_continues_the_prompt_itself():
+    """With an appended end token a rollout would continue another text."""
+    appending = make_tokenizer(appends_end=True)
+    model = make_model(appending)
+    with torch_seeded(0, "x"):
+        found = TransformersSampler(model, appending).sample(["ab", "abc"], Sampling(1.0, 4))
+    assert found.prompt_ids.tolist() == encode(appending, ["ab", "abc"], "cpu")[0].tolist()
+    assert appending.eos_token_id not in found.prompt_ids.tolist()[1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_are_padded_on_the_left_and_the_tokenizer_stays_as_it_was(side):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    ids, mask = encode(tokenizer, ["ab", "abcd"], "cpu")
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert ids[0, :2].tolist() == [tokenizer.pad_token_id] * 2 and tokenizer.decode(ids[0, 2:]) == "ab"
+    assert tokenizer.padding_side == side and tokenizer.backend_tokenizer.padding is None
+
+
+def test_tags_that_are_special_tokens_survive_decoding():
+    tokenizer = make_tokenizer(special_tags=True)
+    think, end_think = tokenizer.convert_tokens_to_ids(list(TAGS))
+    text = "<think>1+1</think> 2"
+    ids = tokenizer(text)["input_ids"]
+    assert (ids[0], ids[4]) == (think, end_think) and tokenizer.decode(ids, skip_special_tokens=True) == "1+1 2"
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    stop = tokenizer.convert_tokens_to_ids(">")
+    rows = [[*ids, eos, pad, pad], [*ids, stop], ids]
+    assert decode(tokenizer, rows, [stop]) == [text] * 3
+
+
+def test_rollouts_keep_special_tags():
+    tokenizer = make_tokenizer(special_tags=True)
+    model = make_model(tokenizer)
+    think = tokenizer.convert_tokens_to_ids(TAGS[0])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[think] *= 8
+    reports = []
+    with torch_seeded(0, "tags"):
+        found = TransformersSampler(model, tokenizer).sample(
+            PROMPTS, Sampling(1.0, 16), lambda *report: reports.append(report))
+    counts = (found.token_ids == think).logical_and(found.mask).sum(-1).tolist()
+    assert sum(counts) > 0 and [text.count(TAGS[0]) for text in found.texts] == counts
+    assert not any("<eos>" in text or "<pad>" in text for text in found.texts)
+    assert {text for _, texts, _ in reports for text in texts} == set(found.texts)

@@ -1,0 +1,346 @@
+"""The arithmetic of a step: groups, importance weights, log-probs and the gradient of an update."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from rl_cases import make_model, make_tokenizer
+
+import r1kernels
+from r1kernels.train.errors import TrainingError
+from r1kernels.train.recipe import Importance
+from r1kernels.train.rng import permutation, torch_seeded
+from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.update import (
+    Rollout,
+    choose_groups,
+    completion_hidden_states,
+    completion_logprobs,
+    group_advantages,
+    importance_weights,
+    minibatch_gradient,
+    spreads,
+)
+
+NAN = float("nan")
+PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
+ROWS = torch.arange(len(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.fixture
+def rollout(model, tokenizer):
+    with torch_seeded(0, "test"):
+        done = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
+    zeros = torch.zeros_like(done.logprobs)
+    return Rollout(
+        done.prompt_ids, done.prompt_mask, done.token_ids, done.mask, advantages=torch.linspace(-1, 1, len(PROMPTS)),
+        old_logprobs=zeros, ref_logprobs=zeros, importance_weights=None)
+
+
+def logprobs(model, rollout, batches):
+    return completion_logprobs(model, rollout, batches, temperature=0.7, check=lambda: None)
+
+
+def gradient(model, rollout, objective, batches=None, **options):
+    model.zero_grad()
+    batches = ROWS.split(5) if batches is None else batches
+    metrics = minibatch_gradient(model, rollout, batches, objective, temperature=0.7, check=lambda: None, **options)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
+
+
+# ---- log-probs and gradients ----
+
+
+def test_rows_drop_only_padding(rollout, model):
+    rows = torch.tensor([0, 3])
+    part = rollout.rows(rows)
+    assert part.prompt_ids.shape[1] < rollout.prompt_ids.shape[1]
+    whole, cut = completion_hidden_states(model, rollout)[rows], completion_hidden_states(model, part)
+    mask = part.mask
+    torch.testing.assert_close(whole[:, : mask.shape[1]][mask], cut[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_take_what_belongs_to_them(rollout):
+    tokens = torch.rand(rollout.mask.shape)
+    given = dataclasses.replace(rollout, advantages=tokens, importance_weights=rollout.advantages)
+    part = given.rows(torch.tensor([7, 2]))
+    assert torch.equal(part.advantages, tokens[[7, 2], : part.token_ids.shape[1]])
+    assert torch.equal(part.importance_weights, rollout.advantages[[7, 2]])
+    assert rollout.rows(torch.tensor([7, 2])).importance_weights is None
+
+
+def test_a_micro_batch_of_empty_completions_gives_nothing(rollout, model):
+    mask = rollout.mask.clone()
+    mask[4:8] = False
+    empty = dataclasses.replace(rollout, mask=mask)
+    part = empty.rows(torch.arange(4, 8))
+    assert part.token_ids.shape == part.mask.shape == part.old_logprobs.shape == (4, 1) and not part.mask.any()
+    old = logprobs(model, empty, ROWS.split(4))
+    assert not old[4:8].any() and old[:4].any()
+    shifted = dataclasses.replace(empty, old_logprobs=old - 0.1)
+    found = [gradient(model, shifted, r1kernels.objectives.dapo(), ROWS.split(size)) for size in (4, len(PROMPTS))]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["r1", "dapo", "dr_grpo"])
+def test_micro_batches_change_no_gradient(rollout, model, preset):
+    objective = getattr(r1kernels.objectives, preset)(**({"max_length": 12} if preset == "dr_grpo" else {}))
+    rows, found = torch.tensor(permutation(len(PROMPTS), 0)), []
+    for size in (12, 5, 1):
+        old = logprobs(model, rollout, rows.split(size))
+        shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1, ref_logprobs=old + 0.2)
+        found.append(gradient(model, shifted, objective, rows.split(size)))
+    assert found[0][0].norm() > 0
+    for other, metrics in found[1:]:
+        torch.testing.assert_close(other, found[0][0], rtol=1e-3, atol=1e-6)
+        assert metrics == pytest.approx(found[0][1], rel=1e-3, abs=1e-6)
+
+
+def test_advantages_and_weights_may_be_of_sequences_or_tokens(rollout, model):
+    old = logprobs(model, rollout, ROWS.split(5))
+    fresh, objective = dataclasses.replace(rollout, old_logprobs=old - 0.1), r1kernels.objectives.grpo()
+    plain, metrics = gradient(model, fresh, objective)
+    weights = torch.linspace(0, 2, len(PROMPTS))
+    spread = weights[:, None].expand(rollout.mask.shape).masked_fill(~rollout.mask, math.nan)
+    same = dataclasses.replace(fresh, importance_weights=torch.ones_like(weights))
+    assert torch.equal(gradient(model, same, objective)[0], plain)
+    weighted = [
+        dataclasses.replace(fresh, importance_weights=weights),
+        dataclasses.replace(fresh, importance_weights=spread),
+        dataclasses.replace(fresh, advantages=rollout.advantages * weights),
+        dataclasses.replace(fresh, advantages=rollout.advantages[:, None] * spread),
+    ]
+    found = [gradient(model, given, objective) for given in weighted]
+    for other, _ in found:
+        torch.testing.assert_close(other, found[0][0], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(plain, found[0][0], rtol=1e-2)
+    assert found[0][1]["ratio_deviation"] == metrics["ratio_deviation"]
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r1"])
+def test_the_first_ratio_is_exactly_one_and_every_token_is_measured(rollout, model, preset):
+    """Tokens of advantage 0 have no gradient, but metrics speak of them too."""
+    old = logprobs(model, rollout, ROWS.split(5))
+    some = torch.where(ROWS % 3 == 0, rollout.advantages, 0)
+    found = []
+    for advantages in (rollout.advantages, some):
+        fresh = dataclasses.replace(rollout, old_logprobs=old, ref_logprobs=old, advantages=advantages)
+        found.append(gradient(model, fresh, getattr(r1kernels.objectives, preset)())[1])
+    assert [metrics["ratio_deviation"] for metrics in found] == [0.0, 0.0]
+    assert found[0]["entropy"] == found[1]["entropy"] > 0
+    assert found[1]["active_fraction"] < found[0]["active_fraction"]
+
+
+def test_without_measure_all_the_gradient_is_the_same(rollout, model):
+    old = logprobs(model, rollout, ROWS.split(5)) - 0.1
+    objective = r1kernels.objectives.grpo()
+    some = torch.where(ROWS >= 5, rollout.advantages, 0)  # the first micro-batch has nothing to learn from
+    given = dataclasses.replace(rollout, old_logprobs=old, advantages=some)
+    whole, part = gradient(model, given, objective), gradient(model, given, objective, measure_all=False)
+    torch.testing.assert_close(part[0], whole[0], rtol=1e-4, atol=1e-7)
+    assert part[1]["loss"] == pytest.approx(whole[1]["loss"], rel=1e-4, abs=1e-6)
+    assert part[1].keys() == whole[1].keys() and all(map(math.isfinite, part[1].values()))
+    assert part[1]["active_fraction"] == pytest.approx(whole[1]["active_fraction"])
+    nothing = gradient(model, dataclasses.replace(given, advantages=torch.zeros(len(PROMPTS))), objective,
+                       measure_all=False)
+    assert not nothing[0].any() and nothing[1]["ratio_deviation"] == 0 and math.isnan(nothing[1]["entropy"])
+
+
+def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
+    """Through the logits that transformers makes, and losses written by hand: the tied embedding included."""
+    old = logprobs(model, rollout, ROWS.split(5))
+    shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1)
+    ours, _ = gradient(model, shifted, r1kernels.objectives.grpo())
+    model.zero_grad()
+    ids = torch.cat([rollout.prompt_ids, rollout.token_ids], dim=1)
+    attention = torch.cat([rollout.prompt_mask, rollout.mask], dim=1).long()
+    logits = model(
+        input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(-1) - 1).clamp(min=0)
+    ).logits[:, rollout.prompt_ids.shape[1] - 1 : -1]
+    own = (logits / 0.7).log_softmax(-1).gather(-1, rollout.token_ids[..., None])[..., 0]
+    torch.testing.assert_close(own[rollout.mask], old[rollout.mask], rtol=1e-4, atol=1e-5)
+    ratio, advantages = (own - shifted.old_logprobs).exp(), rollout.advantages[:, None]
+    per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * rollout.mask
+    (per_token.sum(-1) / rollout.mask.sum(-1)).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_objective_may_be_a_function(rollout, model):
+    """-A log pi, as REINFORCE has it."""
+    objective = r1kernels.Objective(surrogate=lambda l, batch: -l * batch.advantages, aggregate="token_mean")
+    expected, _ = gradient(model, rollout, r1kernels.objectives.reinforce())
+    found, _ = gradient(model, rollout, objective)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_no_logits_of_a_batch_are_made(rollout, model, monkeypatch):
+    def refused(*arguments, **keywords):
+        raise AssertionError("logits")
+
+    monkeypatch.setattr(model.lm_head, "forward", refused)
+    for name in ("grpo_loss", "token_logprobs", "token_logprobs_and_entropy"):
+        monkeypatch.setattr(r1kernels, name, refused)
+    logprobs(model, rollout, ROWS.split(5))
+    gradient(model, rollout, r1kernels.objectives.grpo())
+
+
+def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
+    reads = []
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+        return lambda tensor: reads.append(name) or real(tensor)
+
+    for name in ("item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    _, metrics = gradient(model, rollout, r1kernels.objectives.grpo())
+    assert reads == ["tolist"] and all(isinstance(value, float) for value in metrics.values())
+
+
+# ---- groups ----
+
+
+def test_the_spread_of_a_group_leaves_out_what_could_not_be_scored():
+    assert spreads(torch.tensor([[1, 0, NAN, 0.5], [NAN, 2, 2, NAN], [NAN] * 4])).tolist() == [1, 0, 0]
+
+
+def test_a_small_difference_is_no_success():
+    """Divided by their deviation, 0.01 among zeros becomes as large as 1 among zeros."""
+    rewards = torch.tensor([0.01, 0, 0, 0, 1.0, 0, 0, 0])
+    plain = group_advantages(rewards, 4, min_spread=0.0, scale="group_std")
+    assert plain[0] > 0.9 * plain[4]
+    careful = group_advantages(rewards, 4, min_spread=0.05, scale="group_std")
+    assert careful[:4].tolist() == [0] * 4 and torch.equal(careful[4:], plain[4:])
+    assert choose_groups(rewards, 4, 2, min_spread=0.05)[1] == {"zero_spread": 0.5, "small_spread": 0.5}
+
+
+def test_groups_that_differ_come_first():
+    rewards = torch.tensor([1.0, 1, 1, 1, 0, 1, NAN, 0, 0, 0, 0, 0, 1, 0, 0, 0])
+    rows, shares = choose_groups(rewards, 4, 2, min_spread=0.0)
+    assert rows.tolist() == [4, 5, 6, 7, 12, 13, 14, 15] and shares["zero_spread"] == 0.5
+    rows, _ = choose_groups(rewards, 4, 3, min_spread=0.0)  # filled up in order
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_a_sample_without_a_reward_teaches_nothing():
+    advantages = group_advantages(torch.tensor([1.0, 0, NAN, 0]), 4, min_spread=0.0, scale="group_std")
+    assert advantages[2] == 0 and advantages[0] > 0 > advantages[1]
+
+
+# ---- importance weights ----
+
+SETTINGS = [
+    Importance(mode=mode, level=level, cap=1.5, floor=0.5) for mode in ("truncate", "mask")
+    for level in ("token", "sequence")
+]
+
+
+def policies(gap=0.3, rows=6, columns=9):
+    torch.manual_seed(0)
+    sampled = -torch.rand(rows, columns) * 4
+    lengths = torch.arange(rows) + 3
+    return sampled, sampled + gap * torch.randn(rows, columns), torch.arange(columns) < lengths[:, None]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_equal_log_probs_weigh_exactly_one(settings):
+    sampled, _, mask = policies()
+    weights, metrics = importance_weights(sampled, sampled.clone(), mask, settings)
+    assert torch.equal(weights, torch.ones_like(weights))
+    assert weights.shape == (sampled.shape if settings.level == "token" else sampled.shape[:1])
+    assert metrics == {
+        "logprob_gap_mean": 0.0, "logprob_gap_max": 0.0, "rollout_kl_k1": 0.0, "rollout_kl_k3": 0.0,
+        "importance_mean": 1.0, "importance_cut": 0.0, "importance_ess": 1.0,
+    }
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_weights_by_hand(settings):
+    sampled, trained, mask = policies()
+    ratio = (trained.double() - sampled.double()).exp()
+    token = settings.level == "token"
+    raw = ratio if token else torch.stack([ratio[row][mask[row]].prod() for row in range(len(mask))])
+    counted = mask if token else torch.ones(len(mask), dtype=torch.bool)
+    outside = (raw < 0.5) | (raw > 1.5)
+    assert 0 < outside[counted].sum() < counted.sum()
+    expected = raw.clamp(0.5, 1.5) if settings.mode == "truncate" else raw.masked_fill(outside, 0)
+    weights, metrics = importance_weights(sampled, trained, mask, settings)
+    torch.testing.assert_close(weights[counted], expected[counted].float())
+    used, gap = expected[counted], (trained.double() - sampled.double())[mask]
+    assert metrics == pytest.approx({
+        "importance_cut": outside[counted].double().mean().item(),
+        "importance_mean": used.mean().item(),
+        "importance_ess": (used.sum() ** 2 / used.square().sum() / len(used)).item(),
+        "logprob_gap_mean": gap.abs().mean().item(),
+        "logprob_gap_max": gap.abs().max().item(),
+        "rollout_kl_k1": -gap.mean().item(),
+        "rollout_kl_k3": (gap.exp() - 1 - gap).mean().item(),
+    })
+
+
+def test_none_measures_and_weighs_nothing():
+    weights, metrics = importance_weights(*policies(), Importance())
+    assert weights is None
+    assert metrics["importance_cut"] == 0 and 0 < metrics["importance_ess"] < 1 and metrics["rollout_kl_k3"] > 0
+
+
+def test_weights_make_samples_of_one_policy_speak_for_another():
+    """The mean of a reward under pi, from samples of mu; and the estimates of their distance."""
+    mu, pi = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(mu, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))[:, None]
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    weights, metrics = importance_weights(
+        mu.log()[tokens], pi.log()[tokens], everywhere, Importance(mode="truncate", cap=2.0))
+    reward = torch.tensor([1.0, 5.0, -2.0])
+    assert (weights * reward[tokens]).mean().item() == pytest.approx((pi * reward).sum().item(), abs=0.02)
+    distance = (mu * (mu / pi).log()).sum().item()
+    assert metrics["rollout_kl_k3"] == pytest.approx(distance, abs=2e-3)
+    assert metrics["rollout_kl_k1"] == pytest.approx(distance, abs=2e-3)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, Importance()], ids=str)
+def test_nothing_behind_the_mask_matters_and_no_gap_overflows(settings):
+    sampled, trained, mask = policies()
+    clean = importance_weights(sampled, trained, mask, settings)
+    for garbage in (math.nan, math.inf, -math.inf):
+        dirty = importance_weights(sampled.masked_fill(~mask, garbage), trained.masked_fill(~mask, 1.0), mask, settings)
+        assert clean[1] == dirty[1]
+        assert clean[0] is dirty[0] is None or torch.equal(clean[0], dirty[0])
+    sampled = torch.tensor([[-9999.0, -1.0], [-1.0, -1.0], [-math.inf, -1.0], [-1.0, -1.0]])
+    trained = torch.tensor([[-1.0, -1.0], [-math.inf, -1.0], [-1.0, -math.inf], [-1.0, -1.0]])
+    weights, metrics = importance_weights(sampled, trained, torch.ones(4, 2, dtype=torch.bool), settings)
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["logprob_gap_max"] == 9999
+    if weights is not None:
+        assert weights.isfinite().all() and weights.max() <= settings.cap and weights[-1].eq(1).all()
+
+
+def test_empty_completions_and_no_counted_token():
+    sampled, trained, mask = policies()
+    mask[2] = False
+    weights, metrics = importance_weights(
+        sampled, trained, mask, Importance(mode="mask", level="sequence", cap=1.2))
+    assert weights[2] == 1 and metrics["importance_cut"] <= 1
+    weights, metrics = importance_weights(sampled, trained, torch.zeros_like(mask), Importance(mode="truncate"))
+    assert torch.equal(weights, torch.ones_like(weights)) and set(metrics.values()) == {0.0}
+    weights, metrics = importance_weights(sampled, sampled + 3, mask, Importance(mode="mask"))
+    assert not weights[mask].any() and metrics["importance_ess"] == 0 and metrics["importance_cut"] == 1
+
+
+def test_log_probs_that_are_no_numbers_are_named():
+    sampled, trained, mask = policies()
+    sampled[1, 2] = math.nan
+    with pytest.raises(TrainingError, match=r"token 2 of sample 1.*nan"):
+        importance_weights(sampled, trained, mask, Importance())
