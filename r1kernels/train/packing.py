@@ -63,12 +63,12 @@ def pack(samples: Sequence[Tokens], window: int) -> list[list[Tokens]]:
     rows: list[list[Tokens]] = []
     room: list[int] = []
     for sample in sorted(samples, key=len, reverse=True):
-        row = next((row for row, left in enumerate(room) if left >= len(sample)), len(rows))
-        if row == len(rows):
+        index = next((index for index, left in enumerate(room) if left >= len(sample)), len(rows))
+        if index == len(rows):
             rows.append([])
             room.append(window)
-        rows[row].append(sample)
-        room[row] -= len(sample)
+        rows[index].append(sample)
+        room[index] -= len(sample)
     return rows
 
 
@@ -76,17 +76,15 @@ def fill(
     documents: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, count: int, window: int
 ) -> list[list[Tokens]]:
     """`count` rows of exactly `window` tokens, filled with (head, tail) documents. The last one of a row is cut off."""
-    chunks = iter(lambda: list(itertools.islice(documents, 2 * count)), [])
-    stream = (document.ids for chunk in chunks for document in encode(tokenizer, chunk))
+    chunks = iter(lambda: encode(tokenizer, list(itertools.islice(documents, 2 * count))), [])
+    stream = itertools.chain.from_iterable(chunks)
     rows: list[list[Tokens]] = [[] for _ in range(count)]
     for row in rows:
-        room = window
-        while room:
-            ids = next(stream, None)
-            if ids is None:
+        while room := window - sum(map(len, row)):
+            document = next(stream, None)
+            if document is None:
                 raise DataError("the corpus ended before the rows of a step were full; expected documents without end")
-            row.append(Tokens(ids[:room], 0))
-            room -= len(row[-1])
+            row.append(Tokens(document.ids[:room], 0))
     return rows
 
 

@@ -117,11 +117,9 @@ def _select(
     scores = batch.scores.result()
     waited = time.monotonic()
     texts, finished = batch.completions.texts, batch.completions.finished.tolist()
-    reasons = [
-        _unusable(problem, accuracy, ended) or fault(prompt, text, problem.kind, problem.language, settings.filters)
-        for problem, prompt, text, accuracy, ended in zip(
-            batch.problems, batch.prompts, texts, scores.parts["accuracy"], finished, strict=True)
-    ]
+    scored = zip(batch.problems, batch.prompts, texts, scores.parts["accuracy"], finished, strict=True)
+    reasons = [fault(problem, prompt, text, settings.filters, accuracy, ended)
+               for problem, prompt, text, accuracy, ended in scored]
     failures = _ask(judge, stage.recipe.scoring.judge.concurrency, batch, reasons) if judge else []
     if failures:
         stage.console.say(f"{settings.name}: the judge did not answer {len(failures)} times, so these samples are "
@@ -150,15 +148,6 @@ def _select(
                           "tokens_per_second": tokens / batch.seconds}
 
 
-def _unusable(problem: Problem, accuracy: float, finished: bool) -> str | None:
-    """Why a completion is not a right answer, as far as rules can tell."""
-    if problem.kind != "open" and math.isnan(accuracy):
-        return "unscorable"
-    if problem.kind != "open" and accuracy < 1:
-        return "wrong"
-    return None if finished else "unfinished"
-
-
 def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]) -> list[str]:
     """Rejects answers to open problems that differ from the reference in the judge's view; returns failures.
 
@@ -183,8 +172,14 @@ def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]
     return failures
 
 
-def fault(prompt: str, completion: str, kind: str, language: str, limits: Filters) -> str | None:
-    """The first filter that a completion fails, or None. Each takes time linear in the text, which may be megabytes."""
+def fault(
+    problem: Problem, prompt: str, completion: str, limits: Filters, accuracy: float = 1.0, finished: bool = True
+) -> str | None:
+    """The reason to reject a completion, or None. Each filter takes time linear in the text, which may be megabytes."""
+    if problem.kind != "open" and accuracy != 1:
+        return "unscorable" if math.isnan(accuracy) else "wrong"
+    if not finished:
+        return "unfinished"
     text = completion
     for tag in (THINK, THINK_END, ANSWER, ANSWER_END):  # they are words of no language
         text = text.replace(tag, "\n")
@@ -192,11 +187,12 @@ def fault(prompt: str, completion: str, kind: str, language: str, limits: Filter
     if not formed or not text.strip() or _UNPRINTABLE.search(completion):
         return "unreadable"
     counts = word_counts(text)
-    if limits.language is not None and counts[language] < limits.language * sum(counts.values()):
+    if limits.language is not None and counts[problem.language] < limits.language * sum(counts.values()):
         return "mixed language"
     if limits.paragraph and any(len(_WORD.findall(line)) > limits.paragraph for line in completion.splitlines()):
         return "long paragraph"
-    searched = completion.rpartition(THINK_END)[0] if kind == "code" else completion  # an answer may be a program
+    # Where a program is asked for, the answer holds its block.
+    searched = completion.rpartition(THINK_END)[0] if problem.kind == "code" else completion
     if not limits.code_blocks and _FENCE.search(searched):
         return "code block"
     return "repetition" if repeats(text, limits) else None

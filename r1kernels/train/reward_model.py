@@ -81,17 +81,11 @@ class RewardModel:
             setattr(self.model.config, TARGET, new)
         self.target: Target = getattr(self.model.config, TARGET, "response")
 
-    def score(self, questions: Sequence[str], responses: Sequence[str],
-              check: Callable[[], None] = lambda: None) -> list[float]:
-        """The reward of each response; NaN where the model gives no finite number.
-
-        Args:
-            responses: whole ones (see `data.whole_response`), of which the model sees what it was trained on.
-            check: called before every batch.
-        """
+    def score(self, questions: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """The reward of each whole response (see `data.whole_response`); NaN where the model gives no finite number."""
         if len(questions) != len(responses):
             raise ValueError(f"there are {len(questions)} questions and {len(responses)} responses; expected as many")
-        return self.score_tokens(self.encode(questions, responses), check)
+        return self.score_tokens(self.encode(questions, responses))
 
     def encode(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """The tokens of each question and response. A special token that a response spells out is only text."""
@@ -114,11 +108,10 @@ class RewardModel:
         return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].float()
 
     @torch.no_grad()
-    def score_tokens(self, rows: Sequence[list[int]], check: Callable[[], None] = lambda: None) -> list[float]:
-        """As `score`; rows of about the same length are scored together."""
+    def score_tokens(self, rows: Sequence[list[int]]) -> list[float]:
+        """As `score`. Rows of similar length are scored together."""
         scores, order = [math.nan] * len(rows), sorted(range(len(rows)), key=lambda index: len(rows[index]))
         for first in range(0, len(order), self.batch_size):
-            check()
             places = order[first : first + self.batch_size]
             for index, score in zip(places, self.forward([rows[index] for index in places]).tolist(), strict=True):
                 scores[index] = score if math.isfinite(score) else math.nan
@@ -247,15 +240,12 @@ def _judged_pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
                 lines.append({"step": len(lines), "question": pair.question, "first": pair.chosen,
                               "second": pair.rejected, "preference": preference})
                 append_line(verdicts, lines[-1])
-    kept, counts = [], dict.fromkeys(("kept", "unclear", "unscorable"), 0)
-    for pair, preference in zip(pairs, (line["preference"] for line in lines), strict=True):
-        if preference is None:
-            counts["unscorable"] += 1
-        elif abs(preference) < settings.judged.margin or not preference:
-            counts["unclear"] += 1
-        else:
-            counts["kept"] += 1
-            kept.append(pair if preference > 0 else Pair(pair.id, pair.question, pair.rejected, pair.chosen))
+    verdict = [line["preference"] for line in lines]
+    kept = [pair if preference > 0 else Pair(pair.id, pair.question, pair.rejected, pair.chosen)
+            for pair, preference in zip(pairs, verdict, strict=True)
+            if preference and abs(preference) >= settings.judged.margin]
+    counts = {"kept": len(kept), "unscorable": verdict.count(None)}
+    counts["unclear"] = len(pairs) - sum(counts.values())
     stage.console.say(f"{settings.name}: pairs that the judge compared: {counts}", warning=counts["unscorable"] > 0)
     if not kept:
         verdicts.unlink()  # the judge may have been out of reach, so the next run asks again

@@ -23,7 +23,7 @@ from r1kernels.train.log import StepLog, read_lines
 from r1kernels.train.model import head_of, hidden_states, load_model, load_tokenizer
 from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fill, keeps_apart, pack
 from r1kernels.train.rng import permutation, torch_seeded
-from r1kernels.train.rollout import Sampling, TransformersSampler, prompt_tokens
+from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
 
 WARMUP = 50  # steps of pretraining
@@ -67,7 +67,8 @@ def run_pretrain(stage: Stage) -> dict[str, Any]:
 
 def run_sft(stage: Stage) -> dict[str, Any]:
     """Next-token training on the responses of samples, never on their prompts."""
-    return _train_on_samples(stage, resumed(stage) or start_from(stage), cross_entropy)
+    start = resumed(stage) or start_from(stage)
+    return _train_on_samples(stage, start, packed_gradient(stage, cross_entropy, start.model))
 
 
 def run_distill(stage: Stage) -> dict[str, Any]:
@@ -78,17 +79,17 @@ def run_distill(stage: Stage) -> dict[str, Any]:
     """
     settings, start = stage.settings, resumed(stage) or start_from(stage)
     if settings.method == "samples":
-        return _train_on_samples(stage, start, cross_entropy)
+        return _train_on_samples(stage, start, packed_gradient(stage, cross_entropy, start.model))
     teacher, tokenizer = stage.load_model(settings.teacher)
     check_tokenizers(start.tokenizer, tokenizer)
     loss = partial(divergence_loss, settings, teacher.requires_grad_(False), len(tokenizer))
-    return (_train_on_policy if settings.on_policy else _train_on_samples)(stage, start, loss, teacher)
+    learn = packed_gradient(stage, loss, start.model, teacher)
+    return (_train_on_policy if settings.on_policy else _train_on_samples)(stage, start, learn)
 
 
-def _train_on_samples(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel) -> dict[str, Any]:
-    """Trains on the samples that the stage names. `others` are models beside the trained one that see the rows."""
-    settings, (model, tokenizer, _) = stage.settings, start
-    check_positions(model, settings.window)
+def _train_on_samples(stage: Stage, start: Start, learn: Callable[[list[Tokens]], Measures]) -> dict[str, Any]:
+    """Trains on the samples that the stage names."""
+    settings, tokenizer = stage.settings, start.tokenizer
     found = stage.demonstrations(settings.samples, stage.template(tokenizer))
     encoded = encode(tokenizer, [(sample.prompt, sample.completion) for sample in found])
     samples = [sample for sample in encoded if len(sample) <= settings.window]
@@ -99,14 +100,13 @@ def _train_on_samples(stage: Stage, start: Start, loss: Loss, *others: PreTraine
     if too_long:  # cut off, a sample would teach to stop in the middle
         stage.console.say(f"{settings.name}: {too_long} of {len(encoded)} samples are longer than the window of "
                           f"{settings.window} tokens and are left out", warning=True)
-    summary = fit(stage, start, samples, _packed_gradient(stage, model, loss, others))
+    summary = fit(stage, start, samples, learn)
     return {"samples": len(samples), "too_long": too_long} | summary
 
 
-def _train_on_policy(stage: Stage, start: Start, loss: Loss, teacher: PreTrainedModel) -> dict[str, Any]:
+def _train_on_policy(stage: Stage, start: Start, learn: Callable[[list[Tokens]], Measures]) -> dict[str, Any]:
     """Trains on what the student writes in each step."""
     settings, (model, tokenizer, _) = stage.settings, start
-    check_positions(model, settings.window)
     template = stage.template(tokenizer)
     rendered = [template.render(problem.question) for problem in stage.problems(settings.problems)]
     most = settings.window - settings.max_new_tokens
@@ -121,15 +121,15 @@ def _train_on_policy(stage: Stage, start: Start, loss: Loss, teacher: PreTrained
     def write(step: int, chosen: list[str]) -> tuple[list[Tokens], Measures]:
         with torch_seeded(stage.seed, settings.name, "rollout", step):
             written = sampler.sample(chosen, sampling)
-        samples = []
-        for row in range(len(chosen)):
-            prompt = written.prompt_ids[row][written.prompt_mask[row]]
-            ids = torch.cat([prompt, written.token_ids[row][written.mask[row]]])
-            samples.append(Tokens(ids.to("cpu", torch.int32).numpy(), len(prompt)))
+        samples = [
+            Tokens(torch.cat([prompt[asked], answer[given]]).to("cpu", torch.int32).numpy(), int(asked.sum()))
+            for prompt, asked, answer, given in zip(
+                written.prompt_ids, written.prompt_mask, written.token_ids, written.mask, strict=True)
+        ]
         return samples, {"length": written.lengths.float().mean().item(),
                          "truncated": 1 - written.finished.float().mean().item()}
 
-    summary = fit(stage, start, prompts, _packed_gradient(stage, model, loss, (teacher,)), write)
+    summary = fit(stage, start, prompts, learn, write)
     return {"questions": len(prompts), "too_long": len(rendered) - len(prompts)} | summary
 
 
@@ -185,10 +185,8 @@ def resumed(stage: Stage) -> Start | None:
 def start_from(stage: Stage) -> Start:
     """The model that the settings name."""
     model, tokenizer = stage.load_model(stage.settings.model)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if tokenizer.eos_token_id not in ends:  # the token after every response must end generation too
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    ends = dict.fromkeys([tokenizer.eos_token_id, *end_tokens(model, tokenizer)])
+    model.generation_config.eos_token_id = list(ends)  # the token after every response must end generation too
     return Start(model, tokenizer)
 
 
@@ -208,9 +206,8 @@ def chosen(count: int, settings: Any, seed: int, step: int) -> list[int]:
 
 def cosine(settings: Any, steps: int, step: int) -> float:
     """The learning rate of a step: linear warm-up, then a cosine to the final rate in the last step."""
-    highest, lowest = settings.learning_rate, settings.final_learning_rate
-    if lowest is None:
-        lowest = highest / 10
+    highest = settings.learning_rate
+    lowest = highest / 10 if settings.final_learning_rate is None else settings.final_learning_rate
     if step < settings.warmup_steps:
         return highest * (step + 1) / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
@@ -222,11 +219,7 @@ def fit(
     stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[list[Any]], Measures],
     prepare: Callable[[int, list[Any]], tuple[list[Any], Measures]] = lambda step, items: (items, {}),
 ) -> dict[str, Any]:
-    """Trains on some items in epochs, as the settings of the stage say.
-
-    Args:
-        learn, prepare: `prepare` makes of a step and its items what `learn` takes, and measures of it.
-    """
+    """Trains on some items in epochs. `prepare` turns a step's items into what `learn` takes, and measures of it."""
     settings = stage.settings
     steps = math.ceil(settings.epochs * len(items) / settings.batch_size)
 
@@ -248,10 +241,6 @@ def train(
         draw: gives the samples of a step, and measures of them.
         learn: adds the gradient of some samples, and measures "loss", "tokens" and more.
         rate: gives the learning rate of a step.
-
-    Raises:
-        Interrupted: after a checkpoint was written.
-        TrainingError: a loss or a gradient is not finite.
     """
     model, done = start.model.eval(), 0  # dropout would draw random numbers
     if start.state is not None:
@@ -297,12 +286,13 @@ def train(
             "tokens": sum(line["tokens"] for line in lines)}
 
 
-def _packed_gradient(
-    stage: Stage, model: PreTrainedModel, loss: Loss, others: Sequence[PreTrainedModel]
+def packed_gradient(
+    stage: Stage, loss: Loss, model: PreTrainedModel, *others: PreTrainedModel
 ) -> Callable[[list[Tokens]], Measures]:
-    """`gradient` of samples, which are packed if all models keep them apart."""
+    """`gradient` of samples, which are packed if all models keep them apart. `others` also see the rows."""
     settings, check = stage.settings, stage.interrupt.check
-    mixing = [type(other).__name__ for other in (model, *others) if not keeps_apart(other)]
+    check_positions(model, settings.window)
+    mixing = [type(one).__name__ for one in (model, *others) if not keeps_apart(one)]
     if mixing:
         stage.console.say(f"{settings.name}: {mixing[0]} lets samples in one row see each other, so each has its own "
                           "row with padding, which is slower", warning=True)
@@ -314,9 +304,6 @@ def gradient(
     model: PreTrainedModel, loss: Loss, check: Callable[[], None], size: int | None, rows: Sequence[Sequence[Tokens]]
 ) -> Measures:
     """Adds the gradient of the mean loss per token, which is independent of the micro-batches of `size` rows.
-
-    Args:
-        check: called before every micro-batch.
 
     Returns:
         loss; tokens, the learned ones; packed, the share of the rows' places that hold samples.

@@ -1,12 +1,15 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation
 """Which texts the filters of rejection sampling let pass, in English and in Chinese."""
 
+import math
 import random
 
 import pytest
 
+from r1kernels.train import reject
+from r1kernels.train.data import Problem
 from r1kernels.train.recipe import Filters
-from r1kernels.train.reject import fault, loops, repeats
+from r1kernels.train.reject import loops, repeats
 
 LIMITS = Filters()
 
@@ -28,6 +31,10 @@ Let me think about the triangle. The two sides are equal, 所以底角相等，�
 等于 40 度。Therefore the answer is 40."""
 
 
+def fault(prompt: str, completion: str, kind: str, language: str, limits: Filters, *scored) -> str | None:
+    return reject.fault(Problem("1", "a question", "72", kind, language), prompt, completion, limits, *scored)
+
+
 def why(thought: str, answer: str = "72", *, kind: str = "math", language: str = "en", **limits) -> str | None:
     """The filter that a completion in the format fails."""
     completion = f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
@@ -42,7 +49,9 @@ def test_the_first_filter_that_fails_is_named():
     bad = f"{MIXED}\n```python\nprint(40)\n```"
     assert why(bad) == "mixed language"
     assert why(f"{bad}</think>") == "unreadable"
-    assert why(bad, language="en", **{"code_blocks": True}) == "mixed language"
+    assert fault("", bad, "math", "en", LIMITS, math.nan, False) == "unscorable"
+    assert fault("", bad, "math", "en", LIMITS, 0.0, False) == "wrong"
+    assert fault("", bad, "open", "en", LIMITS, math.nan, False) == "unfinished"
     assert fault("", f"<think>{bad}</think><answer>1</answer>", "math", "en", Filters(language=None)) == "code block"
     assert fault("", f"<think>{bad}</think><answer>1</answer>", "math", "en",
                  Filters(language=None, code_blocks=True)) is None
