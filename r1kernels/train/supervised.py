@@ -43,17 +43,19 @@ class Start(NamedTuple):
 
 def run_pretrain(stage: Stage) -> dict[str, Any]:
     """Next-token training of a new model on generated documents."""
-    settings = stage.settings
-    start = resumed(stage)
-    if start is None:
-        start = Start(*settings.architecture.load()(stage.seed, **settings.architecture.options))
+    settings, start = stage.settings, resumed(stage)
+    architecture, corpus = settings.architecture.load(), partial(settings.corpus.load(), **settings.corpus.options)
+    try:
+        start = start or Start(*architecture(stage.seed, **settings.architecture.options))
+        next(corpus(stage.seed, 0))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stage '{settings.name}': 'architecture' or 'corpus' failed: {error}") from error
+    stage.template(start.tokenizer)  # raises ConfigError if it is 'chat' and the tokenizer has none
     model = start.model.to(stage.recipe.device)
     check_positions(model, settings.window)
-    corpus = settings.corpus.load()
 
     def draw(step: int) -> tuple[list[list[Tokens]], Measures]:
-        documents = corpus(stage.seed, step, **settings.corpus.options)
-        return fill(documents, start.tokenizer, settings.batch_size, settings.window), {}
+        return fill(corpus(stage.seed, step), start.tokenizer, settings.batch_size, settings.window), {}
 
     def rate(step: int) -> float:
         warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)

@@ -245,6 +245,15 @@ def test_pretraining_continues_as_if_never_stopped(pretrained, tmp_path, checks,
     same_after_stops(run_pretrain, lambda stop: pretrain_at(tmp_path, interrupt=stop), pretrained[:2], checks, how)
 
 
-def test_a_window_beyond_the_positions_of_a_new_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'window' is 513.*at most 512"):
-        run_pretrain(pretrain_at(tmp_path, "stages.base.window=513"))
+@pytest.mark.parametrize(("override", "message"), [
+    ("stages.base.window=513", r"'window' is 513.*at most 512"),
+    ("template=chat", "'template' is 'chat'"),
+    ("stages.base.architecture.options.heads=3", r"stage 'base': 'architecture'.*'heads': 3"),
+    ("stages.base.corpus.options.worked=2.0", r"stage 'base': .*'corpus'.*'worked' is 2\.0"),
+    ("stages.base.corpus.options={colour: 1}", r"stage 'base': .*'corpus'.*colour"),
+])
+def test_what_cannot_be_pretrained_is_refused_before_any_work(tmp_path, override, message):
+    stage = pretrain_at(tmp_path, override)
+    with pytest.raises(ConfigError, match=message):
+        run_pretrain(stage)
+    assert not list(stage.directory.iterdir())
