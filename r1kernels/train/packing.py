@@ -1,14 +1,14 @@
 """Samples packed into rows, without padding between them and without attention across them.
 
-A batch is a number of samples, as in the paper; its samples share as few rows of at most `window` tokens as first-fit
-finds, so the rows of a step follow from its samples alone and a resumed run packs as the first one did. Positions
-restart at 0 with each sample, by which `transformers` keeps attention inside for most architectures; `keeps_apart`
-finds out, and for the others each sample has a row of its own.
+The rows of a step follow from its samples alone, so a resumed run packs like an uninterrupted one. Positions restart at
+0 with each sample, by which `transformers` keeps attention inside it for most architectures. `keeps_apart` finds out
+for which; with the others, each sample has its own row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r1kernels.train.data import DataError
-from r1kernels.train.head import hidden_states
+from r1kernels.train.errors import DataError
+from r1kernels.train.model import hidden_states
+from r1kernels.train.rollout import prompt_tokens
 
 IGNORED = -100
-_ENCODED_AT_ONCE = 1024
-# Of the largest hidden state: far above rounding, far below what a sample does to the next one.
+_AT_ONCE = 1024
+# Share of the largest hidden state: far above rounding, far below the effect of one sample on the next.
 _APART = 1e-3
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sample as tokens, int32: the prompt, and what is to be learned after it."""
+    """A sample as tokens (int32): the prompt, and after it what is learned."""
 
     ids: np.ndarray
     prompt_length: int
@@ -37,89 +38,89 @@ class Tokens:
 
     @property
     def learned(self) -> int:
-        """How many tokens are learned; one without any before it cannot be."""
+        """How many tokens are learned. The first token of a text cannot be: nothing comes before it."""
         return len(self.ids) - max(1, self.prompt_length)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[tuple[str, str]]) -> list[Tokens]:
-    """(prompt, completion) pairs as tokens, encoded apart as the sampler does it, with the end of text after them."""
+    """(prompt, completion) pairs as tokens: each part encoded separately, as in a rollout, then an end token."""
     encoded = []
-    for start in range(0, len(samples), _ENCODED_AT_ONCE):
-        some = samples[start : start + _ENCODED_AT_ONCE]
-        prompts = tokenizer([prompt for prompt, _ in some])["input_ids"]
-        completions = tokenizer([completion for _, completion in some], add_special_tokens=False)["input_ids"]
+    for start in range(0, len(samples), _AT_ONCE):
+        prompts, completions = zip(*samples[start : start + _AT_ONCE], strict=True)
+        written = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         encoded += [
             Tokens(np.array([*prompt, *completion, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
-            for prompt, completion in zip(prompts, completions, strict=True)
+            for prompt, completion in zip(prompt_tokens(tokenizer, prompts), written, strict=True)
         ]
     return encoded
 
 
-def fitting(samples: Sequence[Tokens], window: int) -> list[Tokens]:
-    """The samples of at most `window` tokens: a sample cut off would teach to stop in mid-sentence, or never to stop.
+def pack(samples: Sequence[Tokens], window: int) -> list[list[Tokens]]:
+    """Rows of at most `window` tokens: the longest sample first, each into the first row with room for it.
 
-    Raises:
-        DataError: none of them fits.
+    With a window of 0, each sample has its own row.
     """
-    kept = [sample for sample in samples if len(sample) <= window]
-    if samples and not kept:
-        raise DataError(
-            f"'window' is {window}, expected at least {min(map(len, samples))}: every sample is longer, in tokens"
-        )
-    return kept
-
-
-def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
-    """Indices of the samples of each row: the longest first, each into the first row with room for it."""
-    rows: list[list[int]] = []
+    rows: list[list[Tokens]] = []
     room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        row = next((row for row, left in enumerate(room) if left >= length), None)
-        if row is None:
-            row = len(rows)
+    for sample in sorted(samples, key=len, reverse=True):
+        index = next((index for index, left in enumerate(room) if left >= len(sample)), len(rows))
+        if index == len(rows):
             rows.append([])
             room.append(window)
-        rows[row].append(index)
-        room[row] -= length
+        rows[index].append(sample)
+        room[index] -= len(sample)
     return rows
 
 
-@torch.no_grad()
-def keeps_apart(model: PreTrainedModel) -> bool:
-    """Whether samples in one row do not see each other: recurrences, ALiBi and positions counted from a mask do not
-    heed the positions they are given."""
-    generator = np.random.default_rng(0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    samples = [Tokens(generator.integers(0, vocabulary, length).astype(np.int32), 1) for length in (7, 5)]
-    together, alone = collate([samples]), collate([samples[1:]])
-    for batch in (together, alone):
-        batch.pop("targets")
-    states = [hidden_states(model, **{name: value.to(model.device) for name, value in batch.items()})
-              for batch in (together, alone)]
-    gap = (states[0][0, len(samples[0]):] - states[1][0]).abs().max()
-    return bool(gap <= _APART * states[1].abs().max())
+def fill(
+    documents: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, count: int, window: int
+) -> list[list[Tokens]]:
+    """`count` rows of exactly `window` tokens, filled with (head, tail) documents. The last one of a row is cut off."""
+    chunks = iter(lambda: encode(tokenizer, list(itertools.islice(documents, 2 * count))), [])
+    stream = itertools.chain.from_iterable(chunks)
+    rows: list[list[Tokens]] = [[] for _ in range(count)]
+    for row in rows:
+        while room := window - sum(map(len, row)):
+            document = next(stream, None)
+            if document is None:
+                raise DataError("the corpus ended before the rows of a step were full; expected documents without end")
+            row.append(Tokens(document.ids[:room], 0))
+    return rows
 
 
 def collate(rows: Sequence[Sequence[Tokens]]) -> dict[str, Tensor]:
     """Rows of samples as tensors, each (rows, longest row).
 
     Returns:
-        input_ids, position_ids, and targets, whose column t is the token after column t where that is to be learned,
-        and -100 elsewhere: in prompts, at the end of a sample and in the padding, a sample of its own.
+        input_ids; position_ids; targets: column t holds the token after column t where that is learned, and -100
+        elsewhere, which is in prompts, at the end of a sample and in the padding.
     """
     width = max(sum(map(len, row)) for row in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    targets = torch.full_like(ids, IGNORED)
+    positions, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for index, row in enumerate(rows):
         start = 0
         for sample in row:
             end = start + len(sample)
-            ids[index, start:end] = torch.from_numpy(sample.ids)
             first = end - sample.learned
-            targets[index, first - 1 : end - 1] = ids[index, first:end]
+            ids[index, start:end] = torch.from_numpy(sample.ids)
             positions[index, start:end] = torch.arange(len(sample))
+            targets[index, first - 1 : end - 1] = ids[index, first:end]
             start = end
-        positions[index, start:] = torch.arange(width - start)
+        positions[index, start:] = torch.arange(width - start)  # so the padding is a sample too
     return {"input_ids": ids, "position_ids": positions, "targets": targets}
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether samples in one row do not see each other. Recurrent models, for example, ignore positions."""
+    generator = np.random.default_rng(0)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    first, second = (Tokens(generator.integers(0, vocabulary, length).astype(np.int32), 1) for length in (7, 5))
+    states = []
+    for row in ([first, second], [second]):
+        batch = collate([row])
+        del batch["targets"]
+        states.append(hidden_states(model, **{name: value.to(model.device) for name, value in batch.items()})[0])
+    together, alone = states[0][len(first) :], states[1]
+    return bool((together - alone).abs().max() <= _APART * alone.abs().max())

@@ -1,7 +1,7 @@
-"""Training on given responses, as SFT and both ways of distillation do it.
+"""Training on given texts: pretraining, supervised fine-tuning and distillation, in one loop.
 
-A step takes `batch_size` samples, packs them into rows and makes one update. Its samples follow from its number alone,
-so between two steps the state is the model and the optimiser, and a resumed run equals one that never stopped.
+The samples of a step follow from its number alone. So between two steps the state is the model and the optimizer, and a
+resumed run equals an uninterrupted one bit for bit. The reward model is trained by the same loop.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,287 +18,307 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from r1kernels.train.config import Recipe
-from r1kernels.train.data import DataError
-from r1kernels.train.head import head_of, hidden_states
-from r1kernels.train.interrupt import Interrupted, TrainingError
-from r1kernels.train.loading import load_model, load_tokenizer
-from r1kernels.train.metrics import read_metrics
-from r1kernels.train.packing import Tokens, collate, encode, fitting, keeps_apart, pack
-from r1kernels.train.rng import permutation
-from r1kernels.train.schema import ConfigError, check_ranges
+from r1kernels.train.errors import ConfigError, DataError, Interrupted, TrainingError
+from r1kernels.train.log import StepLog, read_lines
+from r1kernels.train.model import head_of, hidden_states, load_model, load_tokenizer
+from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fill, keeps_apart, pack
+from r1kernels.train.rng import permutation, torch_seeded
+from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
-from r1kernels.train.steplog import StepLog
 
-# From a model, the rows of a micro-batch and the learned tokens of the whole step, to the micro-batch's share of the
-# step's mean loss a token.
+WARMUP = 50  # steps of pretraining
+
+Measures = dict[str, float]
+# (model, packed rows, learned tokens of the whole step) -> what these rows add to the mean loss per token of the step
 Loss = Callable[[PreTrainedModel, dict[str, Tensor], float], Tensor]
 
 
-@dataclass(frozen=True)
-class SupervisedConfig:
-    """Training on responses; the numbers are the paper's for its cold start.
-
-    Args:
-        model: the stage whose model this starts from, with a new optimiser.
-        samples: stages of kind reject and data sets with responses.
-        batch_size: samples a step; they are packed into rows of at most `window` tokens, of which `micro_batch_size`
-            at a time are in memory (all, if null), which changes no gradient. A longer sample is left out, and counted.
-        learning_rate: after `warmup_steps` of linear warm-up; it falls in a cosine to `final_learning_rate`, a tenth
-            if null.
-    """
-
-    name: str
-    kind: str
-    model: str
-    samples: list[str] = field(default_factory=list)
-    epochs: int = 2
-    batch_size: int = 128
-    window: int = 32768
-    micro_batch_size: int | None = None
-    learning_rate: float = 5e-5
-    final_learning_rate: float | None = None
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-
-    def check(self, recipe: Recipe) -> None:
-        check_ranges(
-            self,
-            at_least_1=("epochs", "batch_size", "window", "micro_batch_size"),
-            at_least_0=("warmup_steps", "final_learning_rate", "weight_decay"),
-            positive=("learning_rate", "grad_clip"),
-        )
-
-    def steps(self, samples: int) -> int:
-        return math.ceil(self.epochs * samples / self.batch_size)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a stage goes on: its own last checkpoint, or the model it starts from."""
+class Start(NamedTuple):
+    """Where a stage starts or continues: `state` is None, or that of its last checkpoint."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    state: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, stage: Stage) -> Start:
-        path = latest_checkpoint(stage.directory)
-        if path is not None:
-            checkpoint = load_checkpoint(path)
-            model = load_model(checkpoint.model_dir, device=stage.recipe.device)
-            return cls(model, load_tokenizer(checkpoint.model_dir), checkpoint.state)
-        model, tokenizer = stage.load_model(stage.config.model)
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if tokenizer.eos_token_id not in ends:  # what training puts at the end of responses must end generation too
-            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
-        return cls(model, tokenizer, None)
+    state: dict[str, Any] | None = None
 
 
-def check_window(model: PreTrainedModel, window: int, key: str = "window") -> None:
-    """Refuses positions that the model does not have."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and window > most:
-        raise ConfigError(f"'{key}' is {window}, expected at most {most}: the model has no more positions")
+def run_pretrain(stage: Stage) -> dict[str, Any]:
+    """Next-token training of a new model on generated documents."""
+    settings, start = stage.settings, resumed(stage)
+    architecture, corpus = settings.architecture.load(), partial(settings.corpus.load(), **settings.corpus.options)
+    try:
+        start = start or Start(*architecture(stage.seed, **settings.architecture.options))
+        next(corpus(stage.seed, 0))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stage '{settings.name}': 'architecture' or 'corpus' failed: {error}") from error
+    stage.template(start.tokenizer)  # raises ConfigError if it is 'chat' and the tokenizer has none
+    model = start.model.to(stage.recipe.device)
+    check_positions(model, settings.window)
+
+    def draw(step: int) -> tuple[list[list[Tokens]], Measures]:
+        return fill(corpus(stage.seed, step), start.tokenizer, settings.batch_size, settings.window), {}
+
+    def rate(step: int) -> float:
+        warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
+        return settings.learning_rate * warmup * decay
+
+    learn = partial(gradient, model, cross_entropy, stage.interrupt.check, None)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    summary = train(stage, start, optimizer, settings.steps, draw, learn, rate, grad_clip=1.0)
+    return summary | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def responses(stage: Stage, start: Start) -> tuple[list[Tokens], dict[str, int]]:
-    """The samples that the stage's `samples` name, as tokens, and how many there are and were too long.
+def run_sft(stage: Stage) -> dict[str, Any]:
+    """Next-token training on the responses of samples, never on their prompts."""
+    start = resumed(stage) or start_from(stage)
+    return _train_on_samples(stage, start, packed_gradient(stage, cross_entropy, start.model))
 
-    Raises:
-        ConfigError: the model's positions end within the window.
-        DataError: there is no sample, or none fits.
+
+def run_distill(stage: Stage) -> dict[str, Any]:
+    """Distillation into a smaller model.
+
+    Method `samples` is the paper's: SFT on what the teacher wrote. Method `logits` is an extension: the student matches
+    the teacher's distribution of every token, in given samples or in what the student itself writes (2306.13649).
     """
-    config = stage.config
-    check_window(start.model, config.window)
-    found = stage.samples(config.samples, stage.template(start.tokenizer))
-    if not found:
-        raise DataError(f"'samples' {', '.join(config.samples)} hold no sample, expected at least one")
-    encoded = encode(start.tokenizer, [(sample.prompt, sample.completion) for sample in found])
-    kept = fitting(encoded, config.window)
-    too_long = len(encoded) - len(kept)
-    if too_long:
-        stage.console.say(
-            f"{too_long} of {len(encoded)} samples are longer than the window of {config.window} tokens: left out",
-            warning=True,
-        )
-    return kept, {"samples": len(kept), "too_long": too_long}
+    settings, start = stage.settings, resumed(stage) or start_from(stage)
+    if settings.method == "samples":
+        return _train_on_samples(stage, start, packed_gradient(stage, cross_entropy, start.model))
+    teacher, tokenizer = stage.load_model(settings.teacher)
+    check_tokenizers(start.tokenizer, tokenizer)
+    loss = partial(divergence_loss, settings, teacher.requires_grad_(False), len(tokenizer))
+    learn = packed_gradient(stage, loss, start.model, teacher)
+    return (_train_on_policy if settings.on_policy else _train_on_samples)(stage, start, learn)
 
 
-def check_samples(samples: list[str]) -> None:
+def _train_on_samples(stage: Stage, start: Start, learn: Callable[[list[Tokens]], Measures]) -> dict[str, Any]:
+    """Trains on the samples that the stage names."""
+    settings, tokenizer = stage.settings, start.tokenizer
+    found = stage.demonstrations(settings.samples, stage.template(tokenizer))
+    encoded = encode(tokenizer, [(sample.prompt, sample.completion) for sample in found])
+    samples = [sample for sample in encoded if len(sample) <= settings.window]
+    too_long = len(encoded) - len(samples)
     if not samples:
-        raise ConfigError("'samples' is empty, expected stages of kind reject or data sets with responses")
+        raise DataError(f"'samples' {', '.join(settings.samples)}: {len(encoded)} samples, none of at most "
+                        f"{settings.window} tokens ('window'); expected at least one")
+    if too_long:  # cut off, a sample would teach to stop in the middle
+        stage.console.say(f"{settings.name}: {too_long} of {len(encoded)} samples are longer than the window of "
+                          f"{settings.window} tokens and are left out", warning=True)
+    summary = fit(stage, start, samples, learn)
+    return {"samples": len(samples), "too_long": too_long} | summary
 
 
-def train_on_samples(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel) -> dict[str, Any]:
-    """Trains on the samples that the stage names; returns a summary. `others` as in `by_tokens`."""
-    config = stage.config
-    samples, counts = responses(stage, start)
+def _train_on_policy(stage: Stage, start: Start, learn: Callable[[list[Tokens]], Measures]) -> dict[str, Any]:
+    """Trains on what the student writes in each step."""
+    settings, (model, tokenizer, _) = stage.settings, start
+    template = stage.template(tokenizer)
+    rendered = [template.render(problem.question) for problem in stage.problems(settings.problems)]
+    most = settings.window - settings.max_new_tokens
+    prompts = [text for text, ids in zip(rendered, prompt_tokens(tokenizer, rendered), strict=True) if len(ids) <= most]
+    if not prompts:
+        raise DataError(
+            f"'problems' {', '.join(settings.problems)}: {len(rendered)} questions, none of at most {most} tokens "
+            f"('window' {settings.window} less 'max_new_tokens' {settings.max_new_tokens}); expected at least one")
+    sampler = TransformersSampler(model, tokenizer, stage.interrupt.check)
+    sampling = Sampling(settings.sampling_temperature, settings.max_new_tokens)
 
-    def draw(step: int) -> tuple[list[Tokens], dict[str, float]]:
-        return [samples[index] for index in chosen(len(samples), config, stage.seed, step)], {}
+    def write(step: int, chosen: list[str]) -> tuple[list[Tokens], Measures]:
+        with torch_seeded(stage.seed, settings.name, "rollout", step):
+            written = sampler.sample(chosen, sampling)
+        samples = [
+            Tokens(torch.cat([prompt[asked], answer[given]]).to("cpu", torch.int32).numpy(), int(asked.sum()))
+            for prompt, asked, answer, given in zip(
+                written.prompt_ids, written.prompt_mask, written.token_ids, written.mask, strict=True)
+        ]
+        return samples, {"length": written.lengths.float().mean().item(),
+                         "truncated": 1 - written.finished.float().mean().item()}
 
-    return counts | train(stage, start, config.steps(len(samples)), draw, by_tokens(stage, start, loss, *others))
-
-
-def by_tokens(
-    stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel
-) -> Callable[[Sequence[Tokens]], dict[str, float]]:
-    """What `train` does with the samples of a step: `gradient` of a loss a token.
-
-    Args:
-        others: models beside the one trained that see the rows.
-    """
-    window = stage.config.window
-    mixing = [type(model).__name__ for model in (start.model, *others) if not keeps_apart(model)]
-    if mixing:
-        window = 0
-        stage.console.say(
-            f"{stage.config.name}: {mixing[0]} lets samples in one row see each other, so each has a row of its own, "
-            "with padding: slower", warning=True,
-        )
-    return lambda samples: gradient(start.model, samples, stage.config, loss, stage.interrupt.check, window=window)
+    summary = fit(stage, start, prompts, learn, write)
+    return {"questions": len(prompts), "too_long": len(rendered) - len(prompts)} | summary
 
 
 def cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: float) -> Tensor:
-    """The loss of SFT."""
+    """The loss of pretraining and SFT."""
     targets = batch.pop("targets")
     hidden = hidden_states(model, **batch)
     return r1kernels.linear_cross_entropy(hidden, targets=targets, normalizer=tokens, **head_of(model))
 
 
-def chosen(count: int, config: SupervisedConfig, seed: int, step: int) -> list[int]:
-    """Which of `count` samples step `step` takes: every epoch visits all of them in an order of its own."""
-    last = min((step + 1) * config.batch_size, config.epochs * count)
-    places = range(step * config.batch_size, last)
-    orders = {epoch: permutation(count, seed, config.name, "samples", epoch) for epoch in {p // count for p in places}}
-    return [orders[place // count][place % count] for place in places]
+def divergence_loss(
+    settings: Any, teacher: PreTrainedModel, vocabulary: int, model: PreTrainedModel, batch: dict[str, Tensor],
+    tokens: float,
+) -> Tensor:
+    """The divergence of the student from the teacher. Rows of a head behind the `vocabulary` are padding."""
+    mask = batch.pop("targets") != IGNORED
+    with torch.no_grad():
+        theirs = hidden_states(teacher, **batch)
+    student, other = head_of(model), head_of(teacher)
+    if len(student["weight"]) != len(other["weight"]):
+        for head in (student, other):
+            head["weight"] = head["weight"][:vocabulary]
+            head["bias"] = None if head["bias"] is None else head["bias"][:vocabulary]
+    return r1kernels.linear_distillation_loss(
+        hidden_states(model, **batch), student.pop("weight"), theirs, other.pop("weight"), mask=mask,
+        divergence=settings.divergence, beta=settings.beta, temperature=settings.temperature, normalizer=tokens,
+        teacher_options=other, **student,
+    ).loss
 
 
-def learning_rate(config: SupervisedConfig, step: int, steps: int) -> float:
-    """Of step `step` of `steps`: the last one has the final rate."""
-    highest, lowest = config.learning_rate, config.final_learning_rate
-    if lowest is None:
-        lowest = highest / 10
-    if step < config.warmup_steps:
-        return highest * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuses different vocabularies: the teacher's probability of a token says nothing about another token."""
+    ours, theirs = ({**one.get_vocab(), "(end of text)": one.eos_token_id} for one in (student, teacher))
+    different = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+    if different:
+        token = min(different)
+        raise ConfigError(
+            f"the tokenizers of 'model' and 'teacher' differ in {len(different)} tokens, such as {token!r} (id "
+            f"{ours.get(token)} and {theirs.get(token)}); method 'logits' compares distributions token by token and "
+            "needs equal tokenizers, method 'samples' does not")
+
+
+def resumed(stage: Stage) -> Start | None:
+    """The last checkpoint of the stage, if there is one."""
+    path = latest_checkpoint(stage.directory)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint.model_dir, device=stage.recipe.device)
+    return Start(model, load_tokenizer(checkpoint.model_dir), checkpoint.state)
+
+
+def start_from(stage: Stage) -> Start:
+    """The model that the settings name."""
+    model, tokenizer = stage.load_model(stage.settings.model)
+    ends = dict.fromkeys([tokenizer.eos_token_id, *end_tokens(model, tokenizer)])
+    model.generation_config.eos_token_id = list(ends)  # the token after every response must end generation too
+    return Start(model, tokenizer)
+
+
+def check_positions(model: PreTrainedModel, window: int) -> None:
+    """Refuses rows that are longer than the model supports."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and window > most:
+        raise ConfigError(f"'window' is {window}, but the model supports at most {most} positions")
+
+
+def chosen(count: int, settings: Any, seed: int, step: int) -> list[int]:
+    """Which of `count` samples a step takes: every epoch visits all of them, in another order."""
+    last = min((step + 1) * settings.batch_size, settings.epochs * count)
+    places = range(step * settings.batch_size, last)
+    return [permutation(count, seed, settings.name, "samples", place // count)[place % count] for place in places]
+
+
+def cosine(settings: Any, steps: int, step: int) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine to the final rate in the last step."""
+    highest = settings.learning_rate
+    lowest = highest / 10 if settings.final_learning_rate is None else settings.final_learning_rate
+    if step < settings.warmup_steps:
+        return highest * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
     height = (1 + math.cos(math.pi * share)) / 2
     return height * highest + (1 - height) * lowest
 
 
-def train(
-    stage: Stage,
-    start: Start,
-    steps: int,
-    draw: Callable[[int], tuple[list[Any], dict[str, float]]],
-    learn: Callable[[Sequence[Any]], dict[str, float]],
+def fit(
+    stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[list[Any]], Measures],
+    prepare: Callable[[int, list[Any]], tuple[list[Any], Measures]] = lambda step, items: (items, {}),
 ) -> dict[str, Any]:
-    """Trains from `start` to step `steps`, with a checkpoint at its end.
+    """Trains on some items in epochs. `prepare` turns a step's items into what `learn` takes, and measures of it."""
+    settings = stage.settings
+    steps = math.ceil(settings.epochs * len(items) / settings.batch_size)
+
+    def draw(step: int) -> tuple[list[Any], Measures]:
+        return prepare(step, [items[index] for index in chosen(len(items), settings, stage.seed, step)])
+
+    optimizer = torch.optim.AdamW(start.model.parameters(), weight_decay=settings.weight_decay)
+    return train(stage, start, optimizer, steps, draw, learn, partial(cosine, settings, steps), settings.grad_clip)
+
+
+def train(
+    stage: Stage, start: Start, optimizer: torch.optim.Optimizer, steps: int,
+    draw: Callable[[int], tuple[list[Any], Measures]], learn: Callable[[list[Any]], Measures],
+    rate: Callable[[int], float], grad_clip: float,
+) -> dict[str, Any]:
+    """Makes the updates up to `steps`, with checkpoints between them and one at the end. Returns a summary.
 
     Args:
-        draw: from the number of a step to its samples, and what was measured of them.
-        learn: adds the gradient of some samples, and returns what was measured: "loss", "tokens" and more.
-
-    Returns:
-        A summary of the run.
-
-    Raises:
-        Interrupted: after a checkpoint has been written.
-        TrainingError: a loss or gradient is not finite.
+        draw: gives the samples of a step, and measures of them.
+        learn: adds the gradient of some samples, and measures "loss", "tokens" and more.
+        rate: gives the learning rate of a step.
     """
-    config, model = stage.config, start.model.eval()  # dropout would draw random numbers
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    step = 0
+    model, done = start.model.eval(), 0  # dropout would draw random numbers
     if start.state is not None:
-        step = start.state["step"]
+        done = start.state["step"]
         optimizer.load_state_dict(start.state["optimizer"])
 
     def save() -> None:
         log.sync()
-        save_checkpoint(
-            stage.directory,
-            step,
-            model=model,
-            tokenizer=start.tokenizer,
-            state={"step": step, "optimizer": optimizer.state_dict()},
-            keep=stage.recipe.checkpoint.keep,
-        )
+        state = {"step": done, "optimizer": optimizer.state_dict()}
+        keep = stage.recipe.checkpoint.keep
+        save_checkpoint(stage.directory, done, model=model, tokenizer=start.tokenizer, state=state, keep=keep)
 
-    with StepLog(stage, first_step=step) as log:
-        try:
-            while step < steps:
+    with StepLog(stage, first_step=done) as log:
+        while done < steps:
+            started = time.monotonic()
+            try:
                 stage.interrupt.check()
-                started = time.monotonic()
-                samples, measured = draw(step)
+                samples, measures = draw(done)
                 drawn = time.monotonic()
                 optimizer.zero_grad()
-                measured |= learn(samples)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-                if not (math.isfinite(measured["loss"]) and math.isfinite(norm)):
-                    raise TrainingError(
-                        f"step {step}: loss {measured['loss']}, gradient norm {norm}, expected finite numbers"
-                    )
-                rate = learning_rate(config, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                now = time.monotonic()
-                log.write({
-                    "step": step,
-                    **measured,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "seconds_sampling": drawn - started,
-                    "seconds_updates": now - drawn,
-                    "tokens_per_second": sum(map(len, samples)) / (now - started),
-                })
-                step += 1
-                stage.console.training(config.name, step, steps, measured["loss"])
-                if step % stage.recipe.checkpoint.supervised_every == 0 or step == steps:
-                    save()
-        except Interrupted:
-            save()
-            raise
-    lines = read_metrics(stage.directory / "metrics.jsonl")
-    return {
-        "steps": steps,
-        "loss_first": lines[0]["loss"],
-        "loss": lines[-1]["loss"],
-        "tokens": sum(line["tokens"] for line in lines),
-    }
+                measures |= learn(samples)
+            except Interrupted:
+                save()
+                raise
+            measures["learning_rate"] = rate(done)
+            measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+            if not all(map(math.isfinite, measures.values())):
+                raise TrainingError(f"step {done} measured {measures}; expected finite numbers; see 'learning_rate'")
+            for group in optimizer.param_groups:
+                group["lr"] = measures["learning_rate"]
+            optimizer.step()
+            now = time.monotonic()
+            timing = {"sampling": drawn - started, "updates": now - drawn, "total": now - started,
+                      "tokens_per_second": measures["tokens"] / (now - started)}
+            log.write({"step": done, **measures, "timing": timing})
+            done += 1
+            if done % math.ceil(steps / 20) == 0 or done == steps:
+                stage.console.progress(stage.settings.name, done, steps, measures["loss"])
+            if done % stage.recipe.checkpoint.supervised_every == 0 or done == steps:
+                save()
+    lines = read_lines(stage.directory / "metrics.jsonl")
+    return {"steps": steps, "loss_first": lines[0]["loss"], "loss": lines[-1]["loss"],
+            "tokens": sum(line["tokens"] for line in lines)}
+
+
+def packed_gradient(
+    stage: Stage, loss: Loss, model: PreTrainedModel, *others: PreTrainedModel
+) -> Callable[[list[Tokens]], Measures]:
+    """`gradient` of samples, which are packed if all models keep them apart. `others` also see the rows."""
+    settings, check = stage.settings, stage.interrupt.check
+    check_positions(model, settings.window)
+    mixing = [type(one).__name__ for one in (model, *others) if not keeps_apart(one)]
+    if mixing:
+        stage.console.say(f"{settings.name}: {mixing[0]} lets samples in one row see each other, so each has its own "
+                          "row with padding, which is slower", warning=True)
+    window = 0 if mixing else settings.window
+    return lambda samples: gradient(model, loss, check, settings.micro_batch_size, pack(samples, window))
 
 
 def gradient(
-    model: PreTrainedModel,
-    samples: Sequence[Tokens],
-    config: SupervisedConfig,
-    loss: Loss,
-    check: Callable[[], None],
-    *,
-    window: int | None = None,
-) -> dict[str, float]:
-    """Adds the gradient of the mean loss a token over some samples, whatever the number of their micro-batches.
-
-    Args:
-        check: called before every micro-batch.
-        window: tokens of a row, if not those of `config`; with 0 each sample has its own.
+    model: PreTrainedModel, loss: Loss, check: Callable[[], None], size: int | None, rows: Sequence[Sequence[Tokens]]
+) -> Measures:
+    """Adds the gradient of the mean loss per token, which is independent of the micro-batches of `size` rows.
 
     Returns:
         loss; tokens, the learned ones; packed, the share of the rows' places that hold samples.
     """
-    room = config.window if window is None else window
-    rows = [[samples[index] for index in row] for row in pack([len(sample) for sample in samples], room)]
-    size = config.micro_batch_size or len(rows)
+    samples = [sample for row in rows for sample in row]
     tokens = sum(sample.learned for sample in samples)
+    size = size or len(rows)
     total, places = 0.0, 0
-    for start in range(0, len(rows), size):
+    for first in range(0, len(rows), size):
         check()
-        batch = {name: value.to(model.device) for name, value in collate(rows[start : start + size]).items()}
+        batch = {name: value.to(model.device) for name, value in collate(rows[first : first + size]).items()}
+        places += batch["input_ids"].numel()
         share = loss(model, batch, float(tokens))
         share.backward()
         total += share.item()
-        places += batch["input_ids"].numel()
     return {"loss": total, "tokens": tokens, "packed": sum(map(len, samples)) / places}

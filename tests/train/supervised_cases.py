@@ -1,33 +1,38 @@
 """What the tests of supervised stages share: a model of characters, stages in a directory, and ways to stop one."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r1kernels.train.checkpoint import latest_checkpoint
-from r1kernels.train.config import load_recipe
-from r1kernels.train.console import Console
-from r1kernels.train.interrupt import Interrupt, Interrupted
+from r1kernels.train.errors import Interrupted
+from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.log import Console, read_lines
+from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import Stage
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHARACTERS = "\n +-=<>/.,:`0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ答案是十二"
 
 
-def make_tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
-    """Of single characters."""
+def make_tokenizer(extra: str = "", *, appends_end: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters; `appends_end` puts `<eos>` behind every text, as `add_eos_token` does."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *CHARACTERS, *extra])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if appends_end:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left",
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
         chat_template="{{ messages[0]['content'] }}:",
     )
 
@@ -55,18 +60,18 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 def stage_of(
     recipe: str, name: str, directory: Path, overrides: Iterable[str] = (), interrupt: Interrupt | None = None
 ) -> Stage:
-    """Stage `name` of a recipe, in its directory of the run."""
+    """Stage `name` of a recipe. Its directory exists."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "recipe.yaml"
     path.write_text(recipe)
     loaded = load_recipe(path, [f"run_dir={directory}/run", *overrides])
     own = directory / "run" / name
     own.mkdir(parents=True, exist_ok=True)
-    return Stage(loaded, loaded.stage(name), own, Console(plain=True), interrupt or Interrupt())
+    return Stage(loaded, loaded.stages[name], own, Console(plain=True), interrupt or Interrupt())
 
 
 class Killed(BaseException):
-    """What ends a stage as SIGKILL does: it is not told, and saves nothing."""
+    """Ends a stage as SIGKILL does: it is not told, and saves nothing."""
 
 
 class StopAt(Interrupt):
@@ -82,27 +87,35 @@ class StopAt(Interrupt):
             raise self.how("test")
 
 
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key != "timing"} for line in read_lines(path)]
+
+
 def outcome(stage: Stage) -> dict[str, Any]:
     """All that a stage with a model leaves, but for times."""
     checkpoint = latest_checkpoint(stage.directory)
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     return {
-        "metrics": (stage.directory / "metrics.jsonl").read_bytes(),
+        "metrics": timeless(stage.directory / "metrics.jsonl"),
         "weights": _bytes(load_file(checkpoint / "model" / "model.safetensors")),
         "optimizer": {key: _bytes(values) for key, values in state["optimizer"]["state"].items()},
         "step": state["step"],
     }
 
 
-def same_after_stops(module: ModuleType, make: Any, whole: tuple[dict, dict], checks: int, how: type) -> None:
-    """That a stage stopped at a check, and run again, ends as the uninterrupted one did."""
+def same_after_stops(
+    run: Callable[[Stage], dict], make: Callable[[Interrupt | None], Stage], whole: tuple[dict, dict], checks: int,
+    how: type[BaseException],
+) -> None:
+    """A stage that is stopped at a check and runs again ends as the uninterrupted one did."""
     try:
-        module.run(make(StopAt(checks, how)))
+        run(make(StopAt(checks, how)))
         raise AssertionError(f"it had no check {checks}")
     except (Interrupted, Killed):
         pass
     stage = make(None)
-    assert module.run(stage) == whole[0]
+    assert run(stage) == whole[0]
     assert outcome(stage) == whole[1]
 
 

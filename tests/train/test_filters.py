@@ -1,29 +1,17 @@
 # ruff: noqa: RUF001 - Chinese has its own punctuation
 """Which texts the filters of rejection sampling let pass, in English and in Chinese."""
 
-import dataclasses
 import math
 import random
-import time
 
 import pytest
 
-from r1kernels.train.filters import (
-    FILTERS,
-    REASONS,
-    FilterConfig,
-    code_block,
-    long_paragraph,
-    loop,
-    mixed_language,
-    reject,
-    repeated_share,
-    repetition,
-    unreadable,
-)
-from r1kernels.train.rewards import Sample
+from r1kernels.train import reject
+from r1kernels.train.data import Problem
+from r1kernels.train.recipe import Filters
+from r1kernels.train.reject import loops, repeats
 
-LIMITS = FilterConfig()
+LIMITS = Filters()
 
 ENGLISH = """\
 Let me set up the equation. If Natalia sold 48 clips in April and half as many in May, then in May she sold 48 / 2 = 24.
@@ -43,41 +31,30 @@ Let me think about the triangle. The two sides are equal, 所以底角相等，�
 等于 40 度。Therefore the answer is 40."""
 
 
-def sample(thought: str, answer: str = "72", *, kind: str = "math", language: str = "en") -> Sample:
+def fault(prompt: str, completion: str, kind: str, language: str, limits: Filters, *scored) -> str | None:
+    return reject.fault(Problem("1", "a question", "72", kind, language), prompt, completion, limits, *scored)
+
+
+def why(thought: str, answer: str = "72", *, kind: str = "math", language: str = "en", **limits) -> str | None:
+    """The filter that a completion in the format fails."""
     completion = f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
-    return Sample("User: a question. Assistant:", completion, answer, kind=kind, language=language)
+    return fault("User: a question. Assistant:", completion, kind, language, Filters(**limits))
 
 
-def why(text: Sample, limits: FilterConfig = LIMITS, accuracy: float | None = 1.0, finished: bool = True) -> str | None:
-    return reject(text, limits, accuracy=accuracy, finished=finished)
+def test_a_good_thought_passes_every_filter():
+    assert why(ENGLISH) is None and why(CHINESE, "12", language="zh") is None
 
 
-GOOD = {"en": sample(ENGLISH), "zh": sample(CHINESE, "12", language="zh")}
-
-
-@pytest.mark.parametrize("language", GOOD)
-def test_a_good_thought_passes_every_filter(language):
-    assert [name for name, holds in FILTERS.items() if holds(GOOD[language], LIMITS)] == []
-    assert why(GOOD[language]) is None
-
-
-def test_reasons_come_in_their_order():
-    bad = sample(f"{MIXED}\n```python\nprint(40)\n```")
-    assert why(bad, accuracy=math.nan, finished=False) == "unscorable"
-    assert why(bad, accuracy=0.0, finished=False) == "wrong"
-    assert why(bad, accuracy=1.0, finished=False) == "unfinished"
+def test_the_first_filter_that_fails_is_named():
+    bad = f"{MIXED}\n```python\nprint(40)\n```"
     assert why(bad) == "mixed language"
-    assert why(dataclasses.replace(bad, completion=bad.completion.replace("</think>", ""))) == "unreadable"
-    assert why(bad, FilterConfig(language=None)) == "code block"
-    assert why(bad, FilterConfig(language=None, code_blocks=True)) is None
-    assert REASONS == ("unscorable", "wrong", "unfinished", "unreadable", "mixed language", "long paragraph",
-                       "code block", "repetition", "duplicate", "surplus")
-
-
-def test_without_an_answer_to_compare_the_other_filters_decide():
-    assert why(GOOD["en"], accuracy=None) is None
-    assert why(GOOD["en"], accuracy=None, finished=False) == "unfinished"
-    assert why(sample(MIXED), accuracy=None) == "mixed language"
+    assert why(f"{bad}</think>") == "unreadable"
+    assert fault("", bad, "math", "en", LIMITS, math.nan, False) == "unscorable"
+    assert fault("", bad, "math", "en", LIMITS, 0.0, False) == "wrong"
+    assert fault("", bad, "open", "en", LIMITS, math.nan, False) == "unfinished"
+    assert fault("", f"<think>{bad}</think><answer>1</answer>", "math", "en", Filters(language=None)) == "code block"
+    assert fault("", f"<think>{bad}</think><answer>1</answer>", "math", "en",
+                 Filters(language=None, code_blocks=True)) is None
 
 
 @pytest.mark.parametrize("completion", [
@@ -91,14 +68,13 @@ def test_without_an_answer_to_compare_the_other_filters_decide():
     "<think>48 +\x00 24</think>\n<answer>72</answer>",
 ])
 def test_unreadable(completion):
-    assert unreadable(Sample("Assistant:", completion, "72"), LIMITS)
+    assert fault("Assistant:", completion, "math", "en", LIMITS) == "unreadable"
 
 
 def test_the_format_is_that_of_the_prompt_and_can_be_left_to_the_model():
-    opened = Sample("Assistant: <think>", "48 + 24 = 72</think>\n<answer>72</answer>", "72")
-    assert not unreadable(opened, LIMITS)
-    free = Sample("Assistant:", "The answer is 72.", "72")
-    assert unreadable(free, LIMITS) and not unreadable(free, FilterConfig(format=False))
+    assert fault("Assistant: <think>", "48 + 24 = 72</think>\n<answer>72</answer>", "math", "en", LIMITS) is None
+    assert fault("Assistant:", "The answer is 72.", "math", "en", LIMITS) == "unreadable"
+    assert fault("Assistant:", "The answer is 72.", "math", "en", Filters(format=False)) is None
 
 
 @pytest.mark.parametrize(("text", "language", "mixed"), [
@@ -114,19 +90,20 @@ def test_the_format_is_that_of_the_prompt_and_can_be_left_to_the_model():
      "country but Shanghai and Chongqing, so the answer is the third one on the list.", "en", False),
 ])
 def test_mixed_language(text, language, mixed):
-    assert mixed_language(sample(text, language=language), LIMITS) is mixed
+    assert (why(text, language=language) == "mixed language") is mixed
 
 
 def test_a_long_paragraph_is_one_line_of_many_words():
     line = "First we note that the sum of the two numbers is even, and so both are odd or both are even. "
-    assert not long_paragraph(sample(line * 5), LIMITS)
-    assert long_paragraph(sample(line * 15), LIMITS)
-    assert not long_paragraph(sample((line + "\n") * 15), LIMITS)
+    loose = {"word_repeats": None, "ngram_share": None, "line_repeats": None}
+    assert why(line * 5, **loose) is None
+    assert why(line * 15, **loose) == "long paragraph"
+    assert why((line + "\n") * 15, **loose) is None
     clause = "我们注意到两个数的和是偶数，因此它们同为奇数或者同为偶数。"
-    assert not long_paragraph(sample(clause * 5, language="zh"), LIMITS)
-    assert long_paragraph(sample(clause * 15, language="zh"), LIMITS)
-    assert long_paragraph(sample("x" * 10_000), LIMITS)  # no way around it without spaces
-    assert not long_paragraph(sample(line * 15), FilterConfig(paragraph=None))
+    assert why(clause * 5, language="zh", **loose) is None
+    assert why(clause * 15, language="zh", **loose) == "long paragraph"
+    assert why("x" * 10_000) == "long paragraph"  # no way around it without spaces
+    assert why(line * 15, paragraph=None, **loose) is None
 
 
 @pytest.mark.parametrize("block", [
@@ -137,15 +114,16 @@ def test_a_long_paragraph_is_one_line_of_many_words():
     "<code>48 + 24</code>",
 ])
 def test_code_block(block):
-    assert code_block(sample(f"Let me compute it.\n{block}\nDone."), LIMITS)
+    assert why(f"Let me compute it.\n{block}\nDone.") == "code block"
 
 
 def test_inline_code_is_no_block_and_answers_to_coding_questions_are_code():
-    assert not code_block(sample("Let `n` be the number of clips, and ~ means roughly."), LIMITS)
+    assert why("Let `n` be the number of clips, and ~ means roughly.") is None
     solution = "```python\ndef add(a, b):\n    return a + b\n```"
-    assert code_block(sample("The sum of both.", solution), LIMITS)
-    assert not code_block(sample("The sum of both.", solution, kind="code"), LIMITS)
-    assert code_block(sample(f"The sum of both.\n{solution}", solution, kind="code"), LIMITS)
+    assert why("The sum of both.", solution) == "code block"
+    assert why("The sum of both.", solution, kind="code") is None
+    assert why(f"The sum of both.\n{solution}", solution, kind="code") == "code block"
+    assert fault("", solution, "code", "en", Filters(format=False)) is None
 
 
 @pytest.mark.parametrize("text", [
@@ -160,7 +138,7 @@ def test_inline_code_is_no_block_and_answers_to_coding_questions_are_code():
               for n in range(30)),
 ])
 def test_repetition(text):
-    assert repetition(sample(text), LIMITS)
+    assert repeats(text, LIMITS)
 
 
 @pytest.mark.parametrize("text", [
@@ -172,19 +150,19 @@ def test_repetition(text):
     ENGLISH + "\n\n" + ENGLISH.split("\n\n")[1],
 ])
 def test_no_repetition(text):
-    assert not repetition(sample(text), LIMITS)
+    assert not repeats(text, LIMITS)
 
 
 def test_every_limit_of_repetition_can_be_turned_off():
-    none = FilterConfig(line_repeats=None, word_repeats=None, ngram_share=None)
-    assert not repetition(sample("Let me check this again.\n" * 400), none)
+    none = Filters(line_repeats=None, word_repeats=None, ngram_share=None)
+    assert not repeats("Let me check this again.\n" * 400, none)
 
 
 def test_a_loop_is_found_wherever_it_is_and_only_then():
-    assert loop(list("xyabababq"), 3, 4) and not loop(list("xyababq"), 3, 4)
-    assert not loop(list("abcdabcdabcd"), 3, 3) and loop(list("abcdabcdabcd"), 3, 4)
-    assert not loop([], 2, 8) and not loop(["a"], 2, 8) and loop(["a", "a"], 2, 8)
-    assert not loop(["a"] * 9, 3, 8, least=10) and loop(["a"] * 10, 3, 8, least=10)
+    assert loops(list("xyabababq"), 3, 4) and not loops(list("xyababq"), 3, 4)
+    assert not loops(list("abcdabcdabcd"), 3, 3) and loops(list("abcdabcdabcd"), 3, 4)
+    assert not loops([], 2, 8) and not loops(["a"], 2, 8) and loops(["a", "a"], 2, 8)
+    assert not loops(["a"] * 9, 3, 8, least=10) and loops(["a"] * 10, 3, 8, least=10)
 
 
 def test_loops_are_those_of_the_plain_definition():
@@ -196,21 +174,22 @@ def test_loops_are_those_of_the_plain_definition():
             items[start : start + period] * repeats == items[start : start + period * repeats]
             for period in range(1, longest + 1) for start in range(len(items) - period * repeats + 1)
         )
-        assert loop(items, repeats, longest) == plain, (items, repeats, longest)
+        assert loops(items, repeats, longest) == plain, (items, repeats, longest)
 
 
 def test_the_share_of_repeated_runs():
-    words = list(map(str, range(60)))
-    assert repeated_share(words, 4) == 0
-    assert repeated_share(words + words, 4) == pytest.approx(57 / 117)
-    assert repeated_share(["a"] * 20, 4) == 0  # too short to say
+    words = " ".join(map(str, range(60)))
+    only = {"line_repeats": None, "word_repeats": None, "ngram": 4}
+    assert not repeats(words, Filters(ngram_share=0.0, **only))
+    twice = f"{words} {words}"  # 57 of 117 runs were there before
+    assert repeats(twice, Filters(ngram_share=56 / 117, **only))
+    assert not repeats(twice, Filters(ngram_share=58 / 117, **only))
+    assert not repeats("a " * 20, Filters(ngram_share=0.0, **only))  # too short to say
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, "`" * 10**6, "a " * 300_000, "\n" * 10**6, "<think>" * 100_000,
-                                  "\\begin{" * 100_000, "我" * 300_000, "$x" * 300_000])
-def test_a_megabyte_takes_no_more_than_its_length(text):
-    """No filter may backtrack; a quadratic one would take hours here."""
-    started = time.monotonic()
-    for holds in FILTERS.values():
-        holds(Sample("", text, "1"), LIMITS)
-    assert time.monotonic() - started < 60
+                                  "\\begin{" * 100_000, "我" * 300_000, "$x" * 300_000, "\\" * 10**6])
+def test_a_megabyte_is_filtered(text):
+    """No filter may backtrack. A quadratic one would take hours here, and the suite would not end."""
+    for limits in (Filters(format=False), Filters(format=False, language=None, paragraph=None, code_blocks=True)):
+        fault("", text, "math", "en", limits)

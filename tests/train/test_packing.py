@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import r1kernels
-from r1kernels.train.data import DataError
-from r1kernels.train.head import head_of, hidden_states
-from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fitting, keeps_apart, pack
+from r1kernels.train.errors import DataError
+from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.packing import IGNORED, Tokens, collate, encode, fill, keeps_apart, pack
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -38,15 +38,17 @@ def model_of(family: str, attention: str):
 
 @given(st.lists(st.integers(1, 32), max_size=40))
 def test_every_sample_is_in_one_row_and_no_row_overflows(lengths):
-    rows = pack(lengths, 32)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[index] for index in row) <= 32 for row in rows)
-    # First-fit never leaves two rows that are both half empty.
-    assert sum(sum(lengths[index] for index in row) <= 16 for row in rows) <= 1
+    samples = [sample(length, 1, index) for index, length in enumerate(lengths)]
+    rows = pack(samples, 32)
+    assert sorted(map(id, samples)) == sorted(id(one) for row in rows for one in row)
+    sizes = [sum(map(len, row)) for row in rows]
+    assert all(0 < size <= 32 for size in sizes)
+    assert sum(size <= 16 for size in sizes) <= 1  # first-fit never leaves two rows that are both half empty
 
 
 def test_packing_is_a_function_of_the_lengths():
-    assert pack([5, 9, 5, 3], 10) == [[1], [0, 2], [3]]
+    assert [list(map(len, row)) for row in pack([sample(n, 1) for n in (5, 9, 5, 3)], 10)] == [[9], [5, 5], [3]]
+    assert sorted(len(one) for [one] in pack([sample(n, 1) for n in (5, 9, 5, 3)], 0)) == [3, 5, 5, 9]
     assert pack([], 10) == []
 
 
@@ -115,10 +117,6 @@ def test_models_that_heed_positions_are_packed(family):
     assert keeps_apart(model_of(family, "sdpa"))
 
 
-def test_without_room_every_sample_has_a_row():
-    assert sorted(pack([5, 9, 5, 3], 0)) == [[0], [1], [2], [3]]
-
-
 def test_samples_are_encoded_as_the_sampler_encodes_prompts():
     tokenizer = make_tokenizer()
     pairs = [("User: Compute 1+2. Assistant:", " <think>1+2=3</think>"), ("Compute 3", " It is 3.")]
@@ -128,9 +126,21 @@ def test_samples_are_encoded_as_the_sampler_encodes_prompts():
         assert tokens.ids[-1] == tokenizer.eos_token_id
 
 
-def test_a_sample_longer_than_the_window_is_left_out_whole():
-    samples = [sample(9, 4), sample(5, 2), sample(10, 1)]
-    assert fitting(samples, 9) == samples[:2]
-    assert fitting([], 9) == []
-    with pytest.raises(DataError, match=r"'window' is 4, expected at least 5"):
-        fitting(samples, 4)
+def test_an_appended_end_token_does_not_end_the_prompt():
+    pairs = [("Compute 1+2:", " 3"), ("Compute 3:", " It is 3.")]
+    plain, appending = (encode(make_tokenizer(appends_end=appends), pairs) for appends in (False, True))
+    assert [tokens.ids.tolist() for tokens in plain] == [tokens.ids.tolist() for tokens in appending]
+    assert [tokens.prompt_length for tokens in plain] == [tokens.prompt_length for tokens in appending] == [12, 10]
+
+
+def test_rows_are_filled_with_documents_and_the_last_one_is_cut():
+    tokenizer = make_tokenizer()
+    [first, second] = fill(iter([("ab", "c")] * 9), tokenizer, 2, 10)
+    a, b, c, end = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "c", "<eos>"))
+    assert [one.ids.tolist() for one in first] == [[a, b, c, end], [a, b, c, end], [a, b]]
+    batch = collate([first, second])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]] * 2
+    no = IGNORED  # nothing asks for the start of a document
+    assert batch["targets"].tolist() == [[b, c, end, no, b, c, end, no, b, no]] * 2
+    with pytest.raises(DataError, match="documents without end"):
+        fill(iter([("ab", "c")] * 5), tokenizer, 2, 10)

@@ -1,0 +1,50 @@
+"""Your own reward, objective, data set and corpus, each a function that a recipe names by import path."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> list[float | None]:
+    """A reward: 1 for a completion that is no longer than twice its reference, less for a longer one.
+
+    It is called with lists as TRL calls its reward functions. None: this completion cannot be scored.
+    """
+    return [
+        min(1.0, 2 * len(reference) / max(1, len(text))) if reference else None
+        for text, reference in zip(completions, answer, strict=True)
+    ]
+
+
+def soft_clip(width: float = 0.2) -> Callable[[Tensor, Any], Tensor]:
+    """An objective: the ratio is bounded by a tanh, so that its gradient fades and does not end.
+
+    The callable that it returns gives a loss per token; autograd does the rest.
+    """
+
+    def loss(logprobs: Tensor, batch: Any) -> Tensor:
+        ratio = (logprobs - batch.old_logprobs).exp()
+        return -(1 + width * ((ratio - 1) / width).tanh()) * batch.advantages
+
+    return loss
+
+
+def products(split: str, count: int | None, seed: int, *, most: int = 12) -> list[dict[str, str]]:
+    """A data set: products of two numbers. Rows are like the lines of a JSONL file; no product is in both splits."""
+    pairs = [(a, b) for a in range(2, most + 1) for b in range(2, most + 1) if (a + b) % 4 == 0]
+    if split == "train":
+        pairs = [(a, b) for a in range(2, most + 1) for b in range(2, most + 1) if (a + b) % 4 != 0]
+    random.Random(f"{seed} {split}").shuffle(pairs)
+    return [{"question": f"What is {a} times {b}?", "answer": str(a * b)} for a, b in pairs[:count]]
+
+
+def tables(seed: int, step: int, *, most: int = 12) -> Iterator[tuple[str, str]]:
+    """A corpus: lines of multiplication tables. The documents of a step depend on the seed and the step alone."""
+    rng = random.Random(f"{seed} {step}")
+    while True:
+        a, b = rng.randint(2, most), rng.randint(2, most)
+        yield f"{a} times {b}", f" is {a * b}."

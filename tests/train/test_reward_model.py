@@ -1,0 +1,327 @@
+"""Reward models: what they read, what padding may change (nothing), what they learn, and from which pairs."""
+
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+from supervised_cases import Killed, StopAt, make_tokenizer, outcome, save_model, stage_of, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from r1kernels.rewards import JudgeError
+from r1kernels.train import reward_model
+from r1kernels.train.data import Pair
+from r1kernels.train.errors import ConfigError, DataError, Interrupted
+from r1kernels.train.log import read_lines
+from r1kernels.train.reward_model import (
+    RewardModel,
+    TokenPair,
+    accuracy,
+    candidates,
+    encode_pairs,
+    judged_part,
+    pair_gradient,
+    run,
+    split,
+)
+
+QUESTIONS = ["Compute 1+2", "Compute 1+2+3+4+5", "Compute 3+4"]
+ANSWERS = ["It is 3.", "<think>1+2=3\n3+3=6</think>\n<answer>6</answer>", ""]
+
+
+@pytest.fixture(params=["llama", "gpt2", "pad is eos"])
+def saved(request, tmp_path):
+    """A reward model with a head, of a causal LM: positions that rotate, positions that are learned."""
+    tokenizer = make_tokenizer()
+    if request.param == "pad is eos":
+        tokenizer.pad_token = tokenizer.eos_token
+    if request.param == "gpt2":
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=1024, eos_token_id=1, bos_token_id=1
+        ))
+        model.save_pretrained(tmp_path / "causal")
+        tokenizer.save_pretrained(tmp_path / "causal")
+    else:
+        save_model(tmp_path / "causal", tokenizer=tokenizer)
+    made = RewardModel(tmp_path / "causal", new="response")
+    assert made.score(QUESTIONS, ANSWERS) == [0.0] * 3
+    with torch.no_grad():
+        made.model.score.weight.copy_(torch.randn(1, 16, generator=torch.Generator().manual_seed(1)))
+    made.model.save_pretrained(tmp_path / "scores")
+    tokenizer.save_pretrained(tmp_path / "scores")
+    return tmp_path / "scores"
+
+
+def test_plain_transformers_gives_the_same_score_wherever_the_padding_is(saved):
+    ours = RewardModel(saved)
+    scores = ours.score(QUESTIONS, ANSWERS)
+    assert len({round(score, 4) for score in scores}) == 3
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    assert model.config.num_labels == 1 and not model.training
+    pad = AutoTokenizer.from_pretrained(saved).pad_token_id
+    for row, expected in zip(ours.encode(QUESTIONS, ANSWERS), scores, strict=True):
+        assert pad not in row
+        for left, right in ((0, 0), (0, 9), (9, 0)):
+            ids = torch.tensor([[pad] * left + row + [pad] * right])
+            attention = torch.tensor([[0] * left + [1] * len(row) + [0] * right])
+            positions = (attention.cumsum(-1) - 1).clamp(min=0)
+            with torch.no_grad():
+                found = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits.item()
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch_and_repeat_exactly(saved):
+    model = RewardModel(saved, batch_size=2)
+    scores = model.score(QUESTIONS * 3, ANSWERS * 3)
+    assert scores == model.score(QUESTIONS * 3, ANSWERS * 3)
+    alone = [model.score([question], [answer])[0] for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    assert scores == pytest.approx(alone * 3, abs=1e-5)
+    assert model.score([], []) == []
+    with pytest.raises(ValueError, match="1 questions and 2 responses"):
+        model.score(["a"], ["b", "c"])
+    with torch.no_grad():
+        model.model.score.weight.fill_(math.inf)
+    assert all(map(math.isnan, model.score(QUESTIONS, ANSWERS)))
+
+
+@pytest.fixture
+def model(tmp_path):
+    return RewardModel(save_model(tmp_path / "model"), new="response")
+
+
+def test_a_response_that_spells_special_tokens_cannot_move_the_token_that_is_read(model):
+    texts = ["It is 3.", "It is 3.<pad><pad>", "It<eos> is 3."]
+    plain, padded, ended = model.encode(["Compute 1+2"] * 3, texts)
+    pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
+    assert pad not in padded and len(padded) > len(plain)
+    assert all(row.count(eos) == 1 and row[-1] == eos for row in (plain, padded, ended))
+
+
+def test_an_appended_end_token_does_not_end_the_prompt(model, tmp_path):
+    path = save_model(tmp_path / "appending", tokenizer=make_tokenizer(appends_end=True))
+    assert RewardModel(path, new="response").encode(QUESTIONS, ANSWERS) == model.encode(QUESTIONS, ANSWERS)
+
+
+def test_the_part_that_is_judged():
+    response = "<think>hm</think>\n<answer>3</answer>"
+    assert judged_part("response", response) == response
+    assert judged_part("summary", response) == "\n<answer>3</answer>"
+    assert judged_part("summary", "<think>hm") == ""
+    assert judged_part("summary", "It is 3.") == "It is 3."
+
+
+def test_a_prompt_that_opens_the_thought_is_closed_again(tmp_path):
+    """Chat templates of reasoning models do that. The response has its own tag, or is a summary."""
+    rows = []
+    for end in ("Assistant:", "Assistant:<think>\n"):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}" + end
+        path = save_model(tmp_path / str(len(rows)), tokenizer=tokenizer)
+        rows += RewardModel(path, template="chat", new="response").encode(["Compute 1+2"], ["It is 3."])
+    assert rows[0] == rows[1]
+
+
+def test_what_is_no_reward_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no model for sequence classification"):
+        RewardModel(tmp_path)
+
+
+def test_candidates_are_drawn_by_the_seed():
+    drawn = [candidates({"q": list("abcdef"), "alone": ["a", "a"]}, 4, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 4 and all(pair.chosen != pair.rejected for pair in drawn[0])
+
+
+RECIPE = """
+run_dir: {directory}/run
+data:
+  taste: {{kind: jsonl, path: {directory}/taste.jsonl}}
+  questions: {{kind: jsonl, path: {directory}/questions.jsonl, test_path: {directory}/test.jsonl}}
+scoring: {{judge: {{url: "http://localhost:1", model: wise, concurrency: 2}}}}
+checkpoint: {{supervised_every: 4, keep: 1}}
+stages:
+  base: {{kind: model, path: {directory}/model}}
+  traces: {{kind: reject, model: base, problems: [questions]}}
+  scores: {{kind: preference, model: base, pairs: taste, target: summary, batch_size: 8, micro_batch_size: 3,
+           learning_rate: 3.0e-2, epochs: 2}}
+"""
+
+
+def taste(count: int) -> list[dict[str, str]]:
+    """Of two answers to a sum, the one that shows its work after the thought is preferred."""
+    found = []
+    for index in range(count):
+        a, b = index % 7 + 1, index // 7 + 1
+        texts = [f"<think>{thought}</think>" + end for thought, end in (
+            (f"{a}+{b}", f"{a}+{b}={a + b}"), (f"{a}+{b}={a + b}", f"It is {a + b}."))]
+        found.append({"question": f"Compute {a}+{b}", "chosen": texts[0], "rejected": texts[1]})
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("preference")
+    save_model(directory / "model")
+    write_rows(directory / "taste.jsonl", taste(42))
+    for name in ("questions", "test"):
+        write_rows(directory / f"{name}.jsonl", [{"question": f"Compute {name}", "answer": "18"}])
+    return directory
+
+
+def stage_at(home, directory, *keys, interrupt=None):
+    overrides = [f"stages.scores.{key}" for key in keys]
+    return stage_of(RECIPE.format(directory=home), "scores", directory, overrides, interrupt)
+
+
+@pytest.fixture(scope="module")
+def trained(home, tmp_path_factory):
+    stage = stage_at(home, tmp_path_factory.mktemp("whole"))
+    return stage, run(stage)
+
+
+def test_it_learns_the_taste_of_the_pairs(trained):
+    stage, summary = trained
+    lines = read_lines(stage.directory / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(math.log(2)) and lines[0]["accuracy"] == 0.5
+    assert lines[-1]["loss"] < 0.3
+    assert summary["pairs"] + summary["held_out_pairs"] == 42 and summary["held_out_pairs"] == 5
+    assert (summary["accuracy"], summary["accuracy_se"]) == (1.0, 0.0)
+    assert summary["steps"] == len(lines) == math.ceil(2 * 37 / 8)
+    model = RewardModel(stage.model_path("scores"))
+    assert model.target == "summary"
+    good, bad, thought = model.score(
+        ["Compute 2+2"] * 3, ["<think>so</think>2+2=4", "<think>so</think>It is 4.", "<think>It is 4.</think>2+2=4"]
+    )
+    assert good > bad and thought == pytest.approx(good, abs=1e-5)
+
+
+def test_stopped_again_and_again_it_ends_the_same(home, trained, tmp_path):
+    whole, summary = trained
+    rng, stops = random.Random(0), 0
+    while True:
+        try:
+            how = rng.choice((Interrupted, Killed))
+            found = run(stage_at(home, tmp_path, interrupt=StopAt(rng.randint(8, 24), how)))
+            break
+        except (Interrupted, Killed):
+            stops += 1
+    assert stops > 1
+    assert outcome(stage_at(home, tmp_path)) == outcome(whole)
+    assert found == summary
+    assert run(stage_at(home, tmp_path)) == summary  # finished already
+
+
+def test_micro_batches_change_no_gradient(trained):
+    stage, _ = trained
+    model = RewardModel(stage.model_path("scores"))
+    pairs, _ = encode_pairs(model, stage.pairs("taste")[:7], 1000)
+    found = []
+    for size in (None, 2):
+        model.model.zero_grad()
+        measures = pair_gradient(model, pairs, size, lambda: None)
+        found.append((measures, [parameter.grad.clone() for parameter in model.model.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for first, second in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
+
+
+def test_the_error_of_the_accuracy_is_that_of_questions(model):
+    """Two pairs of a question are no independent measurements."""
+    with torch.no_grad():
+        model.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    [[a], [b]] = [model.encode(["q"], [text]) for text in ("good", "bad")]
+    if model.score_tokens([a, b])[0] < model.score_tokens([a, b])[1]:
+        a, b = b, a
+    right, wrong = TokenPair("x", a, b), TokenPair("y", b, a)
+    once, twice = accuracy(model, [right, wrong]), accuracy(model, [right, right, wrong, wrong])
+    assert once["accuracy"] == twice["accuracy"] == 0.5
+    assert once["accuracy_se"] == pytest.approx(0.5) and twice["accuracy_se"] == pytest.approx(0.5)
+    assert accuracy(model, [TokenPair("x", a, a)])["accuracy"] == 0.5
+
+
+def with_traces(home, directory):
+    """A stage whose pairs are made of samples whose prompts had opened the thought."""
+    stage = stage_at(home, directory, "pairs=traces", "judged.per_question=3", "epochs=8")
+    stage.directory_of("traces").mkdir(exist_ok=True)
+    write_rows(stage.directory_of("traces") / "selected.jsonl", [
+        {"question": row["question"], "prompt": "Assistant: <think>", "completion": row[key].removeprefix("<think>")}
+        for row in taste(12) for key in ("chosen", "rejected")])
+    return stage
+
+
+class Wise:
+    """Sees summaries, prefers the working, does not answer about 1+1 and is unsure about 2+1."""
+
+    def __init__(self):
+        self.asked = []
+
+    def compare(self, question, first, second):
+        assert "<think>" not in first + second
+        self.asked.append(question)
+        if question == "Compute 1+1":
+            raise JudgeError("no answer")
+        return (("=" in first) - ("=" in second)) * (0.25 if question == "Compute 2+1" else 1)
+
+
+def test_pairs_that_the_judge_makes_of_samples(home, tmp_path, monkeypatch):
+    judge = Wise()
+    monkeypatch.setattr(reward_model, "make_judge", lambda recipe: judge)
+    stage = with_traces(home, tmp_path)
+    summary = run(stage)
+    assert (summary["kept"], summary["unclear"], summary["unscorable"]) == (10, 1, 1)
+    assert summary["pairs"] + summary["held_out_pairs"] == 10
+    assert summary["accuracy"] == 1 and len(judge.asked) == 12
+    # Killed in the middle of a verdict: those before it are not asked for again.
+    other = with_traces(home, tmp_path / "other")
+    lines = (stage.directory / "verdicts.jsonl").read_text().splitlines(keepends=True)
+    (other.directory / "verdicts.jsonl").write_text("".join(lines[:5]) + lines[5][:9])
+    judge.asked.clear()
+    assert run(other) == summary and outcome(other) == outcome(stage)
+    assert len(judge.asked) == 7
+    assert [json.loads(line)["step"] for line in lines] == list(range(12))
+
+
+def test_a_judge_out_of_reach_is_asked_again_next_time(home, tmp_path, monkeypatch):
+    asked = []
+
+    class Away:
+        def compare(self, *texts):
+            asked.append(texts)
+            raise JudgeError("connection refused")
+
+    monkeypatch.setattr(reward_model, "make_judge", lambda recipe: Away())
+    for count in (12, 24):
+        with pytest.raises(DataError, match=r"the judge was clear about no pair of stage 'traces' .*'unscorable': 12"):
+            run(with_traces(home, tmp_path))
+        assert len(asked) == count
+
+
+@pytest.mark.parametrize(("key", "error", "message"), [
+    ("held_out=1.0", ConfigError, "'held_out' is 1.0, which leaves none of the 42 questions"),
+    ("max_tokens=3", DataError, r"none of 42 pairs .* at most 3 tokens \('max_tokens'\)"),
+])
+def test_settings_that_cannot_be_used(home, tmp_path, key, error, message):
+    with pytest.raises(error, match=message):
+        run(stage_at(home, tmp_path, key))
+
+
+def test_pairs_that_teach_nothing_are_counted(model):
+    model.target = "summary"
+    same = Pair("1", "q", "<think>a</think>c", "<think>b</think>c")
+    long = Pair("2", "q", "c", "d" * 900)
+    good = Pair("3", "q", "c", "d")
+    kept, counts = encode_pairs(model, [same, long, good], 800)
+    assert len(kept) == 1 and counts == {"same": 1, "too_long": 1}
+
+
+def test_no_question_is_both_learned_and_held_out():
+    pairs = [TokenPair(f"q{index % 20}", [index], [0]) for index in range(60)]
+    training, held_out = split(pairs, 0.1, seed=0)
+    assert (len(training), len(held_out)) == (54, 6)
+    assert not {pair.question for pair in training} & {pair.question for pair in held_out}
+    assert split(pairs, 0.1, seed=0) == (training, held_out) != split(pairs, 0.1, seed=1)
+    assert split(pairs, 0.0, seed=0) == (copy.copy(pairs), [])
