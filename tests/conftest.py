@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 
+import backends
 import pytest
 import sampling
 import torch
@@ -65,13 +66,16 @@ def sample(cases: list[pytest.Item], full: bool) -> list[int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of tests with many cases, keeps a sample."""
+    """Skips what a marker keeps from these kernels, and of tests with many cases keeps a sample."""
+    full = config.getoption("--full")
     kept, left = [], []
     for _, group in itertools.groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
         cases = list(group)
-        chosen = set(sample(cases, config.getoption("--full")))
+        chosen = set(sample(cases, full))
         for number, case in enumerate(cases):
             (kept if number in chosen else left).append(case)
+            if reason := backends.skip_reason(case, testing.KERNELS, full):
+                case.add_marker(pytest.mark.skip(reason=reason))
     if left:
         config.hook.pytest_deselected(items=left)
     items[:] = kept

@@ -7,7 +7,10 @@ from types import ModuleType
 import host_module
 import numpy as np
 import pytest
+from backends import host_code
 from common_cases import U64, U, Wide, rises, statistics_of, within
+
+pytestmark = host_code
 
 RNG = np.random.default_rng
 

@@ -13,7 +13,10 @@ from typing import Any
 import host_module
 import numpy as np
 import pytest
+from backends import host_code
 from common_cases import LEAST, U, within
+
+pytestmark = host_code
 
 CLIP, CISPO, SAPO, REINFORCE = range(4)
 INF = np.inf

@@ -8,6 +8,7 @@ from typing import Any
 import host_module
 import numpy as np
 import pytest
+from backends import host_code
 from common_cases import (
     LEAST,
     LN2,
@@ -28,6 +29,8 @@ from common_cases import (
     statistics_of,
     within,
 )
+
+pytestmark = host_code
 
 
 @pytest.fixture(params=host_module.variants())

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from backends import reference_only, registration_only, without_cuda_kernels
 from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
 from r1kernels import backend, testing
 from r1kernels.ops import divergence, topk_divergence
+
+pytestmark = without_cuda_kernels
 
 DISTANCES = [1e-3, 0.1, 1.0, 6.0]  # from nearly equal to hardly overlapping
 
@@ -20,6 +23,7 @@ def make_teacher(logits: Tensor, k: int, mask: Tensor | None = None) -> topk_div
 # ---- 1. gradcheck -----------------------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("kind", "beta"), BETAS)
@@ -41,6 +45,7 @@ def test_reference_gradcheck(kind: str, beta: float, masked: bool, temperature: 
 # ---- 2. against the float64 oracle ------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize(("kind", "beta"), BETAS)
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
 def test_reference_in_float64_is_the_oracle(kind: str, beta: float, temperature: float) -> None:
@@ -217,6 +222,7 @@ def test_the_ends_of_beta() -> None:
 # ---- 3. opcheck -------------------------------------------------------------------------------------------
 
 
+@registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [0, 1, 2])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import without_cuda_kernels
 from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from r1kernels.ops import topk_divergence
 from r1kernels.ops.divergence import divergence as full
 from r1kernels.ops.topk_divergence import Teacher, make_teacher
 from r1kernels.ops.topk_divergence import topk_divergence as topk
+
+pytestmark = without_cuda_kernels
 
 # ---- sizes and strides --------------------------------------------------------------------------------------
 
@@ -300,6 +303,7 @@ def test_rows_do_not_depend_on_their_batch(
         assert all(torch.equal(a, b) for a, b in zip(whole, run(slice(None)), strict=True))
 
 
+@pytest.mark.not_on("triton", "cuda", reason="how a CPU writes")
 def test_large_gradients_written_past_the_caches_are_the_same() -> None:
     """32 MiB and more take another way to memory."""
     student, teacher = testing.random_pair(70, 131_072)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backends import host_code
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch._subclasses import FakeTensorMode
 
 from r1kernels import _library, testing
 from r1kernels.ops import gemm
+
+pytestmark = host_code
 
 ISAS = _library.extension.cpu_isas() if _library.extension else []
 DTYPES = list(_library.NATIVE_DTYPES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import registration_only
 
 from r1kernels import _library, testing
 
@@ -59,6 +60,7 @@ def test_strided_memory_is_refused() -> None:
         torch.ops.r1kernels.scaled(grad, torch.tensor(1.0), torch.empty(8, 8).t(), False)
 
 
+@registration_only
 def test_opcheck() -> None:
     arguments = torch.randn(5, 7), torch.tensor(2.0), torch.empty(5, 7), False
     torch.library.opcheck(torch.ops.r1kernels.scaled, arguments)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import reference_only, registration_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -34,6 +35,7 @@ def weights(*shape: int) -> tuple[Tensor, Tensor]:
 # ---- 1. gradcheck -----------------------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_reference_gradcheck(temperature: float, masked: bool) -> None:
@@ -46,6 +48,7 @@ def test_reference_gradcheck(temperature: float, masked: bool) -> None:
 # ---- 2. against the float64 oracle ------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("vocab", [1, 2, 17, 2049])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
 def test_reference_in_float64_is_the_oracle(vocab: int, temperature: float) -> None:
@@ -122,6 +125,7 @@ def test_a_nearly_certain_token_keeps_its_small_gradient(gap: float) -> None:
     testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g))
 
 
+@reference_only
 def test_reference_in_fp32_keeps_to_its_own_roundings() -> None:
     logits, ids = testing.random_logits(6, 4097, scale=8), testing.random_ids(6, vocab=4097)
     exact = testing.token_stats(logits, ids)
@@ -141,6 +145,7 @@ def test_a_common_offset_costs_nothing(offset: float) -> None:
     testing.assert_within(entropy, exact.entropy, BAR)
 
 
+@reference_only
 def test_float64_logits_give_float64_results(recwarn: pytest.WarningsRecorder) -> None:
     with backend("reference"):
         logprobs, entropy = token_logprobs_and_entropy(torch.zeros(2, 4).double(), torch.tensor([0, 3]))
@@ -164,6 +169,7 @@ def test_differentiable_once_only() -> None:
 # ---- 3. opcheck -------------------------------------------------------------------------------------------
 
 
+@registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
@@ -200,6 +206,7 @@ def test_compile_fullgraph(entry: Callable[..., Tensor], implementation: str) ->
     assert torch.equal(results[0][1], results[1][1])
 
 
+@shapes_only
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from backends import host_code
 
 from r1kernels import _library
+
+pytestmark = host_code
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = {

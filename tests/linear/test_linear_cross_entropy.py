@@ -5,6 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import checks_only, reference_only
 from torch import Tensor
 
 from r1kernels import backend, cross_entropy, linear_cross_entropy, linear_token_logprobs, testing
@@ -28,6 +29,7 @@ def exact(case: dict[str, Any], weight: float) -> tuple[Tensor, cases.Exact]:
     return losses, cases.exact(given, -weight * counted.double())
 
 
+@reference_only
 def test_gradcheck() -> None:
     case = {"hidden": torch.randn(5, 3, generator=testing.generator(0)).double(), "weight": torch.randn(7, 3).double()}
     targets = torch.tensor([1, -100, 3, 0, 6])
@@ -39,6 +41,7 @@ def test_gradcheck() -> None:
             )
 
 
+@reference_only
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("head", cases.HEADS)
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -151,6 +154,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@checks_only
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input(name: str, implementation: str) -> None:
     changes, error, message = BAD_INPUTS[name]

@@ -8,6 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import reference_only, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case, logits_of
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from r1kernels import DistillationLoss, backend, distillation_loss, testing
 from r1kernels.ops import linear_head
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear_head import row_bytes
+
+pytestmark = without_cuda_kernels
 
 # (student, teacher): what each of the two heads has.
 PAIRS = [
@@ -37,6 +40,7 @@ def assert_close(ours: Any, exact: Any, relative: float) -> None:
 # ---- values and gradients -----------------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", PAIRS)
@@ -48,6 +52,7 @@ def test_float64_equals_the_dense_loss(heads: tuple[str, str], kind: str, k: int
             assert_close(ours, case.exact(3.0, normalizer=normalizer), 1e-12)
 
 
+@reference_only
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str, k: int | None) -> None:

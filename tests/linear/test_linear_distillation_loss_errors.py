@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only
 
 from r1kernels import linear_distillation_loss
+
+pytestmark = checks_only
 
 STUDENT = {"student_hidden": torch.zeros(2, 3, 4), "student_weight": torch.zeros(5, 4)}
 FULL = {"teacher_hidden": torch.zeros(2, 3, 6), "teacher_weight": torch.zeros(5, 6)}

@@ -5,13 +5,17 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import registration_only, shapes_only, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from r1kernels import linear_distillation_loss, testing
 
+pytestmark = without_cuda_kernels
 
+
+@registration_only
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, k: int | None) -> None:
@@ -50,6 +54,7 @@ def test_compile_fullgraph(dtype: torch.dtype, k: int | None, implementation: st
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
+@shapes_only
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -6,6 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import reference_only
 from linear_policy_cases import EVERYTHING, HEAD_KEYWORDS, check, exact, head_of, make, packed, run
 from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES
 from torch import Tensor
@@ -24,6 +25,7 @@ from r1kernels import (
 # ---- 1. the whole table in float64 ----------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -36,6 +38,7 @@ def test_objectives_in_float64(name: str, kl: str, aggregate: str) -> None:
             check(inputs, objective, 1e-12, measure_all=measure_all, chunk_bytes=chunk_bytes)
 
 
+@reference_only
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", ["grpo", "gspo_wide", "cispo", "sapo_sequence", "reinforce"])
 @pytest.mark.parametrize("head", ["lora", "everything"])

@@ -13,13 +13,14 @@ from typing import Any
 import linear_cases
 import pytest
 import torch
+from backends import host_code
 
 from r1kernels.ops.linear_head import row_bytes
 
 MIB = 1 << 20
 PACKED = 8 * MIB  # blocks that our own product packs, whatever the size of the batch
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+pytestmark = [pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"), host_code]
 
 CHILD = """
 import ctypes, gc, json, re, sys

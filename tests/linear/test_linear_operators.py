@@ -6,6 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import reference_only, registration_only, shapes_only
 from linear_policy_cases import EVERYTHING, make
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -41,6 +42,7 @@ def head_arguments(full: bool, dtype: torch.dtype, capacity: int, n: int = 6) ->
 MASK = torch.tensor([True, True, False, True, True, False])
 
 
+@registration_only
 @pytest.mark.parametrize(("full", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize(("mask", "capacity"), [(None, -1), (MASK, 5)])
 def test_opcheck(full: bool, dtype: torch.dtype, mask: Tensor | None, capacity: int) -> None:
@@ -60,6 +62,7 @@ def test_opcheck(full: bool, dtype: torch.dtype, mask: Tensor | None, capacity: 
         )
 
 
+@registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [None, [0, 2, 3]])
 def test_opcheck_of_the_gradient_in_given_memory(dtype: torch.dtype, rows: list[int] | None) -> None:
@@ -165,6 +168,7 @@ def test_compile_with_a_capacity() -> None:
 # ---- fakes --------------------------------------------------------------------------------------------------
 
 
+@shapes_only
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 @pytest.mark.parametrize(
     ("device", "dtype"),
@@ -259,6 +263,7 @@ def test_gradient_in_given_memory(
             assert torch.equal(result, fresh if rows is None else fresh[active])
 
 
+@reference_only
 @pytest.mark.parametrize("softcap", [0.0, 7.0])
 def test_the_reference_gradient_in_given_memory(softcap: float) -> None:
     case = Gradient(torch.float32, 300, softcap, True)

@@ -8,6 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import checks_only
 from torch import Tensor
 
 from r1kernels import (
@@ -115,6 +116,7 @@ def grpo(hidden: Any, weight: Any, ids: Any, **keywords: Any) -> Tensor:
 FUNCTIONS: list[Callable[..., Any]] = [linear_token_logprobs, linear_token_logprobs_and_entropy, grpo]
 
 
+@checks_only
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input(name: str, function: Callable[..., Any], implementation: str) -> None:

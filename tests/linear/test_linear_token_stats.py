@@ -6,6 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import reference_only
 from torch import Tensor
 
 from r1kernels import (
@@ -28,6 +29,7 @@ def both(g: Tensor, eta: Tensor) -> Callable[[Any], Tensor]:
 # ---- 1. the chunk engine in float64 -------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("head", cases.HEADS)
 @pytest.mark.parametrize("rows", CHUNK_ROWS)
 def test_float64_is_the_dense_computation(head: str, rows: int) -> None:
@@ -47,6 +49,7 @@ def test_float64_is_the_dense_computation(head: str, rows: int) -> None:
     assert not grads["hidden"][1, 2].any()
 
 
+@reference_only
 @pytest.mark.parametrize("head", ["plain", "lora", "everything"])
 def test_gradcheck(head: str) -> None:
     case = cases.make(head, 5, width=3, vocab=7, dtype=torch.float64)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only, reference_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -28,6 +29,7 @@ def exact(logits: Tensor, targets: Tensor, weight: float, temperature: float = 1
     return losses, testing.token_stats_gradient(logits, ids, -weight * counted.double(), 0.0, temperature)
 
 
+@reference_only
 def test_reference_gradcheck() -> None:
     logits, targets = testing.random_logits(2, 3, 7).double().requires_grad_(), torch.tensor([[1, -100, 3], [0, 6, 2]])
     with backend("reference"):
@@ -114,6 +116,7 @@ def test_compile_fullgraph(implementation: str) -> None:
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
+@shapes_only
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fakes(device: str, reduction: str) -> None:
@@ -127,6 +130,7 @@ def test_fakes(device: str, reduction: str) -> None:
 LOGITS, TARGETS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
 
+@checks_only
 @pytest.mark.parametrize(
     ("arguments", "keywords", "error", "message"),
     [

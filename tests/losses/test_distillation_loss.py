@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends import reference_only, shapes_only, without_cuda_kernels
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from r1kernels import DistillationLoss, backend, distillation_loss, testing
 from r1kernels.ops.divergence import KINDS
+
+pytestmark = without_cuda_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,6 +67,7 @@ def test_loss_gradient_and_metrics(masked: bool, kind: str, dtype: torch.dtype, 
         assert set(metrics) == {"tokens", "divergence", "student_entropy", name, "nonfinite_tokens"} | other
 
 
+@reference_only
 def test_float64_runs_on_the_reference() -> None:
     student, teacher = testing.random_pair(4, 50)
     with backend("reference"):
@@ -365,6 +369,7 @@ def test_compile_fullgraph(topk: bool, implementation: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@shapes_only
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("topk", [False, True])

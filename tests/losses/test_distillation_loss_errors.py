@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only
 from torch import Tensor
 
 from r1kernels import distillation_loss
+
+pytestmark = checks_only
 
 LOGITS = torch.zeros(2, 3, 5)
 IDS = torch.tensor([0, 1]).expand(2, 3, 2)

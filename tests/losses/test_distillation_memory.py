@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import host_code
 
 MIB = 1 << 20
 # Pages it keeps beside what is in use: holes of freed blocks too small for the next. Of one case they were from 9 to 30
 # MiB, beside other processes; a second tensor of full width would be 150 more.
 ALLOCATOR = 40 * MIB
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+pytestmark = [pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"), host_code]
 
 CHILD = """
 import ctypes, gc, json, re, sys

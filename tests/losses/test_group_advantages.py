@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only, reference_only, registration_only, shapes_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -105,6 +106,7 @@ def test_dtypes_and_strides(dtype: torch.dtype, ids_dtype: torch.dtype, implemen
     check(rewards.float(), group_ids, advantages)
 
 
+@reference_only
 def test_float64_stays_float64() -> None:
     rewards = torch.randn(6, dtype=torch.float64)
     with backend("reference"):
@@ -123,6 +125,7 @@ def test_all_unscorable(implementation: str) -> None:
         assert not group_advantages(torch.full((6,), math.nan), 3, scale=scale).any()
 
 
+@registration_only
 @pytest.mark.parametrize("group_ids", [None, torch.tensor([3, 1, 3, 1, 3, 3])])
 def test_opcheck(group_ids: Tensor | None) -> None:
     torch.library.opcheck(torch.ops.r1kernels.group_advantages, (torch.randn(6), group_ids, 3, 0, 1, 1e-4))
@@ -137,6 +140,7 @@ def test_compile_fullgraph() -> None:
         assert torch.equal(compiled, group_advantages(rewards, group_ids=ids))
 
 
+@shapes_only
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 def test_fakes(device: str) -> None:
     with FakeTensorMode():
@@ -188,6 +192,7 @@ def test_bad_keywords(keywords: dict[str, Any], error: type[Exception], message:
         group_advantages(TEN, **keywords)
 
 
+@checks_only
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_an_infinite_reward_is_refused(value: float, implementation: str) -> None:
     rewards = TEN.clone()

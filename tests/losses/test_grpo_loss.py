@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only, reference_only, shapes_only
 from policy_cases import OBJECTIVES
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -46,6 +47,7 @@ def evaluate(inputs: dict[str, Any], **keywords: Any) -> tuple[Tensor, Tensor, d
 # ---- 1. gradcheck -----------------------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("name", ["grpo", "gspo", "sapo"])
 def test_reference_gradcheck(name: str) -> None:
     inputs = {k: v[:2].double() if v.is_floating_point() else v[:2] for k, v in batch(vocab=6).items()}
@@ -257,6 +259,7 @@ def test_compile_with_lengths_and_temperatures_that_change(packed: bool, impleme
         assert torch.equal(*losses) and torch.equal(*grads)
 
 
+@shapes_only
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_fakes(device: str, packed: bool) -> None:
@@ -275,6 +278,7 @@ def test_fakes(device: str, packed: bool) -> None:
 # ---- bad input ----------------------------------------------------------------------------------------------
 
 
+@checks_only
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

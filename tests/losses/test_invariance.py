@@ -126,6 +126,7 @@ def test_padding(name: str, lengths: list[int], seed: int, more: int) -> None:
     assert torch.equal(whole[0], padded[0]) and torch.equal(whole[1], padded[1])
 
 
+@pytest.mark.not_on("triton", "cuda", reason="threads of a CPU")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_threads_change_no_bit(name: str, on_threads: Callable[[int], None]) -> None:
     """More tokens than a thread takes at once, in sequences of very different length."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only, reference_only, registration_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -26,6 +27,7 @@ def exact(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tenso
     return terms[:, 0].reshape(logprobs.shape), terms[:, 1].reshape(logprobs.shape)
 
 
+@reference_only
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_reference_gradcheck(estimator: str) -> None:
     inputs = tuple(x.double().requires_grad_() for x in pairs(1.0, 4, 5))
@@ -47,6 +49,7 @@ def test_values_and_gradients(estimator: str, scale: float, implementation: str)
     assert torch.equal(grads[1], -grads[0])
 
 
+@reference_only
 def test_float64_is_exact_where_the_formula_cancels() -> None:
     """As written, e^d - d - 1 loses every digit below |d| = 1e-8 even in float64."""
     d = torch.logspace(-12, 2, 200, dtype=torch.float64)
@@ -105,6 +108,7 @@ def test_shapes_and_strides(shape: tuple[int, ...], implementation: str) -> None
                            kl_estimate(logprobs, ref))
 
 
+@registration_only
 @pytest.mark.parametrize("estimator", [1, 2, 3])
 def test_opcheck(estimator: int) -> None:
     torch.library.opcheck(torch.ops.r1kernels.kl_estimate, (*pairs(1.0, 3, 4), estimator))
@@ -122,6 +126,7 @@ def test_compile_fullgraph(implementation: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@shapes_only
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fakes(device: str, dtype: torch.dtype) -> None:
@@ -130,6 +135,7 @@ def test_fakes(device: str, dtype: torch.dtype) -> None:
     assert (estimate.shape, estimate.dtype, estimate.device.type) == ((3, 4), torch.float32, device)
 
 
+@checks_only
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

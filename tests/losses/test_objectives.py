@@ -5,8 +5,11 @@ import math
 from typing import Any
 
 import pytest
+from backends import host_code
 
 from r1kernels import Objective, objectives
+
+pytestmark = host_code
 
 DEFAULTS = Objective()
 # The table of published defaults: only what differs from `Objective()`.

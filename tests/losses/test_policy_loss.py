@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import reference_only, registration_only, shapes_only
 from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, with_extras
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -15,6 +16,7 @@ from r1kernels.ops.policy_loss import METRICS
 # ---- 1. gradcheck -----------------------------------------------------------------------------------------
 
 
+@reference_only
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_reference_gradcheck(name: str) -> None:
     objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.2)
@@ -144,6 +146,7 @@ def test_constants_receive_no_gradient(implementation: str) -> None:
 # ---- 3. opcheck -------------------------------------------------------------------------------------------
 
 
+@registration_only
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("layout", ["padded", "packed", "bare"])
 def test_opcheck(layout: str, entropy_coef: float) -> None:
@@ -187,6 +190,7 @@ def test_compile_fullgraph(name: str, layout: str, implementation: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@shapes_only
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 @pytest.mark.parametrize(
     ("device", "dtype"),

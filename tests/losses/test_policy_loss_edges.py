@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import checks_only
 from policy_cases import AGGREGATES, KLS, OBJECTIVES, evaluate, with_extras
 from torch import Tensor
 
@@ -285,6 +286,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
 }
 
 
+@checks_only
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_names_argument_value_and_expectation(case: str, implementation: str) -> None:
     error, changes, message = BAD_INPUTS[case]
@@ -292,6 +294,7 @@ def test_bad_input_names_argument_value_and_expectation(case: str, implementatio
         policy_loss(**(with_extras("plain") | changes))
 
 
+@checks_only
 @pytest.mark.parametrize(
     ("cu_seqlens", "error", "message"),
     [
