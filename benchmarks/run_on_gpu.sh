@@ -131,7 +131,7 @@ stage() {
             echo "no pytest: tests left out" >>"$LOG"
             return 3
         fi
-        limited "$PYTHON" -m pytest -q -m gpu -W default -p no:cacheprovider tests/test_gpu_*.py
+        limited "$PYTHON" -m pytest -q -m gpu -W default -p no:cacheprovider tests/gpu/test_gpu_*.py
         ;;
     tune)
         limited "$PYTHON" benchmarks/tune.py --out "$OUT" --seconds $((granted - SECONDS - 10)) \

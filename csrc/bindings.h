@@ -35,6 +35,7 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType d
 
 inline std::vector<int64_t> leading_sizes(const Tensor& logits) {
   const auto sizes = logits.sizes();
+  R1K_CHECK(sizes.size() > 0, "logits must have 1 dimension at least, got 0");
   return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
 }
 
@@ -55,6 +56,13 @@ inline const float* floats(const MaybeTensor& tensor, const char* name, int64_t 
 
 inline const bool* bools(const MaybeTensor& tensor, const char* name, int64_t numel) {
   return tensor.has_value() ? data<bool>(*tensor, name, ScalarType::Bool, numel) : nullptr;
+}
+
+// How many sequences the boundaries (S + 1,) of packed tokens have.
+inline int64_t sequences_of(const Tensor& cu_seqlens) {
+  R1K_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, "cu_seqlens has ", cu_seqlens.dim(), " dimensions and ",
+            cu_seqlens.numel(), " elements, expected 1 dimension and S + 1 elements for S sequences");
+  return cu_seqlens.numel() - 1;
 }
 
 inline r1k::DType dtype_of(const Tensor& tensor, const char* name) {
@@ -86,6 +94,10 @@ inline r1k::RowView row_view(const Tensor& logits) {
 inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_t aggregate, double clip_low,
                               double clip_high, double ratio_cap, double tau_pos, double tau_neg, double kl_coef,
                               double entropy_coef, double max_length) {
+  R1K_CHECK(surrogate >= 0 && surrogate <= 3 && (ratio == Ratio::token || ratio == Ratio::sequence) && kl >= 1 &&
+                kl <= 3 && aggregate >= 0 && aggregate <= 2,
+            "surrogate, ratio, kl and aggregate are ", surrogate, ", ", static_cast<int>(ratio), ", ", kl, ", ",
+            aggregate, ", expected numbers of r1kernels.objectives");
   return {static_cast<Surrogate>(surrogate),
           ratio,
           kl,

@@ -1,5 +1,5 @@
 // The CPU operators over PyTorch's stable ABI: check, allocate, launch, register.  The schemas are declared in
-// r1kernels/_library.py.  A message that starts with "r1kernels: " speaks of a bad value and is raised to Python
+// r1kernels/_schemas.py.  A message that starts with "r1kernels: " speaks of a bad value and is raised to Python
 // as a ValueError by _library.call.
 
 #include <Python.h>
@@ -85,10 +85,10 @@ Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor 
   const auto sizes = logits.sizes();
   const int64_t count = token_ids.numel();
   Tensor grad_logits = empty(logits, std::vector<int64_t>(sizes.begin(), sizes.end()), logits.scalar_type());
-  if (count == 0) return grad_logits;
-
   r1k::TokenStatsBackward args =
       backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  if (count == 0) return grad_logits;
+
   args.out = grad_logits.data_ptr();
   args.out_dtype = args.logits.dtype;
   args.out_stride = args.logits.vocab;
@@ -167,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const auto sizes = logprobs.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end());
   const int64_t count = logprobs.numel();
+  R1K_CHECK(!shape.empty(), "logprobs must be (..., T), or (N,) with cu_seqlens, got 0 dimensions");
 
   r1k::PolicyLossArgs args;
   args.objective =
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   args.length = shape.back();
   args.cu_seqlens = nullptr;
   if (cu_seqlens.has_value()) {
-    args.sequences = cu_seqlens->numel() - 1;
+    args.sequences = sequences_of(*cu_seqlens);
     args.cu_seqlens = data<int64_t>(*cu_seqlens, "cu_seqlens", ScalarType::Long, args.sequences + 1);
     R1K_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.sequences] == count, "cu_seqlens runs from ",
               args.cu_seqlens[0], " to ", args.cu_seqlens[args.sequences], ", expected 0 to N = ", count);
@@ -233,6 +234,7 @@ Tensor group_advantages(Tensor rewards, MaybeTensor group_ids, int64_t group_siz
       group_ids.has_value() ? data<int64_t>(*group_ids, "group_ids", ScalarType::Long, count) : nullptr;
   R1K_CHECK(ids != nullptr || (group_size > 0 && count % group_size == 0), "group_size is ", group_size,
             ", expected a positive integer that divides the ", count, " rewards");
+  R1K_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0, 1 or 2");
   r1k::group_advantages({count, r, ids, group_size, static_cast<r1k::AdvantageScale>(scale), ddof, eps,
                          static_cast<float*>(advantages.data_ptr())});
   return advantages;
@@ -242,6 +244,7 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logprobs, Tensor ref_logprobs, int
   const auto sizes = logprobs.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end());
   const int64_t count = logprobs.numel();
+  R1K_CHECK(estimator >= 1 && estimator <= 3, "estimator is ", estimator, ", expected 1, 2 or 3");
   Tensor kl = empty(logprobs, shape, ScalarType::Float);
   Tensor slope = empty(logprobs, shape, ScalarType::Float);
   const float* l = floats(logprobs, "logprobs", count);

@@ -59,9 +59,9 @@ r1k::gpu::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& t
 Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, MaybeTensor grad_logprobs,
                             MaybeTensor grad_entropy, double temperature) {
   Tensor grad_logits = empty(logits, sizes_of(logits), logits.scalar_type());
-  if (token_ids.numel() == 0) return grad_logits;
   r1k::gpu::TokenStatsBackward args =
       backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  if (args.count == 0) return grad_logits;
   args.out = merged_rows(grad_logits);
   const OnStream on(logits);
   launch_token_stats_backward(args, on.stream);

@@ -57,6 +57,8 @@ Tensor group_advantages(Tensor rewards, MaybeTensor group_ids, int64_t group_siz
   const int64_t count = rewards.numel();
   R1K_CHECK(group_ids.has_value() || (group_size > 0 && count % group_size == 0), "group_size is ", group_size,
             ", expected a positive integer that divides the ", count, " rewards");
+  R1K_CHECK(scale >= 0 && scale <= 2, "scale is ", scale, ", expected 0, 1 or 2");
+  R1K_CHECK(!group_ids.has_value() || group_ids->dim() == 1, "group_ids must have 1 dimension, got ", group_ids->dim());
   gpu::GroupAdvantagesArgs args = {};
   args.count = count;
   args.rewards = device_floats(rewards, rewards, "rewards", count);

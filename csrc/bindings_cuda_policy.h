@@ -22,13 +22,14 @@ inline gpu::PolicyLossArgs policy_args(const Objective& objective, const Tensor&
                                        const MaybeTensor& mask, const MaybeTensor& cu_seqlens,
                                        const MaybeTensor& importance_weights, const MaybeTensor& normalizer) {
   const std::vector<int64_t> shape = sizes_of(logprobs);
+  R1K_CHECK(!shape.empty(), "logprobs must be (..., T), or (N,) with cu_seqlens, got 0 dimensions");
   gpu::PolicyLossArgs args = {};
   args.objective = objective;
   args.tokens = logprobs.numel();
   args.length = shape.back();
   args.sequences = 1;
   if (cu_seqlens.has_value()) {
-    args.sequences = cu_seqlens->numel() - 1;
+    args.sequences = sequences_of(*cu_seqlens);
     args.cu_seqlens = device_ints(logprobs, cu_seqlens, "cu_seqlens", args.sequences + 1);
     R1K_CHECK(args.sequences > 0 || args.tokens == 0,
               "cu_seqlens holds one number, expected it to run from 0 to N = ", args.tokens);

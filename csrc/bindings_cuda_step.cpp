@@ -59,9 +59,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
             "grad_logits overlaps logits, expected memory of its own, or that of logits row for row");
   R1K_CHECK(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
             ", expected a positive finite number");
-  R1K_CHECK(surrogate >= 0 && surrogate <= 3 && kl >= 1 && kl <= 3 && aggregate >= 0 && aggregate <= 2,
-            "surrogate, kl and aggregate are ", surrogate, ", ", kl, ", ", aggregate,
-            ", expected numbers of r1kernels.objectives");
   args.token_ids = device_ints(logits, token_ids, "token_ids", count);
   args.temperature = temperature;
   args.logprobs = static_cast<float*>(logprobs.data_ptr());

@@ -6,10 +6,11 @@ nothing, has tests of its own.
 
 import importlib.util
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
+import backends
 import pytest
+import sampling
 import torch
 
 from r1kernels import _library, backend, testing
@@ -28,28 +29,55 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
     settings.register_profile("tests", deadline=None, derandomize=True, max_examples=examples, database=None)
     settings.load_profile("tests")
 
-MOST_CASES = 12  # of one test, where programs are interpreted
+# Of a test with more cases than this, a sample is run unless `--full` is given.
+SAMPLED_ABOVE = 24
+# Where programs are interpreted every case takes its time. With `--full` these numbers do not hold there, the sample does.
+MOST_INTERPRETED = 12
 
 
-def spread(count: int) -> set[int]:
-    """MOST_CASES numbers below `count`, apart by its golden section, prime to it: no parameter goes round in step."""
-    step = round(count * 0.618)
-    while math.gcd(step, count) > 1:
-        step += 1
-    return {i * step % count for i in range(MOST_CASES)}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true",
+        help=f"run every case: by default, tests with more than {SAMPLED_ABOVE} cases run a sample that has every pair "
+        "of parameter values",
+    )
+
+
+def parameters(case: pytest.Item) -> dict[str, tuple[int, ...]]:
+    """The values of a case: those that one `parametrize` sets together count as one. Equal cases share their objects."""
+    values = {name: id(value) for name, value in case.callspec.params.items()}
+    together = {}
+    for mark in case.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        together[",".join(names)] = tuple(values.pop(name.strip()) for name in names)
+    return together | {name: (value,) for name, value in values.items()}
+
+
+def sample(cases: list[pytest.Item], full: bool) -> list[int]:
+    """The numbers of the cases of one test that are run."""
+    if full and not SLOW_KERNELS:
+        return list(range(len(cases)))
+    numbers = list(range(len(cases)))
+    if len(cases) > SAMPLED_ABOVE:
+        numbers = sampling.pairwise([parameters(case) for case in cases])
+    if SLOW_KERNELS and not full:
+        numbers = [numbers[i] for i in sampling.spread(len(numbers), MOST_INTERPRETED)]
+    return numbers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted programs take their time: of a test with many cases there, some from everywhere are run."""
-    if not SLOW_KERNELS:
-        return
+    """Skips what a marker keeps from these kernels, and of tests with many cases keeps a sample."""
+    full = config.getoption("--full")
     kept, left = [], []
     for _, group in itertools.groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
         cases = list(group)
-        chosen = spread(len(cases)) if len(cases) > MOST_CASES else range(len(cases))
-        for i, case in enumerate(cases):
-            (kept if i in chosen else left).append(case)
-    config.hook.pytest_deselected(items=left)
+        chosen = set(sample(cases, full))
+        for number, case in enumerate(cases):
+            (kept if number in chosen else left).append(case)
+            if reason := backends.skip_reason(case, testing.KERNELS, full):
+                case.add_marker(pytest.mark.skip(reason=reason))
+    if left:
+        config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from r1kernels import _library
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Blocks of float32 copies: 32 MiB each at most.
+# Side of the blocks that are copied in float32: 16 MiB of each operand at most.
 _BLOCK = 2048
 # Rows of a product whose shape never changes, for libraries that choose an algorithm by shape.
 _INVARIANT_ROWS = 128

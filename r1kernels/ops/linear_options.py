@@ -36,7 +36,8 @@ class LinearOptions(TypedDict, total=False):
             logits; the one the tokens were sampled with.
         logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
         chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time; by default
-            that of 1,024 rows, at most 1 GiB; on a GPU of 4,096 rows, at most 1.25 GiB.
+            that of 1,024 rows, at most 1 GiB; on a GPU of 4,096 rows, at most 1.25 GiB. Where a product multiplies
+            float32 copies of 16-bit operands (bfloat16 with AMX), these take 48 MiB more at most.
         capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
             then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
             can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at

@@ -1,0 +1,365 @@
+"""The benchmarks of a GPU where there is none: timing with a clock of our own, rows, bars, report, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gpu import __main__ as command
+from gpu import bars, measure, records, report, sanitize, timing
+from gpu.setting import COPY, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS, Candidate, Case, Setting
+from gpu.timing import Timed
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
+SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
+HASH = "5678"
+
+
+class FakeClock:
+    """A run returns the microseconds it took."""
+
+    def microseconds(self, run: Callable[[], object]) -> float:
+        return float(run())
+
+    def peak_extra_bytes(self, run: Callable[[], object]) -> int:
+        return 100
+
+    def graph(self, run: Callable[[], object]) -> Timed:
+        return Timed(lambda: 10 * run(), calls=10)
+
+
+def taking(us: float, log: list[str] | None = None, name: str = "") -> Timed:
+    def run() -> float:
+        if log is not None:
+            log.append(name)
+        return us
+
+    return Timed(run)
+
+
+def case(candidates: dict[str, Candidate], **given: Any) -> Case:
+    return Case("token_stats", "statistics", "8192 x 151936", torch.bfloat16, candidates, **given)
+
+
+# ---- timing -------------------------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns_and_slow_ones_only_a_few() -> None:
+    log: list[str] = []
+    candidates = {name: taking(us, log, name) for name, us in (("a", 100.0), ("b", 200.0), ("slow", 10_000.0))}
+    measured = timing.in_turns(candidates, FakeClock(), seconds=0.0331)
+    assert {name: (each.median_us, each.spread_us) for name, each in measured.items()} == {
+        "a": (100, 0), "b": (200, 0), "slow": (10_000, 0)
+    }
+    assert measured["slow"].rounds == timing.SLOW_ROUNDS and measured["a"].rounds == measured["b"].rounds == 10
+    assert log[-4:] == ["a", "b", "a", "b"]
+    assert log[-(2 * 10 + 3):][:6] == ["a", "b", "slow", "a", "b", "slow"]
+
+
+def test_preparation_comes_before_every_run_and_a_graph_is_divided_by_its_calls() -> None:
+    log: list[str] = []
+    given = Timed(lambda: log.append("run") or 50.0, prepare=lambda: log.append("prepare"), calls=10)
+    assert timing.in_turns({"a": given}, FakeClock(), seconds=0)["a"].median_us == 5
+    assert "run" in log and all(log[i - 1] == "prepare" for i, what in enumerate(log) if what == "run")
+
+
+def test_the_device_clock_converts_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
+    monkeypatch.setattr(timing.torch, "empty", lambda size, **_: SimpleNamespace(zero_=lambda: calls.append("flush")))
+    clock = timing.DeviceClock(torch.device("cpu"))
+    assert clock.microseconds(lambda: calls.append("run")) == 1500
+    assert calls == ["flush", "record", "run", "record", "wait"]
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------
+
+
+def wrong() -> None:
+    raise AssertionError("the gradient is off\nby a lot")
+
+
+def test_a_candidate_that_is_wrong_has_no_number() -> None:
+    given = {OURS: Candidate(taking(100)), "peer": Candidate(taking(1), wrong), COPY: Candidate(taking(90))}
+    rows, lost = measure.run(case(given, bytes=8192 * 151_936 * 2), FakeClock(), 0, {"copy": 1.0})
+    by_name = {row["candidate"]: row for row in rows}
+    assert lost is None and by_name["peer"]["error"] == "AssertionError: the gradient is off"
+    assert "median_us" not in by_name["peer"]
+    # One read against a copy's read and write: 100 us for half of what the copy moves in 90.
+    assert by_name[OURS]["share_of_copy"] == pytest.approx(0.45)
+    assert by_name[COPY]["share_of_copy"] == pytest.approx(1)
+    assert by_name[OURS]["share_of_gemm"] is None
+
+
+def test_a_lost_device_ends_the_case() -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows, error = measure.run(
+        case({OURS: Candidate(taking(1), lost), "other": Candidate(taking(1))}), FakeClock(), 0, {}
+    )
+    assert error is not None and [row["candidate"] for row in rows] == [OURS]
+
+
+def test_memory_running_out_is_no_lost_device() -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows, error = measure.run(
+        case({"eager": Candidate(taking(1), full), OURS: Candidate(taking(1))}), FakeClock(), 0, {}
+    )
+    assert error is None and {row["candidate"] for row in rows} == {OURS, "eager"}
+
+
+def test_products_of_the_same_case_are_the_ceiling_of_a_head() -> None:
+    given = Case(
+        "linear_statistics", "log-prob + entropy", "N 8192, H 4096, V 151936", torch.bfloat16,
+        {OURS: Candidate(taking(16_000)), PRODUCTS: Candidate(taking(13_000))}, flop=2 * 8192 * 4096 * 151_936,
+        inherent_bytes=40,
+    )
+    rows, _ = measure.run(given, FakeClock(), 0, {"gemm": 1.0, "copy": 1.0})
+    assert rows[0]["share_of_gemm"] == pytest.approx(13 / 16) and rows[0]["share_of_copy"] is None
+    assert rows[0]["beyond_bytes"] == 60 and rows[0]["logits_bytes"] == 2 * 8192 * 151_936
+
+
+def test_lines_survive_a_cut_and_the_last_row_of_a_place_counts(tmp_path: Path) -> None:
+    place = {"op": "o", "case": "c", "shape": "s", "dtype": "d", "candidate": OURS}
+    for number in (1, 2):
+        records.append(tmp_path, "result", {**place, "median_us": number})
+    with (tmp_path / records.LINES).open("a") as file:
+        file.write('{"kind": "result", "op": ')
+    assert records.latest(records.of_kind(records.read(tmp_path), "result")) == [{**place, "median_us": 2}]
+
+
+# ---- bars ---------------------------------------------------------------------------------------------------
+
+
+def row(
+    op: str, which: str, shape: str, candidate: str = OURS, dtype: str = "bfloat16", **numbers: Any
+) -> dict[str, Any]:
+    return {
+        "op": op, "case": which, "shape": shape, "dtype": dtype, "candidate": candidate, "kernels": HASH,
+        "spread_us": 1.0, "share_of_copy": None, "share_of_gemm": None, "bytes": 0, "flop": 0, "flop_per_s": None,
+        **numbers,
+    }
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    head, linear = bars.HEAD, "linear_grpo_loss"
+    return [
+        row("ceiling", "copy", "4096 MiB", COPY, median_us=2e3, bytes_per_s=4.3e12),
+        row("ceiling", "bfloat16 products", head, "h W^T", median_us=13e3, flop_per_s=7.8e14),
+        row("token_stats", "statistics", bars.MAIN, median_us=600, share_of_copy=0.95, flop=10, bytes=2,
+            flop_per_s=1e12),
+        row("token_stats", "gradient", bars.MAIN, median_us=1300, share_of_copy=0.85),
+        row("token_stats", "gradient", bars.MAIN, "torch eager", error="OutOfMemoryError: no | memory"),
+        row("grpo_loss", "forward + backward", bars.MAIN, median_us=2000),
+        row(bars.POLICY, "forward, graph", "64 x 512 tokens", dtype="float32", median_us=29),
+        row("linear_statistics", "log-prob + entropy", head, median_us=16e3, share_of_gemm=0.8, mean_error=5e-7,
+            largest_error=3e-5, peak_extra_bytes=1000, logits_bytes=10**6),
+        row("linear_statistics", "log-prob + entropy", head, FLUSHED, median_us=19e3, mean_error=9e-7,
+            largest_error=5e-6),
+        row(linear, "all tokens active", head, median_us=44e3, beyond_bytes=2**30),
+        row(linear, "all tokens active", head, PRODUCTS, median_us=40e3),
+        row(linear, "60 % clipped", head, median_us=28e3, beyond_bytes=2**32),
+        row(linear, "60 % clipped", head, PRODUCTS, median_us=40e3),
+        row("cross_entropy", "inputs", "", dtype="", error="AssertionError: x"),
+    ]
+
+
+def test_bars_by_name() -> None:
+    verdicts = {bar.name: bar.verdict for bar in bars.evaluate(measured_rows()) if bar.candidate in (
+        OURS, FLUSHED, FLOAT32_PRODUCT)}
+    assert verdicts == {
+        "statistics (log-prob + entropy), share of the copy's bandwidth": "met",
+        "gradient, share of the copy's bandwidth": "missed",
+        "gradient in place, share of the copy's bandwidth": "unmeasured",
+        "grpo_loss forward + backward, times statistics + gradient": "met",
+        "policy loss + advantages at 32k tokens": "met",
+        "fused linear statistics, share of the measured product rate": "met",
+        "fused linear statistics, peak extra memory in 16-bit logits (none are written)": "met",
+        "log-probs' mean error against float64": "met",
+        "log-probs' largest error against float64": "missed",
+        f"log-probs' mean error against float64 ({FLUSHED})": "met",
+        f"log-probs' largest error against float64 ({FLUSHED})": "met",
+        f"log-probs' mean error against float64 ({FLOAT32_PRODUCT})": "unmeasured",
+        f"log-probs' largest error against float64 ({FLOAT32_PRODUCT})": "unmeasured",
+        "linear_grpo_loss, all tokens active, times the three bare products": "met",
+        "linear_grpo_loss, all tokens active, memory beyond inputs, gradients and an fp32 dW": "met",
+        "linear_grpo_loss, 60 % known inactive, times the three bare products": "unmeasured",
+        "linear_grpo_loss, 60 % known inactive, memory beyond inputs, gradients and an fp32 dW": "unmeasured",
+        "linear_grpo_loss, 60 % clipped, times the three bare products": "missed",
+        "linear_grpo_loss, 60 % clipped, memory beyond inputs, gradients and an fp32 dW": "missed",
+    }
+
+
+def test_nothing_measured_meets_no_bar() -> None:
+    assert {bar.verdict for bar in bars.evaluate([])} == {"unmeasured"}
+
+
+def test_rows_carry_the_bars_that_judge_them() -> None:
+    rows = bars.mark(measured_rows(), bars.evaluate(measured_rows()))
+    met = {(row["op"], row["case"], row["candidate"]): row["met"] for row in rows}
+    assert met["token_stats", "statistics", OURS] is True and met["token_stats", "gradient", OURS] is False
+    assert met["token_stats", "gradient", "torch eager"] is None
+    assert met["linear_grpo_loss", "60 % clipped", OURS] is False
+    of_tile = {name: met["linear_statistics", "log-prob + entropy", name] for name in (OURS, FLUSHED)}
+    assert of_tile == {OURS: False, FLUSHED: True}
+
+
+# ---- the report ---------------------------------------------------------------------------------------------
+
+
+def test_the_report_tells_of_the_last_kernels_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records.append(tmp_path, "run", {"device": "NVIDIA X", "kernels": "1234"})
+    records.append(tmp_path, "result", row("grpo_loss", "older", "s", median_us=1) | {"kernels": "1234"})
+    records.append(tmp_path, "run", {"device": "NVIDIA X", "driver": "580", "kernels": HASH})
+    for each in measured_rows():
+        records.append(tmp_path, "result", each)
+    report.write(tmp_path)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert (result["device"], result["driver"], result["kernels"]) == ("NVIDIA X", "580", HASH)
+    assert len(result["results"]) == len(measured_rows()) and len(result["bars"]) == len(bars.evaluate([]))
+    text = (tmp_path / "report.md").read_text()
+    assert "older" not in text and "OutOfMemoryError: no / memory" in text
+    assert "| statistics | 8192 x 151936 | bfloat16 | r1kernels | 600.0 us | 1.00 x | 95 % |" in text
+    assert "missed      gradient" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_is_a_report(tmp_path: Path) -> None:
+    report.write(tmp_path)
+    assert "unmeasured" in (tmp_path / "report.md").read_text()
+
+
+# ---- groups of cases, on the CPU ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = records.environment
+    monkeypatch.setattr(records, "environment", lambda device: environment(device, lambda: HASH))
+
+
+def test_a_case_that_was_begun_is_not_begun_again(
+    tmp_path: Path, hashed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = next(iter(command.group_cases("ceilings", SMALL, lambda *_: None)))
+    records.append(tmp_path, "started", {"key": first.key, "kernels": HASH})
+    assert command.run_group("ceilings", SMALL, tmp_path, 60) == 0
+    rows = records.of_kind(records.read(tmp_path), "result")
+    assert {row["candidate"] for row in rows} == {"h W^T", "dlogits W", "dlogits^T h"}
+    assert all(row["kernels"] == HASH and row["median_us"] > 0 for row in rows)
+    assert command.known_ceilings(tmp_path)["gemm"] > 0
+
+
+def test_out_of_time_starts_nothing(tmp_path: Path, hashed: None) -> None:
+    assert command.run_group("ceilings", SMALL, tmp_path, -1) == 0
+    assert records.of_kind(records.read(tmp_path), "started") == []
+
+
+def test_inputs_that_cannot_be_made_are_an_error_row(
+    tmp_path: Path, hashed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cases(setting: Setting) -> Any:
+        raise RuntimeError("no room")
+        yield
+
+    monkeypatch.setitem(command.GROUPS, "rest", (SimpleNamespace(__name__="gpu.cases.full", cases=cases),))
+    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
+    (found,) = records.of_kind(records.read(tmp_path), "result")
+    assert found["op"] == "full" and found["error"] == "RuntimeError: no room"
+
+
+def test_every_case_is_right_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.check_all(SMALL) == 0
+    assert "all right" in capsys.readouterr().out
+
+
+def test_the_sanitizer_runs_every_operation() -> None:
+    assert sanitize.run(torch.device("cpu")) >= 15
+
+
+# ---- the command ----------------------------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in
+*"$FAILS"*) exit 1 ;;
+*"$SLEEPS"*) exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> dict[str, str]:
+    """An environment whose PYTHON writes down what it is asked for."""
+    path = tmp_path / "python"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return {**os.environ, "PYTHON": str(path), "CALLS": str(tmp_path / "calls"), "FAILS": "none", "SLEEPS": "none"}
+
+
+def calls(environment: dict[str, str]) -> list[str]:
+    return Path(environment["CALLS"]).read_text().splitlines()
+
+
+def test_the_stages_fit_into_nine_minutes() -> None:
+    text = SCRIPT.read_text()
+    stages = re.search(r"STAGES=\((.*)\)", text).group(1).split()
+    seconds = dict(re.findall(r"\[([\w-]+)\]=(\d+)", text))
+    assert set(seconds) == set(stages) and set(command.GROUPS) < set(stages)
+    assert sum(map(int, seconds.values())) + int(re.search(r"REPORT=(\d+)", text).group(1)) <= 540
+
+
+def test_chosen_stages_run_and_a_failure_is_told(tmp_path: Path, stub: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    completed = subprocess.run(
+        [SCRIPT, out, "check", "logits"], env=stub | {"FAILS": "gpu check"}, capture_output=True, text=True, timeout=60
+    )
+    assert completed.returncode == 1 and "1 stages failed: check" in completed.stdout
+    assert [line.split()[:3] for line in calls(stub)] == [["-m", "gpu", name] for name in ("check", "logits", "report")]
+    assert "== logits: done" in (out / "log.txt").read_text()
+
+
+def test_an_interrupted_run_still_reports(tmp_path: Path, stub: dict[str, str]) -> None:
+    process = subprocess.Popen(
+        [SCRIPT, tmp_path / "out", "ceilings", "rest"], env=stub | {"SLEEPS": "gpu ceilings"}, stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not Path(stub["CALLS"]).exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "interrupted" in told
+    assert [line.split()[2] for line in calls(stub)] == ["ceilings", "report"]
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path, stub: dict[str, str]) -> None:
+    completed = subprocess.run([SCRIPT, tmp_path, "walk"], env=stub, capture_output=True, text=True)
+    assert completed.returncode == 2 and "unknown stage walk" in completed.stderr

@@ -1,0 +1,75 @@
+"""The README's code runs, its two losses agree, and the tree it shows is the tree there is."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def code() -> dict[str, object]:
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_before_and_after_agree() -> None:
+    names = code()
+    torch.manual_seed(0)
+    batch, steps, vocab = 4, 9, 50
+    logits = torch.randn(batch, steps, vocab)
+    token_ids = torch.randint(vocab, (batch, steps))
+    arguments = (token_ids, torch.randn(batch), torch.randn(batch, steps) - 4, torch.rand(batch, steps) < 0.8)
+
+    def run(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        leaf = logits.clone().requires_grad_()
+        loss, metrics = names[name](leaf, *arguments)
+        loss.backward()
+        return loss.detach(), metrics["entropy"].detach(), leaf.grad
+
+    for ours, by_hand in zip(run("loss_fused"), run("loss_by_hand"), strict=True):
+        torch.testing.assert_close(ours, by_hand)
+
+
+def test_from_hidden_states_agrees_too() -> None:
+    names = code()
+    torch.manual_seed(0)
+    hidden, lm_head = torch.randn(4, 9, 16), torch.nn.Linear(16, 50, bias=False)
+    arguments = (torch.randint(50, (4, 9)), torch.randn(4), torch.randn(4, 9) - 4, torch.rand(4, 9) < 0.8)
+    loss, metrics = names["loss_linear"](hidden, lm_head, *arguments)
+    loss.backward()
+    grad, lm_head.weight.grad = lm_head.weight.grad, None
+    expected, _ = names["loss_by_hand"](lm_head(hidden), *arguments)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, lm_head.weight.grad)
+    assert metrics["measured_tokens"] == arguments[-1].sum()
+
+
+def test_paths_named_in_the_tree_exist() -> None:
+    tree = TEXT.split("## The tree")[1].split("\n## ")[0]
+    # The first column, and a second path before its description where a line names two.
+    paths = re.findall(r"^    (\S+)(?: {1,2}(\S+/) )?", tree, re.MULTILINE)
+    flat = {path for pair in paths for path in pair if path}
+    assert {"csrc/", "r1kernels/triton/", "r1kernels/ops/", "recipes/", "tests/", "benchmarks/"} <= flat
+    for path in flat:
+        assert (ROOT / path).exists(), f"README names {path}, which does not exist"
+
+
+def test_every_recipe_and_make_target_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:`|^    )make (\w+)", TEXT, re.MULTILINE))
+    assert {"demo", "test", "bench", "wheel"} <= targets
+    for target in targets:
+        assert f"\n{target}:" in makefile, target
+    for recipe in set(re.findall(r"recipes/\w+\.yaml", TEXT)):
+        assert (ROOT / recipe).exists(), recipe
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXT.splitlines()) <= 150

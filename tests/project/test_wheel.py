@@ -1,0 +1,173 @@
+"""One wheel for every Python >= 3.10, torch >= 2.10, with and without CUDA: made as by `make wheel`, and used."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nvcc
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PIP = ("-m", "pip", "--disable-pip-version-check")
+LARGEST = 5_000_000  # bytes
+OLDEST_TORCH = (2, 10)
+
+USE = """
+import torch, r1kernels
+from r1kernels import _library
+assert _library.extension is not None, _library.extension_error
+assert "site-packages" in _library.extension.__file__, _library.extension.__file__
+logits = torch.randn(2, 3, 257, dtype=torch.bfloat16, requires_grad=True)
+token_ids = torch.randint(257, (2, 3))
+logprobs = r1kernels.token_logprobs(logits, token_ids)
+expected = logits.float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+torch.testing.assert_close(logprobs, expected)
+loss, metrics = r1kernels.grpo_loss(logits, token_ids, torch.tensor([1.0, -1.0]))
+loss.backward()
+assert logits.grad.isfinite().all() and metrics["tokens"] == 6
+weight = torch.randn(257, 8, dtype=torch.bfloat16)
+hidden = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+logprobs = r1kernels.linear_token_logprobs(hidden, weight, token_ids)
+expected = (hidden.float() @ weight.float().T).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+torch.testing.assert_close(logprobs, expected, rtol=1e-3, atol=1e-3)
+print(torch.__version__)
+print(*_library.extension.cuda_architectures())
+print(_library.extension.cuda_missing(0))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    own = ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    completed = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    environment = Path(sys.prefix)
+    if not (environment / "base.stamp").exists():
+        pytest.skip("wheels are made in the environment of `make`, and this is another")
+    dist = tmp_path_factory.mktemp("dist")
+    run("make", "wheel", f"VENV={environment}", f"DIST={dist}", cwd=ROOT)
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_serves_every_python_and_many_linuxes(wheel: Path) -> None:
+    assert re.fullmatch(r"r1kernels-[\d.]+-cp310-abi3-manylinux_2_\d+_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < LARGEST
+
+
+def test_the_wheel_holds_the_package_and_no_library_of_others(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"r1kernels/_C.abi3.so", "r1kernels/tables/cuda_faster.json"} <= set(names)
+    assert [name for name in names if ".so" in name] == ["r1kernels/_C.abi3.so"]
+    assert all(name.startswith(("r1kernels/", "r1kernels-")) for name in names)
+
+
+# ---- torch's stable interface -------------------------------------------------------------------------------
+
+
+def declared(header: str, newest: tuple[int, int]) -> set[str]:
+    """The functions of a header of torch's C interface that this version of torch has."""
+    names: set[str] = set()
+    newer: list[bool] = []  # of each open condition
+    for line in header.splitlines():
+        if condition := re.match(r"\s*#\s*if(.*)", line):
+            since = re.search(r"TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)", condition[1])
+            newer.append(since is not None and (int(since[1]), int(since[2])) > newest)
+        elif re.match(r"\s*#\s*endif", line):
+            newer.pop()
+        elif not any(newer):
+            names |= set(re.findall(r"\b(?:aoti_)?torch_\w+(?=\()", line))
+    return names
+
+
+def test_functions_of_newer_versions_are_told_apart() -> None:
+    header = """
+        #ifdef USE_CUDA
+        int torch_old(int a);
+        #endif // USE_CUDA
+        #if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0
+        int aoti_torch_of_its_age();
+        #endif
+        #if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
+        #ifdef USE_CUDA
+        int torch_newer();
+        #endif
+        #endif
+    """
+    assert declared(header, (2, 10)) == {"torch_old", "aoti_torch_of_its_age"}
+    assert "torch_newer" in declared(header, (2, 11))
+
+
+def test_the_extension_asks_torch_for_nothing_that_its_oldest_version_lacks(wheel: Path, tmp_path: Path) -> None:
+    extension = zipfile.ZipFile(wheel).extract("r1kernels/_C.abi3.so", tmp_path)
+    wanted = {line.split()[-1] for line in run("nm", "-D", "--undefined-only", extension, cwd=tmp_path).splitlines()}
+    of_torch = {name for name in wanted if re.match(r"(aoti_)?torch_", name)}
+    assert "torch_library_impl" in of_torch
+    include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    headers = [include / "stable" / "c" / "shim.h", include / "inductor" / "aoti_torch" / "c" / "shim.h"]
+    assert not of_torch - set().union(*(declared(path.read_text(), OLDEST_TORCH) for path in headers))
+    unstable = re.compile(r"_Z\w*(?:2at|3c10|5torch|5caffe2)")
+    assert not [name for name in wanted if unstable.match(name)]
+    assert not [name for name in wanted if name.startswith(("cuda", "cu"))]
+
+
+# ---- installed elsewhere ------------------------------------------------------------------------------------
+
+
+def cpu_versions() -> list[str]:
+    """The CPU builds of other versions of torch that the registry has: a few hundred MB, others bring all of CUDA."""
+    listed = run(sys.executable, *PIP, "index", "versions", "torch", cwd=ROOT)
+    found = re.findall(r"\b(\d+)\.(\d+)\.(\d+)\+cpu\b", listed)
+    versions = [".".join(version) + "+cpu" for version in found if (int(version[0]), int(version[1])) >= OLDEST_TORCH]
+    return [version for version in dict.fromkeys(versions) if version != torch.__version__]
+
+
+@pytest.fixture(scope="module")
+def used(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The lines of `USE` in an environment of its own, with the oldest other torch if there is one."""
+    folder = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", folder / "environment", cwd=folder)
+    python = folder / "environment" / "bin" / "python"
+    version = (cpu_versions() or [torch.__version__.partition("+")[0]])[-1]
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+    (folder / "constraints.txt").write_text("\n".join([*pins, f"torch=={version}"]))
+    run(python, *PIP, "install", "--quiet", "-c", folder / "constraints.txt", wheel, cwd=folder)
+    return run(python, "-c", USE, cwd=folder).splitlines()
+
+
+def test_the_wheel_is_used_in_a_clean_environment(used: list[str]) -> None:
+    _, architectures, missing = used
+    compiler, why = nvcc.available()
+    if compiler is None:
+        assert not architectures
+        assert missing == f"built without CUDA: {why}"
+    else:
+        assert tuple(architectures.split()) == nvcc.architectures()
+        assert missing == "" or "driver" in missing or "sm_" in missing
+
+
+def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(used: list[str]) -> None:
+    if used[0] == torch.__version__:
+        pytest.skip(f"the registry has no CPU build of torch but {torch.__version__}")
+    assert used[0].endswith("+cpu")
+
+
+def test_the_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
+    run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, cwd=ROOT)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
+    assert {"setup.py", "pyproject.toml", *files} <= names
