@@ -1,23 +1,53 @@
-"""r1kernels: the loss head of language-model RL, exact and fused. What is exported here is the public API."""
+"""r1kernels: the loss head of language-model RL, exact and fused. What is exported here is the public API.
 
-from r1kernels import objectives
-from r1kernels._library import backend
-from r1kernels.objectives import Objective
-from r1kernels.ops.cross_entropy import cross_entropy
-from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
-from r1kernels.ops.group_advantages import group_advantages
-from r1kernels.ops.grpo_loss import grpo_loss
-from r1kernels.ops.kl_estimate import kl_estimate
-from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
-from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
-from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
-from r1kernels.ops.linear_options import LinearOptions
-from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
-from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
-from r1kernels.ops.policy_loss_reference import PolicyBatch
-from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
+Names are loaded when one of them is first used, so that `import r1kernels.rewards` needs no torch. From then on all
+operators `torch.ops.r1kernels.*` exist.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from r1kernels import objectives
+    from r1kernels._library import backend
+    from r1kernels.objectives import Objective
+    from r1kernels.ops.cross_entropy import cross_entropy
+    from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
+    from r1kernels.ops.group_advantages import group_advantages
+    from r1kernels.ops.grpo_loss import grpo_loss
+    from r1kernels.ops.kl_estimate import kl_estimate
+    from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
+    from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
+    from r1kernels.ops.linear_options import LinearOptions
+    from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
+    from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
+    from r1kernels.ops.policy_loss_reference import PolicyBatch
+    from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "DistillationLoss": "r1kernels.ops.distillation_loss",
+    "LinearOptions": "r1kernels.ops.linear_options",
+    "Objective": "r1kernels.objectives",
+    "PolicyBatch": "r1kernels.ops.policy_loss_reference",
+    "PolicyLoss": "r1kernels.ops.policy_loss",
+    "backend": "r1kernels._library",
+    "cross_entropy": "r1kernels.ops.cross_entropy",
+    "distillation_loss": "r1kernels.ops.distillation_loss",
+    "group_advantages": "r1kernels.ops.group_advantages",
+    "grpo_loss": "r1kernels.ops.grpo_loss",
+    "kl_estimate": "r1kernels.ops.kl_estimate",
+    "linear_cross_entropy": "r1kernels.ops.linear_cross_entropy",
+    "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
+    "linear_grpo_loss": "r1kernels.ops.linear_grpo_loss",
+    "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
+    "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
+    "policy_loss": "r1kernels.ops.policy_loss",
+    "token_logprobs": "r1kernels.ops.token_stats",
+    "token_logprobs_and_entropy": "r1kernels.ops.token_stats",
+}
 
 __all__ = [
     "DistillationLoss",
@@ -42,3 +72,17 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_and_entropy",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "objectives":
+        return import_module("r1kernels.objectives")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'r1kernels' has no attribute {name!r}")
+    for public, module in _MODULES.items():
+        globals()[public] = getattr(import_module(module), public)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
