@@ -1,353 +1,344 @@
-"""The chain of a recipe: which stages must run, in which order, and the manifest that remembers what they came from.
+"""Runs the stages of a recipe in order, and decides which of them are new, finished, interrupted or out of date.
 
-A finished stage whose configuration, code, data and inputs have not changed is skipped. One that changed is run again,
-and so is what depends on it, if its output differs. What it replaces is moved to `superseded/`, never deleted.
+A finished stage is kept while its settings, its data, the outputs that it starts from, and the version of r1kernels
+stay the same. When it runs again, its old directory is kept as `.replaced-NAME` until the new one is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import graphlib
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Iterable
-from importlib import metadata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1kernels.train.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
-from r1kernels.train.checkpoint import MODEL, CheckpointError, latest_checkpoint, tidy_checkpoints
-from r1kernels.train.config import Recipe, as_dict, references
-from r1kernels.train.console import Console
-from r1kernels.train.evaluate import evaluate_model
-from r1kernels.train.files import sha256, write_atomically
+import filelock
+
+import r1kernels
+from r1kernels.train import evaluate, grpo, reject, reward_model, supervised
+from r1kernels.train.checkpoint import MODEL, latest_checkpoint, sha256, tidy_checkpoints, write_file
+from r1kernels.train.errors import ConfigError, StorageError
 from r1kernels.train.interrupt import Interrupt
-from r1kernels.train.problems import data_files
-from r1kernels.train.schema import ConfigError, differences
-from r1kernels.train.stage import SELECTED, Stage, model_dir, model_overrides
-from r1kernels.train.stages import KINDS, stage_module
+from r1kernels.train.log import Console
+from r1kernels.train.recipe import LEAVES, RESERVED_NAMES, FileData, Recipe
+from r1kernels.train.recipe_file import dump_recipe, load_recipe, read_yaml, references
+from r1kernels.train.stage import SELECTED, Stage, model_overrides, model_path, run_model
 
-MANIFEST, SUPERSEDED, FORMAT = "manifest.json", "superseded", 1
-_RECORD = ("kind", "status", "config", "hashes", "output", "summary", "seconds", "evaluation")  # of a stage
-# Modules that show results and compute none, so that a change of them makes no stage stale.
-_SHOWS = (
-    "cli", "columns", "console", "curves", "follow", "record", "report", "report_html", "tables", "trackers", "watch"
-)
-# Files up to this size are hashed whole; of larger ones of a model from elsewhere, name, size and time of change count.
-_WHOLE = 2**24
+CONFIG, MANIFEST, LOCK, PID, FORMAT = "config.yaml", "manifest.json", ".lock", ".pid", 2
+RUN = {
+    "model": run_model, "pretrain": supervised.run_pretrain, "sft": supervised.run_sft, "grpo": grpo.run,
+    "distill": supervised.run_distill, "reject": reject.run, "preference": reward_model.run, "evaluate": evaluate.run,
+}
+HASHED_SIZE = 2**24  # larger files of a pretrained model count by their size and the time of their last change
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
-    """What is to be done with a stage: `skip`, `run`, `continue`, `rerun` or `refuse`, and why."""
+    """What happens with a stage: `run`, `skip`, `continue`, `rerun` or `refuse`, and why."""
 
     name: str
     action: str
     why: str
 
+    def check(self) -> Plan:
+        """Raises ConfigError if the stage is refused."""
+        if self.action == "refuse":
+            raise ConfigError(f"stage '{self.name}': {self.why}")
+        return self
+
 
 def order(recipe: Recipe) -> list[str]:
-    """Names of stages, each after those it depends on, else in the order of the recipe, models from elsewhere first.
-
-    Raises:
-        ConfigError: stages depend on each other in a circle.
-    """
-    needs = {stage.name: dependencies(recipe, stage) for stage in recipe.stages}
+    """Names of the stages, each after those it depends on, otherwise as in the recipe, pretrained models first."""
+    needs = {name: dependencies(recipe, name) for name in recipe.stages}
     try:
         graphlib.TopologicalSorter(needs).prepare()
     except graphlib.CycleError as error:
         raise ConfigError(f"'stages' depend on each other in a circle: {' <- '.join(error.args[1])}") from None
-    names = [stage.name for stage in sorted(recipe.stages, key=lambda stage: stage.kind != "model")]
-    done: list[str] = []
-    while len(done) < len(names):
-        done.append(next(name for name in names if name not in done and needs[name] <= set(done)))
+    waiting, done = sorted(needs, key=lambda name: recipe.stages[name].kind != "model"), []
+    while waiting:
+        done.append(next(name for name in waiting if needs[name] <= set(done)))
+        waiting.remove(done[-1])
     return done
 
 
-def dependencies(recipe: Recipe, stage: Any) -> set[str]:
+def dependencies(recipe: Recipe, name: str) -> set[str]:
     """The stages that a stage takes something from."""
-    return {name for _, name in references(stage)} - set(recipe.data)
+    return {other for _, other, _ in references(recipe.stages[name])} - set(recipe.data)
 
 
-def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The records of the stages, by name; none where nothing was run yet.
-
-    Raises:
-        ConfigError: the manifest is damaged or of an unknown format.
-    """
+def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
+    """The records of the stages that ran, by name."""
     path = Path(run_dir) / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("stages"), dict):
-        raise ConfigError(f"{path} is damaged or of another version, expected format {FORMAT} with 'stages'")
-    for name, record in content["stages"].items():
-        missing = [key for key in _RECORD if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise ConfigError(f"{path} is damaged: the record of stage '{name}' has no '{missing[0]}'")
-    return content["stages"]
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"format": FORMAT, "stages": {}}
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
+        for record in content["stages"].values():
+            {key: record[key] for key in ("kind", "status", "version", "settings", "output", "seconds", "evaluation")}
+        return content["stages"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or of another version of r1kernels: {error!r}") from error
 
 
 class Chain:
     """The stages of a recipe in its run directory.
 
     Args:
-        start: this stage and all that depend on it are run again.
-        trust_code: a change of the code alone makes no stage stale.
+        start: run this stage and all that depend on it again.
+        ignore_version: reuse stages that another version of r1kernels ran.
     """
 
-    def __init__(self, recipe: Recipe, *, start: str | None = None, trust_code: bool = False) -> None:
-        self.recipe, self.run_dir, self.trust_code = recipe, Path(recipe.run_dir), trust_code
-        self.order = order(recipe)
+    def __init__(self, recipe: Recipe, *, start: str | None = None, ignore_version: bool = False) -> None:
+        self.recipe, self.run_dir, self.ignore_version = recipe, Path(recipe.run_dir), ignore_version
+        self.order, self.records = order(recipe), read_manifest(recipe.run_dir)
         if start is not None and start not in self.order:
-            raise ConfigError(f"--from {start!r}: no such stage, expected one of {', '.join(self.order)}")
-        self.records = read_manifest(self.run_dir)
-        self.start, self.forced = start, {start} if start else set()
+            raise ConfigError(f"--from {start!r}: no such stage; expected one of {', '.join(self.order)}")
+        self.forced = {start}
         for name in self.order:
-            if self.forced & self._needs(name):
+            if self.forced & dependencies(recipe, name):
                 self.forced.add(name)
 
     def plan(self) -> list[Plan]:
-        """What `run` would do now. Stages behind one that runs are skipped after all if its output stays the same."""
-        stale: set[str] = set()
-        plans = []
+        """What `run` would do. A stage behind one that runs is kept after all if it starts from the same outputs."""
+        plans: list[Plan] = []
         for name in self.order:
-            plan = self._decide(name, stale)
-            if plan.action != "skip":
-                stale.add(name)
-            plans.append(plan)
+            plans.append(self._decide(name, {plan.name for plan in plans if plan.action != "skip"}))
         return plans
 
     def run(self, console: Console, interrupt: Interrupt) -> None:
-        """Runs what is to be run, each stage followed by an evaluation of its model.
-
-        Raises:
-            Interrupted: after the stage at work has saved its state.
-        """
+        """Runs the stages and evaluates the models that they leave. Raises Interrupted once the state is saved."""
         for plan in self.plan():
-            if plan.action == "refuse":
-                raise ConfigError(f"stage '{plan.name}': {plan.why}")
-        for index, name in enumerate(self.order):
+            plan.check()
+        for number, name in enumerate(self.order, start=1):
             interrupt.check()
-            plan = self._decide(name, set())
-            console.stage(name, index + 1, len(self.order), f"{plan.action}: {plan.why}")
+            plan = self._decide(name, set()).check()
+            console.stage(name, number, len(self.order), f"{plan.action}: {plan.why}")
             if plan.action != "skip":
-                try:
-                    self._run(name, plan, console, interrupt)
-                except BaseException:
-                    console.say(f"stage '{name}' did not finish; what it has done so far is in {self.run_dir / name}")
-                    raise
-            elif self.trust_code:
-                self.records[name]["hashes"]["code"] = code_hash()
-                self._write()
+                self._run(name, plan.action, console, interrupt)
             self._evaluate(name, console, interrupt)
 
-    def _run(self, name: str, plan: Plan, console: Console, interrupt: Interrupt) -> None:
-        config, started = self.recipe.stage(name), time.monotonic()
-        directory = self.run_dir / name
-        spent = self.records[name]["seconds"] if plan.action == "continue" else 0.0
+    def _run(self, name: str, action: str, console: Console, interrupt: Interrupt) -> None:
+        settings, directory, started = self.recipe.stages[name], self.run_dir / name, time.monotonic()
+        replaced = self.run_dir / f".replaced-{name}"
         record = {
-            "kind": config.kind, "status": "running", "config": self._settings(name), "hashes": self._hashes(name),
-            "output": None, "summary": {}, "seconds": spent, "evaluation": None,
+            "kind": settings.kind, "status": "running", "version": r1kernels.__version__, "output": None, "summary": {},
+            "seconds": self.records[name]["seconds"] if action == "continue" else 0.0, "evaluation": None,
+            "settings": self._settings(name),
         }
-        record["fingerprint"] = _digest(record["hashes"])
         try:
-            if plan.action in ("run", "rerun") and directory.exists():
-                self._supersede(directory)
+            if action != "continue" and directory.exists():
+                if replaced.exists():  # a finished stage is kept there, and this one was not finished
+                    shutil.rmtree(directory)
+                else:
+                    directory.rename(replaced)
             self.records[name] = record
             self._write()
             directory.mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{directory} cannot be made: {error.strerror}; what was there stands") from error
-        stage = Stage(self.recipe, config, directory, console, interrupt, before=self._before(config))
+            raise StorageError(f"cannot make {directory}: {error.strerror}; the existing output was kept") from error
+        before = self.records.get(getattr(settings, "model", ""), {}).get("evaluation")
         try:
-            summary = stage_module(config.kind).run(stage)
+            summary = RUN[settings.kind](Stage(self.recipe, settings, directory, console, interrupt, before))
         except BaseException:
-            record["seconds"] = spent + time.monotonic() - started
-            with contextlib.suppress(ConfigError):  # what ended the stage is to be said, not what followed from it
+            record["seconds"] += time.monotonic() - started
+            with contextlib.suppress(StorageError):  # the first error is the one to report
                 self._write()
+            console.say(f"stage '{name}' is not finished; its work so far is in {directory}")
             raise
         tidy_checkpoints(directory, self.recipe.checkpoint.keep)
         evaluation = summary.pop("evaluation", None)
-        if evaluation and plan.action != "continue":  # measured by the stage itself, with the settings of now
-            record["evaluation"] = {**evaluation, "settings": self._measured_with()}
-        record |= {
-            "status": "finished", "summary": summary, "output": self._output(name, summary),
-            "seconds": spent + time.monotonic() - started,
-        }
+        if evaluation and action != "continue":  # else older settings may have measured it
+            record["evaluation"] = {**evaluation, "settings": self._eval_settings()}
+        record |= {"status": "finished", "summary": summary, "output": self._output(name)}
+        record["seconds"] += time.monotonic() - started
         self.forced.discard(name)
         self._write()
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _evaluate(self, name: str, console: Console, interrupt: Interrupt) -> None:
         """Measures the model that a stage left, unless that was done with the same settings."""
-        if KINDS[self.recipe.stage(name).kind] != "model":
-            return
-        record = self.records[name]
-        if record["evaluation"] and record["evaluation"]["settings"] == self._measured_with():
+        record, settings, started = self.records[name], self._eval_settings(), time.monotonic()
+        if LEAVES[record["kind"]] != "model" or (record["evaluation"] or {}).get("settings") == settings:
             return
         console.phase(f"{name}: evaluating")
-        path, started = model_dir(self.recipe, self.run_dir, name), time.monotonic()
-        evaluation = evaluate_model(self.recipe, path, interrupt, model_overrides(self.recipe, name)).as_dict()
-        seconds = time.monotonic() - started
-        record["evaluation"] = {**evaluation, "settings": self._measured_with(), "seconds": seconds}
+        path = model_path(self.recipe, self.run_dir, name)
+        evaluation = evaluate.evaluate_model(self.recipe, path, interrupt, model_overrides(self.recipe, name))
+        record["evaluation"] = {**evaluation, "settings": settings, "seconds": time.monotonic() - started}
         self._write()
         console.evaluation(name, record["evaluation"])
 
-    def _measured_with(self) -> str:
-        """A hash of what an evaluation depends on beside the model."""
-        data = self.recipe.eval_problems
-        return _digest([
-            {**as_dict(self.recipe.eval), "every": None}, self._shared(data, True),
-            self._data_hashes(data, "test_path"),
-        ])
-
-    def _before(self, config: Any) -> dict[str, Any] | None:
-        """The evaluation of the model that a stage starts from."""
-        return (self.records.get(getattr(config, "model", None)) or {}).get("evaluation")
-
     def _decide(self, name: str, stale: set[str]) -> Plan:
-        record = self.records.get(name)
+        """What to do with a stage, if the `stale` ones run before it."""
+        record, settings = self.records.get(name), self.recipe.stages[name]
         if record is None:
             return Plan(name, "run", "new")
-        waits = sorted(self._needs(name) & stale)
-        why = [f"asked for by --from {self.start}"] if name in self.forced else []
-        config = self.recipe.stage(name)
-        grows, now = getattr(config, "grows", ()), self._settings(name)
-        changed = differences(record["config"], now)
-        grown = [item for item in changed if item.partition(":")[0] in {f"stage.{key}" for key in grows}]
-        more = all(now["stage"][key] >= record["config"]["stage"].get(key, 0) for key in grows)
-        why += [item for item in changed if item not in grown or not more]
-        hashes = self._hashes(name)
-        other_code = hashes["code"] != record["hashes"]["code"] and not self.trust_code
-        if other_code and record["status"] != "finished" and not why:
-            # Not begun anew by itself: what it has done may have taken weeks.
-            return Plan(name, "refuse", "it was interrupted, and the code or a library changed since: --trust-code "
-                        f"continues it, --from {name} begins it anew")
-        if other_code:
-            why.append("the code or a library changed (--trust-code lets it stand)")
-        why += [f"{key} changed" for key, value in hashes["data"].items() if record["hashes"]["data"].get(key) != value]
-        why += [f"{dependency} is run first" for dependency in waits]
-        why += [
-            f"the output of {key} changed" for key, value in hashes["inputs"].items()
-            if key not in stale and record["hashes"]["inputs"].get(key) != value
-        ]
-        if why:
+        if name in self.forced:
+            return Plan(name, "rerun", "requested by --from")
+        finished = record["status"] == "finished"
+        old, new = _flat(record["settings"]), _flat(self._settings(name))
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        own = [key for key in changed if not key.startswith("inputs.")]
+        why = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+        why += [f"{other} runs first" for other in sorted(dependencies(self.recipe, name) & stale)]
+        steps = f"stages.{name}.steps"
+        longer = settings.kind == "grpo" and changed == [steps] and len(why) == 1 and new[steps] > old[steps]
+        longer = longer and not any(item.last_steps for item in settings.preference)  # else past steps would differ
+        if own and not longer and not finished:
+            return Plan(name, "refuse", f"it was interrupted, and its settings changed ({'; '.join(why)}); change them "
+                        f"back to continue, or use --from {name} to run it again")
+        if why and not longer:
             return Plan(name, "rerun", "; ".join(why))
-        if record["status"] != "finished":
-            return Plan(name, "continue", "it was interrupted")
-        if grown:
-            return Plan(name, "continue", "; ".join(grown))
-        if not self._stands(name):
+        if record["version"] != r1kernels.__version__ and not self.ignore_version:
+            return Plan(name, "refuse", f"r1kernels {record['version']} ran it, and this is {r1kernels.__version__}; "
+                        f"use --ignore-version to reuse it, or --from {name} to run it again")
+        if longer or not finished:
+            return Plan(name, "continue", why[0] if why else "it was interrupted")
+        if self._output(name) != record["output"]:
             return Plan(name, "rerun", "its output is missing or damaged")
         return Plan(name, "skip", "finished, and nothing changed")
 
-    def _needs(self, name: str) -> set[str]:
-        return dependencies(self.recipe, self.recipe.stage(name))
-
     def _settings(self, name: str) -> dict[str, Any]:
-        """All settings that a stage's result depends on."""
-        config = self.recipe.stage(name)
-        data = {other for _, other in references(config)} & set(self.recipe.data)
-        judged = getattr(config, "pairs", None) in {stage.name for stage in self.recipe.stages}
-        scored = hasattr(config, "rewards") or judged
-        return {"stage": as_dict(config)} | self._shared(data, scored)
+        """All that the result of a stage depends on, except the version."""
+        settings = self.recipe.stages[name]
+        scores = settings.kind in ("grpo", "reject", "evaluate") or getattr(settings, "pairs", "") in self.recipe.stages
+        data = sorted({other for _, other, _ in references(settings)} & self.recipe.data.keys())
+        outputs = {other: self.records.get(other, {}).get("output") for other in dependencies(self.recipe, name)}
+        shared = self._shared(data, scores, "test_path" if settings.kind == "evaluate" else "path")
+        return _plain({"stages": {name: settings.model_dump()}, **shared, "inputs": outputs})
 
-    def _shared(self, data: Any, scored: bool) -> dict[str, Any]:
-        recipe = as_dict(self.recipe)
-        scoring = {key: value for key, value in recipe["scoring"].items() if key != "workers"}
-        return {
-            **{key: recipe[key] for key in ("seed", "template", "open_think")},
-            # Files count by what they hold, wherever they lie.
-            "data": {key: {**recipe["data"][key], "path": None, "test_path": None} for key in sorted(data)},
-            "scoring": scoring if scored else None,
-        }
+    def _shared(self, data: Iterable[str], scores: bool, path: str) -> dict[str, Any]:
+        recipe, sets = self.recipe, {name: self.recipe.data[name].model_dump() for name in data}
+        for name, values in sets.items():
+            if isinstance(recipe.data[name], FileData):  # files count by their content, wherever they are
+                file = values[path]
+                values |= {"path": None, "test_path": None, "content": file and sha256(Path(file))[:16]}
+        shared = {key: getattr(recipe, key) for key in ("seed", "template", "open_think")} | {"data": sets}
+        return {**shared, "scoring": recipe.scoring.model_dump(exclude={"workers"})} if scores else shared
 
-    def _hashes(self, name: str) -> dict[str, Any]:
-        config = self.recipe.stage(name)
-        data = {other for _, other in references(config)} & set(self.recipe.data)
-        return {
-            "config": _digest(self._settings(name)),
-            "code": code_hash(),
-            "data": self._data_hashes(data, "test_path" if config.kind == "evaluate" else "path"),
-            "inputs": {key: (self.records.get(key) or {}).get("output") for key in sorted(self._needs(name))},
-        }
+    def _eval_settings(self) -> str:
+        """A hash of what an evaluation depends on besides the model."""
+        shared = self._shared(self.recipe.eval_problems, True, "test_path")
+        return _digest({**shared, "eval": self.recipe.eval.model_dump(exclude={"every"})})
 
-    def _data_hashes(self, names: Iterable[str], key: str) -> dict[str, str]:
-        files = data_files(self.recipe, set(names))
-        return {name: _file_hash(path) for name, path in files.items() if name.endswith(f".{key}")}
-
-    def _stands(self, name: str) -> bool:
-        record = self.records[name]
-        try:
-            return self._output(name, record["summary"]) == record["output"]
-        except (OSError, ConfigError, CheckpointError, ValueError, KeyError):
-            return False
-
-    def _output(self, name: str, summary: dict[str, Any]) -> str:
-        """A hash of what a finished stage left."""
-        config = self.recipe.stage(name)
-        if config.kind == "model":
-            return _model_hash(config.path)
-        if KINDS[config.kind] == "samples":
-            return _file_hash(self.run_dir / name / SELECTED)
-        if KINDS[config.kind] == "measurements":
-            return _digest(summary)
-        checkpoint = latest_checkpoint(self.run_dir / name)
-        if checkpoint is None:
-            raise ConfigError(f"stage '{name}' left no checkpoint in {self.run_dir / name}")
-        files = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))["files"]
-        for file, entry in files.items():
-            if (checkpoint / file).stat().st_size != entry["size"]:
-                raise CheckpointError(f"damaged checkpoint: {checkpoint / file}")
-        return _digest({file: entry["sha256"] for file, entry in files.items() if file.startswith(f"{MODEL}/")})
-
-    def _supersede(self, directory: Path) -> None:
-        shelf = self.run_dir / SUPERSEDED
-        shelf.mkdir(exist_ok=True)
-        parts = [entry.name.rpartition("-") for entry in shelf.iterdir()]
-        taken = [int(number) for name, _, number in parts if name == directory.name and number.isdecimal()]
-        directory.rename(shelf / f"{directory.name}-{max(taken, default=0) + 1}")
+    def _output(self, name: str) -> str | None:
+        """A hash of what a finished stage left; None if it is missing."""
+        kind, directory = self.recipe.stages[name].kind, self.run_dir / name
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if kind == "model":
+                return _model_hash(Path(self.recipe.stages[name].path))
+            if LEAVES[kind] == "samples":
+                return sha256(directory / SELECTED)[:16]
+            if LEAVES[kind] == "measurements":
+                return "measured"
+            checkpoint = latest_checkpoint(directory)
+            if checkpoint is not None:
+                files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+                if all((checkpoint / file).stat().st_size == entry["size"] for file, entry in files.items()):
+                    return _digest({file: entry["sha256"] for file, entry in files.items() if file.startswith(MODEL)})
+        return None
 
     def _write(self) -> None:
         content = {"format": FORMAT, "name": self.run_dir.absolute().name, "order": self.order, "stages": self.records}
-        write_atomically(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-@functools.cache
-def code_hash() -> str:
-    """Of the sources of r1kernels that compute, its compiled kernels, and the versions of the libraries."""
-    root = Path(__file__).resolve().parents[1]
-    files = sorted(
-        path for pattern in ("*.py", "_C*.so") for path in root.rglob(pattern)
-        if not (path.parent.name == "train" and path.stem in _SHOWS)
-    )
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "math-verify")}
-    return _digest({path.relative_to(root).as_posix(): _file_hash(path) for path in files} | versions)
+def _model_hash(path: Path) -> str:
+    """A hash of a pretrained model: the files of its directory, or its name on the hub."""
+    files = {file: file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
+    return _digest([str(path) if not files else "", *(
+        [str(file.relative_to(path)), sha256(file) if stat.st_size <= HASHED_SIZE else [stat.st_size, stat.st_mtime_ns]]
+        for file, stat in files.items())])
 
 
-def _model_hash(path: str) -> str:
-    """Of a model from elsewhere: the files of a directory, or the name and the snapshot of one of the hub."""
-    if not Path(path).is_dir():
-        return _digest(path)
-    return _digest({
-        file.relative_to(path).as_posix(): _file_hash(file) if file.stat().st_size <= _WHOLE
-        else [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(Path(path).rglob("*")) if file.is_file()
-    })
+def _plain(values: Any) -> Any:
+    """Values as they are after a round trip through JSON."""
+    return json.loads(json.dumps(values, default=str))
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
+    if not isinstance(values, dict):
+        return {key: values}
+    return {k: v for name in values for k, v in _flat(values[name], f"{key}.{name}".lstrip(".")).items()}
 
 
-def _file_hash(path: Path) -> str:
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- the run directory ----------------------------------------------------------------------------------------------
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe whose inputs have absolute paths. The config.yaml of a run means that run, wherever it was moved."""
+    path = Path(path)
+    recipe = load_recipe(path, overrides)
+    run_dir = recipe.run_dir
+    if path.name == CONFIG and is_run(path.parent) and not any(item.startswith("run_dir=") for item in overrides):
+        run_dir = str(path.parent)
+    changed: dict[str, dict[str, Any]] = {"data": {}, "stages": {}}
+    for group in changed:
+        for name, item in getattr(recipe, group).items():
+            paths = {key: Path(getattr(item, key, None) or "") for key in ("path", "test_path")}
+            found = {key: str(path.absolute()) for key, path in paths.items() if str(path) != "." and path.exists()}
+            for key, value in found.items():
+                if Path(value).resolve().is_relative_to(Path(run_dir).resolve()):
+                    raise ConfigError(f"'{group}.{name}.{key}' {value!r} is inside 'run_dir' {run_dir!r}")
+            changed[group][name] = item.model_copy(update=found)
+    return recipe.model_copy(update={"run_dir": run_dir, **changed})
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was started in a directory: its recipe is there, and its lock or manifest."""
     try:
-        return sha256(path)
+        values = read_yaml((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"run_dir", "stages"} <= values.keys() and any(
+        (path / name).exists() for name in (LOCK, MANIFEST))
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Refuses a directory with files that no run wrote."""
+    run_dir = Path(recipe.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"'run_dir' {str(run_dir)!r} is a file; expected a directory")
+    stages = {*recipe.stages, *RESERVED_NAMES}
+    if is_run(run_dir):
+        stages |= {*read_yaml((run_dir / CONFIG).read_text(encoding="utf-8"))["stages"], *read_manifest(run_dir)}
+    known = stages | {CONFIG, MANIFEST, "report.html"} if is_run(run_dir) else set()
+    foreign = sorted(
+        entry.name for entry in (run_dir.iterdir() if run_dir.exists() else ())
+        if entry.name not in known and not (entry.name.startswith(".") or entry.suffix == ".png"))
+    if foreign:
+        raise ConfigError(f"'run_dir' {str(run_dir)!r} contains files that no run wrote ({', '.join(foreign[:3])}); "
+                          "use another directory")
+
+
+def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
+    """Locks the run directory for this process, deletes an older run if wanted, and writes config.yaml."""
+    run_dir = Path(recipe.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(run_dir / LOCK).acquire(blocking=False)
+    except filelock.Timeout:
+        owner = (run_dir / PID).read_text().strip() if (run_dir / PID).exists() else "unknown"
+        raise ConfigError(f"'run_dir' {str(run_dir)!r} is in use by process {owner}; wait until it finishes, stop it, "
+                          "or use another directory") from None
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise StorageError(f"'run_dir' {str(run_dir)!r} cannot be written: {error.strerror}") from error
+    check_run_dir(recipe)
+    write_file(run_dir / PID, f"{os.getpid()}\n")
+    for entry in list(run_dir.iterdir()) if overwrite else []:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name not in (CONFIG, LOCK, PID):  # with these it is still a run if this is interrupted
+            entry.unlink()
+    write_file(run_dir / CONFIG, dump_recipe(recipe))
+    return held

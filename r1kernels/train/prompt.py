@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedTokenizerBase
+from r1kernels.train.errors import ConfigError
 
-from r1kernels.train.schema import ConfigError
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
 R1_ZERO_TEMPLATE = (
@@ -20,15 +21,10 @@ R1_ZERO_TEMPLATE = (
 
 
 def render(question: str, *, open_think: bool = False) -> str:
-    """Puts a question into the R1-Zero template.
+    """Puts a question into the R1-Zero template. The prompt ends without white space, as tokenizers want it.
 
     Args:
-        question: the question, as it is; braces in it are safe.
-        open_think: end the prompt with `<think>`, so that every completion starts inside the thought. The
-            format reward knows this from the prompt.
-
-    Returns:
-        The prompt, without trailing white space: a tokenizer would not find the same tokens after one.
+        open_think: end the prompt with `<think>`, so that every completion starts inside the thought.
 
     Raises:
         ValueError: the question is blank.
@@ -42,11 +38,7 @@ def render(question: str, *, open_think: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """Turns questions into prompts.
-
-    Args:
-        kind: `r1_zero`, for base models, or `chat`: the chat template of the tokenizer.
-        open_think: end prompts with `<think>`, unless the chat template does so already.
+    """Turns questions into prompts: `r1_zero` for base models, `chat` for the tokenizer's chat template.
 
     Raises:
         ConfigError: `chat`, and the tokenizer has no chat template.
@@ -58,20 +50,17 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.kind == "chat" and not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"'template' is 'chat', and the tokenizer of {self.tokenizer.name_or_path!r} has no chat template; "
-                "expected a model with one, or 'r1_zero'"
-            )
+            raise ConfigError(f"'template' is 'chat', but the tokenizer of {self.tokenizer.name_or_path!r} has no chat "
+                              "template; use a model with one, or 'r1_zero'")
 
     def render(self, question: str) -> str:
         """The prompt of a question."""
         if self.kind == "r1_zero":
             return render(question, open_think=self.open_think)
         prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            prompt = prompt.removeprefix(bos)  # who turns it into tokens puts one there again
+            prompt = prompt.removeprefix(bos)  # the tokenizer adds it again
         opened = prompt.rstrip().endswith("<think>")
         return f"{prompt}<think>\n" if self.open_think and not opened else prompt

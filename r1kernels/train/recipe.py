@@ -1,6 +1,6 @@
 """Every setting of a recipe, with its description, its range and its default.
 
-A recipe is one YAML file: settings of the whole run, named data sets, and a list of stages that build on each other.
+A recipe is one YAML file: settings of the whole run, named data sets, and named stages that build on each other.
 Everything that needs no model and no data is checked before any work starts. The page docs/settings.md is
 generated from the descriptions below. `recipe_file` reads and writes recipes.
 """
@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
 
-RESERVED_NAMES = ("config.yaml", "manifest.json", "report.html", "tensorboard")
+RESERVED_NAMES = ("tensorboard", "trackio")  # directories of a run that are not stages
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
 
@@ -26,15 +27,20 @@ PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "re
 class Settings(BaseModel):
     """Unknown keys are refused, and so are values of the wrong type, infinity and NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        known = [key for key, info in cls.model_fields.items() if not info.exclude]
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "known": known})
+        return values
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:
     """A field with its description, its default (required if missing) and its range (`ge`, `gt`, `le`, `lt`)."""
-    if isinstance(default, list | dict | Settings):
-        value = default
-        return Field(default_factory=lambda: value.copy() if isinstance(value, list | dict) else value,
-                     description=description, **limits)
     return Field(default, description=description, **limits)
 
 
@@ -48,7 +54,13 @@ class RefersTo:
 def _import_path(value: str) -> str:
     module, colon, name = value.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError("expected an import path 'module:function'")
+        raise ValueError("an import path 'module:function'")
+    return value
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError("a number, a string, true, false or null")
     return value
 
 
@@ -57,22 +69,17 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 ModelName = Annotated[str, RefersTo(("model",))]
 DataNames = Annotated[list[str], RefersTo(("data",))]
 SampleNames = Annotated[list[str], RefersTo(("data", "samples"))]
-Scalar = bool | int | float | str | None
+Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function that an import path `module:function` names.
-
-    Raises:
-        ConfigError: there is no such module or function.
-    """
+    """The function that an import path names. Raises ConfigError if there is none."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"cannot import '{path}': {error}; 'import_from' names the directories in which modules are looked for"
-        ) from error
+    except Exception as error:  # a module of the user may fail in any way
+        raise ConfigError(f"cannot import '{path}': {type(error).__name__}: {error}; modules are looked for in the "
+                          "directories of 'import_from' and where Python does") from error
 
 
 class Function(Settings):
@@ -82,19 +89,13 @@ class Function(Settings):
     options: dict[str, Any] = setting("keyword arguments that the function is called with", {})
 
     def load(self) -> Callable[..., Any]:
-        """The function."""
         return load_function(self.function)
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
 class FileData(Settings):
-    """Problems, demonstrations or preference pairs from a file: one JSON object a line, gzipped or not.
-
-    `jsonl`: `question` and `answer` (and `kind`, `language`), `question` and `response` for SFT, or `question`, `chosen`
-    and `rejected` for preferences. `gsm8k`, `math` and `humaneval` are the files of these sets.
-    """
+    """A file with one JSON object a line, gzipped or not. The keys of an object decide its use: `question` and `answer`
+    (and `kind`, `language`) make a problem, `question` and `response` a demonstration for SFT, `question`, `chosen` and
+    `rejected` a preference pair. `gsm8k`, `math` and `humaneval` are the files of these sets."""
 
     kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
     path: str | None = setting("file to train on", None)
@@ -139,9 +140,6 @@ class FunctionData(Function):
 
 Data = Annotated[FileData | HubData | FunctionData, Field(discriminator="kind")]
 
-# ---- parts of a stage -----------------------------------------------------------------------------------------------
-
-
 class Judge(Settings):
     """A language model that judges answers, behind any endpoint that speaks OpenAI's chat completions."""
 
@@ -161,27 +159,28 @@ class Scoring(Settings):
     workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
     timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
     memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
-    sandbox: Literal["bubblewrap", "none"] = setting(
-        "where programs written by a model run; `none` is no protection at all", "bubblewrap")
+    sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
     judge: Judge | None = setting("the model that the reward `judge` and pairs of stage `preference` ask", None)
 
 
-class Eval(Settings):
-    """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions.
+class Measurement(Settings):
+    """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions."""
 
-    Every stage that leaves a model ends with an evaluation; RL has one every `every` steps too.
-    """
-
-    every: int = setting("steps of RL between evaluations", 5, ge=1)
-    problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
     questions: int = setting("questions of each data set at most", 128, ge=1)
     samples: int = setting("completions of each question", 4, ge=1)
     temperature: float = setting("sampling temperature", 0.6, gt=0)
     top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     batch_size: int = setting("completions in memory at once", 512, ge=1)
+
+
+class Eval(Measurement):
+    """The evaluation that ends every stage with a model. RL has one every `every` steps too."""
+
+    every: int = setting("steps of RL between evaluations", 5, ge=1)
+    problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
 
 
 class Checkpoint(Settings):
@@ -194,10 +193,8 @@ class Checkpoint(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own.
-
-    The function is called with `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`.
-    """
+    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own, which takes
+    `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`."""
 
     preset: Literal[PRESETS] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
@@ -210,14 +207,14 @@ class ObjectiveSettings(Settings):
             made = make(**self.options)
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"'objective.options': {error}") from error
+            raise ConfigError(f"'options': {error}") from error
 
 
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
 
     mode: Literal["none", "truncate", "mask"] = setting(
-        "`truncate` moves weights into [floor, cap], `mask` drops what lies outside, `none` only measures", "none")
+        "`truncate` moves weights into [floor, cap]; `mask` drops those outside; `none` only measures", "none")
     level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
     cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
     floor: float = setting("smallest weight", 0.0, ge=0, le=1)
@@ -277,17 +274,12 @@ class JudgedPairs(Settings):
     margin: float = setting("least preference of the judge, 1 for unanimous votes", 0.5, ge=0, le=1)
 
 
-# ---- stages ---------------------------------------------------------------------------------------------------------
-
-
 class StageSettings(Settings):
-    """What all stages have."""
-
     name: Name = Field(description="the key of the stage in `stages`; names its directory", exclude=True)
 
 
 class Model(StageSettings):
-    """A pretrained model: a directory or a name of the hub."""
+    """A pretrained model."""
 
     kind: Literal["model"]
     path: str = setting("directory, or name on the hub")
@@ -299,23 +291,20 @@ class Pretrain(StageSettings):
 
     kind: Literal["pretrain"]
     architecture: Function = setting("`function(seed, **options)` returns an untrained model and its tokenizer")
-    corpus: Function = setting(
-        "`function(seed, step, **options)` yields documents without end, each as (head, tail), tokenized separately")
+    corpus: Function = setting("`function(seed, step, **options)` yields documents as (head, tail), without end")
     steps: int = setting("updates", 600, ge=1)
     batch_size: int = setting("rows of an update", 8, ge=1)
     window: int = setting("tokens of a row", 128, ge=1)
     learning_rate: float = setting("highest learning rate; it falls linearly", 3e-3, gt=0)
 
 
-class Supervised(StageSettings):
-    """Training on given responses. The defaults are the paper's for its cold start."""
+class Training(StageSettings):
+    """Epochs over given texts, with AdamW and a learning rate that falls in a cosine."""
 
     model: ModelName = setting("stage whose model this starts from, with a new optimizer")
-    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
-    epochs: int = setting("passes over the samples", 2, ge=1)
-    batch_size: int = setting("samples of an update", 128, ge=1)
-    window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
-    micro_batch_size: int | None = setting("rows in memory at once; changes no gradient; null for all", None, ge=1)
+    epochs: int = setting("passes over the samples or pairs", 2, ge=1)
+    batch_size: int = setting("samples or pairs of an update", 128, ge=1)
+    micro_batch_size: int | None = setting("rows or pairs in memory at once; null for all", None, ge=1)
     learning_rate: float = setting("highest learning rate", 5e-5, gt=0)
     final_learning_rate: float | None = setting("rate of the last update, after a cosine; null: a tenth", None, ge=0)
     warmup_steps: int = setting("updates of linear warm-up", 0, ge=0)
@@ -323,21 +312,23 @@ class Supervised(StageSettings):
     grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
 
 
-class SFT(Supervised):
-    """Supervised fine-tuning: next-token training on the responses, never on their prompts."""
+class SFT(Training):
+    """Supervised fine-tuning: next-token training on the responses, never on their prompts. The defaults are the
+    paper's for its cold start."""
 
     kind: Literal["sft"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
+    window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
 
 
-class Distill(Supervised):
+class Distill(SFT):
     """Distillation into a smaller model. `samples` is the paper's method, `logits` an extension."""
 
     kind: Literal["distill"]
+    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
     batch_size: int = setting("samples of an update", 64, ge=1)
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
-    method: Literal["samples", "logits"] = setting(
-        "`samples`: SFT on the teacher's samples; `logits`: match the teacher's distribution of every token", "samples")
+    method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
     teacher: ModelName | None = setting("stage whose model is matched, for `logits`; the tokenizers must agree", None)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
     beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
@@ -364,33 +355,32 @@ class GRPO(StageSettings):
     """Reinforcement learning: a step is one rollout of `questions` x `group_size` completions and the updates on it."""
 
     kind: Literal["grpo"]
-    model: ModelName = setting("stage whose model this starts from")
+    model: ModelName = setting("stage whose model is trained")
     problems: DataNames = setting("data sets to ask", min_length=1)
     rewards: dict[str, float] = setting(
-        "weight of each reward: accuracy, format, language, overlong, judge, or an import path `module:function`; a "
-        "weight of 0 only reports", {"accuracy": 1.0, "format": 1.0})
+        "weight of each reward: accuracy, format, language, overlong, judge, or `module:function`; 0 only reports",
+        {"accuracy": 1.0, "format": 1.0})
     preference: list[PreferenceReward] = setting("reward models for open problems", [])
     steps: int = setting("rollouts", 40, ge=1)
     questions: int = setting("questions of a rollout", 32, ge=1)
     group_size: int = setting("completions of a question", 16, ge=2)
-    oversample: int = setting("ask so many times the questions, and train on groups whose rewards differ (DAPO)", 1, ge=1)
+    oversample: int = setting("factor of questions asked; groups whose rewards differ are kept (DAPO)", 1, ge=1)
     min_spread: float = setting("a group whose rewards differ by no more counts as equal", 0.0, ge=0)
     minibatches: int = setting("updates of one pass over a rollout", 4, ge=1)
     epochs: int = setting("passes over a rollout", 1, ge=1)
-    rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     micro_batch_size: int | None = setting("completions trained on at once; changes no gradient", None, ge=1)
     learning_rate: float = setting("learning rate of AdamW", 3e-6, gt=0)
     warmup_updates: int = setting("updates of linear warm-up", 0, ge=0)
     grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
+    rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     length_schedule: list[LengthStep] = setting("other values of max_new_tokens from certain steps on", [])
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(
-        "advantages of your own, such as those of a critic: `function(trainer, **options)` returns an `Advantages`", None)
-    measure_all: bool = setting(
-        "measure metrics on every token; false skips the forward work of tokens with advantage 0", True)
+        "in place of group advantages: `function(trainer, **options)` returns an `Advantages`", None)
+    measure_all: bool = setting("metrics of every token; false skips work on tokens with advantage 0", True)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
     sampler: SamplerSettings = setting("where completions come from", SamplerSettings())
@@ -425,8 +415,6 @@ class GRPO(StageSettings):
         steps = [item.from_step for item in self.length_schedule]
         if steps != sorted(set(steps)):
             raise ValueError(f"'length_schedule' has the steps {steps}; expected increasing ones")
-        if self.objective.function is None:
-            self.objective.build()
         return self
 
 
@@ -442,50 +430,37 @@ class Reject(StageSettings):
     questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
-    top_p: float = setting("share of the probability that is sampled from", 1.0, gt=0, le=1)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
+    top_p: float = setting("share of the probability that is sampled from", 1.0, gt=0, le=1)
     filters: Filters = setting("what makes a completion unreadable", Filters())
     judge: bool = setting("ask `scoring.judge` whether answers to open problems equal their reference", False)
 
 
-class Preference(StageSettings):
+class Preference(Training):
     """A reward model of preferences (Bradley-Terry), trained on pairs of responses."""
 
     kind: Literal["preference"]
-    model: ModelName = setting("stage whose model it starts from")
     pairs: Annotated[str, RefersTo(("data", "samples"))] = setting(
-        "a data set with pairs, or a stage of kind `reject` whose completions `scoring.judge` compares")
+        "data set with pairs, or stage of kind `reject` whose completions `scoring.judge` compares")
     target: Literal["summary", "response"] = setting("score what follows the thought, or all of it", "response")
     epochs: int = setting("passes over the pairs", 1, ge=1)
     batch_size: int = setting("pairs of an update", 256, ge=1)
-    micro_batch_size: int | None = setting("pairs in memory at once; null for all", None, ge=1)
     learning_rate: float = setting("highest learning rate", 6e-6, gt=0)
-    final_learning_rate: float | None = setting("rate of the last update, after a cosine; null: a tenth", None, ge=0)
-    warmup_steps: int = setting("updates of linear warm-up", 0, ge=0)
-    weight_decay: float = setting("weight decay of AdamW", 0.0, ge=0)
-    grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
     held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, le=1)
     max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
     judged: JudgedPairs = setting("how the judge compares", JudgedPairs())
 
 
-class Evaluate(StageSettings):
+class Evaluate(StageSettings, Measurement):
     """An evaluation with its own settings, in addition to the one that ends every stage."""
 
     kind: Literal["evaluate"]
     model: ModelName = setting("stage whose model is measured")
     problems: DataNames = setting("data sets with held-out problems", min_length=1)
-    questions: int = setting("questions of each data set at most", 128, ge=1)
     samples: int = setting("completions of each question", 64, ge=1)
-    temperature: float = setting("sampling temperature", 0.6, gt=0)
-    top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
-    max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
-    batch_size: int = setting("completions in memory at once", 512, ge=1)
 
 
-AnyStage = Annotated[
-    Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate, Field(discriminator="kind")
-]
+Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate
 # What a stage of each kind leaves.
 LEAVES = {
     "model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model", "reject": "samples",
@@ -500,16 +475,15 @@ class Recipe(Settings):
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
-    template: Literal["r1_zero", "chat"] = setting("prompt: the paper's template, or the model's chat template", "r1_zero")
+    template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)
-    import_from: list[str] = setting(
-        "directories in which modules of import paths are looked for, relative to the recipe's file", [])
+    import_from: list[str] = setting("directories of modules for import paths, relative to the recipe", [])
     data: dict[Name, Data] = setting("data sets by name", {})
     scoring: Scoring = setting("how completions are scored", Scoring())
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard", "trackio"]] = setting("where else metrics are shown", [])
-    stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
+    stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name, in any order", min_length=1)
 
     @pydantic.field_validator("stages", mode="before")
     @classmethod
@@ -517,9 +491,11 @@ class Recipe(Settings):
         """Tells every stage its name."""
         if not isinstance(stages, dict):
             return stages
+        for name, stage in stages.items():
+            if isinstance(stage, dict) and "name" in stage:
+                raise ValueError(f"stage '{name}' has the key 'name'; its name is its key in 'stages'")
         return {name: {**stage, "name": name} if isinstance(stage, dict) else stage for name, stage in stages.items()}
 
     @property
     def eval_problems(self) -> list[str]:
-        """The data sets of the evaluation."""
         return self.eval.problems or [name for name, data in self.data.items() if data.held_out]

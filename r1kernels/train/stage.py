@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1kernels.rewards import Scorer
+from r1kernels.rewards import Scorer, sandbox
+from r1kernels.rewards.judge import Judge
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, verify_checkpoint
-from r1kernels.train.data import Demonstration, Pair, Problem, load_demonstrations, load_pairs, load_problems, load_selected
+from r1kernels.train.data import (
+    Demonstration,
+    Pair,
+    Problem,
+    check_data,
+    load_demonstrations,
+    load_pairs,
+    load_problems,
+    load_selected,
+)
 from r1kernels.train.errors import CheckpointError, ConfigError
 from r1kernels.train.interrupt import Interrupt
-from r1kernels.train.log import Console
-from r1kernels.train.model import load_model, load_tokenizer
+from r1kernels.train.log import Console, check_trackers
+from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
 from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Recipe
 
@@ -105,7 +115,55 @@ def model_overrides(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def make_scorer(recipe: Recipe, rewards: Mapping[str, float]) -> Scorer:
     """A scorer of these rewards under the recipe's limits; none of its workers runs yet."""
+    judge = make_judge(recipe) if "judge" in rewards else None
     try:
-        return Scorer(rewards, **recipe.scoring.model_dump())
+        return Scorer(rewards, **recipe.scoring.model_dump() | {"judge": judge})
     except (ValueError, ImportError) as error:
         raise ConfigError(f"'rewards': {error}") from error
+
+
+def make_judge(recipe: Recipe) -> Judge:
+    """The language model of `scoring.judge`."""
+    try:
+        return Judge(**recipe.scoring.judge.model_dump())
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"'scoring.judge': {error}") from error
+
+
+def run_model(stage: Stage) -> dict[str, Any]:
+    """A stage of kind `model`: loads the model, so that its faults are found before other stages run."""
+    model, tokenizer = stage.load_model(stage.settings.name)
+    stage.template(tokenizer)
+    return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def check_recipe(recipe: Recipe, console: Console) -> None:
+    """Checks before any work that devices, functions, data, rewards, the sandbox and models can be used."""
+    check_device(recipe.device)
+    check_trackers(recipe.trackers)
+    for stage in recipe.stages.values():
+        for key in ("architecture", "corpus", "advantages"):
+            if getattr(stage, key, None):
+                getattr(stage, key).load()
+        if stage.kind == "grpo":
+            make_scorer(recipe, stage.rewards).close()
+    if "code" in check_data(recipe, console) and recipe.scoring.sandbox == "bubblewrap":
+        sandbox.check(recipe.scoring.memory_mb)
+    for name, stage in recipe.stages.items():
+        if stage.kind == "model":
+            Template(recipe.template, load_tokenizer(stage.path), open_think=recipe.open_think)
+            _check_positions(recipe, name, max_positions(stage.path, stage.overrides))
+
+
+def _check_positions(recipe: Recipe, base: str, most: int | None) -> None:
+    """No stage that starts from a pretrained model may ask for more positions than it has."""
+    family = {base}
+    for _ in recipe.stages:  # the stages may be in any order
+        family |= {name for name, stage in recipe.stages.items() if getattr(stage, "model", None) in family}
+    limits = {"eval.max_new_tokens": recipe.eval.max_new_tokens} | {
+        f"stages.{name}.{key}": getattr(recipe.stages[name], key, None) or 0
+        for name in sorted(family) for key in ("window", "max_new_tokens")}
+    for key, value in limits.items():
+        if most is not None and value > most:
+            raise ConfigError(f"'{key}' is {value}; the model of stage '{base}' supports at most {most} positions "
+                              "('overrides' of that stage can set max_position_embeddings)")
