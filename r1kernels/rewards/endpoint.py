@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 
-MAX_MESSAGE = 400  # bytes shown of a server's own error message
+MAX_MESSAGE = 4096  # bytes of a server's own error message
 
 
 class EndpointError(RuntimeError):
@@ -76,9 +76,8 @@ class Endpoint:
         except asyncio.TimeoutError:
             raise EndpointError(f"{self.url} gave no answer within {self._timeout_s:g} s") from None
         except Exception as error:  # of the client, or of the connection while the body is read
-            told = getattr(getattr(error, "response", None), "extensions", {}).get("message", "")
-            reason = f"{type(error).__name__}: {error.__cause__ or error} {told}".strip()
-            raise EndpointError(f"{self.url} gave no usable answer to {path} ({reason})") from None
+            reason = f"{type(error).__name__}: {error.__cause__ or error}"
+            raise EndpointError(f"{self.url} gave no usable answer to {path} ({reason:.400})") from None
         try:
             return json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
@@ -104,14 +103,11 @@ class Endpoint:
 
 
 async def _close_failed(response: Any) -> None:
-    """Closes failures and redirects, whose bodies may have any size, and keeps the first part as a message."""
+    """Reads the message of a failure if it is short, and closes failures and redirects: their bodies have any size."""
     if response.status_code >= 300:
-        message = b""
-        async for chunk in response.aiter_raw():
-            message += chunk
-            if len(message) >= MAX_MESSAGE:
-                break
-        response.extensions["message"] = message[:MAX_MESSAGE].decode(errors="replace")
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and int(length) <= MAX_MESSAGE:
+            await response.aread()
         await response.aclose()
 
 
