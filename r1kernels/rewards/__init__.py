@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from math import isnan  # `math` here is a module of this package
 
 from . import scorer as _scorer
-from .judge import Judge, JudgeError
+from .endpoint import EndpointError
+from .judge import Judge
 from .pool import WorkerError
 from .scorer import KINDS, Scorer, Scores
 
 __all__ = [
     "KINDS",
+    "EndpointError",
     "Judge",
-    "JudgeError",
     "Scorer",
     "Scores",
     "WorkerError",

@@ -1,7 +1,7 @@
 """A client of a server that speaks OpenAI's API, for judges and samplers: `Endpoint`, on the openai package.
 
-Whatever the server does, a request ends: one deadline holds for a whole request, retries included; bodies have a largest
-size; redirects are not followed, so that no key reaches another host.
+Whatever the server does, a request ends: one deadline holds for a whole request, retries included, and bodies have a
+largest size. Redirects are not followed, so that no key reaches another host.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import weakref
 from concurrent.futures import Future
 from typing import Any
-
 
 MAX_MESSAGE = 4096  # bytes of a server's own error message
 
@@ -39,14 +38,15 @@ class Endpoint:
 
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}, expected http://... or https://...")
-        # Other settings of the environment, such as an organization, are not this server's business.
-        headers: dict[str, Any] = {"Accept-Encoding": "identity", "OpenAI-Organization": openai.Omit(),
-                                   "OpenAI-Project": openai.Omit()}
-        if key is None:
-            headers["Authorization"] = openai.Omit()
+        # Other settings of the environment, such as an organization, are not this server's business. With the last
+        # header, the client hands over a response before its body is read.
+        self._headers: dict[str, Any] = {
+            "Accept-Encoding": "identity", "OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit(),
+            "X-Stainless-Raw-Response": "stream", **({} if key else {"Authorization": openai.Omit()}),
+        }
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_close_failed]})
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout_s,
-                                          default_headers=headers, http_client=http)
+                                          http_client=http)
         self.url, self._timeout_s, self._max_body = url, timeout_s, max_body
         self._slots, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(self._loop, self._client), name="endpoint", daemon=True).start()
@@ -85,10 +85,8 @@ class Endpoint:
 
     async def _body(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         send = self._client.post if method == "POST" else self._client.get
-        # With this header the client hands over the response before its body is read.
-        options: dict[str, Any] = {"headers": {"X-Stainless-Raw-Response": "stream"}}
         arguments = {} if body is None else {"body": body}
-        response = await send(path, cast_to=object, options=options, **arguments)
+        response = await send(path, cast_to=object, options={"headers": self._headers}, **arguments)
         try:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise ValueError("the body is compressed, which was not asked for")

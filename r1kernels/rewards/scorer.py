@@ -18,7 +18,8 @@ from . import choice, sandbox, text
 from .code import judge as judge_program
 from .code import settle as settle_program
 from .code import time_limit
-from .judge import Judge, JudgeError
+from .endpoint import EndpointError
+from .judge import Judge
 from .language import LANGUAGES, share
 from .math import NEEDS_JUDGE
 from .math import settle as settle_math
@@ -210,7 +211,7 @@ class Scorer:
                     parts[name][index] = value
         counts, errors = Counter(), []
         for question, verdict in self._verdicts(list(asked)).items():
-            if isinstance(verdict, JudgeError):
+            if isinstance(verdict, EndpointError):
                 errors.append(str(verdict))
                 verdict = ENDPOINT
             for name, index in asked[question]:
@@ -247,7 +248,7 @@ class Scorer:
             return math.nan if value is None else value
         return math.nan if expected is None else float(given == expected)
 
-    def _verdicts(self, questions: list[Task | Row]) -> dict[Task | Row, float | str | JudgeError]:
+    def _verdicts(self, questions: list[Task | Row]) -> dict[Task | Row, float | str | EndpointError]:
         tasks = [question for question in questions if isinstance(question, Task)]
         replies = {row: self._judge.start_reward(row.question or row.prompt, row.prompt, row.completion, row.answer)
                    for row in questions if isinstance(row, Row)}
@@ -260,7 +261,7 @@ class Scorer:
                     wait([reply], GLANCE_S)
                 try:
                     verdicts[row] = reply.result()
-                except JudgeError as error:
+                except EndpointError as error:
                     verdicts[row] = error
         finally:
             for reply in replies.values():

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from r1kernels.rewards import Scorer, Scores
-from r1kernels.rewards.judge import Judge, JudgeError, final_summary
+from r1kernels.rewards import EndpointError, Scorer, Scores
+from r1kernels.rewards.judge import Judge, final_summary
 from r1kernels.rewards.language import word_counts
 from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well_formed
 from r1kernels.train.data import Problem
@@ -160,7 +160,7 @@ def _ask(judge: Judge, concurrency: int, batch: Batch, reasons: list[str | None]
         answer = final_summary(batch.prompts[index], batch.completions.texts[index])
         try:
             return None if answer and judge.equivalent(problem.question, answer, problem.answer) else "wrong"
-        except JudgeError as error:
+        except EndpointError as error:
             failures.append(str(error))
             return "unscorable"
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from r1kernels.rewards.judge import JudgeError
+from r1kernels.rewards import EndpointError
 from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.data import Pair, read_jsonl, whole_response
@@ -227,7 +227,7 @@ def _judged_pairs(stage: Stage) -> tuple[list[Pair], dict[str, int]]:
         try:
             first, second = (judged_part(settings.target, text) for text in (pair.chosen, pair.rejected))
             return judge.compare(pair.question, first, second)
-        except JudgeError:
+        except EndpointError:
             return None
 
     stage.console.phase(f"{settings.name}: asking the judge")

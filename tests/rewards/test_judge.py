@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from r1kernels.rewards import Judge, JudgeError, Scorer
+from r1kernels.rewards import EndpointError, Judge, Scorer
 from r1kernels.rewards.judge import final_summary
 
 KEY = "sekrit-key"
@@ -174,7 +174,7 @@ def test_a_busy_server_is_asked_again(server):
 )
 def test_what_fails_is_an_error_that_says_why(server, answer, reason, attempts):
     server.reply = lambda request: answer
-    with pytest.raises(JudgeError, match=f"'some-model' at {server.url} .*{reason}"):
+    with pytest.raises(EndpointError, match=f"'some-model' at {server.url} .*{reason}"):
         judge_of(server).compare("Q?", "first", "second")
     assert len(server.requests) == attempts
 
@@ -183,7 +183,7 @@ def test_what_fails_is_an_error_that_says_why(server, answer, reason, attempts):
 def test_one_deadline_covers_a_whole_call(server, answer):
     server.reply = lambda request: answer
     start = time.monotonic()
-    with pytest.raises(JudgeError, match=r"within 0\.5 s"):
+    with pytest.raises(EndpointError, match=r"within 0\.5 s"):
         judge_of(server, timeout_s=0.5).compare("Q?", "first", "second")
     assert time.monotonic() - start < 15
 
@@ -193,7 +193,7 @@ def test_no_redirect_is_followed(serve, monkeypatch):
     first, other = serve(), serve()
     for status in (301, 302, 307, 308):
         first.reply = lambda request, status=status: (status, {"Location": f"{other.url}/chat/completions"})
-        with pytest.raises(JudgeError, match=str(status)):
+        with pytest.raises(EndpointError, match=str(status)):
             judge_of(first, api_key_env="JUDGE_KEY").compare("Q?", "first", "second")
     assert len(first.requests) == 4 and not other.requests
 
@@ -207,7 +207,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch, caplog):
     assert "authorization" not in server.headers[-1]
     assert KEY not in str(server.headers)
     server.reply = lambda request: b"our-own-key"
-    with pytest.raises(JudgeError) as raised:
+    with pytest.raises(EndpointError) as raised:
         judge_of(server, api_key_env="JUDGE_KEY").compare("Q?", "first", "second")
     assert "our-own-key" not in str(raised.value) + caplog.text
     for bad in ("", "our\nkey", "our k\u00ef"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from supervised_cases import Killed, StopAt, save_model, stage_of, timeless, write_rows
 
-from r1kernels.rewards import JudgeError
+from r1kernels.rewards import EndpointError
 from r1kernels.train import log, reject
 from r1kernels.train.data import Problem, load_selected
 from r1kernels.train.errors import DataError, Interrupted, StorageError
@@ -211,7 +211,7 @@ class FakeJudge:
 
     def equivalent(self, question: str, answer: str, reference: str) -> float:
         if question.endswith("3+3"):
-            raise JudgeError("no answer")
+            raise EndpointError("no answer")
         return float(answer == reference)
 
 

@@ -10,7 +10,7 @@ import torch
 from supervised_cases import Killed, StopAt, make_tokenizer, outcome, save_model, stage_of, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from r1kernels.rewards import JudgeError
+from r1kernels.rewards import EndpointError
 from r1kernels.train import reward_model
 from r1kernels.train.data import Pair
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
@@ -263,7 +263,7 @@ class Wise:
         assert "<think>" not in first + second
         self.asked.append(question)
         if question == "Compute 1+1":
-            raise JudgeError("no answer")
+            raise EndpointError("no answer")
         return (("=" in first) - ("=" in second)) * (0.25 if question == "Compute 2+1" else 1)
 
 
@@ -291,7 +291,7 @@ def test_a_judge_out_of_reach_is_asked_again_next_time(home, tmp_path, monkeypat
     class Away:
         def compare(self, *texts):
             asked.append(texts)
-            raise JudgeError("connection refused")
+            raise EndpointError("connection refused")
 
     monkeypatch.setattr(reward_model, "make_judge", lambda recipe: Away())
     for count in (12, 24):
