@@ -8,9 +8,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from r1kernels.train.checkpoint import write_file
@@ -39,26 +39,19 @@ _COLUMNS = {
     "flat": ("zero_spread", ".0%"), "tok/s": ("tokens_per_second", ".0f"),
 }
 
+# Controls but tab and newline, halves of characters, separators of lines, invisible and direction-changing characters.
+_HIDDEN = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
 
 def printable(text: object) -> str:
     """Text that cannot act on a terminal or a page: controlling and invisible characters are shown as [U+XXXX].
 
     Whatever a model or a server wrote goes through this function before a person sees it.
     """
-    return str(text).replace("\r\n", "\n").translate(_VISIBLE)
-
-
-class _Visible(dict):
-    """Code point -> what is shown for it."""
-
-    def __missing__(self, code: int) -> str:
-        # Cc: controls. Cf: invisible or changing the direction. Cs: lone surrogates. Zl, Zp: line separators.
-        hidden = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp") and chr(code) not in "\n\t"
-        self[code] = f"[U+{code:04X}]" if hidden else chr(code)
-        return self[code]
-
-
-_VISIBLE = _Visible()
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(text).replace("\r\n", "\n"))
 
 
 def duration(seconds: float) -> str:
@@ -76,15 +69,14 @@ class Console:
 
     def __init__(self, plain: bool = False) -> None:
         self._rich = RichConsole(highlight=False)
-        live = not plain and sys.stdout.isatty()
+        live = sys.stdout.isatty() and not plain
         self._live = Live(console=self._rich, refresh_per_second=4) if live else None
-        self._clear()
+        self._begin_stage()
 
-    def _clear(self) -> None:
+    def _begin_stage(self) -> None:
         self._rows: list[list[str]] = []
         self._samples: list[tuple[str, str, float]] = []
-        self._eta = ""
-        self._first: tuple[float, int] | None = None  # time and step of the first step of this stage in this process
+        self._eta, self._first = "", None  # time left; clock and number of the first step that this process saw
 
     def __enter__(self) -> Console:
         if self._live:
@@ -105,20 +97,20 @@ class Console:
         """Tells what happens now, below the live table."""
         if not self._live:
             return
-        table = Table(*_COLUMNS, box=None, header_style="bold", padding=(0, 1))
+        columns = (Column(name, justify="right") for name in _COLUMNS)
+        table = Table(*columns, box=None, header_style="bold", padding=(0, 1))
         for row in self._rows[-15:]:
             table.add_row(*row)
-        panels = [
-            Panel(Text(printable(completion.strip()[:600])), title_align="left",
-                  title=Text(printable(f"{question[:80]}  reward {reward:g}").replace("\n", " ")))
-            for question, completion, reward in self._samples[:3]
-        ]
+        panels = []
+        for question, completion, reward in self._samples[:3]:
+            title = Text(printable(f"{question[:80]}  reward {reward:g}").replace("\n", " "))
+            panels.append(Panel(Text(printable(completion.strip()[:600])), title=title, title_align="left"))
         status = Text(printable(f"{text}  ETA {self._eta}" if self._eta else text), style="bold")
         self._live.update(Group(*([table] if self._rows else []), *panels, status))
 
     def stage(self, name: str, number: int, count: int, plan: str) -> None:
         """A stage begins, or is skipped."""
-        self._clear()
+        self._begin_stage()
         self.say(f"[{number}/{count}] {name}: {plan}")
 
     def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
@@ -138,7 +130,7 @@ class Console:
         self._samples = list(samples)
         if samples and not self._live:
             question, completion, reward = samples[0]
-            self.say(f"  [{reward:g}] {question} -> {completion!r}")
+            self.say(f"  [{reward:g}] {question} -> {completion[:600]!r}")
 
     def step(self, name: str, metrics: Mapping[str, Any], steps: int) -> None:
         """A step of RL is done."""
@@ -164,13 +156,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a line is damaged.
     """
-    lines = []
     try:
-        written = Path(path).read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
+        written = Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else []
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    lines = []
     for number, text in enumerate(written, start=1):
         try:
             line = json.loads(text)
@@ -222,7 +212,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
             raise
 
 
-# A tracker: what writes (step, values), and what closes it.
+# What writes (step, values), and what closes the tracker.
 _Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
 
 
@@ -230,8 +220,7 @@ def _tensorboard(stage: Stage, first_step: int) -> _Tracker:
     """Events under `tensorboard/`. After a resume, TensorBoard ignores the earlier events of the repeated steps."""
     from torch.utils.tensorboard import SummaryWriter
 
-    directory = stage.directory.parent / "tensorboard" / stage.settings.name
-    writer = SummaryWriter(str(directory), purge_step=first_step)
+    writer = SummaryWriter(str(stage.directory.parent / "tensorboard" / stage.settings.name), purge_step=first_step)
 
     def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -269,7 +258,6 @@ class StepLog:
     """
 
     def __init__(self, stage: Stage, *, first_step: int) -> None:
-        check_trackers(stage.recipe.trackers)
         self._console = stage.console
         self._files = stage.directory / METRICS, stage.directory / SAMPLES
         for path in self._files:
@@ -286,11 +274,11 @@ class StepLog:
         """
         append_line(self._files[0], line)
         values = {**line, **{f"timing/{name}": value for name, value in line.get("timing", {}).items()}}
-        step = values.pop("step")
+        del values["step"]
         numbers = {key: x for key, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
         for name, (write, _) in list(self._trackers.items()):
             with self._optional(name):
-                write(step, numbers)
+                write(line["step"], numbers)
 
     def examples(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
         """Completions of a step, for people and for the report."""

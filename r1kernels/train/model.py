@@ -30,7 +30,6 @@ import r1kernels
 from r1kernels.train.errors import ConfigError
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on a CPU
-ADAPTER = "adapter_config.json"  # marks a directory that holds a LoRA adapter
 
 
 def check_device(device: str) -> None:
@@ -71,7 +70,12 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
     with _loading(path, "no causal LM that can be loaded"):
         model = AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32, **(overrides or {}))
     if base is not None:
-        model = _merged(model, path)
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ConfigError(f"the model '{path}' is a LoRA adapter; to load it, run: pip install peft") from error
+        with _loading(path, "no LoRA adapter that can be loaded"):
+            model = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     model = align(model.to(device)).eval()
     check_head(model)
     return model
@@ -98,26 +102,16 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
 
 def _base_of(path: str | Path) -> str | None:
     """The base model of a directory with a LoRA adapter; None for a directory with a model or a name on the hub."""
-    looks_local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
-    if looks_local and not Path(path).is_dir():
+    if (str(path).startswith((".", "~", "/")) or str(path).count("/") > 1) and not Path(path).is_dir():
         raise ConfigError(f"the model '{path}' is not a directory")
-    if not Path(path, ADAPTER).is_file():
+    adapter = Path(path, "adapter_config.json")
+    if not adapter.is_file():
         return None
-    with _loading(path, f"an {ADAPTER} that cannot be read"):
-        base = json.loads(Path(path, ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    with _loading(path, f"an {adapter.name} that cannot be read"):
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{Path(path, ADAPTER)} has base_model_name_or_path {base!r}; expected a directory or a name")
+        raise ConfigError(f"{adapter} has base_model_name_or_path {base!r}; expected a directory or a name")
     return base
-
-
-def _merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """The base model with a LoRA adapter merged into its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(f"the model '{path}' is a LoRA adapter, which needs peft; run: pip install peft") from error
-    with _loading(path, "no LoRA adapter that can be loaded"):
-        return PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,12 +118,11 @@ def test_lines_are_json_for_every_reader(tmp_path):
 # ---- trackers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
-    check_trackers([])
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    check_trackers([])
     with pytest.raises(ConfigError, match=r"trackers.*trackio.*pip install trackio"):
-        StepLog(make_stage(tmp_path, "trackio"), first_step=0)
-    assert not os.listdir(tmp_path)
+        check_trackers(["trackio"])
 
 
 def test_trackio(tmp_path, monkeypatch):
@@ -185,7 +185,6 @@ def test_a_failing_tracker_is_dropped_with_one_warning(where, monkeypatch, tmp_p
         return fail if where == "write" else lambda step, values: None, fail
 
     monkeypatch.setattr(module, "_TRACKERS", {"failing": tracker})
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
     stage = make_stage(tmp_path, "failing")
     with StepLog(stage, first_step=0) as log:
         for step in range(3):
@@ -209,6 +208,16 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_spelt_out(text):
     assert printable(text) == HOSTILE[text]
+
+
+def test_no_character_acts_on_a_terminal():
+    """Controls, surrogates, separators of lines, and what changes the direction, of all that Unicode knows."""
+    directions = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    left = [
+        char for char in set(printable("".join(map(chr, range(sys.maxunicode + 1)))))
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in directions
+    ]
+    assert sorted(left) == ["\t", "\n"]
 
 
 def test_other_text_is_as_it_was():
