@@ -113,6 +113,9 @@ class Chain:
 
     def run(self, console: Console, interrupt: Interrupt) -> None:
         """Runs the stages and evaluates the models that they leave. Raises Interrupted once the state is saved."""
+        for name, record in self.records.items():  # after a crash between the renaming and the new manifest
+            if record["status"] == "finished" and not (self.run_dir / name).exists() and self._replaced(name).exists():
+                self._replaced(name).rename(self.run_dir / name)
         for plan in self.plan():
             plan.check()
         for number, name in enumerate(self.order, start=1):
@@ -125,7 +128,7 @@ class Chain:
 
     def _run(self, name: str, action: str, console: Console, interrupt: Interrupt) -> None:
         settings, directory, started = self.recipe.stages[name], self.run_dir / name, time.monotonic()
-        replaced = self.run_dir / f".replaced-{name}"
+        replaced = self._replaced(name)
         record = {
             "kind": settings.kind, "status": "running", "version": r1kernels.__version__, "output": None, "summary": {},
             "seconds": self.records[name]["seconds"] if action == "continue" else 0.0, "evaluation": None,
@@ -242,6 +245,9 @@ class Chain:
                 if all((checkpoint / file).stat().st_size == entry["size"] for file, entry in files.items()):
                     return _digest({file: entry["sha256"] for file, entry in files.items() if file.startswith(MODEL)})
         return None
+
+    def _replaced(self, name: str) -> Path:
+        return self.run_dir / f".replaced-{name}"
 
     def _write(self) -> None:
         content = {"format": FORMAT, "name": self.run_dir.absolute().name, "order": self.order, "stages": self.records}

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
 
-RESERVED_NAMES = ("tensorboard", "trackio")  # directories of a run that are not stages
+RESERVED_NAMES = ("curves", "tensorboard", "trackio")  # directories of a run that are not stages
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
 
@@ -329,7 +329,8 @@ class Distill(SFT):
     batch_size: int = setting("samples of an update", 64, ge=1)
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
     method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
-    teacher: ModelName | None = setting("stage whose model is matched, for `logits`; the tokenizers must agree", None)
+    teacher: Annotated[str | None, RefersTo(("model",))] = setting(
+        "stage whose model is matched, for `logits`; the tokenizers must agree", None)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
     beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
     temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)

@@ -140,11 +140,11 @@ def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic in our words: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
     kind, place, value, context = first["type"], list(first["loc"]) or [""], first["input"], first.get("ctx", {})
+    if place[0] in ("data", "stages") and place[2:3] != ["[key]"]:
+        del place[2:3]  # pydantic's name of the kind
     if place[-1] == "[key]":
         rule = "at most 64 letters, digits, '_' and '-', the first no sign" if len(place) == 3 else "a string"
         return f"invalid key {_short(place[-2])} in '{_dotted(place[:-2])}'; expected {rule}"
-    if place[0] in ("data", "stages"):
-        del place[2:3]  # pydantic's name of the kind
     if kind == "union_tag_not_found":
         kind, place = "missing", [*place, "kind"]
     *parents, last = place

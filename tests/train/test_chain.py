@@ -1,0 +1,372 @@
+"""Which stages of a chain run, continue, are kept or refused: after changes, stops and damage."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from r1kernels.train import chain
+from r1kernels.train.chain import Chain, Plan, read_manifest
+from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
+from r1kernels.train.errors import CheckpointError, ConfigError, Interrupted, StorageError
+from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.log import Console
+from r1kernels.train.recipe_file import load_recipe
+from r1kernels.train.stage import SELECTED, model_path
+
+ALL = "first first? middle middle? side side? last last?"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A "model" of one file."""
+
+    text: str
+
+    def save_pretrained(self, directory: Path, **options: Any) -> None:
+        (Path(directory) / "weights").write_text(self.text)
+
+
+class World:
+    """A run of stages that only write down what they were given; `log` names what ran, and with a `?` was evaluated."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.run_dir, self.log = tmp_path / "recipe.yaml", tmp_path / "run", []
+        self.fail: dict[str, BaseException] = {}  # by stage: raised after its work was saved
+        for name, question in (("train", "1+1"), ("test", "2+2")):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": question, "answer": "3"}) + "\n")
+        new = {"kind": "pretrain", "architecture": {"function": "m:f"}, "corpus": {"function": "m:g"}}
+        self.values: dict[str, Any] = {
+            "run_dir": str(self.run_dir),
+            "data": {"sums": {"kind": "jsonl", "path": str(tmp_path / "train.jsonl"),
+                              "test_path": str(tmp_path / "test.jsonl")}},
+            "stages": {
+                "last": {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]},
+                "middle": {"kind": "grpo", "model": "first", "problems": ["sums"], "steps": 2},
+                "first": {**new, "steps": 1}, "side": {**new, "steps": 1},
+            },
+        }
+        monkeypatch.setattr(chain, "RUN", dict.fromkeys(chain.RUN, self._work))
+        monkeypatch.setattr(chain.evaluate, "evaluate_model", self._measure)
+
+    def chain(self, *overrides: str, **options: Any) -> Chain:
+        self.path.write_text(yaml.safe_dump(self.values, sort_keys=False))
+        return Chain(load_recipe(self.path, overrides), **options)
+
+    def plan(self, *overrides: str, **options: Any) -> dict[str, Plan]:
+        return {plan.name: plan for plan in self.chain(*overrides, **options).plan()}
+
+    def actions(self, *overrides: str, **options: Any) -> str:
+        return " ".join(plan.action for plan in self.plan(*overrides, **options).values())
+
+    def run(self, *overrides: str, **options: Any) -> str:
+        self.log.clear()
+        self.run_dir.mkdir(exist_ok=True)
+        self.chain(*overrides, **options).run(Console(plain=True), Interrupt())
+        return " ".join(self.log)
+
+    def stop(self, name: str, *overrides: str) -> None:
+        """Runs the chain, interrupted in a stage."""
+        self.fail[name] = Interrupted("SIGINT")
+        with pytest.raises(Interrupted):
+            self.run(*overrides)
+
+    def left_by(self, name: str) -> str:
+        return (latest_checkpoint(self.run_dir / name) / "model" / "weights").read_text()
+
+    def _work(self, stage: Any) -> dict[str, Any]:
+        settings = stage.settings
+        self.log.append(settings.name)
+        names = [getattr(settings, key, None) for key in ("model", "teacher")]
+        given = [(Path(stage.model_path(name)) / "weights").read_text() for name in names if name]
+        steps = getattr(settings, "steps", 1)
+        text = f"{settings.name}({','.join(given)})x{steps}"
+        if settings.kind == "reject":
+            (stage.directory / SELECTED).write_text(text)
+        elif settings.kind != "evaluate":
+            save_checkpoint(stage.directory, steps, model=Saved(text), tokenizer=Saved(text), state={}, keep=2)
+        if settings.name in self.fail:
+            raise self.fail.pop(settings.name)
+        return {"steps": steps}
+
+    def _measure(self, recipe: Any, path: Path, interrupt: Interrupt, overrides: dict[str, Any]) -> dict[str, Any]:
+        name = f"{path.parents[2].name}?"
+        self.log.append(name)
+        if name in self.fail:
+            raise self.fail.pop(name)
+        return {"pass_at_1": 0.5, "length": 1.0, "of": (path / "weights").read_text()}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    return World(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def done(world):
+    assert world.run() == ALL
+    return world
+
+
+def test_a_stage_runs_after_those_it_depends_on_and_is_skipped_afterwards(world):
+    assert world.chain().order == ["first", "middle", "side", "last"]
+    assert world.actions() == "run run run run" and not world.run_dir.exists()
+    assert world.run() == ALL
+    assert world.left_by("last") == "last(middle(first()x1)x2,side()x1)x1"
+    before = (world.run_dir / "manifest.json").read_bytes()
+    assert world.actions() == "skip skip skip skip" and world.run() == ""
+    assert (world.run_dir / "manifest.json").read_bytes() == before
+    world.values["stages"]["given"] = {"kind": "model", "path": "some/model"}
+    assert world.chain().order == ["given", "first", "middle", "side", "last"]
+
+
+def test_the_manifest_says_what_a_stage_came_from(done):
+    content = json.loads((done.run_dir / "manifest.json").read_text())
+    assert (content["name"], content["order"]) == ("run", ["first", "middle", "side", "last"])
+    first, last = content["stages"]["first"], content["stages"]["last"]
+    assert (last["kind"], last["status"], last["summary"]) == ("distill", "finished", {"steps": 1})
+    assert content["stages"]["middle"]["settings"]["inputs"] == {"first": first["output"]}
+    assert last["settings"]["inputs"].keys() == {"middle", "side"}
+    assert last["evaluation"]["of"] == done.left_by("last") and last["seconds"] >= 0
+
+
+def test_a_changed_setting_runs_its_stage_and_what_its_output_changes(done):
+    plan = done.plan("stages.first.steps=9")
+    assert [item.action for item in plan.values()] == ["rerun", "rerun", "skip", "rerun"]
+    assert plan["first"].why == "stages.first.steps: 1 -> 9" and "first" in plan["middle"].why
+    assert done.run("stages.first.steps=9") == "first first? middle middle? last last?"
+    assert done.left_by("middle") == "middle(first()x9)x2"
+    assert done.actions("stages.first.steps=9") == "skip skip skip skip"
+    assert not list(done.run_dir.glob(".replaced-*"))
+
+
+def test_the_same_output_keeps_what_depends_on_it(done):
+    """The plan cannot know; the run does."""
+    assert done.actions("stages.first.window=64") == "rerun rerun skip rerun"
+    assert done.run("stages.first.window=64") == "first first?"
+    assert done.actions("stages.first.window=64") == "skip skip skip skip"
+
+
+@pytest.mark.parametrize("change", ["seed=7", "template=chat", "open_think=true"])
+def test_settings_of_the_run_concern_every_stage(done, change):
+    assert done.actions(change) == "rerun rerun rerun rerun"
+
+
+@pytest.mark.parametrize("change", ["threads=1", "checkpoint.keep=1", "scoring.workers=3", "trackers=[]", "eval.every=9"])
+def test_settings_that_change_no_result_change_nothing(done, change):
+    assert done.run(change) == ""
+
+
+def test_scoring_concerns_the_stages_that_score(done):
+    assert done.actions("scoring.timeout_s=9") == "skip rerun skip rerun"
+
+
+def test_other_settings_of_evaluations_evaluate_again_and_train_nothing(done):
+    assert done.run("eval.samples=7") == "first? middle? side? last?"
+    assert done.run("eval.samples=7") == ""
+
+
+def test_files_count_by_their_content(done, tmp_path):
+    moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    assert done.run(f"data.sums.path={moved}") == ""
+    (tmp_path / "test.jsonl").write_text('{"question": "3+3", "answer": "6"}\n')  # no stage learns from it
+    assert done.run(f"data.sums.path={moved}") == "first? middle? side? last?"
+    moved.write_text('{"question": "4+4", "answer": "8"}\n')
+    assert "data.sums" in done.plan(f"data.sums.path={moved}")["middle"].why
+    assert done.run(f"data.sums.path={moved}").startswith("middle middle?")
+
+
+def test_from_runs_a_stage_and_all_behind_it(done):
+    assert done.actions(start="middle") == "skip rerun skip rerun"
+    assert done.run(start="middle") == "middle middle? last last?"  # although the output is the same
+    assert done.run() == ""
+    with pytest.raises(ConfigError, match=r"'nowhere'.*first, middle, side, last"):
+        done.plan(start="nowhere")
+
+
+def test_more_steps_of_rl_continue_and_fewer_run_again(done):
+    plan = done.plan("stages.middle.steps=3")["middle"]
+    assert (plan.action, plan.why) == ("continue", "stages.middle.steps: 2 -> 3")
+    assert done.actions("stages.middle.steps=3", "stages.middle.temperature=0.5") == "skip rerun skip rerun"
+    assert done.actions("stages.middle.steps=1") == "skip rerun skip rerun"
+    assert done.run("stages.middle.steps=3") == "middle middle? last last?"
+    assert done.left_by("middle") == "middle(first()x1)x3"
+    assert done.actions("stages.side.steps=3", "stages.middle.steps=3") == "skip skip rerun rerun"  # a schedule ends there
+
+
+def test_reward_models_that_count_at_the_end_forbid_more_steps(world):
+    """Which steps they count in follows from the number of steps, so the finished ones would be different."""
+    world.values["stages"]["scores"] = {"kind": "preference", "model": "first", "pairs": "sums"}
+    world.values["stages"]["middle"]["preference"] = [{"model": "scores"}]
+    world.run()
+    assert world.plan("stages.middle.steps=5")["middle"].action == "continue"
+    world.values["stages"]["middle"]["preference"] = [{"model": "scores", "last_steps": 1}]
+    world.run()
+    assert world.plan("stages.middle.steps=5")["middle"].action == "rerun"
+
+
+def test_an_interrupted_stage_continues(world):
+    world.stop("middle")
+    record = read_manifest(world.run_dir)["middle"]
+    assert (record["status"], record["output"], record["evaluation"]) == ("running", None, None)
+    assert world.actions() == "skip continue run run"
+    assert world.run() == "middle middle? side side? last last?"
+    assert read_manifest(world.run_dir)["middle"]["seconds"] > record["seconds"]
+
+
+def test_an_interrupted_stage_whose_settings_changed_is_refused_before_any_work(world):
+    world.stop("middle")
+    assert world.actions("stages.middle.steps=5") == "skip continue run run"
+    assert world.actions("stages.first.steps=5") == "rerun rerun run run"
+    plan = world.plan("stages.middle.temperature=0.5")["middle"]
+    assert plan.action == "refuse" and "stages.middle.temperature: 1.0 -> 0.5" in plan.why and "--from middle" in plan.why
+    for change in ("stages.middle.temperature=0.5", "seed=3"):
+        with pytest.raises(ConfigError, match="'middle'.*--from middle"):
+            world.run(change, "stages.first.steps=7")
+        assert world.log == []
+    assert world.run("stages.middle.temperature=0.5", start="middle") == "middle middle? side side? last last?"
+
+
+def test_another_version_is_refused_reused_or_run_again(done, monkeypatch):
+    monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
+    plan = done.plan()["first"]
+    assert plan.action == "refuse" and "9.9" in plan.why and "--ignore-version" in plan.why
+    with pytest.raises(ConfigError, match="'first'.*--from first"):
+        done.run()
+    assert done.run(ignore_version=True) == "" and done.actions(start="first") == "rerun rerun refuse rerun"
+    monkeypatch.undo()
+
+
+def test_an_interrupted_stage_of_another_version(world, monkeypatch):
+    world.stop("first")
+    monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
+    assert world.actions() == "refuse run run run"
+    assert world.actions(ignore_version=True) == "continue run run run"
+
+
+def test_an_interrupted_evaluation_is_repeated(world):
+    world.stop("middle?")
+    record = read_manifest(world.run_dir)["middle"]
+    assert (record["status"], record["evaluation"]) == ("finished", None)
+    assert world.run() == "middle? side side? last last?"
+
+
+def test_the_evaluation_of_a_continued_stage_is_repeated(world, monkeypatch):
+    """A stage may evaluate itself, and have done so, before it was stopped, with other settings."""
+    def measuring(stage):
+        return {**world._work(stage), "evaluation": {"pass_at_1": 1.0, "length": 1.0, "of": "itself"}}
+
+    monkeypatch.setattr(chain, "RUN", dict.fromkeys(chain.RUN, measuring))
+    world.stop("side")
+    assert world.log == ["first", "middle", "side"]
+    assert world.run("eval.samples=9") == "first? middle? side side? last"
+    assert "evaluation" not in read_manifest(world.run_dir)["last"]["summary"]
+
+
+def test_stages_come_and_go(done):
+    stages = done.values["stages"]
+    del stages["last"]
+    stages["more"] = {"kind": "evaluate", "model": "first", "problems": ["sums"]}
+    assert done.run() == "more"
+    stages["last"] = {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]}
+    assert done.run() == ""
+
+
+def test_samples_are_an_input_like_a_model(world):
+    world.values["stages"]["traces"] = {"kind": "reject", "model": "first", "problems": ["sums"]}
+    world.values["stages"]["sft"] = {"kind": "sft", "model": "first", "samples": ["traces"]}
+    assert world.run().endswith("traces sft sft?")
+    (world.run_dir / "traces" / SELECTED).write_text("changed")
+    assert world.run() == "traces"
+
+
+def test_a_missing_or_truncated_output_is_made_again(done):
+    weights = latest_checkpoint(done.run_dir / "first") / "model" / "weights"
+    weights.write_text("shorter")
+    assert "damaged" in done.plan()["first"].why
+    assert done.run() == "first first?"
+    shutil.rmtree(done.run_dir / "side")
+    assert done.run() == "side side?"
+    (latest_checkpoint(done.run_dir / "side") / "manifest.json").write_text("{oops")
+    assert done.run() == "side side?" and done.run() == ""
+
+
+def test_changed_weights_are_refused_before_they_are_used(done):
+    """They are too large to read at every start: their hash is compared when they are read anyway."""
+    weights = latest_checkpoint(done.run_dir / "first") / "model" / "weights"
+    weights.write_text(weights.read_text().replace("first", "fir5t"))
+    assert done.actions() == "skip skip skip skip"
+    with pytest.raises(CheckpointError, match=f"{weights}.*--from first"):
+        model_path(done.chain().recipe, done.run_dir, "first")
+
+
+def test_a_crash_while_a_stage_is_replaced_loses_nothing(done, monkeypatch):
+    """After the old directory was renamed, before the manifest is written."""
+    real = chain.write_file
+    monkeypatch.setattr(chain, "write_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        done.run("stages.first.steps=5")
+    monkeypatch.setattr(chain, "write_file", real)
+    replaced = done.run_dir / ".replaced-first"
+    assert replaced.is_dir() and not (done.run_dir / "first").exists()
+    assert done.run() == ""  # the old settings, and the old directory
+    done.stop("first", "stages.first.steps=5")
+    assert replaced.is_dir()
+    done.stop("middle", "stages.first.steps=5")
+    assert not replaced.exists() and done.left_by("first") == "first()x5"
+    assert (done.run_dir / ".replaced-middle").is_dir()
+
+
+def test_a_full_disk_is_no_error_of_configuration_and_keeps_what_exists(done, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(StorageError, match=r"run/first: No space left on device"):
+        done.run("stages.first.steps=5")
+    monkeypatch.undo()
+    assert (done.run_dir / "first").is_dir()
+
+
+def test_the_first_error_is_reported(world, monkeypatch):
+    world.fail["first"] = RuntimeError("the cause")
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise StorageError("a later one")
+
+    monkeypatch.setattr(chain, "write_file", fails)
+    with pytest.raises(RuntimeError, match="the cause"):
+        world.run()
+
+
+DAMAGED = ["", "{", "[]", '{"format": 1, "stages": {}}', '{"format": 2, "stages": []}', '{"format": 2, "stages": {"a": 3}}',
+           '{"format": 2, "stages": {"a": {"kind": "sft"}}}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_manifest_is_named_and_kept(world, text):
+    world.run_dir.mkdir()
+    path = world.run_dir / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        world.run()
+    assert path.read_text() == text
+
+
+def test_a_pretrained_model_counts_by_its_files(tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    hashes = []
+    for text, limit in (("one", 2**24), ("two", 2**24), ("two", 0)):
+        (directory / "weights").write_text(text)
+        monkeypatch.setattr(chain, "HASHED_SIZE", limit)
+        hashes.append(chain._model_hash(directory))
+    assert len({*hashes, chain._model_hash(Path("Qwen/Qwen2.5-0.5B"))}) == 4
+    assert chain._model_hash(directory.rename(tmp_path / "moved")) == hashes[-1]

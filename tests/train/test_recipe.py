@@ -1,0 +1,222 @@
+"""Recipes: what they may say, and how a wrong setting is named: by its key, its value and the expectation."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from r1kernels import objectives
+from r1kernels.train.chain import order
+from r1kernels.train.errors import ConfigError
+from r1kernels.train.recipe_file import build_recipe, dump_recipe, load_recipe, read_yaml, references
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+run_dir: here
+data:
+  sums: {kind: gsm8k, path: train.jsonl, test_path: test.jsonl}
+  chat: {kind: jsonl, path: there.jsonl}
+stages:
+  base: {kind: model, path: there}
+  r1: {kind: grpo, model: base, problems: [sums], learning_rate: 1e-3}
+  traces: {kind: reject, model: r1, problems: [sums]}
+  cold: {kind: sft, model: base, samples: [traces, chat]}
+  scores: {kind: preference, model: base, pairs: chat}
+  r1-2: {kind: grpo, model: r1, problems: [sums], preference: [{model: scores, weight: 2}]}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "x.yaml").write_text(RECIPE)
+    return tmp_path / "x.yaml"
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_load_and_survive_a_round_trip(preset):
+    recipe = load_recipe(preset)
+    assert build_recipe(read_yaml(dump_recipe(recipe))) == recipe
+    assert sorted(order(recipe)) == sorted(recipe.stages)
+
+
+def test_the_reference_of_settings_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs" / "make_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert text == module.page(), "run: python docs/make_settings.py"
+    assert "None |" not in text, "every setting has a description"
+
+
+def test_overrides(path):
+    options = ["stages.r1.steps=7", "stages.r1.objective.options={kl_coef: 1e-2}", "device=cuda", "eval.samples=3"]
+    recipe = load_recipe(path, options)
+    stage = recipe.stages["r1"]
+    assert (stage.name, stage.steps, stage.objective.options) == ("r1", 7, {"kl_coef": 0.01})
+    assert (recipe.device, recipe.eval.samples, stage.learning_rate) == ("cuda", 3, 1e-3)
+    added = load_recipe(path, ["data.more={kind: math, test_path: x}", "stages.r1.importance.mode=mask"])
+    assert added.eval_problems == ["sums", "more"] and added.stages["r1"].importance.mode == "mask"
+
+
+def test_an_override_changes_one_of_two_stages_that_share_an_alias(path):
+    path.write_text(
+        "run_dir: x\ndata: {sums: {kind: math, path: a, test_path: b}}\nstages:\n  base: {kind: model, path: x}\n"
+        "  one: &one {kind: grpo, model: base, problems: [sums], rewards: &parts {accuracy: 1}, steps: 3}\n"
+        "  two: {<<: *one, rewards: *parts}\n  three: {<<: [*one], steps: 4}\n")
+    stages = load_recipe(path, ["stages.two.rewards.accuracy=5", "stages.one.objective.preset=dapo"]).stages
+    assert [stages[name].rewards["accuracy"] for name in ("one", "two", "three")] == [1.0, 5.0, 1.0]
+    assert [stages[name].steps for name in ("one", "two", "three")] == [3, 3, 4]
+    assert [stages[name].objective.preset for name in ("one", "two")] == ["dapo", "r1"]
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("a: &a {x: 1, y: 1}\nb: [{c: &c {<<: *a, x: 2}}]\nd: {<<: *c, y: 3}",
+     {"a": {"x": 1, "y": 1}, "b": [{"c": {"x": 2, "y": 1}}], "d": {"x": 2, "y": 3}}),
+    ("[1e-3, -2E+4, 1.5e3, 1e, 'a1e-3', '1e-3', 12]", [1e-3, -2e4, 1.5e3, "1e", "a1e-3", "1e-3", 12]),
+    ("[&a [1, 2], *a, *a]", [[1, 2]] * 3), ("", None),
+])
+def test_yaml(text, value):
+    assert read_yaml(text) == value
+
+
+def test_text_that_looks_like_a_number_survives(path):
+    recipe = load_recipe(path, ["stages.base.overrides={a: '1e-3', b: 1e-3, c: null, d: 'true'}"])
+    copy = build_recipe(read_yaml(dump_recipe(recipe)))
+    assert copy.stages["base"].overrides == {"a": "1e-3", "b": 0.001, "c": None, "d": "true"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("{preset: gspo, options: {kl_coef: 0.04, kl: k2}}", objectives.gspo(kl_coef=0.04, kl="k2")),
+    ("{preset: dr_grpo, options: {max_length: 64, kl_coef: 1e-3}}", objectives.dr_grpo(64, kl_coef=1e-3)),
+    ("{preset: grpo, options: {surrogate: cispo, ratio: sequence, aggregate: token_mean, ratio_cap: null}}",
+     objectives.grpo(surrogate="cispo", ratio="sequence", aggregate="token_mean")),
+])
+def test_every_field_of_an_objective_can_be_written(path, text, expected):
+    assert load_recipe(path, [f"stages.r1.objective={text}"]).stages["r1"].objective.build() == expected
+
+
+def test_functions_come_by_import_path_from_directories_beside_the_recipe(path, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "losses_of_mine.py").write_text(
+        "def loss(scale):\n    return lambda logprobs, batch: -scale * logprobs\n\n\ndef broken():\n    return 3\n")
+    options = ["import_from=[mine]", "stages.r1.objective={function: 'losses_of_mine:loss', options: {scale: 2}}"]
+    recipe = load_recipe(path, options)
+    assert recipe.stages["r1"].objective.build().surrogate(1.0, None) == -2.0
+    assert recipe.import_from == [str(tmp_path / "mine")]
+    for name in ("losses_of_mine:nothing", "no_such_module_here:loss", "losses_of_mine:broken"):
+        with pytest.raises(ConfigError, match=r"stages\.r1\.objective"):
+            load_recipe(path, [*options, f"stages.r1.objective.function='{name}'"])
+
+
+def test_references_are_found_at_any_depth(path):
+    recipe = load_recipe(path)
+    found = {name: {item[:2] for item in references(stage)} for name, stage in recipe.stages.items()}
+    assert found["base"] == set()
+    assert found["cold"] == {("model", "base"), ("samples", "traces"), ("samples", "chat")}
+    assert found["r1-2"] == {("model", "r1"), ("problems", "sums"), ("preference.model", "scores")}
+
+
+BAD = [  # an override, and words of the message
+    ("nonsense=1", "'nonsense' run_dir stages"), ("sed=1", "'sed' 'seed'"), ("seed=-1", "'seed' -1 0"),
+    ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"), ("device=gpu", "'device' 'gpu' cuda"),
+    ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 true"),
+    ("run_dir=7", "'run_dir' 7"), ("trackers=tensorboard", "'trackers' 'tensorboard' list"),
+    ("trackers=[paper]", "'trackers[0]' 'paper' 'trackio'"), ("eval={every: 1, every: 2}", "'every' twice"),
+    ("eval=3", "'eval' 3 mapping"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
+    ("eval.temperature=0", "'eval.temperature' 0"), ("eval.problems=[chat]", "'eval.problems' 'chat' held-out"),
+    ("eval.problems=[none]", "'eval.problems' 'none' sums"), ("checkpoint.keep=0", "'checkpoint.keep' 0 1"),
+    ("scoring.workers=0", "'scoring.workers' 0 1"), ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here'"),
+    ("scoring.judge={url: 'http://x', model: x, votes: 3}", "'scoring.judge.votes' 3 2"),
+    ("data=[1]", "'data' [1] mapping"), ("data.sums=gsm8k", "'data.sums' 'gsm8k' mapping"),
+    ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'gsm8k'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
+    ("data.sums={kind: gsm8k}", "'data.sums' 'path' 'test_path'"), ("data.sums.test_path=null", "'test_path' held-out"),
+    ("data={a/b: {kind: math, path: x}}", "'a/b' 'data' 64"),
+    ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere' 'module:function'"),
+    ("stages={}", "'stages' {}"), ("stages=[{name: base, kind: model}]", "'stages' mapping"),
+    ("stages={base: x}", "'stages.base' 'x' mapping"), ("stages={base: {path: x}}", "'kind' 'stages.base'"),
+    ("stages={base: {kind: dance}}", "'stages.base.kind' 'dance' 'model'"),
+    ("stages={base: {kind: model}}", "'path' 'stages.base'"), ("stages={../x: {kind: model, path: x}}", "'../x' 'stages'"),
+    ("stages={.x: {kind: model, path: x}}", "'.x'"), ("stages={'': {kind: model, path: x}}", "'' 'stages'"),
+    ("stages={3: {kind: model, path: x}}", "3 'stages'"), ("stages={tensorboard: {kind: model, path: x}}", "'tensorboard'"),
+    ("stages={sums: {kind: model, path: x}}", "'sums' twice"), ("stages.base.name=other", "'base' 'name'"),
+    ("stages.r1.model=null", "'stages.r1.model' None"), ("stages.r1.model=bse", "'stages.r1.model' 'bse' base cold"),
+    ("stages.r1.model=sums", "'stages.r1.model' 'sums'"), ("stages.r1.model=scores", "'stages.r1.model' 'scores'"),
+    ("stages.r1.problems=[traces]", "'stages.r1.problems' 'traces' sums"), ("stages.r1.problems=[]", "'stages.r1.problems'"),
+    ("stages.r1.problems=sums", "'stages.r1.problems' 'sums' list"), ("stages.cold.samples=[r1]", "'r1' reject traces"),
+    ("stages.scores.pairs=r1", "'stages.scores.pairs' 'r1' reject"), ("stages.scores.pairs=traces", "'scores' 'scoring.judge'"),
+    ("stages.traces.judge=true", "'traces' 'scoring.judge'"), ("stages.r1.rewards={judge: 1}", "'r1' 'scoring.judge'"),
+    ("stages.r1-2.preference=[{model: base}]", "'stages.r1-2.preference.model' 'base' preference"),
+    ("stages.r1-2.preference=[{weight: 1}]", "'model' 'stages.r1-2.preference[0]'"),
+    ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'wait' 'stages.r1-2.preference[0]' 'weight'"),
+    ("stages.r1-2.preference=[{model: scores, last_steps: 99}]", "'preference.last_steps' 99 40"),
+    ("stages.r1.grup_size=8", "'grup_size' 'stages.r1' 'group_size'"), ("stages.r1.group_size=1", "'stages.r1.group_size' 1 2"),
+    ("stages.r1.steps=ten", "'stages.r1.steps' 'ten' integer"), ("stages.r1.steps=2.5", "'stages.r1.steps' 2.5 integer"),
+    ("stages.r1.steps=0", "'stages.r1.steps' 0 1"), ("stages.r1.learning_rate=fast", "'stages.r1.learning_rate' 'fast'"),
+    (f"stages.r1.learning_rate=1{'0' * 400}", "'stages.r1.learning_rate' number"),
+    ("stages.r1.temperature=.nan", "'stages.r1.temperature' nan"), ("eval.temperature=1e999", "'eval.temperature' inf"),
+    ("stages.r1.minibatches=7", "'minibatches' 7 512 'stages.r1'"), ("stages.r1.rewards={charm: 1}", "'rewards' 'charm'"),
+    ("stages.r1.length_schedule=[{from_step: 3, max_new_tokens: 1}, {from_step: 1, max_new_tokens: 2}]", "[3, 1]"),
+    ("stages.r1.length_schedule=[{from_step: 1, max_new_tokens: 0}]", "'stages.r1.length_schedule[0].max_new_tokens' 0 1"),
+    ("stages.r1.rewards={accuracy: 0}", "'rewards' 0"), ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy'"),
+    ("stages.r1.rewards={accuracy: 1, overlong: 1}", "'scoring.overlong_buffer' 4096 64 'r1'"),
+    ("stages.r1.rewards={3: 1}", "3 'stages.r1.rewards'"), ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' 'url'"),
+    ("stages.r1.sampler.url=ftp://x", "'stages.r1.sampler.url' 'ftp://x'"), ("stages.r1.objective=3", "'stages.r1.objective' 3"),
+    ("stages.r1.objective.preset=ppo", "'stages.r1.objective.preset' 'ppo' 'grpo'"),
+    ("stages.r1.objective.options={clip: 1}", "'stages.r1.objective' 'options' clip"),
+    ("stages.r1.objective.options={kl_coef: -1}", "'stages.r1.objective' kl_coef -1"),
+    ("stages.r1.objective.options={kl: [k1]}", "'stages.r1.objective.options.kl' ['k1']"),
+    ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x' 'module:function'"),
+    ("stages.cold={kind: distill, model: base, samples: [chat], teacher: r1}", "'stages.cold' 'teacher' 'r1'"),
+    ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
+    ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}", "'stages.cold.teacher' 'r0' r1"),
+    ("run_dir={" + "x: 1, " * 2 + "}", "'x' twice"), ("=3", "'=3' KEY=VALUE"), ("eval..samples=3", "KEY=VALUE"),
+    ("stages.r1.steps", "KEY=VALUE"), ("stages.r1.steps=[", "--set YAML"), ("seed=2024-13-45", "--set 'seed=2024-13-45' month"),
+    ("stages.r2.steps=3", "--set 'r2' r1 traces"), ("device.x=3", "'device'"), ("run_dir.x=3", "'run_dir' 'here'"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD, ids=[override[:40] for override, _ in BAD])
+def test_a_wrong_setting_is_named(path, override, words):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path, [override])
+    message = str(error.value)
+    assert str(path) in message
+    missing = [word for word in words.split() if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+def test_long_values_are_cut(path):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path, [f"seed={'x' * 1000}"])
+    assert "xxx..." in str(error.value) and len(str(error.value)) < 200 + len(str(path))
+
+
+BOMB = "\n".join(f"{name}: &{name} [{', '.join(['*' + last] * 10) if last else '1'}]"
+                 for last, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True))
+MERGES = "\n".join(f"{name}: &{name} {{<<: [{', '.join(['*' + last] * 20)}]}}" if last else f"{name}: &{name} {{k: 1}}"
+                   for last, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True))
+FILES = [
+    ("missing", None, "cannot read"), ("list", "- 1", "mapping"), ("empty file", "", "None"), ("broken", "a: [", "YAML"),
+    ("twice", "run_dir: a\neval:\n  every: 1\n  every: 2\n", "'every' line 3"), ("date", "seed: 2024-13-45", "month"),
+    ("deep", "[" * 5000, "recursion"), ("itself", "run_dir: &a [*a]", "line 1 itself"), ("empty", "{}", "'run_dir'"),
+    ("no stages", "run_dir: x", "'stages'"), ("a bomb", BOMB, "100000"), ("a bomb of merges", MERGES, "100000"),
+    ("latin", b"run_dir: \xe9", "UTF-8"), ("an object", "!!python/object:os.x {}", "YAML"), ("keys", "{[1]: 2}", "YAML"),
+    ("digits", f"seed: {'9' * 5000}", "4300"), ("a bell", "run_dir: \a", "YAML"),
+    ("no data", "{run_dir: x, stages: {a: {kind: model, path: x}}}", "held-out 'test_path'"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), FILES, ids=[name for name, _, _ in FILES])
+def test_files_that_are_no_recipe(tmp_path, name, text, words):
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path)
+    assert all(word in str(error.value) for word in [str(path), *words.split()]), str(error.value)
+
+
+def test_a_circle_is_shown(path):
+    with pytest.raises(ConfigError) as error:
+        order(load_recipe(path, ["stages.r1.model=cold"]))
+    assert str(error.value).count(" <- ") == 3 and all(name in str(error.value) for name in ("r1", "traces", "cold"))
