@@ -103,9 +103,10 @@ def _sampled(stage: Stage, problems: list[Problem], numbers: range, scorer: Scor
         with torch_seeded(stage.seed, settings.name, "samples", number):
             completions = sampler.sample(prompts, sampling)
         scores = scorer.submit(completions.texts, **columns(repeated, prompts))
+        sampled = Batch(number, repeated, prompts, completions, scores, time.monotonic() - started)
         if waiting:
             yield waiting
-        waiting = Batch(number, repeated, prompts, completions, scores, time.monotonic() - started)
+        waiting = sampled
     yield waiting
 
 
@@ -125,14 +126,12 @@ def _select(
         stage.console.say(f"{settings.name}: the judge did not answer {len(failures)} times, so these samples are "
                           f"unscorable: {failures[0]}", warning=True)
     rows: list[dict[str, Any]] = []
-    kept: Counter[int] = Counter()  # by question
+    kept, most = Counter[int](), settings.keep_per_question or math.inf  # of a question
     for index, (problem, prompt, text) in enumerate(zip(batch.problems, batch.prompts, texts, strict=True)):
         question, number = divmod(index, settings.samples_per_question)
         digest = _digest(prompt, text)
-        if reasons[index] is None and digest in seen:
-            reasons[index] = "duplicate"
-        if reasons[index] is None and settings.keep_per_question and kept[question] >= settings.keep_per_question:
-            reasons[index] = "surplus"
+        if reasons[index] is None and (digest in seen or kept[question] >= most):
+            reasons[index] = "duplicate" if digest in seen else "surplus"
         if reasons[index] is None:
             kept[question] += 1
             seen.add(digest)
