@@ -156,7 +156,7 @@ class Chain:
             raise
         tidy_checkpoints(directory, self.recipe.checkpoint.keep)
         evaluation = summary.pop("evaluation", None)
-        if evaluation and action != "continue":  # else older settings may have measured it
+        if evaluation and (action != "continue" or settings.kind == "evaluate"):  # else with older settings, perhaps
             record["evaluation"] = {**evaluation, "settings": self._eval_settings()}
         record |= {"status": "finished", "summary": summary, "output": self._output(name)}
         record["seconds"] += time.monotonic() - started

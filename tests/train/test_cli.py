@@ -1,0 +1,290 @@
+"""The command: what a run leaves and prints, what is refused before any work, and how it stops."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from r1kernels.rewards import JudgeError, WorkerError
+from r1kernels.rewards.sandbox import SandboxError
+from r1kernels.train import chain
+from r1kernels.train.cli import main
+from r1kernels.train.errors import DataError, ServerError, StorageError, TrainingError
+from r1kernels.train.log import read_lines
+from r1kernels.train.recipe_file import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = {"max_terms": 3}
+BASE = {
+    "kind": "pretrain", "steps": 2, "batch_size": 1, "window": 64,
+    "architecture": {"function": "tiny_world:architecture", "options": {
+        "text": TEXT, "hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 1}},
+    "corpus": {"function": "tiny_world:corpus", "options": TEXT},
+}
+RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questions": 2, "group_size": 2, "minibatches": 2,
+      "max_new_tokens": 4}
+SUMS = {"kind": "function", "function": "tiny_world:sums", "options": {"min_terms": 2, "max_terms": 3, "train_size": 8}}
+SETTINGS = {
+    "seed": 0, "threads": 1, "import_from": [str(ROOT / "examples")], "data": {"sums": SUMS},
+    "eval": {"every": 1, "questions": 2, "samples": 2, "max_new_tokens": 4}, "stages": {"base": BASE, "rl": RL},
+}
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def write_recipe(path: Path, run_dir: Path | str, **changes) -> Path:
+    path.write_text(yaml.safe_dump({"run_dir": str(run_dir), **SETTINGS, **changes}, sort_keys=False))
+    return path
+
+
+def command(*arguments) -> int | str | None:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that has ended, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert command("train", write_recipe(folder / "recipe.yaml", folder / "it"), "--plain") == 0
+    return folder / "it"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path / "recipe.yaml", tmp_path / "it")
+
+
+@pytest.fixture
+def run_dir(finished, recipe, tmp_path):
+    """A copy of it, where the recipe has its run."""
+    return Path(shutil.copytree(finished, tmp_path / "it"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_run_leaves_its_files_and_can_be_evaluated(run_dir, capsys):
+    records = chain.read_manifest(run_dir)
+    assert [record["status"] for record in records.values()] == ["finished"] * 2
+    assert (run_dir / "report.html").stat().st_size > 0 and load_recipe(run_dir / "config.yaml").seed == 0
+    assert [line["step"] for line in read_lines(run_dir / "rl" / "metrics.jsonl") if "loss" in line] == [0, 1]
+    evaluation = records["rl"]["evaluation"]
+    for path in (run_dir, run_dir / "rl", run_dir / "rl" / "checkpoints" / "step-000002"):
+        assert command("eval", path) == 0
+        output = capsys.readouterr().out
+        assert f"pass@1 {evaluation['pass_at_1']:.1%}" in output and evaluation["prompt_hash"] in output
+    assert command("eval", run_dir / "base", "--set", "eval.samples=3") == 0
+    assert "2 questions x 3 samples" in capsys.readouterr().out
+    assert "base, rl" in command("eval", run_dir / "bse") and "config.yaml" in command("eval", run_dir.parent)
+    assert command("report", run_dir) == 0
+    assert str(run_dir / "report.html") in capsys.readouterr().out
+
+
+def test_finished_stages_are_kept_and_more_steps_continue(recipe, run_dir, capsys):
+    before = contents(run_dir)
+    assert command("train", recipe, "--plain") == 0
+    assert "base: skip" in capsys.readouterr().out
+    changed = {name for name, content in contents(run_dir).items() if before.get(name) != content}
+    assert all(name.startswith((".", "curves/")) or name in ("config.yaml", "report.html") for name in changed)
+    assert command("train", recipe, "--plain", "--set", "stages.rl.steps=3") == 0
+    assert "rl: continue: stages.rl.steps: 2 -> 3" in capsys.readouterr().out
+    assert [line["step"] for line in read_lines(run_dir / "rl" / "metrics.jsonl") if "loss" in line] == [0, 1, 2]
+    assert command("train", recipe, "--plain", "--set", "stages.rl.steps=3", "--from", "rl") == 0
+    assert "rl: rerun: requested by --from" in capsys.readouterr().out
+
+
+def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
+    def state():
+        return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (tmp_path, *tmp_path.rglob("*"))}
+
+    before = state()
+    for arguments, actions in (
+        (["--set", "stages.base.steps=3"], ["rerun", "rerun"]), (["--from", "rl"], ["skip", "rerun"]),
+        (["--overwrite"], ["run", "run"]), (["--set", f"run_dir={tmp_path / 'new'}"], ["run", "run"]),
+    ):
+        assert command("train", recipe, "--dry-run", *arguments) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == actions
+    assert state() == before
+    assert "base, rl" in command("train", recipe, "--from", "nowhere")
+
+
+def test_overwrite_deletes_a_run(recipe, run_dir, tmp_path):
+    (run_dir / "tensorboard").symlink_to(tmp_path)
+    assert command("train", recipe, "--plain", "--overwrite", "--set", "stages.rl.steps=1") == 0
+    assert chain.read_manifest(run_dir)["rl"]["summary"]["steps"] == 1
+    assert recipe.exists() and not (run_dir / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "code/main.py"])
+def test_files_of_others_are_never_deleted(recipe, run_dir, name):
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).write_text("mine")
+    before = contents(run_dir)
+    for flag in ("--overwrite", "--plain", "--dry-run"):
+        message = command("train", recipe, flag)
+        assert str(run_dir) in message and name.partition("/")[0] in message
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("text", ["compiler: gcc\n", "a: [", "- 1\n", "run_dir: x\nstages: {}\n"])
+def test_a_config_file_does_not_make_a_run(recipe, tmp_path, text):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "config.yaml").write_text(text)
+    assert "config.yaml" in command("train", recipe, "--overwrite")
+    assert contents(tmp_path / "it") == {"config.yaml": text.encode()}
+    assert "is a file" in command("train", recipe, "--set", f"run_dir={recipe}")
+
+
+def test_inputs_inside_the_run_are_refused(run_dir, tmp_path):
+    model = run_dir / "base" / "checkpoints" / "step-000002" / "model"
+    stages = {"given": {"kind": "model", "path": str(model)}, "rl": {**RL, "model": "given"}}
+    message = command("train", write_recipe(tmp_path / "x.yaml", run_dir, stages=stages), "--overwrite")
+    assert "'stages.given.path'" in message and str(run_dir) in message and model.exists()
+
+
+def test_a_run_has_one_process(recipe, run_dir):
+    with chain.claim(chain.load_run(recipe), overwrite=False):
+        for flag in ("--plain", "--overwrite"):
+            message = command("train", recipe, flag)
+            assert str(run_dir) in message and f"process {os.getpid()}" in message
+        assert command("train", recipe, "--dry-run") == 0  # it only reads
+    with chain.claim(chain.load_run(recipe), overwrite=False):
+        pass
+
+
+def test_a_run_that_was_moved_continues_where_it_is(run_dir, tmp_path, capsys):
+    moved = run_dir.rename(tmp_path / "moved")
+    assert command("train", moved / "config.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out.count("skip") == 2
+    assert command("train", moved / "config.yaml", "--dry-run", "--set", f"run_dir={tmp_path / 'new'}") == 0
+    assert capsys.readouterr().out.count("new") == 2
+
+
+def test_the_saved_recipe_means_the_same_from_any_directory(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, number in (("train.jsonl", 1), ("test.jsonl", 2)):
+        Path(name).write_text(f'{{"question": "{number}?", "answer": "{number}"}}\n')
+    shutil.copytree(finished / "base" / "checkpoints" / "step-000002" / "model", "model")
+    data = {"sums": {"kind": "jsonl", "path": "train.jsonl", "test_path": "test.jsonl"}}
+    more = {"kind": "evaluate", "model": "given", "problems": ["sums"], "samples": 3, "max_new_tokens": 4}
+    write_recipe(Path("x.yaml"), "run", data=data, stages={"given": {"kind": "model", "path": "model"}, "more": more})
+    assert command("train", "x.yaml", "--plain") == 0
+    records = chain.read_manifest(tmp_path / "run")
+    assert records["given"]["summary"]["architecture"] == "LlamaForCausalLM"
+    assert records["more"]["evaluation"]["k"] == 3 and records["given"]["evaluation"]["k"] == 2
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert command("train", tmp_path / "run" / "config.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out.count("skip") == 2
+    assert command("eval", tmp_path / "run" / "given") == 0
+
+
+def given(path, **keys) -> dict:
+    return {"stages": {"given": {"kind": "model", "path": str(path)}, "rl": {**RL, "model": "given", **keys}}}
+
+
+def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
+    new, model = tmp_path / "new", tmp_path / "model"
+    shutil.copytree(finished / "base" / "checkpoints" / "step-000002" / "model", model)
+    lines = tmp_path / "code.jsonl"
+    tests = {"entry_point": "f", "cases": [{"args": [], "expected": 1}]}
+    lines.write_text(json.dumps({"question": "f?", "kind": "code", "answer": tests}) + "\n")
+
+    def refuses(memory_mb):
+        raise SandboxError(f"no sandbox with {memory_mb}")
+
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("r1kernels.rewards.sandbox.check", refuses)
+    code = {**RL, "problems": ["sums", "code"]}
+    cases = [
+        ({"device": "meta"}, ["'device'", "'meta'"]), (given(tmp_path / "nowhere"), ["nowhere"]),
+        ({**given(model), "template": "chat"}, ["'template'", "'chat'"]),
+        (given(model, max_new_tokens=513), ["'stages.rl.max_new_tokens'", "513", "512"]),
+        ({**given(model), "eval": {"max_new_tokens": 600}}, ["'eval.max_new_tokens'", "600", "512"]),
+        ({"data": {"sums": {"kind": "gsm8k", "path": "nope.jsonl", "test_path": "nope.jsonl"}}}, ["nope.jsonl"]),
+        ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'data.sums'", "tiny_world:sums", "1000000"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl <- rl"]),
+        ({"stages": {"base": BASE | {"corpus": {"function": "tiny_world:no"}}}}, ["tiny_world:no"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here:f"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"no_module_here:f": 1.0}}}}, ["rewards", "no_module_here"]),
+        ({"data": {"sums": SUMS, "code": {"kind": "jsonl", "path": str(lines)}}, "stages": {"base": BASE, "rl": code}},
+         ["no sandbox with 512"]),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"device": "cuda"}, ["'device'", "'cuda'"]))
+    for changes, words in cases:
+        message = command("train", write_recipe(tmp_path / "x.yaml", new, **changes), "--plain")
+        assert isinstance(message, str) and all(word in message for word in words), message
+        assert not new.exists()
+
+
+@pytest.mark.parametrize("error", [
+    DataError("x"), StorageError("x"), TrainingError("x"), ServerError("x"), WorkerError("x"), SandboxError("x"),
+    JudgeError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
+], ids=lambda error: type(error).__name__)
+def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):
+    error.args = (*error.args[:-1], f"{error.args[-1]} \x1b[2J\u202e") if not isinstance(error, OSError) else error.args
+
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(chain, "load_run", fails)
+    message = command("train", recipe)
+    assert message.startswith("r1kernels: ") and message.isprintable() and "\n" not in message
+
+
+def test_other_errors_keep_their_traceback(recipe, monkeypatch):
+    for error in (RuntimeError("a bug"), OSError(5, "Input/output error")):
+        monkeypatch.setattr(chain, "load_run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            main(["train", str(recipe)])
+
+
+def test_a_directory_that_cannot_be_written_is_named(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run"
+    assert str(path) in command("train", recipe, "--plain", "--set", f"run_dir={path}")
+
+
+CALL = "import sys; from r1kernels.train.cli import main; main(sys.argv[1:])"
+
+
+def test_help_does_not_wait_for_torch():
+    code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n"
+            "    print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("False\n") and "--ignore-version" in done.stdout, done
+
+
+def test_a_signal_stops_with_130_and_the_command_that_continues(recipe, tmp_path):
+    """As `command &` in a script, where SIGINT is ignored."""
+    log = tmp_path / "it" / "base" / "metrics.jsonl"
+    program = [sys.executable, "-c", CALL, "train", str(recipe), "--plain", "--set", "stages.base.steps=100000"]
+    shell = ["sh", "-c", '"$@" & wait $!; echo rc=$?', "sh", *program]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        deadline = time.monotonic() + 300
+        while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(int((tmp_path / "it" / ".pid").read_text()), signal.SIGINT)
+        output = process.stdout.read()
+    assert "rc=130" in output and "SIGINT" in output
+    assert f"r1kernels train {tmp_path / 'it' / 'config.yaml'}" in output
+    record = chain.read_manifest(tmp_path / "it")["base"]
+    assert record["status"] == "running" and list((tmp_path / "it" / "base" / "checkpoints").glob("step-*"))
+    assert chain.Chain(chain.load_run(tmp_path / "it" / "config.yaml")).plan()[0].action == "continue"
