@@ -11,7 +11,7 @@ from r1kernels.train.model import head_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from r1kernels.train.errors import ConfigError, TrainingError
+from r1kernels.train.errors import TrainingError
 from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.rollout import Tokens
 from r1kernels.train.update import Rollout, completion_hidden_states
@@ -20,8 +20,8 @@ from .gae import gae, whiten
 
 
 def critic(
-    trainer: GRPOTrainer, *, lam: float = 0.95, gamma: float = 1.0, kl_coef: float = 0.0, learning_rate: float = 1e-5,
-    value_clip: float | None = 0.2, whiten: bool = True,
+    trainer: GRPOTrainer, *, lam: float = 0.95, gamma: float = 1.0, kl_coef: float = 0.0,
+    value_learning_rate: float = 1e-5, value_clip: float | None = 0.2, whiten: bool = True,
 ) -> CriticAdvantages:
     """Advantages by a critic, for `advantages` of a stage of kind grpo.
 
@@ -30,7 +30,7 @@ def critic(
         gamma: discount of a token, from 0 to 1.
         kl_coef: penalty in each token's reward for leaving the reference, as in RLHF. The `kl_coef` of the objective is
             a term of the loss, as in GRPO.
-        learning_rate: of the critic.
+        value_learning_rate: of the critic.
         value_clip: how far a value may move from that of the rollout before its loss stops to fall; None for no limit.
         whiten: shift and scale the advantages of a rollout to mean 0 and standard deviation 1.
     """
@@ -38,15 +38,15 @@ def critic(
         "lam": (lam, "a number from 0 to 1", 0 <= lam <= 1),
         "gamma": (gamma, "a number from 0 to 1", 0 <= gamma <= 1),
         "kl_coef": (kl_coef, "at least 0", kl_coef >= 0),
-        "learning_rate": (learning_rate, "a positive number", learning_rate > 0),
+        "value_learning_rate": (value_learning_rate, "a positive number", value_learning_rate > 0),
         "value_clip": (value_clip, "a positive number or null", value_clip is None or value_clip > 0),
     }
     for name, (value, expected, fits) in limits.items():
         if not fits:
-            raise ConfigError(f"'advantages.options.{name}' is {value}; expected {expected}")
+            raise ValueError(f"'{name}' is {value}; expected {expected}")
     if trainer.objective.ratio != "token":
-        raise ConfigError("'objective' has one ratio per sequence; the advantages of a critic need one per token")
-    return CriticAdvantages(trainer, lam, gamma, kl_coef, learning_rate, value_clip, whiten)
+        raise ValueError("'objective' has one ratio per sequence; the advantages of a critic need one per token")
+    return CriticAdvantages(trainer, lam, gamma, kl_coef, value_learning_rate, value_clip, whiten)
 
 
 class Critic(nn.Module):

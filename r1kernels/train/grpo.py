@@ -25,7 +25,7 @@ from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import MEASURED, PARTS, columns, eval_problems, evaluate, reflective_words
 from r1kernels.train.log import StepLog
 from r1kernels.train.model import load_model, load_tokenizer
-from r1kernels.train.recipe import GRPO, PreferenceReward
+from r1kernels.train.recipe import PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Completions, Sampler, Sampling, Tokens, TransformersSampler, end_tokens
@@ -51,8 +51,8 @@ class Advantages:
     `settings.advantages` can name a function that makes another, with the same four methods; `examples/ppo` is one.
     """
 
-    def __init__(self, settings: GRPO) -> None:
-        self.settings = settings
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.settings = trainer.settings
 
     def __call__(
         self, rewards: Tensor, tokens: Tokens, old_logprobs: Tensor, ref_logprobs: Tensor | None
@@ -95,9 +95,10 @@ class GRPOTrainer:
         self.objective = self.settings.objective.build()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
-        make = self.settings.advantages
+        own = self.settings.advantages
+        make, options = (own.load(), own.options) if own else (Advantages, {})
         try:
-            self.advantages = Advantages(self.settings) if make is None else make.load()(self, **make.options)
+            self.advantages = make(self, **options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
         self.step = self.minibatch = self.idle_steps = 0
@@ -112,12 +113,7 @@ class GRPOTrainer:
             self.restore(checkpoint.state)
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last step; returns the stage's summary.
-
-        Raises:
-            Interrupted: after a checkpoint was written.
-            TrainingError: a loss or gradient is not finite, or the first ratio is not 1.
-        """
+        """Trains to the last step; returns the stage's summary. Raises Interrupted after it wrote a checkpoint."""
         self.log = StepLog(self.stage, first_step=self.step)
         scorer = self.stage.scorer(self.settings.rewards)
         with self.log, contextlib.closing(self.sampler), scorer as self.scorer:
@@ -166,10 +162,8 @@ class GRPOTrainer:
         self.finish_step()
 
     def next_questions(self) -> tuple[str, list[Problem]]:
-        """The pool of this step, with open problems only where something judges them, and its next questions.
-
-        Every epoch visits a whole pool in its own order.
-        """
+        """The pool of this step, with open problems only where something judges them, and its next questions. Every
+        epoch visits a whole pool, in an order of the epoch."""
         judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
         pool = "all" if judged or self.preferences() else "checkable"
         problems, first = self.pools[pool], self.cursors[pool]

@@ -47,7 +47,7 @@ stages:
   r1: {{<<: *rl, model: cold, problems: [sums, open], oversample: 1, steps: 2,
     rewards: {{accuracy: 1.0}}, preference: [{{model: scores, last_steps: 1}}]}}
   ppo: {{<<: *rl, steps: 2, oversample: 1, group_size: 2, epochs: 2, micro_batch_size: null,
-    advantages: {{function: "ppo:critic", options: {{learning_rate: 1.0e-3, kl_coef: 0.01}}}},
+    advantages: {{function: "ppo:critic", options: {{value_learning_rate: 1.0e-3, kl_coef: 0.01}}}},
     objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
   small: {{kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
     batch_size: 4, window: 256, max_new_tokens: 6, learning_rate: 1.0e-3}}

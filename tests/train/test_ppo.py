@@ -195,7 +195,7 @@ def test_explained_variance():
 
 # ---- training ----
 
-OPTIONS = "learning_rate: 3.0e-3, kl_coef: 0.01"
+OPTIONS = "value_learning_rate: 3.0e-3, kl_coef: 0.01"
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):
 
 
 def test_the_critic_learns_what_is_to_come(tmp_path):
-    stage = ppo_stage(tmp_path, "lam: 1.0, value_clip: null, learning_rate: 0.01",
+    stage = ppo_stage(tmp_path, "lam: 1.0, value_clip: null, value_learning_rate: 0.01",
                       ['rewards={"test_ppo:one": 1.0}', "steps=5"])
     run(stage)
     lines = read_lines(stage.directory / "metrics.jsonl")[:5]
