@@ -68,6 +68,14 @@ def test_a_worker_is_kept_until_it_must_be_replaced(pool):
     assert fifth not in (first, third, fourth)
 
 
+def test_the_death_of_the_fork_server_loses_no_task(pool):
+    pool._most = 2
+    run(pool, task("os:getpid"))
+    threading.Timer(1.0, pool._server.kill).start()
+    verdicts = run(pool, *[task("time:sleep", 3.0)] * 2, *[task("math:sqrt", 4.0)] * 4)
+    assert all(verdict == CRASH or math.isnan(verdict) for verdict in verdicts[:2]) and verdicts[2:] == [2.0] * 4
+
+
 JUDGES = """
 import os
 
