@@ -1,13 +1,14 @@
 r"""Multiple choice: the letter of the option that a completion settles on.
 
 It is read from the final answer (see `text`), or, where a completion has no marker at all, from a last line that says
-`The answer is B`. The forms are those of docs/answers.md, all of which start with the letter or with a phrase that
-announces it: `B`, `(B)`, `B. Paris`, `B because A is wrong`, `The answer is B`. What names a second letter, or takes the
-first one back, names none. So listing letters gains nothing.
+`The answer is B`. The forms of docs/answers.md start with the letter or with a phrase that announces it: `B`, `(B)`,
+`B. Paris`, `B because A is wrong`, `The answer is B`. What names a second letter, or takes the first one back, names
+none. So listing letters gains nothing.
 
 White space is made single first and the length is limited, so that no pattern takes long.
 """
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import re
@@ -18,7 +19,7 @@ from .text import ANSWER_MARKERS, INVISIBLE, after_thinking, final_answer
 # The text of an option may be long, but not longer.
 MAX_CHOICE = 2000
 
-_STYLE = re.compile(r"\\(?:text|math)?(?:bf|rm|it|textbf|textit|boldsymbol)?(?= ?\{)|</?[bi]>|\\[()\[\] ,;!{}]|[{}$*`\"“”]")
+_STYLE = re.compile(r"\\(?:text|math)?(?:bf|rm|it|boldsymbol)?(?= ?\{)|</?[bi]>|\\[()\[\] ,;!{}]|[{}$*`\"“”]")
 _ANNOUNCED = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:"
     r"(?:(?:the |my )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is| would be)?:? ?){1,3}"
@@ -32,7 +33,7 @@ _LETTER = re.compile(r"\( ?([A-Za-z]) ?\)|\[ ?([A-Za-z]) ?\]|([A-Za-z])(?![A-Za-
 _END = re.compile(r" ?[.):!。]{0,4}(?:,? not \(?[A-Z]\)?\.?)?$")
 _REASON = re.compile(r" ?[,;.]? ?(?:because|since|因为)\b ?(.*)", re.IGNORECASE)
 # The text of the option, after what separates it from the letter.
-_OPTION = re.compile(r" ?[.):、](?: |(?<=、))(.+)|(?<=[)\]]) (.+)| [-–—] (.+)| \(([^()]+)\)\.?$")
+_OPTION = re.compile(r" ?[.):、](?: |(?<=、)|(?=[\u4e00-\u9fff]))(.+)|(?<=[)\]]) (.+)| [-–—] (.+)| \(([^()]+)\)\.?$")
 # Another letter: a capital on its own that is no article, or any letter as an option is written.
 _OTHER = re.compile(
     r"\b[B-HJ-Z]\b|\bA\b(?! [a-z])|\bA (?:is|was|or|and|may|might|could|would)\b|[(\[][A-Za-z][)\]]|^[a-z]\b[.):]?$"

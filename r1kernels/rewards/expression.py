@@ -27,16 +27,19 @@ LIMITS = (8, 4, 50_000, 200, 0)
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|omega|Delta|Omega"
 NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
+_FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![A-Za-z])"
 _TOKEN = re.compile(
     rf"(?P<name>{NAME})|(?P<number>(?:0(?!\d)|[1-9]\d*)(?:\.\d+)?|\.\d+)|(?P<constant>\\(?:pi|infty)(?![A-Za-z]))"
-    r"|(?P<function>\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![A-Za-z]))"
+    rf"|(?P<function>{_FUNCTION})"
     r"|(?P<command>\\(?:frac|sqrt|binom)(?![A-Za-z]))|(?P<times>\\(?:cdot|times)(?![A-Za-z])|/)|(?P<plus>[+-])"
     r"|(?P<open>[({\[])|(?P<close>[)}\]])|(?P<bar>\|)|(?P<mark>[\^_])|(?P<factorial>!)|(?P<space> +)|(?P<other>.)",
     re.ASCII | re.DOTALL,
 )
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
-# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x` and `1/2/3` have two readings too.
-_AMBIGUOUS = re.compile(r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}", re.ASCII)
+# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x`, `1/2/3` and `2^2^3` have two readings too.
+_AMBIGUOUS = re.compile(
+    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^", re.ASCII
+)
 _LOGARITHM = re.compile(r"\\log_\{(\w+)\} ?(\d+)", re.ASCII)
 
 
@@ -62,7 +65,8 @@ def latex(text: str) -> str:
         if (
             kind == "other"
             or (kind in ("times", "factorial", "close") and not ended)
-            or (kind == "mark" and not ended and previous != "function")
+            or (token == "^" and not ended and previous != "function")
+            or (token == "_" and written[-1:] != [r"\log"])
             or (kind == "plus" and previous in ("plus", "times", "function"))
             or (kind == "number" and ended)
             or (kind == previous == "factorial")
@@ -88,9 +92,11 @@ def _symbol(name: str) -> str:
     return "x_{" + "".join(f"{ord(char):03}" for char in name) + "}"
 
 
-# Towers of powers, powers and factorials of large numbers, binomials of what is not plain.
+# Towers of powers, factorials of large numbers, binomials of what is not plain, functions of functions.
 _UNSEEN = re.compile(
-    r"\^\{[^{}]*(?:[^A-Za-z{}]\^|\^\{[^{}]*\^)|\d{5}!|[)}|]!|\\binom(?!\{\w{1,4}\}\{\w{1,4}\})", re.ASCII
+    r"\^\{[^{}]*(?:[^A-Za-z{}]\^|\^\{[^{}]*\^)|\d{5}!|[)}|]!|\\binom(?!\{\w{1,4}\}\{\w{1,4}\})"
+    rf"|{_FUNCTION}(?=[ ({{]*{_FUNCTION})",
+    re.ASCII,
 )
 _POWER = re.compile(r"([)}|]?) ?\^\{[^{}\d]{0,20}(\d+)", re.ASCII)
 
@@ -144,8 +150,10 @@ def is_calculation(text: str) -> bool:
             numbers = [item for item in numbers if item != -1 and not (item.is_Pow and item.args[1] == -1)]
         if isinstance(node, sympy.Add | sympy.Mul) and (len(numbers) > 1 or 0 in numbers):
             return True
-        if isinstance(node, sympy.Pow) and len(numbers) == 2 and node.args[1].is_Integer and node.args[1] != -1:
-            return True
+        if isinstance(node, sympy.Pow) and len(numbers) == 2 and numbers[1].is_Integer:
+            reciprocal = numbers[1] == -1 and numbers[0].is_Integer
+            if not reciprocal:
+                return True
         if isinstance(node, sympy.factorial | sympy.Abs) and numbers:
             return True
     return False

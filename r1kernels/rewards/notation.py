@@ -4,6 +4,7 @@ r"""One notation for mathematical answers, and their units.
 changes notation only, never meaning. Words in `\text{}` come out in double quotes, which have no other use.
 """
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import re
@@ -12,10 +13,11 @@ import unicodedata
 from .text import INVISIBLE
 
 _SYMBOLS = {
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ", "θ": r"\theta ", "ℝ": r"\mathbb{R}",
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
+    "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ", "θ": r"\theta ",
     "½": r" \frac{1}{2}", "⅓": r" \frac{1}{3}", "⅔": r" \frac{2}{3}", "¼": r" \frac{1}{4}", "¾": r" \frac{3}{4}",
-    "²": "^{2}", "³": "^{3}", "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,", "，": ",", "。": ".", "’": "'", '"': "\0",
+    "²": "^{2}", "³": "^{3}", "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,", "ℝ": r"\mathbb{R}",
+    "，": ",", "。": ".", "’": "'", '"': "\0",
 }  # fmt: skip
 # Full-width characters and the alphabets of mathematics (bold, italic ...) mean the plain ones.
 _SYMBOLS |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
@@ -70,13 +72,14 @@ def _without_stop(text: str) -> str:
 
 
 # The first name of each is its spelling here. A name with -s at its end is the same unit.
-_UNITS = {name: names.split("=")[0] for names in """
+_NAMES = """
 m=meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre=公里 in=inch=inches ft=foot=feet
 yd=yard mi=mile s=sec=second=秒 min=minute=分钟 h=hr=hour=小时 day=天 week month year=年 g=gram=克 kg=kilogram
 mg=milligram lb=pound oz=ounce ton L=l=liter=litre mL=ml=milliliter=millilitre gallon cup mph N=newton J=joule W=watt
 V=volt Pa=pascal Hz=hertz rad=radian degree degree_C degree_F dollar=$=USD cent euro=€=EUR sterling=£ yen=¥ yuan=元
 rupee=₹ person=people=人 child=children man=men woman=women unit=个=個=名=只=本=张=条=件
-""".split() for name in names.split("=")}  # fmt: skip
+"""
+_UNITS = {name: names.partition("=")[0] for names in _NAMES.split() for name in names.split("=")}
 # Words in -s that are no units: they change the number, deny it, or are no nouns.
 _NO_UNIT = re.compile(
     r"\w+(?:ths|rds|ss|ings|lys|wards)|halves|quarters|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|"
