@@ -1,10 +1,8 @@
 """Writes plain Python values as text and reads them back: how arguments enter the sandbox and results leave it.
 
-Both sides use this file. What leaves the sandbox may be anything, so `read` trusts nothing: it builds values of
-Python's own types only, so `==` and arithmetic are Python's own. An object that equals everything cannot be written.
-
-An iterator is written as its items and read as a generator, which equals no list here either. One with more than
-MAX_ITEMS items may be endless: reading past them raises ValueError.
+What leaves the sandbox may be anything, so `read` trusts nothing: it builds values of Python's own types only, so `==`
+and arithmetic are Python's own. An object that equals everything cannot be written. An iterator is written as its items
+and read as a generator; one with more than MAX_ITEMS may be endless, so reading past them raises ValueError.
 """
 
 from __future__ import annotations
@@ -15,11 +13,9 @@ MAX_DEPTH = 50  # of nested containers
 MAX_ITEMS = 1_000  # of an iterator
 MAX_KEYS = 10_000  # in all sets and dicts together: comparing so many keys of one hash takes seconds
 SMALL = 2**63
-_END = object()
-
-SEQUENCES = {"list": list, "tuple": tuple}
-SETS = {"set": set, "frozenset": frozenset}
+CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 VIEWS = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
+_END = object()
 
 
 def write(value: object) -> bytes:
@@ -48,15 +44,15 @@ def _packed(value, depth):
         return {"bytes": value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, dict):
-        return {"dict": [[_packed(key, depth - 1), _packed(item, depth - 1)] for key, item in value.items()]}
     if isinstance(value, range):
         return {"range": [_packed(part, depth - 1) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict):
+        return {"dict": [[_packed(key, depth - 1), _packed(item, depth - 1)] for key, item in value.items()]}
     if hasattr(type(value), "__next__"):
         # zip stops before it takes one item too many
         items = [_packed(item, depth - 1) for _, item in zip(range(MAX_ITEMS), value, strict=False)]
         return {"iterator": [items, len(items) < MAX_ITEMS or next(value, _END) is _END]}
-    for name, kind in (SEQUENCES | SETS | VIEWS).items():
+    for name, kind in (CONTAINERS | VIEWS).items():
         if isinstance(value, kind):
             return {name: [_packed(item, depth - 1) for item in value]}
     raise TypeError(f"a {type(value).__name__} is not plain data")
@@ -68,15 +64,49 @@ def read(text: bytes, trusted: bool = False) -> object:
     Raises:
         ValueError: the text is anything else or, unless the writer is trusted, exceeds the limits above.
     """
+    keys_left = float("inf") if trusted else MAX_KEYS
+
+    def value(packed, depth):
+        nonlocal keys_left
+        if packed is None or type(packed) in (bool, int, float, str):
+            return packed
+        if type(packed) is not dict or len(packed) != 1 or depth < 0:
+            raise ValueError("expected an object with one key, nested less deeply")
+        [(name, parts)] = packed.items()
+        if name in ("int", "bytes"):
+            return int(_of(str, parts), 16) if name == "int" else bytes.fromhex(_of(str, parts))
+        parts = _of(list, parts)
+        if name == "complex":
+            return complex(*(_of(float, part) for part in parts))
+        if name == "iterator":
+            items, ended = parts
+            return _generator([value(item, depth - 1) for item in _of(list, items)], _of(bool, ended))
+        if name == "range":
+            start, stop, step = (_of(int, value(part, depth - 1)) for part in parts)
+            return range(start, stop, step)
+        if name not in ("list", "tuple"):
+            keys_left -= len(parts)
+        if keys_left < 0:
+            raise ValueError(f"more than {MAX_KEYS} keys")
+        if name == "dict":
+            return {value(key, depth - 1): value(item, depth - 1) for key, item in parts}
+        items = [value(item, depth - 1) for item in parts]
+        if name == "keys":
+            return dict.fromkeys(items).keys()
+        if name in VIEWS:
+            return getattr(dict(enumerate(items) if name == "values" else items), name)()
+        return CONTAINERS[name](items)
+
     try:
-        packed = json.loads(text, parse_int=_small_int)
-        return _Reader(trusted).value(packed, 2 * MAX_DEPTH if trusted else MAX_DEPTH)
+        return value(json.loads(text, parse_int=_small), 2 * MAX_DEPTH if trusted else MAX_DEPTH)
     except (TypeError, KeyError, RecursionError, UnicodeError) as error:
         raise ValueError(f"not plain data: {type(error).__name__}") from None
 
 
 def read_answer(text: bytes) -> tuple:
-    """Reads the answer to one call: ("value", result), ("value", None, arguments, keywords) or ("raise", names, message).
+    """Reads an answer to a call: ("value", result) or ("raise", names of the exception's class and bases, message).
+
+    A function that returned None and changed its arguments answers ("value", None, arguments, keywords).
 
     Raises:
         ValueError: the text is anything else.
@@ -90,48 +120,13 @@ def read_answer(text: bytes) -> tuple:
     raise ValueError("the answer to a call has another form")
 
 
-def _small_int(digits):
+def _small(digits):
     if len(digits) > 20:
         raise ValueError("a long int must be written in hexadecimal")
     return int(digits)
 
 
-class _Reader:
-    def __init__(self, trusted):
-        self.keys_left = float("inf") if trusted else MAX_KEYS
-
-    def value(self, packed, depth):
-        if packed is None or type(packed) in (bool, int, float, str):
-            return packed
-        if type(packed) is not dict or len(packed) != 1 or depth < 0:
-            raise ValueError("expected an object with one key, nested less deeply")
-        [(name, inner)] = packed.items()
-        if name in ("int", "bytes"):
-            return int(_of(str, inner), 16) if name == "int" else bytes.fromhex(_of(str, inner))
-        parts = _of(list, inner)
-        if name == "complex":
-            return complex(*(_of(float, part) for part in parts))
-        if name == "iterator":
-            items, ended = parts
-            return _items([self.value(item, depth - 1) for item in _of(list, items)], _of(bool, ended))
-        if name == "range":
-            start, stop, step = (_of(int, self.value(part, depth - 1)) for part in parts)
-            return range(start, stop, step)
-        if name in SEQUENCES:
-            return SEQUENCES[name]([self.value(item, depth - 1) for item in parts])
-        self.keys_left -= len(parts)
-        if self.keys_left < 0:
-            raise ValueError(f"more than {MAX_KEYS} keys")
-        if name == "dict":
-            return {self.value(key, depth - 1): self.value(item, depth - 1) for key, item in parts}
-        items = [self.value(item, depth - 1) for item in parts]
-        if name in VIEWS:
-            whole = {"keys": dict.fromkeys, "values": lambda found: dict(enumerate(found)), "items": dict}[name](items)
-            return getattr(whole, name)()
-        return SETS[name](items)
-
-
-def _items(items, ended):
+def _generator(items, ended):
     yield from items
     if not ended:
         raise ValueError(f"only the first {MAX_ITEMS} items of an iterator are known here")

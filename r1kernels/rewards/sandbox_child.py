@@ -1,15 +1,16 @@
 """Runs inside the sandbox: gives up all privileges, then executes the submitted program.
 
-`sandbox.Program` starts this file by its path, with JSON settings as the argument. Frames travel on stdin and stdout: eight
-bytes of length, then as many bytes. The frame "ready" says that the process is locked in and has executed nothing of the
-program; whatever fails before is the sandbox's failure, told on stderr. SECURITY.md lists the layers of protection.
+`sandbox.Program` starts this file by its path, with JSON settings as the argument. Frames travel on stdin and stdout:
+eight bytes of length, then as many bytes. The frame "ready" says that the process is locked in and has executed nothing
+of the program; whatever fails before is the sandbox's failure, told on stderr. SECURITY.md lists the layers.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.append(sys.path.pop(0))  # this directory comes last: its modules must not hide Python's own
+HERE = sys.path.pop(0)
+sys.path.append(HERE)  # comes last: its modules must not hide Python's own
 
 import builtins
 import contextlib
@@ -61,7 +62,7 @@ def lock_in(kind: str, privileged: bool, limits: dict[str, int]) -> None:
             resource.setrlimit(which, (value, value))
         bytearray(ROOM)
         if kind != "none":
-            seccomp.filter_calls()
+            seccomp.filter_calls(os.path.join(HERE, "syscalls.txt"))
     except (OSError, ValueError, MemoryError) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)
@@ -182,9 +183,9 @@ def main() -> None:
     sys.path[-1:] = packages  # in the place of this directory
     builtins.exit = builtins.quit = sys.exit  # as `site` would define them
     if role == "runs":
-        source = receive(0).decode()
+        sources, _ = json.loads(receive(0))
         fork_runs(settings)
-        run("__main__", [source])
+        run("__main__", sources)
         return
     lock_in(**settings)
     send(1, b"ready")

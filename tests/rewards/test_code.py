@@ -19,7 +19,7 @@ def works():
 
 def reward(tests, completion, prompt="", seconds=1.0):
     settled = settle(prompt, completion, tests if isinstance(tests, str) else json.dumps(tests))
-    return judge(*settled, sandbox.check(256), seconds) if isinstance(settled, tuple) else settled
+    return judge(*settled, timeout_s=seconds, memory_mb=256) if isinstance(settled, tuple) else settled
 
 
 PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r: float):\n    """Of a circle.\n    """\n'
@@ -398,7 +398,7 @@ def test_exit_and_quit_end_a_program():
         ("0.5", "0.5000000001", 1.0), ("0.5", "0.5001", 0.0), ("1e6", "1000000.0001", 1.0), ("3", "3.0000000001", 1.0),
         ("3.0", "3", 1.0), ("1000000007", "1000000008", 0.0), ("0", "1e-12", 1.0), ("yes 1.5", "yes  1.5", 1.0),
         ("yes 1.5", "no 1.5", 0.0), ("1.5 2.5", "1.5", 0.0), ("1.5\n2.5", "1.5 2.5", 0.0), ("1.5", "nan", 0.0),
-        ("1.5", "1_.5", 0.0), ("10.0", "1_0.0", 0.0), ("1.5", "9" * 5000, 0.0), ("1e999", "1e999", 1.0), ("1.5", "1e999", 0.0),
+        ("1.5", "1_.5", 0.0), ("10.0", "1_0.0", 0.0), ("1.5", "9" * 5000, 0.0), ("9" * 5000, "9" * 5000, 1.0), ("1e999", "1e999", 1.0), ("1.5", "1e999", 0.0),
     ],
 )  # fmt: skip
 def test_a_tolerance_for_printed_numbers(expected, printed, right):

@@ -1,4 +1,7 @@
-"""HumanEval: every canonical solution passes, no attack does, and none leaves a trace."""
+"""HumanEval: every canonical solution passes, no attack does, and none leaves a trace.
+
+Attacks are tried on a sample of the problems, with `--full` on all.
+"""
 
 import gzip
 import json
@@ -7,57 +10,41 @@ import random
 import socket
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from r1kernels.train.data_code import load_humaneval
-from r1kernels.train.rewards import Sample, Scorer, sandbox
-from r1kernels.train.rewards.settings import ScoringConfig
+from r1kernels.rewards import sandbox
+from r1kernels.rewards.code import judge, settle
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def path():
+def rows():
     named = os.environ.get("R1KERNELS_DATA")
     folder = Path(named) if named else ROOT.parent / "shared" / "data"
     path = folder / "HumanEval.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"no {path.name} in {folder}; R1KERNELS_DATA names a directory that holds it")
-    return path
-
-
-@pytest.fixture(scope="module")
-def rows(path):
+    try:
+        sandbox.check()
+    except sandbox.SandboxError as error:
+        pytest.skip(str(error))
     with gzip.open(path) as lines:
         return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def problems(path):
-    return load_humaneval(path)
+def score(rows, completions, timeout_s=5.0, memory_mb=512):
+    """The verdicts; none may be missing: an attack is wrong, not lost."""
 
+    def verdict(row, completion):
+        settled = settle("", completion, json.dumps({key: row[key] for key in ("prompt", "test", "entry_point")}))
+        return judge(*settled, timeout_s=timeout_s, memory_mb=memory_mb)
 
-@pytest.fixture(scope="module")
-def available():
-    reasons = {kind: sandbox.lacks(kind) for kind in sandbox.KINDS}
-    found = [kind for kind in sandbox.KINDS if reasons[kind] is None]
-    if not found:
-        pytest.skip(f"no sandbox works here: {reasons}")
-    return found
-
-
-def score(problems, completions, **settings):
-    with Scorer({"accuracy": 1.0}, ScoringConfig(workers=2, **settings)) as scorer:
-        samples = [
-            Sample("", completion, problem.answer, kind="code")
-            for problem, completion in zip(problems, completions, strict=True)
-        ]
-        scores = scorer.score(samples)
-    # Nothing is left unscored: an attack is wrong, not lost.
-    assert (scores.timeouts, scores.crashes) == (0, 0)
-    return scores.parts["accuracy"]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(verdict, rows, completions, timeout=3000))
 
 
 def body(row):
@@ -68,12 +55,12 @@ def function(row):
     return f"<think>so</think> <answer>As follows:\n```python\n{row['prompt']}{row['canonical_solution']}```</answer>"
 
 
-@pytest.mark.parametrize(("kind", "form"), [("bubblewrap", function), ("unshare", body)])
-def test_all_canonical_solutions_pass(problems, rows, available, kind, form):
-    if kind not in available:
-        pytest.skip(f"{kind} does not work here: {sandbox.lacks(kind)}")
-    assert len(problems) == 164
-    assert score(problems, map(form, rows), sandbox=kind, timeout_s=30) == [1.0] * 164
+@pytest.mark.parametrize("form", [function, body])
+def test_all_canonical_solutions_pass(rows, form, request):
+    assert len(rows) == 164
+    if form is body and not request.config.getoption("--full", default=False):
+        rows = rows[::8]
+    assert score(rows, map(form, rows), timeout_s=30) == [1.0] * len(rows)
 
 
 ALWAYS_EQUAL = """
@@ -111,7 +98,9 @@ def around(row, attacks, passes="<"):
     return AROUND.format(attacks=attacks, passes=passes, count=len(attacks), **names)
 
 
-def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
+def test_no_attack_passes_and_none_leaves_a_trace(rows, request):
+    if not request.config.getoption("--full", default=False):
+        rows = rows[5::12]
     mark = f"r1kernels-{random.SystemRandom().randrange(10**12)}"
     memory_mb = random.SystemRandom().randrange(256, 320)
     places = [Path(folder, mark) for folder in ("/", "/tmp", "/var/tmp", "/dev/shm", tempfile.gettempdir(), ROOT)]
@@ -123,18 +112,17 @@ def test_no_attack_passes_and_none_leaves_a_trace(problems, rows, available):
             f"socket.create_connection({server.getsockname()!r})",
             *(f"open({str(place)!r}, 'w')" for place in places if not str(place).startswith("/tmp/")),
         ]
-        # Every attack was tried, and refused; the bomb itself needs to be seen but a few times.
-        some, same = slice(None, None, 20), [ALWAYS_EQUAL.replace("{name}", row["entry_point"]) for row in rows]
-        tried = [around(row, attacks, passes="==") for row in rows[some]]
-        bombs = [around(row, ["while True: os.fork()"]) for row in rows[some]]
+        # Every attack was tried, and refused; a few times is enough for the bomb itself.
+        few, same = rows[::20], [ALWAYS_EQUAL.replace("{name}", row["entry_point"]) for row in rows]
+        tried = [around(row, attacks, passes="==") for row in few]
+        bombs = [around(row, ["while True: os.fork()"]) for row in few]
         wrong = [around(row, attacks) for row in rows] + same + bombs
-        values = score(problems * 2 + problems[some] * 2, wrong + tried, memory_mb=memory_mb)
+        values = score(rows * 2 + few * 2, wrong + tried, memory_mb=memory_mb)
         assert values == [0.0] * len(wrong) + [1.0] * len(tried)
         with pytest.raises(TimeoutError):
             server.accept()
-    loop = "def {name}(*arguments):\n    while True: pass"
-    loops = [loop.replace("{name}", row["entry_point"]) for row in rows]
-    assert score(problems, loops, memory_mb=memory_mb, timeout_s=0.1) == [0.0] * 164
+    loops = [f"def {row['entry_point']}(*arguments):\n    while True: pass" for row in rows]
+    assert score(rows, loops, memory_mb=memory_mb, timeout_s=0.1) == [0.0] * len(rows)
     assert not [place for place in places if place.exists()]
     deadline = time.monotonic() + 20
     while (left := processes(memory_mb)) and time.monotonic() < deadline:
