@@ -104,8 +104,9 @@ def read(text: bytes, trusted: bool = False) -> object:
 
 
 def read_answer(text: bytes) -> tuple:
-    """Reads an answer to a call: ("value", result), ("value", None, arguments, keywords) if it returned None and changed
-    those, or ("raise", names of the exception's class and its bases, message).
+    """Reads an answer to a call: ("value", result) or ("raise", names of the exception's class and bases, message).
+
+    A function that returned None and changed its arguments answers ("value", None, arguments, keywords).
 
     Raises:
         ValueError: the text is anything else.

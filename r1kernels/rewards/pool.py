@@ -97,6 +97,9 @@ class Pool:
         """Kills every process. The next `run` starts new ones."""
         while self._workers:
             self._retire(self._workers[0])
+        self._end_server()
+
+    def _end_server(self) -> None:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
@@ -133,7 +136,7 @@ class Pool:
         raise WorkerError(f"no worker could start: {reason} (memory_mb is {self._memory_mb})")
 
     def _start_server(self) -> None:
-        self.close()
+        self._end_server()  # its workers have died with it, which `receive` will tell
         self._control, theirs = socket.socketpair()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         call = f"serve_forks({os.getpid()}, {self._memory_mb * 2**20}, {self._warm_up!r})"

@@ -107,7 +107,10 @@ class Program:
                 raise ProgramError("it wrote an unexpected frame")
 
     def ask(self, *arguments: object, **keywords: object) -> tuple:
-        """Calls the function and returns what `plain.read_answer` describes; raises as `load` does."""
+        """Calls the function and returns what `plain.read_answer` describes; raises as `load` does.
+
+        A value that cannot be written, such as an endless iterator, counts as the program's failure.
+        """
         self.load()
         try:
             return plain.read_answer(self.relay(frame(plain.write((arguments, keywords)))))

@@ -1,8 +1,8 @@
 """Runs inside the sandbox: gives up all privileges, then executes the submitted program.
 
-`sandbox.Program` starts this file by its path, with JSON settings as the argument. Frames travel on stdin and stdout: eight
-bytes of length, then as many bytes. The frame "ready" says that the process is locked in and has executed nothing of the
-program; whatever fails before is the sandbox's failure, told on stderr. SECURITY.md lists the layers of protection.
+`sandbox.Program` starts this file by its path, with JSON settings as the argument. Frames travel on stdin and stdout:
+eight bytes of length, then as many bytes. The frame "ready" says that the process is locked in and has executed nothing
+of the program; whatever fails before is the sandbox's failure, told on stderr. SECURITY.md lists the layers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Runs a data set's `check(candidate)` in a sandbox beside the program's; `sandbox_child` starts it there.
 
 `candidate` passes its calls on: the parent relays each to the program and brings its answer. All that reaches this
-process from the program is plain data, so the verdict cannot be forged. An exception of the program is raised again, for
-the tests may expect it; one that is no Exception (SystemExit) is the program's end. A function that returned None may
-have changed its arguments: the tests' own then change alike.
+process from the program is plain data, so the verdict cannot be forged. An exception of the program is raised again,
+for the tests may expect it; one that is no Exception (SystemExit) ends the program. A function that returned None may have
+changed its arguments: the tests' own then change alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CandidateError(Exception):
 
 
 def run(sources: Sequence[str], entry_point: str, receive: Callable[[], bytes], send: Callable[[bytes], None]) -> None:
-    """Sends `c` with the arguments of each call, and at last `passed`, `failed`, or `u` with why tests are unusable."""
+    """Sends `c` and the arguments of each call; at last `passed`, `failed`, or `u` and why the tests are unusable."""
     calls = 0
 
     def end(passed: bool, reason: object = "") -> None:

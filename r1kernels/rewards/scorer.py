@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import json
 import math
 import queue
 import threading
@@ -15,7 +14,6 @@ from concurrent.futures import CancelledError, Future, wait
 from typing import NamedTuple
 
 from . import choice, sandbox, text
-from .code import judge as judge_program
 from .code import settle as settle_program
 from .code import time_limit
 from .endpoint import EndpointError
@@ -29,7 +27,7 @@ REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 KINDS = ("math", "choice", "exact", "code", "open")
 # The kinds of answer that a reward applies to. The other rewards apply to every kind.
 APPLIES = {"accuracy": ("math", "choice", "exact", "code"), "judge": ("open",)}
-MATH, PROGRAM, ENDPOINT = "r1kernels.rewards.math:judge", f"{__name__}:judge_in_sandbox", "endpoint"
+MATH, PROGRAM, ENDPOINT = "r1kernels.rewards.math:judge", "r1kernels.rewards.code:judge", "endpoint"
 # Judgements that load what later ones need.
 WARM_UP = [(MATH, (r"\sqrt{12}", r"2\sqrt{3}")), (MATH, ("x^2 - x", "x(x - 1)")), (MATH, (r"\frac{\pi}{2}", r"\pi/2"))]
 
@@ -133,7 +131,7 @@ class Scorer:
             raise ValueError("judge is None, expected a Judge: rewards names 'judge'")
         self._weights, self._judge, self._buffer, self._timeout_s = dict(rewards), judge, overlong_buffer, timeout_s
         self._functions = {name: _load(name) for name in rewards if ":" in name}
-        self._sandbox = (memory_mb, sandbox, tuple(imports or ()))
+        self._program = (sandbox, timeout_s, memory_mb, tuple(imports or ()))
         self._pool = Pool(WARM_UP, workers=workers, memory_mb=memory_mb)
         self._lock, self._queue, self._closing = threading.Lock(), queue.SimpleQueue(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -243,8 +241,9 @@ class Scorer:
         else:
             value = settle_program(row.prompt, row.completion, row.answer)
             if isinstance(value, tuple):
-                confined = json.dumps(dataclasses.asdict(sandbox.check(*self._sandbox)))
-                return Task(PROGRAM, (*value, confined, self._timeout_s), time_limit(row.answer, self._timeout_s))
+                kind, _, memory_mb, imports = self._program
+                sandbox.check(memory_mb, kind, imports)  # a refusal here is an error, in a worker it would be a crash
+                return Task(PROGRAM, (*value, *self._program), time_limit(row.answer, self._timeout_s))
             return math.nan if value is None else value
         return math.nan if expected is None else float(given == expected)
 
@@ -267,11 +266,6 @@ class Scorer:
             for reply in replies.values():
                 reply.cancel()
         return verdicts
-
-
-def judge_in_sandbox(reference: str, answer: str, confined: str, timeout_s: float) -> float:
-    """`code.judge` with what travels to a worker: the sandbox as JSON."""
-    return judge_program(reference, answer, sandbox.Sandbox(**json.loads(confined)), timeout_s)
 
 
 def plain_reward(name: str, row: Row, buffer: int) -> float:

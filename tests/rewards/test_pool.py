@@ -35,18 +35,17 @@ def run(pool, *tasks):
 
 @pytest.fixture
 def pool():
-    pool = Pool([], workers=1, memory_mb=256)
+    pool = Pool([("math:sqrt", (4.0,))], workers=1, memory_mb=256)
     yield pool
     pool.close()
 
 
-def test_verdicts_come_in_order_and_a_hang_or_a_crash_harms_no_neighbour():
-    pool = Pool([("math:sqrt", (4.0,))], workers=2, memory_mb=256)
+def test_verdicts_come_in_order_and_a_hang_or_a_crash_harms_no_neighbour(pool):
+    pool._most = 2
     tasks = [task("math:sqrt", 4.0), Task(*HANG, 0.5), task("math:sqrt", 9.0), task("builtins:int", "x"),
              task("builtins:bytearray", 10**12), task("os:abort"), task("no_module:f"), task("math:sqrt", 16.0)]
     assert run(pool, *tasks) == [2.0, TIMEOUT, 3.0, CRASH, CRASH, CRASH, CRASH, 4.0]
     assert run(pool) == []
-    pool.close()
 
 
 def test_none_is_nan_and_text_travels_unchanged(pool):
@@ -69,12 +68,22 @@ def test_a_worker_is_kept_until_it_must_be_replaced(pool):
     assert fifth not in (first, third, fourth)
 
 
+def test_the_death_of_the_fork_server_loses_no_task(pool):
+    pool._most = 2
+    run(pool, task("os:getpid"))
+    threading.Timer(1.0, pool._server.kill).start()
+    verdicts = run(pool, *[task("time:sleep", 3.0)] * 2, *[task("math:sqrt", 4.0)] * 4)
+    assert all(verdict == CRASH or math.isnan(verdict) for verdict in verdicts[:2]) and verdicts[2:] == [2.0] * 4
+
+
 JUDGES = """
 import os
 
 def hides_the_error():
+    taken = []
     try:
-        return len(bytearray(250 * 2**20))
+        while True:
+            taken.append(bytearray(2**20))
     except MemoryError:
         return 0.0
 
@@ -84,17 +93,13 @@ def grows(kept=[]):
 """
 
 
-def test_hidden_memory_errors_are_crashes(tmp_path, monkeypatch):
+def test_memory_of_earlier_tasks_is_forgiven_and_hidden_memory_errors_are_crashes(pool, tmp_path, monkeypatch):
     (tmp_path / "other_judges.py").write_text(JUDGES)
     monkeypatch.syspath_prepend(str(tmp_path))
-    pool = Pool([], workers=1, memory_mb=256)
     # What earlier judgements took is not held against a later one: it runs again in a fresh worker.
     processes = run(pool, *[task("other_judges:grows")] * 6)
     assert CRASH not in processes and len(set(processes)) > 1
-    pool.close()
-    pool = Pool([], workers=1, memory_mb=280)
     assert run(pool, task("other_judges:hides_the_error")) == [CRASH]
-    pool.close()
 
 
 @pytest.mark.parametrize("arguments", [([], 1), ([], 40), ([("no_such_module:judge", ())], 256)])
