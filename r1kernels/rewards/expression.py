@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DIGITS, POINTS = 50, 4
 # How large an answer may be, unless its reference is larger: its brackets in brackets, its bars, the digits of a power,
-# the product of all powers of brackets, and constructions whose size is not seen.
-LIMITS = (8, 4, 50_000, 200, 0)
+# the product of all powers of brackets, its letters and numbers, and constructions whose size is not seen.
+LIMITS = (8, 4, 50_000, 200, 80, 0)
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|omega|Delta|Omega"
 NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
@@ -106,7 +106,7 @@ def too_large(answer: str, reference: str) -> bool:
     return any(map(lambda size, limit, other: size > max(limit, other), _sizes(answer), LIMITS, _sizes(reference)))
 
 
-def _sizes(text: str) -> tuple[int, int, int, int, int]:
+def _sizes(text: str) -> tuple[int, ...]:
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
@@ -115,7 +115,8 @@ def _sizes(text: str) -> tuple[int, int, int, int, int]:
     longest = max(map(len, re.findall(r"\d+", text)), default=0)
     digits = longest * max((power for _, power in powers), default=0)
     brackets = math.prod(power for bracket, power in powers[:20] if bracket and power)
-    return deepest, text.count("|"), digits, brackets, len(_UNSEEN.findall(text))
+    operands = len(re.findall(r"[A-Za-z]|\d+", text))
+    return deepest, text.count("|"), digits, brackets, operands, len(_UNSEEN.findall(text))
 
 
 @functools.lru_cache(maxsize=4096)
