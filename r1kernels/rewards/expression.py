@@ -115,7 +115,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     longest = max(map(len, re.findall(r"\d+", text)), default=0)
     digits = longest * max((power for _, power in powers), default=0)
     brackets = math.prod(power for bracket, power in powers[:20] if bracket and power)
-    operands = len(re.findall(r"[A-Za-z]|\d+", text))
+    operands = len(re.findall(r"\\[A-Za-z]+|[A-Za-z]|\d+", text))
     return deepest, text.count("|"), digits, brackets, operands, len(_UNSEEN.findall(text))
 
 
