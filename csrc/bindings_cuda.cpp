@@ -72,6 +72,7 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
                               MaybeTensor grad_entropy, double temperature, MaybeTensor temperatures, double softcap,
                               MaybeTensor rows, Tensor out) {
   const int64_t count = token_ids.numel();
+  R1K_CHECK(!rows.has_value() || rows->dim() == 1, "rows has ", rows->dim(), " dimensions, expected 1");
   const int64_t row_count = rows.has_value() ? rows->numel() : count;
   if (row_count == 0) return;
   r1k::gpu::TokenStatsBackward args =

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _choice
+from r1kernels._operator_checks import CHECKS
 from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -95,6 +96,7 @@ def _gpu_launcher(name: str) -> Callable[..., Any]:
         missing = triton_missing(_GPU_KERNELS_ON)
         if missing:
             raise RuntimeError(f"{NAMESPACE}::{name} has no kernel here: {missing}")
+        CHECKS[name](*args)
         return getattr(importlib.import_module(f"r1kernels.triton.{TRITON_OPERATORS[name]}"), name)(*args)
 
     return run

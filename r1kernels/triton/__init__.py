@@ -1,4 +1,4 @@
 """Triton kernels, one file per operation. Nothing here knows of autograd, losses or dispatch.
 
-`LAUNCHERS` are registered for GPUs by `r1kernels._library`, under the name of the operator whose arguments they take.
+`r1kernels._library` registers launchers for GPUs: functions with the name and the arguments of an operator.
 """

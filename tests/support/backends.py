@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
+SUPPORT = Path(__file__).resolve().parent
+TESTS = SUPPORT.parent
 ROOMS = ("kernels", "losses", "linear")  # the operations, which every backend has to serve
 GPU_KERNELS = ("triton", "cuda")
 

@@ -5,6 +5,7 @@ Each variant has a namespace of its own in the place of `r1k`: pybind11 knows ty
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -69,10 +70,12 @@ def load(source: Path, headers: list[Path]) -> dict[str, ModuleType]:
     include = [f"-I{ROOT / 'csrc'}", f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     edges = [EDGE.format(name=names[variant], source=source, flags=flags) for variant, flags in variants().items()]
     rules = NINJA.format(compiler=shutil.which("g++"), flags=" ".join((*FLAGS, *include)))
-    (folder / "build.ninja").write_text(rules + "".join(edges))
-    completed = subprocess.run(
-        [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-j2"], capture_output=True, text=True
-    )
+    with (folder / "lock").open("w") as lock:  # the processes of pytest-xdist build once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text(rules + "".join(edges))
+        completed = subprocess.run(
+            [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-j2"], capture_output=True, text=True
+        )
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return {variant: _import(name, folder / f"{name}.so") for variant, name in names.items()}
 

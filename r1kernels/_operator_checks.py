@@ -1,0 +1,211 @@
+"""What the arguments of an operator must be before a Triton kernel takes their addresses.
+
+The compiled operators check theirs in csrc/bindings*.cpp. A kernel of Triton trusts its launcher: a tensor that is too
+short, of another dtype or on another device would be read beyond its end. Checks look at shapes, dtypes and devices
+alone, because values are on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Arguments:
+    """Checks the tensors of one call, which all lie where the first of them lies."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.device = like.device
+
+    def flat(self, dtype: torch.dtype, count: int, **tensors: Tensor | None) -> None:
+        """Contiguous, of this dtype, with `count` elements."""
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            self.placed(name, tensor)
+            if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()} and dtype {tensor.dtype}, "
+                    f"expected {count} contiguous elements of {dtype}"
+                )
+
+    def rows(self, **tensors: Tensor) -> None:
+        """(..., V) of a dtype that kernels read."""
+        for name, tensor in tensors.items():
+            self.placed(name, tensor)
+            if tensor.dim() == 0 or tensor.dtype not in LOGITS:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected (..., V) of float32, "
+                    "bfloat16 or float16"
+                )
+
+    def placed(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {self.device} like the first argument")
+
+
+def _number(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}, expected {least} to {most}")
+
+
+def sequences_of(cu_seqlens: Tensor) -> int:
+    """How many sequences the boundaries (S + 1,) of packed tokens have."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,): the first token of each sequence and N"
+        )
+    return cu_seqlens.numel() - 1
+
+
+def _token_stats(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None = None
+) -> None:
+    check = _Arguments(logits)
+    check.rows(logits=logits)
+    count = logits.shape[:-1].numel()
+    check.flat(torch.int64, count, token_ids=token_ids)
+    check.flat(torch.bool, count, mask=mask)
+    check.flat(torch.float32, count, temperatures=temperatures)
+    _words(logits, count)
+
+
+def _words(logits: Tensor, count: int) -> None:
+    if count and logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected V >= 1")
+
+
+def _token_stats_backward(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, *_: Any,
+) -> None:
+    check = _Arguments(logits)
+    check.rows(logits=logits)
+    count = logits.shape[:-1].numel()
+    check.flat(torch.int64, count, token_ids=token_ids)
+    check.flat(torch.float64, count, lse=lse, entropy=entropy)
+    check.flat(torch.float32, count, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
+    _words(logits, count)
+    if grad_logprobs is None and grad_entropy is None:
+        raise ValueError("grad_logprobs and grad_entropy are both None, expected one tensor at least")
+
+
+def _token_stats_backward_out(*arguments: Any) -> None:
+    logits, temperatures, (rows, out) = arguments[0], arguments[7], arguments[9:]
+    _token_stats_backward(*arguments[:6])
+    check = _Arguments(logits)
+    check.rows(out=out)
+    if logits.dim() != 2 or out.dim() != 2:
+        raise ValueError(f"logits and out have {logits.dim()} and {out.dim()} dimensions, expected 2")
+    count, vocab = logits.shape
+    check.flat(torch.float32, count, temperatures=temperatures)
+    if rows is not None:
+        check.flat(torch.int64, rows.numel(), rows=rows)
+        if rows.dim() != 1:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}, expected (R,)")
+    wanted = count if rows is None else rows.numel()
+    if wanted > count or out.shape[1] != vocab or (len(out) < wanted if rows is not None else len(out) != wanted):
+        raise ValueError(f"out has shape {tuple(out.shape)} for {wanted} rows of logits {tuple(logits.shape)}")
+    if out.dtype not in (logits.dtype, *(LOGITS if logits.dtype == torch.float32 else ())):
+        raise ValueError(f"out has dtype {out.dtype}, expected {logits.dtype}, or a narrower one of float32 logits")
+
+
+def _policy_loss(
+    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    entropy: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, importance_weights: Tensor | None,
+    normalizer: Tensor | None, surrogate: int, ratio: int, kl: int, aggregate: int, *_: Any,
+) -> None:
+    check, tokens = _Arguments(logprobs), logprobs.numel()
+    if logprobs.dim() == 0:
+        raise ValueError("logprobs has 0 dimensions, expected (..., T), or (N,) with cu_seqlens")
+    sequences = logprobs.shape[:-1].numel() if cu_seqlens is None else sequences_of(cu_seqlens)
+    given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+    check.flat(torch.float32, tokens, logprobs=logprobs, **given)
+    check.flat(torch.bool, tokens, mask=mask)
+    check.flat(torch.int64, sequences + 1, cu_seqlens=cu_seqlens)
+    check.flat(torch.float32, 1, normalizer=normalizer)
+    for name, value in (("advantages", advantages), ("importance_weights", importance_weights)):
+        if value is not None:
+            per_token = value.dim() == logprobs.dim() and value.numel() == tokens
+            check.flat(torch.float32, tokens if per_token else sequences, **{name: value})
+    for name, number, least, most in (
+        ("surrogate", surrogate, 0, 3), ("ratio", ratio, 0, 1), ("kl", kl, 1, 3), ("aggregate", aggregate, 0, 2)
+    ):
+        _number(name, number, least, most)
+
+
+def _group_advantages(rewards: Tensor, group_ids: Tensor | None, group_size: int, scale: int, *_: Any) -> None:
+    check = _Arguments(rewards)
+    check.flat(torch.float32, rewards.numel(), rewards=rewards)
+    check.flat(torch.int64, rewards.numel(), group_ids=group_ids)
+    if group_ids is not None and group_ids.dim() != 1:
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected (B,)")
+    _number("scale", scale, 0, 2)
+
+
+def _kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> None:
+    _Arguments(logprobs).flat(torch.float32, logprobs.numel(), logprobs=logprobs, ref_logprobs=ref_logprobs)
+    _number("estimator", estimator, 1, 3)
+
+
+def _divergence(student: Tensor, teacher: Tensor, mask: Tensor | None, *_: Any) -> None:
+    check = _Arguments(student)
+    check.rows(student=student, teacher=teacher)
+    check.flat(torch.bool, student.shape[:-1].numel(), mask=mask)
+
+
+def _divergence_backward(
+    student: Tensor, teacher: Tensor, lse_student: Tensor, lse_teacher: Tensor, inner: Tensor, grad: Tensor, kind: int,
+    beta: float, temperature: float, out: Tensor, *_: Any,
+) -> None:
+    check = _Arguments(student)
+    check.rows(student=student, teacher=teacher, out=out)
+    count = student.shape[:-1].numel()
+    check.flat(torch.float64, count, lse_student=lse_student, lse_teacher=lse_teacher, inner=inner)
+    check.flat(torch.float32, count, grad=grad)
+
+
+def _linear_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, mask: Tensor | None, temperature: float,
+    temperatures: Tensor | None, *_: Any,
+) -> None:
+    check = _Arguments(hidden)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (N, H) and (V, H)"
+        )
+    check.placed("weight", weight)
+    count = len(hidden)
+    check.flat(hidden.dtype, len(weight), bias=bias)
+    check.flat(torch.int64, count, token_ids=token_ids)
+    check.flat(torch.bool, count, mask=mask)
+    check.flat(torch.float32, count, temperatures=temperatures)
+
+
+def _scaled(grad: Tensor, factor: Tensor, out: Tensor, *_: Any) -> None:
+    check = _Arguments(grad)
+    check.placed("factor", factor)
+    check.rows(grad=grad.unsqueeze(0), out=out.unsqueeze(0))
+    if factor.numel() != 1 or out.numel() != grad.numel():
+        raise ValueError(
+            f"factor has {factor.numel()} elements and out {out.numel()}, expected 1 and {grad.numel()} like grad"
+        )
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "token_stats": _token_stats,
+    "token_stats_backward": _token_stats_backward,
+    "token_stats_backward_out": _token_stats_backward_out,
+    "policy_loss": _policy_loss,
+    "group_advantages": _group_advantages,
+    "kl_estimate": _kl_estimate,
+    "divergence": _divergence,
+    "divergence_backward": _divergence_backward,
+    "linear_statistics": _linear_statistics,
+    "scaled": _scaled,
+}
