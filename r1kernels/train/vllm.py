@@ -27,7 +27,7 @@ from r1kernels.train.rollout import Completions, OnBatch, Sampling, completions,
 
 POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
-PROBE_TEMPERATURE = 2.0  # the highest that vLLM allows
+PROBE_TEMPERATURE, PROBE_TOP = 2.0, 5  # the highest temperature that vLLM allows; a server adds the sampled token
 
 Rows = list[tuple[list[int], list[float]]]  # token ids and log-probs of completions
 
@@ -167,8 +167,8 @@ class VLLMSampler:
         """Refuses a server whose log-probs are not those of the temperature that it samples with."""
         prompt = [self.stops[0]]
         try:
-            gaps = [values[0] - values[-1] for values in (
-                self.endpoint.wait(self._complete(prompt, 1, 0, Sampling(temperature, 1), top=5))
+            gaps = [values[0] - values[PROBE_TOP - 1] for values in (
+                self.endpoint.wait(self._complete(prompt, 1, 0, Sampling(temperature, 1), top=PROBE_TOP))
                 for temperature in (1.0, PROBE_TEMPERATURE))]
         except EndpointError as error:
             raise ServerError(str(error)) from error
