@@ -220,8 +220,8 @@ def test_the_critic_learns_beside_the_policy(trained):
 def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):
     rng, seen, amid = random.Random(0), set(), False
     while True:
-        # A rollout with its log-probs, references and values takes some 20 checks, a minibatch four.
-        patience = rng.randint(2, 7) if amid else rng.randint(10, 34)
+        # An evaluation takes 12 checks, a rollout with log-probs and values 18, a minibatch four.
+        patience = rng.randint(3, 9) if amid else rng.randint(16, 23)
         try:
             run(ppo_stage(tmp_path, OPTIONS, ["epochs=2"], interrupt=StopAfter(patience)))
             break
