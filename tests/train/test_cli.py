@@ -124,27 +124,28 @@ def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
 
 def test_overwrite_deletes_a_run(recipe, run_dir, tmp_path):
     (run_dir / "tensorboard").symlink_to(tmp_path)
+    (run_dir / ".replaced-rl").mkdir()
     assert command("train", recipe, "--plain", "--overwrite", "--set", "stages.rl.steps=1") == 0
     assert chain.read_manifest(run_dir)["rl"]["summary"]["steps"] == 1
-    assert recipe.exists() and not (run_dir / "tensorboard").exists()
+    assert recipe.exists() and not list(run_dir.glob("*tensorboard"))
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "code/main.py"])
-def test_files_of_others_are_never_deleted(recipe, run_dir, name):
-    (run_dir / name).parent.mkdir(exist_ok=True)
-    (run_dir / name).write_text("mine")
-    before = contents(run_dir)
-    for flag in ("--overwrite", "--plain", "--dry-run"):
-        message = command("train", recipe, flag)
-        assert str(run_dir) in message and name.partition("/")[0] in message
-    assert contents(run_dir) == before
+def test_files_of_others_are_never_deleted(recipe, run_dir, tmp_path):
+    for name in ("notes.txt", "code/main.py", ".git/HEAD"):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("mine")
+    with chain.claim(chain.load_run(recipe), overwrite=True):
+        left = {name for name in contents(run_dir) if not name.startswith((".lock", ".pid"))}
+    assert left == {"config.yaml", "notes.txt", "code/main.py", ".git/HEAD"}
+    assert str(tmp_path) in command("train", recipe, "--overwrite", "--set", f"run_dir={run_dir / 'code'}")
+    assert (run_dir / "code" / "main.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["compiler: gcc\n", "a: [", "- 1\n", "run_dir: x\nstages: {}\n"])
 def test_a_config_file_does_not_make_a_run(recipe, tmp_path, text):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "config.yaml").write_text(text)
-    assert "config.yaml" in command("train", recipe, "--overwrite")
+    assert str(tmp_path / "it") in command("train", recipe, "--overwrite")
     assert contents(tmp_path / "it") == {"config.yaml": text.encode()}
     assert "is a file" in command("train", recipe, "--set", f"run_dir={recipe}")
 
@@ -153,7 +154,7 @@ def test_inputs_inside_the_run_are_refused(run_dir, tmp_path):
     model = run_dir / "base" / "checkpoints" / "step-000002" / "model"
     stages = {"given": {"kind": "model", "path": str(model)}, "rl": {**RL, "model": "given"}}
     message = command("train", write_recipe(tmp_path / "x.yaml", run_dir, stages=stages), "--overwrite")
-    assert "'stages.given.path'" in message and str(run_dir) in message and model.exists()
+    assert "'given'" in message and str(run_dir) in message and model.exists()
 
 
 def test_a_run_has_one_process(recipe, run_dir):
