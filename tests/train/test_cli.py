@@ -29,8 +29,8 @@ BASE = {
         "text": TEXT, "hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 1}},
     "corpus": {"function": "tiny_world:corpus", "options": TEXT},
 }
-RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questions": 2, "group_size": 2, "minibatches": 2,
-      "max_new_tokens": 4}
+RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questions": 2, "group_size": 2,
+      "minibatches": 2, "max_new_tokens": 4}
 SUMS = {"kind": "function", "function": "tiny_world:sums", "options": {"min_terms": 2, "max_terms": 3, "train_size": 8}}
 SETTINGS = {
     "seed": 0, "threads": 1, "import_from": [str(ROOT / "examples")], "data": {"sums": SUMS},
@@ -222,7 +222,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
         ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'data.sums'", "tiny_world:sums", "1000000"]),
         ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl <- rl"]),
         ({"stages": {"base": BASE | {"corpus": {"function": "tiny_world:no"}}}}, ["tiny_world:no"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here:f"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"no_module_here:f": 1.0}}}}, ["rewards", "no_module_here"]),
         ({"data": {"sums": SUMS, "code": {"kind": "jsonl", "path": str(lines)}}, "stages": {"base": BASE, "rl": code}},
          ["no sandbox with 512"]),
@@ -267,8 +267,8 @@ CALL = "import sys; from r1kernels.train.cli import main; main(sys.argv[1:])"
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n"
-            "    print('torch' in sys.modules)")
+    code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\n"
+            "except SystemExit:\n    print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.endswith("False\n") and "--ignore-version" in done.stdout, done
 
