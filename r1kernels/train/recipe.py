@@ -253,7 +253,7 @@ class PreferenceReward(Settings):
 
     model: Annotated[str, RefersTo(("scores",))] = setting("stage of kind `preference`")
     weight: float = setting("factor of the score", 1.0)
-    last_steps: int | None = setting("count it in so many last steps only; null for all", None, ge=1)
+    last_steps: int | None = setting("count it only in this many last steps; null for all", None, ge=1)
 
 
 class Filters(Settings):
@@ -263,8 +263,8 @@ class Filters(Settings):
     language: float | None = setting("least share of words in the language of the question", 0.9, ge=0, le=1)
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
-    line_repeats: int | None = setting("so many repetitions of the same lines are a loop", 4, ge=2)
-    word_repeats: int | None = setting("so many repetitions of the same words are a loop", 5, ge=2)
+    line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
+    word_repeats: int | None = setting("repetitions of the same words that make a loop", 5, ge=2)
     loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
     ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
