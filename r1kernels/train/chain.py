@@ -46,12 +46,6 @@ class Plan:
     action: str
     why: str
 
-    def check(self) -> Plan:
-        """Raises ConfigError if the stage is refused."""
-        if self.action == "refuse":
-            raise ConfigError(f"stage '{self.name}': {self.why}")
-        return self
-
 
 def order(recipe: Recipe) -> list[str]:
     """Names of the stages, each after those it depends on, otherwise as in the recipe, pretrained models first."""
@@ -80,7 +74,7 @@ def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
         for record in content["stages"].values():
-            {key: record[key] for key in ("kind", "status", "version", "settings", "output", "seconds", "evaluation")}
+            [record[key] for key in ("kind", "status", "version", "settings", "output", "seconds", "evaluation")]
         return content["stages"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged or of another version of r1kernels: {error!r}") from error
@@ -117,10 +111,11 @@ class Chain:
             if record["status"] == "finished" and not (self.run_dir / name).exists() and self._replaced(name).exists():
                 self._replaced(name).rename(self.run_dir / name)
         for plan in self.plan():
-            plan.check()
+            _check(plan)
         for number, name in enumerate(self.order, start=1):
             interrupt.check()
-            plan = self._decide(name, set()).check()
+            plan = self._decide(name, set())
+            _check(plan)
             console.stage(name, number, len(self.order), f"{plan.action}: {plan.why}")
             if plan.action != "skip":
                 self._run(name, plan.action, console, interrupt)
@@ -254,6 +249,11 @@ class Chain:
         write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def _check(plan: Plan) -> None:
+    if plan.action == "refuse":
+        raise ConfigError(f"stage '{plan.name}': {plan.why}")
+
+
 def _model_hash(path: Path) -> str:
     """A hash of a pretrained model: the files of its directory, or its name on the hub."""
     files = {file: file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
@@ -278,26 +278,12 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---- the run directory ----------------------------------------------------------------------------------------------
-
-
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe whose inputs have absolute paths. The config.yaml of a run means that run, wherever it was moved."""
-    path = Path(path)
-    recipe = load_recipe(path, overrides)
-    run_dir = recipe.run_dir
-    if path.name == CONFIG and is_run(path.parent) and not any(item.startswith("run_dir=") for item in overrides):
-        run_dir = str(path.parent)
-    changed: dict[str, dict[str, Any]] = {"data": {}, "stages": {}}
-    for group in changed:
-        for name, item in getattr(recipe, group).items():
-            paths = {key: Path(getattr(item, key, None) or "") for key in ("path", "test_path")}
-            found = {key: str(path.absolute()) for key, path in paths.items() if str(path) != "." and path.exists()}
-            for key, value in found.items():
-                if Path(value).resolve().is_relative_to(Path(run_dir).resolve()):
-                    raise ConfigError(f"'{group}.{name}.{key}' {value!r} is inside 'run_dir' {run_dir!r}")
-            changed[group][name] = item.model_copy(update=found)
-    return recipe.model_copy(update={"run_dir": run_dir, **changed})
+    """A recipe. The config.yaml of a run means that run, wherever it was moved."""
+    recipe, run_dir = load_recipe(path, overrides), Path(path).parent
+    if Path(path).name == CONFIG and is_run(run_dir) and not any(item.startswith("run_dir=") for item in overrides):
+        return recipe.model_copy(update={"run_dir": str(run_dir)})
+    return recipe
 
 
 def is_run(path: Path) -> bool:
@@ -311,24 +297,20 @@ def is_run(path: Path) -> bool:
 
 
 def check_run_dir(recipe: Recipe) -> None:
-    """Refuses a directory with files that no run wrote."""
+    """Refuses a directory with files that no run wrote, and inputs inside the directory."""
     run_dir = Path(recipe.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"'run_dir' {str(run_dir)!r} is a file; expected a directory")
-    stages = {*recipe.stages, *RESERVED_NAMES}
-    if is_run(run_dir):
-        stages |= {*read_yaml((run_dir / CONFIG).read_text(encoding="utf-8"))["stages"], *read_manifest(run_dir)}
-    known = stages | {CONFIG, MANIFEST, "report.html"} if is_run(run_dir) else set()
-    foreign = sorted(
-        entry.name for entry in (run_dir.iterdir() if run_dir.exists() else ())
-        if entry.name not in known and not (entry.name.startswith(".") or entry.suffix == ".png"))
-    if foreign:
-        raise ConfigError(f"'run_dir' {str(run_dir)!r} contains files that no run wrote ({', '.join(foreign[:3])}); "
-                          "use another directory")
+    if run_dir.exists() and not is_run(run_dir) and any(entry.name != LOCK for entry in run_dir.iterdir()):
+        raise ConfigError(f"'run_dir' {str(run_dir)!r} contains files that no run wrote; use another directory")
+    for name, item in {**recipe.data, **recipe.stages}.items():
+        for path in (getattr(item, "path", None), getattr(item, "test_path", None)):
+            if path and Path(path).is_absolute() and Path(path).resolve().is_relative_to(run_dir.resolve()):
+                raise ConfigError(f"'{name}' reads {path!r}, which is inside 'run_dir' {str(run_dir)!r}")
 
 
 def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
-    """Locks the run directory for this process, deletes an older run if wanted, and writes config.yaml."""
+    """Locks the run directory for this process, deletes what an older run wrote if wanted, and writes config.yaml."""
     run_dir = Path(recipe.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -341,10 +323,11 @@ def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
         raise StorageError(f"'run_dir' {str(run_dir)!r} cannot be written: {error.strerror}") from error
     check_run_dir(recipe)
     write_file(run_dir / PID, f"{os.getpid()}\n")
-    for entry in list(run_dir.iterdir()) if overwrite else []:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name not in (CONFIG, LOCK, PID):  # with these it is still a run if this is interrupted
-            entry.unlink()
+    written = {run_dir / name for name in (*read_manifest(run_dir), *RESERVED_NAMES, "report.html")}
+    for path in [*written, *run_dir.glob(".replaced-*"), run_dir / MANIFEST] if overwrite else []:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     write_file(run_dir / CONFIG, dump_recipe(recipe))
     return held

@@ -39,14 +39,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its reference answer.
-
-    Args:
-        id: names the problem within its data set.
-        answer: the reference answer without its derivation, or the tests of a program as JSON; empty if there is none.
-        kind: how answers are checked, one of `KINDS`.
-        language: in which answers are expected.
-    """
+    """A question and its reference answer: without its derivation, or the tests of a program as JSON, or empty."""
 
     id: str
     question: str
@@ -75,12 +68,7 @@ class Pair:
 
 
 def load_problems(recipe: Recipe, name: str, split: Split) -> list[Problem]:
-    """The problems to train on of a data set, or its first `eval.questions` held-out ones.
-
-    Raises:
-        ConfigError: the data set has no such split.
-        DataError: a row is not a problem; the message names the file and line.
-    """
+    """The problems to train on of a data set, or its first `eval.questions` held-out ones."""
     data, count = recipe.data[name], None if split == "train" else recipe.eval.questions
     return [_problem(data, row) for row in _rows(recipe, name, split, count)][:count]
 
@@ -110,11 +98,8 @@ def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
 
 
 def check_data(recipe: Recipe, console: Console | None = None) -> set[str]:
-    """Reads all data that the stages use, before any work; returns the kinds of problems.
-
-    Raises:
-        ConfigError, DataError: something cannot be used, or a question is both trained on and held out.
-    """
+    """Reads all data that the stages use; returns the kinds of problems. Raises ConfigError or DataError for data that
+    cannot be used, and for a question that is both trained on and held out."""
     tested = dict.fromkeys(recipe.eval_problems, recipe.eval.questions)
     uses: set[tuple[str, str]] = set()  # (key of a stage, data set that it trains on)
     for stage in recipe.stages.values():
@@ -162,11 +147,8 @@ def whole_response(prompt: str, completion: str) -> str:
 
 
 def read_jsonl(path: str | Path, keys: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file, gzipped or not, with their line numbers; `keys` must be there as strings.
-
-    Raises:
-        DataError: the file cannot be read or is empty, or a line is not such an object.
-    """
+    """The line numbers and objects of a JSONL file, gzipped or not. Raises DataError if the file cannot be read or is
+    empty, or if a line is not an object with strings at `keys`."""
     path, empty = Path(path), True
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -222,8 +204,8 @@ def _rows(recipe: Recipe, name: str, split: Split, count: int | None = None) -> 
             raise ConfigError(f"'data.{name}': {data.function} failed for split '{split}': {error}") from error
     if not rows:
         raise DataError(f"data set '{name}' has no rows in split '{split}'")
-    return [(f"data set '{name}', split '{split}', row {index}", f"{name}-{index}",
-             _row(row, f"data set '{name}', split '{split}', row {index}")) for index, row in enumerate(rows)]
+    places = [f"data set '{name}', split '{split}', row {index}" for index in range(len(rows))]
+    return [(where, f"{name}-{index}", _row(rows[index], where)) for index, where in enumerate(places)]
 
 
 def _hub(name: str, data: HubData, split: str) -> list[dict[str, Any]]:

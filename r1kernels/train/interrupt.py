@@ -7,14 +7,14 @@ import signal
 from types import FrameType
 from typing import Any
 
-from r1kernels.train.errors import Interrupted, TrainingError  # noqa: F401  (the old modules import them from here)
+from r1kernels.train.errors import Interrupted
 
 
 class Interrupt:
     """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`.
 
-    Code calls `check` wherever the state is complete: between tokens of a rollout and between the micro-batches before an
-    optimizer step, never inside one. A second signal stops the process immediately. Both signals are handled even if
+    Code calls `check` wherever the state is complete: between tokens of a rollout and between the micro-batches before
+    an optimizer step, never inside one. A second signal stops the process immediately. Both signals are handled even if
     the process was started with SIGINT ignored, as shells do for background jobs.
     """
 
@@ -41,4 +41,5 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # Not print: the signal may arrive in the middle of one.
-        os.write(2, f"\n{self.requested}: stopping at the next safe point; press Ctrl-C again to stop immediately\n".encode())
+        text = f"\n{self.requested}: stopping at the next safe point; press Ctrl-C again to stop immediately\n"
+        os.write(2, text.encode())

@@ -8,6 +8,7 @@ generated from the descriptions below. `recipe_file` reads and writes recipes.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -70,6 +71,8 @@ ModelName = Annotated[str, RefersTo(("model",))]
 DataNames = Annotated[list[str], RefersTo(("data",))]
 SampleNames = Annotated[list[str], RefersTo(("data", "samples"))]
 Scalar = Annotated[Any, AfterValidator(_scalar)]
+FilePath = Annotated[str, AfterValidator(os.path.abspath)]
+HubPath = Annotated[str, AfterValidator(lambda path: os.path.abspath(path) if os.path.exists(path) else path)]
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -98,8 +101,8 @@ class FileData(Settings):
     `rejected` a preference pair. `gsm8k`, `math` and `humaneval` are the files of these sets."""
 
     kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
-    path: str | None = setting("file to train on", None)
-    test_path: str | None = setting("file with the held-out problems", None)
+    path: FilePath | None = setting("file to train on", None)
+    test_path: FilePath | None = setting("file with the held-out problems", None)
     language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
 
     @property
@@ -117,7 +120,7 @@ class HubData(Settings):
     """A data set of the Hugging Face hub, or a local directory that `datasets.load_dataset` reads."""
 
     kind: Literal["hub"]
-    path: str = setting("name on the hub, or a directory")
+    path: HubPath = setting("name on the hub, or a directory")
     subset: str | None = setting("name of the subset (configuration)", None)
     split: str = setting("split to train on", "train")
     test_split: str | None = setting("split with the held-out problems", None)
@@ -193,8 +196,8 @@ class Checkpoint(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own, which takes
-    `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`."""
+    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own, which
+    takes `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`."""
 
     preset: Literal[PRESETS] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
@@ -250,7 +253,7 @@ class PreferenceReward(Settings):
 
     model: Annotated[str, RefersTo(("scores",))] = setting("stage of kind `preference`")
     weight: float = setting("factor of the score", 1.0)
-    last_steps: int | None = setting("count it in so many last steps only; null for all", None, ge=1)
+    last_steps: int | None = setting("count it only in this many last steps; null for all", None, ge=1)
 
 
 class Filters(Settings):
@@ -260,8 +263,8 @@ class Filters(Settings):
     language: float | None = setting("least share of words in the language of the question", 0.9, ge=0, le=1)
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
-    line_repeats: int | None = setting("so many repetitions of the same lines are a loop", 4, ge=2)
-    word_repeats: int | None = setting("so many repetitions of the same words are a loop", 5, ge=2)
+    line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
+    word_repeats: int | None = setting("repetitions of the same words that make a loop", 5, ge=2)
     loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
     ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
@@ -282,7 +285,7 @@ class Model(StageSettings):
     """A pretrained model."""
 
     kind: Literal["model"]
-    path: str = setting("directory, or name on the hub")
+    path: HubPath = setting("directory, or name on the hub")
     overrides: dict[str, Scalar] = setting("fields of its configuration to change, e.g. max_position_embeddings", {})
 
 
@@ -462,6 +465,7 @@ class Evaluate(StageSettings, Measurement):
 
 
 Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate
+AnyStage = Annotated[Stages, Field(discriminator="kind")]
 # What a stage of each kind leaves.
 LEAVES = {
     "model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model", "reject": "samples",
@@ -484,7 +488,7 @@ class Recipe(Settings):
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard", "trackio"]] = setting("where else metrics are shown", [])
-    stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name, in any order", min_length=1)
+    stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
 
     @pydantic.field_validator("stages", mode="before")
     @classmethod

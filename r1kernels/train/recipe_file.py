@@ -118,7 +118,7 @@ def _check_names(recipe: Recipe) -> None:
     for where, settings in named.items():
         for key, name, allowed in references(settings):
             if kinds.get(name) not in allowed:
-                known = ", ".join(other for other, kind in kinds.items() if kind in allowed) or "there is none"
+                known = ", ".join(other for other, kind in kinds.items() if kind in allowed) or "the recipe has none"
                 what = " or ".join(_KINDS[kind] for kind in allowed)
                 raise ConfigError(f"'{where}.{key}' names {_short(name)}; expected {what} ({known})")
             if isinstance(settings, Eval | Evaluate) and key == "problems" and not recipe.data[name].held_out:

@@ -141,6 +141,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     """Checks before any work that devices, functions, data, rewards, the sandbox and models can be used."""
     check_device(recipe.device)
     check_trackers(recipe.trackers)
+    if recipe.scoring.judge:
+        make_judge(recipe)
     for stage in recipe.stages.values():
         for key in ("architecture", "corpus", "advantages"):
             if getattr(stage, key, None):

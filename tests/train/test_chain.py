@@ -18,6 +18,7 @@ from r1kernels.train.log import Console
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import SELECTED, model_path
 
+LAST = {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]}
 ALL = "first first? middle middle? side side? last last?"
 
 
@@ -45,7 +46,7 @@ class World:
             "data": {"sums": {"kind": "jsonl", "path": str(tmp_path / "train.jsonl"),
                               "test_path": str(tmp_path / "test.jsonl")}},
             "stages": {
-                "last": {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]},
+                "last": LAST,
                 "middle": {"kind": "grpo", "model": "first", "problems": ["sums"], "steps": 2},
                 "first": {**new, "steps": 1}, "side": {**new, "steps": 1},
             },
@@ -156,7 +157,7 @@ def test_settings_of_the_run_concern_every_stage(done, change):
     assert done.actions(change) == "rerun rerun rerun rerun"
 
 
-@pytest.mark.parametrize("change", ["threads=1", "checkpoint.keep=1", "scoring.workers=3", "trackers=[]", "eval.every=9"])
+@pytest.mark.parametrize("change", ["threads=1", "checkpoint.keep=1", "scoring.workers=3", "eval.every=9"])
 def test_settings_that_change_no_result_change_nothing(done, change):
     assert done.run(change) == ""
 
@@ -195,7 +196,8 @@ def test_more_steps_of_rl_continue_and_fewer_run_again(done):
     assert done.actions("stages.middle.steps=1") == "skip rerun skip rerun"
     assert done.run("stages.middle.steps=3") == "middle middle? last last?"
     assert done.left_by("middle") == "middle(first()x1)x3"
-    assert done.actions("stages.side.steps=3", "stages.middle.steps=3") == "skip skip rerun rerun"  # a schedule ends there
+    # The learning rate of other training falls to its end.
+    assert done.actions("stages.side.steps=3", "stages.middle.steps=3") == "skip skip rerun rerun"
 
 
 def test_reward_models_that_count_at_the_end_forbid_more_steps(world):
@@ -223,9 +225,10 @@ def test_an_interrupted_stage_whose_settings_changed_is_refused_before_any_work(
     assert world.actions("stages.middle.steps=5") == "skip continue run run"
     assert world.actions("stages.first.steps=5") == "rerun rerun run run"
     plan = world.plan("stages.middle.temperature=0.5")["middle"]
-    assert plan.action == "refuse" and "stages.middle.temperature: 1.0 -> 0.5" in plan.why and "--from middle" in plan.why
+    assert plan.action == "refuse"
+    assert "stages.middle.temperature: 1.0 -> 0.5" in plan.why and "--from middle" in plan.why
     for change in ("stages.middle.temperature=0.5", "seed=3"):
-        with pytest.raises(ConfigError, match="'middle'.*--from middle"):
+        with pytest.raises(ConfigError, match=r"'middle'.*--from middle"):
             world.run(change, "stages.first.steps=7")
         assert world.log == []
     assert world.run("stages.middle.temperature=0.5", start="middle") == "middle middle? side side? last last?"
@@ -235,7 +238,7 @@ def test_another_version_is_refused_reused_or_run_again(done, monkeypatch):
     monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
     plan = done.plan()["first"]
     assert plan.action == "refuse" and "9.9" in plan.why and "--ignore-version" in plan.why
-    with pytest.raises(ConfigError, match="'first'.*--from first"):
+    with pytest.raises(ConfigError, match=r"'first'.*--from first"):
         done.run()
     assert done.run(ignore_version=True) == "" and done.actions(start="first") == "rerun rerun refuse rerun"
     monkeypatch.undo()
@@ -272,7 +275,7 @@ def test_stages_come_and_go(done):
     del stages["last"]
     stages["more"] = {"kind": "evaluate", "model": "first", "problems": ["sums"]}
     assert done.run() == "more"
-    stages["last"] = {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]}
+    stages["last"] = LAST
     assert done.run() == ""
 
 
@@ -346,8 +349,8 @@ def test_the_first_error_is_reported(world, monkeypatch):
         world.run()
 
 
-DAMAGED = ["", "{", "[]", '{"format": 1, "stages": {}}', '{"format": 2, "stages": []}', '{"format": 2, "stages": {"a": 3}}',
-           '{"format": 2, "stages": {"a": {"kind": "sft"}}}']
+DAMAGED = ["", "{", "[]", '{"format": 1, "stages": {}}', '{"format": 2, "stages": []}',
+           '{"format": 2, "stages": {"a": 3}}', '{"format": 2, "stages": {"a": {"kind": "sft"}}}']
 
 
 @pytest.mark.parametrize("text", DAMAGED)

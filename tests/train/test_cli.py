@@ -29,8 +29,8 @@ BASE = {
         "text": TEXT, "hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 1}},
     "corpus": {"function": "tiny_world:corpus", "options": TEXT},
 }
-RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questions": 2, "group_size": 2, "minibatches": 2,
-      "max_new_tokens": 4}
+RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questions": 2, "group_size": 2,
+      "minibatches": 2, "max_new_tokens": 4}
 SUMS = {"kind": "function", "function": "tiny_world:sums", "options": {"min_terms": 2, "max_terms": 3, "train_size": 8}}
 SETTINGS = {
     "seed": 0, "threads": 1, "import_from": [str(ROOT / "examples")], "data": {"sums": SUMS},
@@ -124,27 +124,28 @@ def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
 
 def test_overwrite_deletes_a_run(recipe, run_dir, tmp_path):
     (run_dir / "tensorboard").symlink_to(tmp_path)
+    (run_dir / ".replaced-rl").mkdir()
     assert command("train", recipe, "--plain", "--overwrite", "--set", "stages.rl.steps=1") == 0
     assert chain.read_manifest(run_dir)["rl"]["summary"]["steps"] == 1
-    assert recipe.exists() and not (run_dir / "tensorboard").exists()
+    assert recipe.exists() and not list(run_dir.glob("*tensorboard"))
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "code/main.py"])
-def test_files_of_others_are_never_deleted(recipe, run_dir, name):
-    (run_dir / name).parent.mkdir(exist_ok=True)
-    (run_dir / name).write_text("mine")
-    before = contents(run_dir)
-    for flag in ("--overwrite", "--plain", "--dry-run"):
-        message = command("train", recipe, flag)
-        assert str(run_dir) in message and name.partition("/")[0] in message
-    assert contents(run_dir) == before
+def test_files_of_others_are_never_deleted(recipe, run_dir, tmp_path):
+    for name in ("notes.txt", "code/main.py", ".git/HEAD"):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("mine")
+    with chain.claim(chain.load_run(recipe), overwrite=True):
+        left = {name for name in contents(run_dir) if not name.startswith((".lock", ".pid"))}
+    assert left == {"config.yaml", "notes.txt", "code/main.py", ".git/HEAD"}
+    assert str(tmp_path) in command("train", recipe, "--overwrite", "--set", f"run_dir={run_dir / 'code'}")
+    assert (run_dir / "code" / "main.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["compiler: gcc\n", "a: [", "- 1\n", "run_dir: x\nstages: {}\n"])
 def test_a_config_file_does_not_make_a_run(recipe, tmp_path, text):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "config.yaml").write_text(text)
-    assert "config.yaml" in command("train", recipe, "--overwrite")
+    assert str(tmp_path / "it") in command("train", recipe, "--overwrite")
     assert contents(tmp_path / "it") == {"config.yaml": text.encode()}
     assert "is a file" in command("train", recipe, "--set", f"run_dir={recipe}")
 
@@ -153,7 +154,7 @@ def test_inputs_inside_the_run_are_refused(run_dir, tmp_path):
     model = run_dir / "base" / "checkpoints" / "step-000002" / "model"
     stages = {"given": {"kind": "model", "path": str(model)}, "rl": {**RL, "model": "given"}}
     message = command("train", write_recipe(tmp_path / "x.yaml", run_dir, stages=stages), "--overwrite")
-    assert "'stages.given.path'" in message and str(run_dir) in message and model.exists()
+    assert "'given'" in message and str(run_dir) in message and model.exists()
 
 
 def test_a_run_has_one_process(recipe, run_dir):
@@ -221,7 +222,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
         ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'data.sums'", "tiny_world:sums", "1000000"]),
         ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl <- rl"]),
         ({"stages": {"base": BASE | {"corpus": {"function": "tiny_world:no"}}}}, ["tiny_world:no"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here:f"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"no_module_here:f": 1.0}}}}, ["rewards", "no_module_here"]),
         ({"data": {"sums": SUMS, "code": {"kind": "jsonl", "path": str(lines)}}, "stages": {"base": BASE, "rl": code}},
          ["no sandbox with 512"]),
@@ -266,8 +267,8 @@ CALL = "import sys; from r1kernels.train.cli import main; main(sys.argv[1:])"
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n"
-            "    print('torch' in sys.modules)")
+    code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\n"
+            "except SystemExit:\n    print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.endswith("False\n") and "--ignore-version" in done.stdout, done
 

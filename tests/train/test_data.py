@@ -221,7 +221,7 @@ def test_one_function_serves_as_problems_demonstrations_and_pairs(make, tmp_path
     for options, message in (({"fail": True}, "too few"), ({"other": 1}, "other")):
         with pytest.raises(ConfigError, match=rf"data\.file.*rows_of_mine:rows.*{message}"):
             check_data(make(**mine, options=options, stage=GRPO))
-    with pytest.raises(DataError, match="'file'.*'train'"):
+    with pytest.raises(DataError, match=r"'file'.*'train'"):
         check_data(make(**mine, options={"size": 0}, held_out=False, stage=GRPO))
     with pytest.raises(ConfigError, match="nothing_here"):
         check_data(make(kind="function", function="rows_of_mine:nothing_here"))
@@ -231,7 +231,8 @@ def test_a_local_directory_is_read_as_from_the_hub(make, tmp_path):
     pytest.importorskip("datasets", reason="kind 'hub' needs the package datasets")
     folder = tmp_path / "set"
     folder.mkdir()
-    write(folder / "train.jsonl", {"problem": "1+1", "solution": "2", "extra": None}, {"problem": "2+2", "solution": "4"})
+    write(folder / "train.jsonl", {"problem": "1+1", "solution": "2", "extra": None},
+          {"problem": "2+2", "solution": "4"})
     write(folder / "test.jsonl", {"problem": "3+3", "solution": "6"})
     hub = {"kind": "hub", "path": str(folder), "test_split": "test",
            "columns": {"question": "problem", "answer": "solution"}}
@@ -239,7 +240,8 @@ def test_a_local_directory_is_read_as_from_the_hub(make, tmp_path):
     assert load_problems(recipe, "file", "train") == [Problem("file-0", "1+1", "2"), Problem("file-1", "2+2", "4")]
     assert load_problems(recipe, "file", "test") == [Problem("file-0", "3+3", "6")]
     check_data(recipe)
-    for changes, error, word in (({"split": "dev"}, DataError, "dev"), ({"path": str(tmp_path / "no")}, DataError, "no"),
+    for changes, error, word in (({"split": "dev"}, DataError, "dev"),
+                                 ({"path": str(tmp_path / "no")}, DataError, "no"),
                                  ({"columns": {"question": "q"}}, ConfigError, r"columns\.question.*'q'.*problem")):
         with pytest.raises(error, match=word):
             load_problems(make(**hub | changes), "file", "train")

@@ -57,5 +57,5 @@ def test_a_prompt_begins_with_one_start_of_text():
 
 
 def test_a_model_without_a_chat_template_is_refused():
-    with pytest.raises(ConfigError, match="'template'.*'chat'"):
+    with pytest.raises(ConfigError, match=r"'template'.*'chat'"):
         Template("chat", tokenizer(None))
