@@ -17,7 +17,7 @@ def works():
         pytest.skip(str(error))
 
 
-def reward(tests, completion, prompt="", seconds=1.0):
+def reward(tests, completion, prompt="", seconds=20.0):
     settled = settle(prompt, completion, tests if isinstance(tests, str) else json.dumps(tests))
     return judge(*settled, timeout_s=seconds, memory_mb=256) if isinstance(settled, tuple) else settled
 
@@ -129,7 +129,7 @@ def test_failing_where_a_test_expects_exceptions_is_failing():
     tests = PROBLEM | {"test": "def check(candidate):\n    try: candidate(1)\n    except Exception: pass"}
     assert reward(tests, "    raise ValueError") == 1.0
     for failure in ("    import os; os._exit(0)", "    while True: pass", "    return 'x' * 2_000_000", "    !"):
-        assert reward(tests, failure) == 0.0, failure
+        assert reward(tests, failure, seconds=0.5) == 0.0, failure
     expects = PROBLEM | {"test": "import pytest\ndef check(candidate):\n    with pytest.raises(OSError): candidate(1)"}
     assert reward(expects, "    raise FileNotFoundError(2, 'no')") == 1.0
     assert reward(expects, "    class OSError(Exception): pass\n    raise OSError") == 1.0
@@ -243,7 +243,7 @@ def test_whole_programs():
     assert reward(STDIO, "print(3)") == 0.0
     assert reward(STDIO, "print(sum(map(int, input().split()))); raise SystemExit(1)") == 0.0
     assert reward(STDIO, "if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split())))") == 1.0
-    assert reward(STDIO, "import time; time.sleep(60)") == 0.0
+    assert reward(STDIO, "import time; time.sleep(60)", seconds=0.3) == 0.0
     assert reward(STDIO, "while True: print(1)") == 0.0
 
 
@@ -287,7 +287,7 @@ def test_other_forms_of_tests_are_unscorable(tests):
 )
 def test_broken_tests_are_not_the_candidate_s_fault(test, named):
     with pytest.raises(ValueError, match=named):
-        reward(PROBLEM | {"test": test}, WHOLE, seconds=0.2)
+        reward(PROBLEM | {"test": test}, WHOLE, seconds=0.2 if "while" in test else 20)
 
 
 def test_a_program_that_does_not_raise_as_expected_is_wrong():
@@ -339,7 +339,8 @@ def check(candidate):
     ],
 )
 def test_a_value_that_makes_the_tests_explode_is_wrong(test, right):
-    assert reward(SQUARE | {"test": f"def check(candidate):\n    {test}"}, "f = lambda x: 10**12", seconds=0.2) == right
+    tests = SQUARE | {"test": f"def check(candidate):\n    {test}"}
+    assert reward(tests, "f = lambda x: 10**12", seconds=20 if right else 0.2) == right
 
 
 FORGERIES = (
@@ -439,7 +440,7 @@ def test_a_checker_decides_where_answers_differ():
     assert reward(words, "print(input()[::-1])") == 1.0
     assert reward(words, "print(input()[1:])") == 0.0
     for checker in ("def check(text, output): return [0] * 10**12", "def check(text, output):\n    while True: pass"):
-        assert reward(words | {"checker": checker}, "print(1)", seconds=0.2) == 0.0
+        assert reward(words | {"checker": checker}, "print(1)", seconds=2) == 0.0
     for checker in ("no checker", "x = 1", "import no_module", "while True: pass"):
         with pytest.raises(ValueError, match="checker"):
             reward(words | {"checker": checker}, "print(1)", seconds=0.2)
