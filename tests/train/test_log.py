@@ -1,12 +1,10 @@
-"""Lines that survive whatever stops the process, trackers that never stop the run, and text that cannot act."""
+"""Lines that survive whatever stops the process, and text that cannot act."""
 
 import io
-import json
 import os
 import resource
 import subprocess
 import sys
-import textwrap
 import time
 import unicodedata
 from pathlib import Path
@@ -16,19 +14,14 @@ import pytest
 from rich.console import Console as RichConsole
 
 from r1kernels.train import log as module
-from r1kernels.train.errors import ConfigError, DataError, StorageError
-from r1kernels.train.log import Console, StepLog, check_trackers, duration, printable, read_lines
+from r1kernels.train.errors import DataError, StorageError
+from r1kernels.train.log import Console, StepLog, printable, read_lines
 
 
 def make_stage(directory: Path, *trackers: str):
-    """The part of a stage that a log needs; `told` collects what its console says."""
+    """The part of a stage that a log needs."""
     directory.mkdir(parents=True, exist_ok=True)
-    told = []
-    return SimpleNamespace(
-        directory=directory, recipe=SimpleNamespace(trackers=list(trackers)), told=told,
-        settings=SimpleNamespace(name=directory.name),
-        console=SimpleNamespace(say=lambda text, warning=False: told.append((text, warning))),
-    )
+    return SimpleNamespace(directory=directory, recipe=SimpleNamespace(trackers=list(trackers)))
 
 
 def steps(path):
@@ -42,7 +35,7 @@ def test_lines_survive_a_kill_and_come_once(tmp_path):
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from r1kernels.train.log import StepLog\n"
-        "stage = SimpleNamespace(directory=Path(sys.argv[1]), recipe=SimpleNamespace(trackers=[]), console=None)\n"
+        "stage = SimpleNamespace(directory=Path(sys.argv[1]), recipe=SimpleNamespace(trackers=[]))\n"
         "first = int(sys.argv[2])\n"
         "log = StepLog(stage, first_step=first)\n"
         "for step in range(first, 10**9):\n"
@@ -62,7 +55,6 @@ def test_lines_survive_a_kill_and_come_once(tmp_path):
         first = len(found) - 7  # as if the last checkpoint were some steps old
     with StepLog(make_stage(tmp_path), first_step=first) as log:
         log.write({"step": first})
-        log.sync()
     assert steps(path) == list(range(first + 1))
     assert steps(tmp_path / "samples.jsonl") == [step for step in range(first) for _ in range(2)]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl"]
@@ -76,20 +68,20 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_takes_no_line(tmp_path, limit_file_size):
+def test_a_full_disk_is_named_and_the_log_goes_on_later(tmp_path, limit_file_size):
     path = tmp_path / "metrics.jsonl"
     with StepLog(make_stage(tmp_path), first_step=0) as log:
         log.write({"step": 0})
         limit_file_size(100)
         with pytest.raises(StorageError, match=r"metrics\.jsonl"):
             log.write({"step": 1, "text": "x" * 500})
-        limit_file_size(resource.RLIM_INFINITY)
-        assert path.read_text() == '{"step": 0}\n'
-        log.write({"step": 1})
+        assert steps(path) == [0]
         limit_file_size(10)
         with pytest.raises(StorageError, match=r"metrics\.jsonl"):
-            StepLog(make_stage(tmp_path), first_step=2)
+            StepLog(make_stage(tmp_path), first_step=1)
         limit_file_size(resource.RLIM_INFINITY)
+    with StepLog(make_stage(tmp_path), first_step=1) as log:
+        log.write({"step": 1})
     assert steps(path) == [0, 1]
 
 
@@ -98,12 +90,10 @@ def test_a_half_written_line_is_left_out_and_a_damaged_one_is_named(tmp_path):
     assert read_lines(path) == []
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
     assert steps(path) == [0, 1]
-    for damaged in ("[" * 100_000, "{}", '{"step": "1"}', "\x00", '{"step": 1'):
+    for damaged in ("x", "\x00", '{"step": 1'):
         path.write_text(f'{{"step": 0}}\n{damaged}\n')
         with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
             read_lines(path)
-    with pytest.raises(DataError, match=str(tmp_path)):
-        read_lines(tmp_path)
 
 
 def test_lines_are_json_for_every_reader(tmp_path):
@@ -111,46 +101,7 @@ def test_lines_are_json_for_every_reader(tmp_path):
         log.write({"step": 0, "loss": float("nan"), "parts": {"a": float("inf"), "b": [1.5, float("-inf")]}})
         log.examples(0, [{"completion": "half \ud800, whole \u4e2d"}])
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": None, "parts": {"a": None, "b": [1.5, None]}}]
-    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
-    assert json.loads(text) == {"step": 0, "completion": "half ?, whole \u4e2d"} and "\u4e2d" in text
-
-
-# ---- trackers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    check_trackers([])
-    with pytest.raises(ConfigError, match=r"trackers.*trackio.*pip install trackio"):
-        check_trackers(["trackio"])
-
-
-def test_trackio(tmp_path, monkeypatch):
-    (tmp_path / "trackio.py").write_text(textwrap.dedent("""
-        calls = []
-
-        class Run:
-            def log(self, metrics, step=None):
-                calls.append((step, metrics))
-
-            def finish(self):
-                calls.append("finish")
-
-        def init(project, name=None, *, resume="never", embed=True):
-            calls.append((project, name, resume, embed))
-            return Run()
-    """))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
-    stage = make_stage(tmp_path / "demo" / "r1_zero", "trackio")
-    with StepLog(stage, first_step=0) as log:
-        log.write({"step": 0, "loss": 0.5, "reward": float("nan"), "note": "x", "timing": {"total": 2.0}})
-    with StepLog(stage, first_step=1) as log:
-        log.write({"step": 1, "loss": 0.25})
-    assert sys.modules.pop("trackio").calls == [
-        ("demo", "r1_zero", "never", False), (0, {"loss": 0.5, "timing/total": 2.0}), "finish",
-        ("demo", "r1_zero", "allow", False), (1, {"loss": 0.25}), "finish",
-    ]
+    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 0, "completion": "half \ud800, whole \u4e2d"}]
 
 
 def test_tensorboard_has_every_point_once_after_a_kill(tmp_path):
@@ -171,27 +122,6 @@ def test_tensorboard_has_every_point_once_after_a_kill(tmp_path):
     read.Reload()
     assert read.Tags()["scalars"] == ["reward"]
     assert [(point.step, point.value) for point in read.Scalars("reward")] == [(n, n / 2) for n in range(9)]
-    assert not stage.told
-
-
-@pytest.mark.parametrize("where", ["open", "write", "close"])
-def test_a_failing_tracker_is_dropped_with_one_warning(where, monkeypatch, tmp_path):
-    def fail(*arguments):
-        raise OSError("no space left")
-
-    def tracker(stage, first_step):
-        if where == "open":
-            fail()
-        return fail if where == "write" else lambda step, values: None, fail
-
-    monkeypatch.setattr(module, "_TRACKERS", {"failing": tracker})
-    stage = make_stage(tmp_path, "failing")
-    with StepLog(stage, first_step=0) as log:
-        for step in range(3):
-            log.write({"step": step})
-    [(text, warning)] = stage.told
-    assert warning and "failing" in text and "OSError: no space left" in text
-    assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2]
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------
@@ -226,20 +156,22 @@ def test_other_text_is_as_it_was():
     assert printable("one\r\ntwo") == "one\ntwo" and printable(3) == "3"
 
 
-@pytest.fixture(params=["plain", "live"])
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(params=[io.StringIO, Terminal])
 def terminal(request, monkeypatch):
-    """A console of each kind and what it has written."""
-    written = io.StringIO()
-    live = request.param == "live"
-    monkeypatch.setattr(module.sys.stdout, "isatty", lambda: live, raising=False)
-    monkeypatch.setattr(
-        module, "RichConsole", lambda **options: RichConsole(
-            file=written, width=150, height=60, force_terminal=live, color_system=None, **options))
+    """A console and what it has written, for a file and for a terminal."""
+    written = request.param()
+    monkeypatch.setattr(module, "RichConsole", lambda **options: RichConsole(
+        file=written, width=150, height=60, color_system=None, **options))
     return Console(), written
 
 
-METRICS = {"step": 4, "pass_at_1": 0.125, "kl": None, "entropy": float("nan"), "clip_low_fraction": 0.1, "length": 7.25,
-           "timing": {"tokens_per_second": 512.0}}
+LINE = {"step": 4, "pass_at_1": 0.125, "kl": None, "entropy": float("nan"), "clip_low_fraction": 0.1, "length": 7.25,
+        "timing": {"tokens_per_second": 512.0, "total": 60.0}}
 
 
 def test_a_console_shows_a_run(terminal):
@@ -247,15 +179,14 @@ def test_a_console_shows_a_run(terminal):
     with console:
         console.stage("r1", 1, 2, "runs")
         console.phase("sampling")
-        console.samples([("1+1?", "<answer>2</answer>", 1.0)])
-        console.step("r1", METRICS, 10)
-        console.step("r1", {**METRICS, "step": 5}, 10)
-        console.progress("sft", 3, 9, 0.5)
+        console.step("r1", LINE, 12)
+        console.step("r1", {**LINE, "step": 5, "loss": 0.5}, 12)
         console.evaluation("r1", {"pass_at_1": None, "length": 3.0})
         console.say("done")
     text = written.getvalue()
-    for shown in ("[1/2] r1: runs", "12.5%", "7.2", "nan", "512", "1+1?", "<answer>2</answer>", "0.500", "pass@1 -"):
+    for shown in ("[1/2] r1: runs", "12.5%", "7.2", "nan", "512", "0.5000", "minutes left", "7", "pass@1 -", "done"):
         assert shown in text
+    assert "KL" not in text
 
 
 def test_hostile_text_does_not_reach_the_terminal(terminal):
@@ -263,16 +194,10 @@ def test_hostile_text_does_not_reach_the_terminal(terminal):
     hostile = "[bold]x[/bold] [link=http://evil]y[/link] \x1b]52;c;aGk=\x07 \u202e \x9b2J"
     with console:
         console.stage(hostile, 1, 2, hostile)
-        console.samples([(hostile, hostile, 0.5)])
         console.phase(hostile)
-        console.step(hostile, METRICS, 10)
-        console.progress(hostile, 3, 9, 0.5)
+        console.step(hostile, LINE, 10)
         console.evaluation(hostile, {"pass_at_1": 0.5, "length": 3.0})
         console.say(hostile, warning=True)
     text = written.getvalue()
     assert "[bold]x[/bold]" in text and "[link=http://evil]" in text and "[U+001B]]52" in text
     assert not {"\x07", "\u202e", "\x9b"} & set(text) and "\x1b]52" not in text
-
-
-def test_durations():
-    assert [duration(seconds) for seconds in (0, 7.4, 754, 3723)] == ["0:00", "0:07", "12:34", "1:02:03"]
