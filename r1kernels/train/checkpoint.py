@@ -61,6 +61,8 @@ def save_checkpoint(
         _write(partial, step, model, tokenizer, state)
         if final.exists():  # a kill between the two renames leaves it under a name that `_steps` knows
             os.rename(final, root / f"{_REPLACED}{final.name}")
+        for log in Path(directory).glob("*.jsonl"):  # a run that continues relies on the lines before
+            _sync(log)
         os.rename(partial, final)
         _sync(root)
     except TypeError:

@@ -312,8 +312,7 @@ class GRPOTrainer:
         self.evaluation, self.examples = found, found["examples"]
 
     def show(self, problems: list[Problem], texts: list[str], rewards: Tensor, scores: Scores) -> None:
-        shown = range(0, len(problems), math.ceil(len(problems) / 3))
-        self.console.samples([(problems[row].question, texts[row], rewards[row].item()) for row in shown])
+        self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {texts[0][:600]!r}")
         if self.measured["unscorable"]:
             counts = {**scores.unscorable, "timeouts": scores.timeouts, "crashes": scores.crashes}
             reasons = [f"{name} {count}" for name, count in counts.items() if count] + [scores.endpoint_error]
@@ -337,7 +336,6 @@ class GRPOTrainer:
             "advantages": self.advantages.state_dict(),
         }
         with self.timed("saving", "saving"):
-            self.log.sync()
             save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
                             keep=self.stage.recipe.checkpoint.keep)
 

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
 
-RESERVED_NAMES = ("curves", "tensorboard", "trackio")  # directories of a run that are not stages
+RESERVED_NAMES = ("curves", "tensorboard")  # directories of a run that are not stages
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
 
@@ -487,7 +487,7 @@ class Recipe(Settings):
     scoring: Scoring = setting("how completions are scored", Scoring())
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
-    trackers: list[Literal["tensorboard", "trackio"]] = setting("where else metrics are shown", [])
+    trackers: list[Literal["tensorboard"]] = setting("where else metrics are shown", [])
     stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
 
     @pydantic.field_validator("stages", mode="before")

@@ -25,7 +25,7 @@ from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import DataError
 from r1kernels.train.evaluate import columns
-from r1kernels.train.log import METRICS, StepLog, append_line, cut_lines, read_lines, sync_lines
+from r1kernels.train.log import METRICS, StepLog, append_line, cut_lines, read_lines
 from r1kernels.train.recipe import Filters
 from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Completions, Sampling, TransformersSampler
@@ -73,10 +73,8 @@ def run(stage: Stage) -> dict[str, Any]:
             rows, counts, timing = _select(stage, batch, seen, judge)
             for row in rows:
                 append_line(path, {"step": batch.number, **row})
-            sync_lines(path)
             done.append({"step": batch.number, **{name: counts[name] for name in (*COUNTS, *REASONS)}})
             log.write({**done[-1], "timing": timing})
-            log.sync()
             stage.console.phase(f"{settings.name}: {len(done)}/{batches} batches, {len(seen)} samples kept")
     total = {name: sum(line[name] for line in done) for name in (*COUNTS, *REASONS)}
     rejected = {reason: total.pop(reason) for reason in REASONS}

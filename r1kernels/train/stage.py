@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from r1kernels.train.data import (
 )
 from r1kernels.train.errors import CheckpointError, ConfigError
 from r1kernels.train.interrupt import Interrupt
-from r1kernels.train.log import Console, check_trackers
+from r1kernels.train.log import Console
 from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
 from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Recipe
@@ -140,7 +141,8 @@ def run_model(stage: Stage) -> dict[str, Any]:
 def check_recipe(recipe: Recipe, console: Console) -> None:
     """Checks before any work that devices, functions, data, rewards, the sandbox and models can be used."""
     check_device(recipe.device)
-    check_trackers(recipe.trackers)
+    if recipe.trackers and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("'trackers' names 'tensorboard', which is not installed; run: pip install tensorboard")
     if recipe.scoring.judge:
         make_judge(recipe)
     for stage in recipe.stages.values():

@@ -250,7 +250,6 @@ def train(
         optimizer.load_state_dict(start.state["optimizer"])
 
     def save() -> None:
-        log.sync()
         state = {"step": done, "optimizer": optimizer.state_dict()}
         keep = stage.recipe.checkpoint.keep
         save_checkpoint(stage.directory, done, model=model, tokenizer=start.tokenizer, state=state, keep=keep)
@@ -277,10 +276,11 @@ def train(
             now = time.monotonic()
             timing = {"sampling": drawn - started, "updates": now - drawn, "total": now - started,
                       "tokens_per_second": measures["tokens"] / (now - started)}
-            log.write({"step": done, **measures, "timing": timing})
+            line = {"step": done, **measures, "timing": timing}
+            log.write(line)
             done += 1
             if done % math.ceil(steps / 20) == 0 or done == steps:
-                stage.console.progress(stage.settings.name, done, steps, measures["loss"])
+                stage.console.step(stage.settings.name, line, steps)
             if done % stage.recipe.checkpoint.supervised_every == 0 or done == steps:
                 save()
     lines = read_lines(stage.directory / "metrics.jsonl")

@@ -121,7 +121,7 @@ BAD = [  # an override, and words of the message
     ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"), ("device=gpu", "'device' 'gpu' cuda"),
     ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 true"),
     ("run_dir=7", "'run_dir' 7"), ("trackers=tensorboard", "'trackers' 'tensorboard' list"),
-    ("trackers=[paper]", "'trackers[0]' 'paper' 'trackio'"), ("eval={every: 1, every: 2}", "'every' twice"),
+    ("trackers=[paper]", "'trackers[0]' 'paper' 'tensorboard'"), ("eval={every: 1, every: 2}", "'every' twice"),
     ("eval=3", "'eval' 3 mapping"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
     ("eval.temperature=0", "'eval.temperature' 0"), ("eval.problems=[chat]", "'eval.problems' 'chat' held-out"),
     ("eval.problems=[none]", "'eval.problems' 'none' sums"), ("checkpoint.keep=0", "'checkpoint.keep' 0 1"),
