@@ -167,13 +167,13 @@ def test_an_adapter_that_cannot_be_used_is_named(adapter, monkeypatch):
     base, directory, _ = adapter
     with monkeypatch.context() as context:
         context.setitem(__import__("sys").modules, "peft", None)
-        with pytest.raises(ConfigError, match=rf"{directory}.*pip install peft"):
+        with pytest.raises(ConfigError, match=rf"{directory}.*peft"):
             load_model(directory)
     config = directory / "adapter_config.json"
     text = config.read_text()
-    for value in ("null", '""', "3"):
+    for value in ("null", "3"):  # of no use
         config.write_text(text.replace(json.dumps(str(base)), value))
-        with pytest.raises(ConfigError, match="base_model_name_or_path"):
+        with pytest.raises(ConfigError, match=rf"{directory}|'3'"):
             load_model(directory)
     config.write_text("{")
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
@@ -206,7 +206,8 @@ def test_logprobs_are_those_of_the_models_logits(family):
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "falcon_h1", "hyperclovax"])
 def test_what_a_configuration_does_not_say_is_noticed(family, monkeypatch):
     model = build(FAMILIES[family][0])
-    monkeypatch.setattr(module, "_logit_transform", lambda config: {"logit_scale": 1.0, "softcap": None})
+    for name in ("_FACTORS", "_DIVISOR", "_CAPS"):
+        monkeypatch.setattr(module, name, "")
     with pytest.raises(ConfigError, match=r"ForCausalLM.*logit_scale 1 and softcap None"):
         check_head(model)
 
