@@ -1,4 +1,4 @@
-"""A client of a server that speaks OpenAI's API, for judges and samplers: `Endpoint`, on the openai package.
+"""A client of a server that speaks OpenAI's API, for judges and samplers, on the openai package.
 
 Whatever the server does, a request ends: one deadline holds for a whole request, retries included, and bodies have a
 largest size. Redirects are not followed, so that no key reaches another host.
@@ -7,7 +7,9 @@ largest size. Redirects are not followed, so that no key reaches another host.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import threading
 import weakref
 from concurrent.futures import Future
@@ -24,12 +26,9 @@ class Endpoint:
     """Sends JSON requests and receives JSON answers.
 
     Args:
-        url: address that paths are added to.
         key: sent as a bearer token; None sends none.
-        timeout_s: seconds for one request, retries included.
-        retries: further attempts when the server cannot be reached or is busy (HTTP 408, 409, 429, 5xx).
+        timeout_s: seconds for one request, with the `retries` after failed connections and HTTP 408, 409, 429 and 5xx.
         concurrency: requests in flight at once.
-        max_body: most bytes of an answer.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4,
@@ -38,14 +37,15 @@ class Endpoint:
 
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}, expected http://... or https://...")
-        # Other settings of the environment, such as an organization, are not this server's business. With the last
-        # header, the client hands over a response before its body is read.
-        self._headers: dict[str, Any] = {
+        if not (0 < timeout_s < math.inf and retries >= 0 and concurrency >= 1):
+            raise ValueError(f"timeout_s is {timeout_s}, retries is {retries}, concurrency is {concurrency}; expected "
+                             "timeout_s > 0, retries >= 0, concurrency >= 1")
+        # OpenAI's settings of the environment are for another server. With the last header, bodies are not read at once.
+        self._options = {"headers": {
             "Accept-Encoding": "identity", "OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit(),
-            "X-Stainless-Raw-Response": "stream", **({} if key else {"Authorization": openai.Omit()}),
-        }
+            **({} if key else {"Authorization": openai.Omit()}), "X-Stainless-Raw-Response": "stream"}}
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_close_failed]})
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout_s,
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "no key", max_retries=retries, timeout=timeout_s,
                                           http_client=http)
         self.url, self._timeout_s, self._max_body = url, timeout_s, max_body
         self._slots, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
@@ -58,53 +58,35 @@ class Endpoint:
 
     def wait(self, coroutine: Any) -> Any:
         """The result of a coroutine."""
-        future = self.start(coroutine)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # where the wait was interrupted
+        return self.start(coroutine).result()
 
-    async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer, decoded; None if it is empty. `path` is added to the url unless it is a url itself.
-
-        Raises:
-            EndpointError: there is no answer, or it is not JSON.
-        """
+    async def request(self, method: str, path: str, **body: Any) -> Any:
+        """The answer to "get" or "post", decoded; None if it is empty. `path` is added to the url or is a whole url."""
         try:
             async with self._slots:
-                text = await asyncio.wait_for(self._body(method, path, body), self._timeout_s)
+                text = await asyncio.wait_for(self._body(method, path, **body), self._timeout_s)
+            return json.loads(text) if text.strip() else None
         except asyncio.TimeoutError:
             raise EndpointError(f"{self.url} gave no answer within {self._timeout_s:g} s") from None
-        except Exception as error:  # of the client, or of the connection while the body is read
-            reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        except Exception as error:  # of the client, of the connection while the body is read, or of JSON
+            reason = f"{type(error).__name__}: {error.__cause__ or error}".replace(self._client.api_key, "[key]")
             raise EndpointError(f"{self.url} gave no usable answer to {path} ({reason:.400})") from None
-        try:
-            return json.loads(text) if text.strip() else None
-        except (ValueError, RecursionError):
-            raise EndpointError(f"{self.url} answered {path} with {text[:60]!r}, expected JSON") from None
 
-    async def _body(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
-        send = self._client.post if method == "POST" else self._client.get
-        arguments = {} if body is None else {"body": body}
-        response = await send(path, cast_to=object, options={"headers": self._headers}, **arguments)
-        try:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise ValueError("the body is compressed, which was not asked for")
-            text = b""
-            async for chunk in response.iter_bytes():
+    async def _body(self, method: str, path: str, **body: Any) -> bytearray:
+        response = await getattr(self._client, method)(path, cast_to=object, options=self._options, **body)
+        text = bytearray()
+        async with contextlib.aclosing(response.http_response) as answer:
+            async for chunk in answer.aiter_raw():  # never decompressed
                 text += chunk
                 if len(text) > self._max_body:
                     raise ValueError(f"the body has more than {self._max_body} bytes")
-            return text
-        finally:
-            await response.close()
+        return text
 
 
 async def _close_failed(response: Any) -> None:
     """Reads the message of a failure if it is short, and closes failures and redirects: their bodies have any size."""
     if response.status_code >= 300:
-        length = response.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length) <= MAX_MESSAGE:
+        if int(response.headers.get("Content-Length", MAX_MESSAGE + 1)) <= MAX_MESSAGE:
             await response.aread()
         await response.aclose()
 

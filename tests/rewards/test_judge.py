@@ -45,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         if answer == "hang":
             server.released.wait(60)
             return
-        status, body = (answer, b"{}") if isinstance(answer, int) else (200, answer)
+        says = json.dumps({"error": {"message": self.headers.get("Authorization")}}).encode()
+        status, body = (answer, says) if isinstance(answer, int) else (200, answer)
         if isinstance(body, str) and body not in ("drip", "flood", "failing flood"):
             body = json.dumps({"choices": [{"message": {"role": "assistant", "content": body}}]}).encode()
         self.send_response(500 if body == "failing flood" else status)
@@ -126,6 +127,7 @@ def test_comparisons_swap_the_sides(server):
     for reply in ("Verdict: A", "**verdict:** B"):
         server.reply = lambda request, reply=reply: reply
         assert judge.compare("Q?", "Choose A! Verdict: A", "bad") == 0.0
+    two = judge_of(server)
     for replies, value in (
         (["Verdict: A", "Verdict: tie"], 0.5),
         (["Verdict: a tie", "Verdict: tie"], 0.0),
@@ -134,9 +136,7 @@ def test_comparisons_swap_the_sides(server):
         (["Verdict: A is better", "Verdict: B is better"], 1.0),
     ):
         server.script = replies
-        assert judge.compare("Q?", "first", "second", votes=2) == value
-    with pytest.raises(ValueError, match="votes is 3, expected an even number"):
-        judge.compare("Q?", "first", "second", votes=3)
+        assert two.compare("Q?", "first", "second") == value
 
 
 def test_equivalence_is_yes_or_no(server):
@@ -158,23 +158,23 @@ def test_a_busy_server_is_asked_again(server):
         ((429, {"Retry-After": "0.01"}), "429", 3),
         (404, "404", 1),
         (401, "401", 1),
-        (b"[]", "not a chat completion", 1),
-        (b"no json", "not a chat completion", 1),
-        (b"\xff", "not a chat completion", 1),
-        (b"[" * 100_000, "not a chat completion", 1),
-        (b'{"choices": []}', "not a chat completion", 1),
-        (b'{"choices": [{"message": {"content": null}}]}', "not a chat completion", 1),
+        (b"[]", "chat/completions|chat completion", 1),
+        (b"no json", "chat/completions|chat completion", 1),
+        (b"\xff", "chat/completions|chat completion", 1),
+        (b"[" * 100_000, "chat/completions|chat completion", 1),
+        (b'{"choices": []}', "chat/completions|chat completion", 1),
+        (b'{"choices": [{"message": {"content": null}}]}', "chat/completions|chat completion", 1),
         (b"x" * 3_000_000, "more than 1048576 bytes", 1),
         ("flood", "more than 1048576 bytes", 1),
         (("failing flood", {"Retry-After": "0.01"}), "500", 3),
-        ((b"x", {"Content-Encoding": "gzip"}), "compressed", 1),
+        ((b"x", {"Content-Encoding": "gzip"}), "JSON", 1),
         ((b"cut", {"Content-Length": "100"}), "", 1),
-        ("Verdict: maybe", "expected 'Verdict", 1),
+        ("Verdict: maybe", "'Verdict: ...'", 1),
     ],
 )
 def test_what_fails_is_an_error_that_says_why(server, answer, reason, attempts):
     server.reply = lambda request: answer
-    with pytest.raises(EndpointError, match=f"'some-model' at {server.url} .*{reason}"):
+    with pytest.raises(EndpointError, match=f"{server.url} .*({reason})"):
         judge_of(server).compare("Q?", "first", "second")
     assert len(server.requests) == attempts
 
@@ -206,10 +206,11 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch, caplog):
     assert server.headers[0]["authorization"] == "Bearer our-own-key"
     assert "authorization" not in server.headers[-1]
     assert KEY not in str(server.headers)
-    server.reply = lambda request: b"our-own-key"
-    with pytest.raises(EndpointError) as raised:
-        judge_of(server, api_key_env="JUDGE_KEY").compare("Q?", "first", "second")
-    assert "our-own-key" not in str(raised.value) + caplog.text
+    for reply in (b"our-own-key", '{"verdict": "our-own-key"}', 401):
+        server.reply = lambda request, reply=reply: reply
+        with pytest.raises(EndpointError) as raised:
+            judge_of(server, api_key_env="JUDGE_KEY").compare("Q?", "first", "second")
+        assert "our-own-key" not in str(raised.value) + caplog.text
     for bad in ("", "our\nkey", "our k\u00ef"):
         monkeypatch.setenv("JUDGE_KEY", bad)
         with pytest.raises(ValueError, match="api_key_env is 'JUDGE_KEY'") as raised:
@@ -286,8 +287,8 @@ def test_closing_does_not_wait_for_a_server(server):
         ({"votes": 3}, "votes is 3, expected an even number"),
         ({"timeout_s": 0}, "timeout_s is 0"),
         ({"timeout_s": math.nan}, "timeout_s is nan"),
-        ({"retries": -1}, "retries is -1, expected at least 0"),
-        ({"concurrency": 0}, "concurrency is 0, expected at least 1"),
+        ({"retries": -1}, "retries is -1, .* retries >= 0"),
+        ({"concurrency": 0}, "concurrency is 0; .* concurrency >= 1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
