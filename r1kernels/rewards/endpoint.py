@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -37,10 +37,10 @@ class Endpoint:
 
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}, expected http://... or https://...")
-        if not (0 < timeout_s < math.inf and retries >= 0 and concurrency >= 1):
+        if not (0 < timeout_s < float("inf") and retries >= 0 and concurrency >= 1):
             raise ValueError(f"timeout_s is {timeout_s}, retries is {retries}, concurrency is {concurrency}; expected "
                              "timeout_s > 0, retries >= 0, concurrency >= 1")
-        # OpenAI's settings of the environment are for another server. With the last header, bodies are not read at once.
+        # OpenAI's settings in the environment are for another server. With the last header, bodies are read later.
         self._options = {"headers": {
             "Accept-Encoding": "identity", "OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit(),
             **({} if key else {"Authorization": openai.Omit()}), "X-Stainless-Raw-Response": "stream"}}
@@ -60,15 +60,15 @@ class Endpoint:
         """The result of a coroutine."""
         return self.start(coroutine).result()
 
-    async def request(self, method: str, path: str, **body: Any) -> Any:
-        """The answer to "get" or "post", decoded; None if it is empty. `path` is added to the url or is a whole url."""
+    async def request(self, method: str, path: str, read: Callable[[Any], Any], **body: Any) -> Any:
+        """What `read` makes of the decoded answer; what it raises becomes EndpointError. `path` may be a whole url."""
         try:
             async with self._slots:
                 text = await asyncio.wait_for(self._body(method, path, **body), self._timeout_s)
-            return json.loads(text) if text.strip() else None
+            return read(json.loads(text) if text.strip() else None)
         except asyncio.TimeoutError:
             raise EndpointError(f"{self.url} gave no answer within {self._timeout_s:g} s") from None
-        except Exception as error:  # of the client, of the connection while the body is read, or of JSON
+        except Exception as error:  # of the client, of the connection while the body is read, of JSON, or of `read`
             reason = f"{type(error).__name__}: {error.__cause__ or error}".replace(self._client.api_key, "[key]")
             raise EndpointError(f"{self.url} gave no usable answer to {path} ({reason:.400})") from None
 

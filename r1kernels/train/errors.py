@@ -25,9 +25,5 @@ class TrainingError(RunError):
     """Training cannot go on, for example because a loss is not finite. The last checkpoint is unchanged."""
 
 
-class ServerError(RunError):
-    """A server cannot be reached, refuses a request or sends an unexpected response; the message names it."""
-
-
 class Interrupted(Exception):
     """A stop was requested. It is raised only where the run can continue later."""

@@ -119,8 +119,8 @@ def check_head(model: PreTrainedModel) -> None:
     expected = r1kernels.token_logprobs(logits, tokens)
     logprobs = r1kernels.linear_token_logprobs(hidden * factor, token_ids=tokens, **head)
     if logits.shape[-1] != len(head["weight"]) or not (logprobs - expected).abs().max() <= _PROBE_TOLERANCE:
-        raise ConfigError(f"the logits of {family} are not those of its head with logit_scale {head['logit_scale']:g} and "
-                          f"softcap {head['softcap']}, so the losses would train another model")
+        raise ConfigError(f"the logits of {family} are not those of its head: logit_scale {head['logit_scale']:g}, "
+                          f"softcap {head['softcap']}; the losses would train another model")
 
 
 def _base_of(path: str | Path) -> str | None:

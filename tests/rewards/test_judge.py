@@ -169,7 +169,7 @@ def test_a_busy_server_is_asked_again(server):
         (("failing flood", {"Retry-After": "0.01"}), "500", 3),
         ((b"x", {"Content-Encoding": "gzip"}), "JSON", 1),
         ((b"cut", {"Content-Length": "100"}), "", 1),
-        ("Verdict: maybe", "'Verdict: ...'", 1),
+        ("Verdict: maybe", "expected 'Verdict: ...'", 1),
     ],
 )
 def test_what_fails_is_an_error_that_says_why(server, answer, reason, attempts):
