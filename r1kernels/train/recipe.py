@@ -439,7 +439,7 @@ class Preference(Training):
     epochs: int = setting("passes over the pairs", 1, ge=1)
     batch_size: int = setting("pairs of an update", 256, ge=1)
     learning_rate: float = setting("highest learning rate", 6e-6, gt=0)
-    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, le=1)
+    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, lt=1)
     max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
 
 

@@ -226,11 +226,11 @@ def test_prompts_and_thoughts_cost_few_tokens_in_either_language():
 def test_models_of_all_sizes_share_a_tokenizer_and_packed_documents_do_not_see_each_other():
     model, tokenizer = tiny_world.architecture(0, text={}, layers=2, **SHAPE)
     assert tokenizer.get_vocab() == tiny_world.architecture(0, text={}, layers=1, **SHAPE)[1].get_vocab()
-    batch = collate(fill(tiny_world.corpus(0, 0), tokenizer, 2, 128))
+    batch, _ = collate(fill(tiny_world.corpus(0, 0), tokenizer, 2, 128))
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) >= 3
     with torch.no_grad():
-        packed = model.eval()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model.eval()(**batch, use_cache=False).logits
         alone = model(input_ids=batch["input_ids"][:1, starts[1] : starts[2]], use_cache=False).logits[0]
     torch.testing.assert_close(packed[0, starts[1] : starts[2]], alone, rtol=1e-4, atol=1e-5)
 
