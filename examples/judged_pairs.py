@@ -1,6 +1,6 @@
 """Makes preference pairs of what a stage of kind `reject` selected: a judge compares responses to the same question.
 
-    python examples/judged_pairs.py runs/r1/traces/selected.jsonl pairs.jsonl --url http://localhost:8000/v1 --model NAME
+    python examples/judged_pairs.py runs/r1/traces/selected.jsonl pairs.jsonl --url http://localhost:8000/v1 --model M
 
 A pair is kept if the judge prefers one of its responses clearly, with the sides as they are and swapped. In a recipe,
 the file is a data set, `{kind: jsonl, path: pairs.jsonl}`, which a stage of kind `preference` names in `pairs`. Run

@@ -56,7 +56,7 @@ def test_small_worlds_are_used_up_but_not_beyond():
     assert {len(terms_of(row["question"])) for row in rows} == {2, 3}
     with pytest.raises(ValueError, match=f"{known + 1} sums are wanted; expected at most {known}.*'train_size'"):
         tiny_world.sums("train", None, 0, min_terms=2, max_terms=3, train_size=known + 1)
-    with pytest.raises(ValueError, match="'min_terms' is 5 and 'max_terms' 4"):
+    with pytest.raises(ValueError, match="'min_terms' is 5, 'max_terms' 4"):
         tiny_world.sums("train", 1, 0, min_terms=5, max_terms=4)
 
 
