@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from r1kernels.train.errors import DataError
 from r1kernels.train.model import hidden_states
@@ -36,9 +37,7 @@ def size(row: Sequence[Sample]) -> int:
     return sum(len(sample.ids) for sample in row)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str]], at_once: int = 1024
-) -> Iterator[Sample]:
+def encode(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], at_once: int = 1024) -> Iterator[Sample]:
     """(prompt, completion) pairs as tokens: each part encoded separately, as in a rollout, then an end token."""
     texts = iter(texts)
     while some := list(itertools.islice(texts, at_once)):
@@ -55,13 +54,12 @@ def pack(samples: Sequence[Sample], window: int) -> Rows:
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
         row = next((row for row in rows if size([*row, sample]) <= window), None)
         if row is None:
-            rows.append([sample])
-        else:
-            row.append(sample)
+            rows.append(row := [])
+        row.append(sample)
     return rows
 
 
-def fill(documents: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, count: int, window: int) -> Rows:
+def fill(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, count: int, window: int) -> Rows:
     """`count` rows of exactly `window` tokens, filled with (head, tail) documents. The last one of a row is cut off."""
     rows: Rows = [[]]
     for document in encode(tokenizer, documents, 2 * count):

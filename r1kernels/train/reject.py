@@ -19,7 +19,7 @@ import numpy as np
 
 from r1kernels.rewards import EndpointError, Scores
 from r1kernels.rewards.judge import Judge, final_summary
-from r1kernels.rewards.language import word_counts
+from r1kernels.rewards.language import share
 from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well_formed
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import DataError
@@ -73,8 +73,8 @@ def run(stage: Stage) -> dict[str, Any]:
         for number in range(len(done), math.ceil(len(problems) / size)):
             stage.interrupt.check()
             started, pending = time.monotonic(), []
-            asked = [problem for problem in problems[number * size : (number + 1) * size]
-                     for _ in range(settings.samples_per_question)]
+            some = problems[number * size : (number + 1) * size]
+            asked = [problem for problem in some for _ in range(settings.samples_per_question)]
             prompts = [template.render(problem.question) for problem in asked]
             with torch_seeded(stage.seed, settings.name, "samples", number):
                 completions = sampler.sample(prompts, sampling, submit)
@@ -107,14 +107,14 @@ def _ask(judge: Judge, stage: Stage, samples: list[Sample]) -> int:
 
     The judge is only asked about what passes all else, because each of its answers takes seconds.
     """
-    failures = []
     asked = [one for one in samples if one.reason is None and one.problem.kind == "open" and one.problem.answer]
+    answers, failures = [final_summary(one.prompt, one.text) for one in asked], []
     with ThreadPoolExecutor(stage.recipe.scoring.judge.concurrency) as threads:
-        verdicts = [threads.submit(judge.equivalent, one.problem.question, final_summary(one.prompt, one.text),
-                                   one.problem.answer) for one in asked]
-    for sample, verdict in zip(asked, verdicts, strict=True):
+        verdicts = [threads.submit(judge.equivalent, one.problem.question, answer, one.problem.answer)
+                    for one, answer in zip(asked, answers, strict=True)]
+    for sample, answer, verdict in zip(asked, answers, verdicts, strict=True):
         try:
-            sample.reason = None if verdict.result() else "wrong"
+            sample.reason = None if answer and verdict.result() else "wrong"
         except EndpointError as error:
             sample.reason = "unscorable"
             failures.append(error)
@@ -146,16 +146,13 @@ def fault(sample: Sample, limits: Filters) -> str | None:
         return "unscorable" if math.isnan(sample.accuracy) else "wrong"
     if not sample.finished:
         return "unfinished"
-    if problem.kind == "open" and not final_summary(sample.prompt, completion):
-        return "unreadable"
     text = completion
     for tag in (THINK, THINK_END, ANSWER, ANSWER_END):  # they are words of no language
         text = text.replace(tag, "\n")
-    formed = is_well_formed(sample.prompt, completion) or not limits.format
-    if not formed or not text.strip() or _UNPRINTABLE.search(completion):
+    malformed = limits.format and not is_well_formed(sample.prompt, completion)
+    if malformed or not text.strip() or _UNPRINTABLE.search(completion):
         return "unreadable"
-    counts = word_counts(text)
-    if limits.language is not None and counts[problem.language] < limits.language * sum(counts.values()):
+    if limits.language is not None and share(text, problem.language) < limits.language:
         return "mixed language"
     if limits.paragraph and any(len(_WORD.findall(line)) > limits.paragraph for line in completion.splitlines()):
         return "long paragraph"
@@ -170,9 +167,9 @@ def repeats(text: str, limits: Filters) -> bool:
     """Whether lines or words loop, or much of the text was there before."""
     lines, words = [line.strip() for line in text.splitlines() if _WORD.search(line)], _WORD.findall(text)
     runs = [tuple(words[start : start + limits.ngram]) for start in range(len(words) - limits.ngram + 1)]
-    known = len(runs) >= 50 and 1 - len(set(runs)) / len(runs)  # with few runs, a text is too short to say
+    again = 1 - len(set(runs)) / len(runs) if len(runs) >= 50 else 0  # with few runs, a text is too short to say
     return (loops(lines, limits.line_repeats, longest=8) or loops(words, limits.word_repeats, 64, limits.loop_words)
-            or (limits.ngram_share is not None and known > limits.ngram_share))
+            or (limits.ngram_share is not None and again > limits.ngram_share))
 
 
 def loops(items: Sequence[str], repeats: int | None, longest: int, least: int = 1) -> bool:

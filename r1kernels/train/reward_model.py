@@ -31,7 +31,6 @@ from r1kernels.train.rollout import prompt_tokens
 from r1kernels.train.stage import Stage
 from r1kernels.train.supervised import Measures, fit
 
-TARGET = "reward_target"  # in the saved configuration
 Target = Literal["summary", "response"]
 
 
@@ -54,15 +53,14 @@ class RewardModel:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"'{path}' holds no model for sequence classification: {error}") from error
         head = getattr(model, "score", None)
-        if type(head) is not torch.nn.Linear:
-            raise ConfigError(f"{type(model).__name__} cannot be a reward model; expected a linear layer 'score'")
+        if type(head) is not torch.nn.Linear or head.out_features != 1:
+            raise ConfigError(f"'{path}' is no reward model; expected a linear layer 'score' with one output")
         self.model, self.tokenizer = align(model.to(device)).eval(), load_tokenizer(path)
         self.template, self.batch_size = Template(template, self.tokenizer), batch_size
         if new:
             torch.nn.init.zeros_(head.weight)
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-            setattr(model.config, TARGET, new)
-        self.target: Target = getattr(model.config, TARGET, "response")
+            model.config.pad_token_id, model.config.reward_target = self.tokenizer.pad_token_id, new
+        self.target: Target = getattr(model.config, "reward_target", "response")
 
     @torch.no_grad()
     def score(self, questions: Sequence[str], responses: Sequence[str]) -> list[float]:

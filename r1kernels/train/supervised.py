@@ -26,8 +26,6 @@ from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
 
-WARMUP = 50  # steps of pretraining
-
 Summary = dict[str, Any]
 Measures = dict[str, float]
 # (model, inputs, targets, learned tokens of the whole step) -> what these rows add to the mean loss per token
@@ -53,7 +51,7 @@ def run_pretrain(stage: Stage) -> Summary:
         return gradient(model, cross_entropy, rows, None, stage.interrupt.check)
 
     def rate(step: int) -> float:
-        warmup, decay = min(1.0, (step + 1) / WARMUP), max(0.05, 1 - step / settings.steps)
+        warmup, decay = min(1.0, (step + 1) / 50), max(0.05, 1 - step / settings.steps)
         return settings.learning_rate * warmup * decay
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -67,11 +65,8 @@ def run_sft(stage: Stage) -> Summary:
 
 
 def run_distill(stage: Stage) -> Summary:
-    """Distillation into a smaller model.
-
-    Method `samples` is the paper's: SFT on what the teacher wrote. Method `logits` is an extension: the student matches
-    the teacher's distribution of every token, in given samples or in what the student itself writes (2306.13649).
-    """
+    """Distillation into a smaller model: SFT on what the teacher wrote (the paper's method `samples`), or matching the
+    teacher's distribution of every token in samples, given or written by the student itself (`logits`, 2306.13649)."""
     settings, start = stage.settings, start_of(stage)
     if settings.method == "samples":
         return fit_texts(stage, start, cross_entropy)
@@ -102,8 +97,8 @@ def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, 
         stage.console.say(f"{settings.name}: {too_long} and are left out", warning=True)
     mixing = [type(one).__name__ for one in (model, *others) if not keeps_apart(one)]
     if mixing:
-        stage.console.say(f"{settings.name}: {mixing[0]} lets samples in one row see each other, so each has its own "
-                          "row with padding, which is slower", warning=True)
+        stage.console.say(f"{settings.name}: {mixing[0]} cannot keep samples of a row apart, so each has its own row, "
+                          "which is slower", warning=True)
     sampler, window = TransformersSampler(model, tokenizer, stage.interrupt.check), 0 if mixing else settings.window
 
     def learn(step: int, chosen: list[Any]) -> Measures:
@@ -128,8 +123,8 @@ def write(stage: Stage, sampler: TransformersSampler, step: int, prompts: list[s
 
 def cross_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], targets: Tensor, tokens: float) -> Tensor:
     """The loss of pretraining and SFT."""
-    hidden = hidden_states(model, **inputs)
-    return r1kernels.linear_cross_entropy(hidden, targets=targets, normalizer=tokens, **head_of(model))
+    return r1kernels.linear_cross_entropy(
+        hidden_states(model, **inputs), targets=targets, normalizer=tokens, **head_of(model))
 
 
 def divergence_loss(settings: Any, teacher: PreTrainedModel, vocabulary: int, model: PreTrainedModel,
@@ -162,25 +157,25 @@ def start_of(stage: Stage, new: Callable[[], Any] | None = None) -> Start:
 
 def cosine(settings: Any, steps: int, step: int) -> float:
     """The learning rate of a step: linear warm-up, then a cosine to the final rate in the last step."""
-    highest = settings.learning_rate
-    lowest = highest / 10 if settings.final_learning_rate is None else settings.final_learning_rate
-    if step < settings.warmup_steps:
-        return highest * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
+    highest, lowest, warmup = settings.learning_rate, settings.final_learning_rate, settings.warmup_steps
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    lowest = highest / 10 if lowest is None else lowest
+    share = (step - warmup) / max(1, steps - 1 - warmup)
     height = (1 + math.cos(math.pi * share)) / 2
     return height * highest + (1 - height) * lowest
 
 
 def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, list[Any]], Measures]) -> Summary:
     """Trains on items in epochs, each in another order. `learn(step, items)` adds the gradient of some of them."""
-    settings, count = stage.settings, len(items)
-    steps = math.ceil(settings.epochs * count / settings.batch_size)
+    settings, size = stage.settings, stage.settings.batch_size
+    order = [index for epoch in range(settings.epochs)
+             for index in permutation(len(items), stage.seed, settings.name, "samples", epoch)]
+    steps = math.ceil(len(order) / size)
     optimizer = torch.optim.AdamW(start[0].parameters(), weight_decay=settings.weight_decay)
 
     def learn_some(step: int) -> Measures:
-        places = range(step * settings.batch_size, min((step + 1) * settings.batch_size, settings.epochs * count))
-        order = partial(permutation, count, stage.seed, settings.name, "samples")  # of an epoch
-        return learn(step, [items[order(place // count)[place % count]] for place in places])
+        return learn(step, [items[index] for index in order[step * size : (step + 1) * size]])
 
     return train(stage, start, optimizer, steps, learn_some, partial(cosine, settings, steps), settings.grad_clip)
 
@@ -203,9 +198,8 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
 
     def save() -> None:
-        state = {"step": done, "optimizer": optimizer.state_dict()}
-        keep = stage.recipe.checkpoint.keep
-        save_checkpoint(stage.directory, done, model=model, tokenizer=tokenizer, state=state, keep=keep)
+        save_checkpoint(stage.directory, done, model=model, tokenizer=tokenizer, keep=stage.recipe.checkpoint.keep,
+                        state={"step": done, "optimizer": optimizer.state_dict()})
 
     with StepLog(stage, first_step=done) as log:
         while done < steps:
@@ -217,8 +211,8 @@ def train(
             except Interrupted:
                 save()
                 raise
-            measures["learning_rate"] = rate(done)
-            measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+            measures |= {"learning_rate": rate(done), "grad_norm": norm}
             if not all(map(math.isfinite, measures.values())):
                 raise TrainingError(f"step {done} measured {measures}; expected finite numbers; see 'learning_rate'")
             for group in optimizer.param_groups:
@@ -240,7 +234,7 @@ def train(
 
 def gradient(model: PreTrainedModel, loss: Loss, rows: Rows, size: int | None, check: Callable[[], None]) -> Measures:
     """Adds the gradient of the mean loss per token, which is independent of the micro-batches of `size` rows."""
-    tokens, size, total = sum(len(ids) - first for row in rows for ids, first in row), size or len(rows), 0.0
+    tokens, total, size = sum(len(ids) - first for row in rows for ids, first in row), 0.0, size or len(rows)
     for first in range(0, len(rows), size):
         check()
         share = loss(model, *collate(rows[first : first + size], model.device), float(tokens))
