@@ -148,13 +148,13 @@ class Scorer(contextlib.AbstractContextManager):
             for reply in replies.values():
                 reply.cancel()
         results = {reply: reply.exception() or reply.result() for reply in replies.values()}
-        parts = {name: [results.get(value, value) for value in values] for name, values in parts.items()}
-        failures = [value for values in parts.values() for value in values if isinstance(value, Exception)]
+        found = {name: [results.get(value, value) for value in values] for name, values in parts.items()}
+        failures = [value for values in found.values() for value in values if isinstance(value, Exception)]
         messages = [str(error) for error in failures if isinstance(error, EndpointError)]
         timeouts = sum(isinstance(error.__context__, TimeoutError) for error in failures)
         crashes = sum(not isinstance(error, EndpointError | ValueError) for error in failures)
         parts = {name: [value if isinstance(value, float) else math.nan for value in values]
-                 for name, values in parts.items()}
+                 for name, values in found.items()}
         total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
                            if weight and applies[name][index]) for index in range(len(rows))]
         unscorable = {name: sum(map(math.isnan, values)) - applies[name].count(False) for name, values in parts.items()}
