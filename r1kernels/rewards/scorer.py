@@ -151,14 +151,14 @@ class Scorer(contextlib.AbstractContextManager):
         found = {name: [results.get(value, value) for value in values] for name, values in parts.items()}
         failures = [value for values in found.values() for value in values if isinstance(value, Exception)]
         messages = [str(error) for error in failures if isinstance(error, EndpointError)]
-        timeouts = sum(isinstance(error.__context__, TimeoutError) for error in failures)
-        crashes = sum(not isinstance(error, EndpointError | ValueError) for error in failures)
+        no_crash = [error for error in failures if isinstance(error, EndpointError | ValueError)]
+        timeouts = sum(isinstance(error.__context__, TimeoutError) for error in no_crash)
         parts = {name: [value if isinstance(value, float) else math.nan for value in values]
                  for name, values in found.items()}
         total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
                            if weight and applies[name][index]) for index in range(len(rows))]
         unscorable = {name: sum(map(math.isnan, values)) - applies[name].count(False) for name, values in parts.items()}
-        return Scores(parts, total, timeouts, crashes, len(messages), unscorable, "".join(messages[:1]))
+        return Scores(parts, total, timeouts, len(failures) - len(no_crash), len(messages), unscorable, "".join(messages[:1]))
 
     def _start(self, kind: str, prompt: str, completion: str, answer: str, question: str,
                replies: dict[tuple, Future]) -> float | Future | None:

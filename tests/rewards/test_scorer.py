@@ -322,7 +322,7 @@ def test_an_interrupt_ends_scoring(seconds):
 def test_ctrl_c_in_a_terminal_ends_no_program(seconds):
     """A trainer that is interrupted may finish its step: then the programs of the step must not count as wrong."""
     slow = "import time\ndef square(x):\n    time.sleep(3)\n    return x * x"
-    with script(seconds, f"signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint(score({slow!r}))") as process:
+    with script(seconds, f"signal.signal(signal.SIGINT, lambda *_: None)\nprint(score({slow!r}))") as process:
         wait_until(lambda: sandboxes(seconds))
         os.killpg(process.pid, signal.SIGINT)
         assert process.communicate(timeout=PATIENCE_S)[0] == "scoring\n[1.0]\n"
