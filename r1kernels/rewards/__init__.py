@@ -26,9 +26,8 @@ def accuracy(completions: Sequence, *, answer: Sequence[str], kind: Sequence[str
              prompts: Sequence | None = None, **columns: object) -> list[float | None]:
     """1.0 where the final answer of a completion is right, else 0.0; None where its reference cannot be used.
 
-    `kind` lists "math" (the default), "choice", "exact", "code" and "open" (always None). For kind "code", `answer` is
-    the tests of a program as JSON. A prompt that ends by opening `<think>` starts the thought. Raises ValueError, which
-    names a wrong column, and SandboxError where programs cannot be confined.
+    `kind` lists "math" (the default), "choice", "exact", "code" (`answer` is the tests of a program as JSON) and "open"
+    (always None). A prompt may end by opening `<think>`. Raises SandboxError where programs cannot be confined.
     """
     with Scorer({"accuracy": 1.0}) as scorer:
         values = scorer.score(completions, answer=answer, kind=kind, prompts=prompts).parts["accuracy"]

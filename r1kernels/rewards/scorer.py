@@ -28,7 +28,6 @@ from .sandbox import check
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 KINDS = ("math", "choice", "exact", "code", "open")
 APPLIES = {"accuracy": KINDS[:4], "judge": ("open",)}  # the kinds of answer; other rewards apply to all
-GLANCE_S = 0.1  # how often a wait looks whether the scorer is closing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Scorer(contextlib.AbstractContextManager):
         workers: programs that are judged at once.
         timeout_s, memory_mb: what one program may use: seconds, and MiB of address space.
         sandbox: where programs run, "bubblewrap" or "none". With "none" they can do whatever the caller can.
-        imports: modules that programs may import, beside Python's own.
+        imports: modules that programs may import beside Python's own.
         overlong_buffer: tokens before the limit in which the penalty of `overlong` grows to 1.
         judge: the language model that the reward "judge" asks.
     """
@@ -117,14 +116,13 @@ class Scorer(contextlib.AbstractContextManager):
         """The result of `submit`."""
         return self.submit(completions, **columns).result()
 
-    def close(self) -> None:
+    def close(self, *exception: object) -> None:
         """Cancels batches that are not done, and kills programs that run."""
         self._closing.set()
         self._batches.shutdown(cancel_futures=True)
         self._judgements.shutdown()
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    __exit__ = close
 
     def _score(self, rows: list[tuple[str, str, str, str, str]], completions: list, columns: dict[str, list]) -> Scores:
         applies = {name: [kind in APPLIES.get(name, KINDS) for kind, *_ in rows] for name in self._weights}
@@ -141,7 +139,7 @@ class Scorer(contextlib.AbstractContextManager):
                                    for row, applicable in zip(rows, here, strict=True)]
             pending = set(replies.values())
             while pending:
-                pending = wait(pending, GLANCE_S).not_done
+                pending = wait(pending, timeout=0.1).not_done
                 if self._closing.is_set():
                     raise CancelledError("the scorer was closed")
         finally:
@@ -149,16 +147,18 @@ class Scorer(contextlib.AbstractContextManager):
                 reply.cancel()
         results = {reply: reply.exception() or reply.result() for reply in replies.values()}
         found = {name: [results.get(value, value) for value in values] for name, values in parts.items()}
+        # A judgement that failed counts for each completion that it was made for.
         failures = [value for values in found.values() for value in values if isinstance(value, Exception)]
-        messages = [str(error) for error in failures if isinstance(error, EndpointError)]
-        no_crash = [error for error in failures if isinstance(error, EndpointError | ValueError)]
-        timeouts = sum(isinstance(error.__context__, TimeoutError) for error in no_crash)
+        expected = [error for error in failures if isinstance(error, EndpointError | ValueError)]
+        messages = [str(error) for error in expected if isinstance(error, EndpointError)]
         parts = {name: [value if isinstance(value, float) else math.nan for value in values]
                  for name, values in found.items()}
         total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
                            if weight and applies[name][index]) for index in range(len(rows))]
         unscorable = {name: sum(map(math.isnan, values)) - applies[name].count(False) for name, values in parts.items()}
-        return Scores(parts, total, timeouts, len(failures) - len(no_crash), len(messages), unscorable, "".join(messages[:1]))
+        return Scores(parts, total, timeouts=sum(isinstance(error.__context__, TimeoutError) for error in expected),
+                      crashes=len(failures) - len(expected), endpoint_failures=len(messages),
+                      unscorable=unscorable, endpoint_error="".join(messages[:1]))
 
     def _start(self, kind: str, prompt: str, completion: str, answer: str, question: str,
                replies: dict[tuple, Future]) -> float | Future | None:
