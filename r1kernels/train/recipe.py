@@ -159,9 +159,9 @@ class Judge(Settings):
 class Scoring(Settings):
     """How completions are scored."""
 
-    workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
-    timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
-    memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
+    workers: int = setting("programs that are judged at once", 1, ge=1)
+    timeout_s: float = setting("seconds for running one program", 5.0, gt=0)
+    memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
     sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)

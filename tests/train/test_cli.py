@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from r1kernels.rewards import JudgeError, WorkerError
+from r1kernels.rewards import EndpointError
 from r1kernels.rewards.sandbox import SandboxError
 from r1kernels.train import chain
 from r1kernels.train.cli import main
@@ -236,8 +236,8 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [
-    DataError("x"), StorageError("x"), TrainingError("x"), ServerError("x"), WorkerError("x"), SandboxError("x"),
-    JudgeError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
+    DataError("x"), StorageError("x"), TrainingError("x"), ServerError("x"), SandboxError("x"),
+    EndpointError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
 ], ids=lambda error: type(error).__name__)
 def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):
     error.args = (*error.args[:-1], f"{error.args[-1]} \x1b[2J\u202e") if not isinstance(error, OSError) else error.args
