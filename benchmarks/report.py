@@ -113,7 +113,7 @@ def summary(results: list[dict]) -> str:
     info = versions()
     parts.append(
         f"Forward + backward: time, times that of r1kernels, peak extra memory. {info['device']} "
-        f"({info['instruction_set']}), torch {info['torch']}, bfloat16; medians of rounds in which all took turns; "
+        f"({info['instruction_set']}), torch {info['torch']}, bfloat16; medians of interleaved rounds; "
         "`make bench` measures yours."
     )
     return "\n\n".join(parts)

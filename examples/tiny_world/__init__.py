@@ -5,9 +5,6 @@ Everything is generated from a seed, so the demos need no network. A recipe reac
     import_from: [../examples]
     data:
       sums: {kind: function, function: "tiny_world:sums", options: {min_terms: 4, max_terms: 6}}
-
-It uses two modules of the trainer, `prompt` and `rng`, and shows all that a recipe can import: data sets
-(`sums`, `guests`), an architecture with its tokenizer (`architecture`) and the text of pretraining (`corpus`).
 """
 
 from .arithmetic import sums

@@ -14,46 +14,29 @@ from .common import Row, Split, split_of
 if TYPE_CHECKING:
     from .text import Mixture
 
-_TRIES = 10_000  # a draw hits its split once in about ten times
 _SLIPS = (-20, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 20)
 
 
 def sums(
     split: Split, count: int | None, seed: int, *, min_terms: int = 4, max_terms: int = 6, train_size: int = 4096
 ) -> list[Row]:
-    """Different sums of a split, in a random order given by the seed.
-
-    Args:
-        count: how many; None for `train_size`.
-        min_terms, max_terms: how many digits a sum has.
-
-    Raises:
-        ValueError: there are not enough different sums.
-    """
+    """`count` (if None, `train_size`) different sums of a split with so many digits, in an order given by the seed."""
     if not 2 <= min_terms <= max_terms:
-        raise ValueError(
-            f"'min_terms' is {min_terms} and 'max_terms' {max_terms}; expected 2 <= min_terms <= max_terms")
-    count = train_size if count is None else count
-    rng = python_generator(seed, "problems", split)
-    # Twice as many as wanted, or all: with fewer, drawing until all are different would take very long.
-    some = list(itertools.islice(sums_of(split, min_terms, max_terms), 2 * count))
-    if len(some) < count:
-        raise ValueError(
-            f"{count} sums are wanted; expected at most {len(some)}, the different sums of {min_terms} to {max_terms} "
-            f"digits in the split '{split}' (see 'train_size', 'min_terms', 'max_terms')"
-        )
-    found: dict[str, Row] = {}
-
-    def add(terms: list[int]) -> None:
-        question = ask(terms)
-        found.setdefault(question, {"id": f"{split}-{len(found)}", "question": question, "answer": str(sum(terms))})
-
-    if len(some) < 2 * count:
-        for terms in rng.sample(some, count):
-            add(terms)
-    while len(found) < count:
-        add(draw_terms(rng, split, min_terms, max_terms))
-    return list(found.values())
+        raise ValueError(f"'min_terms' is {min_terms}, 'max_terms' {max_terms}; expected 2 <= min_terms <= max_terms")
+    count, rng = train_size if count is None else count, python_generator(seed, "problems", split)
+    known = list(itertools.islice(sums_of(split, min_terms, max_terms), 2 * count))
+    if len(known) < count:
+        raise ValueError(f"{count} sums are wanted; expected at most {len(known)}, the different ones of the split "
+                         f"'{split}' (see 'train_size', 'min_terms', 'max_terms')")
+    draws = iter(lambda: draw_terms(rng, split, min_terms, max_terms), None)
+    if len(known) < 2 * count:  # drawing until all are different would take very long
+        draws = iter(rng.sample(known, count))
+    answers: dict[str, int] = {}
+    while len(answers) < count:
+        terms = next(draws)
+        answers[ask(terms)] = sum(terms)
+    return [{"id": f"{split}-{index}", "question": question, "answer": str(answer)}
+            for index, (question, answer) in enumerate(answers.items())]
 
 
 def ask(terms: list[int]) -> str:
@@ -67,11 +50,10 @@ def split_of_sum(terms: list[int]) -> Split:
 
 def draw_terms(rng: random.Random, split: Split, low: int, high: int) -> list[int]:
     """`low` to `high` digits from 1 to 9 whose sum belongs to `split`."""
-    for _ in range(_TRIES):
+    while True:
         terms = [rng.randint(1, 9) for _ in range(rng.randint(low, high))]
         if split_of_sum(terms) == split:
             return terms
-    raise ValueError(f"no sum of {low} to {high} digits is in the split '{split}'; expected a wider range of terms")
 
 
 def sums_of(split: Split, low: int, high: int) -> Iterator[list[int]]:

@@ -29,42 +29,30 @@ Guests = tuple[str, ...]  # one or two names, and the time of the day
 
 
 def guests(split: Split, count: int | None, seed: int, *, train_size: int = 512) -> list[Row]:
-    """Different requests to greet somebody, in a random order given by the seed.
+    """`count` (if None, `train_size`) different requests to greet somebody, in an order given by the seed.
 
     A row is a problem without an answer, a demonstration (`response`, in any manner) and a pair (`chosen` is kinder
     than `rejected`).
-
-    Args:
-        count: how many; None for `train_size`.
-
-    Raises:
-        ValueError: there are not enough different requests.
     """
     known, count = guests_of(split), train_size if count is None else count
     if count > len(known):
-        raise ValueError(
-            f"{count} greetings are wanted; expected at most {len(known)}, the different ones in the split '{split}' "
-            "(see 'train_size')"
-        )
+        raise ValueError(f"{count} greetings are wanted; expected at most {len(known)}, those of the split "
+                         f"'{split}' (see 'train_size')")
     shown, compared = (python_generator(seed, "greetings", use) for use in ("demonstrations", "pairs"))
     rows = []
     for index, who in enumerate(python_generator(seed, "greetings", split).sample(known, count)):
         response = tagged(*greet(shown, who, shown.choice((KIND, BRIEF, RUDE))))
         manners = sorted(compared.sample((KIND, BRIEF, RUDE), 2))
         chosen, rejected = (tagged(*greet(compared, who, manner)) for manner in manners)
-        rows.append({
-            "id": f"greeting-{split}-{index}", "question": ask(who), "kind": "open", "answer": "",
-            "response": response, "chosen": chosen, "rejected": rejected,
-        })
+        rows.append({"id": f"greeting-{split}-{index}", "question": ask(who), "kind": "open", "answer": "",
+                     "response": response, "chosen": chosen, "rejected": rejected})
     return rows
 
 
 @functools.cache
 def guests_of(split: Split) -> list[Guests]:
     """All guests of a split."""
-    everybody = [
-        (*names, time) for count in (1, 2) for names in itertools.permutations(NAMES, count) for time in TIMES
-    ]
+    everybody = [(*names, time) for size in (1, 2) for names in itertools.permutations(NAMES, size) for time in TIMES]
     return [who for who in everybody if split_of(" ".join(who).encode()) == split]
 
 

@@ -16,46 +16,26 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def architecture(
-    seed: int,
-    *,
-    text: Mapping[str, float],
-    hidden_size: int = 96,
-    intermediate_size: int = 256,
-    layers: int = 3,
+    seed: int, *, text: Mapping[str, float], hidden_size: int = 96, intermediate_size: int = 256, layers: int = 3,
     heads: int = 3,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """An untrained Llama with random weights and a tokenizer of its text.
-
-    Args:
-        text: the options of the corpus, on which the tokenizer is trained.
-        hidden_size: width; a multiple of 2 x heads.
-        layers, heads: how many.
-    """
+    """An untrained Llama with random weights and a tokenizer of its `text`, given by the options of the corpus."""
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "layers": layers, "heads": heads}
     if min(sizes.values()) < 1 or hidden_size % (2 * heads):
         raise ValueError(f"the sizes are {sizes}; expected at least 1, and hidden_size a multiple of 2 x heads")
     tokenizer = make_tokenizer(seed, Mixture(**text))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, **ends,
         attention_bias=True,  # lets a head attend by position alone, which finding the next term of a sum needs
         # The usual 0.02 suits a width in the thousands. With it, learning would start late here.
         initializer_range=0.6 * hidden_size**-0.5,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     with torch_seeded(seed, "model"):
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**ends)
     return model, tokenizer
 
 
@@ -69,12 +49,7 @@ def make_tokenizer(seed: int, mixture: Mixture) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     rng = python_generator(seed, "tokenizer")
     texts = [piece for _ in range(1000) for piece in document(rng, mixture)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        min_frequency=2,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=[chr(code) for code in range(32, 127)],  # a character without a token would vanish
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    alphabet = [chr(code) for code in range(32, 127)]  # a character without a token would vanish
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=2, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")

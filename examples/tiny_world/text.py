@@ -20,55 +20,31 @@ from .common import tagged
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the text is made of. All but `max_terms` are probabilities.
+    """What the text is made of. All but `max_terms` are probabilities."""
 
-    Args:
-        max_terms: digits of a sum at most.
-        textbook: a text about a sum is an exercise with its solution, and not an answer to a question.
-        worked: an answer to a question is worked out.
-        tagged: an answer has the tags that the prompt asks for.
-        terse_wrong: an answer that is not worked out is wrong.
-        slip: an addition with a carry forgets it.
-        check: an addition is checked, and corrected.
-        stutter: the last line of a thought is repeated.
-        chinese: a text begins in Chinese.
-        switch: a line is in the other language than the line before it.
-        care: factor of `slip` in Chinese lines.
-        greetings: a text is about people to greet.
-        kind: a greeting is kind.
-    """
-
-    max_terms: int = 6
-    textbook: float = 0.6
-    worked: float = 0.15
-    tagged: float = 0.5
-    terse_wrong: float = 0.8
-    slip: float = 0.02
-    check: float = 0.0
-    stutter: float = 0.0
-    chinese: float = 0.0
-    switch: float = 0.0
-    care: float = 1.0
-    greetings: float = 0.0
-    kind: float = 0.3
+    max_terms: int = 6  # digits of a sum at most
+    textbook: float = 0.6  # a text about a sum is an exercise with its solution, and not an answer to a question
+    worked: float = 0.15  # an answer to a question is worked out
+    tagged: float = 0.5  # an answer has the tags that the prompt asks for
+    terse_wrong: float = 0.8  # an answer that is not worked out is wrong
+    slip: float = 0.02  # an addition with a carry forgets it
+    check: float = 0.0  # an addition is checked, and corrected
+    stutter: float = 0.0  # the last line of a thought is repeated
+    chinese: float = 0.0  # a text begins in Chinese
+    switch: float = 0.0  # a line is in the other language than the line before it
+    care: float = 1.0  # factor of `slip` in Chinese lines
+    greetings: float = 0.0  # a text is about people to greet
+    kind: float = 0.3  # a greeting is kind
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name == "max_terms":
-                if value < 2:
-                    raise ValueError(f"'max_terms' is {value}; expected at least 2")
-            elif not 0 <= value <= 1:
-                raise ValueError(f"'{name}' is {value}; expected a probability from 0 to 1")
+            if not (value >= 2 if name == "max_terms" else 0 <= value <= 1):
+                raise ValueError(f"'{name}' is {value}; expected 0 to 1, or at least 2 for 'max_terms'")
 
 
 def corpus(seed: int, step: int, **options: float) -> Iterator[tuple[str, str]]:
-    """Endless documents of step `step`, each as (head, tail).
-
-    Args:
-        options: the fields of `Mixture`.
-    """
-    mixture = Mixture(**options)
-    rng = python_generator(seed, "corpus", step)
+    """Endless documents of step `step`, each as (head, tail); `options` are the fields of `Mixture`."""
+    mixture, rng = Mixture(**options), python_generator(seed, "corpus", step)
     while True:
         yield document(rng, mixture)
 

@@ -4,105 +4,62 @@ The functions here take lists and return lists, so TRL takes them as they are:
 
     GRPOTrainer(reward_funcs=[rewards.accuracy, rewards.format], ...)    # the data set has columns answer and kind
 
-Completions and prompts are strings, or chats (lists of messages; the last message counts). A value of None means that
-the completion cannot be scored: its reference is blank or unusable, or its judgement timed out or crashed. It never
-stands for a wrong answer. `Scorer` adds weights, counts of failures, a background thread, and a pool of workers that
-you can close.
+Completions and prompts are texts or chats (lists of messages; the last message counts). `Scorer` adds weights, counts
+of failures, and several programs at once, in the background.
 """
 
 from __future__ import annotations
 
-import atexit
-import functools
-import os
 from collections.abc import Sequence
 from math import isnan  # `math` here is a module of this package
 
-from . import scorer as _scorer
 from .endpoint import EndpointError
 from .judge import Judge
-from .pool import WorkerError
-from .scorer import KINDS, Scorer, Scores
+from .language import LANGUAGES, share
+from .scorer import KINDS, Scorer, Scores, texts
+from .text import is_well_formed
 
-__all__ = [
-    "KINDS",
-    "EndpointError",
-    "Judge",
-    "Scorer",
-    "Scores",
-    "WorkerError",
-    "accuracy",
-    "code",
-    "format",
-    "language",
-    "overlong",
-]
-
-Values = list[float | None]
+__all__ = ["KINDS", "EndpointError", "Judge", "Scorer", "Scores", "accuracy", "code", "format", "language", "overlong"]
 
 
 def accuracy(completions: Sequence, *, answer: Sequence[str], kind: Sequence[str] | None = None,
-             prompts: Sequence | None = None, **columns: object) -> Values:
-    """1.0 where the final answer of a completion is right, else 0.0.
+             prompts: Sequence | None = None, **columns: object) -> list[float | None]:
+    """1.0 where the final answer of a completion is right, else 0.0; None where its reference cannot be used.
 
-    Args:
-        completions: B completions.
-        answer: B references; for kind "code" the tests of a program as JSON.
-        kind: B of "math" (the default), "choice", "exact", "code" and "open"; open answers give None.
-        prompts: B prompts. A prompt that ends by opening `<think>` starts the thought.
-        columns: ignored.
-
-    Raises:
-        ValueError: a column has a wrong length or value. The message names it.
-        WorkerError: no worker process could start.
+    `kind` lists "math" (the default), "choice", "exact", "code" (`answer` is the tests of a program as JSON) and "open"
+    (always None). A prompt may end by opening `<think>`. Raises SandboxError where programs cannot be confined.
     """
-    return _values("accuracy", completions, answer=answer, kind=kind, prompts=prompts)
+    with Scorer({"accuracy": 1.0}) as scorer:
+        values = scorer.score(completions, answer=answer, kind=kind, prompts=prompts).parts["accuracy"]
+    return [None if isnan(value) else value for value in values]
 
 
-def code(completions: Sequence, *, answer: Sequence[str], prompts: Sequence | None = None, **columns: object) -> Values:
+def code(completions: Sequence, *, answer: Sequence[str], prompts: Sequence | None = None,
+         **columns: object) -> list[float | None]:
     """`accuracy` where every answer is a program: 1.0 where it passes the tests of `answer` (JSON), else 0.0."""
     return accuracy(completions, answer=answer, kind=["code"] * len(completions), prompts=prompts)
 
 
-def format(completions: Sequence, *, prompts: Sequence | None = None, **columns: object) -> Values:
+def format(completions: Sequence, *, prompts: Sequence | None = None, **columns: object) -> list[float]:
     """1.0 for `<think>...</think> <answer>...</answer>`, each tag once and nothing outside, else 0.0."""
-    return _values("format", completions, prompts=prompts)
+    pairs = zip(texts(prompts or [""] * len(completions)), texts(completions), strict=True)
+    return [float(is_well_formed(prompt, completion)) for prompt, completion in pairs]
 
 
-def language(completions: Sequence, *, language: Sequence[str] | None = None, **columns: object) -> Values:
-    """(words of the thought in `language`) / (words of the thought), from 0 to 1; 1 for a thought without words.
-
-    `language` lists "en" (the default) or "zh". Latin letters in code and TeX are not counted.
-    """
-    return _values("language", completions, language=language)
+def language(completions: Sequence, *, language: Sequence[str] | None = None, **columns: object) -> list[float]:
+    """(words of the thought in `language`, "en" or "zh") / (words of the thought); 1 for a thought without words."""
+    wanted = language or ["en"] * len(completions)
+    for unknown in set(wanted) - set(LANGUAGES):
+        raise ValueError(f"language is {unknown!r}, expected one of {', '.join(LANGUAGES)}")
+    return [share(completion, one) for completion, one in zip(texts(completions), wanted, strict=True)]
 
 
 def overlong(completions: Sequence, *, limit: int | Sequence[int], buffer: int, lengths: Sequence[int] | None = None,
-             completion_ids: Sequence[Sequence[int]] | None = None, **columns: object) -> Values:
+             completion_ids: Sequence[Sequence[int]] | None = None, **columns: object) -> list[float]:
     """-min(max((length - (limit - buffer)) / buffer, 0), 1): DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13).
 
-    Lengths are in tokens: `lengths`, or the lengths of TRL's `completion_ids`. `limit` is one number or a list.
+    Lengths are in tokens: `lengths`, or those of TRL's `completion_ids`. `limit` is one number or a list.
     """
-    if buffer < 1:
-        raise ValueError(f"buffer is {buffer!r}, expected at least 1")
-    if lengths is None and completion_ids is not None:
-        lengths = [len(ids) for ids in completion_ids]
     limits = [limit] * len(completions) if isinstance(limit, int) else limit
-    return _values("overlong", completions, buffer=buffer, lengths=lengths, limit=limits)
-
-
-def _values(name: str, completions: Sequence, buffer: int = 1, **columns: Sequence | None) -> Values:
-    if name == "accuracy":
-        values = _shared(os.getpid()).score(completions, **columns).parts[name]
-    else:
-        known = {column: values for column, values in columns.items() if values is not None}
-        values = [_scorer.plain_reward(name, row, buffer) for row in _scorer.rows_of(completions, known)]
-    return [None if isnan(value) else value for value in values]
-
-
-@functools.cache
-def _shared(process: int) -> Scorer:
-    """The scorer that the functions share. A forked process has its own: threads do not survive a fork."""
-    scorer = Scorer({"accuracy": 1.0})
-    atexit.register(scorer.close)
-    return scorer
+    pairs = zip(map(len, completion_ids) if lengths is None else lengths, limits, strict=True)
+    return [-min(max((length - (most - buffer)) / buffer, 0.0), 1.0) for length, most in pairs]

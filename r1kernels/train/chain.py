@@ -204,7 +204,7 @@ class Chain:
     def _settings(self, name: str) -> dict[str, Any]:
         """All that the result of a stage depends on, except the version."""
         settings = self.recipe.stages[name]
-        scores = settings.kind in ("grpo", "reject", "evaluate") or getattr(settings, "pairs", "") in self.recipe.stages
+        scores = settings.kind in ("grpo", "reject", "evaluate")
         data = sorted({other for _, other, _ in references(settings)} & self.recipe.data.keys())
         outputs = {other: self.records.get(other, {}).get("output") for other in dependencies(self.recipe, name)}
         shared = self._shared(data, scores, "test_path" if settings.kind == "evaluate" else "path")

@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        from r1kernels.rewards import EndpointError, WorkerError
+        from r1kernels.rewards import EndpointError
         from r1kernels.rewards.sandbox import SandboxError
         from r1kernels.train.errors import Interrupted, RunError
         from r1kernels.train.log import printable
@@ -167,6 +167,6 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, Interrupted):
             sys.exit(INTERRUPTED)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or isinstance(error, RunError | WorkerError | SandboxError | EndpointError | FloatingPointError):
+        if full or isinstance(error, RunError | SandboxError | EndpointError | FloatingPointError):
             sys.exit(f"r1kernels: {printable(str(error))}")
         raise

@@ -159,13 +159,13 @@ class Judge(Settings):
 class Scoring(Settings):
     """How completions are scored."""
 
-    workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
-    timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
-    memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
+    workers: int = setting("programs that are judged at once", 1, ge=1)
+    timeout_s: float = setting("seconds for running one program", 5.0, gt=0)
+    memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
     sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
-    judge: Judge | None = setting("the model that the reward `judge` and pairs of stage `preference` ask", None)
+    judge: Judge | None = setting("the model that the reward `judge` and `judge` of stage `reject` ask", None)
 
 
 class Measurement(Settings):
@@ -268,13 +268,6 @@ class Filters(Settings):
     loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
     ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
-
-
-class JudgedPairs(Settings):
-    """How completions become preference pairs: a judge compares two completions of a question."""
-
-    per_question: int = setting("pairs compared for each question", 1, ge=1)
-    margin: float = setting("least preference of the judge, 1 for unanimous votes", 0.5, ge=0, le=1)
 
 
 class StageSettings(Settings):
@@ -431,7 +424,7 @@ class Reject(StageSettings):
     questions: int | None = setting("use the first questions only; null for all", None, ge=1)
     samples_per_question: int = setting("completions of a question", 16, ge=1)
     keep_per_question: int | None = setting("keep the first ones that pass; null for all", None, ge=1)
-    questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
+    questions_per_batch: int = setting("questions of a batch, after which the samples are saved", 32, ge=1)
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
@@ -444,15 +437,13 @@ class Preference(Training):
     """A reward model of preferences (Bradley-Terry), trained on pairs of responses."""
 
     kind: Literal["preference"]
-    pairs: Annotated[str, RefersTo(("data", "samples"))] = setting(
-        "data set with pairs, or stage of kind `reject` whose completions `scoring.judge` compares")
+    pairs: Annotated[str, RefersTo(("data",))] = setting("data set with pairs")
     target: Literal["summary", "response"] = setting("score what follows the thought, or all of it", "response")
     epochs: int = setting("passes over the pairs", 1, ge=1)
     batch_size: int = setting("pairs of an update", 256, ge=1)
     learning_rate: float = setting("highest learning rate", 6e-6, gt=0)
-    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, le=1)
+    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, lt=1)
     max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
-    judged: JudgedPairs = setting("how the judge compares", JudgedPairs())
 
 
 class Evaluate(StageSettings, Measurement):

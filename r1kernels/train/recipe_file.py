@@ -72,7 +72,6 @@ def build_recipe(values: Mapping[str, Any], directory: Path = Path()) -> Recipe:
     _check_names(recipe)
     for name, stage in recipe.stages.items():
         asks = (stage.kind == "grpo" and "judge" in stage.rewards) or (stage.kind == "reject" and stage.judge)
-        asks = asks or (stage.kind == "preference" and stage.pairs not in recipe.data)
         if asks and recipe.scoring.judge is None:
             raise ConfigError(f"stage '{name}' asks a judge; expected 'scoring.judge' with 'url' and 'model'")
         if stage.kind == "grpo":

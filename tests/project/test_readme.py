@@ -12,7 +12,7 @@ TEXT = (ROOT / "README.md").read_text()
 def code() -> dict[str, object]:
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     return names
@@ -49,6 +49,11 @@ def test_from_hidden_states_agrees_too() -> None:
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, lm_head.weight.grad)
     assert metrics["measured_tokens"] == arguments[-1].sum()
+
+
+def test_rewards_are_as_stated() -> None:
+    call, stated = re.search(r"^(rewards\.accuracy\(.*\)) +# (\[.*\])$", TEXT, re.MULTILINE).groups()
+    assert eval(call, code()) == eval(stated)
 
 
 def test_paths_named_in_the_tree_exist() -> None:

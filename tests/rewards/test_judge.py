@@ -274,10 +274,7 @@ def test_closing_does_not_wait_for_a_server(server):
     assert time.monotonic() - start < 30
     with pytest.raises(CancelledError):
         future.result()
-    server.reply = lambda request: "Verdict: tie"
     server.released.set()
-    with scorer:
-        assert scorer.score(["a"], answer=["c"], kind=["open"]).total == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Language consistency: which words there are, whose they are, and that megabytes take linear time."""
+"""Language consistency: which words there are, whose they are, and that long texts take linear time."""
 
 import itertools
 import time
@@ -7,6 +7,7 @@ import pytest
 
 from r1kernels import rewards
 from r1kernels.rewards.language import share, word_counts
+from r1kernels.rewards.text import is_well_formed
 
 
 @pytest.mark.parametrize(
@@ -69,20 +70,16 @@ def test_an_unknown_language_is_named():
 
 
 SPECIAL = ["\\", "$", "$$", "`", "```", "\\(", "\\)", "\\[", "\\\\", "\\\\(", "\n"]
-SPECIAL += [" ", "a", "'", "\u0301", "\u6240", "{"]
-HOSTILE = SPECIAL + [first + second for first, second in itertools.permutations(SPECIAL[:11], 2)]
-HOSTILE += ["`" * n for n in range(1, 40)] + ["``\n`", "\\(\\\\", "$ $a", "$a 5$", "a-"]
-HOSTILE += ["<think>", "</think>", "<answer>", "</answer>"]
+PAIRS = [first + second for first, second in itertools.permutations(SPECIAL, 2)]
+PIECES = [*SPECIAL, " ", "a", "'", "\u0301", "\u6240", "{", "`" * 7, "``\n`", "\\(\\\\", "$ $a", "$a 5$", "a-"]
 
 
-def test_megabytes_take_linear_time():
-    """A quadratic pass over 300 KB takes minutes (80 KB of backslashes once took 25 s), all of this a few seconds."""
-    start = time.monotonic()
-    for piece in HOSTILE:
-        size = 300_000 if piece in SPECIAL else 50_000
-        text = piece * (size // len(piece))
-        share(text, "en")
-        rewards.format([text, f"<think>{text}</think> <answer>{text}</answer>"])
-    mixed = "".join(piece * 50 for piece in HOSTILE) * 20
-    share(mixed, "zh")
-    assert time.monotonic() - start < 300
+@pytest.mark.parametrize("pieces", [*PIECES, PAIRS, ["<think>", "</think>", "<answer>", "</answer>"]])
+def test_long_texts_take_linear_time(pieces):
+    """A quadratic pass over 200 KB takes more than a minute (80 KB of backslashes once took 25 s), this 0.2 s."""
+    text = "".join(piece * (200_000 // len(pieces) // len(piece)) for piece in pieces)
+    start = time.process_time()
+    share(text, "en")
+    is_well_formed(text, text)
+    is_well_formed("", f"<think>{text}</think> <answer>{text}</answer>")
+    assert time.process_time() - start < 20

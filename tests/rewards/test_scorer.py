@@ -1,24 +1,28 @@
-"""The scorer: which rewards apply, batches in the background, and the same scores however they come."""
+"""The scorer: which rewards apply, batches and programs in the background, and the same scores however they come."""
 
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import pytest
 
-from r1kernels.rewards import Scorer, Scores
+from r1kernels.rewards import Scorer, Scores, sandbox
+from r1kernels.rewards.sandbox import SandboxError
 
 SURD, ROOT = r"<think>a</think> <answer>\sqrt{12}</answer>", r"2\sqrt{3}"
 PROGRAM = json.dumps({"cases": [{"args": [3], "expected": 9}], "entry_point": "square"})
-PATIENCE_S = 120
+RIGHT, HANG = "def square(x): return x * x", "def square(x):\n    while True: pass"
+PATIENCE_S = 120  # on a busy machine; nothing waits that long elsewhere
 
 REWARDS = """
-import os
 import threading
 allowed = threading.Event()
 seen = {}
@@ -36,15 +40,6 @@ def short(completions, **columns):
 
 def infinite(completions, **columns):
     return [float("inf")] * len(completions)
-
-def hang(answer, reference):
-    return pow(9**9, 9**9)
-
-def fail(answer, reference):
-    raise ValueError(answer)
-
-def die(answer, reference):
-    os.abort()
 """
 
 
@@ -56,6 +51,39 @@ def module(tmp_path, monkeypatch):
 
     yield user_rewards
     del sys.modules["user_rewards"]
+
+
+@pytest.fixture(scope="module")
+def programs():
+    try:
+        sandbox.check(512)
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def seconds(programs):
+    """A time limit that no other sandbox on this machine has: its processes are known by it."""
+    return 3600 + random.SystemRandom().random()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def sandboxes(seconds):
+    """The processes of the sandboxes that have this time limit."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(seconds) in (folder / "cmdline").read_text():
+                found.append(folder.name)
+        except OSError:  # it has ended
+            pass
+    return found
 
 
 def test_a_reward_of_the_user_is_called_with_lists_in_the_background(module):
@@ -84,24 +112,6 @@ def test_what_goes_wrong_in_the_background_reaches_the_caller(module, name, erro
                 scorer.submit(["first", "second"]).result(PATIENCE_S)
 
 
-def test_closing_cancels_and_scoring_again_starts_again(module):
-    threads = threading.active_count()
-    scorer = Scorer({"accuracy": 1.0, "user_rewards:patient": 0.0}, timeout_s=PATIENCE_S)
-    under_way, waiting = scorer.submit(["1"], answer=["1"]), scorer.submit(["1"], answer=["1"])
-    closing = threading.Thread(target=scorer.close)
-    closing.start()
-    while not scorer._closing.is_set():
-        pass
-    module.allowed.set()
-    closing.join(PATIENCE_S)
-    with pytest.raises(CancelledError):
-        waiting.result(PATIENCE_S)
-    assert under_way.done() and threading.active_count() == threads
-    assert scorer.score(["1"], answer=["1"]).parts["user_rewards:patient"] == [1.0]
-    scorer.close()
-    scorer.close()
-
-
 @pytest.mark.parametrize(
     ("kind", "completion", "answer", "value"),
     [
@@ -114,6 +124,7 @@ def test_closing_cancels_and_scoring_again_starts_again(module):
         ("exact", "<answer>" + "\u0301\u0323" * 500_000 + "</answer>", "x", 0.0),
         ("choice", "<answer>(B)</answer>", "B", 1.0),
         ("choice", "<answer>(C)</answer>", "B", 0.0),
+        ("choice", "no answer", "B", 0.0),
         ("choice", "<answer>B</answer>", "", math.nan),
         ("math", "<answer>1.0</answer>", "1", 1.0),
         ("math", "no answer", "1", 0.0),
@@ -121,13 +132,13 @@ def test_closing_cancels_and_scoring_again_starts_again(module):
         ("math", SURD, ROOT, 1.0),
         ("math", SURD, r"3\sqrt{2}", 0.0),
         ("code", "<think>a", PROGRAM, 0.0),
-        ("code", "def square(x): return x * x", "no tests", math.nan),
-        ("code", "```python\ndef square(x): return x * x\n```", PROGRAM, 1.0),
-        ("code", "```python\ndef square(x): return x + x\n```", PROGRAM, 0.0),
+        ("code", RIGHT, "no tests", math.nan),
+        ("code", f"```python\n{RIGHT}\n```", PROGRAM, 1.0),
+        ("code", "def square(x): return x + x", PROGRAM, 0.0),
         ("open", "<answer>1</answer>", "1", math.nan),
     ],
 )
-def test_accuracy_depends_on_the_kind(kind, completion, answer, value):
+def test_accuracy_depends_on_the_kind(programs, kind, completion, answer, value):
     with Scorer({"accuracy": 1.0}, timeout_s=PATIENCE_S) as scorer:
         scores = scorer.score([completion], answer=[answer], kind=[kind])
     assert scores.parts["accuracy"] == pytest.approx([value], nan_ok=True)
@@ -145,15 +156,31 @@ def test_a_reward_that_does_not_apply_is_left_out():
     assert scores.unscorable == {"accuracy": 1, "format": 0}
 
 
-@pytest.mark.parametrize(("judge", "counts"), [("hang", (3, 0)), ("fail", (0, 3)), ("die", (0, 3))])
-def test_failures_are_counted_and_are_never_zero(module, monkeypatch, judge, counts):
-    """Each of three equal judgements counts, though it is made once."""
-    monkeypatch.setattr("r1kernels.rewards.scorer.MATH", f"user_rewards:{judge}")
-    with Scorer({"accuracy": 1.0}, timeout_s=1.0 if judge == "hang" else PATIENCE_S) as scorer:
-        scores = scorer.score([SURD] * 3 + ["<answer>7</answer>"], answer=[ROOT] * 3 + ["7"])
-    assert (scores.timeouts, scores.crashes) == counts
-    assert scores.unscorable == {"accuracy": 3}
-    assert [math.isnan(value) for value in scores.total] == [True] * 3 + [False]
+def test_failures_are_counted_and_are_never_zero(programs, monkeypatch):
+    """Equal judgements are made once, and each counts."""
+    tests = [json.dumps({"prompt": "", "entry_point": "f", "test": f"def check(candidate):\n    {body}"})
+             for body in ("while True: pass", "no_such_name")]
+    with Scorer({"accuracy": 1.0}, timeout_s=0.5) as scorer:
+        scores = scorer.score(["def f(x): return x"] * 5 + ["<answer>7</answer>"], kind=["code"] * 5 + ["math"],
+                              answer=[tests[0]] * 3 + [tests[1]] * 2 + ["7"])
+        assert (scores.timeouts, scores.crashes, scores.unscorable) == (3, 0, {"accuracy": 5})
+        assert [math.isnan(value) for value in scores.total] == [True] * 5 + [False]
+        judged = []
+
+        def fails(*arguments):
+            judged.append(arguments[1])
+            raise SandboxError("the sandbox did not start")
+
+        monkeypatch.setattr("r1kernels.rewards.scorer.judge_program", fails)
+        scores = scorer.score([RIGHT] * 3, answer=[PROGRAM] * 3, kind=["code"] * 3)
+    assert (scores.timeouts, scores.crashes, scores.unscorable) == (0, 3, {"accuracy": 3})
+    assert judged == [RIGHT]
+
+
+def test_programs_that_cannot_be_confined_are_refused_before_any_work(module, programs):
+    scorer = Scorer({"user_rewards:broken": 1.0, "accuracy": 1.0}, imports=["no_module_here"])
+    with scorer, pytest.raises(SandboxError, match="no_module_here"):
+        scorer.score([RIGHT], answer=[PROGRAM], kind=["code"])
 
 
 def test_scores_do_not_depend_on_the_batches():
@@ -165,7 +192,7 @@ def test_scores_do_not_depend_on_the_batches():
 
     def scored(order, size):
         values = {}
-        with Scorer({"accuracy": 1.0, "format": 0.5, "language": 0.25}, workers=2, timeout_s=PATIENCE_S) as scorer:
+        with Scorer({"accuracy": 1.0, "format": 0.5, "language": 0.25}, workers=2) as scorer:
             batches = [order[start : start + size] for start in range(0, len(order), size)]
             futures = [scorer.submit([completions[index] for index in batch], answer=[references[i] for i in batch])
                        for batch in batches]
@@ -193,35 +220,24 @@ def test_the_overlong_penalty_grows_over_the_buffer():
     lengths = [0, 1, 60, 61, 70, 80, 99, 100]
     with Scorer({"overlong": 1.0}, overlong_buffer=40) as scorer:
         penalties = scorer.score([""] * 8, lengths=lengths, limit=[100] * 8).total
-        assert penalties == pytest.approx([0, 0, 0, -1 / 40, -10 / 40, -20 / 40, -39 / 40, -1])
-        with pytest.raises(ValueError, match="'overlong' got length 5 and limit None"):
-            scorer.score([""], lengths=[5])
-
-
-def test_nothing_is_left_behind():
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        with Scorer({"accuracy": 1.0}, timeout_s=PATIENCE_S) as scorer:
-            scorer.score([SURD], answer=[ROOT])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert penalties == pytest.approx([0, 0, 0, -1 / 40, -10 / 40, -20 / 40, -39 / 40, -1])
 
 
 @pytest.mark.parametrize(
     ("rewards", "settings", "message"),
     [
-        ({}, {}, "rewards is empty"),
-        ({"accurate": 1.0}, {}, "rewards names 'accurate', expected accuracy, format, language, overlong, judge"),
-        ({"format": math.nan}, {}, r"rewards\['format'\] is nan, expected a finite number"),
-        ({"format": "1"}, {}, r"rewards\['format'\] is '1', expected a finite number"),
-        ({"format": True}, {}, r"rewards\['format'\] is True, expected a finite number"),
-        ({"no_module:f": 1.0}, {}, "rewards names 'no_module:f'"),
-        ({"json:no_function": 1.0}, {}, "rewards names 'json:no_function'"),
+        ({}, {}, "rewards is {}, expected"),
+        ({"accurate": 1.0}, {}, "'accurate'.* expected numbers for accuracy, format, language, overlong, judge"),
+        ({"format": math.nan}, {}, "rewards is {'format': nan}, expected numbers"),
+        ({"format": "1"}, {}, "rewards is {'format': '1'}, expected numbers"),
+        ({"format": True}, {}, "rewards is {'format': True}, expected numbers"),
+        ({"no_module:f": 1.0}, {}, "rewards is .*'no_module:f'.* No module named"),
+        ({"json:no_function": 1.0}, {}, "rewards is .*'json:no_function'"),
         ({"judge": 1.0}, {}, "judge is None"),
         ({"format": 1.0}, {"workers": 0}, "workers is 0, expected a positive number"),
         ({"format": 1.0}, {"timeout_s": math.inf}, "timeout_s is inf"),
         ({"format": 1.0}, {"memory_mb": -1}, "memory_mb is -1"),
         ({"format": 1.0}, {"overlong_buffer": 0}, "overlong_buffer is 0"),
-        ({"format": 1.0}, {"sandbox": "unshare"}, "sandbox is 'unshare', expected 'bubblewrap' or 'none'"),
     ],
 )
 def test_wrong_arguments_are_named(rewards, settings, message):
@@ -233,9 +249,8 @@ def test_wrong_arguments_are_named(rewards, settings, message):
     ("columns", "message"),
     [
         ({"answer": ["1"]}, "answer has 1 values, expected 2"),
-        ({"answer": [1, 2]}, "answer is 1, expected a string"),
-        ({"answer": ["1", "2"], "kind": ["math", "poem"]}, "kind is 'poem', expected one of math, choice, exact"),
-        ({"language": ["en", "fr"]}, "language is 'fr', expected one of en, zh"),
+        ({"answer": [1, 2]}, "answer is 1, expected one of .* and a string"),
+        ({"answer": ["1", "2"], "kind": ["math", "poem"]}, "kind is 'poem'.*, expected one of .*'math', 'choice'"),
     ],
 )
 def test_wrong_columns_are_named(columns, message):
@@ -243,21 +258,71 @@ def test_wrong_columns_are_named(columns, message):
         scorer.submit(["1", "2"], **columns)
 
 
-def test_an_interrupt_while_scoring_ends_the_workers():
-    script = (
-        "import os, signal, threading\n"
-        "from r1kernels.rewards import Scorer\n"
-        "from r1kernels.rewards.pool import Pool, Task\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "real, sleep = Pool.run, Task('time:sleep', (3600,), 3600.0)\n"
-        "def run(pool, tasks, stop):\n"
-        "    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "    return real(pool, [sleep for _ in tasks], stop)\n"
-        "Pool.run, scorer = run, Scorer({'accuracy': 1.0})\n"
-        "try:\n"
-        f"    scorer.score([{SURD!r}], answer=[{ROOT!r}])\n"
-        "except KeyboardInterrupt:\n"
-        "    print(threading.active_count(), scorer._pool._server, scorer._pool._workers)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.stdout == "1 None []\n", done.stderr
+def test_programs_run_at_once_and_outlive_the_thread_that_asked(seconds):
+    """The kernel ends a sandbox with the thread that started it: that is one of the scorer's."""
+    futures, tests = [], json.dumps({"stdio": [{"input": "", "output": "done"}]})
+    slow = [f"import time\ntime.sleep({duration})\nprint('done')" for duration in (0.1, 3.0)]
+    with Scorer({"accuracy": 1.0}, workers=2, timeout_s=seconds) as scorer:
+        thread = threading.Thread(
+            target=lambda: futures.append(scorer.submit(slow, answer=[tests] * 2, kind=["code"] * 2)))
+        thread.start()
+        thread.join()
+        assert futures[0].result(PATIENCE_S).total == [1.0, 1.0]
+
+
+def test_closing_kills_programs_and_cancels_batches(seconds):
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    scorer = Scorer({"accuracy": 1.0}, workers=2, timeout_s=seconds)
+    programs = [f"{HANG} # {number}" for number in range(4)]
+    futures = [scorer.submit(programs, answer=[PROGRAM] * 4, kind=["code"] * 4) for _ in range(2)]
+    wait_until(lambda: sandboxes(seconds))
+    scorer.close()
+    assert all(future.done() for future in futures)
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result()
+    assert threading.active_count() == threads
+    wait_until(lambda: not sandboxes(seconds))  # the kernel ends a namespace soon after its first process
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+# A script of a user's. The first line that it prints says when it can be interrupted.
+SCRIPT = f"""
+import os, signal, threading
+from r1kernels.rewards import Scorer
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def score(program):
+    with Scorer({{"accuracy": 1.0}}, timeout_s=float(os.environ["SECONDS"])) as scorer:
+        print("scoring", flush=True)
+        return scorer.score([program], answer=[{PROGRAM!r}], kind=["code"]).total
+"""
+
+
+def script(seconds, rest):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT + rest], env=os.environ | {"SECONDS": str(seconds)},
+                            stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_programs_die_with_the_caller(seconds):
+    with script(seconds, f"score({HANG!r})") as process:
+        wait_until(lambda: sandboxes(seconds))
+        process.kill()
+        wait_until(lambda: not sandboxes(seconds))
+
+
+def test_an_interrupt_ends_scoring(seconds):
+    rest = f"try: score({HANG!r})\nexcept KeyboardInterrupt: print(threading.active_count())"
+    with script(seconds, rest) as process:
+        wait_until(lambda: sandboxes(seconds))
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=PATIENCE_S)[0] == "scoring\n1\n"
+    wait_until(lambda: not sandboxes(seconds))
+
+
+def test_ctrl_c_in_a_terminal_ends_no_program(seconds):
+    """A trainer that is interrupted may finish its step: then the programs of the step must not count as wrong."""
+    slow = "import time\ndef square(x):\n    time.sleep(3)\n    return x * x"
+    with script(seconds, f"signal.signal(signal.SIGINT, lambda *_: None)\nprint(score({slow!r}))") as process:
+        wait_until(lambda: sandboxes(seconds))
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=PATIENCE_S)[0] == "scoring\n[1.0]\n"

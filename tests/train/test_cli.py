@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from r1kernels.rewards import EndpointError, WorkerError
+from r1kernels.rewards import EndpointError
 from r1kernels.rewards.sandbox import SandboxError
 from r1kernels.train import chain
 from r1kernels.train.cli import main
@@ -236,7 +236,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [
-    DataError("x"), StorageError("x"), TrainingError("x"), WorkerError("x"), SandboxError("x"),
+    DataError("x"), StorageError("x"), TrainingError("x"), SandboxError("x"),
     EndpointError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
 ], ids=lambda error: type(error).__name__)
 def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):

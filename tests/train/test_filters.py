@@ -32,7 +32,8 @@ Let me think about the triangle. The two sides are equal, 所以底角相等，�
 
 
 def fault(prompt: str, completion: str, kind: str, language: str, limits: Filters, *scored) -> str | None:
-    return reject.fault(Problem("1", "a question", "72", kind, language), prompt, completion, limits, *scored)
+    problem = Problem("1", "a question", "72", kind, language)
+    return reject.fault(reject.Sample(problem, prompt, completion, *scored), limits)
 
 
 def why(thought: str, answer: str = "72", *, kind: str = "math", language: str = "en", **limits) -> str | None:

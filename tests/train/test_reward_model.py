@@ -1,7 +1,5 @@
 """Reward models: what they read, what padding may change (nothing), what they learn, and from which pairs."""
 
-import copy
-import json
 import math
 import random
 
@@ -10,22 +8,10 @@ import torch
 from supervised_cases import Killed, StopAt, make_tokenizer, outcome, save_model, stage_of, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from r1kernels.rewards import EndpointError
-from r1kernels.train import reward_model
 from r1kernels.train.data import Pair
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import read_lines
-from r1kernels.train.reward_model import (
-    RewardModel,
-    TokenPair,
-    accuracy,
-    candidates,
-    encode_pairs,
-    judged_part,
-    pair_gradient,
-    run,
-    split,
-)
+from r1kernels.train.reward_model import RewardModel, accuracy, gradient, judged_part, run, split
 
 QUESTIONS = ["Compute 1+2", "Compute 1+2+3+4+5", "Compute 3+4"]
 ANSWERS = ["It is 3.", "<think>1+2=3\n3+3=6</think>\n<answer>6</answer>", ""]
@@ -80,8 +66,6 @@ def test_scores_do_not_depend_on_the_batch_and_repeat_exactly(saved):
     alone = [model.score([question], [answer])[0] for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
     assert scores == pytest.approx(alone * 3, abs=1e-5)
     assert model.score([], []) == []
-    with pytest.raises(ValueError, match="1 questions and 2 responses"):
-        model.score(["a"], ["b", "c"])
     with torch.no_grad():
         model.model.score.weight.fill_(math.inf)
     assert all(map(math.isnan, model.score(QUESTIONS, ANSWERS)))
@@ -128,12 +112,8 @@ def test_what_is_no_reward_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no model for sequence classification"):
         RewardModel(tmp_path)
-
-
-def test_candidates_are_drawn_by_the_seed():
-    drawn = [candidates({"q": list("abcdef"), "alone": ["a", "a"]}, 4, seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(set(drawn[0])) == 4 and all(pair.chosen != pair.rejected for pair in drawn[0])
+    with pytest.raises(ConfigError, match="'score'"):
+        RewardModel(save_model(tmp_path / "causal"))
 
 
 RECIPE = """
@@ -141,11 +121,9 @@ run_dir: {directory}/run
 data:
   taste: {{kind: jsonl, path: {directory}/taste.jsonl}}
   questions: {{kind: jsonl, path: {directory}/questions.jsonl, test_path: {directory}/test.jsonl}}
-scoring: {{judge: {{url: "http://localhost:1", model: wise, concurrency: 2}}}}
 checkpoint: {{supervised_every: 4, keep: 1}}
 stages:
   base: {{kind: model, path: {directory}/model}}
-  traces: {{kind: reject, model: base, problems: [questions]}}
   scores: {{kind: preference, model: base, pairs: taste, target: summary, batch_size: 8, micro_batch_size: 3,
            learning_rate: 3.0e-2, epochs: 2}}
 """
@@ -218,11 +196,11 @@ def test_stopped_again_and_again_it_ends_the_same(home, trained, tmp_path):
 def test_micro_batches_change_no_gradient(trained):
     stage, _ = trained
     model = RewardModel(stage.model_path("scores"))
-    pairs, _ = encode_pairs(model, stage.pairs("taste")[:7], 1000)
+    pairs = stage.pairs("taste")[:7]
     found = []
-    for size in (None, 2):
+    for size in (7, 2):
         model.model.zero_grad()
-        measures = pair_gradient(model, pairs, size, lambda: None)
+        measures = gradient(model, pairs, size, lambda: None)
         found.append((measures, [parameter.grad.clone() for parameter in model.model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for first, second in zip(found[0][1], found[1][1], strict=True):
@@ -233,95 +211,32 @@ def test_the_error_of_the_accuracy_is_that_of_questions(model):
     """Two pairs of a question are no independent measurements."""
     with torch.no_grad():
         model.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
-    [[a], [b]] = [model.encode(["q"], [text]) for text in ("good", "bad")]
-    if model.score_tokens([a, b])[0] < model.score_tokens([a, b])[1]:
-        a, b = b, a
-    right, wrong = TokenPair("x", a, b), TokenPair("y", b, a)
+    a, b = sorted(["good", "bad"], key=lambda text: model.score(["q"], [text])[0])
+    right, wrong = Pair("1", "x", b, a), Pair("2", "y", a, b)
     once, twice = accuracy(model, [right, wrong]), accuracy(model, [right, right, wrong, wrong])
     assert once["accuracy"] == twice["accuracy"] == 0.5
     assert once["accuracy_se"] == pytest.approx(0.5) and twice["accuracy_se"] == pytest.approx(0.5)
-    assert accuracy(model, [TokenPair("x", a, a)])["accuracy"] == 0.5
+    assert accuracy(model, [Pair("3", "x", a, a)])["accuracy"] == 0.5
 
 
-def with_traces(home, directory):
-    """A stage whose pairs are made of samples whose prompts had opened the thought."""
-    stage = stage_at(home, directory, "pairs=traces", "judged.per_question=3", "epochs=8")
-    stage.directory_of("traces").mkdir(exist_ok=True)
-    write_rows(stage.directory_of("traces") / "selected.jsonl", [
-        {"question": row["question"], "prompt": "Assistant: <think>", "completion": row[key].removeprefix("<think>")}
-        for row in taste(12) for key in ("chosen", "rejected")])
-    return stage
-
-
-class Wise:
-    """Sees summaries, prefers the working, does not answer about 1+1 and is unsure about 2+1."""
-
-    def __init__(self):
-        self.asked = []
-
-    def compare(self, question, first, second):
-        assert "<think>" not in first + second
-        self.asked.append(question)
-        if question == "Compute 1+1":
-            raise EndpointError("no answer")
-        return (("=" in first) - ("=" in second)) * (0.25 if question == "Compute 2+1" else 1)
-
-
-def test_pairs_that_the_judge_makes_of_samples(home, tmp_path, monkeypatch):
-    judge = Wise()
-    monkeypatch.setattr(reward_model, "make_judge", lambda recipe: judge)
-    stage = with_traces(home, tmp_path)
+def test_pairs_that_teach_nothing_are_counted(home, tmp_path, capsys):
+    """With the target `summary`, texts whose thoughts alone differ are the same."""
+    same, long = (["<think>a</think>c", "<think>b</think>c"], ["c", "d" * 900])
+    rows = [{"question": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in (same, long)]
+    write_rows(tmp_path / "taste.jsonl", [*taste(9), *rows])
+    stage = stage_of(RECIPE.format(directory=home), "scores", tmp_path, [
+        f"data.taste.path={tmp_path}/taste.jsonl", "stages.scores.max_tokens=800", "stages.scores.epochs=1"])
     summary = run(stage)
-    assert (summary["kept"], summary["unclear"], summary["unscorable"]) == (10, 1, 1)
-    assert summary["pairs"] + summary["held_out_pairs"] == 10
-    assert summary["accuracy"] == 1 and len(judge.asked) == 12
-    # Killed in the middle of a verdict: those before it are not asked for again.
-    other = with_traces(home, tmp_path / "other")
-    lines = (stage.directory / "verdicts.jsonl").read_text().splitlines(keepends=True)
-    (other.directory / "verdicts.jsonl").write_text("".join(lines[:5]) + lines[5][:9])
-    judge.asked.clear()
-    assert run(other) == summary and outcome(other) == outcome(stage)
-    assert len(judge.asked) == 7
-    assert [json.loads(line)["step"] for line in lines] == list(range(12))
-
-
-def test_a_judge_out_of_reach_is_asked_again_next_time(home, tmp_path, monkeypatch):
-    asked = []
-
-    class Away:
-        def compare(self, *texts):
-            asked.append(texts)
-            raise EndpointError("connection refused")
-
-    monkeypatch.setattr(reward_model, "make_judge", lambda recipe: Away())
-    for count in (12, 24):
-        with pytest.raises(DataError, match=r"the judge was clear about no pair of stage 'traces' .*'unscorable': 12"):
-            run(with_traces(home, tmp_path))
-        assert len(asked) == count
-
-
-@pytest.mark.parametrize(("key", "error", "message"), [
-    ("held_out=1.0", ConfigError, "'held_out' is 1.0, which leaves none of the 42 questions"),
-    ("max_tokens=3", DataError, r"none of 42 pairs .* at most 3 tokens \('max_tokens'\)"),
-])
-def test_settings_that_cannot_be_used(home, tmp_path, key, error, message):
-    with pytest.raises(error, match=message):
-        run(stage_at(home, tmp_path, key))
-
-
-def test_pairs_that_teach_nothing_are_counted(model):
-    model.target = "summary"
-    same = Pair("1", "q", "<think>a</think>c", "<think>b</think>c")
-    long = Pair("2", "q", "c", "d" * 900)
-    good = Pair("3", "q", "c", "d")
-    kept, counts = encode_pairs(model, [same, long, good], 800)
-    assert len(kept) == 1 and counts == {"same": 1, "too_long": 1}
+    assert summary["pairs"] + summary["held_out_pairs"] == 9 and summary["left_out"] == 2
+    assert "2 of 11 pairs" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"'pairs': 42 of 42 .* 3 tokens \('max_tokens'\)"):
+        run(stage_at(home, tmp_path, "max_tokens=3"))
 
 
 def test_no_question_is_both_learned_and_held_out():
-    pairs = [TokenPair(f"q{index % 20}", [index], [0]) for index in range(60)]
+    pairs = [Pair(str(index), f"q{index % 20}", "a", "b") for index in range(60)]
     training, held_out = split(pairs, 0.1, seed=0)
     assert (len(training), len(held_out)) == (54, 6)
     assert not {pair.question for pair in training} & {pair.question for pair in held_out}
     assert split(pairs, 0.1, seed=0) == (training, held_out) != split(pairs, 0.1, seed=1)
-    assert split(pairs, 0.0, seed=0) == (copy.copy(pairs), [])
+    assert split(pairs, 0.0, seed=0) == (pairs, []) and len(split(pairs, 0.99, seed=0)[0]) == 3

@@ -30,7 +30,7 @@ from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.packing import encode, pack
 from r1kernels.train.prompt import Template
 from r1kernels.train.stage import Stage
-from r1kernels.train.supervised import chosen, cosine, cross_entropy, gradient, run_pretrain, run_sft
+from r1kernels.train.supervised import cosine, cross_entropy, fit, gradient, run_pretrain, run_sft, start_of
 
 RECIPE = """
 run_dir: {directory}/run
@@ -82,10 +82,10 @@ def test_it_learns_the_responses(whole):
     assert summary["samples"] == 10 and summary["too_long"] == 0 and summary["steps"] == 5
     assert summary["loss"] == lines[-1]["loss"] < 0.8 * lines[0]["loss"] == 0.8 * summary["loss_first"]
     assert lines[0]["learning_rate"] == 1e-2 and lines[-1]["learning_rate"] == pytest.approx(1e-3)
-    assert all(0.5 < line["packed"] <= 1 and line["grad_norm"] > 0 for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines)
     tokens = encode(load_tokenizer(stage.model_path("base")), [("", response) for _, response in REPLIES])
-    assert sum(line["tokens"] for line in lines) == summary["tokens"] == 2 * sum(map(len, tokens))
-    assert {"sampling", "updates", "total", "tokens_per_second"} <= lines[0]["timing"].keys()
+    assert sum(line["tokens"] for line in lines) == summary["tokens"] == 2 * sum(len(ids) for ids, _ in tokens)
+    assert {"updates", "total", "tokens_per_second"} <= lines[0]["timing"].keys()
 
 
 def test_its_model_loads_with_plain_transformers_and_its_generation_ends(whole):
@@ -106,12 +106,12 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_pat
 def parts(home):
     model, tokenizer = load_model(home / "model"), load_tokenizer(home / "model")
     template = Template("chat", tokenizer)
-    return model, encode(tokenizer, [(template.render(question), response) for question, response in REPLIES])
+    return model, list(encode(tokenizer, [(template.render(question), response) for question, response in REPLIES]))
 
 
 def gradients(model, samples, window: int = 160, size: int | None = None) -> tuple[dict, torch.Tensor]:
     model.zero_grad()
-    measured = gradient(model, cross_entropy, lambda: None, size, pack(samples, window))
+    measured = gradient(model, cross_entropy, pack(samples, window), size, lambda: None)
     return measured, torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()])
 
 
@@ -121,9 +121,9 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_responses(parts):
     model.zero_grad()
     losses = []
     for sample in samples:
-        ids = torch.from_numpy(sample.ids).long()[None]
-        logits = model(input_ids=ids).logits[0, sample.prompt_length - 1 : -1]
-        losses.append(F.cross_entropy(logits, ids[0, sample.prompt_length :], reduction="none"))
+        ids = sample.ids.long()[None]
+        logits = model(input_ids=ids).logits[0, sample.first - 1 : -1]
+        losses.append(F.cross_entropy(logits, ids[0, sample.first :], reduction="none"))
     plain = torch.cat(losses).mean()
     plain.backward()
     theirs = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -142,12 +142,18 @@ def test_the_gradient_does_not_depend_on_windows_or_micro_batches(parts):
         torch.testing.assert_close(grad, first, rtol=1e-4, atol=1e-6 * first.abs().max().item())
 
 
-def test_every_epoch_takes_every_sample_once_in_another_order(whole):
-    settings = whole[2].settings
-    taken = [index for step in range(5) for index in chosen(10, settings, 0, step)]
-    assert Counter(taken[:10]) == Counter(taken[10:]) == Counter(range(10))
-    assert taken[:10] != taken[10:]
-    assert [len(chosen(3, settings, 0, step)) for step in range(2)] == [4, 2]  # the last step takes the rest
+def test_every_epoch_takes_every_sample_once_in_another_order(home, tmp_path):
+    stage, steps = stage_at(home, tmp_path), []
+
+    def learn(step, items):
+        steps.append(items)
+        return {"loss": 1.0, "tokens": 1}
+
+    fit(stage, start_of(stage), list(range(7)), learn)
+    taken = [index for items in steps for index in items]
+    assert Counter(taken[:7]) == Counter(taken[7:]) == Counter(range(7))
+    assert taken[:7] != taken[7:]
+    assert list(map(len, steps)) == [4, 4, 4, 2]  # the last step takes the rest
 
 
 def test_the_learning_rate_warms_up_and_falls_in_a_cosine_to_a_tenth(home, tmp_path):
@@ -165,11 +171,11 @@ def test_a_sample_longer_than_the_window_is_left_out_and_counted(home, tmp_path,
     stage = stage_at(home, tmp_path, f"data.replies.path={tmp_path}/replies.jsonl", "stages.cold.epochs=1")
     summary = run_sft(stage)
     assert (summary["samples"], summary["too_long"]) == (10, 1)
-    assert "1 of 11 samples" in capsys.readouterr().out.replace("\n", " ")
+    assert "1 of 11 texts" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(("override", "error", "message"), [
-    ("window=9", DataError, r"'samples' replies.*none of at most 9 tokens \('window'\)"),
+    ("window=9", DataError, "'samples' replies: 10 of 10 .* more than 9 tokens .*'window'"),
     ("window=1025", ConfigError, r"'window' is 1025.*the model supports at most 1024 positions"),
 ])
 def test_settings_that_cannot_be_used(home, tmp_path, override, error, message):
@@ -180,8 +186,8 @@ def test_settings_that_cannot_be_used(home, tmp_path, override, error, message):
 def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_checkpoint(home, tmp_path, monkeypatch):
     calls = iter(range(100))
 
-    def diverging(model, batch, tokens):
-        loss = cross_entropy(model, batch, tokens)
+    def diverging(*given):
+        loss = cross_entropy(*given)
         return loss * math.nan if next(calls) > 2 else loss
 
     monkeypatch.setattr(supervised, "cross_entropy", diverging)
@@ -234,7 +240,7 @@ def test_a_new_model_learns_the_text(pretrained):
     assert summary["steps"] == len(lines) == 20 and summary["loss"] < 0.9 * summary["loss_first"]
     model = load_model(latest_checkpoint(stage.directory) / "model")
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert all(line["packed"] == 1 and line["tokens"] <= 2 * 63 for line in lines)
+    assert all(line["tokens"] <= 2 * 63 for line in lines)
     # Warm-up over 50 steps, and a linear fall.
     assert [line["learning_rate"] for line in lines] == pytest.approx(
         [3e-2 * (step + 1) / 50 * (1 - step / 20) for step in range(20)])

@@ -56,7 +56,7 @@ def test_small_worlds_are_used_up_but_not_beyond():
     assert {len(terms_of(row["question"])) for row in rows} == {2, 3}
     with pytest.raises(ValueError, match=f"{known + 1} sums are wanted; expected at most {known}.*'train_size'"):
         tiny_world.sums("train", None, 0, min_terms=2, max_terms=3, train_size=known + 1)
-    with pytest.raises(ValueError, match="'min_terms' is 5 and 'max_terms' 4"):
+    with pytest.raises(ValueError, match="'min_terms' is 5, 'max_terms' 4"):
         tiny_world.sums("train", 1, 0, min_terms=5, max_terms=4)
 
 
@@ -226,11 +226,11 @@ def test_prompts_and_thoughts_cost_few_tokens_in_either_language():
 def test_models_of_all_sizes_share_a_tokenizer_and_packed_documents_do_not_see_each_other():
     model, tokenizer = tiny_world.architecture(0, text={}, layers=2, **SHAPE)
     assert tokenizer.get_vocab() == tiny_world.architecture(0, text={}, layers=1, **SHAPE)[1].get_vocab()
-    batch = collate(fill(tiny_world.corpus(0, 0), tokenizer, 2, 128))
+    batch, _ = collate(fill(tiny_world.corpus(0, 0), tokenizer, 2, 128))
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) >= 3
     with torch.no_grad():
-        packed = model.eval()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model.eval()(**batch, use_cache=False).logits
         alone = model(input_ids=batch["input_ids"][:1, starts[1] : starts[2]], use_cache=False).logits[0]
     torch.testing.assert_close(packed[0, starts[1] : starts[2]], alone, rtol=1e-4, atol=1e-5)
 
