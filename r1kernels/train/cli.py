@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -134,6 +135,6 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, Interrupted):
             sys.exit(INTERRUPTED)
         expected = isinstance(error, RunError | WorkerError | SandboxError | EndpointError | FloatingPointError)
-        if expected or (isinstance(error, OSError) and error.filename):
+        if expected or (isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)):
             sys.exit(f"r1kernels: {printable(str(error))}")
         raise

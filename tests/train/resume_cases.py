@@ -86,7 +86,7 @@ def stop_at(count: int, run_dir: Path, *, full: bool) -> None:
         if (makes or removes) and str(arguments[0]).startswith(prefix):
             left -= 1
             if left <= 0 and full and makes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
             if left == 0 and not full:
                 os.kill(os.getpid(), signal.SIGKILL)
 
