@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
-
-if TYPE_CHECKING:
-    from r1kernels.train.recipe import Recipe
 
 INTERRUPTED = 130
 app = tyro.extras.SubcommandApp()
@@ -102,7 +98,7 @@ def report_run(path: Positional[Path]) -> int:
     return 0
 
 
-def _load(path: Path, overrides: tuple[str, ...]) -> Recipe:
+def _load(path: Path, overrides: tuple[str, ...]) -> Any:
     """Reads a recipe, sets torch's threads, and keeps the progress bars of transformers out of the table."""
     import torch
     from transformers.utils import logging
@@ -123,9 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app.cli(args=arguments))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         from r1kernels.rewards import EndpointError, WorkerError
         from r1kernels.rewards.sandbox import SandboxError

@@ -75,17 +75,8 @@ def load_problems(recipe: Recipe, name: str, split: Split, count: int | None = N
     return problems
 
 
-def load_demonstrations(recipe: Recipe, name: str, template: Template) -> list[Demonstration]:
-    """What a data set shows for SFT: rows with `response`, or rows that a stage of kind reject selected."""
-    return _demonstrations(read_rows(recipe, name, "train"), template)
-
-
-def load_selected(path: str | Path, template: Template) -> list[Demonstration]:
-    """What a stage of kind reject selected, asked in the template of another model."""
-    return _demonstrations(((f"{path}, line {number}", row) for number, row in read_jsonl(path)), template)
-
-
-def _demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> list[Demonstration]:
+def load_demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> list[Demonstration]:
+    """What rows show for SFT: their `response`, or what a stage of kind reject selected, for another template."""
     found = []
     for where, row in rows:
         prompt, response = template.render(row["question"]), row.get("response")
@@ -120,7 +111,7 @@ def check_data(recipe: Recipe, console: Console) -> set[str]:
             elif name in recipe.data and key == "problems":
                 found[name, "train"] = load_problems(recipe, name, "train")
             elif name in recipe.data and key == "samples":
-                load_demonstrations(recipe, name, Template("r1_zero", None))
+                load_demonstrations(read_rows(recipe, name, "train"), Template("r1_zero", None))
             elif name in recipe.data:
                 load_pairs(recipe, name)
     for name, count in tested.items():
@@ -158,7 +149,7 @@ def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None)
         path = data.path if training else data.test_path
         if path is None:
             raise ConfigError(f"'data.{name}.path' is null; expected a file, since a stage trains on this data set")
-        rows = [(f"{Path(path).name}, line {number}", row) for number, row in read_jsonl(path)]
+        rows = read_jsonl(path)
     else:
         try:
             if data.kind == "function":
@@ -172,12 +163,12 @@ def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None)
                     for index, row in enumerate(found)]
         except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
-    if not rows:
+    found = [(place, _known_form(data.kind, row, place)) for place, row in rows]
+    if not found:
         raise DataError(f"{where}: there are no rows; expected at least one")
-    rows = [(place, _known_form(data.kind, row, place)) for place, row in rows]
-    for place, row in rows:
+    for place, row in found:
         text_of(row, "question", place)
-    return rows
+    return found
 
 
 def _known_form(kind: str, row: Row, where: str) -> Row:
@@ -201,8 +192,8 @@ def text_of(row: Row, key: str, where: str) -> str:
     return value
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """The line numbers and objects of a JSONL file, gzipped or not. Raises DataError, naming the file and the line."""
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """The objects of a JSONL file, gzipped or not, and where they are. Raises DataError, naming the file and line."""
     number = 0
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
@@ -215,7 +206,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
                     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
                     if not isinstance(row, dict):
                         raise ValueError(f"it holds a {type(row).__name__}")
-                    yield number, row
+                    yield f"{Path(path).name}, line {number}", row
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: {error}; expected one JSON object a line") from None
     except (OSError, EOFError, zlib.error) as error:

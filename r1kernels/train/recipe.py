@@ -6,6 +6,7 @@ A recipe is one YAML file: settings of the whole run, named data sets, and named
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
@@ -32,7 +32,9 @@ class Settings(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 known = [name for name, info in cls.model_fields.items() if not info.exclude]
-                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "known": known})
+                close = difflib.get_close_matches(str(key), known, n=1)
+                raise ValueError(f"unknown key {key!r:.60}; expected one of {', '.join(known)}" if not close else
+                                 f"unknown key {key!r:.60}; did you mean '{close[0]}'?")
         return values
 
 
@@ -168,16 +170,9 @@ class ObjectiveSettings(Settings):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'options': {error}") from error
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> ObjectiveSettings:
-        self.build()
-        return self
-
-
 class Importance(Settings):
-    """Correction of the gap between the policy that sampled a completion and the one that is trained on it. `truncate`
-    moves weights into [floor, cap], `mask` drops the tokens or sequences outside, and `none` only measures the gap."""
-    mode: Literal["none", "truncate", "mask"] = setting("what happens with weights outside [floor, cap]", "none")
+    """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
+    mode: Literal["none", "truncate", "mask"] = setting("what is done with weights outside [floor, cap]", "none")
     level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
     cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
     floor: float = setting("smallest weight", 0.0, ge=0, le=1)
@@ -191,12 +186,6 @@ class SamplerSettings(Settings):
     served_name: str | None = setting("name of the model on the server; null if there is only one", None)
     requests: int = setting("requests in flight at once", 64, ge=1)
     timeout_s: float = setting("seconds for one request, retries included", 3600.0, gt=0)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> SamplerSettings:
-        if self.kind == "vllm" and None in (self.url, self.weights_dir):
-            raise ValueError("kind 'vllm' needs 'url' and 'weights_dir'")
-        return self
 
 
 class PreferenceReward(Settings):
@@ -277,22 +266,13 @@ class Distill(SFT):
     sampling_temperature: float = setting("sampling temperature of the student", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion of the student at most", 64, ge=1)
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Distill:
-        if (self.teacher is not None) != (self.method == "logits") or (self.on_policy and self.teacher is None):
-            raise ValueError(f"'teacher' is {self.teacher!r}; only method 'logits' needs one, and may be 'on_policy'")
-        if bool(self.problems) != self.on_policy or bool(self.samples) == self.on_policy:
-            raise ValueError("expected 'problems' and no 'samples' where 'on_policy' is true, else the reverse")
-        return self
-
 
 class GRPO(StageSettings):
-    """Reinforcement learning: a step is one rollout of `questions` x `group_size` completions and the updates on it.
-    `rewards` gives a weight to each of accuracy, format, language, overlong, judge, or `module:function`."""
+    """Reinforcement learning: a step is one rollout of `questions` x `group_size` completions and the updates on it."""
     kind: Literal["grpo"]
     model: ModelName = setting("stage whose model is trained")
     problems: DataNames = setting("data sets to ask", min_length=1)
-    rewards: dict[str, float] = setting("weight of each reward; 0 only reports it", {"accuracy": 1.0, "format": 1.0})
+    rewards: dict[str, float] = setting("weights; a weight of 0 only reports", {"accuracy": 1.0, "format": 1.0})
     preference: list[PreferenceReward] = setting("reward models for open problems", [])
     steps: int = setting("rollouts", 40, ge=1)
     questions: int = setting("questions of a rollout", 32, ge=1)
@@ -325,13 +305,6 @@ class GRPO(StageSettings):
         """Tokens of a completion at most, at a step."""
         reached = [start for start in self.length_schedule if start <= step]
         return self.length_schedule[max(reached)] if reached else self.max_new_tokens
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> GRPO:
-        if self.questions * self.group_size % self.minibatches:
-            raise ValueError(f"'minibatches' is {self.minibatches}; expected a divisor of the completions of a rollout "
-                             f"(questions {self.questions} x group_size {self.group_size})")
-        return self
 
 
 class Reject(StageSettings):
@@ -392,15 +365,6 @@ class Recipe(Settings):
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard"]] = setting("where else metrics are shown", [])
     stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name", min_length=1)
-
-    @pydantic.field_validator("stages", mode="before")
-    @classmethod
-    def _name_stages(cls, stages: Any) -> Any:
-        """Tells every stage its name."""
-        named = stages.items() if isinstance(stages, dict) else ()
-        if any("name" in stage for _, stage in named if isinstance(stage, dict)):
-            raise ValueError("a stage has the key 'name'; its name is its key in 'stages'")
-        return {key: stage | {"name": key} if isinstance(stage, dict) else stage for key, stage in named} or stages
 
     @property
     def eval_problems(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
 import sys
 from collections import Counter
@@ -46,11 +46,17 @@ def build_recipe(values: Mapping[str, Any], directory: Path = Path()) -> Recipe:
         folders = [str((directory / str(folder)).resolve()) for folder in folders]
         values = {**values, "import_from": folders}
         sys.path[:] = [*folders, *(entry for entry in sys.path if entry not in folders)]
+    stages = values.get("stages")
+    if isinstance(stages, dict):  # every stage knows its name
+        named = {name: {**stage, "name": name} if isinstance(stage, dict) else stage for name, stage in stages.items()}
+        values = {**values, "stages": named}
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe(error)) from None
     _check_names(recipe)
+    for name, stage in recipe.stages.items():
+        _check_stage(f"stages.{name}", stage)
     return recipe
 
 
@@ -89,6 +95,25 @@ def _check_names(recipe: Recipe) -> None:
         raise ConfigError("no data set has held-out problems ('test_path'); stages are evaluated on them")
 
 
+def _check_stage(where: str, stage: Any) -> None:
+    """Rules that need more than one setting."""
+    if stage.kind == "grpo":
+        if stage.questions * stage.group_size % stage.minibatches:
+            raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; expected a divisor of the "
+                              f"{stage.questions * stage.group_size} completions (questions x group_size)")
+        if stage.sampler.kind == "vllm" and None in (stage.sampler.url, stage.sampler.weights_dir):
+            raise ConfigError(f"'{where}.sampler' is of kind 'vllm', which needs 'url' and 'weights_dir'")
+        try:
+            stage.objective.build()
+        except ConfigError as error:
+            raise ConfigError(f"'{where}.objective': {error}") from None
+    if stage.kind == "distill":
+        if (stage.teacher is not None) != (stage.method == "logits") or (stage.on_policy and stage.teacher is None):
+            raise ConfigError(f"'{where}.teacher' is {stage.teacher!r}; only method 'logits' has one and 'on_policy'")
+        if bool(stage.problems) != stage.on_policy or bool(stage.samples) == stage.on_policy:
+            raise ConfigError(f"'{where}' needs 'problems' where 'on_policy' is true, else 'samples', and not both")
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -97,31 +122,18 @@ def _short(value: Any) -> str:
 def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
-    place, value, context = [str(part) for part in first["loc"]], first["input"], first.get("ctx", {})
+    place, value = [str(part) for part in first["loc"]], first["input"]
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name of the kind
     if first["type"] in ("missing", "union_tag_not_found"):
         key = place.pop() if first["type"] == "missing" else "kind"
         return f"missing key '{key}' in '{'.'.join(place) or 'recipe'}'"
-    where = ".".join(place)
-    if first["type"] == "unknown_key":
-        close = difflib.get_close_matches(context["key"], context["known"], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(context['known'])}"
-        return f"unknown key {_short(context['key'])} in '{where or 'recipe'}'; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
+    where, message = ".".join(place) or "recipe", first["msg"].removeprefix("Value error, ")
     return f"'{where}': {message}" if isinstance(value, dict) else f"'{where}' is {_short(value)}: {message}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and reads 1e-3 as a number."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise ConfigError(f"key {_short(key)} is given twice in the mapping of line {node.start_mark.line + 1}")
-        return node
+    """Reads 1e-3 as a number."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
@@ -132,7 +144,7 @@ def read_yaml(text: str) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        _check_size(node)
+        _check_nodes(node)
         return None if node is None else loader.construct_document(node)
     except ConfigError:
         raise
@@ -140,15 +152,21 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
-def _check_size(root: yaml.Node | None) -> None:
-    """Refuses what expands to too many values, or contains itself. An alias counts as all that it repeats."""
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Refuses a key that is given twice, and what expands to too many values. An alias counts as all that it repeats."""
     waiting, count = [root], 0
     while waiting:
         node, count = waiting.pop(), count + 1
         if count > MAX_VALUES:
             raise ConfigError(f"more than {MAX_VALUES} values, those of aliases included")
-        for child in node.value if isinstance(node, yaml.CollectionNode) else ():
-            waiting += child if isinstance(child, tuple) else [child]
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(str(key.value) for key, _ in node.value)
+            twice = [key for key, times in keys.items() if times > 1]
+            if twice:
+                raise ConfigError(f"key {_short(twice[0])} is given twice in the mapping of line {node.start_mark.line + 1}")
+            waiting += itertools.chain(*node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,9 @@ class Stage:
 
     def demonstrations(self, names: list[str], template: Template) -> list[data.Demonstration]:
         """Prompts with responses, from data sets and from stages of kind reject."""
-        found = (data.load_demonstrations(self.recipe, name, template) if name in self.recipe.data
-                 else data.load_selected(self.directory.parent / name / SELECTED, template) for name in names)
-        return [demonstration for some in found for demonstration in some]
+        rows = [data.read_rows(self.recipe, name, "train") if name in self.recipe.data
+                else data.read_jsonl(self.directory.parent / name / SELECTED) for name in names]
+        return data.load_demonstrations(itertools.chain(*rows), template)
 
     def pairs(self, name: str) -> list[data.Pair]:
         return data.load_pairs(self.recipe, name)

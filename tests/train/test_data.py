@@ -16,8 +16,8 @@ from r1kernels.train.data import (
     load_demonstrations,
     load_pairs,
     load_problems,
-    load_selected,
     read_jsonl,
+    read_rows,
 )
 from r1kernels.train.errors import ConfigError, DataError
 from r1kernels.train.prompt import Template, render
@@ -138,7 +138,7 @@ def test_a_missing_a_damaged_and_an_empty_file_are_named(make, tmp_path):
 def test_a_line_that_expands_without_bound_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"question": "' + b"a" * 5000 + b'"}\n'))
-    assert next(read_jsonl(path))[0] == 1
+    assert next(read_jsonl(path))[0] == "bomb.jsonl.gz, line 1"
     monkeypatch.setattr(data_module, "MAX_LINE", 5000)
     with pytest.raises(DataError, match=r"line 1: longer than 5000 bytes"):
         list(read_jsonl(path))
@@ -183,9 +183,9 @@ def test_references_that_cannot_be_read_are_counted(make, monkeypatch):
 def test_demonstrations_are_rendered_and_an_opened_thought_is_not_opened_again(make):
     selected = {"question": "x", "prompt": "p <think>", "completion": "t</think> a"}
     recipe = make([{"question": " hi ", "response": "<think>so</think> hello"}, selected])
-    assert load_demonstrations(recipe, "file", PLAIN) == [
+    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN) == [
         Demonstration(render("hi"), "<think>so</think> hello"), Demonstration(render("x"), "<think>t</think> a")]
-    opened = load_demonstrations(recipe, "file", Template("r1_zero", None, open_think=True))
+    opened = load_demonstrations(read_rows(recipe, "file", "train"), Template("r1_zero", None, open_think=True))
     assert opened[0] == Demonstration(render("hi", open_think=True), "so</think> hello")
 
 
@@ -193,7 +193,7 @@ def test_pairs_and_selected_samples(make, tmp_path):
     recipe = make([{"question": "q", "chosen": "a", "rejected": "b"}])
     assert load_pairs(recipe, "file") == [Pair("path.jsonl, line 1", "q", "a", "b")]
     path = write(tmp_path / "selected.jsonl", {"question": "q", "prompt": "p <think>", "completion": "t</think> a"})
-    assert load_selected(path, PLAIN) == [Demonstration(render("q"), "<think>t</think> a")]
+    assert load_demonstrations(read_jsonl(path), PLAIN) == [Demonstration(render("q"), "<think>t</think> a")]
 
 
 MODULE = """
@@ -212,7 +212,7 @@ def test_one_function_serves_as_problems_demonstrations_and_pairs(make, tmp_path
     recipe = make(**mine)
     assert load_problems(recipe, "file", "train")[1] == Problem("train-0-1", "train 1?", "1")
     assert load_problems(recipe, "file", "test")[1] == Problem("test-0-1", "test 1?", "1")
-    assert load_demonstrations(recipe, "file", PLAIN)[2] == Demonstration(render("train 2?"), "r")
+    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN)[2] == Demonstration(render("train 2?"), "r")
     assert load_pairs(recipe, "file")[0] == Pair("train-0-0", "train 0?", "a", "b")
     for stage in (GRPO, SFT, PAIRS, EVALUATE):
         check_data(make(**mine, stage=stage), Said())
