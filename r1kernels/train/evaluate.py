@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from r1kernels.rewards.choice import chosen
 from r1kernels.rewards.math import spelling
 from r1kernels.rewards.text import final_answer, same_text
 from r1kernels.train.data import Problem, load_problems
-from r1kernels.train.interrupt import Interrupt
-from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Eval, Recipe
 from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler
-from r1kernels.train.stage import Stage, make_scorer, model_overrides
+from r1kernels.train.stage import Stage
 
 # What is measured on every completion, whatever RL rewards.
 PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
@@ -40,16 +38,13 @@ _LETTER = r"[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
 _REFLECTIVE = re.compile(rf"(?<!{_LETTER})(?:{'|'.join(REFLECTIVE_WORDS)})(?!{_LETTER})", re.IGNORECASE)
 
 
-def evaluate_model(
-    recipe: Recipe, path: str | Path, interrupt: Interrupt, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Evaluates a saved model as `recipe.eval` says; `overrides` as in `load_model`."""
-    tokenizer = load_tokenizer(path)
-    sampler = TransformersSampler(
-        load_model(path, device=recipe.device, overrides=overrides), tokenizer, interrupt.check)
-    template = Template(recipe.template, tokenizer, open_think=recipe.open_think)
-    with make_scorer(recipe, PARTS) as scorer:
-        return evaluate(sampler, eval_problems(recipe), scorer, recipe.eval, template=template, seed=recipe.seed)
+def evaluate_model(stage: Stage, name: str) -> dict[str, Any]:
+    """Evaluates the model that the stage `name` left, as `recipe.eval` says."""
+    model, tokenizer = stage.load_model(name)
+    sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
+    problems, settings = eval_problems(stage.recipe), stage.recipe.eval
+    with stage.scorer(PARTS) as scorer:
+        return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.seed)
 
 
 def eval_problems(recipe: Recipe) -> list[Problem]:
@@ -153,9 +148,8 @@ def reflective_words(text: str) -> int:
 def run(stage: Stage) -> dict[str, Any]:
     """A stage of kind evaluate: an evaluation with the stage's settings."""
     settings = {name: getattr(stage.settings, name) for name in Eval.model_fields if name != "every"}
-    recipe, name = stage.recipe.model_copy(update={"eval": Eval(**settings)}), stage.settings.model
-    overrides = model_overrides(recipe, name)
-    return {"evaluation": evaluate_model(recipe, stage.model_path(name), stage.interrupt, overrides)}
+    recipe = stage.recipe.model_copy(update={"eval": Eval(**settings)})
+    return {"evaluation": evaluate_model(dataclasses.replace(stage, recipe=recipe), stage.settings.model)}
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -128,7 +128,7 @@ def test_a_response_without_a_summary_scores_no_more_than_the_others():
 
 
 def test_the_length_follows_its_schedule(tmp_path):
-    stage = stage_of(tmp_path, ["length_schedule=[{from_step: 1, max_new_tokens: 3}]", "steps=2"])
+    stage = stage_of(tmp_path, ["length_schedule={1: 3}", "steps=2"])
     run(stage)
     lines = read_lines(stage.directory / "metrics.jsonl")
     assert [line["limit"] for line in lines[:2]] == [6, 3] and lines[1]["length"] <= 3 < lines[0]["length"]
