@@ -107,7 +107,7 @@ class CriticAdvantages:
         metrics = self._gradient(rollout, batches)
         norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.trainer.settings.grad_clip).item()
         if not (math.isfinite(metrics["value_loss"]) and math.isfinite(norm)):
-            raise TrainingError(f"step {self.trainer.step}, minibatch {self.trainer.minibatch}: the critic's loss is "
+            raise TrainingError(f"step {self.trainer.step}, minibatch {len(self.trainer.updates)}: the critic's loss is "
                                 f"{metrics['value_loss']}, its gradient norm {norm}; expected finite numbers")
         self.optimizer.step()
         return metrics | {"value_grad_norm": norm}

@@ -22,7 +22,7 @@ from r1kernels.rewards import Scores
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.evaluate import MEASURED, PARTS, columns, eval_problems, evaluate, reflective_words
+from r1kernels.train.evaluate import PARTS, columns, eval_problems, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
 from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.recipe import PreferenceReward
@@ -40,9 +40,7 @@ from r1kernels.train.update import (
 )
 
 RATIO_TOLERANCE = 1e-2  # of the first ratio to 1: the same weights just computed the same log-probs in the same batches
-IDLE_STEPS = 5  # steps in a row without any group to learn from, after which the console warns
-# What a checkpoint holds besides the rollout, the optimizer, the reference and the state of the advantages.
-PROGRESS = ("step", "minibatch", "idle_steps", "cursors", "measured", "timing", "updates", "examples", "evaluation")
+PROGRESS = ("step", "measured", "updates", "timing", "evaluation")  # attributes that a checkpoint holds
 
 
 class Advantages:
@@ -78,16 +76,14 @@ class GRPOTrainer:
         self.stage, self.settings, self.seed = stage, stage.settings, stage.seed
         self.console, self.check = stage.console, stage.interrupt.check
         path = latest_checkpoint(stage.directory)
-        checkpoint = None if path is None else load_checkpoint(path)
-        if checkpoint is None:
-            model, self.tokenizer = stage.load_model(self.settings.model)
+        if path is None:
+            state, (model, self.tokenizer) = None, stage.load_model(self.settings.model)
         else:
-            model = load_model(checkpoint.model_dir, device=stage.recipe.device)
-            self.tokenizer = load_tokenizer(checkpoint.model_dir)
+            model_dir, state = load_checkpoint(path)
+            model, self.tokenizer = load_model(model_dir, device=stage.recipe.device), load_tokenizer(model_dir)
         self.model = model.eval()  # dropout would make the first ratio differ from 1
         self.template = stage.template(self.tokenizer)
-        problems = stage.problems(self.settings.problems)
-        self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
+        self.problems = stage.problems(self.settings.problems)
         self.test_problems = eval_problems(stage.recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.check)
         self.sampler = self.make_sampler()
@@ -96,39 +92,34 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
         own = self.settings.advantages
-        make, options = (own.load(), own.options) if own else (Advantages, {})
         try:
-            self.advantages = make(self, **options)
+            self.advantages = own.load()(self, **own.options) if own else Advantages(self)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
-        self.step = self.minibatch = self.idle_steps = 0
-        self.cursors = dict.fromkeys(self.pools, 0)  # questions asked so far, of each pool
-        self.rollout: Rollout | None = None
+        self.step = 0
+        self.rollout: Rollout | None = None  # of this step
         self.measured: dict[str, Any] = {}  # in this step, before its updates
-        self.timing = {"total": 0.0}  # seconds, `total` of the stage and the others of this step
         self.updates: list[dict[str, float]] = []  # metrics of this step's updates
-        self.examples: list[dict[str, Any]] = []
-        self.evaluation: dict[str, Any] | None = None
-        if checkpoint is not None:
-            self.restore(checkpoint.state)
+        self.timing = {"total": 0.0}  # seconds of this step
+        self.evaluation: dict[str, Any] | None = None  # the last one
+        if state is not None:
+            self.restore(state)
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step; returns the stage's summary. Raises Interrupted after it wrote a checkpoint."""
-        self.log = StepLog(self.stage, first_step=self.step)
-        scorer = self.stage.scorer(self.settings.rewards)
-        with self.log, contextlib.closing(self.sampler), scorer as self.scorer:
+        self.log, self.scorer = StepLog(self.stage, first_step=self.step), self.stage.scorer(self.settings.rewards)
+        with self.log, contextlib.closing(self.sampler), self.scorer:
             try:
                 self.sampler.update(self.model)
                 while self.step < self.settings.steps:
                     self.train_step()
                 self.evaluate_if_due()
-                self.save()
             except Interrupted:
                 self.save()
                 raise
-            self.log.write({"step": self.step, **self.measured, "timing": self.timing})
-            self.log.examples(self.step, self.examples)
-        return {"steps": self.step, "questions": sum(self.cursors.values()), "evaluation": self.evaluation}
+            self.write(self.measured)
+        questions = self.settings.steps * self.settings.questions * self.settings.oversample
+        return {"steps": self.settings.steps, "questions": questions, "evaluation": self.evaluation}
 
     # ---- one step ----
 
@@ -137,8 +128,7 @@ class GRPOTrainer:
         settings = self.settings
         if self.rollout is None:  # a checkpoint between two updates holds the rollout
             self.evaluate_if_due()
-            pool, questions = self.next_questions()
-            problems = [problem for problem in questions for _ in range(settings.group_size)]
+            problems = [problem for problem in self.next_questions() for _ in range(settings.group_size)]
             completions, scores = self.sample_and_score(problems)
             preference, judged = self.preference_rewards(problems, completions.texts)
             rewards = torch.tensor(scores.total, dtype=torch.float64) + preference
@@ -154,44 +144,47 @@ class GRPOTrainer:
                 old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights)
             self.measured |= measure(completions, rewards, scores, judged) | spread | gap | learned
             self.measured["limit"] = settings.limit(self.step)
-            self.cursors[pool] += len(questions)
-            self.show(problems, completions.texts, rewards, scores)
-        while self.minibatch < settings.updates:
-            epoch, place = divmod(self.minibatch, settings.minibatches)
+            self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {completions.texts[0][:600]!r}")
+            self.warn(scores)
+        while len(self.updates) < settings.updates:
+            epoch, place = divmod(len(self.updates), settings.minibatches)
             self.update(self.rollout, self.minibatches(epoch)[place])
         self.finish_step()
 
-    def next_questions(self) -> tuple[str, list[Problem]]:
-        """The pool of this step, with open problems only where something judges them, and its next questions. Every
-        epoch visits a whole pool, in an order of the epoch."""
-        judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
-        pool = "all" if judged or self.preferences() else "checkable"
-        problems, first = self.pools[pool], self.cursors[pool]
+    def next_questions(self) -> list[Problem]:
+        """The questions of this step. Open problems are among them from the step on at which something judges them.
+        Every epoch visits all problems, in an order of the epoch."""
+        settings = self.settings
+        judged = any(weight and (name == "judge" or ":" in name) for name, weight in settings.rewards.items())
+        first = 0 if judged else min(map(self.first_step, settings.preference), default=settings.steps)
+        pool, step = ("all", self.step - first) if self.step >= first else ("checkable", self.step)
+        problems = [problem for problem in self.problems if pool == "all" or problem.kind != "open"]
         if not problems:
-            raise TrainingError(
-                f"step {self.step}: all problems are open, and nothing judges them yet; expected problems with "
-                "answers, the reward 'judge', a reward function, or a 'preference' that counts from the first step on")
-        places = (divmod(first + i, len(problems)) for i in range(self.settings.questions * self.settings.oversample))
-        return pool, [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
-                      for epoch, index in places]
+            raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; expected problems "
+                                "with answers, the reward 'judge', a reward function, or a 'preference' for all steps")
+        count = settings.questions * settings.oversample
+        places = (divmod(place, len(problems)) for place in range(step * count, (step + 1) * count))
+        return [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
+                for epoch, index in places]
+
+    def first_step(self, item: PreferenceReward) -> int:
+        """The first step at which a reward model counts."""
+        return self.settings.steps - (item.last_steps or self.settings.steps)
 
     def sample_and_score(self, problems: list[Problem]) -> tuple[Completions, Scores]:
         """A completion of each problem, and its scores, which are computed while others are still sampled."""
-        settings, limit = self.settings, self.settings.limit(self.step)
+        settings, limit, pending = self.settings, self.settings.limit(self.step), []
         prompts = [self.template.render(problem.question) for problem in problems]
-        pending = []
 
         def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
             given = columns([problems[row] for row in rows], [prompts[row] for row in rows])
-            future = self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows))
-            pending.append((rows, future))
+            pending.append((self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows)), rows))
 
         with self.timed("sampling", "sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
             sampling = Sampling(settings.temperature, limit, batch_size=settings.rollout_batch_size)
             completions = self.sampler.sample(prompts, sampling, on_batch=submit)
         with self.timed("scoring", "scoring"):
-            scores = Scores.joined([future.result() for _, future in pending], [rows for rows, _ in pending])
-        return completions, scores
+            return completions, Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
 
     def preference_rewards(self, problems: list[Problem], texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted scores (B,) of open problems by the reward models that count now, and the scores of each model.
@@ -203,7 +196,7 @@ class GRPOTrainer:
         questions = [problems[row].question for row in rows]
         responses = [whole_response(self.template.render(problems[row].question), texts[row]) for row in rows]
         with self.timed("scoring", "scoring"):
-            for item in self.preferences():
+            for item in (item for item in self.settings.preference if self.step >= self.first_step(item)):
                 if item.model not in self.reward_models:
                     path, recipe = self.stage.model_path(item.model), self.stage.recipe
                     self.reward_models[item.model] = RewardModel(path, template=recipe.template, device=recipe.device)
@@ -212,11 +205,6 @@ class GRPOTrainer:
                 parts[item.model][rows] = scores
                 total[rows] += item.weight * scores
         return total, parts
-
-    def preferences(self) -> list[PreferenceReward]:
-        """Those that count at this step."""
-        steps = self.settings.steps
-        return [item for item in self.settings.preference if self.step >= steps - (item.last_steps or steps)]
 
     def logprobs(self, model: PreTrainedModel, tokens: Tokens) -> Tensor:
         """Log-probs (B, T) of the rollout, in the batches of its first updates."""
@@ -232,58 +220,47 @@ class GRPOTrainer:
 
     def update(self, rollout: Rollout, batches: list[Tensor]) -> None:
         """One optimizer step on a minibatch, given as micro-batches."""
-        settings = self.settings
-        with self.timed("updates", f"update {self.minibatch + 1}/{settings.updates}"):
+        settings, number = self.settings, len(self.updates)
+        with self.timed("updates", f"update {number + 1}/{settings.updates}"):
             self.optimizer.zero_grad()
             metrics = minibatch_gradient(
                 self.model, rollout, batches, self.objective, temperature=settings.temperature,
                 measure_all=settings.measure_all, check=self.check)
             metrics |= self.advantages.learn(rollout, batches)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
-            where = f"step {self.step}, minibatch {self.minibatch}"
+            where = f"step {self.step}, minibatch {number}"
             if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
                 raise TrainingError(f"{where}: loss {metrics['loss']}, gradient norm {norm}; expected finite numbers")
-            if self.minibatch == 0:
+            if number == 0:
                 self.measured["first_ratio_deviation"] = deviation = metrics["ratio_deviation"]
                 if not deviation <= RATIO_TOLERANCE:
                     raise TrainingError(f"{where}: the ratio to the policy of the rollout differs from 1 by "
                                         f"{deviation:.2g} before any update; log-probs are not reproducible")
-            done = self.step * settings.updates + self.minibatch + 1
+            done = self.step * settings.updates + number + 1
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
             self.optimizer.step()
         self.updates.append({**metrics, "grad_norm": norm})
-        self.minibatch += 1
         every = self.stage.recipe.checkpoint.every_updates
-        if every and done % every == 0 and self.minibatch < settings.updates:
+        if every and done % every == 0 and number + 1 < settings.updates:
             self.save()
 
     def finish_step(self) -> None:
         """Writes the step's line and moves on to the next step."""
         updates = {name: [update[name] for update in self.updates] for name in self.updates[0]}
         busy = sum(self.timing[name] for name in ("sampling", "scoring", "logprobs", "updates"))
-        metrics = {
-            "step": self.step,
+        self.timing["tokens_per_second"] = self.measured["completion_tokens"] / busy
+        self.console.step(self.settings.name, self.write({
             **self.measured,
             **{name: mean(values) for name, values in updates.items()},
             "ratio_deviation": max(updates["ratio_deviation"]),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "timing": {**self.timing, "tokens_per_second": self.measured["completion_tokens"] / busy},
-        }
-        self.idle_steps = 0 if self.rollout.advantages.any() else self.idle_steps + 1
-        if self.idle_steps and self.idle_steps % IDLE_STEPS == 0:
-            self.console.say(
-                f"step {self.step}: for {self.idle_steps} steps all advantages were 0, so there was nothing to learn "
-                "from; the questions are too hard or too easy", warning=True)
-        self.log.write(metrics)
-        self.log.examples(self.step, self.examples)
-        self.console.step(self.settings.name, metrics, self.settings.steps)
-        self.step, self.minibatch, self.rollout = self.step + 1, 0, None
-        self.measured, self.timing, self.updates, self.examples = {}, {"total": self.timing["total"]}, [], []
+        }), self.settings.steps)
+        self.step, self.rollout, self.measured, self.updates, self.timing = self.step + 1, None, {}, [], {"total": 0.0}
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.sampler.update(self.model)
-        if self.step % self.stage.recipe.checkpoint.every == 0 and self.step < self.settings.steps:
+        if self.step % self.stage.recipe.checkpoint.every == 0 or self.step == self.settings.steps:
             self.save()
 
     # ---- around the steps ----
@@ -303,22 +280,29 @@ class GRPOTrainer:
         due = self.step % self.stage.recipe.eval.every == 0 or self.step == self.settings.steps
         if not due or "pass_at_1" in self.measured:
             return
-        found = self.stage.before if self.step == 0 else None
-        if not found:
+        self.evaluation = self.stage.before if self.step == 0 else None
+        if not self.evaluation:
             with self.timed("evaluation", "evaluating"), self.stage.scorer(PARTS) as scorer:
-                found = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
-                                 template=self.template, seed=self.seed)
-        self.measured = {name: found[key] for key, name in MEASURED.items()}
-        self.evaluation, self.examples = found, found["examples"]
+                self.evaluation = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
+                                           template=self.template, seed=self.seed)
+        self.measured = measured(self.evaluation)
 
-    def show(self, problems: list[Problem], texts: list[str], rewards: Tensor, scores: Scores) -> None:
-        shown = range(0, len(problems), math.ceil(len(problems) / 3))
-        self.console.samples([(problems[row].question, texts[row], rewards[row].item()) for row in shown])
+    def warn(self, scores: Scores) -> None:
+        """Warns of samples that could not be scored and of a step without anything to learn from."""
         if self.measured["unscorable"]:
-            counts = {**scores.unscorable, "timeouts": scores.timeouts, "crashes": scores.crashes}
-            reasons = [f"{name} {count}" for name, count in counts.items() if count] + [scores.endpoint_error]
-            self.console.say(f"step {self.step}: {self.measured['unscorable']} samples could not be scored; their "
-                             f"advantage is 0 ({', '.join(filter(None, reasons))})", warning=True)
+            self.console.say(f"step {self.step}: {self.measured['unscorable']} samples could not be scored, so their "
+                             f"advantage is 0: {scores.unscorable} {scores.endpoint_error}", warning=True)
+        if not self.rollout.advantages.any():
+            self.console.say(f"step {self.step}: all advantages are 0, so there is nothing to learn from; the questions "
+                             "are too hard or too easy", warning=True)
+
+    def write(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Adds the line of this step to the log, and returns it."""
+        line = {"step": self.step, **metrics, "timing": self.timing}
+        self.log.write(line)
+        if "pass_at_1" in metrics:
+            self.log.examples(self.step, self.evaluation["examples"])
+        return line
 
     @contextlib.contextmanager
     def timed(self, name: str, phase: str) -> Iterator[None]:
@@ -329,31 +313,27 @@ class GRPOTrainer:
         for key in (name, "total"):
             self.timing[key] = self.timing.get(key, 0.0) + time.monotonic() - started
 
+    def parts(self) -> dict[str, Any]:
+        """What has a state of its own, besides the model."""
+        parts = {"optimizer": self.optimizer, "reference": self.reference, "advantages": self.advantages}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def save(self) -> None:
-        state = {name: getattr(self, name) for name in PROGRESS} | {
-            "rollout": None if self.rollout is None else vars(self.rollout),
-            "optimizer": self.optimizer.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "advantages": self.advantages.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in PROGRESS} | {"rollout": self.rollout and vars(self.rollout)}
+        state |= {name: part.state_dict() for name, part in self.parts().items()}
+        done = 0 if self.rollout is None else 1 + len(self.updates)
         with self.timed("saving", "saving"):
-            self.log.sync()
-            save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
-                            keep=self.stage.recipe.checkpoint.keep)
+            save_checkpoint(self.stage.directory, self.step, done, model=self.model, tokenizer=self.tokenizer,
+                            state=state, keep=self.stage.recipe.checkpoint.keep)
 
     def restore(self, state: dict[str, Any]) -> None:
         for name in PROGRESS:
             setattr(self, name, state[name])
-        if state["rollout"] is not None:
-            device = self.model.device
-            self.rollout = Rollout(**{
-                name: None if value is None else value.to(device) for name, value in state["rollout"].items()})
-        elif self.step % self.stage.recipe.eval.every and self.step < self.settings.steps:
-            self.measured, self.examples = {}, []  # it was the last step when there were fewer, and evaluated as such
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
-        self.advantages.load_state_dict(state["advantages"])
+        if state["rollout"]:
+            self.rollout = Rollout(**{name: None if value is None else value.to(self.model.device)
+                                      for name, value in state["rollout"].items()})
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
 
 
 def preference_scores(model: RewardModel, questions: list[str], responses: list[str]) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
-from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
@@ -19,8 +18,6 @@ from r1kernels.train.rollout import Tokens
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
 # A group whose rewards differ by less is reported: its small differences become advantages as large as any.
 SMALL_SPREAD = 0.1
-# Bounds of log-ratios: far outside any useful cap; and the log-prob that servers write for a probability of 0.
-RATIO_BOUND, GAP_BOUND = 20.0, 9999.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,10 @@ def group_advantages(rewards: Tensor, settings: GRPO) -> Tensor:
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
     """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
+    ids = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1)
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
-    hidden = hidden_states(
-        model,
-        input_ids=torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-    )
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    hidden = hidden_states(model, input_ids=ids, attention_mask=attention, position_ids=positions)
     return hidden[:, -batch.token_ids.shape[1] :]
 
 
@@ -95,8 +89,7 @@ def completion_logprobs(
         batch = tokens.rows(rows)
         logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, mask=batch.mask, temperature=temperature,
-            **head_of(model),
-        )
+            **head_of(model))
     return logprobs
 
 
@@ -115,12 +108,8 @@ def minibatch_gradient(
         Metrics; "ratio_deviation" is the largest |ratio - 1| of a token.
     """
     mask = rollout.mask[torch.cat(list(batches))]
-    tokens = mask.sum()
-    normalizer = {
-        "sequence_mean": tokens.new_tensor(len(mask)),
-        "token_mean": tokens,
-        "constant": tokens.new_tensor(len(mask) * (objective.max_length or 1)),
-    }[objective.aggregate].float()
+    whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
+    normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
     table = []
     for rows in batches:
         check()
@@ -129,8 +118,7 @@ def minibatch_gradient(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
             old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
-            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model),
-        )
+            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model))
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
@@ -140,8 +128,8 @@ def minibatch_gradient(
     deviations = [max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in known]
     metrics = {"loss": sum(values["loss"] for values in micro), "ratio_deviation": max(deviations, default=0.0)}
     for name in TOKEN_MEANS:
+        weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
         if name in names:
-            weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
             total = sum(values[weight] for values in parts)
             metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
     return metrics
@@ -165,34 +153,22 @@ def importance_weights(
         sample size as a share.
     """
     gap = (trained.double() - sampled.double()).masked_fill(~mask, 0.0)
-    if gap.isnan().any():
-        row, column = gap.isnan().nonzero()[0].tolist()
-        raise TrainingError(
-            f"token {column} of sample {row} has log-prob {sampled[row, column].item()} in the sampler and "
-            f"{trained[row, column].item()} in the trainer; expected numbers"
-        )
-    gap = gap.clamp(-GAP_BOUND, GAP_BOUND)
-    counted = gap[mask]
-    near = counted.clamp(-RATIO_BOUND, RATIO_BOUND)
     sequences = settings.level == "sequence"
-    ratios = (gap.sum(-1) if sequences else gap).clamp(-RATIO_BOUND, RATIO_BOUND).exp()
-    kept = (ratios >= settings.floor) & (ratios <= settings.cap) | (settings.mode == "none")
-    weights = {
-        "none": ratios, "truncate": ratios.clamp(settings.floor, settings.cap), "mask": ratios.where(kept, 0.0)
-    }[settings.mode]
-    among = mask.any(-1) if sequences else mask
-    used = weights[among]
-    squares = used.square().sum().item()
-    return None if settings.mode == "none" else weights.float(), {
-        "logprob_gap_mean": _mean(counted.abs()),
-        "logprob_gap_max": counted.abs().max().item() if len(counted) else 0.0,
-        "rollout_kl_k1": _mean(-counted),
-        "rollout_kl_k3": _mean(near.expm1() - near),
-        "importance_mean": _mean(used),
-        "importance_cut": _mean((~kept[among]).double()),
-        "importance_ess": used.sum().item() ** 2 / (len(used) * squares) if squares else 0.0,
+    weights = (gap.sum(-1) if sequences else gap).exp()
+    kept = (weights >= settings.floor) & (weights <= settings.cap) | (settings.mode == "none")
+    if settings.mode == "truncate":
+        weights = weights.clamp(settings.floor, settings.cap)
+    elif settings.mode == "mask":
+        weights = weights.where(kept, 0.0)
+    gaps, used, kept = gap[mask], *((weights, kept) if sequences else (weights[mask], kept[mask]))
+    metrics = {
+        "logprob_gap_mean": gaps.abs().mean(),
+        "logprob_gap_max": gaps.abs().max(),
+        "rollout_kl_k1": -gaps.mean(),
+        "rollout_kl_k3": (gaps.expm1() - gaps).mean(),
+        "importance_mean": used.mean(),
+        "importance_cut": (~kept).double().mean(),
+        "importance_ess": used.sum() ** 2 / (len(used) * used.square().sum()),
     }
-
-
-def _mean(values: Tensor) -> float:
-    return values.mean().item() if values.numel() else 0.0
+    weights = None if settings.mode == "none" else weights.float()
+    return weights, {name: value.item() for name, value in metrics.items()}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError
 from r1kernels.train.errors import ServerError
-from r1kernels.train.rollout import Completions, OnBatch, Sampling, completions, decode, encode
+from r1kernels.train.rollout import Collector, Completions, OnBatch, Sampling
 
 POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
@@ -67,9 +67,8 @@ class VLLMSampler:
 
     def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
         """One completion of each prompt. The server chooses its own batches."""
-        prompt_ids, prompt_mask = encode(self.tokenizer, prompts, "cpu")
-        ids = [row[keep].tolist() for row, keep in zip(prompt_ids, prompt_mask.bool(), strict=True)]
-        longest = max(map(len, ids)) + sampling.max_new_tokens
+        found = Collector(self.tokenizer, prompts, self.stops, on_batch)
+        ids, longest = found.prompts, max(map(len, found.prompts)) + sampling.max_new_tokens
         if self.positions is not None and longest > self.positions:
             raise ServerError(f"{self.url} serves {self.model} with --max-model-len {self.positions}; expected at least "
                               f"{longest} for the longest prompt and max_new_tokens {sampling.max_new_tokens}")
@@ -77,28 +76,20 @@ class VLLMSampler:
         runs = [list(run) for _, run in itertools.groupby(range(len(ids)), key=ids.__getitem__)]
         pending = {self.endpoint.start(self._complete(ids[run[0]], len(run), seeds[run[0]], sampling)): run
                    for run in runs}
-        texts, shape = [""] * len(ids), (len(ids), sampling.max_new_tokens)
-        token_ids, logprobs = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape)
-        lengths = torch.zeros(len(ids), dtype=torch.long)
         try:
             while pending:
                 self.check()
                 for future in wait(pending, POLL_S, return_when=FIRST_COMPLETED).done:
-                    run, rows = pending.pop(future), future.result()
-                    decoded = decode(self.tokenizer, [tokens for tokens, _ in rows], self.stops)
-                    for row, (tokens, values), text in zip(run, rows, decoded, strict=True):
-                        token_ids[row, : len(tokens)] = torch.tensor(tokens)
-                        logprobs[row, : len(tokens)] = torch.tensor(values)
-                        lengths[row], texts[row] = len(tokens), text
-                    if on_batch is not None:
-                        on_batch(run, decoded, [len(tokens) for tokens, _ in rows])
+                    rows = pending.pop(future)
+                    for row, (tokens, values) in zip(rows, future.result(), strict=True):
+                        found.token_ids[row], found.logprobs[row] = tokens, values
+                    found.finish(rows)
         except EndpointError as error:
             raise ServerError(str(error)) from error
         finally:
             for future in pending:  # the server sees the connections close and drops the requests
                 future.cancel()
-        tensors = (tensor.to(self.device) for tensor in (prompt_ids, prompt_mask, token_ids, logprobs, lengths))
-        return completions(*tensors, texts, self.stops)
+        return found.completions(self.device)
 
     def update(self, model: PreTrainedModel) -> None:
         """Writes the weights, and has the server load them and empty its cache of prefixes."""
