@@ -5,7 +5,7 @@
                                     manifest.json  the size and SHA-256 of every file
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed. So a directory `step-*` is always
-complete, whenever the process was killed. It never changes: the same place in a run has the same state.
+complete, whenever the process was killed. It never changes: equal steps of a run have equal states.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,20 +33,15 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(
-    directory: Path, step: int, part: int = 0, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int
+    directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int
 ) -> None:
-    """Writes a checkpoint unless it exists, and removes all but the last `keep`.
+    """Writes the checkpoint before step `step`, unless it exists, and removes all but the last `keep`.
 
-    Args:
-        part: how far step `step` has come; 0 if it has not begun.
-        state: tensors and plain containers of numbers and strings, so that loading it runs no code.
-
-    Raises:
-        StorageError: writing failed, for example on a full disk. Earlier checkpoints are unchanged.
+    `state` holds tensors and plain containers of numbers and strings, so that loading it runs no code. StorageError:
+    writing failed, for example on a full disk.
     """
     root = Path(directory) / "checkpoints"
-    final = root / (f"step-{step:06d}-{part}" if part else f"step-{step:06d}")
-    partial = root / f"{PARTIAL}{final.name}"
+    final, partial = root / f"step-{step:06d}", root / f"{PARTIAL}step-{step:06d}"
     tidy_checkpoints(directory, keep)
     if final.exists():
         return
@@ -61,9 +54,8 @@ def save_checkpoint(
         torch.load(partial / STATE, mmap=True, map_location="cpu", weights_only=True)  # fails if it would run code
         files = {file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
                  for file in sorted(partial.rglob("*")) if file.is_file()}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
-        # A run that continues relies on the earlier lines of its logs too.
-        for entry in (*partial.rglob("*"), partial, *Path(directory).glob("*.jsonl")):
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        for entry in (*partial.rglob("*"), partial, *Path(directory).glob("*.jsonl")):  # the lines of earlier steps too
             _sync(entry)
         partial.rename(final)
         _sync(root)
@@ -81,7 +73,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     verify_checkpoint(path)
     try:
         return Checkpoint(path / MODEL, torch.load(path / STATE, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:
         raise CheckpointError(f"cannot load {path / STATE}: {type(error).__name__}") from error
 
 
@@ -95,12 +87,12 @@ def verify_checkpoint(path: Path) -> None:
             if sha256(file) != files[name]["sha256"]:
                 raise ValueError("its SHA-256 differs")
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint: {file} is not as {path / MANIFEST} describes it ({error!r}); delete "
-                              f"{path} to continue from the checkpoint before it") from error
+        raise CheckpointError(f"damaged checkpoint: {file} is not as {path / MANIFEST} describes it ({error!r}); "
+                              f"delete {path} to continue from an earlier checkpoint") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The last checkpoint in a stage's directory, or None. Changes nothing on the disk."""
+    """The last checkpoint in a stage's directory, or None."""
     return (_complete(Path(directory) / "checkpoints") or [None])[-1]
 
 
@@ -137,8 +129,8 @@ def sha256(path: Path) -> str:
 
 def _complete(root: Path) -> list[Path]:
     """The checkpoints in their order."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+(-\d+)?", path.name, re.ASCII)]
-    return sorted(found, key=lambda path: [int(number) for number in path.name.split("-")[1:]])
+    steps = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _sync(path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r1kernels.rewards import Scorer
 from r1kernels.rewards.choice import chosen
@@ -23,16 +22,13 @@ from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Measurement, Recipe
 from r1kernels.train.rng import torch_seeded
-from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler
+from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.stage import Stage, make_scorer, model_overrides
 
-# What is measured on every completion, whatever RL rewards.
-PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
+PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}  # measured on every completion, whatever RL rewards
 EXAMPLES = 4
 # The words whose number the paper watches while reasoning is learned. Chinese and Japanese characters may touch them.
-REFLECTIVE_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
-_LETTER = r"[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
-_REFLECTIVE = re.compile(rf"(?<!{_LETTER})(?:{'|'.join(REFLECTIVE_WORDS)})(?!{_LETTER})", re.IGNORECASE)
+WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b"
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -59,16 +55,13 @@ def eval_problems(recipe: Recipe) -> list[Problem]:
 
 
 def evaluate(
-    sampler: Sampler, problems: Sequence[Problem], scorer: Scorer, settings: Measurement, *, template: Template,
-    seed: int,
+    sampler: TransformersSampler, problems: Sequence[Problem], scorer: Scorer, settings: Measurement, *,
+    template: Template, seed: int,
 ) -> dict[str, Any]:
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers.
 
-    `scorer` scores `PARTS`. The result, with None for what is not known: pass_at_1 (mean share of correct samples),
-    cons_at_k (share of questions whose most frequent answer is correct), length (tokens) and language (share of words),
-    with standard errors `*_se` from the spread between questions; format and truncated (shares); reflective (words of a
-    completion); unscorable (samples without a score: the means leave them out, and they vote as wrong answers);
-    how it was measured, with a hash of the prompts; and the first completions as examples.
+    The result has means with standard errors (`*_se`) from the spread between questions, None for what is not known,
+    how it was measured, and some examples. `scorer` scores `PARTS`.
     """
     k = settings.samples
     asked = [problem for problem in problems for _ in range(k)]
@@ -76,36 +69,35 @@ def evaluate(
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.batch_size)
     with torch_seeded(seed, "evaluate"):
         completions = sampler.sample(prompts, sampling)
-    texts, scores = completions.texts, scorer.score(completions.texts, **columns(asked, prompts))
-    accuracy = scores.parts["accuracy"]
-    agreed = [consensus(asked[i].kind, prompts[i], texts[i : i + k], accuracy[i : i + k])
-              for i in range(0, len(asked), k)]
-    found: dict[str, Any] = {}
-    for name, column in {"pass_at_1": accuracy, "cons_at_k": agreed, "length": completions.lengths.tolist(),
-                         "language": scores.parts["language"]}.items():
+    texts, parts = completions.texts, scorer.score(completions.texts, **columns(asked, prompts)).parts
+    accuracy, first = parts["accuracy"], range(0, len(asked), k)  # the first samples of the questions
+    agreed = [consensus(asked[i].kind, prompts[i], texts[i : i + k], accuracy[i : i + k]) for i in first]
+    found, lengths = {}, completions.lengths.tolist()
+    for name, column in (("pass_at_1", accuracy), ("cons_at_k", agreed), ("length", lengths),
+                         ("language", parts["language"])):
         of_questions = torch.tensor(column, dtype=torch.float64).view(len(problems), -1).nanmean(-1)
         known = of_questions[~of_questions.isnan()]
         found[name] = known.mean().item()
         found[f"{name}_se"] = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
     found |= {
-        "format": torch.tensor(scores.parts["format"], dtype=torch.float64).nanmean().item(),
+        "format": torch.tensor(parts["format"], dtype=torch.float64).nanmean().item(),
         "truncated": 1 - completions.finished.double().mean().item(),
-        "reflective": sum(map(reflective_words, texts)) / len(texts),
-        "unscorable": sum(map(math.isnan, accuracy)),
-        "k": k, "questions": len(problems), "temperature": settings.temperature, "top_p": settings.top_p,
-        "max_new_tokens": settings.max_new_tokens,
+        "reflective": sum(map(reflective_words, texts)) / len(texts),  # words of a completion
+        "unscorable": sum(map(math.isnan, accuracy)),  # samples without a score, which the means leave out
         "prompt_hash": hashlib.sha256("\0".join(prompts[::k]).encode()).hexdigest()[:16],
+        "k": k, "questions": len(problems),
+        **settings.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         "examples": [{"question": asked[i].question, "answer": asked[i].answer, "completion": texts[i],
-                      "accuracy": _known(accuracy[i])} for i in range(0, len(asked), k)][:EXAMPLES],
+                      "accuracy": _known(accuracy[i])} for i in first[:EXAMPLES]],
     }
     return {name: _known(value) for name, value in found.items()}
 
 
 def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an evaluation, as a line of metrics.jsonl calls them."""
-    names = ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se")
-    others = ("length", "language", "format", "truncated", "unscorable", "reflective")
-    return {name: evaluation[name] for name in names} | {f"eval_{name}": evaluation[name] for name in others}
+    names = ("length", "language", "format", "truncated", "unscorable", "reflective")
+    shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se")}
+    return shares | {f"eval_{name}": evaluation[name] for name in names}
 
 
 def columns(problems: Sequence[Problem], prompts: Sequence[str]) -> dict[str, list[str]]:
@@ -122,19 +114,19 @@ def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[fl
     """
     if kind == "code" or all(map(math.isnan, correct)):
         return math.nan
-    read = {"math": spelling, "choice": str}.get(kind, same_text)
-    votes: collections.Counter[Any] = collections.Counter()
-    for text, value in zip(texts, correct, strict=True):
+
+    def vote(text: str) -> Hashable:
         answer = chosen(prompt, text) if kind == "choice" else final_answer(prompt, text)
-        if value == 1 or answer is not None:
-            votes["correct" if value == 1 else ("wrong", read(answer))] += 1
-    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+        return answer and ("wrong", spelling(answer) if kind == "math" else same_text(answer))
+
+    votes = ["correct" if value == 1 else vote(text) for text, value in zip(texts, correct, strict=True)]
+    most = statistics.multimode(filter(None, votes))
     return most.count("correct") / len(most) if most else 0.0
 
 
 def reflective_words(text: str) -> int:
     """The number of reflective words in a text: whole words, in any case."""
-    return len(_REFLECTIVE.findall(text))
+    return len(re.findall(WORDS, text, re.ASCII | re.IGNORECASE))
 
 
 def _known(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from typing_extensions import Self
 
 from r1kernels.train.errors import ConfigError, TrainingError
 
-# Called with rows, their texts, and their lengths in tokens.
-OnBatch = Callable[[list[int], list[str], list[int]], None]
+OnBatch = Callable[[list[int], list[str], list[int]], None]  # takes rows, their texts, and their lengths in tokens
 # Rows that have ended leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
 
@@ -58,37 +57,19 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Completions(Tokens):
-    """Sampled completions of B prompts.
+    """Sampled completions of B prompts."""
 
-    Args:
-        logprobs: (B, T), in the distribution that a token was drawn from, after temperature and top-p; 0 for padding.
-        texts: B strings, without the end token.
-        finished: (B,) bool, false where `max_new_tokens` cut the completion off.
-    """
-
-    logprobs: Tensor
-    texts: list[str]
-    finished: Tensor
+    logprobs: Tensor  # (B, T), in the distribution that a token was drawn from, after top-p; 0 behind the mask
+    texts: list[str]  # without the end token
+    finished: Tensor  # (B,) bool, false where `max_new_tokens` cut the completion off
 
     @property
     def lengths(self) -> Tensor:
         return self.mask.sum(-1)
 
 
-class Sampler(Protocol):
-    """A source of completions. Its random numbers come from torch's global generator."""
-
-    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
-        """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete."""
-
-    def update(self, model: PreTrainedModel) -> None:
-        """From now on, samples come from these weights."""
-
-    def close(self) -> None: ...
-
-
 class Collector:
-    """Completions in the making. A sampler writes `token_ids` and `logprobs` of rows and calls `finish` with them."""
+    """Completions in the making. A sampler fills rows of `token_ids` and `logprobs`, and calls `finish` for each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int],
                  on_batch: OnBatch | None) -> None:
@@ -98,7 +79,7 @@ class Collector:
         self.logprobs: list[list[float]] = [[] for _ in prompts]
 
     def finish(self, rows: list[int]) -> None:
-        """These rows are complete. Texts are without end and padding tokens; other special tokens, such as tags, stay."""
+        """These rows are complete. End and padding tokens are no text; other special tokens, such as tags, are."""
         dropped = {*self.stops, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         for row in rows:
             self.texts[row] = self.tokenizer.decode([token for token in self.token_ids[row] if token not in dropped])
@@ -106,10 +87,8 @@ class Collector:
             self.on_batch(rows, [self.texts[row] for row in rows], [len(self.token_ids[row]) for row in rows])
 
     def completions(self, device: torch.device | str) -> Completions:
-        pad = self.tokenizer.pad_token_id
-        tensors = (
-            *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0])
-        finished = torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
+        pad, finished = self.tokenizer.pad_token_id, torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
+        tensors = *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0]
         return Completions(*(tensor.to(device) for tensor in tensors), self.texts, finished.to(device))
 
 
@@ -123,7 +102,10 @@ class TransformersSampler:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
-        """One completion of each prompt; the random numbers of a row depend only on its place."""
+        """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete.
+
+        Random numbers come from torch's global generator. Those of a row depend only on its place.
+        """
         found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer), on_batch)
         ids, mask = (part.to(self.model.device) for part in padded(found.prompts, self.tokenizer.pad_token_id, "left"))
         for rows in torch.arange(len(prompts), device=ids.device).split(sampling.batch_size or len(prompts)):
@@ -134,14 +116,14 @@ class TransformersSampler:
         return done
 
     def update(self, model: PreTrainedModel) -> None:
+        """From now on, samples come from these weights."""
         self.model = model
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
     @torch.no_grad()
     def _generate(self, found: Collector, rows: Tensor, inputs: Tensor, mask: Tensor, sampling: Sampling) -> None:
-        """Completes some rows. Those that have ended leave the batch; `generate` of transformers would go on with them."""
+        """Completes some rows. Those that have ended leave the batch; `generate` of transformers would keep them."""
         count, width, place = len(rows), inputs.shape[1], torch.arange(len(rows), device=rows.device)
         positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
         mask = F.pad(mask, (0, sampling.max_new_tokens), value=1)
@@ -205,7 +187,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 
 
 def padded(rows: Sequence[Sequence[float]], value: float, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one tensor, with `value` on one side of the shorter ones, and a mask, false there."""
+    """Rows of different lengths as one tensor, filled up with `value` on one side, and a mask that is false there."""
     values = [torch.tensor(row, dtype=torch.tensor(value).dtype) for row in rows]
     masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
     return pad_sequence(values, True, value, side), pad_sequence(masks, True, False, side)

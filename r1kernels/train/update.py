@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +22,12 @@ SMALL_SPREAD = 0.1
 
 @dataclass(frozen=True)
 class Rollout(Tokens):
-    """What the updates of a step learn from.
+    """What the updates of a step learn from."""
 
-    Args:
-        advantages: (B,) of samples, or (B, T) of tokens.
-        old_logprobs, ref_logprobs: (B, T), under the policy before its first update and under the reference, if any.
-        importance_weights: (B,) or (B, T); None for no correction.
-    """
-
-    advantages: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor | None
-    importance_weights: Tensor | None
+    advantages: Tensor  # (B,) of samples, or (B, T) of tokens
+    old_logprobs: Tensor  # (B, T), under the policy before its first update
+    ref_logprobs: Tensor | None  # (B, T), under the reference, if there is one
+    importance_weights: Tensor | None  # (B,) or (B, T); None for no correction
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
@@ -73,19 +67,14 @@ def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: PreTrainedModel, tokens: Tokens, batches: Sequence[Tensor], *, temperature: float, check: Callable[[], None]
-) -> Tensor:
+def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Tensor], temperature: float) -> Tensor:
     """Log-probs (B, T) of completions, 0 behind the mask.
 
-    Args:
-        batches: rows of each batch. Use those of the updates: the last bits of a row may depend on the rows beside it,
-            and this way the first ratio is exactly 1.
-        check: called before every batch.
+    `batches` (rows) should be those of the updates: the last bits of a row may depend on the rows beside it, and this
+    way the first ratio is exactly 1.
     """
     logprobs = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
     for rows in batches:
-        check()
         batch = tokens.rows(rows)
         logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, mask=batch.mask, temperature=temperature,
@@ -95,24 +84,17 @@ def completion_logprobs(
 
 def minibatch_gradient(
     model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective, *,
-    temperature: float, measure_all: bool = True, check: Callable[[], None],
+    temperature: float, measure_all: bool = True,
 ) -> dict[str, float]:
-    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches.
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it.
 
-    Args:
-        batches: rows of each micro-batch; `check` is called before every one.
-        measure_all: metrics speak of every token. Without it, tokens of advantage 0 may not even be computed, and the
-            first ratio may differ from 1 in its last bits.
-
-    Returns:
-        Metrics; "ratio_deviation" is the largest |ratio - 1| of a token.
+    Metrics speak of every token with `measure_all`. Without it, tokens of advantage 0 may not even be computed, and the
+    first ratio may differ from 1 in its last bits. "ratio_deviation" is the largest |ratio - 1| of a token.
     """
-    mask = rollout.mask[torch.cat(list(batches))]
+    mask, table = rollout.mask[torch.cat(list(batches))], []
     whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
     normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
-    table = []
     for rows in batches:
-        check()
         batch = rollout.rows(rows)
         loss, part = r1kernels.linear_grpo_loss(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
@@ -138,19 +120,14 @@ def minibatch_gradient(
 def importance_weights(
     sampled: Tensor, trained: Tensor, mask: Tensor, settings: Importance
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """Weights pi / mu that correct the gap between the policy pi that is trained and mu, which sampled; and its size.
+    """Weights pi / mu that correct the gap between mu, which sampled, and the policy pi, which is trained; and metrics.
 
     The two round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
     2025, "Your efficient RL framework secretly brings you off-policy RL training") or their tokens are left out (MIS:
     Liu et al. 2025, "When speed kills stability").
 
-    Args:
-        sampled, trained: log-probs (B, T) by mu and by pi before its first update; nothing behind the mask matters.
-
-    Returns:
-        Weights (B, T), or (B,) for sequences, exactly 1 where the log-probs are equal; None for mode `none`. Metrics:
-        the gap |log pi - log mu|, two estimates of KL(mu || pi), the mean weight, the share cut, and the effective
-        sample size as a share.
+    `sampled` and `trained` are the log-probs (B, T) by mu and pi; nothing behind the mask matters. Weights are (B, T),
+    or (B,) for sequences, and exactly 1 where the log-probs are equal; None for mode `none`.
     """
     gap = (trained.double() - sampled.double()).masked_fill(~mask, 0.0)
     sequences = settings.level == "sequence"
@@ -164,10 +141,11 @@ def importance_weights(
     metrics = {
         "logprob_gap_mean": gaps.abs().mean(),
         "logprob_gap_max": gaps.abs().max(),
-        "rollout_kl_k1": -gaps.mean(),
+        "rollout_kl_k1": -gaps.mean(),  # estimates of KL(mu || pi)
         "rollout_kl_k3": (gaps.expm1() - gaps).mean(),
         "importance_mean": used.mean(),
         "importance_cut": (~kept).double().mean(),
+        # The effective sample size as a share.
         "importance_ess": used.sum() ** 2 / (len(used) * used.square().sum()),
     }
     weights = None if settings.mode == "none" else weights.float()

@@ -70,8 +70,8 @@ class VLLMSampler:
         found = Collector(self.tokenizer, prompts, self.stops, on_batch)
         ids, longest = found.prompts, max(map(len, found.prompts)) + sampling.max_new_tokens
         if self.positions is not None and longest > self.positions:
-            raise ServerError(f"{self.url} serves {self.model} with --max-model-len {self.positions}; expected at least "
-                              f"{longest} for the longest prompt and max_new_tokens {sampling.max_new_tokens}")
+            raise ServerError(f"{self.url} serves {self.model} with --max-model-len {self.positions}; expected at "
+                              f"least {longest} for the longest prompt and max_new_tokens {sampling.max_new_tokens}")
         seeds = torch.randint(2**62, (len(ids),)).tolist()
         runs = [list(run) for _, run in itertools.groupby(range(len(ids)), key=ids.__getitem__)]
         pending = {self.endpoint.start(self._complete(ids[run[0]], len(run), seeds[run[0]], sampling)): run
