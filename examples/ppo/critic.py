@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import torch
-from r1kernels.train.model import head_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.grpo import GRPOTrainer
+from r1kernels.train.model import head_of
 from r1kernels.train.rollout import Tokens
 from r1kernels.train.update import Rollout, completion_hidden_states
 

@@ -32,13 +32,11 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save_checkpoint(
-    directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int
-) -> None:
+def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict, keep: int) -> None:
     """Writes the checkpoint before step `step`, unless it exists, and removes all but the last `keep`.
 
-    `state` holds tensors and plain containers of numbers and strings, so that loading it runs no code. StorageError:
-    writing failed, for example on a full disk.
+    `state` holds tensors and plain containers of numbers and strings, so that loading it runs no code. Raises
+    StorageError if writing fails, for example on a full disk.
     """
     root = Path(directory) / "checkpoints"
     final, partial = root / f"step-{step:06d}", root / f"{PARTIAL}step-{step:06d}"

@@ -26,7 +26,6 @@ from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.stage import Stage, make_scorer, model_overrides
 
 PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}  # measured on every completion, whatever RL rewards
-EXAMPLES = 4
 # The words whose number the paper watches while reasoning is learned. Chinese and Japanese characters may touch them.
 WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b"
 
@@ -34,8 +33,8 @@ WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)
 def run(stage: Stage) -> dict[str, Any]:
     """A stage of kind evaluate: an evaluation with the stage's settings."""
     recipe, name = stage.recipe.model_copy(update={"eval": stage.settings}), stage.settings.model
-    overrides = model_overrides(recipe, name)
-    return {"evaluation": evaluate_model(recipe, stage.model_path(name), stage.interrupt, overrides)}
+    path, overrides = stage.model_path(name), model_overrides(recipe, name)
+    return {"evaluation": evaluate_model(recipe, path, stage.interrupt, overrides)}
 
 
 def evaluate_model(
@@ -88,7 +87,7 @@ def evaluate(
         "k": k, "questions": len(problems),
         **settings.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         "examples": [{"question": asked[i].question, "answer": asked[i].answer, "completion": texts[i],
-                      "accuracy": _known(accuracy[i])} for i in first[:EXAMPLES]],
+                      "accuracy": _known(accuracy[i])} for i in first[:4]],
     }
     return {name: _known(value) for name, value in found.items()}
 
@@ -115,12 +114,12 @@ def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[fl
     if kind == "code" or all(map(math.isnan, correct)):
         return math.nan
 
-    def vote(text: str) -> Hashable:
+    def read(text: str) -> Hashable:
         answer = chosen(prompt, text) if kind == "choice" else final_answer(prompt, text)
-        return answer and ("wrong", spelling(answer) if kind == "math" else same_text(answer))
+        return None if answer is None else ("wrong", spelling(answer) if kind == "math" else same_text(answer))
 
-    votes = ["correct" if value == 1 else vote(text) for text, value in zip(texts, correct, strict=True)]
-    most = statistics.multimode(filter(None, votes))
+    votes = ["correct" if value == 1 else read(text) for text, value in zip(texts, correct, strict=True)]
+    most = statistics.multimode(vote for vote in votes if vote is not None)
     return most.count("correct") / len(most) if most else 0.0
 
 

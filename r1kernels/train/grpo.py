@@ -66,11 +66,11 @@ class GRPOTrainer:
         self.test_problems = eval_problems(recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.check)
         self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
-        if settings.sampler.kind == "vllm":
+        if (server := settings.sampler).kind == "vllm":
             self.sampler = VLLMSampler(
-                settings.sampler.url, self.tokenizer, end_tokens(self.model, self.tokenizer),
-                model=settings.sampler.served_name, weights_dir=settings.sampler.weights_dir, device=self.model.device,
-                requests=settings.sampler.requests, timeout_s=settings.sampler.timeout_s, check=self.check)
+                server.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=server.served_name,
+                weights_dir=server.weights_dir, device=self.model.device, requests=server.requests,
+                timeout_s=server.timeout_s, check=self.check)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
             for item in settings.preference}
@@ -98,14 +98,12 @@ class GRPOTrainer:
                 while self.step < settings.steps:
                     self.train_step()
                 evaluation = self.evaluate()
-            except Interrupted:  # before the updates of a step, which is begun again
+            except Interrupted:  # only samplers check for it, so the updates of a step have not begun
                 self.save()
                 raise
             self.log.write({"step": self.step, **measured(evaluation), "timing": self.timing})
         questions = settings.steps * settings.questions * settings.oversample
         return {"steps": settings.steps, "questions": questions, "evaluation": evaluation}
-
-    # ---- one step ----
 
     def train_step(self) -> None:
         """Samples and scores completions, computes what the updates are measured against, and updates the policy."""
@@ -245,8 +243,6 @@ class GRPOTrainer:
         if self.step % self.stage.recipe.checkpoint.every == 0 or self.step == self.settings.steps:
             self.save()
 
-    # ---- around the steps ----
-
     def evaluate(self) -> dict[str, Any]:
         """An evaluation of the model as it is, whose examples go to the log."""
         found = self.stage.before if self.step == 0 else None
@@ -283,9 +279,7 @@ def measure(completions: Completions, rewards: Tensor, scores: Scores) -> dict[s
         "truncated": 1 - completions.finished.float().mean().item(),
         "reflective": sum(map(reflective_words, completions.texts)) / len(completions.texts),
         "unscorable": len(rewards) - len(known),
-        "timeouts": scores.timeouts,
-        "crashes": scores.crashes,
-        "endpoint_failures": scores.endpoint_failures,
+        **{name: getattr(scores, name) for name in ("timeouts", "crashes", "endpoint_failures")},
         "completion_tokens": int(completions.mask.sum()),
     }
 

@@ -6,15 +6,15 @@ import re
 
 import pytest
 import torch
-from r1kernels.rewards import Scores
-from r1kernels.train.log import read_lines
 from rl_cases import StopAfter, equal, outcome, parity, stage_of
 
+from r1kernels.rewards import Scores
 from r1kernels.train import grpo
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.grpo import GRPOTrainer, run
+from r1kernels.train.log import read_lines
 from r1kernels.train.update import Rollout
 
 

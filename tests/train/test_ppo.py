@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from r1kernels.train.log import read_lines
 from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stage_of
 
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupted
 from r1kernels.train.grpo import GRPOTrainer, run
+from r1kernels.train.log import read_lines
 from r1kernels.train.rollout import Tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from r1kernels.train.log import read_lines
 from resume_cases import STAGES, Server, write_recipe
 from rl_cases import equal, timeless
 from safetensors.torch import load_file
 
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.cli import INTERRUPTED
+from r1kernels.train.log import read_lines
 
 
 @pytest.fixture(scope="module")
