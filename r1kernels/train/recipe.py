@@ -149,7 +149,7 @@ class Eval(Measurement):
 class Checkpoint(Settings):
     """When checkpoints are written."""
     every: int = setting("steps of RL between checkpoints", 5, ge=1)
-    every_updates: int | None = setting("optimizer steps of RL between checkpoints, inside a rollout too", None, ge=1)
+    every_updates: int | None = setting("updates of RL between checkpoints, inside a step too", None, ge=1)
     supervised_every: int = setting("steps of other training between checkpoints", 200, ge=1)
     keep: int = setting("checkpoints to keep", 2, ge=1)
 
@@ -291,7 +291,8 @@ class GRPO(StageSettings):
     length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
-    advantages: Function | None = setting("`function(trainer, **options)` returns an `Advantages`; null: groups", None)
+    advantages: Function | None = setting(
+        "in place of group advantages: `function(trainer, **options)`; see examples/ppo", None)
     measure_all: bool = setting("metrics of every token; false skips work on tokens with advantage 0", True)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())

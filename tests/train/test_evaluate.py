@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from r1kernels.rewards import Scorer
 from rl_cases import make_model, make_tokenizer, stage_of
 
+from r1kernels.rewards import Scorer
 from r1kernels.train.data import Problem
 from r1kernels.train.evaluate import (
     PARTS,
