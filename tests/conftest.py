@@ -32,7 +32,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
 # Where programs are interpreted every case takes its time. With `--full` these numbers do not hold there, the sample does.
-MOST_INTERPRETED = 4
+MOST_INTERPRETED = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
