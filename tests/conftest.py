@@ -31,7 +31,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
-# Where programs are interpreted every case takes its time. With `--full` these numbers do not hold there, the sample does.
+# Where programs are interpreted every case takes its time: there no more than this, and the sample with `--full`.
 MOST_INTERPRETED = 3
 
 
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def parameters(case: pytest.Item) -> dict[str, tuple[int, ...]]:
-    """The values of a case: those that one `parametrize` sets together count as one. Equal cases share their objects."""
+    """The values of a case, by identity. What one `parametrize` sets together is one value."""
     values = {name: id(value) for name, value in case.callspec.params.items()}
     together = {}
     for mark in case.iter_markers("parametrize"):
