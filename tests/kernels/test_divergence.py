@@ -72,6 +72,7 @@ def test_values_and_gradients(kind: str, beta: float, distance: float, vocab: in
     check(*testing.random_pair(4, vocab, dtype=dtype, distance=distance, seed=vocab), kind, beta)
 
 
+@pytest.mark.not_on("triton", "cuda", reason="instruction sets of a CPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(("kind", "beta"), BETAS)

@@ -105,8 +105,9 @@ def wrong_tensors(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "empty", x.new_zeros(0)
     yield "empty rows", x.new_zeros(0, V)
     yield "empty columns", x.new_zeros(N, 0)
-    yield "one dimension more", x.unsqueeze(0)
-    yield "five dimensions more", x[(None,) * 5]
+    if testing.KERNELS == "cpu":  # another shape of the same memory, which is harmless and takes an interpreter's time
+        yield "one dimension more", x.unsqueeze(0)
+        yield "five dimensions more", x[(None,) * 5]
     if x.dim():
         yield "shorter", x[:-1].clone()
         yield "longer", torch.cat([x, x[:1]])
