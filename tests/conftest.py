@@ -32,7 +32,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
 # Where programs are interpreted every case takes its time: there no more than this, and the sample with `--full`.
-MOST_INTERPRETED = 3
+MOST_INTERPRETED = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
