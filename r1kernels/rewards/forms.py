@@ -76,7 +76,7 @@ _NUMBER = re.compile(
 _NAME = re.compile(expression.NAME, re.ASCII)
 _BARS = re.compile(rf"\|{expression.NAME}\|", re.ASCII)
 _FUNCTION = re.compile(r"[A-Za-z]\([A-Za-z]\)")
-_LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?", re.ASCII)
+_LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?|-? ?\\infty", re.ASCII)
 _WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*\)?")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]|^no$", re.IGNORECASE)
 _UNIT = re.compile(r'(.*?[^ ]) ?((?:"[^"]*"|(?<=[ })])[A-Za-z]{2,})(?: ?\^\{[23]\})?)')
@@ -101,12 +101,12 @@ def read(text: str) -> Form:
         rows = [[read(cell.strip()) for cell in row.split("&")] for row in matrix[2].split("\\\\")]
         return Group("matrix", tuple(Group("row", tuple(row)) for row in rows))
     if text == r"\mathbb{R}":
-        return Group("()", (Expression(r"-\infty"), Expression(r"\infty")))
+        return Group("()", (Words(r"-\infty"), Words(r"\infty")))
     unit = _UNIT.fullmatch(text)
     name = unit_of(unit[2]) if unit else None
     if unit and name:
         text = unit[1]
-    expression.latex(text)
+    expression.check(text)
     return Expression(text, name or "")
 
 
