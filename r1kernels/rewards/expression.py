@@ -17,9 +17,9 @@ from fractions import Fraction
 from typing import Any
 
 POINTS, DIGITS = 3, (60, 120)
-# Limits: brackets in brackets, the cost of all tokens, the bits of a fraction and of the exponent of another number, and
-# the arguments of functions and factorials.
-DEPTH, COST, BITS, EXPONENT_BITS, ARGUMENT, FACTORIAL = 8, 400, 20_000, 2**21, 2**20, 3000
+# Limits: brackets in brackets, the cost of all tokens, the bits of a fraction, the exponent (of two) of another number,
+# and the arguments of functions and factorials.
+DEPTH, COST, BITS, EXPONENT, ARGUMENT, FACTORIAL = 8, 400, 20_000, 2**14, 10**6, 3000
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|omega|Delta|Omega"
 NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
@@ -28,15 +28,15 @@ _NUMBER = re.compile(r"(?:0(?!\d)|[1-9]\d*)(?:\.\d+)?|\.\d+", re.ASCII)
 _TOKEN = re.compile(rf"{NAME}|{_NUMBER.pattern}|\\[A-Za-z]+|[^ ]", re.ASCII)
 # `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x`, `1/2/3`, `2^2^3` and `3!!` have two readings too.
 _AMBIGUOUS = re.compile(
-    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^|! ?!", re.ASCII
+    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^|! ?!", re.ASCII
 )
 _TRIGONOMETRIC = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
 _FUNCTIONS = (*_TRIGONOMETRIC, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
-_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 50, r"\binom": 50}
+_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 100}
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
-_BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, r"\times": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+_BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
 
 Value = Any  # a Fraction, or a list of samples
 
@@ -46,23 +46,23 @@ def names(text: str) -> frozenset[str]:
     return frozenset(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-def check(text: str) -> None:
-    """Raises ValueError or ArithmeticError when no value can be computed."""
-    _Reader(text, "")
+def read(text: str) -> tuple[Value, bool]:
+    """The value of an expression, and whether it leaves a calculation undone.
 
-
-def is_equal(answer: str, reference: str) -> bool:
-    """Whether two expressions have equal values. Only where the reference does may the answer leave a calculation undone.
-
-    A calculation is a sum, product or power of rational numbers, or a factorial or absolute value of one.
+    That is a sum, product or power of rational numbers, or a factorial or absolute value of one.
     """
-    one, other = (_Reader(text, repr((answer, reference))) for text in (answer, reference))
-    return (other.undone or not one.undone) and _is_same(one.value, other.value)
+    reader = _Reader(text, "")
+    return reader.value, reader.undone
 
 
-def is_multiple(answer: str, reference: str) -> bool:
+def is_equal(*texts: str) -> bool:
+    """Whether two expressions have equal values."""
+    return _is_same(*(_Reader(text, repr(texts)).value for text in texts))
+
+
+def is_multiple(*texts: str) -> bool:
     """Whether one expression is a constant times the other, so that both are zero at the same points."""
-    one, other = (_samples(_Reader(text, repr((answer, reference))).value) for text in (answer, reference))
+    one, other = (_samples(_Reader(text, repr(texts)).value) for text in texts)
     if _is_same(one, Fraction(0)) or _is_same(other, Fraction(0)):
         return False
     ratios = _compute(operator.truediv, one, other)
@@ -134,7 +134,7 @@ class _Reader:
         """The result of an operator. Notes whether it is a calculation with rational numbers."""
         numbers = [_rational(value) for value in values]
         first, last = numbers[0], numbers[-1]
-        if sign in ("+", "-", r"\cdot", r"\times"):
+        if sign in ("+", "-", r"\cdot"):
             self.undone |= 0 in numbers or None not in numbers
         elif sign == "/":
             self.undone |= last is not None and not isinstance(values[1], _Whole)
@@ -205,8 +205,8 @@ class _Reader:
         if name in ("e", r"\pi"):
             return [+(context.e if name == "e" else context.pi) for context in contexts]
         digests = [hashlib.sha256(f"{self.seed} {name} {point}".encode()).digest() for point in range(POINTS)]
-        numerators = [(-1) ** digest[0] * (20_000 + int.from_bytes(digest[1:3], "big")) for digest in digests]
-        return [context.mpf(numerators[index // 2]) / 30_011 for index, context in enumerate(contexts)]
+        numerators = [(-1) ** digest[0] * (260_000 + int.from_bytes(digest[1:3], "big")) for digest in digests]
+        return [context.mpf(numerators[index // 2]) / 300_007 for index, context in enumerate(contexts)]
 
 
 # Computing with values
@@ -244,7 +244,7 @@ def _size(number: Any) -> float:
 
 
 def _checked(number: Any) -> Any:
-    if _size(number) <= (BITS if isinstance(number, Fraction) else EXPONENT_BITS):
+    if _size(number) <= (BITS if isinstance(number, Fraction) else EXPONENT):
         return number
     raise ValueError("a value is undefined, or too large to compute")
 
@@ -266,7 +266,7 @@ def _power(base: Value, exponent: Value) -> Value:
     """The principal value, but the real root of a negative number where there is one."""
     exact = isinstance(base, Fraction) and _is_whole(exponent)
     numbers = [(base, exponent)] if exact else zip(_samples(base), _samples(exponent), strict=True)
-    if any((_size(number) + 1) * abs(power) > (BITS if exact else EXPONENT_BITS) for number, power in numbers):
+    if any((_size(number) + 1) * abs(power) > (BITS if exact else EXPONENT) for number, power in numbers):
         raise ValueError("a power is too large to compute")
     if _is_whole(exponent):
         return _compute(lambda number: number**exponent.numerator, base)
@@ -297,7 +297,6 @@ _OPERATIONS = {
     "+": functools.partial(_compute, operator.add),
     "-": functools.partial(_compute, operator.sub),
     r"\cdot": functools.partial(_compute, operator.mul),
-    r"\times": functools.partial(_compute, operator.mul),
     "/": functools.partial(_compute, operator.truediv),
     "|": functools.partial(_compute, abs),
     "!": functools.partial(_call, "factorial"),

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Hashable
 
 from . import expression
-from .forms import Equation, Expression, Form, Group, Number, Words, expressions, is_function, names, read
+from .forms import Equation, Form, Group, Quantity, Words, is_function, names, read
 from .notation import normal
 
 # An answer may be this much longer than its reference.
@@ -68,23 +68,26 @@ def _same(given: Form, expected: Form) -> bool:
         return _same_equation(given, expected)
     if isinstance(given, Equation):
         # `x = 5` answers 5, and so does `5 = 5`; but `x = 2x + 1` must still be solved, and `f(x) = 5` too.
-        unknown = names(expected) | names(Group("list", given.sides))
+        unknown = names(expected, *given.sides)
         named = given.name not in unknown and (bool(unknown) or not is_function(given.name))
         return named and all(_same(side, expected) for side in given.sides)
-    if isinstance(expected, Words):
-        return isinstance(given, Words | Expression) and given.text.casefold() == expected.text.casefold()
-    if isinstance(given, Words):
-        return isinstance(expected, Expression) and given.text == expected.text
     if isinstance(expected, Group):
         return isinstance(given, Group) and given.kind == expected.kind and _same_items(given, expected)
-    if isinstance(given, Group) or (given.unit and expected.unit and given.unit != expected.unit):
+    if isinstance(given, Group):
         return False
-    if isinstance(given, Number) and isinstance(expected, Number):
-        # 50% is the number 50 as well as 0.5: problems ask for either.
-        fractions = [form.value / 100 if form.percent else form.value for form in (given, expected)]
-        return given.value == expected.value or (given.percent != expected.percent and fractions[0] == fractions[1])
-    (one,), (other,) = expressions(given), expressions(expected)
-    return one == other or expression.is_equal(one, other)
+    if isinstance(given, Words) or isinstance(expected, Words):
+        return given.text.casefold() == expected.text.casefold()
+    return _same_quantity(given, expected)
+
+
+def _same_quantity(given: Quantity, expected: Quantity) -> bool:
+    if (given.undone and not expected.undone) or len({given.unit, expected.unit} - {"", "%"}) > 1:
+        return False
+    if given.text == expected.text or expression.is_equal(given.text, expected.text):
+        return True
+    # 50% is the number 50 as well as 0.5: problems ask for either.
+    percents = [rf"\frac{{{form.text}}}{{100}}" if form.unit == "%" else form.text for form in (given, expected)]
+    return [given.unit, expected.unit].count("%") == 1 and expression.is_equal(*percents)
 
 
 def _same_items(given: Group, expected: Group) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from importlib import resources
 
 from .text import INVISIBLE
 
@@ -39,8 +40,8 @@ _REWRITTEN = [(re.compile(pattern, re.ASCII), written) for pattern, written in (
     # One name for each command.
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\(le|ge)(?:q|qslant)(?![A-Za-z])", r"\\\1"),
     (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), ("<=", r"\\le "), (">=", r"\\ge "),
-    (r"\\(?:varnothing|emptyset)(?![A-Za-z])|\\\{ ?\\\}", '"empty set"'),
-    (r"\^ ?\\circ(?![A-Za-z])|\^ ?\{ ?\\circ ?\}", '"degree"'), (r"\*\*", "^"), (r"\*", r"\\cdot "),
+    (r"\\(?:varnothing|emptyset)(?![A-Za-z])|\\\{ ?\\\}", '"empty set"'), (r"\\mathbb ?\{R\}", r"(-\\infty,\\infty)"),
+    (r"\^ ?\\circ(?![A-Za-z])|\^ ?\{ ?\\circ ?\}", '"degree"'), (r"\*\*", "^"), (r"\*|\\times(?![A-Za-z])", r"\\cdot "),
     (r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])", r"\\\1"),
     # Braces around every argument.
     (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"), (r"(?:\\sqrt|√) ?\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -53,15 +54,19 @@ _REWRITTEN = [(re.compile(pattern, re.ASCII), written) for pattern, written in (
 )]  # fmt: skip
 _SAYS = re.compile(r"(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:) ?|(?:正确|最终)?答案(?:是|为|:) ?)", re.I)
 
+_LINES = [line.split() for line in resources.files(__package__).joinpath("units.txt").read_text("utf-8").splitlines()]
+_UNITS = {name: line[0] for line in _LINES if line and line[0] not in ("#", "not") for name in line}
+_NO_UNITS = {name for line in _LINES if line[:1] == ["not"] for name in line}
+_NOUN = re.compile(r"(?!.*(?:th|rd|s|ing|ly|ward)s$)[a-z]{3,20}s")
+_UNIT = re.compile(r"(?:(square|sq|cubic) )?([^ ^{}]+) ?(?:\^\{([23])\})?")
+
 
 def normal(text: str) -> str:
     """The text in the one notation."""
     text = text.translate(_TABLE).strip()
     if text.isascii() and text.isdecimal():
         return text
-    if says := _SAYS.match(text):
-        text = text[says.end() :]
-    text = _without_stop(text)
+    text = _without_stop(text[says.end() :] if (says := _SAYS.match(text)) else text)
     for pattern, written in _REWRITTEN:
         text = pattern.sub(written, text)
     return _without_stop(text)
@@ -71,41 +76,18 @@ def _without_stop(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
-# The first name of each is its spelling here. A name with -s at its end is the same unit.
-_NAMES = """
-m=meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre=公里 in=inch=inches ft=foot=feet
-yd=yard mi=mile s=sec=second=秒 min=minute=分钟 h=hr=hour=小时 day=天 week month year=年 g=gram=克 kg=kilogram
-mg=milligram lb=pound oz=ounce ton L=l=liter=litre mL=ml=milliliter=millilitre gallon cup mph N=newton J=joule W=watt
-V=volt Pa=pascal Hz=hertz rad=radian degree degree_C degree_F dollar=$=USD cent euro=€=EUR sterling=£ yen=¥ yuan=元
-rupee=₹ person=people=人 child=children man=men woman=women unit=个=個=名=只=本=张=条=件
-"""
-_UNITS = {name: names.partition("=")[0] for names in _NAMES.split() for name in names.split("=")}
-# Words in -s that are no units: they change the number, deny it, or are no nouns.
-_NO_UNIT = re.compile(
-    r"\w+(?:ths|rds|ss|ings|lys|wards)|halves|quarters|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|"
-    r"dozens|scores|pairs|couples|grosses|hundreds|thousands|[mb]illions|trillions|lakhs|crores|times|plus|minus|versus|"
-    r"is|was|has|as|this|its|his|does|squares|cubes|roots|powers|multiples|factors|doubles|triples|opposites|inverses|"
-    r"reciprocals|negatives|perhaps|guess|yes|else|others|unless|besides|percents|exceeds|equals|adds|subtracts|divides|"
-    r"multiplies|means|lies|fails|cos|abs|logs|exponents|factorials|bases|mods|always|sometimes"
-)
-_UNIT = re.compile(r"(?:(square|sq|cubic) )?([^ ^{}]+) ?(?:\^\{([23])\})?")
-
-
 def unit_of(text: str) -> str | None:
     """The unit in one spelling (`"square inches"` is `in^2`), empty for none; None when the text is no unit.
 
-    A unit is a name of the table, or the plural of a noun such as `apples`.
+    A unit is a name of units.txt, or the plural of a noun such as `apples`.
     """
     text = re.sub(r"degree ([CF])", r"degree_\1", " ".join(text.replace('"', " ").split()))
     found = []
     for part in re.split(r" ?/ ?| per ", text) if text else ():
-        match = _UNIT.fullmatch(part)
-        if match is None:
+        power, name, exponent = match.groups() if (match := _UNIT.fullmatch(part)) else ("", "", "")
+        noun = name if _NOUN.fullmatch(name) and name not in _NO_UNITS else None
+        unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or noun
+        if unit is None:
             return None
-        name = _UNITS.get(match[2]) or _UNITS.get(match[2].removesuffix("s"))
-        if not name and re.fullmatch(r"[a-z]{3,20}s", match[2]) and not _NO_UNIT.fullmatch(match[2]):
-            name = match[2]
-        if not name:
-            return None
-        found.append(name + (match[3] or {"square": "2", "sq": "2", "cubic": "3"}.get(match[1] or "", "")))
+        found.append(unit + (exponent or {"square": "2", "sq": "2", "cubic": "3"}.get(power, "")))
     return "/".join(found) if len(found) < 3 else None
