@@ -1,8 +1,8 @@
 r"""Expressions in LaTeX: reading them, and whether two are equal. All work is bounded, so that no text takes long.
 
 An expression is computed while it is read. A rational value is an exact fraction. Any other value is a list of samples:
-numbers of mpmath at a few points of the variables, each at two precisions. Texts that are no complete expression, are
-undefined, too large, or have two readings (`1/2x`) raise ValueError or ArithmeticError.
+numbers of mpmath at a few points of the variables, each at two precisions. What is no complete expression, undefined,
+too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
 _NAME = re.compile(NAME, re.ASCII)
 _NUMBER = re.compile(r"(?:0(?!\d)|[1-9]\d*)(?:\.\d+)?|\.\d+", re.ASCII)
 _TOKEN = re.compile(rf"{NAME}|{_NUMBER.pattern}|\\[A-Za-z]+|[^ ]", re.ASCII)
-# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x`, `1/2/3`, `2^2^3` and `3!!` have two readings too.
+# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. The others here have two readings too.
 _AMBIGUOUS = re.compile(
     r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^|! ?!", re.ASCII
 )
-_TRIGONOMETRIC = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
-_FUNCTIONS = (*_TRIGONOMETRIC, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
+_INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
+_FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
 _COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 100}
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
 _BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+_OPERATORS = {"+": operator.add, "-": operator.sub, r"\cdot": operator.mul, "/": operator.truediv}
 
-Value = Any  # a Fraction, or a list of samples
+Value = Fraction | list[Any]
 
 
-def names(text: str) -> frozenset[str]:
+def names(text: str) -> set[str]:
     """The variables of an expression: its letters but e and i."""
-    return frozenset(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
+    return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
 def read(text: str) -> tuple[Value, bool]:
@@ -99,28 +100,32 @@ class _Reader:
         tokens = _TOKEN.findall(text)
         if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
             raise ValueError(f"{text!r} is too long, or has two readings")
-        self.seed, self.text, self.undone = seed, text, False
+        self.text, self.seed, self.undone = text, seed, False
         self.left = ["", *reversed(tokens)]  # what is still to be read
         self.opened = [""]
         self.value = self.expression(0)
         self.expect("")
 
-    def expect(self, token: str) -> None:
-        if self.left[-1] != token:
+    def take(self, *tokens: str) -> str:
+        """Reads the next token if it is one of these."""
+        return self.left.pop() if self.left[-1] in tokens else ""
+
+    def expect(self, *tokens: str) -> str:
+        if self.left[-1] not in tokens:
             raise ValueError(f"{self.left[-1] or 'the end'!r} is out of place in {self.text!r}")
-        self.left.pop()
+        return self.left.pop()
 
     def expression(self, floor: int) -> Value:
         """An operand, and the operators after it that bind more tightly than the floor."""
-        sign = self.left.pop() if floor == 0 and self.left[-1] in ("+", "-") else ""
+        sign = self.take("+", "-") if floor == 0 else ""
         value = self.expression(SUM) if sign else self.operand()
         value = _compute(operator.neg, value) if sign == "-" else value
         while (binding := _BINDING.get(self.left[-1], PRODUCT * self.at_operand())) > floor:
-            sign = self.left.pop() if self.left[-1] in _BINDING else r"\cdot"
+            sign = self.take(*_BINDING) or r"\cdot"
             if sign == "!":
-                value = self.applied(sign, value)
+                value = self.unary(functools.partial(_call, "factorial"), value)
             else:
-                value = self.applied(sign, value, self.bracket("{") if sign == "^" else self.expression(binding))
+                value = self.binary(sign, value, self.bracket("{") if sign == "^" else self.expression(binding))
         return value
 
     def at_operand(self) -> bool:
@@ -130,27 +135,28 @@ class _Reader:
             return self.opened[-1] != "|"
         return bool(_NAME.fullmatch(token)) or (token[:1] in ("\\", "(", "{") and token not in _BINDING)
 
-    def applied(self, sign: str, *values: Value) -> Value:
-        """The result of an operator. Notes whether it is a calculation with rational numbers."""
-        numbers = [_rational(value) for value in values]
-        first, last = numbers[0], numbers[-1]
-        if sign in ("+", "-", r"\cdot"):
-            self.undone |= 0 in numbers or None not in numbers
-        elif sign == "/":
-            self.undone |= last is not None and not isinstance(values[1], _Whole)
-        elif sign == "^":
-            reciprocal = last == -1 and isinstance(values[0], _Whole)
-            self.undone |= first is not None and _is_whole(values[1]) and not reciprocal
+    def unary(self, operation: Callable[[Value], Value], value: Value) -> Value:
+        self.undone |= _rational(value) is not None
+        return operation(value)
+
+    def binary(self, sign: str, one: Value, other: Value) -> Value:
+        first, second = _rational(one), _rational(other)
+        if sign == "^":
+            reciprocal = second == -1 and isinstance(one, _Whole)
+            self.undone |= first is not None and _is_whole(other) and not reciprocal
+            return _power(one, other)
+        if sign == "/":
+            self.undone |= second is not None and not isinstance(other, _Whole)
         else:
-            self.undone |= first is not None
-        return _OPERATIONS[sign](*values)
+            self.undone |= 0 in (first, second) or None not in (first, second)
+        return _compute(_OPERATORS[sign], one, other)
 
     def operand(self) -> Value:
         token = self.left[-1]
-        if token and token in "({":
+        if token in ("(", "{"):
             return self.bracket(token)
         if token == "|":
-            return self.applied("|", self.bracket("|"))
+            return self.unary(functools.partial(_compute, abs), self.bracket("|"))
         self.left.pop()
         if _NUMBER.fullmatch(token):
             return _Whole(token) if token.isdecimal() else Fraction(token)
@@ -161,55 +167,40 @@ class _Reader:
         if token == r"\sqrt":
             index = self.bracket("[") if self.left[-1] == "[" else Fraction(2)
             return _power(self.bracket("{"), _compute(operator.truediv, Fraction(1), index))
-        if token == r"\frac":
-            return self.applied("/", self.bracket("{"), self.bracket("{"))
-        if token == r"\binom":
-            return _call("binomial", self.bracket("{"), self.bracket("{"))
+        if token in (r"\frac", r"\binom"):
+            one, other = self.bracket("{"), self.bracket("{")
+            return self.binary("/", one, other) if token == r"\frac" else _call("binomial", one, other)
         raise ValueError(f"{token or 'the end'!r} is out of place in {self.text!r}")
 
     def bracket(self, opening: str) -> Value:
-        self.expect(opening)
-        self.opened.append(opening)
+        self.opened.append(self.expect(opening))
         if len(self.opened) > DEPTH + 1:
             raise ValueError(f"{self.text!r} has more than {DEPTH} brackets in brackets")
         value = self.expression(0)
-        self.opened.pop()
-        self.expect(_CLOSES[opening])
+        self.expect(_CLOSES[self.opened.pop()])
         return value
 
     def function(self, name: str) -> Value:
         r"""A function. An argument without brackets, as in `\sin 2x`, ends at a sign or at another function."""
-        base, exponent = Fraction(10), Fraction(1)
-        if name == r"\log" and self.left[-1] == "_":
-            self.left.pop()
-            base = self.bracket("{")
-        if self.left[-1] == "^":
-            self.left.pop()
-            exponent = self.bracket("{")
-        if exponent == -1 and name in _TRIGONOMETRIC:
+        base = self.bracket("{") if name == r"\log" and self.take("_") else Fraction(10)
+        exponent = self.bracket("{") if self.take("^") else Fraction(1)
+        if exponent == -1 and name in _INVERTIBLE:
             name, exponent = rf"\arc{name[1:]}", Fraction(1)
-        if self.left[-1] in ("(", "{", "|"):
-            argument = self.operand()
-        else:
-            argument = self.expression(PRODUCT) if self.left[-1] not in _FUNCTIONS else self.bracket("{")
-            while self.at_operand() and self.left[-1] not in _FUNCTIONS:
-                argument = _compute(operator.mul, argument, self.expression(PRODUCT))
+        bracketed = self.left[-1] in ("(", "{", "|")
+        argument = self.operand() if bracketed else self.expression(PRODUCT)
+        while not bracketed and self.at_operand() and self.left[-1] not in _FUNCTIONS:
+            argument = _compute(operator.mul, argument, self.expression(PRODUCT))
         arguments = (argument, base) if name == r"\log" else (argument,)
         return _power(_call(name[1:].replace("arc", "a"), *arguments), exponent)
 
     def named(self, name: str) -> Value:
         """The samples of a constant, or of a variable. Its points depend on the seed."""
         contexts = _contexts()
-        if name == "i":
-            return [context.mpc(0, 1) for context in contexts]
-        if name in ("e", r"\pi"):
-            return [+(context.e if name == "e" else context.pi) for context in contexts]
-        digests = [hashlib.sha256(f"{self.seed} {name} {point}".encode()).digest() for point in range(POINTS)]
-        numerators = [(-1) ** digest[0] * (260_000 + int.from_bytes(digest[1:3], "big")) for digest in digests]
-        return [context.mpf(numerators[index // 2]) / 300_007 for index, context in enumerate(contexts)]
-
-
-# Computing with values
+        if name in ("e", "i", r"\pi"):
+            return [{"e": +context.e, "i": context.mpc(0, 1)}.get(name, +context.pi) for context in contexts]
+        digests = [hashlib.sha256(f"{self.seed} {name} {point}".encode()).hexdigest() for point in range(POINTS)]
+        numbers = [(-1) ** int(digest[0], 16) * (260_000 + int(digest[1:5], 16)) for digest in digests]
+        return [context.mpf(number) / 300_007 for number in numbers for context in contexts[: len(DIGITS)]]
 
 
 @functools.cache
@@ -218,8 +209,7 @@ def _contexts() -> list[Any]:
     import mpmath
 
     contexts = [mpmath.MPContext() for _ in DIGITS]
-    for context, digits in zip(contexts, DIGITS, strict=True):
-        context.dps = digits
+    contexts[0].dps, contexts[1].dps = DIGITS
     return contexts * POINTS
 
 
@@ -264,20 +254,19 @@ def _rational(value: Value) -> Fraction | None:
 
 def _power(base: Value, exponent: Value) -> Value:
     """The principal value, but the real root of a negative number where there is one."""
-    exact = isinstance(base, Fraction) and _is_whole(exponent)
-    numbers = [(base, exponent)] if exact else zip(_samples(base), _samples(exponent), strict=True)
-    if any((_size(number) + 1) * abs(power) > (BITS if exact else EXPONENT) for number, power in numbers):
-        raise ValueError("a power is too large to compute")
-    if _is_whole(exponent):
-        return _compute(lambda number: number**exponent.numerator, base)
-    has_real_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
+    if not (isinstance(base, Fraction) and _is_whole(exponent)):
+        base = _samples(base)
 
-    def raised(number: Any, power: Any) -> Any:
-        if has_real_root and not number.imag and number.real < 0:
-            return (-1) ** exponent.numerator * (-number) ** power
-        return number**power
+    def raised(number: Any, to: Any) -> Any:
+        if (_size(number) + 1) * abs(to) > (BITS if isinstance(number, Fraction) else EXPONENT):
+            raise ValueError("a power is too large to compute")
+        if _is_whole(exponent):
+            return number**exponent.numerator
+        if isinstance(exponent, Fraction) and exponent.denominator % 2 and not number.imag and number.real < 0:
+            return (-1) ** exponent.numerator * (-number) ** to
+        return number**to
 
-    return _compute(raised, _samples(base), _samples(exponent))
+    return _compute(raised, base, exponent)
 
 
 def _call(name: str, *values: Value) -> Value:
@@ -287,18 +276,6 @@ def _call(name: str, *values: Value) -> Value:
             raise ValueError(f"a {name} is undefined, or too large to compute")
         exact = math.factorial if name == "factorial" else math.comb
         return _compute(lambda *numbers: Fraction(exact(*map(int, numbers))), *values)
-    values = tuple(map(_samples, values))
-    if name not in ("ln", "log") and any(abs(number) > ARGUMENT for value in values for number in value):
+    if name not in ("ln", "log") and any(abs(number) > ARGUMENT for value in values for number in _samples(value)):
         raise ValueError(f"an argument of {name} is too large to compute")
-    return _compute(lambda *numbers: getattr(numbers[0].context, name)(*numbers), *values)
-
-
-_OPERATIONS = {
-    "+": functools.partial(_compute, operator.add),
-    "-": functools.partial(_compute, operator.sub),
-    r"\cdot": functools.partial(_compute, operator.mul),
-    "/": functools.partial(_compute, operator.truediv),
-    "|": functools.partial(_compute, abs),
-    "!": functools.partial(_call, "factorial"),
-    "^": _power,
-}
+    return _compute(lambda *numbers: getattr(numbers[0].context, name)(*numbers), *map(_samples, values))
