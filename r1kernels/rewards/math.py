@@ -1,9 +1,8 @@
 r"""Strict answers to mathematical problems: whether an answer equals its reference.
 
 An answer counts when it has one of the forms of docs/answers.md. Anything else is wrong: nothing here guesses what a
-text may mean. `notation.normal` writes a text in one notation, `forms.read` classifies it, and `_same` compares two
-forms. Numbers are exact fractions; `expression` computes and compares the other values. All of it takes a few
-milliseconds at most, whatever the text.
+text may mean. `notation.normal` writes a text in one notation, `forms.read` says which form it has, and `_same` compares
+two forms. That takes a few milliseconds at most, whatever the text.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from .notation import normal
 
 # An answer may be this much longer than its reference.
 MAX_ANSWER = 500
-_UNREADABLE = (ValueError, ArithmeticError, RecursionError)
-_LOCK = threading.Lock()  # mpmath is not made for threads
+_UNREADABLE = (ValueError, ArithmeticError)
+_LOCK = threading.Lock()  # mpmath is not safe in several threads
 
 
 def grade(answer: str, reference: str) -> float | None:
@@ -42,8 +41,6 @@ def grade(answer: str, reference: str) -> float | None:
 def check_reference(reference: str) -> str | None:
     """Why no answer but the same text could equal this reference; None for one that can be read."""
     text = normal(reference)
-    if not text:
-        return "the reference is blank"
     try:
         with _LOCK:
             read(text)
@@ -59,7 +56,7 @@ def spelling(answer: str) -> Hashable:
         with _LOCK:
             form = read(text)
     except _UNREADABLE:
-        return Words(text)
+        return text
     return form.sides[0] if isinstance(form, Equation) and form.name and len(form.sides) == 1 else form
 
 
@@ -71,10 +68,8 @@ def _same(given: Form, expected: Form) -> bool:
         unknown = names(expected, *given.sides)
         named = given.name not in unknown and (bool(unknown) or not is_function(given.name))
         return named and all(_same(side, expected) for side in given.sides)
-    if isinstance(expected, Group):
-        return isinstance(given, Group) and given.kind == expected.kind and _same_items(given, expected)
-    if isinstance(given, Group):
-        return False
+    if isinstance(given, Group) or isinstance(expected, Group):
+        return type(given) is type(expected) and given.kind == expected.kind and _same_items(given, expected)
     if isinstance(given, Words) or isinstance(expected, Words):
         return given.text.casefold() == expected.text.casefold()
     return _same_quantity(given, expected)
@@ -83,11 +78,11 @@ def _same(given: Form, expected: Form) -> bool:
 def _same_quantity(given: Quantity, expected: Quantity) -> bool:
     if (given.undone and not expected.undone) or len({given.unit, expected.unit} - {"", "%"}) > 1:
         return False
-    if given.text == expected.text or expression.is_equal(given.text, expected.text):
+    if expression.is_equal(given.text, expected.text):
         return True
     # 50% is the number 50 as well as 0.5: problems ask for either.
-    percents = [rf"\frac{{{form.text}}}{{100}}" if form.unit == "%" else form.text for form in (given, expected)]
-    return [given.unit, expected.unit].count("%") == 1 and expression.is_equal(*percents)
+    shares = [rf"\frac{{{form.text}}}{{100}}" if form.unit == "%" else form.text for form in (given, expected)]
+    return [given.unit, expected.unit].count("%") == 1 and expression.is_equal(*shares)
 
 
 def _same_items(given: Group, expected: Group) -> bool:
@@ -95,10 +90,9 @@ def _same_items(given: Group, expected: Group) -> bool:
         return False
     if expected.kind not in ("list", "union"):
         return all(map(_same, given.items, expected.items))
-    given_names, expected_names = (
-        {item.name for item in group.items if isinstance(item, Equation)} for group in (given, expected)
-    )
-    if len(given_names) > 1 and not expected_names:
+    if len({item.name for item in given.items if isinstance(item, Equation)}) > 1 and not any(
+        isinstance(item, Equation) for item in expected.items
+    ):
         return False  # `a = 1, b = 2` for 1, 2
     left = list(expected.items)
     for one in given.items:
