@@ -1,8 +1,8 @@
 r"""Strict answers to mathematical problems: whether an answer equals its reference.
 
 An answer counts when it has one of the forms of docs/answers.md. Anything else is wrong: nothing here guesses what a
-text may mean. `notation.normal` writes a text in one notation, `forms.read` says which form it has, and `_same` compares
-two forms. That takes a few milliseconds at most, whatever the text.
+text may mean. `notation.normal` writes a text in one notation, `forms.read` says which form it has, `_same` compares
+two forms. The work is bounded, whatever the text.
 """
 
 from __future__ import annotations

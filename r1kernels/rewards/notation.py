@@ -5,7 +5,6 @@ changes notation only, never meaning. Words in `\text{}` come out in double quot
 and the units are in notation.ini.
 """
 
-# ruff: noqa: RUF001
 from __future__ import annotations
 
 import configparser
