@@ -190,7 +190,8 @@ def test_plain_numbers_need_no_mpmath():
     program = """if True:
         import sys
         from r1kernels.rewards.math import check_reference, grade
-        assert [grade(text, "18") for text in ("18", "36/2", "18.0 apples", r"\\frac{36}{2}", "19", "")] == [1.0] * 4 + [0.0] * 2
+        assert [grade(text, "18") for text in ("18", "36/2", "18.0 apples", r"\\frac{36}{2}")] == [1.0] * 4
+        assert [grade(text, "18") for text in ("19", "", "eighteen")] == [0.0] * 3
         assert grade("50%", "0.5") == 1.0 and check_reference("58,500") is None
         assert "mpmath" not in sys.modules
     """
