@@ -1,11 +1,8 @@
-r"""Expressions: which texts are one, and when two are equal.
+r"""Expressions in LaTeX: reading them, and whether two are equal. All work is bounded, so that no text takes long.
 
-`latex` checks in linear time that a text is a complete expression of the commands listed here, and rewrites it so that
-math-verify's LaTeX parser has nothing to guess: each variable becomes a numbered symbol, each decimal a fraction.
-
-`is_equal` compares what the parser makes of two texts. Rational values are compared exactly, other values to 50
-significant digits, and expressions with variables at a few points, which depend on the two texts. Nothing is expanded
-or simplified, so the work is small. Still it should be done in a process that can be killed.
+An expression is computed while it is read. A rational value is an exact fraction. Any other value is a list of samples:
+numbers of mpmath at a few points of the variables, each at two precisions. What is no complete expression, undefined,
+too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
 """
 
 from __future__ import annotations
@@ -13,188 +10,272 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import operator
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
-if TYPE_CHECKING:
-    import sympy
-
-DIGITS, POINTS = 50, 4
-# How large an answer may be, unless its reference is larger: its brackets in brackets, its bars, the digits of a power,
-# the product of all powers of brackets, its letters and numbers, and constructions whose size is not seen.
-LIMITS = (8, 4, 50_000, 200, 80, 0)
+POINTS, DIGITS = 3, (60, 120)
+# Limits: brackets in brackets, the cost of all tokens, the bits of a fraction, the exponent (of two) of another number,
+# and the arguments of functions and factorials.
+DEPTH, COST, BITS, EXPONENT, ARGUMENT, FACTORIAL = 8, 400, 20_000, 2**14, 10**6, 3000
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|omega|Delta|Omega"
 NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
-_FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![A-Za-z])"
-_TOKEN = re.compile(
-    rf"(?P<name>{NAME})|(?P<number>(?:0(?!\d)|[1-9]\d*)(?:\.\d+)?|\.\d+)|(?P<constant>\\(?:pi|infty)(?![A-Za-z]))"
-    rf"|(?P<function>{_FUNCTION})"
-    r"|(?P<command>\\(?:frac|sqrt|binom)(?![A-Za-z]))|(?P<times>\\(?:cdot|times)(?![A-Za-z])|/)|(?P<plus>[+-])"
-    r"|(?P<open>[({\[])|(?P<close>[)}\]])|(?P<bar>\|)|(?P<mark>[\^_])|(?P<factorial>!)|(?P<space> +)|(?P<other>.)",
-    re.ASCII | re.DOTALL,
-)
-_CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
-# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. `2\frac{1}{3}x`, `1/2/3` and `2^2^3` have two readings too.
+_NAME = re.compile(NAME, re.ASCII)
+_NUMBER = re.compile(r"(?:0(?!\d)|[1-9]\d*)(?:\.\d+)?|\.\d+", re.ASCII)
+_TOKEN = re.compile(rf"{NAME}|{_NUMBER.pattern}|\\[A-Za-z]+|[^ ]", re.ASCII)
+# `1/2x` is read as (1/2)x by some and as 1/(2x) by others. The others here have two readings too.
 _AMBIGUOUS = re.compile(
-    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot|times))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^", re.ASCII
+    r"/ ?(?:\d+|[A-Za-z]) ?(?=[A-Za-z({/]|\\(?!cdot))|\d ?\\frac\{\d+\}\{\d+\}|\^\{[^{}]*\} ?\^|! ?!", re.ASCII
 )
-_LOGARITHM = re.compile(r"\\log_\{(\w+)\} ?(\d+)", re.ASCII)
+_INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
+_FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
+_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 100}
+_CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
+# How tightly operators bind. Factors without a sign between them bind like \cdot.
+SUM, PRODUCT, POWER = 1, 2, 3
+_BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
+_OPERATORS = {"+": operator.add, "-": operator.sub, r"\cdot": operator.mul, "/": operator.truediv}
+
+Value = Fraction | list[Any]
 
 
-def names(text: str) -> frozenset[str]:
+def names(text: str) -> set[str]:
     """The variables of an expression: its letters but e and i."""
-    return frozenset(match[0] for match in _TOKEN.finditer(text) if match["name"]) - {"e", "i"}
+    return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-@functools.lru_cache(maxsize=4096)
-def latex(text: str) -> str:
-    """The text for the parser. ValueError when it is no complete expression of the listed commands."""
-    if _AMBIGUOUS.search(text):
-        raise ValueError(f"{text!r} has two readings; expected brackets that say which one is meant")
-    written: list[str] = []
-    closing: list[str] = []  # the brackets that must still come
-    ended, previous = False, ""  # whether an operand ends here, and the kind of the last token
-    for match in _TOKEN.finditer(_LOGARITHM.sub(r"\\log_{\1}{\2}", text)):
-        kind, token = match.lastgroup or "", match[0]
-        if kind == "space":
-            continue
-        if kind == "bar":
-            kind = "close" if ended and closing[-1:] == ["|"] else "open"
-        if (
-            kind == "other"
-            or (kind in ("times", "factorial", "close") and not ended)
-            or (token == "^" and not ended and previous != "function")
-            or (token == "_" and written[-1:] != [r"\log"])
-            or (kind == "plus" and previous in ("plus", "times", "function"))
-            or (kind == "number" and ended)
-            or (kind == previous == "factorial")
-            or (previous in ("command", "mark") and token not in "{[")
-            or (token == "[" and previous != "command")
-            or (kind == "close" and (not closing or closing.pop() != token))
-        ):
-            raise ValueError(f"{token!r} is out of place in {text!r}")
-        if kind == "open":
-            closing.append(_CLOSES[token])
-        ended, previous = kind in ("name", "number", "constant", "close", "factorial"), kind
-        if kind == "name":
-            token = _symbol(token)
-        elif kind == "number" and "." in token:
-            token = rf"(\frac{{{int(token.replace('.', ''))}}}{{{10 ** len(token.partition('.')[2])}}})"
-        written.append(token)
-    if closing or not ended:
-        raise ValueError(f"{text!r} is not complete")
-    return " ".join(written)
+def read(text: str) -> tuple[Value, bool]:
+    """The value of an expression, and whether it leaves a calculation undone.
+
+    That is a sum, product or power of rational numbers, or a factorial or absolute value of one.
+    """
+    reader = _Reader(text, "")
+    return reader.value, reader.undone
 
 
-def _symbol(name: str) -> str:
-    return "x_{" + "".join(f"{ord(char):03}" for char in name) + "}"
+def is_equal(*texts: str) -> bool:
+    """Whether two expressions have equal values."""
+    return _is_same(*(_Reader(text, repr(texts)).value for text in texts))
 
 
-# Towers of powers, factorials of large numbers, binomials of what is not plain, functions of functions.
-_UNSEEN = re.compile(
-    r"\^\{[^{}]*(?:[^A-Za-z{}]\^|\^\{[^{}]*\^)|\d{5}!|[)}|]!|\\binom(?!\{\w{1,4}\}\{\w{1,4}\})"
-    rf"|{_FUNCTION}(?=[ ({{]*{_FUNCTION})",
-    re.ASCII,
-)
-_POWER = re.compile(r"([)}|]?) ?\^\{[^{}\d]{0,20}(\d+)", re.ASCII)
+def is_multiple(*texts: str) -> bool:
+    """Whether one expression is a constant times the other, so that both are zero at the same points."""
+    one, other = (_samples(_Reader(text, repr(texts)).value) for text in texts)
+    if _is_same(one, Fraction(0)) or _is_same(other, Fraction(0)):
+        return False
+    ratios = _compute(operator.truediv, one, other)
+    return _is_same(ratios, ratios[: len(DIGITS)] * POINTS)
 
 
-def too_large(answer: str, reference: str) -> bool:
-    """Whether comparing could take long: a size of the answer exceeds its limit and the reference's size."""
-    return any(map(lambda size, limit, other: size > max(limit, other), _sizes(answer), LIMITS, _sizes(reference)))
+def _is_same(one: Value, other: Value) -> bool:
+    """Whether two fractions are equal, or two lists of samples to 50 digits.
+
+    A difference that is zero shrinks when the precision grows. Any other difference, however small, does not.
+    """
+    if isinstance(one, Fraction) and isinstance(other, Fraction):
+        return one == other
+    tiny = _contexts()[1].mpf(10) ** -50
+    distances = [(abs(a - b), max(abs(a), abs(b))) for a, b in zip(_samples(one), _samples(other), strict=True)]
+    for (rough, rough_size), (fine, fine_size) in zip(distances[::2], distances[1::2], strict=True):
+        shrinks = fine <= max(rough, rough_size * tiny) * tiny
+        if not shrinks or (fine > fine_size * tiny and fine_size > rough_size * tiny):
+            return False
+    return True
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    powers = [(bracket, int(number[:9])) for bracket, number in _POWER.findall(text)]
-    longest = max(map(len, re.findall(r"\d+", text)), default=0)
-    digits = longest * max((power for _, power in powers), default=0)
-    brackets = math.prod(power for bracket, power in powers[:20] if bracket and power)
-    operands = len(re.findall(r"\\[A-Za-z]+|[A-Za-z]|\d+", text))
-    return deepest, text.count("|"), digits, brackets, operands, len(_UNSEEN.findall(text))
+class _Whole(Fraction):
+    """A whole number that is written, not computed."""
+
+    def __neg__(self) -> _Whole:
+        return _Whole(-self.numerator)
 
 
-@functools.lru_cache(maxsize=4096)
-def tree(text: str) -> sympy.Expr:
-    """What math-verify's parser makes of an expression, not evaluated. ValueError when it makes nothing of it."""
-    import sympy
-    from latex2sympy2_extended import latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+class _Reader:
+    """Reads an expression from left to right, by the precedence of its operators."""
 
-    config = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
-    written = latex(text)
-    try:
-        parsed = latex2sympy(written, normalization_config=None, conversion_config=config)
-    except Exception as error:  # the parser raises exceptions of many classes
-        raise ValueError(f"{text!r} cannot be parsed: {error}") from error
-    if not isinstance(parsed, sympy.Expr):
-        raise ValueError(f"{text!r} is no expression")
-    return parsed
+    def __init__(self, text: str, seed: str):
+        tokens = _TOKEN.findall(text)
+        if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
+            raise ValueError(f"{text!r} is too long, or has two readings")
+        self.text, self.seed, self.undone = text, seed, False
+        self.left = ["", *reversed(tokens)]  # what is still to be read
+        self.opened = [""]
+        self.value = self.expression(0)
+        self.expect("")
+
+    def take(self, *tokens: str) -> str:
+        """Reads the next token if it is one of these."""
+        return self.left.pop() if self.left[-1] in tokens else ""
+
+    def expect(self, *tokens: str) -> str:
+        if self.left[-1] not in tokens:
+            raise ValueError(f"{self.left[-1] or 'the end'!r} is out of place in {self.text!r}")
+        return self.left.pop()
+
+    def expression(self, floor: int) -> Value:
+        """An operand, and the operators after it that bind more tightly than the floor."""
+        sign = self.take("+", "-") if floor == 0 else ""
+        value = self.expression(SUM) if sign else self.operand()
+        value = _compute(operator.neg, value) if sign == "-" else value
+        while (binding := _BINDING.get(self.left[-1], PRODUCT * self.at_operand())) > floor:
+            sign = self.take(*_BINDING) or r"\cdot"
+            if sign == "!":
+                value = self.unary(functools.partial(_call, "factorial"), value)
+            else:
+                value = self.binary(sign, value, self.bracket("{") if sign == "^" else self.expression(binding))
+        return value
+
+    def at_operand(self) -> bool:
+        """Whether a factor follows that needs no sign before it: any but a number."""
+        token = self.left[-1]
+        if token == "|":
+            return self.opened[-1] != "|"
+        return bool(_NAME.fullmatch(token)) or (token[:1] in ("\\", "(", "{") and token not in _BINDING)
+
+    def unary(self, operation: Callable[[Value], Value], value: Value) -> Value:
+        self.undone |= _rational(value) is not None
+        return operation(value)
+
+    def binary(self, sign: str, one: Value, other: Value) -> Value:
+        first, second = _rational(one), _rational(other)
+        if sign == "^":
+            reciprocal = second == -1 and isinstance(one, _Whole)
+            self.undone |= first is not None and _is_whole(other) and not reciprocal
+            return _power(one, other)
+        if sign == "/":
+            self.undone |= second is not None and not isinstance(other, _Whole)
+        else:
+            self.undone |= 0 in (first, second) or None not in (first, second)
+        return _compute(_OPERATORS[sign], one, other)
+
+    def operand(self) -> Value:
+        token = self.left[-1]
+        if token in ("(", "{"):
+            return self.bracket(token)
+        if token == "|":
+            return self.unary(functools.partial(_compute, abs), self.bracket("|"))
+        self.left.pop()
+        if _NUMBER.fullmatch(token):
+            return _Whole(token) if token.isdecimal() else Fraction(token)
+        if token == r"\pi" or _NAME.fullmatch(token):
+            return self.named(token)
+        if token in _FUNCTIONS:
+            return self.function(token)
+        if token == r"\sqrt":
+            index = self.bracket("[") if self.left[-1] == "[" else Fraction(2)
+            return _power(self.bracket("{"), _compute(operator.truediv, Fraction(1), index))
+        if token in (r"\frac", r"\binom"):
+            one, other = self.bracket("{"), self.bracket("{")
+            return self.binary("/", one, other) if token == r"\frac" else _call("binomial", one, other)
+        raise ValueError(f"{token or 'the end'!r} is out of place in {self.text!r}")
+
+    def bracket(self, opening: str) -> Value:
+        self.opened.append(self.expect(opening))
+        if len(self.opened) > DEPTH + 1:
+            raise ValueError(f"{self.text!r} has more than {DEPTH} brackets in brackets")
+        value = self.expression(0)
+        self.expect(_CLOSES[self.opened.pop()])
+        return value
+
+    def function(self, name: str) -> Value:
+        r"""A function. An argument without brackets, as in `\sin 2x`, ends at a sign or at another function."""
+        base = self.bracket("{") if name == r"\log" and self.take("_") else Fraction(10)
+        exponent = self.bracket("{") if self.take("^") else Fraction(1)
+        if exponent == -1 and name in _INVERTIBLE:
+            name, exponent = rf"\arc{name[1:]}", Fraction(1)
+        bracketed = self.left[-1] in ("(", "{", "|")
+        argument = self.operand() if bracketed else self.expression(PRODUCT)
+        while not bracketed and self.at_operand() and self.left[-1] not in _FUNCTIONS:
+            argument = _compute(operator.mul, argument, self.expression(PRODUCT))
+        arguments = (argument, base) if name == r"\log" else (argument,)
+        return _power(_call(name[1:].replace("arc", "a"), *arguments), exponent)
+
+    def named(self, name: str) -> Value:
+        """The samples of a constant, or of a variable. Its points depend on the seed."""
+        contexts = _contexts()
+        if name in ("e", "i", r"\pi"):
+            return [{"e": +context.e, "i": context.mpc(0, 1)}.get(name, +context.pi) for context in contexts]
+        digests = [hashlib.sha256(f"{self.seed} {name} {point}".encode()).hexdigest() for point in range(POINTS)]
+        numbers = [(-1) ** int(digest[0], 16) * (260_000 + int(digest[1:5], 16)) for digest in digests]
+        return [context.mpf(number) / 300_007 for number in numbers for context in contexts[: len(DIGITS)]]
 
 
-def is_calculation(text: str) -> bool:
-    r"""Whether a calculation with rational numbers is left undone, such as `5+5`, `2 \cdot 3x`, `2^{10}` or `18+0x`."""
-    import sympy
+@functools.cache
+def _contexts() -> list[Any]:
+    """The context of mpmath for each sample. Its precision stays the same."""
+    import mpmath
 
-    def is_rational(node: sympy.Basic) -> bool:
-        return isinstance(node, sympy.Expr) and not node.free_symbols and bool(node.doit().is_Rational)
-
-    for node in sympy.preorder_traversal(tree(text)):
-        numbers = [argument for argument in node.args if is_rational(argument)]
-        if isinstance(node, sympy.Mul):
-            # A division is a fraction, and -1 a sign.
-            numbers = [item for item in numbers if item != -1 and not (item.is_Pow and item.args[1] == -1)]
-        if isinstance(node, sympy.Add | sympy.Mul) and (len(numbers) > 1 or 0 in numbers):
-            return True
-        if isinstance(node, sympy.Pow) and len(numbers) == 2 and numbers[1].is_Integer:
-            reciprocal = numbers[1] == -1 and numbers[0].is_Integer
-            if not reciprocal:
-                return True
-        if isinstance(node, sympy.factorial | sympy.Abs) and numbers:
-            return True
-    return False
+    contexts = [mpmath.MPContext() for _ in DIGITS]
+    contexts[0].dps, contexts[1].dps = DIGITS
+    return contexts * POINTS
 
 
-def is_equal(answer: str, reference: str) -> bool:
-    """Whether two expressions have equal values wherever they have values."""
-    pairs = list(_values(answer, reference))
-    return bool(pairs) and all(_same_value(given, expected) for given, expected in pairs)
+def _compute(operation: Callable[..., Any], *values: Value) -> Value:
+    """The operation on fractions if all values are fractions, else on their samples."""
+    if all(isinstance(value, Fraction) for value in values):
+        return _checked(operation(*values))
+    return [_checked(operation(*numbers)) for numbers in zip(*map(_samples, values), strict=True)]
 
 
-def is_multiple(answer: str, reference: str) -> bool:
-    """Whether one expression is a constant multiple of the other, so that both are zero at the same points."""
-    ratios = [given / expected for given, expected in _values(answer, reference) if expected != 0]
-    return len(ratios) > 1 and ratios[0] != 0 and all(_same_value(ratio, ratios[0]) for ratio in ratios)
+def _samples(value: Value) -> list[Any]:
+    if isinstance(value, Fraction):
+        return [context.mpf(value.numerator) / value.denominator for context in _contexts()]
+    return value
 
 
-def _values(*texts: str) -> Iterator[list[sympy.Expr]]:
-    """The values of the expressions at each point where one of them has a value."""
-    import sympy
-
-    constants = {sympy.Symbol(_symbol("e")): sympy.E, sympy.Symbol(_symbol("i")): sympy.I}
-    trees = [tree(text).subs(constants) for text in texts]
-    variables = sorted(set().union(*(item.free_symbols for item in trees)), key=str)
-    for point in range(POINTS if variables else 1):
-        place = {}
-        for variable in variables:
-            digest = hashlib.sha256(repr((texts, point, str(variable))).encode(errors="replace")).digest()
-            value = sympy.Rational(int.from_bytes(digest[:2], "big") + 20_000, 30_011)
-            place[variable] = -value if (digest[2] + point) % 2 else value
-        values = [item.subs(place).doit() for item in trees]
-        values = [value if value.is_Rational else value.evalf(DIGITS + 10) for value in values]
-        if any(value.is_finite for value in values):
-            yield values
+def _size(number: Any) -> float:
+    """The bits of a fraction, or of the exponent of another number. It is no number for infinity and NaN."""
+    if isinstance(number, Fraction):
+        return max(number.numerator.bit_length(), number.denominator.bit_length())
+    return abs(number.context.mag(number)) if number else 0
 
 
-def _same_value(given: sympy.Expr, expected: sympy.Expr) -> bool:
-    import sympy
+def _checked(number: Any) -> Any:
+    if _size(number) <= (BITS if isinstance(number, Fraction) else EXPONENT):
+        return number
+    raise ValueError("a value is undefined, or too large to compute")
 
-    if (given.is_Rational and expected.is_Rational) or not (given.is_finite and expected.is_finite):
-        return given == expected
-    difference, scale = abs(given - expected), max(abs(given), abs(expected))
-    return bool(difference <= scale * sympy.Rational(1, 10**DIGITS))
+
+def _is_whole(value: Value) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1
+
+
+def _rational(value: Value) -> Fraction | None:
+    r"""The fraction that a value equals. Of samples, only simple fractions are seen, like that of \log_4 8."""
+    if isinstance(value, Fraction):
+        return value
+    scaled, common = value[1] * 720_720, 720_720
+    nearest = scaled.context.nint(scaled.real) if abs(scaled) < 10**20 else 0
+    return Fraction(int(nearest), common) if abs(scaled - nearest) < 1e-40 else None
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    """The principal value, but the real root of a negative number where there is one."""
+    if not (isinstance(base, Fraction) and _is_whole(exponent)):
+        base = _samples(base)
+
+    def raised(number: Any, to: Any) -> Any:
+        if (_size(number) + 1) * abs(to) > (BITS if isinstance(number, Fraction) else EXPONENT):
+            raise ValueError("a power is too large to compute")
+        if _is_whole(exponent):
+            return number**exponent.numerator
+        if isinstance(exponent, Fraction) and exponent.denominator % 2 and not number.imag and number.real < 0:
+            return (-1) ** exponent.numerator * (-number) ** to
+        return number**to
+
+    return _compute(raised, base, exponent)
+
+
+def _call(name: str, *values: Value) -> Value:
+    """A function of mpmath. Factorials and binomials of whole numbers are exact."""
+    if name in ("factorial", "binomial") and all(map(_is_whole, values)):
+        if not all(0 <= value <= FACTORIAL for value in values):
+            raise ValueError(f"a {name} is undefined, or too large to compute")
+        exact = math.factorial if name == "factorial" else math.comb
+        return _compute(lambda *numbers: Fraction(exact(*map(int, numbers))), *values)
+    if name not in ("ln", "log") and any(abs(number) > ARGUMENT for value in values for number in _samples(value)):
+        raise ValueError(f"an argument of {name} is too large to compute")
+    return _compute(lambda *numbers: getattr(numbers[0].context, name)(*numbers), *map(_samples, values))

@@ -1,11 +1,12 @@
-r"""The forms of an answer to a mathematical problem, and reading them.
+r"""The forms of an answer to a mathematical problem, and reading them. docs/answers.md lists them with examples.
 
-`read` says which form a text has: a `Number`, `Words`, an `Expression`, a `Group` (list, tuple, interval, union,
-matrix) or an `Equation`. A text that has none of them raises ValueError. docs/answers.md lists them with examples.
+`read` says which form a text in `normal` notation has: a `Quantity`, `Words`, a `Group` or an `Equation`. A text that
+has none of them raises ValueError or ArithmeticError.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,27 +16,22 @@ from .notation import unit_of
 
 
 @dataclass(frozen=True)
-class Number:
-    """An exact number. `50%` is the number 50 with `percent`."""
+class Quantity:
+    """A number or an expression, perhaps with a unit; "%" is one. The text of a rational number is its exact value.
 
-    value: Fraction
-    percent: bool = False
+    It is `undone` when it leaves a calculation undone, see `expression`.
+    """
+
+    text: str
     unit: str = ""
+    undone: bool = False
 
 
 @dataclass(frozen=True)
 class Words:
-    """A text that must be equal, but for capitals: words, a number in another base, a ratio, a time."""
+    """A text that must be equal, but for capitals: words, a number in another base, a ratio, a time, infinity."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class Expression:
-    r"""A closed form such as `2\sqrt{3}`, or an expression with variables."""
-
-    text: str
-    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,25 +54,23 @@ class Equation:
     difference: str = ""
 
 
-Form = Number | Words | Expression | Group | Equation
-INTERVALS = ("()", "(]", "[)", "[]")
-
+Form = Quantity | Words | Group | Equation
 
 _WHOLE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0)"
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?P<money>[$€£¥₹]?) ?(?:"
     rf"(?:(?P<whole>{_WHOLE})(?: |(?=\\)))?(?:\\frac\{{(?P<over>-?{_WHOLE})\}}\{{(?P<under>[1-9]\d*)\}}"
     rf"|(?P<above>{_WHOLE}) ?/ ?(?P<below>[1-9]\d*))"
-    r"|10\^\{(?P<ten>-?\d{1,4})\}"
+    r"|10\^\{(?P<ten>-?\d{1,3})\}"
     rf"|(?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)(?:\\overline\{{(?P<period>\d+)\}})?"
-    r"(?:[eE](?P<exponent>[+-]?\d{1,4})(?!\d)| ?\\(?:times|cdot) ?10\^\{(?P<power>-?\d{1,4})\})?"
+    r"(?:[eE](?P<exponent>[+-]?\d{1,3})(?!\d)| ?\\cdot ?10\^\{(?P<power>-?\d{1,3})\})?"
     r")(?![\d.,]*\d)",
     re.ASCII,
 )
 _NAME = re.compile(expression.NAME, re.ASCII)
 _BARS = re.compile(rf"\|{expression.NAME}\|", re.ASCII)
 _FUNCTION = re.compile(r"[A-Za-z]\([A-Za-z]\)")
-_LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?", re.ASCII)
+_LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?|-? ?\\infty", re.ASCII)
 _WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*\)?")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]|^no$", re.IGNORECASE)
 _UNIT = re.compile(r'(.*?[^ ]) ?((?:"[^"]*"|(?<=[ })])[A-Za-z]{2,})(?: ?\^\{[23]\})?)')
@@ -87,53 +81,48 @@ _RELATION = re.compile(r":=|=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z])")
 
 
 def read(text: str) -> Form:
-    """The form of a text in `normal` notation; ValueError when it has none of the forms."""
     words = " ".join(text.replace('"', " ").split())
     if number := _read_number(text):
         return number
     if _LITERAL.fullmatch(text):
         return Words(text.replace(" ", ""))
     if _WORDS.fullmatch(words) and ('"' in text or _LONG_WORD.search(words)):
-        return Words(words.strip("()"))
+        return Words(words.strip("()").casefold())
     if form := _read_list(text) or _read_relation(text) or _read_signs(text) or _read_brackets(text):
         return form
     if matrix := _MATRIX.fullmatch(text):
-        rows = [[read(cell.strip()) for cell in row.split("&")] for row in matrix[2].split("\\\\")]
-        return Group("matrix", tuple(Group("row", tuple(row)) for row in rows))
-    if text == r"\mathbb{R}":
-        return Group("()", (Expression(r"-\infty"), Expression(r"\infty")))
-    unit = _UNIT.fullmatch(text)
-    name = unit_of(unit[2]) if unit else None
-    if unit and name:
-        text = unit[1]
-    expression.latex(text)
-    return Expression(text, name or "")
+        rows = [tuple(read(cell.strip()) for cell in row.split("&")) for row in matrix[2].split("\\\\")]
+        return Group("matrix", tuple(Group("row", row) for row in rows))
+    parts = _UNIT.fullmatch(text)
+    unit = unit_of(parts[2]) if parts else ""
+    text = parts[1] if parts and unit else text
+    value, undone = expression.read(text)
+    return Quantity(_written(value) or text, unit or "", undone)
 
 
-def _read_number(text: str) -> Number | None:
+def _written(value: expression.Value) -> str:
+    """A short fraction as text, nothing for other values."""
+    return str(value) if isinstance(value, Fraction) and max(map(abs, value.as_integer_ratio())) < 10**3000 else ""
+
+
+def _read_number(text: str) -> Quantity | None:
     match = _NUMBER.match(text)
-    if match is None:
-        return None
-    rest = text[match.end() :]
-    percent = rest.strip() in ("%", "percent", '"percent"')
-    unit = "" if percent else unit_of(rest)
+    rest = text[match.end() :] if match else ""
+    unit = unit_of(rest)
     # `5m` may be a product, so that a unit of one letter needs a space.
-    if unit is None or (len(rest) == 1 and rest.isascii() and rest.isalpha()):
+    if match is None or unit is None or (len(rest) == 1 and rest.isascii() and rest.isalpha()):
         return None
     part = {name: (found or "").replace(",", "") for name, found in match.groupdict().items()}
-    if part["over"] or part["above"]:
-        value = Fraction(int(part["over"] or part["above"]), int(part["under"] or part["below"]))
+    value = Fraction(part["decimal"] or part["over"] or part["above"] or "1")
+    if under := part["under"] or part["below"]:
+        value /= int(under)
         if part["whole"] and not 0 < value < 1:
             return None
         value += int(part["whole"] or 0)
-    elif part["ten"]:
-        value = Fraction(10) ** int(part["ten"])
-    else:
-        value = Fraction(part["decimal"])
-        if period := part["period"]:
-            value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(part["decimal"].partition(".")[2]))
-        value *= Fraction(10) ** int(part["exponent"] or part["power"] or 0)
-    return Number(-value if part["sign"] == "-" else value, percent, unit or unit_of(part["money"]) or "")
+    if period := part["period"]:
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(part["decimal"].partition(".")[2]))
+    value *= Fraction(10) ** sum(int(part[name] or 0) for name in ("exponent", "power", "ten"))
+    return Quantity(str(-value if part["sign"] == "-" else value), unit or unit_of(part["money"]) or "")
 
 
 def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
@@ -147,12 +136,14 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]
             start = position = match.end()
         else:
             position += 1
+        if depth > expression.DEPTH:
+            raise ValueError(f"it has more than {expression.DEPTH} brackets in brackets")
     return [*parts, text[start:].strip()], found
 
 
 def _read_list(text: str) -> Form | None:
     parts, separators = _split(text, _SEPARATOR)
-    if len(parts) == 1:
+    if not separators:
         return None
     items: list[Form] = []
     for part in parts:
@@ -160,14 +151,14 @@ def _read_list(text: str) -> Form | None:
         # `1 \pm 2` within a list is two of its items, but a set is one.
         several = isinstance(form, Group) and form.kind == "list" and part[:2] != r"\{"
         items += form.items if several else [form]
-    ranges = [item for item in items if isinstance(item, Equation) and _is_interval(item.sides[0])]
+    ranges = [item for item in items if isinstance(item, Equation) and is_interval(item.sides[0])]
     if len(ranges) == len(items) and set(separators) == {"or"} and len({item.name for item in ranges}) == 1:
         return Equation(ranges[0].name, (Group("union", tuple(item.sides[0] for item in ranges)),))
     return Group("list", tuple(items))
 
 
-def _is_interval(form: Form) -> bool:
-    return isinstance(form, Group) and form.kind in INTERVALS and len(form.items) == 2
+def is_interval(form: Form) -> bool:
+    return isinstance(form, Group) and form.kind[0] in "([" and len(form.items) == 2
 
 
 def _read_relation(text: str) -> Form | None:
@@ -178,24 +169,22 @@ def _read_relation(text: str) -> Form | None:
     if set(relations) <= {"=", ":="}:
         if len(sides) == 2 and _BARS.fullmatch(sides[0]):
             return read(rf"\pm {sides[1]}")
-        named[0] = named[0] or (not any(named) and bool(_FUNCTION.fullmatch(sides[0])))
+        named[0] |= not any(named) and is_function(sides[0])
         difference = f"{sides[0]}-({sides[1]})" if len(sides) == 2 else ""
         name = sides.pop(named.index(True)) if any(named) else ""
         return Equation(name, tuple(map(read, sides)), difference)
     if relations == [r"\in"] and named[0]:
         return Equation(sides[0], (read(sides[1]),))
     if set(relations) <= {">", r"\ge"}:
-        sides, relations, named = sides[::-1], relations[::-1], named[::-1]
-    closed = [relation in (r"\le", r"\ge") for relation in relations]
+        sides, relations, named = sides[::-1], [{">": "<"}.get(one, r"\le") for one in relations[::-1]], named[::-1]
     if len(sides) == 2:
         place, end = (0, r"-\infty") if named[0] else (2, r"\infty")
         sides.insert(place, end)
-        closed.insert(place, False)
-    if len(sides) != 3 or sum(named) != 1 or not _NAME.fullmatch(sides[1]):
-        raise ValueError(f"{text!r} is no inequality of the listed forms")
-    if not (set(relations) <= {">", r"\ge"} or set(relations) <= {"<", r"\le"}):
+        relations.insert(place, "<")
+    if not set(relations) <= {"<", r"\le"} or len(sides) != 3 or sum(named) != 1 or not _NAME.fullmatch(sides[1]):
         raise ValueError(f"{text!r} is no relation of the listed forms")
-    return Equation(sides[1], (Group("(["[closed[0]] + ")]"[closed[1]], (read(sides[0]), read(sides[2]))),))
+    kind = "(["[relations[0] == r"\le"] + ")]"[relations[1] == r"\le"]
+    return Equation(sides[1], (Group(kind, (read(sides[0]), read(sides[2]))),))
 
 
 def _read_signs(text: str) -> Form | None:
@@ -212,23 +201,19 @@ def _read_brackets(text: str) -> Form | None:
     if text.startswith(r"\{") and text.endswith(r"\}"):
         return _read_list(text[2:-2]) or read(text[2:-2])
     kind = text[:1] + text[-1:]
-    if kind not in ("{}", *INTERVALS) or not _is_one_bracket(text):
+    if kind not in ("{}", "()", "(]", "[)", "[]") or not _is_one_bracket(text):
         return None
     inner, commas = _split(text[1:-1], _COMMA)
-    if not commas and kind in ("{}", "()"):
-        return read(inner[0])
-    if not commas or kind == "{}":
+    if commas and kind != "{}":
+        return Group(kind, tuple(map(read, inner)))
+    if commas or kind not in ("{}", "()"):
         raise ValueError(f"{text!r} is no tuple or interval")
-    return Group(kind, tuple(map(read, inner)))
+    return read(inner[0])
 
 
 def _is_one_bracket(text: str) -> bool:
-    depth = 0
-    for position, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return position == len(text) - 1
-    return False
+    depths = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
+    return 0 not in list(depths)[:-1]
 
 
 def is_function(name: str) -> bool:
@@ -236,16 +221,10 @@ def is_function(name: str) -> bool:
     return bool(_FUNCTION.fullmatch(name))
 
 
-def names(form: Form) -> frozenset[str]:
-    """The variables in a form."""
-    return frozenset().union(*(expression.names(text) for text in expressions(form)))
-
-
-def expressions(form: Form) -> list[str]:
-    """What the parser must read to compare a form with an expression."""
-    if isinstance(form, Number):
-        return [rf"{'-' * (form.value < 0)}\frac{{{abs(form.value.numerator)}}}{{{form.value.denominator}}}"]
-    if isinstance(form, Expression):
-        return [form.text]
-    parts = form.items if isinstance(form, Group) else form.sides if isinstance(form, Equation) else ()
-    return [text for part in parts for text in expressions(part)]
+def names(*forms: Form) -> set[str]:
+    """The variables in forms."""
+    found = set()
+    for form in forms:
+        found |= names(*getattr(form, "items", ()), *getattr(form, "sides", ()))
+        found |= expression.names(form.text) if isinstance(form, Quantity) else set()
+    return found

@@ -1,57 +1,36 @@
 r"""One notation for mathematical answers, and their units.
 
 `normal` writes what looks the same in the same way: `\dfrac12`, `½` and `\frac {1} {2}` all become `\frac{1}{2}`. It
-changes notation only, never meaning. Words in `\text{}` come out in double quotes, which have no other use.
+changes notation only, never meaning. Words in `\text{}` come out in double quotes, which have no other use. The rules
+and the units are in notation.ini.
 """
 
-# ruff: noqa: RUF001
 from __future__ import annotations
 
+import configparser
 import re
 import unicodedata
+from importlib import resources
 
 from .text import INVISIBLE
 
-_SYMBOLS = {
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
-    "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ", "θ": r"\theta ",
-    "½": r" \frac{1}{2}", "⅓": r" \frac{1}{3}", "⅔": r" \frac{2}{3}", "¼": r" \frac{1}{4}", "¾": r" \frac{3}{4}",
-    "²": "^{2}", "³": "^{3}", "\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,", "ℝ": r"\mathbb{R}",
-    "，": ",", "。": ".", "’": "'", '"': "\0",
-}  # fmt: skip
+_FILE = configparser.RawConfigParser(delimiters=["=>"], comment_prefixes=["#"])
+_FILE.optionxform = str  # names are case-sensitive
+_FILE.read_string(resources.files(__package__).joinpath("notation.ini").read_text("utf-8").replace("␣", "\0"))
+_SECTIONS = {section: {key.replace("\0", " "): value.replace("\0", " ") for key, value in _FILE.items(section)}
+             for section in _FILE.sections()}  # fmt: skip
 # Full-width characters and the alphabets of mathematics (bold, italic ...) mean the plain ones.
-_SYMBOLS |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
-_SYMBOLS |= {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0x1D400, 0x1D800)}
-_TABLE = INVISIBLE | str.maketrans(_SYMBOLS)
-
-_TEXT = r"\\(?:text|textbf|textit|textrm|mbox|mathrm) ?\{"
-_REWRITTEN = [(re.compile(pattern, re.ASCII), written) for pattern, written in (
-    # Dollars around mathematics go, and dollars of money stay. Other marks around the whole go too.
-    (r"\\\$", "\1"), (r"\$\$?([^$]*)\$\$?", r" \1 "), ("\1", "$"), (r"\\%", "%"),
-    (r"^ ?\\\((.*)\\\) ?$|^ ?\\\[(.*)\\\] ?$|^ ?\*\*(.*)\*\* ?$", r"\1\2\3"),
-    # Groups of thousands, then spaces.
-    (r"(?<=\d)(?:\{,\}|,\\! *|\\[,;:! ]|~)(?=\d{3}(?!\d))", ","), (r"\{,\}", ","),
-    (r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-    (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|\s|(?<=[\d{}])~(?=[A-Za-z\\])", " "),
-    # Letters and words. What has a digit is no word.
-    (r"\\(?:mathrm|rm|text) ?\{ ?([ei]) ?\}", r"\1"), (r"\\(?:mathbf|boldsymbol|mathit) ?\{([^{}]*)\}", r"\1"),
-    (_TEXT + r"(?=[^{}]*\d)([^{}]*)\}", r" \1 "), (_TEXT + r"([^{}]*)\}", r'"\1"'), (r'" ?(or|and) ?"', r" \1 "),
-    # One name for each command.
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\(le|ge)(?:q|qslant)(?![A-Za-z])", r"\\\1"),
-    (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), ("<=", r"\\le "), (">=", r"\\ge "),
-    (r"\\(?:varnothing|emptyset)(?![A-Za-z])|\\\{ ?\\\}", '"empty set"'),
-    (r"\^ ?\\circ(?![A-Za-z])|\^ ?\{ ?\\circ ?\}", '"degree"'), (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])", r"\\\1"),
-    # Braces around every argument.
-    (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"), (r"(?:\\sqrt|√) ?\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\sqrt ?(\d)(?!\d)", r"\\sqrt{\1}"), (r"\\frac ?([\dA-Za-z])(?= ?[\dA-Za-z{])", r"\\frac{\1}"),
-    (r"\\frac ?(\{[^{}]*\}) ?([\dA-Za-z])", r"\\frac\1{\2}"),
-    (r"\^ ?([+-]?\d+|[A-Za-z])", r"^{\1}"), (r"_ ?(\d+|[A-Za-z])", r"_{\1}"),
-    (r"(?<![\w)}.!\]]) ?\+ ?\\infty", r"\\infty"),
-    # Spaces that separate nothing.
-    (r" *(\\?[{}()\[\]]|[;=+]) *", r"\1"), (r" +", " "), (r"^ | $", ""),
-)]  # fmt: skip
+_WIDE = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_STYLED = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0x1D400, 0x1D800)}
+_SPACES = {"\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,", '"': "\0"}
+_TABLE = INVISIBLE | str.maketrans(_WIDE | _STYLED | _SPACES | _SECTIONS["symbols"])
+_RULES = [(re.compile(pattern, re.ASCII), becomes) for pattern, becomes in _SECTIONS["rules"].items()]
 _SAYS = re.compile(r"(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:) ?|(?:正确|最终)?答案(?:是|为|:) ?)", re.I)
+
+_UNITS = {name: unit for unit, others in _SECTIONS["units"].items() for name in (unit, *others.split())}
+_NO_UNITS = set(" ".join(_SECTIONS["no units"].values()).split())
+_NOUN = re.compile(r"(?!.*(?:th|rd|s|ing|ly|ward)s$)[a-z]{3,20}s")
+_UNIT = re.compile(r"(?:(square|sq|cubic) )?([^ ^{}]+) ?(?:\^\{([23])\})?")
 
 
 def normal(text: str) -> str:
@@ -59,11 +38,9 @@ def normal(text: str) -> str:
     text = text.translate(_TABLE).strip()
     if text.isascii() and text.isdecimal():
         return text
-    if says := _SAYS.match(text):
-        text = text[says.end() :]
-    text = _without_stop(text)
-    for pattern, written in _REWRITTEN:
-        text = pattern.sub(written, text)
+    text = _without_stop(text[says.end() :] if (says := _SAYS.match(text)) else text)
+    for pattern, becomes in _RULES:
+        text = pattern.sub(becomes, text)
     return _without_stop(text)
 
 
@@ -71,41 +48,18 @@ def _without_stop(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
-# The first name of each is its spelling here. A name with -s at its end is the same unit.
-_NAMES = """
-m=meter=metre cm=centimeter=centimetre mm=millimeter=millimetre km=kilometer=kilometre=公里 in=inch=inches ft=foot=feet
-yd=yard mi=mile s=sec=second=秒 min=minute=分钟 h=hr=hour=小时 day=天 week month year=年 g=gram=克 kg=kilogram
-mg=milligram lb=pound oz=ounce ton L=l=liter=litre mL=ml=milliliter=millilitre gallon cup mph N=newton J=joule W=watt
-V=volt Pa=pascal Hz=hertz rad=radian degree degree_C degree_F dollar=$=USD cent euro=€=EUR sterling=£ yen=¥ yuan=元
-rupee=₹ person=people=人 child=children man=men woman=women unit=个=個=名=只=本=张=条=件
-"""
-_UNITS = {name: names.partition("=")[0] for names in _NAMES.split() for name in names.split("=")}
-# Words in -s that are no units: they change the number, deny it, or are no nouns.
-_NO_UNIT = re.compile(
-    r"\w+(?:ths|rds|ss|ings|lys|wards)|halves|quarters|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|"
-    r"dozens|scores|pairs|couples|grosses|hundreds|thousands|[mb]illions|trillions|lakhs|crores|times|plus|minus|versus|"
-    r"is|was|has|as|this|its|his|does|squares|cubes|roots|powers|multiples|factors|doubles|triples|opposites|inverses|"
-    r"reciprocals|negatives|perhaps|guess|yes|else|others|unless|besides|percents|exceeds|equals|adds|subtracts|divides|"
-    r"multiplies|means|lies|fails|cos|abs|logs|exponents|factorials|bases|mods|always|sometimes"
-)
-_UNIT = re.compile(r"(?:(square|sq|cubic) )?([^ ^{}]+) ?(?:\^\{([23])\})?")
-
-
 def unit_of(text: str) -> str | None:
     """The unit in one spelling (`"square inches"` is `in^2`), empty for none; None when the text is no unit.
 
-    A unit is a name of the table, or the plural of a noun such as `apples`.
+    A unit is a known one, or the plural of a noun such as `apples`.
     """
     text = re.sub(r"degree ([CF])", r"degree_\1", " ".join(text.replace('"', " ").split()))
     found = []
     for part in re.split(r" ?/ ?| per ", text) if text else ():
-        match = _UNIT.fullmatch(part)
-        if match is None:
+        power, name, exponent = match.groups() if (match := _UNIT.fullmatch(part)) else ("", "", "")
+        noun = name if _NOUN.fullmatch(name) and name not in _NO_UNITS else None
+        unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or noun
+        if unit is None:
             return None
-        name = _UNITS.get(match[2]) or _UNITS.get(match[2].removesuffix("s"))
-        if not name and re.fullmatch(r"[a-z]{3,20}s", match[2]) and not _NO_UNIT.fullmatch(match[2]):
-            name = match[2]
-        if not name:
-            return None
-        found.append(name + (match[3] or {"square": "2", "sq": "2", "cubic": "3"}.get(match[1] or "", "")))
+        found.append(unit + (exponent or {"square": "2", "sq": "2", "cubic": "3"}.get(power, "")))
     return "/".join(found) if len(found) < 3 else None

@@ -1,16 +1,12 @@
 r"""Finds the final answer in a completion, with plain string searches only.
 
 Completions come from a model that is rewarded for finding our mistakes, and may be megabytes long. So nothing here
-backtracks: every function is a fixed number of linear scans.
+backtracks: every function is a fixed number of linear scans. Listing many candidates earns nothing:
 
-What counts as the final answer, so that listing many candidates earns nothing:
-
-* Only what follows the thought counts (`after_thinking`). The prompt never does.
-* With an `<answer>` tag there must be exactly one pair, and no `\boxed{}` or `####` after it.
-* Otherwise the last `\boxed{}` or `#### ` line is the answer, and it alone. An earlier one is ignored. When the last is
-  malformed there is no answer. A `#### Summary` without a number after a `\boxed{}` is a heading.
-* Inside the tag, a `\boxed{}` or `####` is read the same way, but a second one makes the answer ambiguous.
-* Without any marker there is no answer.
+* Only what follows the thought counts. The prompt never does.
+* With an `<answer>` tag there must be exactly one pair, and no `\boxed{}` or `####` after it. At most one is inside.
+* Otherwise the last `\boxed{}` or `#### ` line is the answer, and it alone. When it is malformed there is no answer. A
+  `#### Summary` without a number after a `\boxed{}` is a heading.
 """
 
 from __future__ import annotations
@@ -36,50 +32,29 @@ def prompt_opens_think(prompt: str) -> bool:
 
 
 def after_thinking(prompt: str, completion: str) -> str | None:
-    """The part of a completion in which an answer counts: what follows the last `</think>`.
-
-    A completion without any think tag is all answer, which is how a base model writes. None when the last thought never
-    ends, because then no answer was given.
-    """
-    end = completion.rfind(THINK_END)
-    if completion.rfind(THINK) > end:
-        return None
-    if end < 0:
-        return None if prompt_opens_think(prompt) else completion
-    return completion[end + len(THINK_END) :]
+    """What follows the last `</think>`, or all of a completion without think tags. None when a thought never ends."""
+    _, end, after = completion.rpartition(THINK_END)
+    return None if THINK in after or (not end and prompt_opens_think(prompt)) else after
 
 
 def is_well_formed(prompt: str, completion: str) -> bool:
     """Whether a completion is one thought and then one answer, in their tags, and nothing else."""
-    text = completion.strip()
-    if not prompt_opens_think(prompt):
-        if not text.startswith(THINK):
-            return False
-        text = text[len(THINK) :]
-    if THINK in text or any(text.count(tag) != 1 for tag in (THINK_END, ANSWER, ANSWER_END)):
+    text = THINK + completion if prompt_opens_think(prompt) else completion.strip()
+    if any(text.count(tag) != 1 for tag in (THINK, THINK_END, ANSWER, ANSWER_END)):
         return False
-    _, _, rest = text.partition(THINK_END)
-    rest = rest.strip()
-    return rest.startswith(ANSWER) and rest.endswith(ANSWER_END)
+    answer = text.partition(THINK_END)[2].strip()
+    return text.startswith(THINK) and answer.startswith(ANSWER) and answer.endswith(ANSWER_END)
 
 
 def final_answer(prompt: str, completion: str) -> str | None:
     """The unique final answer of a completion (see the rules above), or None when it gives none."""
-    text = after_thinking(prompt, completion)
-    if text is None:
-        return None
-    text = text.replace("\\boxed {", BOXED)
-    opened, closed = text.count(ANSWER), text.count(ANSWER_END)
-    if opened == closed == 0:
+    text = (after_thinking(prompt, completion) or "").replace("\\boxed {", BOXED)
+    tags = text.count(ANSWER), text.count(ANSWER_END)
+    if tags == (0, 0):
         return _last_marked(text[-TAIL:])
-    if opened != 1 or closed != 1:
-        return None
-    _, _, inside = text.partition(ANSWER)
-    inside, end, after = inside.partition(ANSWER_END)
-    if not end or BOXED in after or HASHES in after or len(inside) > TAIL:
-        return None
+    inside, end, after = text.partition(ANSWER)[2].partition(ANSWER_END)
     markers = inside.count(BOXED) + inside.count(HASHES)
-    if markers > 1:
+    if tags != (1, 1) or not end or BOXED in after or HASHES in after or len(inside) > TAIL or markers > 1:
         return None
     return _last_marked(inside) if markers else inside.strip()
 
