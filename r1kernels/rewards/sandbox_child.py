@@ -1,4 +1,4 @@
-"""Runs inside the sandbox, where it executes a program or the tests of a problem.
+"""What runs inside the sandbox: it gives up all privileges, then executes a program or the tests of a problem.
 
 `sandbox.Program` starts this file by its path. Messages travel on stdin and stdout: eight bytes of length, then as many
 bytes. The first is the job. The answer "ready" says that the process is locked in and has executed nothing of the job;
@@ -9,32 +9,44 @@ from __future__ import annotations
 
 import sys
 
-sys.path.append(sys.path.pop(0))  # this directory comes last: its modules must not hide Python's own
+if __name__ == "__main__":
+    sys.path.pop(0)  # this directory: its modules must not hide Python's own
 
 import builtins
 import contextlib
 import copy
+import ctypes
 import itertools
 import json
 import math
 import os
 import re
+import resource
+import struct
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-import lockdown
-import plain
-
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+NOBODY = 65534
+ROOM = 32 * 2**20  # bytes that the limit of memory must leave to a program
+FILE_BYTES = 16 * 2**20  # of all files in /tmp
+LIMITS = {"NPROC": 16, "NOFILE": 32, "FSIZE": FILE_BYTES, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+NEW_MOUNTS, NEW_USER, NOSUID_NODEV_NOEXEC = 0x00020000, 0x10000000, 2 | 4 | 8
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SIGKILL, FILTER = 1, 22, 38, 9, 2
+ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of syscalls.txt, AUDIT_ARCH
+FIRST_NEW = 424  # calls since Linux 5.1 "do not exist": libc tries them first and knows the older ones
+LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026
+MAX_ITEMS = 1_000  # of an iterator
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
 def main() -> None:
     kind, packages, settings = sys.argv[1:]
     sys.argv[:] = [""]
-    sys.path[-1:] = filter(None, packages.split(":"))  # in the place of this directory
+    sys.path += filter(None, packages.split(":"))
     builtins.exit = builtins.quit = sys.exit  # as `site` would define them
-    lockdown.lock_in(kind == "bubblewrap", **json.loads(settings))
+    lock_in(kind == "bubblewrap", **json.loads(settings))
     job = json.loads(receive(sys.stdin.buffer))
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     send(target, b"ready")
@@ -47,9 +59,58 @@ def main() -> None:
         target.close()
         run("__main__", job["sources"])
     elif "tests" in job:
-        judge(job["tests"], source, target)
+        run_tests(job["tests"], source, target)
     else:
-        answer(job["sources"], job["entry_point"], source, target)
+        answer_calls(job["sources"], job["entry_point"], source, target)
+
+
+def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
+    """Gives up all privileges of this process for ever. Without bubblewrap only the limits remain."""
+    call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    if confined:
+        call("unshare", NEW_MOUNTS)
+        options = f"size={FILE_BYTES},nr_inodes=1024,mode=1777".encode()
+        call("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID_NODEV_NOEXEC, options)
+        os.chdir("/tmp")
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            call("unshare", NEW_USER)  # else its threads count with those of other sandboxes
+        call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+    for name, value in (LIMITS | {"AS": memory_bytes, "CPU": math.ceil(seconds) + 1}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    bytearray(ROOM)
+    if confined:
+        filter_calls(os.path.join(os.path.dirname(__file__), "syscalls.txt"))
+
+
+def filter_calls(path: str) -> None:
+    """Lets this process make only the system calls of a list, for ever."""
+    column, architecture = ARCHITECTURES[os.uname().machine]  # there is no list for other machines
+    # (operation, value, steps to skip if true, steps to skip if false), on struct seccomp_data
+    program = [(LOAD, 4, 0, 0), (EQUAL, architecture, 1, 0), (RETURN, KILL, 0, 0), (LOAD, 0, 0, 0)]
+    with open(path) as lines:
+        rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    for row in rows:
+        verdict = [(RETURN, ALLOW, 0, 0)]
+        if len(row) > 3:
+            place, bits, *values = (os.getpid() if value == "own" else int(value, 0) for value in row[3:])
+            allowed = [(EQUAL, value, len(values) - number, 0) for number, value in enumerate(values)]
+            verdict = [(LOAD, 16 + 8 * place, 0, 0), (AND, bits, 0, 0), *allowed, (RETURN, EPERM, 0, 0), *verdict]
+        if row[column] != "-":
+            program += [(EQUAL, int(row[column]), 0, len(verdict)), *verdict]
+    program += [(AT_LEAST, FIRST_NEW, 0, 1), (RETURN, ENOSYS, 0, 0), (RETURN, EPERM, 0, 0)]
+    code = b"".join(struct.pack("HBBI", operation, yes, no, value) for operation, value, yes, no in program)
+    held = ctypes.create_string_buffer(code)
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", PR_SET_SECCOMP, FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(held)), 0, 0)
+
+
+def call(name: str, *arguments: object) -> None:
+    """Calls a function of libc that returns -1 for an error."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}: {os.strerror(ctypes.get_errno())}")
 
 
 def receive(source: BinaryIO) -> bytes:
@@ -70,27 +131,66 @@ def run(name: str, sources: list[str]) -> dict:
     return module.__dict__
 
 
-def answer(sources: list[str], entry_point: str, source: BinaryIO, target: BinaryIO) -> None:
+def iterator(items: list) -> Iterator:
+    yield from items[:MAX_ITEMS]
+    if len(items) > MAX_ITEMS:
+        raise SystemExit(f"only the first {MAX_ITEMS} items of an iterator are known")  # no test expects this one
+
+
+# The types of plain data that JSON lacks, what a value is written as, and how it is read: always as one of Python's own
+# types, so `==` and arithmetic on it are Python's own. An object that equals everything cannot be sent.
+PLAIN = {
+    "dict": (dict, lambda value: [[key, item] for key, item in value.items()], dict),
+    "tuple": (tuple, list, tuple),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda ends: range(*ends)),
+    "iterator": (Iterable, lambda value: list(itertools.islice(value, MAX_ITEMS + 1)), iterator),
+}
+
+
+def write(value: object) -> bytes:
+    """Writes a value of plain types as text; raises TypeError for any other."""
+
+    def pack(value: object) -> object:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list):
+            return [pack(item) for item in value]
+        for name, (kind, parts, _) in PLAIN.items():
+            if isinstance(value, kind):
+                return {name: pack(parts(value))}
+        raise TypeError(f"a {type(value).__name__} is not plain data")
+
+    return json.dumps(pack(value)).encode()
+
+
+def read(text: bytes) -> object:
+    """Reads what `write` wrote. Any other text gives other values of Python's own types, or raises some exception."""
+    return json.loads(text, object_hook=lambda packed: [PLAIN[name][2](parts) for name, parts in packed.items()][0])
+
+
+def answer_calls(sources: list[str], entry_point: str, source: BinaryIO, target: BinaryIO) -> None:
     """Calls the program's function with the arguments of each message and sends its result or exception."""
     owner, _, method = entry_point.partition(".")
     function = run("candidate", sources)[owner]
     while request := receive(source):
-        arguments, keywords = plain.read(request)
+        arguments, keywords = read(request)
         try:
             result = (getattr(function(), method) if method else function)(*arguments, **keywords)
             # A function that returns None may have changed its arguments, as functions do that work in place.
-            reply = plain.write(["value", result, [*arguments, *keywords.values()] if result is None else []])
+            reply = write(["value", result, [*arguments, *keywords.values()] if result is None else []])
         except BaseException as error:
-            reply = plain.write(["raise", [kind.__name__ for kind in type(error).__mro__], str(error)[:1000]])
+            reply = write(["raise", [kind.__name__ for kind in type(error).__mro__], str(error)[:1000]])
         send(target, reply)
 
 
-def judge(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
-    """Runs tests. Sends `c` and the arguments of each call; at last `passed`, `failed`, or `u` and what is unusable.
+def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
+    """Sends `c` and the arguments of each call; at last `passed`, `failed`, or `u` and why the tests are unusable.
 
-    `candidate` passes its calls on: the parent relays each to the program and brings its answer. All that comes from
-    the program is plain data, so the verdict cannot be forged. An exception of the program is raised again, where tests
-    may expect it; one that is no Exception (SystemExit) ends the tests.
+    The parent relays each call to the program and brings its answer. All that comes from the program is plain data, so
+    the verdict cannot be forged. An exception of the program is raised again, where the tests may expect it.
     """
     import random
 
@@ -104,14 +204,14 @@ def judge(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
     def candidate(*arguments: object, **keywords: object) -> object:
         nonlocal calls
         try:
-            request = plain.write([list(arguments), keywords])
+            request = write([list(arguments), keywords])
         except TypeError as error:
             calls = 0  # the tests' own fault
             end(False, error)
         calls += 1
         send(target, b"c" + request)
         try:
-            kind, first, second = plain.read(receive(source))
+            kind, first, second = read(receive(source))
             if kind == "value":
                 for old, new in zip([*arguments, *keywords.values()], second, strict=False):
                     refill(old, new)
@@ -165,13 +265,9 @@ def same(found: object, expected: object, tolerance: float) -> bool:
 def words(text: str, tolerance: float) -> list:
     """The lines of an output; with a tolerance, the words of each, as numbers where they are."""
     lines = [line.rstrip() for line in text.rstrip().split("\n")]
-    return [[number(word) for word in line.split()] for line in lines] if tolerance else lines
-
-
-def number(word: str) -> int | float | str:
-    if not NUMBER.fullmatch(word):
-        return word
-    return float(word) if set(word) & set(".eE") else int(word)
+    if not tolerance:
+        return lines
+    return [[json.loads(word) if NUMBER.fullmatch(word) else word for word in line.split()] for line in lines]
 
 
 def refill(old: object, new: object) -> None:
@@ -185,8 +281,9 @@ def refill(old: object, new: object) -> None:
 
 def exception(names: list[str], message: str) -> Exception:
     """Makes the first of a class and its bases that Python has too, by name; raises ValueError if it is no Exception."""
-    for kind in [getattr(builtins, name, None) for name in names]:
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, StopIteration | StopAsyncIteration):
+    kinds = [getattr(builtins, name, None) for name in names if not name.startswith("Stop")]  # these would end a loop
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Exception):
             with contextlib.suppress(TypeError):  # of those that need more arguments
                 return kind.__new__(kind, message)
     raise ValueError("the program ended itself")
@@ -199,4 +296,5 @@ def raises(expected: type | tuple, *call: Callable, match: str = "", **keywords:
     return unittest.TestCase().assertRaisesRegex(expected, match, *call, **keywords)
 
 
-main()
+if __name__ == "__main__":
+    main()
