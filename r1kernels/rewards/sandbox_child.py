@@ -67,6 +67,8 @@ def main() -> None:
 def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
     """Gives up all privileges of this process for ever. Without bubblewrap only the limits remain."""
     call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    with open(os.path.join(os.path.dirname(__file__), "syscalls.txt")) as lines:
+        listed = [line.split() for line in lines if line.strip() and not line.startswith("#")]
     if confined:
         call("unshare", NEW_MOUNTS)
         options = f"size={FILE_BYTES},nr_inodes=1024,mode=1777".encode()
@@ -82,17 +84,15 @@ def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     bytearray(ROOM)
     if confined:
-        filter_calls(os.path.join(os.path.dirname(__file__), "syscalls.txt"))
+        filter_calls(listed)
 
 
-def filter_calls(path: str) -> None:
+def filter_calls(listed: list[list[str]]) -> None:
     """Lets this process make only the system calls of a list, for ever."""
     column, architecture = ARCHITECTURES[os.uname().machine]  # there is no list for other machines
     # (operation, value, steps to skip if true, steps to skip if false), on struct seccomp_data
     program = [(LOAD, 4, 0, 0), (EQUAL, architecture, 1, 0), (RETURN, KILL, 0, 0), (LOAD, 0, 0, 0)]
-    with open(path) as lines:
-        rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-    for row in rows:
+    for row in listed:
         verdict = [(RETURN, ALLOW, 0, 0)]
         if len(row) > 3:
             place, bits, *values = (os.getpid() if value == "own" else int(value, 0) for value in row[3:])
