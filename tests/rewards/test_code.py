@@ -5,7 +5,7 @@ import json
 import pytest
 
 from r1kernels.rewards import sandbox
-from r1kernels.rewards.code import defines, find_code, judge, read_tests, settle, sources
+from r1kernels.rewards.code import defines, find_code, judge, settle, sources
 from r1kernels.rewards.sandbox import SandboxError
 
 

