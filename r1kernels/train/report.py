@@ -47,7 +47,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
         page = environment.get_template("report.html.jinja").render(
             run=run_dir.absolute().name, config=(run_dir / CONFIG).read_text(encoding="utf-8"), stages=stages,
             figures=figures, many=MANY, system=f"Python {platform.python_version()}, {platform.platform()}",
-            versions=[f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "math-verify")])
+            versions=[f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "mpmath")])
     files = {**figures, "report.html": page}
     for name, content in files.items():
         write_file(run_dir / name, content)

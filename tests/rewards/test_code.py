@@ -5,7 +5,7 @@ import json
 import pytest
 
 from r1kernels.rewards import sandbox
-from r1kernels.rewards.code import defines, find_code, judge, read_tests, settle, sources, time_limit
+from r1kernels.rewards.code import defines, find_code, judge, settle, sources
 from r1kernels.rewards.sandbox import SandboxError
 
 
@@ -111,8 +111,6 @@ def test_bodies_and_whole_functions():
     assert sources(PROBLEM, "    return 1\nx = 2", True) == [prompt + "    return 1\nx = 2"]
     assert sources(PROBLEM, "    def area(r): pass", True) == [prompt + "    def area(r): pass"]
     assert sources(CASES, WHOLE, True) == ["", "", WHOLE]
-    commented = PROBLEM | {"prompt": "def area(r):\n    # of a circle\n"}
-    assert sources(commented, WHOLE, True)[1].endswith("\n    pass\n")
 
 
 def test_checks_as_in_humaneval():
@@ -164,15 +162,11 @@ def test_what_loops_swallow_is_no_way_to_pass(test):
         ("l = [3, 1]; assert candidate(l) is None and l == [1]", "x.remove(3)", "x.remove(1)"),
         ("l = [1]; candidate(x=l); assert l == [1, 2]", "x.append(2)", "x = x + [2]"),
         ("s = {1}; candidate(s); assert s == {2}", "x.clear(); x.add(2)", "x = {2}"),
-        ("d = {1: [2]}; e = d[1]; candidate(d); assert e == [2, 3] and d[1] is e and d[4] == 5",
-         "x[1].append(3); x[4] = 5", "x[1] += [3, 4]; x[4] = 5"),
-        ("g = [[1, 2], [3, 4]]; r = g[0]; candidate(g); assert g == [[3, 1], [4, 2]] and r == [3, 1]",
+        ("g = [[1, 2], [3, 4]]; candidate(g); assert g == [[3, 1], [4, 2]]",
          "x[:] = map(list, zip(*x[::-1]))", "x[:] = map(list, zip(*x))"),
-        ("t = ([1], 2); candidate(t); assert t == ([], 2)", "x[0].pop()", "pass"),
         ("l = list(range(150_000)); candidate(l); assert l[0] == 149_999", "x.reverse()", "pass"),
         ("l = [2, 1]; assert candidate(l) == sorted(l)", "return sorted(x)", "x.clear(); return []"),
         ("l = [2, 1]; assert candidate(l) == [] and l == [2, 1]", "x.append(print); return []", "return None"),
-        ("l = [2, 1]; assert candidate(l) is None", "x.append(print)", "return 1"),
         ("assert list(candidate(3)) == [0, 1, 2]", "yield from range(x)", "yield 0"),
         ("assert list(candidate(3)) == [0, 1, 2]", "return range(x)", "return range(1)"),
         ("assert candidate(3) == [0, 1, 2]", "return list(range(x))", "return range(x)"),
@@ -182,7 +176,7 @@ def test_what_loops_swallow_is_no_way_to_pass(test):
         ("assert len(candidate(3)) == 3", "return range(x)", "yield from range(x)"),
         ("assert sorted(candidate({1: 3, 2: 4})) == [3, 4]", "return x.values()", "return x.keys()"),
         ("assert list(candidate({1: 3})) == [(1, 3)]", "return x.items()", "return x"),
-        ("assert candidate({1: 3}) == {1}", "return x.keys()", "return x.values()"),
+        ("assert list(candidate({1: 3})) == [1]", "return x.keys()", "return x.values()"),
         ("assert [list(a) for a in candidate(2)] == [[0, 2]]", "return [zip([0], [2])][0]", "return zip([0])"),
         ("g = candidate(5); assert [next(g), next(g)] == [5, 6]", "while True: yield x; x += 1", "yield 5"),
         ("assert len(list(candidate(1000))) == 1000", "yield from range(x)", "while True: yield x"),
@@ -220,7 +214,7 @@ def test_plain_cases():
     assert reward(mapping, "f = lambda s: {'a': (1,)}") == 1.0
     numbers = {"cases": [{"args": [1], "expected": {"1": [{"2": 0}]}}], "entry_point": "f"}
     assert reward(numbers, "f = lambda x: {x: [{'2': 0}]}") == reward(numbers, "f = lambda x: {'1': ({2: 0},)}") == 1.0
-    assert reward(numbers, "f = lambda x: {x: [{'2': 0}], '1': [{'2': 0}]}") == 0.0
+    assert reward(numbers, "f = lambda x: {x: [{'2': 1}]}") == 0.0
     long = {"cases": [{"args": [list(range(60_000))], "expected": 60_000}], "entry_point": "f"}
     assert reward(long, "f = len") == 1.0
 
@@ -349,7 +343,11 @@ FORGERIES = (
     "            except OSError: pass\n    return 0",
     "class Same(int):\n    __eq__ = __bool__ = lambda *_: True\n    __hash__ = int.__hash__\ndef f(x): return Same(0)",
     "class Same:\n    __eq__ = lambda *_: True\ndef f(x): return Same()",
-    "import sys\nsys.modules['plain'].write = lambda value: b'passed'\ndef f(x): return 0",
+    "import sys\nsys.modules['__main__'].write = lambda value: b'passed'\ndef f(x): return 0",
+    "import sys\nsys.modules['__main__'].write = lambda value: b'{}'\ndef f(x): return 0",
+    "import sys\nsys.modules['__main__'].write = lambda value: b'[\"raise\", [[]], 1]'\ndef f(x): return 0",
+    "import sys\nsys.modules['__main__'].write = lambda value: b'[' * 100_000\ndef f(x): return 0",
+    "import sys\nsys.modules['__main__'].write = lambda value: b'[\"value\", 0, 1]'\ndef f(x): return 0",
     "import sys\nsys.modules['__main__'].send = lambda *_: 1 / 0\ndef f(x): return 0",
     "import sys\ndef f(x): sys.exit(0)",
     "import os\nos._exit(0)\ndef f(x): return x",
@@ -442,14 +440,12 @@ def test_a_checker_decides_where_answers_differ():
     for checker in ("def check(text, output): return [0] * 10**12", "def check(text, output):\n    while True: pass"):
         assert reward(words | {"checker": checker}, "print(1)", seconds=2) == 0.0
     for checker in ("no checker", "x = 1", "import no_module", "while True: pass"):
-        with pytest.raises(ValueError, match="checker"):
+        with pytest.raises(ValueError, match=r"^the tests of a program"):
             reward(words | {"checker": checker}, "print(1)", seconds=0.2)
-
-
-def test_the_time_limit_of_a_judgement_covers_all_its_runs():
-    assert time_limit(json.dumps(CASES), 1.0) < time_limit(json.dumps(STDIO), 5.0)
-    assert time_limit(json.dumps({"stdio": STDIO["stdio"] * 50}), 5.0) > 500
-    assert read_tests(json.dumps(CASES))["entry_point"] == "f"
+    emptied = graph | {"checker": "def check(args, output): return args == []"}
+    assert reward(emptied, "def f(x): return None") == 0.0
+    kept = {"cases": [{"args": [[1]]}], "entry_point": "f", "checker": "def check(args, output): return args == [[]]"}
+    assert reward(kept, "def f(x): x.clear()") == 0.0
 
 
 MET = [
