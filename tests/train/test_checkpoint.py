@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, large):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(StorageError, match="step-000002: .*File too large") as error:
+        with pytest.raises(StorageError, match=r"step-000002: .*File too large") as error:
             save(tmp_path, 2, keep=1, model=Files(weights=b"w" * (20_000 if large == "model" else 10)),
                  tensor=torch.zeros(10_000 if large == "state" else 1))
     finally:
