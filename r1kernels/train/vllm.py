@@ -33,7 +33,7 @@ Rows = list[tuple[list[int], list[float]]]  # token ids and log-probs of complet
 
 
 class VLLMSampler:
-    """Samples from a vLLM server, with the methods of `TransformersSampler`: one request for each run of equal prompts.
+    """Samples from a vLLM server as `TransformersSampler` does, with one request for each run of equal prompts.
 
     Seeds come from torch's global generator. A server may still answer the same request with other tokens: its sums
     depend on what else it computes at the time.
