@@ -124,7 +124,6 @@ class CriticAdvantages:
         """Values (B, T) of the states of a rollout, 0 behind the mask."""
         values = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
         for rows in (rows for minibatch in self.trainer.minibatches(0) for rows in minibatch):
-            self.trainer.check()
             batch = tokens.rows(rows)
             values[rows, : batch.mask.shape[1]] = self.critic(batch).masked_fill(~batch.mask, 0.0)
         return values

@@ -62,7 +62,7 @@ class Program(contextlib.AbstractContextManager):
         self._seconds_left, self._output_bytes, self._stopped = seconds, output_bytes, stopped
         command = [*command, json.dumps({"seconds": seconds, "memory_bytes": memory_bytes})]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self._process = subprocess.Popen(command, env=ENVIRONMENT, cwd="/", bufsize=0, **pipes)
+        self._process = subprocess.Popen(command, env=ENVIRONMENT, cwd="/", bufsize=0, start_new_session=True, **pipes)
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def ask(self, message: bytes) -> bytes:

@@ -51,8 +51,7 @@ class GRPOTrainer:
     """Trains the model of one stage, from its last checkpoint if there is one."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.settings, self.seed = stage, stage.settings, stage.seed
-        self.console, self.check = stage.console, stage.interrupt.check
+        self.stage, self.settings, self.seed, self.console = stage, stage.settings, stage.seed, stage.console
         settings, recipe, path = stage.settings, stage.recipe, latest_checkpoint(stage.directory)
         if path is None:
             state, (model, self.tokenizer) = {"step": 0}, stage.load_model(settings.model)
@@ -64,13 +63,13 @@ class GRPOTrainer:
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
         self.test_problems = eval_problems(recipe)
-        self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.check)
+        self.local_sampler = TransformersSampler(self.model, self.tokenizer, stage.interrupt.check)
         self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
         if (server := settings.sampler).kind == "vllm":
             self.sampler = VLLMSampler(
                 server.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=server.served_name,
                 weights_dir=server.weights_dir, device=self.model.device, requests=server.requests,
-                timeout_s=server.timeout_s, check=self.check)
+                timeout_s=server.timeout_s, check=stage.interrupt.check)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
             for item in settings.preference}

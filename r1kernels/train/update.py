@@ -16,7 +16,7 @@ from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
-# A group whose rewards differ by less is reported: its small differences become advantages as large as any.
+# Groups whose rewards differ by less are counted: small differences become advantages as large as any.
 SMALL_SPREAD = 0.1
 
 

@@ -134,7 +134,7 @@ def test_loading_runs_no_code(tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("value", [{"numpy": np.random.get_state()}, [0, np.float64(1)], {object(): 1}], ids=str)
+@pytest.mark.parametrize("value", [{"numpy": np.random.get_state()}, [0, np.float64(1)], {object(): 1}], ids=["numpy", "scalar", "object"])
 def test_a_state_that_could_not_be_loaded_is_refused(tmp_path, value):
     save(tmp_path, 1)
     with pytest.raises(StorageError, match="step-000002"):
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, large):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(StorageError, match="step-000002: .*File too large") as error:
+        with pytest.raises(StorageError, match=r"step-000002: .*File too large") as error:
             save(tmp_path, 2, keep=1, model=Files(weights=b"w" * (20_000 if large == "model" else 10)),
                  tensor=torch.zeros(10_000 if large == "state" else 1))
     finally:
