@@ -113,11 +113,14 @@ class CriticAdvantages:
         return metrics | {"value_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**parts, "targets": self.targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
+        device = self.critic.head.weight.device
+        self.targets = {name: value.to(device) for name, value in state["targets"].items()}
 
     @torch.no_grad()
     def _values(self, tokens: Tokens) -> Tensor:

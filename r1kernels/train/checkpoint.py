@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict, keep: int) -> None:
-    """Writes the checkpoint before step `step`, unless it exists, and removes all but the last `keep`.
+    """Writes checkpoint number `step`, unless it exists, and removes all but the last `keep`.
 
     `state` holds tensors and plain containers of numbers and strings, so that loading it runs no code. Raises
     StorageError if writing fails, for example on a full disk.

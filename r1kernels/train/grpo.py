@@ -1,8 +1,8 @@
 """Reinforcement learning as R1-Zero and R1 do it: groups of samples, rewards, GRPO.
 
-`GRPOTrainer.train_step` is the algorithm: one rollout and the updates on it. Between two steps the state is the model,
-the optimizer, the reference and the step's number, since random numbers depend only on the seed and on the position in
-the run. So a resumed run equals one that was never interrupted.
+`GRPOTrainer.train_step` is the algorithm: one rollout and the updates on it. The state is complete between any two
+updates, and a checkpoint holds all of it, the rollout included. Random numbers depend only on the seed and on the
+position in the run. So a resumed run equals one that was never interrupted.
 
 `advantages` of the settings can name a function that makes something in place of group advantages. It is called with
 rewards (B,), tokens, old and reference log-probs, and returns advantages, (B,) of samples or (B, T) of tokens, and
@@ -84,6 +84,14 @@ class GRPOTrainer:
         parts = {"optimizer": self.optimizer, "reference": self.reference, "advantages": self.advantages}
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.step, self.timing = state.pop("step"), {"total": 0.0}  # seconds of this step
+        self.rollout: Rollout | None = None
+        self.metrics: dict[str, Any] = {}  # of this step, before its updates
+        self.updates: list[dict[str, float]] = []  # metrics of the updates on this rollout
+        self.examples: list[dict[str, Any]] = []
+        if "rollout" in state:
+            tensors, self.metrics, self.updates, self.examples, self.timing = state.pop("rollout")
+            self.rollout = Rollout(**{key: None if value is None else value.to(recipe.device)
+                                      for key, value in tensors.items()})
         for name, part_state in state.items():
             self.parts[name].load_state_dict(part_state)
 
@@ -97,15 +105,30 @@ class GRPOTrainer:
                 while self.step < settings.steps:
                     self.train_step()
                 evaluation = self.evaluate()
-            except Interrupted:  # only samplers check for it, so the updates of a step have not begun
+            except Interrupted:
                 self.save()
                 raise
             self.log.write({"step": self.step, **measured(evaluation), "timing": self.timing})
+            self.log.examples(self.step, self.examples)
         questions = settings.steps * settings.questions * settings.oversample
         return {"steps": settings.steps, "questions": questions, "evaluation": evaluation}
 
     def train_step(self) -> None:
-        """Samples and scores completions, computes what the updates are measured against, and updates the policy."""
+        """A rollout, and the updates of the policy on it."""
+        if self.rollout is None:  # else a checkpoint between two updates held it
+            self.rollout, self.metrics = self.roll_out()
+        every = self.stage.recipe.checkpoint.every_updates
+        minibatches = [minibatch for epoch in range(self.settings.epochs) for minibatch in self.minibatches(epoch)]
+        with self.timed("updates"):
+            while len(self.updates) < len(minibatches):
+                self.stage.interrupt.check()
+                self.updates.append(self.update(self.rollout, minibatches[len(self.updates)]))
+                if every and len(self.updates) % every == 0 and len(self.updates) < len(minibatches):
+                    self.save()
+        self.finish_step()
+
+    def roll_out(self) -> tuple[Rollout, dict[str, Any]]:
+        """Samples and scores completions, chooses groups, and computes what the updates are measured against."""
         settings, limit = self.settings, self.settings.limit(self.step)
         evaluated = {} if self.step % self.stage.recipe.eval.every else measured(self.evaluate())
         problems = [problem for problem in self.next_questions() for _ in range(settings.group_size)]
@@ -125,13 +148,10 @@ class GRPOTrainer:
                 advantages, learned = group_advantages(rewards[rows], settings), {}
             else:
                 advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
-        rollout = Rollout(kept.prompt_ids, kept.prompt_mask, kept.token_ids, kept.mask, advantages=advantages,
-                          old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights)
-        minibatches = [minibatch for epoch in range(settings.epochs) for minibatch in self.minibatches(epoch)]
-        with self.timed("updates"):
-            updates = [self.update(rollout, minibatch, number) for number, minibatch in enumerate(minibatches)]
-        measures = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}
-        self.finish_step(evaluated | measures, updates)
+        metrics = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}
+        return Rollout(kept.prompt_ids, kept.prompt_mask, kept.token_ids, kept.mask, advantages=advantages,
+                       old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights
+                       ), evaluated | metrics
 
     def next_questions(self) -> list[Problem]:
         """The questions of this step: open problems only where something judges them. Every epoch visits a whole pool,
@@ -197,9 +217,9 @@ class GRPOTrainer:
         size = self.settings.micro_batch_size or count
         return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
 
-    def update(self, rollout: Rollout, batches: list[Tensor], number: int) -> dict[str, float]:
-        """One optimizer step on a minibatch, given as micro-batches; `number` counts the updates of this step."""
-        settings = self.settings
+    def update(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
+        """One optimizer step on a minibatch, given as micro-batches."""
+        settings, number = self.settings, len(self.updates)
         self.optimizer.zero_grad()
         metrics = minibatch_gradient(self.model, rollout, batches, self.objective, temperature=settings.temperature,
                                      measure_all=settings.measure_all)
@@ -220,22 +240,24 @@ class GRPOTrainer:
         self.optimizer.step()
         return metrics
 
-    def finish_step(self, metrics: dict[str, Any], updates: list[dict[str, float]]) -> None:
+    def finish_step(self) -> None:
         """Writes the step's line and moves on to the next step."""
-        columns = {name: [update[name] for update in updates] for name in updates[0]}
+        columns = {name: [update[name] for update in self.updates] for name in self.updates[0]}
         busy = sum(self.timing[name] for name in ("sampling", "scoring", "logprobs", "updates"))
         line = {
             "step": self.step,
-            **metrics,
+            **self.metrics,
             **{name: sum(values) / len(values) for name, values in columns.items()},
             "first_ratio_deviation": columns["ratio_deviation"][0],
             "ratio_deviation": max(columns["ratio_deviation"]),
             "learning_rate": columns["learning_rate"][-1],
-            "timing": {**self.timing, "tokens_per_second": metrics["completion_tokens"] / busy},
+            "timing": {**self.timing, "tokens_per_second": self.metrics["completion_tokens"] / busy},
         }
         self.log.write(line)
+        self.log.examples(self.step, self.examples)
         self.console.step(self.settings.name, line, self.settings.steps)
         self.step, self.timing = self.step + 1, {"total": 0.0}
+        self.rollout, self.metrics, self.updates, self.examples = None, {}, [], []
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.sampler.update(self.model)
@@ -243,13 +265,13 @@ class GRPOTrainer:
             self.save()
 
     def evaluate(self) -> dict[str, Any]:
-        """An evaluation of the model as it is, whose examples go to the log."""
+        """An evaluation of the model as it is."""
         found = self.stage.before if self.step == 0 else None
         if not found:
             with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
                 found = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
                                  template=self.template, seed=self.seed)
-        self.log.examples(self.step, found["examples"])
+        self.examples = found["examples"]
         return found
 
     @contextlib.contextmanager
@@ -263,7 +285,10 @@ class GRPOTrainer:
 
     def save(self) -> None:
         state = {"step": self.step} | {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
+        if self.rollout is not None:
+            state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.examples, self.timing
+        number = self.step * self.settings.updates + len(self.updates)
+        save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
                         keep=self.stage.recipe.checkpoint.keep)
 
 
