@@ -139,6 +139,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole. Raises StorageError if that fails; the old file is unchanged then."""
     aside = path.with_name(f".{path.name}")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(aside, "wb") as file:
             file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
             file.flush()
