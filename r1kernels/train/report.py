@@ -90,7 +90,7 @@ class Figures(dict[str, bytes]):
             if half:
                 axes.plot(steps, values, color=drawn[0].get_color(), alpha=0.25, linewidth=0.6)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.175, 1), ncols=5)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-"))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}" if 0 < abs(y) < 1e-3 else f"{y:.3g}")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         if "pass_at_1" in metrics:
