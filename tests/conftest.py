@@ -31,8 +31,8 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
-# Where programs are interpreted every case takes its time. With `--full` these numbers do not hold there, the sample does.
-MOST_INTERPRETED = 4
+# Where programs are interpreted every case takes its time: there no more than this, and the sample with `--full`.
+MOST_INTERPRETED = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def parameters(case: pytest.Item) -> dict[str, tuple[int, ...]]:
-    """The values of a case: those that one `parametrize` sets together count as one. Equal cases share their objects."""
+    """The values of a case, by identity. What one `parametrize` sets together is one value."""
     values = {name: id(value) for name, value in case.callspec.params.items()}
     together = {}
     for mark in case.iter_markers("parametrize"):
@@ -66,19 +66,21 @@ def sample(cases: list[pytest.Item], full: bool) -> list[int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what a marker keeps from these kernels, and of tests with many cases keeps a sample."""
+    """Skips what a marker keeps from these kernels, and of the other cases of each test keeps a sample."""
     full = config.getoption("--full")
-    kept, left = [], []
+    kept: set[str] = set()
     for _, group in itertools.groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
-        cases = list(group)
-        chosen = set(sample(cases, full))
-        for number, case in enumerate(cases):
-            (kept if number in chosen else left).append(case)
-            if reason := backends.skip_reason(case, testing.KERNELS, full):
+        running, skipped = [], []
+        for case in group:
+            reason = backends.skip_reason(case, testing.KERNELS, full)
+            (skipped if reason else running).append(case)
+            if reason:
                 case.add_marker(pytest.mark.skip(reason=reason))
-    if left:
+        kept |= {case.nodeid for case in skipped}
+        kept |= {running[number].nodeid for number in sample(running, full)}
+    if left := [item for item in items if item.nodeid not in kept]:
         config.hook.pytest_deselected(items=left)
-    items[:] = kept
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import torch
-from r1kernels.train.model import head_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.grpo import GRPOTrainer
+from r1kernels.train.model import head_of
 from r1kernels.train.rollout import Tokens
 from r1kernels.train.update import Rollout, completion_hidden_states
 
@@ -107,19 +107,17 @@ class CriticAdvantages:
         metrics = self._gradient(rollout, batches)
         norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.trainer.settings.grad_clip).item()
         if not (math.isfinite(metrics["value_loss"]) and math.isfinite(norm)):
-            raise TrainingError(f"step {self.trainer.step}, minibatch {self.trainer.minibatch}: the critic's loss is "
+            raise TrainingError(f"step {self.trainer.step}: the critic's loss is "
                                 f"{metrics['value_loss']}, its gradient norm {norm}; expected finite numbers")
         self.optimizer.step()
         return metrics | {"value_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict(), "targets": self.targets}
+        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
-        device = self.trainer.model.device
-        self.targets = {name: value.to(device) for name, value in state["targets"].items()}
 
     @torch.no_grad()
     def _values(self, tokens: Tokens) -> Tensor:
@@ -140,7 +138,6 @@ class CriticAdvantages:
         tokens = mask[torch.cat(batches)].sum().clamp(min=1)
         sums = []
         for rows in batches:
-            self.trainer.check()
             batch = rollout.rows(rows)
             width = batch.mask.shape[1]
             here = mask[rows, :width]

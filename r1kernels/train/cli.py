@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import sys
 import time
@@ -20,14 +19,9 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VA
 
 @app.command
 def train(
-    recipe: Positional[Path],
-    *,
-    overrides: Overrides = (),
+    recipe: Positional[Path], *, overrides: Overrides = (),
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    ignore_version: bool = False,
-    plain: bool = False,
+    dry_run: bool = False, overwrite: bool = False, ignore_version: bool = False, plain: bool = False,
 ) -> int:
     """Runs the stages of a recipe. Finished stages are kept, and an interrupted one continues.
 
@@ -40,113 +34,83 @@ def train(
         ignore_version: reuse stages that another version of r1kernels ran.
         plain: print lines instead of a live table.
     """
-    from r1kernels.train import chain, stage
-    from r1kernels.train.errors import Interrupted
-    from r1kernels.train.interrupt import Interrupt
-    from r1kernels.train.log import Console
-    from r1kernels.train.report import write_report
+    from r1kernels.train import chain, errors, interrupt, log, report, stage
 
-    started, settings, console = time.monotonic(), chain.load_run(recipe, overrides), Console(plain)
-    _prepare(settings)
-    chain.check_run_dir(settings)
+    started, settings, console = time.monotonic(), _load(recipe, overrides), log.Console(plain)
     chain.order(settings)
     stage.check_recipe(settings, console)
     if dry_run:
         made = chain.Chain(settings, start=start, ignore_version=ignore_version)
         made.records = {} if overwrite else made.records
-        for plan in made.plan():
-            console.say(f"{plan.action:9}{plan.name} ({settings.stages[plan.name].kind}): {plan.why}")
+        for name, (action, why) in made.plan().items():
+            console.say(f"{action:9}{name} ({settings.stages[name].kind}): {why}")
         return 0
-    with chain.claim(settings, overwrite=overwrite):
-        made = chain.Chain(settings, start=start, ignore_version=ignore_version)
-        with Interrupt() as interrupt, console:
-            try:
-                made.run(console, interrupt)
-            except Interrupted as signal:
-                config = Path(settings.run_dir, chain.CONFIG).absolute()
-                console.say(f"stopped by {signal}; continue with: {shlex.join(['r1kernels', 'train', str(config)])}")
-                return INTERRUPTED
-        for name in made.order:
-            if made.records[name]["evaluation"]:
-                console.say(f"{name:20} {_results(made.records[name]['evaluation'])}")
+    with chain.claim(settings, overwrite=overwrite), interrupt.Interrupt() as stop, console:
+        try:
+            chain.Chain(settings, start=start, ignore_version=ignore_version).run(console, stop)
+        except errors.Interrupted as signal:
+            command = shlex.join(["r1kernels", "train", str(Path(settings.run_dir, chain.CONFIG))])
+            console.say(f"stopped by {signal}; continue with: {command}")
+            return INTERRUPTED
         console.say(f"finished in {time.monotonic() - started:.0f} s")
-        for path in write_report(settings.run_dir):
+        for path in report.write_report(settings.run_dir):
             console.say(f"wrote {path}")
     return 0
 
 
 @app.command(name="eval")
-def evaluate(path: Positional[Path], *, overrides: Overrides = ()) -> int:
+def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
     """Prints pass@1 and cons@k, with standard errors, of a model of a run.
 
     Args:
-        path: a stage (RUN/STAGE), one of its checkpoints, or a run, for the last stage with a model.
+        path: a stage (RUN/STAGE), or a run, for the last stage with a model.
         overrides: settings to change, such as eval.samples=64.
     """
-    from r1kernels.train import chain
-    from r1kernels.train.errors import ConfigError
-    from r1kernels.train.evaluate import evaluate_model
-    from r1kernels.train.interrupt import Interrupt
-    from r1kernels.train.log import Console
+    from r1kernels.train import chain, errors, evaluate, interrupt, log
     from r1kernels.train.recipe import LEAVES
-    from r1kernels.train.stage import model_overrides, model_path
+    from r1kernels.train.stage import Stage
 
-    run_dir = next((folder for folder in (path, *path.parents) if (folder / chain.CONFIG).is_file()), None)
-    if run_dir is None:
-        raise ConfigError(f"{path} is neither a run nor inside one: there is no {chain.CONFIG}")
-    recipe = chain.load_run(run_dir / chain.CONFIG, overrides)
-    _prepare(recipe)
-    model, changes = path / "model", {}
-    if not (model / "config.json").is_file():
-        names = [name for name in chain.order(recipe) if LEAVES[recipe.stages[name].kind] == "model"]
-        done = [name for name in names if name in chain.read_manifest(run_dir)] or names
-        name = path.name if path != run_dir else done[-1]
-        if name not in names:
-            raise ConfigError(f"{path} is not a stage with a model; expected one of {', '.join(names)} in {run_dir}")
-        model, changes = model_path(recipe, run_dir, name), model_overrides(recipe, name)
-    with Interrupt() as interrupt:
-        result = evaluate_model(recipe, model, interrupt, changes)
-    Console(plain=True).say(
-        f"{model}\n{_results(result)}\n{result['questions']} questions x {result['k']} samples, temperature "
-        f"{result['temperature']}, top-p {result['top_p']}, prompts {result['prompt_hash']}; cut off "
-        f"{result['truncated']:.1%}, format {_percent(result, 'format')}, language {_percent(result, 'language')}, "
-        f"unscorable {result['unscorable']}")
+    run_dir = path if (path / chain.CONFIG).exists() else path.parent
+    recipe, console = _load(run_dir / chain.CONFIG, overrides), log.Console(plain=True)
+    names = [name for name in chain.order(recipe) if LEAVES[recipe.stages[name].kind] == "model"]
+    name = names[-1] if path == run_dir else path.name
+    if name not in names:
+        raise errors.ConfigError(f"{path} is no stage with a model; expected one of {', '.join(names)} in {run_dir}")
+    with interrupt.Interrupt() as stop:
+        found = evaluate.evaluate_model(Stage(recipe, recipe.stages[name], run_dir / name, console, stop), name)
+    for key, value in found.items():
+        if isinstance(value, int | float | str):
+            console.say(f"{key:16}{value:.4g}" if isinstance(value, float) else f"{key:16}{value}")
     return 0
 
 
-@app.command
-def report(path: Positional[Path]) -> int:
+@app.command(name="report")
+def report_run(path: Positional[Path]) -> int:
     """Writes the report of a run again.
 
     Args:
         path: a run directory.
     """
-    from r1kernels.train.log import printable
-    from r1kernels.train.report import write_report
+    from r1kernels.train import log, report
 
-    print(*(printable(str(file)) for file in write_report(path)), sep="\n")
+    for file in report.write_report(path):
+        log.Console(plain=True).say(f"wrote {file}")
     return 0
 
 
-def _prepare(recipe: Any) -> None:
-    """Sets torch's threads, and keeps the progress bars of transformers out of the table."""
+def _load(path: Path, overrides: tuple[str, ...]) -> Any:
+    """Reads a recipe, sets torch's threads, and keeps the progress bars of transformers out of the table."""
     import torch
     from transformers.utils import logging
 
+    from r1kernels.train.recipe_file import load_recipe
+
+    recipe = load_recipe(path, overrides)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _results(evaluation: dict[str, Any]) -> str:
-    return (f"pass@1 {_percent(evaluation, 'pass_at_1')}, cons@{evaluation['k']} {_percent(evaluation, 'cons_at_k')}, "
-            f"length {evaluation['length']:.1f} tokens")
-
-
-def _percent(evaluation: dict[str, Any], key: str) -> str:
-    value, error = evaluation[key], evaluation.get(f"{key}_se")
-    return "-" if value is None else f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
+    return recipe
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,9 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app.cli(args=arguments))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         from r1kernels.rewards import EndpointError
         from r1kernels.rewards.sandbox import SandboxError
@@ -166,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if isinstance(error, Interrupted):
             sys.exit(INTERRUPTED)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or isinstance(error, RunError | SandboxError | EndpointError | FloatingPointError):
+        expected = isinstance(error, RunError | SandboxError | EndpointError | FloatingPointError)
+        if expected or (isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)):
             sys.exit(f"r1kernels: {printable(str(error))}")
         raise

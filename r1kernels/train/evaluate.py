@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+import statistics
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r1kernels.rewards import Scorer
 from r1kernels.rewards.choice import chosen
 from r1kernels.rewards.math import spelling
 from r1kernels.rewards.text import final_answer, same_text
 from r1kernels.train.data import Problem, load_problems
-from r1kernels.train.interrupt import Interrupt
-from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import Eval, Recipe
+from r1kernels.train.recipe import Measurement, Recipe
 from r1kernels.train.rng import torch_seeded
-from r1kernels.train.rollout import Sampler, Sampling, TransformersSampler
-from r1kernels.train.stage import Stage, make_scorer, model_overrides
+from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.stage import Stage
 
-# What is measured on every completion, whatever RL rewards.
-PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
-# Keys of an evaluation, and their names in a line of metrics.jsonl.
-MEASURED = {
-    "pass_at_1": "pass_at_1", "pass_at_1_se": "pass_at_1_se", "cons_at_k": "cons_at_k", "cons_at_k_se": "cons_at_k_se",
-    "length": "eval_length", "language": "eval_language", "format": "eval_format", "truncated": "eval_truncated",
-    "unscorable": "eval_unscorable", "reflective": "eval_reflective",
-}
+PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}  # measured on every completion, whatever RL rewards
 # The words whose number the paper watches while reasoning is learned. Chinese and Japanese characters may touch them.
-REFLECTIVE_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
-_LETTER = r"[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
-_REFLECTIVE = re.compile(rf"(?<!{_LETTER})(?:{'|'.join(REFLECTIVE_WORDS)})(?!{_LETTER})", re.IGNORECASE)
+WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b"
 
 
-def evaluate_model(
-    recipe: Recipe, path: str | Path, interrupt: Interrupt, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Evaluates a saved model as `recipe.eval` says; `overrides` as in `load_model`."""
-    tokenizer = load_tokenizer(path)
-    sampler = TransformersSampler(
-        load_model(path, device=recipe.device, overrides=overrides), tokenizer, interrupt.check)
-    template = Template(recipe.template, tokenizer, open_think=recipe.open_think)
-    with make_scorer(recipe, PARTS) as scorer:
-        return evaluate(sampler, eval_problems(recipe), scorer, recipe.eval, template=template, seed=recipe.seed)
+def run(stage: Stage) -> dict[str, Any]:
+    """A stage of kind evaluate: an evaluation with the stage's settings."""
+    recipe = stage.recipe.model_copy(update={"eval": stage.settings})
+    return {"evaluation": evaluate_model(dataclasses.replace(stage, recipe=recipe), stage.settings.model)}
+
+
+def evaluate_model(stage: Stage, name: str) -> dict[str, Any]:
+    """Evaluates the model that the stage `name` left, as `recipe.eval` says."""
+    model, tokenizer = stage.load_model(name)
+    sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
+    problems, settings = eval_problems(stage.recipe), stage.recipe.eval
+    with stage.scorer(PARTS) as scorer:
+        return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.seed)
 
 
 def eval_problems(recipe: Recipe) -> list[Problem]:
@@ -58,62 +49,49 @@ def eval_problems(recipe: Recipe) -> list[Problem]:
 
 
 def evaluate(
-    sampler: Sampler, problems: Sequence[Problem], scorer: Scorer, settings: Eval, *, template: Template, seed: int,
-    examples: int = 4,
+    sampler: TransformersSampler, problems: Sequence[Problem], scorer: Scorer, settings: Measurement, *,
+    template: Template, seed: int,
 ) -> dict[str, Any]:
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers.
 
-    Args:
-        scorer: of the rewards `PARTS`.
-
-    Returns:
-        pass_at_1 (mean share of correct samples), cons_at_k (share of questions whose most frequent answer is correct),
-        length (tokens) and language (share of words), with standard errors `*_se` from the spread between questions;
-        format and truncated (shares), reflective (mean number of words), unscorable (samples without a score, which are
-        left out of the means and vote as wrong answers); k, questions, temperature, top_p, max_new_tokens, prompt_hash
-        (equal for equal questions) and examples. None where a number is not known.
+    The result has means with standard errors (`*_se`) from the spread between questions, None for what is not known,
+    how it was measured, and some examples. `scorer` scores `PARTS`.
     """
     k = settings.samples
-    prompts = [template.render(problem.question) for problem in problems]
-    rows = [index for index in range(len(problems)) for _ in range(k)]
-    asked, repeated = [problems[index] for index in rows], [prompts[index] for index in rows]
+    asked = [problem for problem in problems for _ in range(k)]
+    prompts = [template.render(problem.question) for problem in asked]
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.batch_size)
     with torch_seeded(seed, "evaluate"):
-        completions = sampler.sample(repeated, sampling)
-    texts = completions.texts
-    scores = scorer.score(texts, **columns(asked, repeated))
-
-    def per_question(values: Sequence[float] | Tensor) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float64).view(len(problems), k)
-
-    correct = per_question(scores.parts["accuracy"])
-    agreed = [consensus(problem.kind, prompt, texts[i * k : (i + 1) * k], correct[i].tolist())
-              for i, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))]
-    results = {
-        "pass_at_1": correct.nanmean(-1),
-        "cons_at_k": torch.tensor(agreed, dtype=torch.float64),
-        "length": per_question(completions.lengths).mean(-1),
-        "language": per_question(scores.parts["language"]).nanmean(-1),
-    }
-    found: dict[str, Any] = {}
-    for name, values in results.items():
-        found[name], found[f"{name}_se"] = _mean_and_error(values)
+        completions = sampler.sample(prompts, sampling)
+    texts, parts = completions.texts, scorer.score(completions.texts, **columns(asked, prompts)).parts
+    accuracy, first = parts["accuracy"], range(0, len(asked), k)  # the first samples of the questions
+    agreed = [consensus(asked[i].kind, prompts[i], texts[i : i + k], accuracy[i : i + k]) for i in first]
+    found, lengths = {}, completions.lengths.tolist()
+    for name, column in (("pass_at_1", accuracy), ("cons_at_k", agreed), ("length", lengths),
+                         ("language", parts["language"])):
+        of_questions = torch.tensor(column, dtype=torch.float64).view(len(problems), -1).nanmean(-1)
+        known = of_questions[~of_questions.isnan()]
+        found[name] = known.mean().item()
+        found[f"{name}_se"] = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
     found |= {
-        "k": k,
-        "questions": len(problems),
-        "format": _mean_and_error(torch.tensor(scores.parts["format"], dtype=torch.float64))[0],
+        "format": torch.tensor(parts["format"], dtype=torch.float64).nanmean().item(),
         "truncated": 1 - completions.finished.double().mean().item(),
-        "unscorable": int(correct.isnan().sum()),
-        "reflective": sum(map(reflective_words, texts)) / len(rows),
-        "prompt_hash": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
-        **{name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")},
-        "examples": [
-            {"question": problem.question, "answer": problem.answer, "completion": texts[i * k],
-             "accuracy": _known(correct[i, 0].item())}
-            for i, problem in enumerate(problems[:examples])
-        ],
+        "reflective": sum(map(reflective_words, texts)) / len(texts),  # words of a completion
+        "unscorable": sum(map(math.isnan, accuracy)),  # samples without a score, which the means leave out
+        "prompt_hash": hashlib.sha256("\0".join(prompts[::k]).encode()).hexdigest()[:16],
+        "k": k, "questions": len(problems),
+        **settings.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        "examples": [{"question": asked[i].question, "answer": asked[i].answer, "completion": texts[i],
+                      "accuracy": _known(accuracy[i])} for i in first[:4]],
     }
     return {name: _known(value) for name, value in found.items()}
+
+
+def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an evaluation, as a line of metrics.jsonl calls them."""
+    names = ("length", "language", "format", "truncated", "unscorable", "reflective")
+    shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se")}
+    return shares | {f"eval_{name}": evaluation[name] for name in names}
 
 
 def columns(problems: Sequence[Problem], prompts: Sequence[str]) -> dict[str, list[str]]:
@@ -130,38 +108,19 @@ def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[fl
     """
     if kind == "code" or all(map(math.isnan, correct)):
         return math.nan
-    votes = collections.Counter("correct" if value == 1 else _vote(kind, prompt, text)
-                                for text, value in zip(texts, correct, strict=True))
-    del votes[None]
-    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+
+    def read(text: str) -> Hashable:
+        answer = chosen(prompt, text) if kind == "choice" else final_answer(prompt, text)
+        return None if answer is None else ("wrong", spelling(answer) if kind == "math" else same_text(answer))
+
+    votes = ["correct" if value == 1 else read(text) for text, value in zip(texts, correct, strict=True)]
+    most = statistics.multimode(vote for vote in votes if vote is not None)
     return most.count("correct") / len(most) if most else 0.0
-
-
-def _vote(kind: str, prompt: str, completion: str) -> Hashable:
-    """A wrong answer, such that answers which are read as the same are equal; None without an answer."""
-    answer = chosen(prompt, completion) if kind == "choice" else final_answer(prompt, completion)
-    if answer is None:
-        return None
-    return "wrong", spelling(answer) if kind == "math" else same_text(answer)
 
 
 def reflective_words(text: str) -> int:
     """The number of reflective words in a text: whole words, in any case."""
-    return sum(1 for _ in _REFLECTIVE.finditer(text))
-
-
-def run(stage: Stage) -> dict[str, Any]:
-    """A stage of kind evaluate: an evaluation with the stage's settings."""
-    settings = {name: getattr(stage.settings, name) for name in Eval.model_fields if name != "every"}
-    recipe, name = stage.recipe.model_copy(update={"eval": Eval(**settings)}), stage.settings.model
-    overrides = model_overrides(recipe, name)
-    return {"evaluation": evaluate_model(recipe, stage.model_path(name), stage.interrupt, overrides)}
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    known = values[~values.isnan()]
-    spread = known.std().item() if len(known) > 1 else math.nan
-    return known.mean().item(), spread / math.sqrt(max(1, len(known)))
+    return len(re.findall(WORDS, text, re.ASCII | re.IGNORECASE))
 
 
 def _known(value: Any) -> Any:

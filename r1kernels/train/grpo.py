@@ -1,8 +1,13 @@
 """Reinforcement learning as R1-Zero and R1 do it: groups of samples, rewards, GRPO.
 
-`GRPOTrainer.train_step` is the algorithm: one rollout and the updates on it. Its state is complete between any two
-updates, and a checkpoint holds all of it, the rollout included. Random numbers depend only on the seed and on the
-position in the run. So a resumed run equals one that was never interrupted.
+`GRPOTrainer.train_step` is the algorithm: one rollout and the updates on it. Between two steps the state is the model,
+the optimizer, the reference and the step's number, since random numbers depend only on the seed and on the position in
+the run. So a resumed run equals one that was never interrupted.
+
+`advantages` of the settings can name a function that makes something in place of group advantages. It is called with
+rewards (B,), tokens, old and reference log-probs, and returns advantages, (B,) of samples or (B, T) of tokens, and
+metrics. Its `learn(rollout, batches)` is its own update beside one of the policy, and returns metrics. Checkpoints hold
+its `state_dict()`. See examples/ppo.
 """
 
 from __future__ import annotations
@@ -16,19 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from r1kernels.rewards import Scores
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.evaluate import MEASURED, PARTS, columns, eval_problems, evaluate, reflective_words
+from r1kernels.train.evaluate import PARTS, columns, eval_problems, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
 from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.recipe import PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
-from r1kernels.train.rollout import Completions, Sampler, Sampling, Tokens, TransformersSampler, end_tokens
+from r1kernels.train.rollout import Completions, Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage
 from r1kernels.train.update import (
     Rollout,
@@ -38,37 +42,9 @@ from r1kernels.train.update import (
     importance_weights,
     minibatch_gradient,
 )
+from r1kernels.train.vllm import VLLMSampler
 
 RATIO_TOLERANCE = 1e-2  # of the first ratio to 1: the same weights just computed the same log-probs in the same batches
-IDLE_STEPS = 5  # steps in a row without any group to learn from, after which the console warns
-# What a checkpoint holds besides the rollout, the optimizer, the reference and the state of the advantages.
-PROGRESS = ("step", "minibatch", "idle_steps", "cursors", "measured", "timing", "updates", "examples", "evaluation")
-
-
-class Advantages:
-    """Turns rewards into advantages. This one is GRPO's: it compares samples in groups and learns nothing.
-
-    `settings.advantages` can name a function that makes another, with the same four methods; `examples/ppo` is one.
-    """
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self.settings = trainer.settings
-
-    def __call__(
-        self, rewards: Tensor, tokens: Tokens, old_logprobs: Tensor, ref_logprobs: Tensor | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Advantages, (B,) of samples or (B, T) of tokens, and metrics. A sample without a reward (NaN) gets 0."""
-        return group_advantages(rewards, self.settings), {}
-
-    def learn(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
-        """An update of its own on a minibatch, right before that of the policy; returns metrics."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class GRPOTrainer:
@@ -77,151 +53,143 @@ class GRPOTrainer:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.settings, self.seed = stage, stage.settings, stage.seed
         self.console, self.check = stage.console, stage.interrupt.check
-        path = latest_checkpoint(stage.directory)
-        checkpoint = None if path is None else load_checkpoint(path)
-        if checkpoint is None:
-            model, self.tokenizer = stage.load_model(self.settings.model)
+        settings, recipe, path = stage.settings, stage.recipe, latest_checkpoint(stage.directory)
+        if path is None:
+            state, (model, self.tokenizer) = {"step": 0}, stage.load_model(settings.model)
         else:
-            model = load_model(checkpoint.model_dir, device=stage.recipe.device)
-            self.tokenizer = load_tokenizer(checkpoint.model_dir)
+            model_dir, state = load_checkpoint(path)
+            model, self.tokenizer = load_model(model_dir, device=recipe.device), load_tokenizer(model_dir)
         self.model = model.eval()  # dropout would make the first ratio differ from 1
         self.template = stage.template(self.tokenizer)
-        problems = stage.problems(self.settings.problems)
+        problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
-        self.test_problems = eval_problems(stage.recipe)
+        self.test_problems = eval_problems(recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, self.check)
-        self.sampler = self.make_sampler()
-        self.reward_models: dict[str, RewardModel] = {}  # by stage, loaded when they first count
-        self.objective = self.settings.objective.build()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=0.0)
+        self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
+        if (server := settings.sampler).kind == "vllm":
+            self.sampler = VLLMSampler(
+                server.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=server.served_name,
+                weights_dir=server.weights_dir, device=self.model.device, requests=server.requests,
+                timeout_s=server.timeout_s, check=self.check)
+        self.reward_models = {
+            item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
+            for item in settings.preference}
+        self.objective = settings.objective.build()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
-        own = self.settings.advantages
-        make, options = (own.load(), own.options) if own else (Advantages, {})
+        own = settings.advantages
         try:
-            self.advantages = make(self, **options)
+            self.advantages = own.load()(self, **own.options) if own else None
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
-        self.step = self.minibatch = self.idle_steps = 0
-        self.cursors = dict.fromkeys(self.pools, 0)  # questions asked so far, of each pool
-        self.rollout: Rollout | None = None
-        self.measured: dict[str, Any] = {}  # in this step, before its updates
-        self.timing = {"total": 0.0}  # seconds, `total` of the stage and the others of this step
-        self.updates: list[dict[str, float]] = []  # metrics of this step's updates
-        self.examples: list[dict[str, Any]] = []
-        self.evaluation: dict[str, Any] | None = None
-        if checkpoint is not None:
-            self.restore(checkpoint.state)
+        parts = {"optimizer": self.optimizer, "reference": self.reference, "advantages": self.advantages}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.step, self.timing = state.pop("step"), {"total": 0.0}  # seconds of this step
+        for name, part_state in state.items():
+            self.parts[name].load_state_dict(part_state)
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step; returns the stage's summary. Raises Interrupted after it wrote a checkpoint."""
-        self.log = StepLog(self.stage, first_step=self.step)
-        scorer = self.stage.scorer(self.settings.rewards)
-        with self.log, contextlib.closing(self.sampler), scorer as self.scorer:
+        settings = self.settings
+        self.log, self.scorer = StepLog(self.stage, first_step=self.step), self.stage.scorer(settings.rewards)
+        with self.log, contextlib.closing(self.sampler), self.scorer:
             try:
                 self.sampler.update(self.model)
-                while self.step < self.settings.steps:
+                while self.step < settings.steps:
                     self.train_step()
-                self.evaluate_if_due()
-                self.save()
-            except Interrupted:
+                evaluation = self.evaluate()
+            except Interrupted:  # only samplers check for it, so the updates of a step have not begun
                 self.save()
                 raise
-            self.log.write({"step": self.step, **self.measured, "timing": self.timing})
-            self.log.examples(self.step, self.examples)
-        return {"steps": self.step, "questions": sum(self.cursors.values()), "evaluation": self.evaluation}
-
-    # ---- one step ----
+            self.log.write({"step": self.step, **measured(evaluation), "timing": self.timing})
+        questions = settings.steps * settings.questions * settings.oversample
+        return {"steps": settings.steps, "questions": questions, "evaluation": evaluation}
 
     def train_step(self) -> None:
         """Samples and scores completions, computes what the updates are measured against, and updates the policy."""
-        settings = self.settings
-        if self.rollout is None:  # a checkpoint between two updates holds the rollout
-            self.evaluate_if_due()
-            pool, questions = self.next_questions()
-            problems = [problem for problem in questions for _ in range(settings.group_size)]
-            completions, scores = self.sample_and_score(problems)
-            preference, judged = self.preference_rewards(problems, completions.texts)
-            rewards = torch.tensor(scores.total, dtype=torch.float64) + preference
-            rows, spread = choose_groups(rewards, settings)
-            rewards, kept = rewards.float().to(self.model.device), completions.rows(rows)
-            with self.timed("logprobs", "log-probs of the rollout"):
-                old_logprobs = self.logprobs(self.model, kept)
-                ref_logprobs = None if self.reference is None else self.logprobs(self.reference, kept)
-                weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
-                advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
-            self.rollout = Rollout(
-                kept.prompt_ids, kept.prompt_mask, kept.token_ids, kept.mask, advantages=advantages,
-                old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights)
-            self.measured |= measure(completions, rewards, scores, judged) | spread | gap | learned
-            self.measured["limit"] = settings.limit(self.step)
-            self.cursors[pool] += len(questions)
-            self.show(problems, completions.texts, rewards, scores)
-        while self.minibatch < settings.updates:
-            epoch, place = divmod(self.minibatch, settings.minibatches)
-            self.update(self.rollout, self.minibatches(epoch)[place])
-        self.finish_step()
-
-    def next_questions(self) -> tuple[str, list[Problem]]:
-        """The pool of this step, with open problems only where something judges them, and its next questions. Every
-        epoch visits a whole pool, in an order of the epoch."""
-        judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
-        pool = "all" if judged or self.preferences() else "checkable"
-        problems, first = self.pools[pool], self.cursors[pool]
-        if not problems:
-            raise TrainingError(
-                f"step {self.step}: all problems are open, and nothing judges them yet; expected problems with "
-                "answers, the reward 'judge', a reward function, or a 'preference' that counts from the first step on")
-        places = (divmod(first + i, len(problems)) for i in range(self.settings.questions * self.settings.oversample))
-        return pool, [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
-                      for epoch, index in places]
-
-    def sample_and_score(self, problems: list[Problem]) -> tuple[Completions, Scores]:
-        """A completion of each problem, and its scores, which are computed while others are still sampled."""
         settings, limit = self.settings, self.settings.limit(self.step)
+        evaluated = {} if self.step % self.stage.recipe.eval.every else measured(self.evaluate())
+        problems = [problem for problem in self.next_questions() for _ in range(settings.group_size)]
+        completions, scores = self.sample_and_score(problems, limit)
+        preference, judged = self.preference_rewards(problems, completions.texts)
+        rewards = torch.tensor(scores.total, dtype=torch.float64) + preference
+        rows, spread = choose_groups(rewards, settings)
+        rewards, kept = rewards.float().to(self.model.device), completions.rows(rows)
+        self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {completions.texts[0][:600]!r}")
+        with self.timed("logprobs"):
+            batches = [batch for minibatch in self.minibatches(0) for batch in minibatch]
+            old_logprobs, ref_logprobs = (
+                None if model is None else completion_logprobs(model, kept, batches, settings.temperature)
+                for model in (self.model, self.reference))
+            weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
+            if self.advantages is None:
+                advantages, learned = group_advantages(rewards[rows], settings), {}
+            else:
+                advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
+        rollout = Rollout(kept.prompt_ids, kept.prompt_mask, kept.token_ids, kept.mask, advantages=advantages,
+                          old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights)
+        minibatches = [minibatch for epoch in range(settings.epochs) for minibatch in self.minibatches(epoch)]
+        with self.timed("updates"):
+            updates = [self.update(rollout, minibatch, number) for number, minibatch in enumerate(minibatches)]
+        measures = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}
+        self.finish_step(evaluated | measures, updates)
+
+    def next_questions(self) -> list[Problem]:
+        """The questions of this step: open problems only where something judges them. Every epoch visits a whole pool,
+        in an order of the epoch."""
+        judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
+        pools = ["all" if judged or self.preferences(step) else "checkable" for step in range(self.step + 1)]
+        pool, before = pools[-1], pools[:-1].count(pools[-1])
+        problems, count = self.pools[pool], self.settings.questions * self.settings.oversample
+        if not problems:
+            raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; expected other "
+                                "problems, the reward 'judge', a reward function, or a 'preference' of all steps")
+        places = (divmod(place, len(problems)) for place in range(before * count, (before + 1) * count))
+        return [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
+                for epoch, index in places]
+
+    def preferences(self, step: int) -> list[PreferenceReward]:
+        """The reward models that count at a step."""
+        steps = self.settings.steps
+        return [item for item in self.settings.preference if step >= steps - (item.last_steps or steps)]
+
+    def sample_and_score(self, problems: list[Problem], limit: int) -> tuple[Completions, Scores]:
+        """A completion of each problem, and its scores, which are computed while others are still sampled."""
+        settings, pending = self.settings, []
         prompts = [self.template.render(problem.question) for problem in problems]
-        pending = []
 
         def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
             given = columns([problems[row] for row in rows], [prompts[row] for row in rows])
-            future = self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows))
-            pending.append((rows, future))
+            pending.append((self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows)), rows))
 
-        with self.timed("sampling", "sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
+        with self.timed("sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
             sampling = Sampling(settings.temperature, limit, batch_size=settings.rollout_batch_size)
             completions = self.sampler.sample(prompts, sampling, on_batch=submit)
-        with self.timed("scoring", "scoring"):
-            scores = Scores.joined([future.result() for _, future in pending], [rows for rows, _ in pending])
+        with self.timed("scoring"):
+            scores = Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
+        if any(scores.unscorable.values()):
+            self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable} "
+                             f"{scores.endpoint_error}", warning=True)
         return completions, scores
 
-    def preference_rewards(self, problems: list[Problem], texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted scores (B,) of open problems by the reward models that count now, and the scores of each model.
-
-        Problems with a checkable answer keep to the rules, as in the paper.
-        """
-        total, parts = torch.zeros(len(texts), dtype=torch.float64), {}
+    def preference_rewards(self, problems: list[Problem], texts: list[str]) -> tuple[Tensor, dict[str, float]]:
+        """Weighted scores (B,) by the reward models that count now, and the mean score of each. As in the paper, only
+        open problems have them."""
+        total, means = torch.zeros(len(texts), dtype=torch.float64), {}
         rows = [row for row, problem in enumerate(problems) if problem.kind == "open"]
         questions = [problems[row].question for row in rows]
         responses = [whole_response(self.template.render(problems[row].question), texts[row]) for row in rows]
-        with self.timed("scoring", "scoring"):
-            for item in self.preferences():
-                if item.model not in self.reward_models:
-                    path, recipe = self.stage.model_path(item.model), self.stage.recipe
-                    self.reward_models[item.model] = RewardModel(path, template=recipe.template, device=recipe.device)
-                scores = preference_scores(self.reward_models[item.model], questions, responses)
-                parts[item.model] = torch.full_like(total, math.nan)
-                parts[item.model][rows] = scores
-                total[rows] += item.weight * scores
-        return total, parts
-
-    def preferences(self) -> list[PreferenceReward]:
-        """Those that count at this step."""
-        steps = self.settings.steps
-        return [item for item in self.settings.preference if self.step >= steps - (item.last_steps or steps)]
-
-    def logprobs(self, model: PreTrainedModel, tokens: Tokens) -> Tensor:
-        """Log-probs (B, T) of the rollout, in the batches of its first updates."""
-        batches = [rows for minibatch in self.minibatches(0) for rows in minibatch]
-        return completion_logprobs(model, tokens, batches, temperature=self.settings.temperature, check=self.check)
+        with self.timed("scoring"):
+            for item in self.preferences(self.step):
+                model, column = self.reward_models[item.model], torch.full_like(total, math.nan)
+                scores = torch.tensor(model.score(questions, responses), dtype=torch.float64)
+                # Where summaries are judged, never ending a thought must not beat a poor summary.
+                missing = torch.tensor([not judged_part(model.target, text).strip() for text in responses]).bool()
+                others = scores.masked_fill(missing | scores.isnan(), math.inf).tolist()
+                column[rows] = torch.where(missing, scores.clamp(max=min(others, default=math.inf)), scores)
+                means[f"reward_{item.model}"] = column.float().nanmean().item()
+                total[rows] += item.weight * column[rows]
+        return total, means
 
     def minibatches(self, epoch: int) -> list[list[Tensor]]:
         """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
@@ -230,163 +198,90 @@ class GRPOTrainer:
         size = self.settings.micro_batch_size or count
         return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
 
-    def update(self, rollout: Rollout, batches: list[Tensor]) -> None:
-        """One optimizer step on a minibatch, given as micro-batches."""
+    def update(self, rollout: Rollout, batches: list[Tensor], number: int) -> dict[str, float]:
+        """One optimizer step on a minibatch, given as micro-batches; `number` counts the updates of this step."""
         settings = self.settings
-        with self.timed("updates", f"update {self.minibatch + 1}/{settings.updates}"):
-            self.optimizer.zero_grad()
-            metrics = minibatch_gradient(
-                self.model, rollout, batches, self.objective, temperature=settings.temperature,
-                measure_all=settings.measure_all, check=self.check)
+        self.optimizer.zero_grad()
+        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, temperature=settings.temperature,
+                                     measure_all=settings.measure_all)
+        if self.advantages is not None:
             metrics |= self.advantages.learn(rollout, batches)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
-            where = f"step {self.step}, minibatch {self.minibatch}"
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-                raise TrainingError(f"{where}: loss {metrics['loss']}, gradient norm {norm}; expected finite numbers")
-            if self.minibatch == 0:
-                self.measured["first_ratio_deviation"] = deviation = metrics["ratio_deviation"]
-                if not deviation <= RATIO_TOLERANCE:
-                    raise TrainingError(f"{where}: the ratio to the policy of the rollout differs from 1 by "
-                                        f"{deviation:.2g} before any update; log-probs are not reproducible")
-            done = self.step * settings.updates + self.minibatch + 1
-            for group in self.optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
-            self.optimizer.step()
-        self.updates.append({**metrics, "grad_norm": norm})
-        self.minibatch += 1
-        every = self.stage.recipe.checkpoint.every_updates
-        if every and done % every == 0 and self.minibatch < settings.updates:
-            self.save()
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
+        done = self.step * settings.updates + number + 1
+        metrics["learning_rate"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
+        where = f"step {self.step}, minibatch {number}"
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise TrainingError(f"{where}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; expected "
+                                "finite numbers")
+        if number == 0 and not metrics["ratio_deviation"] <= RATIO_TOLERANCE:
+            raise TrainingError(f"{where}: the ratio to the policy of the rollout differs from 1 by "
+                                f"{metrics['ratio_deviation']:.2g} before any update; log-probs are not reproducible")
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        return metrics
 
-    def finish_step(self) -> None:
+    def finish_step(self, metrics: dict[str, Any], updates: list[dict[str, float]]) -> None:
         """Writes the step's line and moves on to the next step."""
-        updates = {name: [update[name] for update in self.updates] for name in self.updates[0]}
+        columns = {name: [update[name] for update in updates] for name in updates[0]}
         busy = sum(self.timing[name] for name in ("sampling", "scoring", "logprobs", "updates"))
-        metrics = {
+        line = {
             "step": self.step,
-            **self.measured,
-            **{name: mean(values) for name, values in updates.items()},
-            "ratio_deviation": max(updates["ratio_deviation"]),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "timing": {**self.timing, "tokens_per_second": self.measured["completion_tokens"] / busy},
+            **metrics,
+            **{name: sum(values) / len(values) for name, values in columns.items()},
+            "first_ratio_deviation": columns["ratio_deviation"][0],
+            "ratio_deviation": max(columns["ratio_deviation"]),
+            "learning_rate": columns["learning_rate"][-1],
+            "timing": {**self.timing, "tokens_per_second": metrics["completion_tokens"] / busy},
         }
-        self.idle_steps = 0 if self.rollout.advantages.any() else self.idle_steps + 1
-        if self.idle_steps and self.idle_steps % IDLE_STEPS == 0:
-            self.console.say(
-                f"step {self.step}: for {self.idle_steps} steps all advantages were 0, so there was nothing to learn "
-                "from; the questions are too hard or too easy", warning=True)
-        self.log.write(metrics)
-        self.log.examples(self.step, self.examples)
-        self.console.step(self.settings.name, metrics, self.settings.steps)
-        self.step, self.minibatch, self.rollout = self.step + 1, 0, None
-        self.measured, self.timing, self.updates, self.examples = {}, {"total": self.timing["total"]}, [], []
+        self.log.write(line)
+        self.console.step(self.settings.name, line, self.settings.steps)
+        self.step, self.timing = self.step + 1, {"total": 0.0}
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.sampler.update(self.model)
-        if self.step % self.stage.recipe.checkpoint.every == 0 and self.step < self.settings.steps:
+        if self.step % self.stage.recipe.checkpoint.every == 0 or self.step == self.settings.steps:
             self.save()
 
-    # ---- around the steps ----
-
-    def make_sampler(self) -> Sampler:
-        settings = self.settings.sampler
-        if settings.kind == "transformers":
-            return self.local_sampler
-        from r1kernels.train.vllm import VLLMSampler
-
-        return VLLMSampler(
-            settings.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=settings.served_name,
-            weights_dir=settings.weights_dir, device=self.model.device, requests=settings.requests,
-            timeout_s=settings.timeout_s, check=self.check)
-
-    def evaluate_if_due(self) -> None:
-        due = self.step % self.stage.recipe.eval.every == 0 or self.step == self.settings.steps
-        if not due or "pass_at_1" in self.measured:
-            return
+    def evaluate(self) -> dict[str, Any]:
+        """An evaluation of the model as it is, whose examples go to the log."""
         found = self.stage.before if self.step == 0 else None
         if not found:
-            with self.timed("evaluation", "evaluating"), self.stage.scorer(PARTS) as scorer:
+            with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
                 found = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
                                  template=self.template, seed=self.seed)
-        self.measured = {name: found[key] for key, name in MEASURED.items()}
-        self.evaluation, self.examples = found, found["examples"]
-
-    def show(self, problems: list[Problem], texts: list[str], rewards: Tensor, scores: Scores) -> None:
-        self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {texts[0][:600]!r}")
-        if self.measured["unscorable"]:
-            counts = {**scores.unscorable, "timeouts": scores.timeouts, "crashes": scores.crashes}
-            reasons = [f"{name} {count}" for name, count in counts.items() if count] + [scores.endpoint_error]
-            self.console.say(f"step {self.step}: {self.measured['unscorable']} samples could not be scored; their "
-                             f"advantage is 0 ({', '.join(filter(None, reasons))})", warning=True)
+        self.log.examples(self.step, found["examples"])
+        return found
 
     @contextlib.contextmanager
-    def timed(self, name: str, phase: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Shows what is going on, and adds its seconds to the timing."""
-        self.console.phase(f"{self.settings.name}, step {self.step}: {phase}")
+        self.console.phase(f"{self.settings.name}, step {self.step}: {name}")
         started = time.monotonic()
         yield
         for key in (name, "total"):
             self.timing[key] = self.timing.get(key, 0.0) + time.monotonic() - started
 
     def save(self) -> None:
-        state = {name: getattr(self, name) for name in PROGRESS} | {
-            "rollout": None if self.rollout is None else vars(self.rollout),
-            "optimizer": self.optimizer.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "advantages": self.advantages.state_dict(),
-        }
-        with self.timed("saving", "saving"):
-            save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
-                            keep=self.stage.recipe.checkpoint.keep)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name in PROGRESS:
-            setattr(self, name, state[name])
-        if state["rollout"] is not None:
-            device = self.model.device
-            self.rollout = Rollout(**{
-                name: None if value is None else value.to(device) for name, value in state["rollout"].items()})
-        elif self.step % self.stage.recipe.eval.every and self.step < self.settings.steps:
-            self.measured, self.examples = {}, []  # it was the last step when there were fewer, and evaluated as such
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
-        self.advantages.load_state_dict(state["advantages"])
+        state = {"step": self.step} | {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.stage.directory, self.step, model=self.model, tokenizer=self.tokenizer, state=state,
+                        keep=self.stage.recipe.checkpoint.keep)
 
 
-def preference_scores(model: RewardModel, questions: list[str], responses: list[str]) -> Tensor:
-    """Scores by a reward model. Where it scores summaries, a response without one gets at most the lowest score of the
-    others: else never ending a thought could beat a poor summary."""
-    scores = torch.tensor(model.score(questions, responses), dtype=torch.float64)
-    missing = torch.tensor([not judged_part(model.target, text).strip() for text in responses], dtype=torch.bool)
-    known = scores[~missing & ~scores.isnan()]
-    lowest = known.min().item() if len(known) else math.inf
-    return torch.where(missing, scores.clamp(max=lowest), scores)
-
-
-def measure(completions: Completions, rewards: Tensor, scores: Scores, judged: dict[str, Tensor]) -> dict[str, float]:
+def measure(completions: Completions, rewards: Tensor, scores: Scores) -> dict[str, float]:
     """Metrics of all completions of a step, whether trained on or not."""
     known = rewards[~rewards.isnan()]
-    parts = {name: torch.tensor(part) for name, part in scores.parts.items()} | judged
     return {
         "reward": rewards.nanmean().item(),
         "reward_std": known.std().item() if len(known) > 1 else math.nan,
-        **{f"reward_{name}": part.float().nanmean().item() for name, part in parts.items()},
+        **{f"reward_{name}": torch.tensor(part).nanmean().item() for name, part in scores.parts.items()},
         "length": completions.lengths.float().mean().item(),
         "truncated": 1 - completions.finished.float().mean().item(),
         "reflective": sum(map(reflective_words, completions.texts)) / len(completions.texts),
         "unscorable": len(rewards) - len(known),
-        "timeouts": scores.timeouts,
-        "crashes": scores.crashes,
-        "endpoint_failures": scores.endpoint_failures,
+        **{name: getattr(scores, name) for name in ("timeouts", "crashes", "endpoint_failures")},
         "completion_tokens": int(completions.mask.sum()),
     }
-
-
-def mean(values: list[float]) -> float:
-    """The mean of the known values: a minibatch in which no token was measured has NaN."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType
 from typing import Any
 
 from r1kernels.train.errors import Interrupted
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`.
+    """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`, which code calls where its state is complete.
 
-    Code calls `check` wherever the state is complete: between tokens of a rollout and between the micro-batches before
-    an optimizer step, never inside one. A second signal stops the process immediately. Both signals are handled even if
-    the process was started with SIGINT ignored, as shells do for background jobs.
+    A second signal stops the process immediately. Both signals are handled even if the process was started with SIGINT
+    ignored, as shells do for background jobs.
     """
 
     def __init__(self) -> None:
@@ -28,15 +26,14 @@ class Interrupt:
             raise Interrupted(self.requested)
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from r1kernels.train.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
 R1_ZERO_TEMPLATE = (
@@ -21,44 +20,29 @@ R1_ZERO_TEMPLATE = (
 
 
 def render(question: str, *, open_think: bool = False) -> str:
-    """Puts a question into the R1-Zero template. The prompt ends without white space, as tokenizers want it.
-
-    Args:
-        open_think: end the prompt with `<think>`, so that every completion starts inside the thought.
-
-    Raises:
-        ValueError: the question is blank.
-    """
-    question = question.strip()
-    if not question:
-        raise ValueError("question must not be blank")
-    prompt = R1_ZERO_TEMPLATE.replace("{question}", question)
-    return f"{prompt} <think>" if open_think else prompt
+    """A question in the R1-Zero template. With `open_think`, every completion starts inside the thought."""
+    return R1_ZERO_TEMPLATE.replace("{question}", question.strip()) + (" <think>" if open_think else "")
 
 
 @dataclass(frozen=True)
 class Template:
-    """Turns questions into prompts: `r1_zero` for base models, `chat` for the tokenizer's chat template.
-
-    Raises:
-        ConfigError: `chat`, and the tokenizer has no chat template.
-    """
+    """Turns questions into prompts: `r1_zero` for base models, `chat` for the tokenizer's chat template."""
 
     kind: Literal["r1_zero", "chat"]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     open_think: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "chat" and not self.tokenizer.chat_template:
-            raise ConfigError(f"'template' is 'chat', but the tokenizer of {self.tokenizer.name_or_path!r} has no chat "
-                              "template; use a model with one, or 'r1_zero'")
+            raise ConfigError(f"'template' is 'chat', but {self.tokenizer.name_or_path!r} has no chat template; "
+                              "use a model with one, or 'r1_zero'")
 
     def render(self, question: str) -> str:
         """The prompt of a question."""
         if self.kind == "r1_zero":
             return render(question, open_think=self.open_think)
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        chat = [{"role": "user", "content": question}]
+        prompt = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
             prompt = prompt.removeprefix(bos)  # the tokenizer adds it again

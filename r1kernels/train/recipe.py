@@ -1,27 +1,23 @@
 """Every setting of a recipe, with its description, its range and its default.
 
 A recipe is one YAML file: settings of the whole run, named data sets, and named stages that build on each other.
-Everything that needs no model and no data is checked before any work starts. The page docs/settings.md is
-generated from the descriptions below. `recipe_file` reads and writes recipes.
+`recipe_file` reads it. The page docs/settings.md is generated from the descriptions below.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
 
-RESERVED_NAMES = ("curves", "tensorboard")  # directories of a run that are not stages
-REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
 
 
@@ -33,10 +29,12 @@ class Settings(BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
-        known = [key for key, info in cls.model_fields.items() if not info.exclude]
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
-                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "known": known})
+                known = [name for name, info in cls.model_fields.items() if not info.exclude]
+                close = difflib.get_close_matches(str(key), known, n=1)
+                raise ValueError(f"unknown key {key!r:.60}; expected one of {', '.join(known)}" if not close else
+                                 f"unknown key {key!r:.60}; did you mean '{close[0]}'?")
         return values
 
 
@@ -45,61 +43,35 @@ def setting(description: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
-@dataclass(frozen=True)
-class RefersTo:
+class RefersTo(tuple[str, ...]):
     """Marks a field that names data sets ("data") or stages, by what they leave ("model", "samples", "scores")."""
 
-    kinds: tuple[str, ...]
 
-
-def _import_path(value: str) -> str:
-    module, colon, name = value.partition(":")
-    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError("an import path 'module:function'")
-    return value
-
-
-def _scalar(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str | None):
-        raise ValueError("a number, a string, true, false or null")
-    return value
-
-
-ImportPath = Annotated[str, AfterValidator(_import_path)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-ModelName = Annotated[str, RefersTo(("model",))]
-DataNames = Annotated[list[str], RefersTo(("data",))]
-SampleNames = Annotated[list[str], RefersTo(("data", "samples"))]
-Scalar = Annotated[Any, AfterValidator(_scalar)]
+ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+ModelName = Annotated[str, RefersTo(["model"])]
+DataNames = Annotated[list[str], RefersTo(["data"])]
+SampleNames = Annotated[list[str], RefersTo(["data", "samples"])]
 FilePath = Annotated[str, AfterValidator(os.path.abspath)]
 HubPath = Annotated[str, AfterValidator(lambda path: os.path.abspath(path) if os.path.exists(path) else path)]
 
 
-def load_function(path: str) -> Callable[..., Any]:
-    """The function that an import path names. Raises ConfigError if there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user may fail in any way
-        raise ConfigError(f"cannot import '{path}': {type(error).__name__}: {error}; modules are looked for in the "
-                          "directories of 'import_from' and where Python does") from error
-
-
 class Function(Settings):
     """A function of your own, by import path. `import_from` of the recipe says where modules are looked for."""
-
     function: ImportPath = setting("import path `module:function`")
     options: dict[str, Any] = setting("keyword arguments that the function is called with", {})
 
     def load(self) -> Callable[..., Any]:
-        return load_function(self.function)
+        """The function. Raises ConfigError if there is none."""
+        module, _, name = self.function.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except Exception as error:  # a module of the user may fail in any way
+            raise ConfigError(f"cannot import '{self.function}' (see 'import_from'): {error!r}") from error
 
 
 class FileData(Settings):
-    """A file with one JSON object a line, gzipped or not. The keys of an object decide its use: `question` and `answer`
-    (and `kind`, `language`) make a problem, `question` and `response` a demonstration for SFT, `question`, `chosen` and
-    `rejected` a preference pair. `gsm8k`, `math` and `humaneval` are the files of these sets."""
-
+    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
     kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
     path: FilePath | None = setting("file to train on", None)
     test_path: FilePath | None = setting("file with the held-out problems", None)
@@ -109,16 +81,9 @@ class FileData(Settings):
     def held_out(self) -> bool:
         return self.test_path is not None
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> FileData:
-        if self.path is None and self.test_path is None:
-            raise ValueError("'path' or 'test_path' is missing; at least one is needed")
-        return self
-
 
 class HubData(Settings):
     """A data set of the Hugging Face hub, or a local directory that `datasets.load_dataset` reads."""
-
     kind: Literal["hub"]
     path: HubPath = setting("name on the hub, or a directory")
     subset: str | None = setting("name of the subset (configuration)", None)
@@ -134,18 +99,16 @@ class HubData(Settings):
 
 
 class FunctionData(Function):
-    """A data set from a function of your own: `function(split, count, seed, **options)` returns a list of objects like
-    the lines of a `jsonl` file; `split` is "train" or "test", and `count` how many are wanted at most (None: all)."""
-
+    """`function(split, count, seed, **options)` returns rows: at most `count` of the split "train" or "test"."""
     kind: Literal["function"]
     held_out: bool = setting("whether the function has problems for the split `test`", True)
 
 
 Data = Annotated[FileData | HubData | FunctionData, Field(discriminator="kind")]
 
+
 class Judge(Settings):
     """A language model that judges answers, behind any endpoint that speaks OpenAI's chat completions."""
-
     url: str = setting("address without `/chat/completions`, such as http://localhost:8000/v1", pattern="^https?://")
     model: str = setting("name of the model on that server")
     api_key_env: str | None = setting("environment variable that holds the key; null sends none", None)
@@ -158,10 +121,9 @@ class Judge(Settings):
 
 class Scoring(Settings):
     """How completions are scored."""
-
-    workers: int = setting("programs that are judged at once", 1, ge=1)
-    timeout_s: float = setting("seconds for running one program", 5.0, gt=0)
-    memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
+    workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
+    timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
+    memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
     sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
@@ -170,7 +132,6 @@ class Scoring(Settings):
 
 class Measurement(Settings):
     """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions."""
-
     questions: int = setting("questions of each data set at most", 128, ge=1)
     samples: int = setting("completions of each question", 4, ge=1)
     temperature: float = setting("sampling temperature", 0.6, gt=0)
@@ -181,51 +142,44 @@ class Measurement(Settings):
 
 class Eval(Measurement):
     """The evaluation that ends every stage with a model. RL has one every `every` steps too."""
-
     every: int = setting("steps of RL between evaluations", 5, ge=1)
     problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
 
 
 class Checkpoint(Settings):
     """When checkpoints are written."""
-
     every: int = setting("steps of RL between checkpoints", 5, ge=1)
-    every_updates: int | None = setting("optimizer steps of RL between checkpoints, inside a rollout too", None, ge=1)
+    every_updates: int | None = setting("updates of RL between checkpoints, inside a step too", None, ge=1)
     supervised_every: int = setting("steps of other training between checkpoints", 200, ge=1)
     keep: int = setting("checkpoints to keep", 2, ge=1)
 
 
 class ObjectiveSettings(Settings):
-    """The policy loss: a preset of `r1kernels.objectives` with fields overridden, or a function of your own, which
-    takes `options` and returns an `Objective` or a callable `(logprobs, batch) -> loss per token`."""
-
+    """The policy loss: a preset of `r1kernels.objectives`, or a function of your own, which returns an `Objective` or a
+    callable `(logprobs, batch) -> loss per token`."""
     preset: Literal[PRESETS] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
-    options: dict[str, Scalar] = setting("fields of the preset to override, or arguments of the function", {})
+    options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
 
     def build(self) -> Objective:
         """The objective. Raises ConfigError for an unknown field or a value out of range."""
-        make = getattr(objectives, self.preset) if self.function is None else load_function(self.function)
+        make = Function(function=self.function).load() if self.function else getattr(objectives, self.preset)
         try:
             made = make(**self.options)
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'options': {error}") from error
 
-
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
-
-    mode: Literal["none", "truncate", "mask"] = setting(
-        "`truncate` moves weights into [floor, cap]; `mask` drops those outside; `none` only measures", "none")
+    mode: Literal["none", "truncate", "mask"] = setting("what is done with weights outside [floor, cap]", "none")
     level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
     cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
     floor: float = setting("smallest weight", 0.0, ge=0, le=1)
 
 
 class SamplerSettings(Settings):
-    """Where completions come from: the model in this process, or a vLLM server."""
-
+    """Where completions come from: the model in this process, or a vLLM server, which needs `url` and `weights_dir`."""
     kind: Literal["transformers", "vllm"] = setting("`transformers`: this process; `vllm`: a server", "transformers")
     url: str | None = setting("address of the server, such as http://localhost:8000", None, pattern="^https?://")
     weights_dir: str | None = setting("directory for new weights, under the same path for the server", None)
@@ -233,32 +187,16 @@ class SamplerSettings(Settings):
     requests: int = setting("requests in flight at once", 64, ge=1)
     timeout_s: float = setting("seconds for one request, retries included", 3600.0, gt=0)
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> SamplerSettings:
-        for key in ("url", "weights_dir"):
-            if self.kind == "vllm" and getattr(self, key) is None:
-                raise ValueError(f"'{key}' is missing; kind 'vllm' needs it")
-        return self
-
-
-class LengthStep(Settings):
-    """From step `from_step` on, completions may have `max_new_tokens` tokens."""
-
-    from_step: int = setting("first step", ge=0)
-    max_new_tokens: int = setting("tokens of a completion at most", ge=1)
-
 
 class PreferenceReward(Settings):
     """Adds the score of a reward model to the reward of open problems."""
-
-    model: Annotated[str, RefersTo(("scores",))] = setting("stage of kind `preference`")
+    model: Annotated[str, RefersTo(["scores"])] = setting("stage of kind `preference`")
     weight: float = setting("factor of the score", 1.0)
     last_steps: int | None = setting("count it only in this many last steps; null for all", None, ge=1)
 
 
 class Filters(Settings):
     """Limits of rejection sampling; null turns one off. The paper names the filters and gives no numbers."""
-
     format: bool = setting("require the tags of the template, once each and in order", True)
     language: float | None = setting("least share of words in the language of the question", 0.9, ge=0, le=1)
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
@@ -276,15 +214,13 @@ class StageSettings(Settings):
 
 class Model(StageSettings):
     """A pretrained model."""
-
     kind: Literal["model"]
     path: HubPath = setting("directory, or name on the hub")
-    overrides: dict[str, Scalar] = setting("fields of its configuration to change, e.g. max_position_embeddings", {})
+    overrides: dict[str, Any] = setting("fields of its configuration to change, e.g. max_position_embeddings", {})
 
 
 class Pretrain(StageSettings):
     """Next-token training of a new, small model."""
-
     kind: Literal["pretrain"]
     architecture: Function = setting("`function(seed, **options)` returns an untrained model and its tokenizer")
     corpus: Function = setting("`function(seed, step, **options)` yields documents as (head, tail), without end")
@@ -296,7 +232,6 @@ class Pretrain(StageSettings):
 
 class Training(StageSettings):
     """Epochs over given texts, with AdamW and a learning rate that falls in a cosine."""
-
     model: ModelName = setting("stage whose model this starts from, with a new optimizer")
     epochs: int = setting("passes over the samples or pairs", 2, ge=1)
     batch_size: int = setting("samples or pairs of an update", 128, ge=1)
@@ -309,24 +244,20 @@ class Training(StageSettings):
 
 
 class SFT(Training):
-    """Supervised fine-tuning: next-token training on the responses, never on their prompts. The defaults are the
-    paper's for its cold start."""
-
+    """Supervised fine-tuning on responses, never on their prompts. The defaults are the paper's for its cold start."""
     kind: Literal["sft"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
     window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
 
 
 class Distill(SFT):
-    """Distillation into a smaller model. `samples` is the paper's method, `logits` an extension."""
-
+    """Distillation into a smaller model: SFT on samples (the paper), or matching a teacher with the same tokenizer."""
     kind: Literal["distill"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
     batch_size: int = setting("samples of an update", 64, ge=1)
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
     method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
-    teacher: Annotated[str | None, RefersTo(("model",))] = setting(
-        "stage whose model is matched, for `logits`; the tokenizers must agree", None)
+    teacher: Annotated[str | None, RefersTo(["model"])] = setting("stage whose model is matched, for `logits`", None)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
     beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
     temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)
@@ -335,28 +266,13 @@ class Distill(SFT):
     sampling_temperature: float = setting("sampling temperature of the student", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion of the student at most", 64, ge=1)
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Distill:
-        if (self.teacher is not None) != (self.method == "logits"):
-            raise ValueError(f"'teacher' is {self.teacher!r}; method 'logits' needs one and 'samples' takes none")
-        if self.on_policy and self.method != "logits":
-            raise ValueError("'on_policy' is true; it needs method 'logits'")
-        if self.on_policy and (self.samples or not self.problems):
-            raise ValueError("'on_policy' is true; it needs 'problems' and no 'samples'")
-        if not self.on_policy and (self.problems or not self.samples):
-            raise ValueError("'samples' is needed, and 'problems' is only for 'on_policy'")
-        return self
-
 
 class GRPO(StageSettings):
     """Reinforcement learning: a step is one rollout of `questions` x `group_size` completions and the updates on it."""
-
     kind: Literal["grpo"]
     model: ModelName = setting("stage whose model is trained")
     problems: DataNames = setting("data sets to ask", min_length=1)
-    rewards: dict[str, float] = setting(
-        "weight of each reward: accuracy, format, language, overlong, judge, or `module:function`; 0 only reports",
-        {"accuracy": 1.0, "format": 1.0})
+    rewards: dict[str, float] = setting("weights; a weight of 0 only reports", {"accuracy": 1.0, "format": 1.0})
     preference: list[PreferenceReward] = setting("reward models for open problems", [])
     steps: int = setting("rollouts", 40, ge=1)
     questions: int = setting("questions of a rollout", 32, ge=1)
@@ -372,11 +288,11 @@ class GRPO(StageSettings):
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
-    length_schedule: list[LengthStep] = setting("other values of max_new_tokens from certain steps on", [])
+    length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(
-        "in place of group advantages: `function(trainer, **options)` returns an `Advantages`", None)
+        "in place of group advantages: `function(trainer, **options)`; see examples/ppo", None)
     measure_all: bool = setting("metrics of every token; false skips work on tokens with advantage 0", True)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
@@ -384,47 +300,23 @@ class GRPO(StageSettings):
 
     @property
     def updates(self) -> int:
-        """Updates of a step."""
         return self.epochs * self.minibatches
 
     def limit(self, step: int) -> int:
         """Tokens of a completion at most, at a step."""
-        reached = [item.max_new_tokens for item in self.length_schedule if item.from_step <= step]
-        return reached[-1] if reached else self.max_new_tokens
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> GRPO:
-        samples = self.questions * self.group_size
-        if samples % self.minibatches:
-            raise ValueError(
-                f"'minibatches' is {self.minibatches}; expected a divisor of the {samples} completions of a rollout "
-                f"(questions {self.questions} x group_size {self.group_size})")
-        for name in self.rewards:
-            if name not in REWARDS and ":" not in name:
-                raise ValueError(f"'rewards' names {name!r}; expected {', '.join(REWARDS)} or 'module:function'")
-        if not any(self.rewards.values()) and not self.preference:
-            raise ValueError(f"'rewards' is {self.rewards}; expected at least one non-zero weight")
-        if len({item.model for item in self.preference}) < len(self.preference):
-            raise ValueError("'preference' names a model twice")
-        for item in self.preference:
-            if item.last_steps is not None and item.last_steps > self.steps:
-                raise ValueError(f"'preference.last_steps' is {item.last_steps}; expected at most steps ({self.steps})")
-        steps = [item.from_step for item in self.length_schedule]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"'length_schedule' has the steps {steps}; expected increasing ones")
-        return self
+        reached = [start for start in self.length_schedule if start <= step]
+        return self.length_schedule[max(reached)] if reached else self.max_new_tokens
 
 
 class Reject(StageSettings):
     """Rejection sampling: samples completions and keeps those that are right and readable."""
-
     kind: Literal["reject"]
     model: ModelName = setting("stage whose model is sampled")
     problems: DataNames = setting("data sets to ask", min_length=1)
     questions: int | None = setting("use the first questions only; null for all", None, ge=1)
     samples_per_question: int = setting("completions of a question", 16, ge=1)
     keep_per_question: int | None = setting("keep the first ones that pass; null for all", None, ge=1)
-    questions_per_batch: int = setting("questions of a batch, after which the samples are saved", 32, ge=1)
+    questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
@@ -435,20 +327,18 @@ class Reject(StageSettings):
 
 class Preference(Training):
     """A reward model of preferences (Bradley-Terry), trained on pairs of responses."""
-
     kind: Literal["preference"]
-    pairs: Annotated[str, RefersTo(("data",))] = setting("data set with pairs")
+    pairs: Annotated[str, RefersTo(["data"])] = setting("data set with pairs")
     target: Literal["summary", "response"] = setting("score what follows the thought, or all of it", "response")
     epochs: int = setting("passes over the pairs", 1, ge=1)
     batch_size: int = setting("pairs of an update", 256, ge=1)
     learning_rate: float = setting("highest learning rate", 6e-6, gt=0)
-    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, lt=1)
+    held_out: float = setting("share of the questions whose pairs only measure the accuracy", 0.1, ge=0, le=1)
     max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
 
 
 class Evaluate(StageSettings, Measurement):
     """An evaluation with its own settings, in addition to the one that ends every stage."""
-
     kind: Literal["evaluate"]
     model: ModelName = setting("stage whose model is measured")
     problems: DataNames = setting("data sets with held-out problems", min_length=1)
@@ -456,18 +346,14 @@ class Evaluate(StageSettings, Measurement):
 
 
 Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate
-AnyStage = Annotated[Stages, Field(discriminator="kind")]
 # What a stage of each kind leaves.
-LEAVES = {
-    "model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model", "reject": "samples",
-    "preference": "scores", "evaluate": "measurements",
-}
+LEAVES = dict.fromkeys(("model", "pretrain", "sft", "grpo", "distill"), "model")
+LEAVES |= {"reject": "samples", "preference": "scores", "evaluate": "measurements"}
 
 
 class Recipe(Settings):
     """A run."""
-
-    run_dir: str = setting("directory of everything that the run writes")
+    run_dir: FilePath = setting("directory of everything that the run writes")
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
@@ -479,18 +365,7 @@ class Recipe(Settings):
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard"]] = setting("where else metrics are shown", [])
-    stages: dict[Name, AnyStage] = setting("the stages by name, in any order", min_length=1)
-
-    @pydantic.field_validator("stages", mode="before")
-    @classmethod
-    def _name_stages(cls, stages: Any) -> Any:
-        """Tells every stage its name."""
-        if not isinstance(stages, dict):
-            return stages
-        for name, stage in stages.items():
-            if isinstance(stage, dict) and "name" in stage:
-                raise ValueError(f"stage '{name}' has the key 'name'; its name is its key in 'stages'")
-        return {name: {**stage, "name": name} if isinstance(stage, dict) else stage for name, stage in stages.items()}
+    stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name", min_length=1)
 
     @property
     def eval_problems(self) -> list[str]:

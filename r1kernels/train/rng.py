@@ -1,8 +1,7 @@
 """Random numbers that depend only on the seed and on where the run is.
 
-Whatever draws random numbers first seeds a generator with the run's seed and its own position, such as
-("rollout", 17). So a resumed run draws what the uninterrupted one would have drawn, no generator state needs
-saving, and an evaluation more or less disturbs nothing else.
+Whatever draws random numbers seeds a generator with the run's seed and its position, such as ("rollout", 17). So a
+resumed run draws what the uninterrupted one would have drawn, and one evaluation more disturbs nothing else.
 """
 
 from __future__ import annotations

@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from r1kernels.train.errors import ConfigError, TrainingError
 
-# Called with rows, their texts, and their lengths in tokens.
-OnBatch = Callable[[list[int], list[str], list[int]], None]
+OnBatch = Callable[[list[int], list[str], list[int]], None]  # takes rows, their texts, and their lengths in tokens
 # Rows that have ended leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
-AnyTokens = TypeVar("AnyTokens", bound="Tokens")
 
 
 @dataclass(frozen=True)
@@ -41,152 +41,134 @@ class Tokens:
     token_ids: Tensor
     mask: Tensor
 
-    def rows(self: AnyTokens, index: Tensor) -> AnyTokens:
-        """Some of the rows (n,), without the columns that are padding in all of them; one column of T always stays."""
+    def rows(self, index: Tensor) -> Self:
+        """Some of the rows (n,), without the columns that are padding in all of them."""
         start = int(self.prompt_mask[index].any(0).long().argmax())
-        end = max(1, int(self.mask[index].sum(-1).max()))
+        end = int(self.mask[index].sum(-1).max())
 
         def part(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return [value[row] for row in index.tolist()] if value else value
-            if value.ndim == 1:
-                return value[index]
-            return value[index][:, start:] if name.startswith("prompt_") else value[index][:, :end]
+                return value and [value[row] for row in index]
+            columns = slice(start, None) if name.startswith("prompt_") else slice(end)
+            return value[index] if value.ndim == 1 else value[index][:, columns]
 
         return type(self)(**{name: part(name, value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Completions(Tokens):
-    """Sampled completions of B prompts.
+    """Sampled completions of B prompts."""
 
-    Args:
-        logprobs: (B, T), of each token in the distribution that it was drawn from, before top-p; 0 behind the mask.
-        texts: B strings, without the end token.
-        finished: (B,) bool, false where `max_new_tokens` cut the completion off.
-    """
-
-    logprobs: Tensor
-    texts: list[str]
-    finished: Tensor
+    logprobs: Tensor  # (B, T), in the distribution that a token was drawn from, after top-p; 0 behind the mask
+    texts: list[str]  # without the end token
+    finished: Tensor  # (B,) bool, false where `max_new_tokens` cut the completion off
 
     @property
     def lengths(self) -> Tensor:
         return self.mask.sum(-1)
 
 
-class Sampler(Protocol):
-    """A source of completions. Its random numbers come from torch's global generator."""
+class Collector:
+    """Completions in the making. A sampler fills rows of `token_ids` and `logprobs`, and calls `finish` for each."""
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
-        """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int],
+                 on_batch: OnBatch | None) -> None:
+        self.tokenizer, self.stops, self.on_batch = tokenizer, stops, on_batch
+        self.prompts, self.texts = prompt_tokens(tokenizer, prompts), [""] * len(prompts)
+        self.token_ids: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
 
-    def update(self, model: PreTrainedModel) -> None:
-        """From now on, samples come from these weights."""
+    def finish(self, rows: list[int]) -> None:
+        """These rows are complete. End and padding tokens are no text; other special tokens, such as tags, are."""
+        dropped = {*self.stops, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        for row in rows:
+            self.texts[row] = self.tokenizer.decode([token for token in self.token_ids[row] if token not in dropped])
+        if self.on_batch is not None:
+            self.on_batch(rows, [self.texts[row] for row in rows], [len(self.token_ids[row]) for row in rows])
 
-    def close(self) -> None: ...
+    def completions(self, device: torch.device | str) -> Completions:
+        pad, finished = self.tokenizer.pad_token_id, torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
+        tensors = *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0]
+        return Completions(*(tensor.to(device) for tensor in tensors), self.texts, finished.to(device))
 
 
 class TransformersSampler:
     """Samples from a model in this process. `check` is called before every token; what it raises ends the rollout."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                 check: Callable[[], None] = lambda: None) -> None:
         self.model, self.tokenizer, self.check = model, tokenizer, check
-        self.stops = end_tokens(model, tokenizer)
         # Only the last row of a prompt's logits is used; all of them would take most of the memory.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
-        """One completion of each prompt; the random numbers of a row depend only on its place."""
-        prompt_ids, prompt_mask = encode(self.tokenizer, prompts, self.model.device)
-        shape = (len(prompts), sampling.max_new_tokens)
-        token_ids = prompt_ids.new_full(shape, self.tokenizer.pad_token_id)
-        logprobs = torch.zeros(shape, device=token_ids.device)
-        lengths = torch.zeros_like(token_ids[:, 0])
-        texts = [""] * len(prompts)
+        """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete.
 
-        def finish(rows: Tensor) -> None:
-            ids = [token_ids[row, : lengths[row]].tolist() for row in rows]
-            decoded = decode(self.tokenizer, ids, self.stops)
-            for row, text in zip(rows.tolist(), decoded, strict=True):
-                texts[row] = text
-            if on_batch is not None:
-                on_batch(rows.tolist(), decoded, [len(row) for row in ids])
-
-        for rows in torch.arange(len(prompts), device=token_ids.device).split(sampling.batch_size or len(prompts)):
-            self._generate(prompt_ids[rows], prompt_mask[rows], rows, (token_ids, logprobs, lengths), sampling, finish)
-        if not logprobs.isfinite().all():
+        Random numbers come from torch's global generator. Those of a row depend only on its place.
+        """
+        found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer), on_batch)
+        ids, mask = (part.to(self.model.device) for part in padded(found.prompts, self.tokenizer.pad_token_id, "left"))
+        for rows in torch.arange(len(prompts), device=ids.device).split(sampling.batch_size or len(prompts)):
+            self._generate(found, rows, ids[rows], mask[rows].long(), sampling)
+        done = found.completions(ids.device)
+        if not done.logprobs.isfinite().all():
             raise TrainingError(f"{type(self.model).__name__} gives log-probs that are not finite")
-        return completions(prompt_ids, prompt_mask, token_ids, logprobs, lengths, texts, self.stops)
+        return done
 
     def update(self, model: PreTrainedModel) -> None:
+        """From now on, samples come from these weights."""
         self.model = model
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
     @torch.no_grad()
-    def _generate(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, into: tuple[Tensor, Tensor, Tensor],
-        sampling: Sampling, finish: Callable[[Tensor], None],
-    ) -> None:
-        """Writes tokens, log-probs and lengths of one batch, whose places in `into` are `rows`.
-
-        Rows that have ended leave the batch early; `generate` of transformers would compute them to the end.
-        """
-        token_ids, logprobs, lengths = into
-        inputs, mask = prompt_ids, F.pad(prompt_mask, (0, sampling.max_new_tokens), value=1)
-        positions, cache = (prompt_mask.cumsum(-1) - 1).clamp(min=0), None
-        size, place, stops = len(rows), torch.arange(len(rows), device=rows.device), rows.new_tensor(self.stops)
-        active = torch.ones_like(rows, dtype=torch.bool)
+    def _generate(self, found: Collector, rows: Tensor, inputs: Tensor, mask: Tensor, sampling: Sampling) -> None:
+        """Completes some rows. Those that have ended leave the batch; `generate` of transformers would keep them."""
+        count, width, place = len(rows), inputs.shape[1], torch.arange(len(rows), device=rows.device)
+        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+        mask = F.pad(mask, (0, sampling.max_new_tokens), value=1)
+        active, stops = torch.ones_like(rows, dtype=torch.bool), rows.new_tensor(found.stops)
         for step in range(sampling.max_new_tokens):
             self.check()
-            output = self.model(
-                input_ids=inputs, attention_mask=mask[:, : prompt_ids.shape[1] + step], position_ids=positions,
-                past_key_values=cache, use_cache=True, **self._options,
-            )
+            output = self.model(input_ids=inputs, attention_mask=mask[:, : width + step], position_ids=positions,
+                                past_key_values=cache, use_cache=True, **self._options)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
                 raise ConfigError(f"{type(self.model).__name__} keeps no key-value cache; sampling needs one")
             scores = (output.logits[:, -1].float() / sampling.temperature).log_softmax(-1)
-            uniform = torch.rand(size, dtype=torch.float64, device=rows.device)[place]
-            tokens = draw(scores, uniform, sampling.top_p)
-            token_ids[rows[active], step] = tokens[active]
-            logprobs[rows[active], step] = scores.gather(-1, tokens[:, None])[active, 0]
-            lengths[rows[active]] += 1
+            uniform = torch.rand(count, dtype=torch.float64, device=rows.device)[place]
+            tokens, logprobs = draw(scores, uniform, sampling.top_p)
+            for row, token, logprob in zip(*(part[active].tolist() for part in (rows, tokens, logprobs)), strict=True):
+                found.token_ids[row].append(token)
+                found.logprobs[row].append(logprob)
             active &= torch.isin(tokens, stops, invert=True)
             inputs, positions = tokens[:, None], positions[:, -1:] + 1
             left = int(active.sum())
             if left == 0:
                 break
             if left <= (1 - LEAVING_SHARE) * len(rows):
-                finish(rows[~active])
+                found.finish(rows[~active].tolist())
                 stay = active.nonzero()[:, 0]
                 cache.reorder_cache(stay)
                 rows, place, mask, inputs, positions, active = (
-                    part[stay] for part in (rows, place, mask, inputs, positions, active)
-                )
-        finish(rows)
+                    part[stay] for part in (rows, place, mask, inputs, positions, active))
+        found.finish(rows.tolist())
 
 
-def draw(logprobs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Tokens (B,) of log-probs (B, V): the inverse of the cumulative distribution at uniform (B,), in [0, 1).
+def draw(logprobs: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) and their log-probs, where the cumulative distribution of logprobs (B, V) reaches uniform (B,).
 
-    Below 1, `top_p` leaves the likeliest tokens whose probabilities first reach it together.
+    Below 1, `top_p` leaves the likeliest tokens whose probabilities first reach it together, and shares 1 among them.
     """
-    probs, order = logprobs.double().exp(), None
+    probs, order = logprobs.double().exp(), torch.arange(logprobs.shape[-1], device=logprobs.device).expand_as(logprobs)
     if top_p < 1:
         probs, order = probs.sort(descending=True, stable=True)
-    cumulative = probs.cumsum(-1)
-    mass = cumulative[:, -1:]
-    if order is not None:
-        last = torch.searchsorted(cumulative, top_p * mass).clamp(max=probs.shape[-1] - 1)
-        mass = cumulative.gather(-1, last)
-    found = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True)
-    found = found.clamp(max=probs.shape[-1] - 1)  # where the log-probs are NaN
-    return (found if order is None else order.gather(-1, found))[:, 0]
+    cumulative, most = probs.cumsum(-1), probs.shape[-1] - 1  # clamped to it where the log-probs are NaN
+    last = torch.searchsorted(cumulative, top_p * cumulative[:, -1:]).clamp(max=most)
+    mass = cumulative.gather(-1, last)
+    place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).clamp(max=most)
+    tokens, share = order.gather(-1, place), mass / cumulative[:, -1:]
+    return tokens[:, 0], (logprobs.gather(-1, tokens) - share.log()).clamp(max=0).float()[:, 0]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -197,42 +179,15 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of prompts: what the tokenizer puts in front stays, what it appends (`add_eos_token`) is left out."""
-    if not texts:
-        return []
-    longest = max(texts, key=len)
+    longest = max(texts, key=len, default="")
     whole, inner = tokenizer(longest)["input_ids"], tokenizer(longest, add_special_tokens=False)["input_ids"]
     added = len(whole) - len(inner)
     front = next((i for i in range(added) if whole[i : i + len(inner)] == inner), added)
-    return [ids[: len(ids) - (added - front)] for ids in tokenizer(list(texts))["input_ids"]]
+    return [ids[: len(ids) - (added - front)] for ids in tokenizer(list(texts))["input_ids"]] if texts else []
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, P) of prompts, padded on the left, whatever the tokenizer's own padding side is."""
-    rows = prompt_tokens(tokenizer, prompts)
-    width = max(map(len, rows))
-    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], stops: Sequence[int]) -> list[str]:
-    """The texts of completions, without end and padding tokens. Other special tokens, such as tags, stay."""
-    dropped = {*stops, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
-
-
-def completions(
-    prompt_ids: Tensor, prompt_mask: Tensor, token_ids: Tensor, logprobs: Tensor, lengths: Tensor, texts: list[str],
-    stops: Sequence[int],
-) -> Completions:
-    """What a sampler returns, without the columns that no row fills."""
-    width = max(1, int(lengths.max()))
-    token_ids, logprobs = token_ids[:, :width].clone(), logprobs[:, :width].clone()
-    last = token_ids.gather(-1, (lengths[:, None] - 1).clamp(min=0))[:, 0]
-    return Completions(
-        prompt_ids=prompt_ids, prompt_mask=prompt_mask.bool(), token_ids=token_ids,
-        mask=torch.arange(width, device=lengths.device) < lengths[:, None], logprobs=logprobs, texts=texts,
-        finished=torch.isin(last, last.new_tensor(stops)) & (lengths > 0),
-    )
+def padded(rows: Sequence[Sequence[float]], value: float, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor, filled up with `value` on one side, and a mask that is false there."""
+    values = [torch.tensor(row, dtype=torch.tensor(value).dtype) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(values, True, value, side), pad_sequence(masks, True, False, side)

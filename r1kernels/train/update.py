@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
-from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
@@ -19,24 +18,16 @@ from r1kernels.train.rollout import Tokens
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
 # A group whose rewards differ by less is reported: its small differences become advantages as large as any.
 SMALL_SPREAD = 0.1
-# Bounds of log-ratios: far outside any useful cap; and the log-prob that servers write for a probability of 0.
-RATIO_BOUND, GAP_BOUND = 20.0, 9999.0
 
 
 @dataclass(frozen=True)
 class Rollout(Tokens):
-    """What the updates of a step learn from.
+    """What the updates of a step learn from."""
 
-    Args:
-        advantages: (B,) of samples, or (B, T) of tokens.
-        old_logprobs, ref_logprobs: (B, T), under the policy before its first update and under the reference, if any.
-        importance_weights: (B,) or (B, T); None for no correction.
-    """
-
-    advantages: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor | None
-    importance_weights: Tensor | None
+    advantages: Tensor  # (B,) of samples, or (B, T) of tokens
+    old_logprobs: Tensor  # (B, T), under the policy before its first update
+    ref_logprobs: Tensor | None  # (B, T), under the reference, if there is one
+    importance_weights: Tensor | None  # (B,) or (B, T); None for no correction
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
@@ -68,69 +59,48 @@ def group_advantages(rewards: Tensor, settings: GRPO) -> Tensor:
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
     """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
+    ids = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1)
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
-    hidden = hidden_states(
-        model,
-        input_ids=torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-    )
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    hidden = hidden_states(model, input_ids=ids, attention_mask=attention, position_ids=positions)
     return hidden[:, -batch.token_ids.shape[1] :]
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: PreTrainedModel, tokens: Tokens, batches: Sequence[Tensor], *, temperature: float, check: Callable[[], None]
-) -> Tensor:
+def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Tensor], temperature: float) -> Tensor:
     """Log-probs (B, T) of completions, 0 behind the mask.
 
-    Args:
-        batches: rows of each batch. Use those of the updates: the last bits of a row may depend on the rows beside it,
-            and this way the first ratio is exactly 1.
-        check: called before every batch.
+    `batches` (rows) should be those of the updates: the last bits of a row may depend on the rows beside it, and this
+    way the first ratio is exactly 1.
     """
     logprobs = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
     for rows in batches:
-        check()
         batch = tokens.rows(rows)
         logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, mask=batch.mask, temperature=temperature,
-            **head_of(model),
-        )
+            **head_of(model))
     return logprobs
 
 
 def minibatch_gradient(
     model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective, *,
-    temperature: float, measure_all: bool = True, check: Callable[[], None],
+    temperature: float, measure_all: bool = True,
 ) -> dict[str, float]:
-    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches.
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it.
 
-    Args:
-        batches: rows of each micro-batch; `check` is called before every one.
-        measure_all: metrics speak of every token. Without it, tokens of advantage 0 may not even be computed, and the
-            first ratio may differ from 1 in its last bits.
-
-    Returns:
-        Metrics; "ratio_deviation" is the largest |ratio - 1| of a token.
+    Metrics speak of every token with `measure_all`. Without it, tokens of advantage 0 may not even be computed, and the
+    first ratio may differ from 1 in its last bits. "ratio_deviation" is the largest |ratio - 1| of a token.
     """
-    mask = rollout.mask[torch.cat(list(batches))]
-    tokens = mask.sum()
-    normalizer = {
-        "sequence_mean": tokens.new_tensor(len(mask)),
-        "token_mean": tokens,
-        "constant": tokens.new_tensor(len(mask) * (objective.max_length or 1)),
-    }[objective.aggregate].float()
-    table = []
+    mask, table = rollout.mask[torch.cat(list(batches))], []
+    whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
+    normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
     for rows in batches:
-        check()
         batch = rollout.rows(rows)
         loss, part = r1kernels.linear_grpo_loss(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
             old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
-            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model),
-        )
+            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model))
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
@@ -140,8 +110,8 @@ def minibatch_gradient(
     deviations = [max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in known]
     metrics = {"loss": sum(values["loss"] for values in micro), "ratio_deviation": max(deviations, default=0.0)}
     for name in TOKEN_MEANS:
+        weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
         if name in names:
-            weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
             total = sum(values[weight] for values in parts)
             metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
     return metrics
@@ -150,49 +120,33 @@ def minibatch_gradient(
 def importance_weights(
     sampled: Tensor, trained: Tensor, mask: Tensor, settings: Importance
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """Weights pi / mu that correct the gap between the policy pi that is trained and mu, which sampled; and its size.
+    """Weights pi / mu that correct the gap between mu, which sampled, and the policy pi, which is trained; and metrics.
 
     The two round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
     2025, "Your efficient RL framework secretly brings you off-policy RL training") or their tokens are left out (MIS:
     Liu et al. 2025, "When speed kills stability").
 
-    Args:
-        sampled, trained: log-probs (B, T) by mu and by pi before its first update; nothing behind the mask matters.
-
-    Returns:
-        Weights (B, T), or (B,) for sequences, exactly 1 where the log-probs are equal; None for mode `none`. Metrics:
-        the gap |log pi - log mu|, two estimates of KL(mu || pi), the mean weight, the share cut, and the effective
-        sample size as a share.
+    `sampled` and `trained` are the log-probs (B, T) by mu and pi; nothing behind the mask matters. Weights are (B, T),
+    or (B,) for sequences, and exactly 1 where the log-probs are equal; None for mode `none`.
     """
     gap = (trained.double() - sampled.double()).masked_fill(~mask, 0.0)
-    if gap.isnan().any():
-        row, column = gap.isnan().nonzero()[0].tolist()
-        raise TrainingError(
-            f"token {column} of sample {row} has log-prob {sampled[row, column].item()} in the sampler and "
-            f"{trained[row, column].item()} in the trainer; expected numbers"
-        )
-    gap = gap.clamp(-GAP_BOUND, GAP_BOUND)
-    counted = gap[mask]
-    near = counted.clamp(-RATIO_BOUND, RATIO_BOUND)
     sequences = settings.level == "sequence"
-    ratios = (gap.sum(-1) if sequences else gap).clamp(-RATIO_BOUND, RATIO_BOUND).exp()
-    kept = (ratios >= settings.floor) & (ratios <= settings.cap) | (settings.mode == "none")
-    weights = {
-        "none": ratios, "truncate": ratios.clamp(settings.floor, settings.cap), "mask": ratios.where(kept, 0.0)
-    }[settings.mode]
-    among = mask.any(-1) if sequences else mask
-    used = weights[among]
-    squares = used.square().sum().item()
-    return None if settings.mode == "none" else weights.float(), {
-        "logprob_gap_mean": _mean(counted.abs()),
-        "logprob_gap_max": counted.abs().max().item() if len(counted) else 0.0,
-        "rollout_kl_k1": _mean(-counted),
-        "rollout_kl_k3": _mean(near.expm1() - near),
-        "importance_mean": _mean(used),
-        "importance_cut": _mean((~kept[among]).double()),
-        "importance_ess": used.sum().item() ** 2 / (len(used) * squares) if squares else 0.0,
+    weights = (gap.sum(-1) if sequences else gap).exp()
+    kept = (weights >= settings.floor) & (weights <= settings.cap) | (settings.mode == "none")
+    if settings.mode == "truncate":
+        weights = weights.clamp(settings.floor, settings.cap)
+    elif settings.mode == "mask":
+        weights = weights.where(kept, 0.0)
+    gaps, used, kept = gap[mask], *((weights, kept) if sequences else (weights[mask], kept[mask]))
+    metrics = {
+        "logprob_gap_mean": gaps.abs().mean(),
+        "logprob_gap_max": gaps.abs().max(),
+        "rollout_kl_k1": -gaps.mean(),  # estimates of KL(mu || pi)
+        "rollout_kl_k3": (gaps.expm1() - gaps).mean(),
+        "importance_mean": used.mean(),
+        "importance_cut": (~kept).double().mean(),
+        # The effective sample size as a share.
+        "importance_ess": used.sum() ** 2 / (len(used) * used.square().sum()),
     }
-
-
-def _mean(values: Tensor) -> float:
-    return values.mean().item() if values.numel() else 0.0
+    weights = None if settings.mode == "none" else weights.float()
+    return weights, {name: value.item() for name, value in metrics.items()}

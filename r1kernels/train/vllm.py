@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError
 from r1kernels.train.errors import StorageError
-from r1kernels.train.rollout import Completions, OnBatch, Sampling, completions, decode, encode
+from r1kernels.train.rollout import Collector, Completions, OnBatch, Sampling
 
 POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
@@ -35,8 +34,9 @@ Row = tuple[list[int], list[float], list[float]]  # token ids, their log-probs, 
 class VLLMSampler:
     """A `Sampler` that asks a vLLM server, with one request for each run of equal prompts. Methods raise EndpointError.
 
-    Seeds come from torch's global generator. A server may still answer the same request with other tokens: its sums
-    depend on what else it computes at the time. The key in VLLM_API_KEY is sent if it is set.
+    Requests carry no seed: a server's sums depend on what else it computes at the time, so a seed would not make its
+    answers repeatable, seeded sampling is slow, and in vLLM 0.32 on CPUs it ends the server when a prompt is split into
+    chunks. The key in VLLM_API_KEY is sent if it is set.
 
     Args:
         weights_dir: where `update` writes weights, under the same path for the server.
@@ -56,30 +56,22 @@ class VLLMSampler:
 
     def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
         """One completion of each prompt. The server chooses its own batches."""
-        prompt_ids, prompt_mask = encode(self.tokenizer, prompts, "cpu")
-        ids = [row[keep].tolist() for row, keep in zip(prompt_ids, prompt_mask.bool(), strict=True)]
-        seeds, pending, found = torch.randint(2**62, (len(ids),)).tolist(), {}, {}
-        for prompt, group in itertools.groupby(range(len(ids)), key=ids.__getitem__):
-            run = list(group)
-            pending[self.endpoint.start(self._complete(prompt, len(run), seeds[run[0]], sampling))] = run
+        found, pending = Collector(self.tokenizer, prompts, self.stops, on_batch), {}
+        for prompt, group in itertools.groupby(range(len(prompts)), key=found.prompts.__getitem__):
+            rows = list(group)
+            pending[self.endpoint.start(self._complete(prompt, len(rows), sampling))] = rows
         try:
             while pending:
                 self.check()
                 for future in wait(pending, POLL_S, return_when=FIRST_COMPLETED).done:
-                    run, rows = pending.pop(future), future.result()
-                    found.update(zip(run, rows, strict=True))
-                    if on_batch is not None:
-                        tokens = [tokens for tokens, *_ in rows]
-                        on_batch(run, decode(self.tokenizer, tokens, self.stops), [len(row) for row in tokens])
+                    rows = pending.pop(future)
+                    for row, (tokens, logprobs, _) in zip(rows, future.result(), strict=True):
+                        found.token_ids[row], found.logprobs[row] = tokens, logprobs
+                    found.finish(rows)
         finally:
             for future in pending:  # the server sees the connections close and drops the requests
                 future.cancel()
-        tokens, logprobs, _ = zip(*(found[row] for row in range(len(ids))), strict=True)
-        padded = [pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
-                  for rows, padding in ((tokens, self.tokenizer.pad_token_id), (logprobs, 0))]
-        tensors = (prompt_ids, prompt_mask, *padded, torch.tensor([len(row) for row in tokens]))
-        texts = decode(self.tokenizer, tokens, self.stops)
-        return completions(*(tensor.to(self.device) for tensor in tensors), texts, self.stops)
+        return found.completions(self.device)
 
     def update(self, model: PreTrainedModel) -> None:
         """Writes the weights, and has the server load them and empty its cache of prefixes."""
@@ -103,7 +95,7 @@ class VLLMSampler:
         for old in self.weights_dir.glob("weights-*"):
             shutil.rmtree(old, ignore_errors=True)
 
-    async def _complete(self, prompt: list[int], count: int, seed: int, sampling: Sampling, top: int = 0) -> list[Row]:
+    async def _complete(self, prompt: list[int], count: int, sampling: Sampling, top: int = 0) -> list[Row]:
         """`count` completions of a prompt, with the log-probs of the `top` likeliest first tokens."""
 
         def read(answer: Any) -> list[Row]:
@@ -111,7 +103,7 @@ class VLLMSampler:
             return [self._row(found[index], sampling.max_new_tokens) for index in range(count)]
 
         return await self.endpoint.request("post", "/completions", read, body={
-            "model": self.model, "prompt": prompt, "n": count, "seed": seed, "max_tokens": sampling.max_new_tokens,
+            "model": self.model, "prompt": prompt, "n": count, "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p,
             # What is not said here, the server takes from the model's generation_config.json.
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -132,7 +124,7 @@ class VLLMSampler:
         """Refuses a server whose log-probs are not those of the temperature that it samples with."""
         gaps = []
         for temperature in (1.0, PROBE_TEMPERATURE):
-            answer = self.endpoint.wait(self._complete(self.stops[:1], 1, 0, Sampling(temperature, 1), PROBE_TOP))
+            answer = self.endpoint.wait(self._complete(self.stops[:1], 1, Sampling(temperature, 1), PROBE_TOP))
             likeliest = answer[0][2][:PROBE_TOP]
             gaps.append(likeliest[0] - likeliest[-1])
         if not 0 < gaps[1] < 0.9 * gaps[0]:  # half of it, but for rounding

@@ -72,6 +72,7 @@ def test_values_and_gradients(kind: str, beta: float, distance: float, vocab: in
     check(*testing.random_pair(4, vocab, dtype=dtype, distance=distance, seed=vocab), kind, beta)
 
 
+@pytest.mark.not_on("triton", "cuda", reason="instruction sets of a CPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(("kind", "beta"), BETAS)
@@ -98,8 +99,12 @@ def test_temperatures(kind: str, dtype: torch.dtype, temperature: float) -> None
     check(*testing.random_pair(4, 1000, dtype=dtype), kind, 0.3, temperature)
 
 
+# Each kind has the same passes over a row; interpreted they take seconds.
+SLOW = pytest.mark.slow_on("triton", reason="passes over a whole vocabulary, which another kind runs")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind == "jsd" else pytest.param(kind, marks=SLOW) for kind in KINDS])
 def test_the_vocabulary_of_a_real_model(kind: str, dtype: torch.dtype) -> None:
     student, teacher = testing.random_pair(2, 151_936, dtype=dtype, scale=8)
     student[1, 777] = teacher[1, 99] = 32.0  # each is nearly certain, of different tokens

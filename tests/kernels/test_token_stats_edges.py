@@ -37,6 +37,7 @@ def check(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> None:
 # ---- every instruction set ------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_on("triton", "cuda", reason="instruction sets of a CPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 3, 8, 33, 2047, 2049, 5000])
 @pytest.mark.parametrize("step", [1, 2])
@@ -72,6 +73,7 @@ def test_every_bfloat16_and_float16_is_read_exactly(isa: str) -> None:
         testing.assert_within(logprobs, exact, testing.rounding(exact, torch.float32) + slack)
 
 
+@pytest.mark.slow_on("cuda", reason="a row for each 16-bit number")
 @pytest.mark.not_on("triton", reason="the interpreter truncates where a GPU rounds")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype) -> None:

@@ -79,6 +79,7 @@ def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, 
         testing.assert_within(b[1][name], grad, 3e-6 * (grad.abs().max().double() + 1e-3))
 
 
+@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @settings(max_examples=examples(25))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(),
@@ -97,6 +98,7 @@ def test_micro_batches_with_the_global_normalizer(
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows, split))
 
 
+@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
 @settings(max_examples=examples(40))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(), rows=ROWS)
 def test_chunk_budgets(name: str, head: str, extra: str, seed: int, terms: bool, rows: int) -> None:
@@ -143,6 +145,7 @@ def test_padding(name: str, head: str, extra: str, seed: int, more: int, rows: i
     )
 
 
+@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
 @settings(max_examples=examples(30))
 @given(head=HEADS, seed=SEED, order=st.permutations(range(BATCH)), cut=st.integers(0, BATCH), rows=ROWS)
 def test_cross_entropy_of_any_split(head: str, seed: int, order: list[int], cut: int, rows: int) -> None:

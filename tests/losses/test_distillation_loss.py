@@ -202,6 +202,7 @@ def test_a_teacher_without_a_tail(kind: str, implementation: str) -> None:
     assert (grad[~inside] > 0).all() and (grad[inside] < 0).all()
 
 
+@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [20, 999, 1000])
 def test_confident_teachers_are_at_a_finite_distance(k: int, kind: str, implementation: str) -> None:

@@ -88,6 +88,7 @@ def test_values_and_gradients(dtype: torch.dtype, name: str, temperature: float)
     testing.assert_within(grad, testing.Expected(exact.value, exact.terms + g.terms.unsqueeze(-1) * per_g))
 
 
+@pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_is_the_composition_bit_for_bit(name: str, implementation: str) -> None:
     inputs = batch() | {"mask": testing.random_ids(5, 7, vocab=3) > 0}
@@ -219,6 +220,7 @@ def test_only_metrics_of_known_quantities() -> None:
 # ---- compile and fakes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports torch's own old modules
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -241,6 +243,7 @@ def test_compile_fullgraph(compiler: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compile_with_lengths_and_temperatures_that_change(packed: bool, implementation: str) -> None:

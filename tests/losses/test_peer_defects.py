@@ -181,6 +181,7 @@ def test_d9_rows_far_below_zero(level: float, dtype: torch.dtype) -> None:
     check_stats((torch.zeros(2, 3000) + level).to(dtype), torch.tensor([0, 2999]))
 
 
+@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
 @pytest.mark.parametrize("length", [65_535, 65_536, 70_001])
 def test_d10_any_completion_length(length: int) -> None:
     """D10, Liger: a grid of (B, L) programs fails at L >= 65,536, and every new length compiles the kernel again."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from r1kernels.train.log import Console, read_lines
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import Interrupted
 from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.log import Console, read_lines
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import Stage
 

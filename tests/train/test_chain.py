@@ -1,6 +1,7 @@
 """Which stages of a chain run, continue, are kept or refused: after changes, stops and damage."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 import yaml
 
 from r1kernels.train import chain
-from r1kernels.train.chain import Chain, Plan, read_manifest
+from r1kernels.train.chain import Chain, content_hash, read_manifest
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
-from r1kernels.train.errors import CheckpointError, ConfigError, Interrupted, StorageError
+from r1kernels.train.errors import CheckpointError, ConfigError, Interrupted
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.recipe_file import load_recipe
-from r1kernels.train.stage import SELECTED, model_path
+from r1kernels.train.stage import SELECTED, Stage
 
 LAST = {"kind": "distill", "method": "logits", "model": "middle", "teacher": "side", "samples": ["sums"]}
 ALL = "first first? middle middle? side side? last last?"
@@ -58,11 +59,20 @@ class World:
         self.path.write_text(yaml.safe_dump(self.values, sort_keys=False))
         return Chain(load_recipe(self.path, overrides), **options)
 
-    def plan(self, *overrides: str, **options: Any) -> dict[str, Plan]:
-        return {plan.name: plan for plan in self.chain(*overrides, **options).plan()}
+    def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
+        return self.chain(*overrides, **options).plan()
 
     def actions(self, *overrides: str, **options: Any) -> str:
-        return " ".join(plan.action for plan in self.plan(*overrides, **options).values())
+        return " ".join(action for action, _ in self.plan(*overrides, **options).values())
+
+    def refused(self, *overrides: str, **options: Any) -> str:
+        """Why a run stops before any work; the plan says the same."""
+        with pytest.raises(ConfigError) as error:
+            self.plan(*overrides, **options)
+        with pytest.raises(ConfigError):
+            self.run(*overrides, **options)
+        assert self.log == []
+        return str(error.value)
 
     def run(self, *overrides: str, **options: Any) -> str:
         self.log.clear()
@@ -94,12 +104,11 @@ class World:
             raise self.fail.pop(settings.name)
         return {"steps": steps}
 
-    def _measure(self, recipe: Any, path: Path, interrupt: Interrupt, overrides: dict[str, Any]) -> dict[str, Any]:
-        name = f"{path.parents[2].name}?"
-        self.log.append(name)
-        if name in self.fail:
-            raise self.fail.pop(name)
-        return {"pass_at_1": 0.5, "length": 1.0, "of": (path / "weights").read_text()}
+    def _measure(self, stage: Stage, name: str) -> dict[str, Any]:
+        self.log.append(f"{name}?")
+        if f"{name}?" in self.fail:
+            raise self.fail.pop(f"{name}?")
+        return {"pass_at_1": 0.5, "length": 1.0, "of": (Path(stage.model_path(name)) / "weights").read_text()}
 
 
 @pytest.fixture
@@ -127,18 +136,18 @@ def test_a_stage_runs_after_those_it_depends_on_and_is_skipped_afterwards(world)
 
 def test_the_manifest_says_what_a_stage_came_from(done):
     content = json.loads((done.run_dir / "manifest.json").read_text())
-    assert (content["name"], content["order"]) == ("run", ["first", "middle", "side", "last"])
+    assert content["order"] == ["first", "middle", "side", "last"]
     first, last = content["stages"]["first"], content["stages"]["last"]
     assert (last["kind"], last["status"], last["summary"]) == ("distill", "finished", {"steps": 1})
-    assert content["stages"]["middle"]["settings"]["inputs"] == {"first": first["output"]}
-    assert last["settings"]["inputs"].keys() == {"middle", "side"}
+    assert content["stages"]["middle"]["settings"]["output of first"] == first["output"]
+    assert {"output of middle", "output of side", "data sums"} < last["settings"].keys()
     assert last["evaluation"]["of"] == done.left_by("last") and last["seconds"] >= 0
 
 
 def test_a_changed_setting_runs_its_stage_and_what_its_output_changes(done):
     plan = done.plan("stages.first.steps=9")
-    assert [item.action for item in plan.values()] == ["rerun", "rerun", "skip", "rerun"]
-    assert plan["first"].why == "stages.first.steps: 1 -> 9" and "first" in plan["middle"].why
+    assert [action for action, _ in plan.values()] == ["rerun", "rerun", "skip", "rerun"]
+    assert plan["first"][1] == "steps: 1 -> 9" and "first" in plan["middle"][1]
     assert done.run("stages.first.steps=9") == "first first? middle middle? last last?"
     assert done.left_by("middle") == "middle(first()x9)x2"
     assert done.actions("stages.first.steps=9") == "skip skip skip skip"
@@ -174,11 +183,9 @@ def test_other_settings_of_evaluations_evaluate_again_and_train_nothing(done):
 def test_files_count_by_their_content(done, tmp_path):
     moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
     assert done.run(f"data.sums.path={moved}") == ""
-    (tmp_path / "test.jsonl").write_text('{"question": "3+3", "answer": "6"}\n')  # no stage learns from it
-    assert done.run(f"data.sums.path={moved}") == "first? middle? side? last?"
     moved.write_text('{"question": "4+4", "answer": "8"}\n')
-    assert "data.sums" in done.plan(f"data.sums.path={moved}")["middle"].why
-    assert done.run(f"data.sums.path={moved}").startswith("middle middle?")
+    assert "data sums" in done.plan(f"data.sums.path={moved}")["middle"][1]
+    assert done.run(f"data.sums.path={moved}") == "first? middle middle? side? last last?"
 
 
 def test_from_runs_a_stage_and_all_behind_it(done):
@@ -187,28 +194,6 @@ def test_from_runs_a_stage_and_all_behind_it(done):
     assert done.run() == ""
     with pytest.raises(ConfigError, match=r"'nowhere'.*first, middle, side, last"):
         done.plan(start="nowhere")
-
-
-def test_more_steps_of_rl_continue_and_fewer_run_again(done):
-    plan = done.plan("stages.middle.steps=3")["middle"]
-    assert (plan.action, plan.why) == ("continue", "stages.middle.steps: 2 -> 3")
-    assert done.actions("stages.middle.steps=3", "stages.middle.temperature=0.5") == "skip rerun skip rerun"
-    assert done.actions("stages.middle.steps=1") == "skip rerun skip rerun"
-    assert done.run("stages.middle.steps=3") == "middle middle? last last?"
-    assert done.left_by("middle") == "middle(first()x1)x3"
-    # The learning rate of other training falls to its end.
-    assert done.actions("stages.side.steps=3", "stages.middle.steps=3") == "skip skip rerun rerun"
-
-
-def test_reward_models_that_count_at_the_end_forbid_more_steps(world):
-    """Which steps they count in follows from the number of steps, so the finished ones would be different."""
-    world.values["stages"]["scores"] = {"kind": "preference", "model": "first", "pairs": "sums"}
-    world.values["stages"]["middle"]["preference"] = [{"model": "scores"}]
-    world.run()
-    assert world.plan("stages.middle.steps=5")["middle"].action == "continue"
-    world.values["stages"]["middle"]["preference"] = [{"model": "scores", "last_steps": 1}]
-    world.run()
-    assert world.plan("stages.middle.steps=5")["middle"].action == "rerun"
 
 
 def test_an_interrupted_stage_continues(world):
@@ -222,32 +207,26 @@ def test_an_interrupted_stage_continues(world):
 
 def test_an_interrupted_stage_whose_settings_changed_is_refused_before_any_work(world):
     world.stop("middle")
-    assert world.actions("stages.middle.steps=5") == "skip continue run run"
     assert world.actions("stages.first.steps=5") == "rerun rerun run run"
-    plan = world.plan("stages.middle.temperature=0.5")["middle"]
-    assert plan.action == "refuse"
-    assert "stages.middle.temperature: 1.0 -> 0.5" in plan.why and "--from middle" in plan.why
-    for change in ("stages.middle.temperature=0.5", "seed=3"):
-        with pytest.raises(ConfigError, match=r"'middle'.*--from middle"):
-            world.run(change, "stages.first.steps=7")
-        assert world.log == []
+    message = world.refused("stages.middle.temperature=0.5", "stages.first.steps=7")
+    assert "'middle'" in message and "temperature: 1.0 -> 0.5" in message and "--from middle" in message
+    assert "seed: 0 -> 3" in world.refused("seed=3")
     assert world.run("stages.middle.temperature=0.5", start="middle") == "middle middle? side side? last last?"
 
 
 def test_another_version_is_refused_reused_or_run_again(done, monkeypatch):
     monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
-    plan = done.plan()["first"]
-    assert plan.action == "refuse" and "9.9" in plan.why and "--ignore-version" in plan.why
-    with pytest.raises(ConfigError, match=r"'first'.*--from first"):
-        done.run()
-    assert done.run(ignore_version=True) == "" and done.actions(start="first") == "rerun rerun refuse rerun"
-    monkeypatch.undo()
+    message = done.refused()
+    assert all(word in message for word in ("'first'", "9.9", "--ignore-version", "--from first"))
+    assert done.run(ignore_version=True) == ""
+    assert "'side'" in done.refused(start="first")
+    assert done.actions(start="first", ignore_version=True) == "rerun rerun skip rerun"
 
 
 def test_an_interrupted_stage_of_another_version(world, monkeypatch):
     world.stop("first")
     monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
-    assert world.actions() == "refuse run run run"
+    assert "'first'" in world.refused()
     assert world.actions(ignore_version=True) == "continue run run run"
 
 
@@ -287,70 +266,63 @@ def test_samples_are_an_input_like_a_model(world):
     assert world.run() == "traces"
 
 
-def test_a_missing_or_truncated_output_is_made_again(done):
+def test_a_missing_or_changed_output_is_made_again(done):
     weights = latest_checkpoint(done.run_dir / "first") / "model" / "weights"
     weights.write_text("shorter")
-    assert "damaged" in done.plan()["first"].why
+    assert "damaged" in done.plan()["first"][1]
     assert done.run() == "first first?"
     shutil.rmtree(done.run_dir / "side")
-    assert done.run() == "side side?"
-    (latest_checkpoint(done.run_dir / "side") / "manifest.json").write_text("{oops")
     assert done.run() == "side side?" and done.run() == ""
 
 
-def test_changed_weights_are_refused_before_they_are_used(done):
-    """They are too large to read at every start: their hash is compared when they are read anyway."""
+def test_a_damaged_checkpoint_is_refused_before_it_is_used(done, monkeypatch):
+    """Large weights are not read at every start: their hash is compared when they are read anyway."""
+    monkeypatch.setattr(chain, "HASHED_SIZE", 0)
+    done.run()
     weights = latest_checkpoint(done.run_dir / "first") / "model" / "weights"
+    times = weights.stat()
     weights.write_text(weights.read_text().replace("first", "fir5t"))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert done.actions() == "skip skip skip skip"
     with pytest.raises(CheckpointError, match=f"{weights}.*--from first"):
-        model_path(done.chain().recipe, done.run_dir, "first")
+        done.run("eval.samples=9")
 
 
-def test_a_crash_while_a_stage_is_replaced_loses_nothing(done, monkeypatch):
-    """After the old directory was renamed, before the manifest is written."""
-    real = chain.write_file
-    monkeypatch.setattr(chain, "write_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_a_crash_while_a_stage_is_replaced_loses_nothing(done, monkeypatch, moment):
+    """Before any of the operations that replace a stage; the old directory is never taken for the new one."""
+    calls = []
+
+    def crash(function):
+        def counted(*arguments, **options):
+            calls.append(function)
+            if len(calls) == moment:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+        return counted
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for place, name in ((chain, "write_file"), (Path, "rename"), (Path, "mkdir")):
+            patch.setattr(place, name, crash(getattr(place, name)))
         done.run("stages.first.steps=5")
-    monkeypatch.setattr(chain, "write_file", real)
+    kept = done.run_dir / ("first" if (done.run_dir / "first" / "checkpoints").exists() else ".replaced-first")
+    assert "first()x" in (latest_checkpoint(kept) / "model" / "weights").read_text()
+    assert done.run("stages.first.steps=5").endswith("first? middle middle? last last?")
+    assert done.left_by("first") == "first()x5" and not list(done.run_dir.glob(".replaced-*"))
+
+
+def test_the_finished_output_is_kept_until_the_new_one_is_finished(done):
     replaced = done.run_dir / ".replaced-first"
-    assert replaced.is_dir() and not (done.run_dir / "first").exists()
-    assert done.run() == ""  # the old settings, and the old directory
     done.stop("first", "stages.first.steps=5")
     assert replaced.is_dir()
+    done.stop("first", "stages.first.steps=5")
+    assert (latest_checkpoint(replaced) / "model" / "weights").read_text() == "first()x1"
     done.stop("middle", "stages.first.steps=5")
     assert not replaced.exists() and done.left_by("first") == "first()x5"
     assert (done.run_dir / ".replaced-middle").is_dir()
 
 
-def test_a_full_disk_is_no_error_of_configuration_and_keeps_what_exists(done, monkeypatch):
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(StorageError, match=r"run/first: No space left on device"):
-        done.run("stages.first.steps=5")
-    monkeypatch.undo()
-    assert (done.run_dir / "first").is_dir()
-
-
-def test_the_first_error_is_reported(world, monkeypatch):
-    world.fail["first"] = RuntimeError("the cause")
-    calls = []
-
-    def fails(*arguments):
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise StorageError("a later one")
-
-    monkeypatch.setattr(chain, "write_file", fails)
-    with pytest.raises(RuntimeError, match="the cause"):
-        world.run()
-
-
-DAMAGED = ["", "{", "[]", '{"format": 1, "stages": {}}', '{"format": 2, "stages": []}',
-           '{"format": 2, "stages": {"a": 3}}', '{"format": 2, "stages": {"a": {"kind": "sft"}}}']
+DAMAGED = ["", "{", "[]", "{}"]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
@@ -370,6 +342,6 @@ def test_a_pretrained_model_counts_by_its_files(tmp_path, monkeypatch):
     for text, limit in (("one", 2**24), ("two", 2**24), ("two", 0)):
         (directory / "weights").write_text(text)
         monkeypatch.setattr(chain, "HASHED_SIZE", limit)
-        hashes.append(chain._model_hash(directory))
-    assert len({*hashes, chain._model_hash(Path("Qwen/Qwen2.5-0.5B"))}) == 4
-    assert chain._model_hash(directory.rename(tmp_path / "moved")) == hashes[-1]
+        hashes.append(content_hash(directory))
+    assert len({*hashes, content_hash("Qwen/Qwen2.5-0.5B")}) == 4
+    assert content_hash(directory.rename(tmp_path / "moved")) == hashes[-1]

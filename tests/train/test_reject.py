@@ -10,7 +10,7 @@ from supervised_cases import Killed, StopAt, save_model, stage_of, timeless, wri
 
 from r1kernels.rewards import EndpointError
 from r1kernels.train import log, reject
-from r1kernels.train.data import Problem, load_selected
+from r1kernels.train.data import Problem, load_demonstrations, read_jsonl
 from r1kernels.train.errors import DataError, Interrupted, StorageError
 from r1kernels.train.log import read_lines
 from r1kernels.train.prompt import Template
@@ -135,7 +135,7 @@ def test_at_most_so_many_of_a_question_and_the_same_only_once(home, tmp_path, sc
     stage = stage_at(home, tmp_path, "stages.traces.samples_per_question=16", "stages.traces.keep_per_question=1")
     summary = reject.run(stage)
     template = Template("r1_zero", None)
-    per_question = Counter(one.prompt for one in load_selected(stage.directory / "selected.jsonl", template))
+    per_question = Counter(one.prompt for one in load_demonstrations(read_jsonl(stage.directory / "selected.jsonl"), template))
     assert set(per_question.values()) == {1} and summary["kept"] == len(per_question) == 8
     assert summary["rejected"]["surplus"] + summary["rejected"]["duplicate"] == (
         everything["rejected"]["duplicate"] + everything["kept"] - summary["kept"]

@@ -196,8 +196,6 @@ def test_what_is_not_a_run_is_named(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 1"):
         write_report(run)
     (run / "base" / "metrics.jsonl").unlink()
-    (run / "curves").write_text("a file")
-    good["base"]["evaluation"] = EVALUATION
-    (run / "manifest.json").write_text(json.dumps({"format": 2, "stages": good}))
-    with pytest.raises(StorageError, match="curves"):
+    (run / "report.html").mkdir()
+    with pytest.raises(StorageError, match=r"report\.html"):
         write_report(run)

@@ -11,7 +11,7 @@ from transformers.generation import TopPLogitsWarper
 
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.rng import torch_seeded
-from r1kernels.train.rollout import Sampling, TransformersSampler, decode, draw, encode, prompt_tokens
+from r1kernels.train.rollout import Collector, Sampling, TransformersSampler, draw, padded, prompt_tokens
 
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
 
@@ -52,6 +52,18 @@ def test_sampled_logprobs_are_those_of_a_plain_forward(completions, model):
         torch.testing.assert_close(completions.logprobs[row][completions.mask[row]], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_with_top_p_log_probs_are_those_of_what_is_left(model, tokenizer):
+    with torch_seeded(0, "test"):
+        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 6, top_p=0.6))
+    for row in range(len(PROMPTS)):
+        prompt, tokens = found.prompt_ids[row][found.prompt_mask[row]], found.token_ids[row][found.mask[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        kept = TopPLogitsWarper(0.6)(None, logits / 0.7).log_softmax(-1)
+        expected = kept.gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs[row][found.mask[row]], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_belong_together(completions):
     part = completions.rows(torch.tensor([7, 0]))
     assert part.texts == [completions.texts[7], completions.texts[0]]
@@ -61,8 +73,6 @@ def test_rows_belong_together(completions):
     assert torch.equal(part.logprobs, completions.logprobs[[7, 0], :width])
     short = completions.rows(torch.tensor([0]))
     assert short.prompt_ids.shape[1] == len(PROMPTS[0]) and short.prompt_mask.all()
-    nothing = dataclasses.replace(completions, mask=torch.zeros_like(completions.mask)).rows(torch.tensor([1, 2]))
-    assert nothing.mask.shape == nothing.token_ids.shape == (2, 1)
 
 
 def test_sampling_follows_the_seed_and_leaves_the_generator_alone(model, tokenizer):
@@ -170,13 +180,15 @@ def test_draws_follow_the_distribution():
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     for top_p in (1.0, 0.7, 1e-9):
         kept = TopPLogitsWarper(top_p)(None, logprobs) if top_p < 1 else logprobs
-        drawn = draw(logprobs.expand(count, -1), uniform, top_p)
-        expected = kept.double().softmax(-1)[0] * count
-        assert (drawn.bincount(minlength=50) - expected).abs().max() <= 1 + 1e-3
-    assert draw(logprobs, torch.zeros(1, dtype=torch.float64), 1.0).item() == 0
+        drawn, found = draw(logprobs.expand(count, -1), uniform, top_p)
+        expected = kept.double().softmax(-1)[0]
+        assert (drawn.bincount(minlength=50) - expected * count).abs().max() <= 1 + 1e-3
+        torch.testing.assert_close(found, expected.log()[drawn].float(), rtol=1e-5, atol=1e-6)
+        assert found.max() <= 0 and (top_p < 1 or torch.equal(found, logprobs[0, drawn]))
+    assert draw(logprobs, torch.zeros(1, dtype=torch.float64), 1.0)[0].item() == 0
     certain = torch.tensor([[-math.inf, 0.0, -math.inf]])
     for value in (0.0, 1 - 2**-53):
-        assert draw(certain, torch.tensor([value], dtype=torch.float64), 1.0).item() == 1
+        assert draw(certain, torch.tensor([value], dtype=torch.float64), 1.0)[0].item() == 1
 
 
 def test_a_model_without_numbers_or_cache_is_refused(tokenizer):
@@ -212,7 +224,7 @@ def test_the_model_continues_the_prompt_itself():
     model = make_model(appending)
     with torch_seeded(0, "x"):
         found = TransformersSampler(model, appending).sample(["ab", "abc"], Sampling(1.0, 4))
-    assert found.prompt_ids.tolist() == encode(appending, ["ab", "abc"], "cpu")[0].tolist()
+    assert [row[-1] for row in found.prompt_ids.tolist()] == appending.convert_tokens_to_ids(["b", "c"])
     assert appending.eos_token_id not in found.prompt_ids.tolist()[1]
 
 
@@ -220,8 +232,8 @@ def test_the_model_continues_the_prompt_itself():
 def test_prompts_are_padded_on_the_left_and_the_tokenizer_stays_as_it_was(side):
     tokenizer = make_tokenizer()
     tokenizer.padding_side = side
-    ids, mask = encode(tokenizer, ["ab", "abcd"], "cpu")
-    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    ids, mask = padded(prompt_tokens(tokenizer, ["ab", "abcd"]), tokenizer.pad_token_id, "left")
+    assert mask.long().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert ids[0, :2].tolist() == [tokenizer.pad_token_id] * 2 and tokenizer.decode(ids[0, 2:]) == "ab"
     assert tokenizer.padding_side == side and tokenizer.backend_tokenizer.padding is None
 
@@ -234,8 +246,12 @@ def test_tags_that_are_special_tokens_survive_decoding():
     assert (ids[0], ids[4]) == (think, end_think) and tokenizer.decode(ids, skip_special_tokens=True) == "1+1 2"
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     stop = tokenizer.convert_tokens_to_ids(">")
-    rows = [[*ids, eos, pad, pad], [*ids, stop], ids]
-    assert decode(tokenizer, rows, [stop]) == [text] * 3
+    collector, reports = Collector(tokenizer, ["a"] * 3, [stop], lambda *report: reports.append(report)), []
+    collector.token_ids = [[*ids, eos, pad, pad], [*ids, stop], ids]
+    collector.finish([2, 0])
+    collector.finish([1])
+    assert collector.texts == [text] * 3
+    assert reports == [([2, 0], [text] * 2, [len(ids), len(ids) + 3]), ([1], [text], [len(ids) + 1])]
 
 
 def test_rollouts_keep_special_tags():
