@@ -17,7 +17,7 @@ from r1kernels.rewards import EndpointError
 from r1kernels.rewards.sandbox import SandboxError
 from r1kernels.train import chain, recipe_file
 from r1kernels.train.cli import main
-from r1kernels.train.errors import DataError, ServerError, StorageError, TrainingError
+from r1kernels.train.errors import DataError, StorageError, TrainingError
 from r1kernels.train.log import read_lines
 from r1kernels.train.recipe_file import load_recipe
 
@@ -211,7 +211,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [
-    DataError("x"), StorageError("x"), TrainingError("x"), ServerError("x"), SandboxError("x"),
+    DataError("x"), StorageError("x"), TrainingError("x"), SandboxError("x"),
     EndpointError("x"), FloatingPointError("x"), OSError(28, "No space left on device"),
 ], ids=lambda error: type(error).__name__)
 def test_expected_errors_end_with_one_clean_line(recipe, monkeypatch, error):
