@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
