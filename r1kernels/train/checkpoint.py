@@ -107,6 +107,7 @@ def tidy_checkpoints(directory: Path, keep: int) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole. Raises StorageError if that fails; the old file is unchanged then."""
     aside = path.with_name(f".{path.name}")
+    path.parent.mkdir(exist_ok=True)
     try:
         aside.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
         _sync(aside)

@@ -10,7 +10,6 @@ import base64
 import fnmatch
 import io
 import platform
-import statistics
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from r1kernels.train.chain import CONFIG, order, read_manifest
 from r1kernels.train.checkpoint import write_file
@@ -38,8 +37,8 @@ def write_report(run_dir: str | Path) -> list[Path]:
     stages = []
     for name in order(recipe):
         lines, samples = (read_lines(run_dir / name / file) for file in (METRICS, SAMPLES))
-        stage = {**recipe.stages[name].model_dump(), **records.get(name, {}), "lines": lines, "samples": samples}
-        stages.append({**stage, "times": _times(stage)})
+        stage = {**recipe.stages[name].model_dump(), **records.get(name, {}), "name": name}
+        stages.append({**stage, "lines": lines, "samples": samples, "times": _times(stage, lines)})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_clean,
         extensions=["jinja2.ext.do"], trim_blocks=True, lstrip_blocks=True)
@@ -54,10 +53,10 @@ def write_report(run_dir: str | Path) -> list[Path]:
     return [run_dir / name for name in files]
 
 
-def _times(stage: dict[str, Any]) -> dict[str, float]:
+def _times(stage: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of each part of a stage; "other" is what no part covers."""
     times = Counter()
-    for line in stage["lines"]:
+    for line in lines:
         times.update({part: x for part, x in line["timing"].items() if part not in ("total", "tokens_per_second")})
     times["other"] = max(0.0, stage.get("seconds", 0.0) - times.total())
     times["evaluation"] += (stage.get("evaluation") or {}).get("seconds", 0.0)
@@ -79,24 +78,24 @@ class Figures(dict[str, bytes]):
                   if (lines := [line for line in stage["lines"] if isinstance(line.get(name), int | float)])}
         if not curves:
             return None
-        figure = Figure(figsize=(3.2, 2.1))
-        axes = figure.add_axes((0.15, 0.12, 0.82, 0.66))
+        axes = Figure(figsize=(3.2, 2.1)).add_axes((0.15, 0.12, 0.82, 0.66))
         axes.set_title(title, pad=15, x=-0.16)
         for name, lines in curves.items():
             steps, values = [line["step"] for line in lines], [line[name] for line in lines]
             errors, half = [line.get(f"{name}_se") or 0.0 for line in lines], len(values) // MANY
-            means = [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-            marker, label = "o" if any(errors) or len(values) == 1 else "", printable(name.removeprefix("reward_"))[:20]
-            drawn = axes.errorbar(steps, means, errors, label=label, marker=marker, markersize=2.5)
+            means = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+            drawn = axes.errorbar(steps, means, errors if any(errors) else None, markersize=2.5,
+                                  marker="o" if any(errors) or len(values) == 1 else "",
+                                  label=printable(name.removeprefix("reward_"))[:20])
             if half:
                 axes.plot(steps, values, color=drawn[0].get_color(), alpha=0.25, linewidth=0.6)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.175, 1), ncols=5)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-"))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}" if 0 < abs(y) < 1e-3 else f"{y:.3g}")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         if "pass_at_1" in metrics:
             axes.set_ylim(-0.02, 1.02)
-        return self._keep(f"{stage['name']}-{metrics[0]}", figure)
+        return self._keep(f"{stage['name']}-{metrics[0]}", axes.figure)
 
     def accuracy(self, stages: list[dict[str, Any]]) -> str:
         """pass@1 and cons@k of evaluated stages."""
@@ -109,7 +108,7 @@ class Figures(dict[str, bytes]):
         axes.set_yticks(rows, [stage["name"] for stage in stages])
         axes.set(xlim=(-0.01, 1.01), ylim=(len(stages) - 0.5, -0.5),
                  xlabel="\u25cf pass@1   \u25c7 cons@k   lines: \u00b1 one standard error")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+        axes.xaxis.set_major_formatter("{x:.0%}")
         return self._keep("pass@1", figure)
 
     def _keep(self, name: str, figure: Figure) -> str:

@@ -37,10 +37,17 @@ def record(kind, **more):
             "summary": {}, "seconds": 1.0, "evaluation": None, **more}
 
 
+BASE = {"kind": "model", "path": "m"}
+GRPO = {"kind": "grpo", "model": "base", "problems": ["sums"], "rewards": {"accuracy": 1.0}, "steps": 10,
+        "questions": 2, "group_size": 2, "max_new_tokens": 8}
+
+
 def make_run(path, stages, records, lines=None, samples=None):
     """A run directory: settings of the stages, their records, and lines of their logs."""
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(yaml.safe_dump({"run_dir": "x", "stages": stages}, sort_keys=False))
+    sums = {"kind": "jsonl", "path": "sums", "test_path": "sums"}
+    recipe = {"run_dir": "x", "data": {"sums": sums}, "stages": stages}
+    (path / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     if records:
         (path / "manifest.json").write_text(json.dumps({"format": 2, "order": list(stages), "stages": records}))
     for file, content in (("metrics.jsonl", lines or {}), ("samples.jsonl", samples or {})):
@@ -52,8 +59,8 @@ def make_run(path, stages, records, lines=None, samples=None):
 
 @pytest.fixture
 def run(tmp_path):
-    stages = {"base": {"kind": "model", "path": "m"}, "r1": {"kind": "grpo", "model": "base"},
-              "kept": {"kind": "reject", "model": "r1"}, "later": {"kind": "sft", "model": "base"}}
+    stages = {"base": BASE, "r1": GRPO, "kept": {"kind": "reject", "model": "r1", "problems": ["sums"]},
+              "later": {"kind": "sft", "model": "base", "samples": ["kept"]}}
     records = {
         "base": record("model", evaluation=EVALUATION, summary={"parameters": 1234567}),
         "r1": record("grpo", seconds=100.0,
@@ -98,7 +105,7 @@ class Page(html.parser.HTMLParser):
 def test_files_and_numbers(run):
     paths = write_report(run)
     assert sorted(str(path.relative_to(run)) for path in paths) == [
-        "curves/pass@1.png", "curves/r1.png", "report.html"]
+        "curves/pass@1.png", "curves/r1-pass_at_1.png", "curves/r1-reward.png", "report.html"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
     page = Page(run / "report.html")
     assert page.row("base", "model", NONE) == [
@@ -136,7 +143,7 @@ def test_hostile_text_stays_text(tmp_path):
     example = {"question": HOSTILE, "answer": HOSTILE, "completion": HOSTILE, "accuracy": HOSTILE}
     evaluation = {**EVALUATION, "prompt_hash": HOSTILE, "examples": [example]}
     summary = {HOSTILE: HOSTILE, "reasons": {HOSTILE: 1}}
-    stages = {"base": {"kind": HOSTILE, "model": HOSTILE}}
+    stages = {"base": {"kind": "model", "path": HOSTILE.replace("\ud800", "")}}
     samples = {"base": [{"step": 0, **example}]}
     lines = {"base": [{"step": 0, f"reward_{HOSTILE}": 1.0, "timing": {HOSTILE: 1.0}}]}
     records = {"base": record(HOSTILE, version=HOSTILE, evaluation=evaluation, summary=summary)}
@@ -151,13 +158,13 @@ def test_hostile_text_stays_text(tmp_path):
 def test_a_huge_completion_is_shown_by_its_ends(tmp_path):
     examples = [{**AFTER[0], "completion": "begin" + "x" * 10**6 + "end"}]
     records = {"base": record("model", evaluation={**EVALUATION, "examples": examples})}
-    write_report(make_run(tmp_path / "run", {"base": {"kind": "model"}}, records))
+    write_report(make_run(tmp_path / "run", {"base": BASE}, records))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "beginxxx" in page and "xxxend" in page and "996208 characters" in page and len(page) < 100_000
 
 
 def test_an_unfinished_run_is_reported_as_it_is(tmp_path):
-    stages = {"base": {"kind": "model"}, "r1": {"kind": "grpo", "model": "base"}}
+    stages = {"base": BASE, "r1": GRPO}
     waiting = make_run(tmp_path / "waiting", stages, None)
     assert [path.name for path in write_report(waiting)] == ["report.html"]
     assert Page(waiting / "report.html").row("r1", "grpo", "base", "not started")
@@ -177,21 +184,18 @@ def test_an_unfinished_run_is_reported_as_it_is(tmp_path):
 def test_what_is_not_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match=rf"{tmp_path}.*config\.yaml"):
         write_report(tmp_path)
-    good, names = {"base": record("model")}, {"base": {"kind": "model"}}
+    good = {"base": record("model")}
     for number, (stages, records) in enumerate([
-        (names, {"base": 3}), (names, [1]), ([1], good), ({"base": "x"}, good), ({"../up": {}}, good),
-        ({"/a": {}}, good),
+        ({"base": BASE}, {"base": 3}), ({"base": BASE}, [1]), ([1], good), ({"base": "x"}, good),
+        ({"../up": BASE}, good), ({"/a": BASE}, good),
     ]):
-        damaged = tmp_path / str(number)
-        damaged.mkdir()
-        (damaged / "config.yaml").write_text(yaml.safe_dump({"stages": stages}))
-        (damaged / "manifest.json").write_text(json.dumps({"format": 2, "order": [], "stages": records}))
-        with pytest.raises(ConfigError, match=str(damaged)):
-            write_report(damaged)
-    run = make_run(tmp_path / "run", names, good, {"base": [{"no step": 1}]})
+        with pytest.raises(ConfigError, match=str(tmp_path / str(number))):
+            write_report(make_run(tmp_path / str(number), stages, records))
+    run = make_run(tmp_path / "run", {"base": BASE}, good, {"base": [{"step": 1}]})
+    (run / "base" / "metrics.jsonl").write_text("no line\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 1"):
         write_report(run)
     (run / "base" / "metrics.jsonl").unlink()
-    (run / "curves").write_text("a file")
-    with pytest.raises(StorageError, match="curves"):
+    (run / "report.html").mkdir()
+    with pytest.raises(StorageError, match=r"report\.html"):
         write_report(run)
