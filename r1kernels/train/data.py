@@ -33,7 +33,6 @@ Split = Literal["train", "test"]
 
 class Problem(NamedTuple):
     """A question and its reference answer: without its derivation, or the tests of a program as JSON, or empty."""
-
     id: str
     question: str
     answer: str
@@ -43,14 +42,12 @@ class Problem(NamedTuple):
 
 class Demonstration(NamedTuple):
     """A prompt, as the model is given it, and a response to learn."""
-
     prompt: str
     completion: str
 
 
 class Pair(NamedTuple):
     """Two responses to a question; the first is preferred."""
-
     id: str
     question: str
     chosen: str

@@ -29,5 +29,5 @@ class ServerError(RunError):
     """A server cannot be reached, refuses a request or sends an unexpected response; the message names it."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A stop was requested. It is raised only where the run can continue later."""

@@ -29,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ConfigError(f"the file holds {_short(values)}; expected a mapping with the keys of a recipe")
+            raise ConfigError(f"the file holds {values!r:.60}; expected a mapping with the keys of a recipe")
         for override in overrides:
             values = override_key(values, override)
         return build_recipe(values, path.parent)
@@ -114,11 +114,6 @@ def _check_stage(where: str, stage: Any) -> None:
             raise ConfigError(f"'{where}' needs 'problems' where 'on_policy' is true, else 'samples', and not both")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
@@ -129,7 +124,7 @@ def _describe(error: pydantic.ValidationError) -> str:
         key = place.pop() if first["type"] == "missing" else "kind"
         return f"missing key '{key}' in '{'.'.join(place) or 'recipe'}'"
     where, message = ".".join(place) or "recipe", first["msg"].removeprefix("Value error, ")
-    return f"'{where}': {message}" if isinstance(value, dict) else f"'{where}' is {_short(value)}: {message}"
+    return f"'{where}': {message}" if isinstance(value, dict) else f"'{where}' is {value!r:.60}: {message}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -153,7 +148,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Refuses a key that is given twice, and what expands to too many values. An alias counts as all that it repeats."""
+    """Refuses a key that is given twice, and too many values. An alias counts as all that it repeats."""
     waiting, count = [root], 0
     while waiting:
         node, count = waiting.pop(), count + 1
@@ -163,7 +158,7 @@ def _check_nodes(root: yaml.Node | None) -> None:
             keys = Counter(str(key.value) for key, _ in node.value)
             twice = [key for key, times in keys.items() if times > 1]
             if twice:
-                raise ConfigError(f"key {_short(twice[0])} is given twice in the mapping of line {node.start_mark.line + 1}")
+                raise ConfigError(f"key {twice[0]!r:.60} is twice in the mapping of line {node.start_mark.line + 1}")
             waiting += itertools.chain(*node.value)
         elif isinstance(node, yaml.SequenceNode):
             waiting += node.value
@@ -184,5 +179,5 @@ def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from None
     except (TypeError, ValueError):
-        raise ConfigError(f"--set {override!r}: '{part}' is {_short(inner[part])}, which has no keys") from None
+        raise ConfigError(f"--set {override!r}: '{part}' is {inner[part]!r:.60}, which has no keys") from None
     return changed

@@ -27,7 +27,6 @@ SELECTED = "selected.jsonl"  # what a stage of kind reject leaves
 @dataclass(frozen=True)
 class Stage:
     """One stage of a run. It writes only into its directory; `before` is the evaluation of the model it starts from."""
-
     recipe: Recipe
     settings: Any
     directory: Path
@@ -98,12 +97,11 @@ class Stage:
             if base is self.settings:
                 self.template(load_tokenizer(base.path))
             most = max_positions(base.path, base.overrides)
-            limits = {key: getattr(self.settings, key, 0) for key in ("window", "max_new_tokens")}
-            limits["eval.max_new_tokens"] = self.recipe.eval.max_new_tokens
-            for key, value in limits.items():
-                if most is not None and value > most:
-                    raise ConfigError(f"stage '{self.settings.name}': '{key}' is {value}, and the model of stage "
-                                      f"'{base.name}' has {most} positions")
+            wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
+                         getattr(self.settings, "max_new_tokens", 0))
+            if most is not None and wanted > most:
+                raise ConfigError(f"stage '{self.settings.name}' needs {wanted} positions ('window', 'max_new_tokens', "
+                                  f"'eval.max_new_tokens'), and the model of stage '{base.name}' has {most}")
 
 
 def make_judge(recipe: Recipe) -> Judge:

@@ -131,7 +131,7 @@ BAD = [  # an override, and words of the message
     ("stages={base: {kind: model}}", "'path' 'stages.base'"),
     ("stages={../x: {kind: model, path: x}}", "'../x' 'stages"), ("stages={3: {kind: model, path: x}}", "3 'stages"),
     ("stages={tensorboard: {kind: model, path: x}}", "'tensorboard'"),
-    ("stages={sums: {kind: model, path: x}}", "'sums'"), 
+    ("stages={sums: {kind: model, path: x}}", "'sums'"),
     ("stages.r1.model=null", "'stages.r1.model' None"), ("stages.r1.model=bse", "'stages.r1.model' 'bse' base cold"),
     ("stages.r1.model=scores", "'stages.r1.model' 'scores'"),
     ("stages.r1.problems=[traces]", "'stages.r1.problems' 'traces' sums"),
@@ -160,7 +160,8 @@ BAD = [  # an override, and words of the message
      "'stages.cold.teacher' 'r0' r1"),
     ("=3", "'=3' KEY=VALUE"), ("eval..samples=3", "KEY=VALUE"), ("stages.r1.steps", "KEY=VALUE"),
     ("stages.r1.steps=[", "--set YAML"), ("seed=2024-13-45", "--set 'seed=2024-13-45' month"),
-    ("stages.r2.steps=3", "'stages.r2' 'kind'"), ("template.x=3", "'template' keys"), ("run_dir.x=3", "'run_dir' 'here'"),
+    ("stages.r2.steps=3", "'stages.r2' 'kind'"),
+    ("template.x=3", "'template' keys"), ("run_dir.x=3", "'run_dir' 'here'"),
 ]
 
 
@@ -177,7 +178,7 @@ def test_a_wrong_setting_is_named(path, override, words):
 def test_long_values_are_cut(path):
     with pytest.raises(ConfigError) as error:
         load_recipe(path, [f"seed={'x' * 1000}"])
-    assert "xxx..." in str(error.value) and len(str(error.value)) < 200 + len(str(path))
+    assert "xxx" in str(error.value) and len(str(error.value)) < 200 + len(str(path))
 
 
 BOMB = "\n".join(f"{name}: &{name} [{', '.join(['*' + last] * 10) if last else '1'}]"
