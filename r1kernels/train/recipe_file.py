@@ -99,14 +99,9 @@ def _check_stage(where: str, stage: Any) -> None:
     """Rules that need more than one setting."""
     if stage.kind == "grpo":
         if stage.questions * stage.group_size % stage.minibatches:
-            raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; expected a divisor of the "
-                              f"{stage.questions * stage.group_size} completions (questions x group_size)")
+            raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; it must divide questions x group_size")
         if stage.sampler.kind == "vllm" and None in (stage.sampler.url, stage.sampler.weights_dir):
             raise ConfigError(f"'{where}.sampler' is of kind 'vllm', which needs 'url' and 'weights_dir'")
-        try:
-            stage.objective.build()
-        except ConfigError as error:
-            raise ConfigError(f"'{where}.objective': {error}") from None
     if stage.kind == "distill":
         if (stage.teacher is not None) != (stage.method == "logits") or (stage.on_policy and stage.teacher is None):
             raise ConfigError(f"'{where}.teacher' is {stage.teacher!r}; only method 'logits' has one and 'on_policy'")

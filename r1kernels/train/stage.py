@@ -87,6 +87,7 @@ class Stage:
             if getattr(self.settings, key, None):
                 getattr(self.settings, key).load()
         if self.settings.kind == "grpo":
+            self.settings.objective.build()
             self.scorer(self.settings.rewards).close()
         if self.settings.kind == "reject" and self.settings.judge:
             make_judge(self.recipe)
@@ -100,8 +101,8 @@ class Stage:
             wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
                          getattr(self.settings, "max_new_tokens", 0))
             if most is not None and wanted > most:
-                raise ConfigError(f"stage '{self.settings.name}' needs {wanted} positions ('window', 'max_new_tokens', "
-                                  f"'eval.max_new_tokens'), and the model of stage '{base.name}' has {most}")
+                raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' needs {wanted} positions, and the "
+                                  f"model of stage '{base.name}' has {most}")
 
 
 def make_judge(recipe: Recipe) -> Judge:
@@ -120,6 +121,9 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.trackers and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("'trackers' names 'tensorboard', which is not installed; run: pip install tensorboard")
     for name, settings in recipe.stages.items():
-        Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check()
+        try:
+            Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check()
+        except ConfigError as error:
+            raise ConfigError(f"stage '{name}': {error}") from error
     if "code" in data.check_data(recipe, console):
         sandbox.check(recipe.scoring.memory_mb, recipe.scoring.sandbox, tuple(recipe.scoring.imports or ()))

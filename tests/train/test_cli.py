@@ -192,6 +192,8 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
         ({"data": {"sums": {"kind": "gsm8k", "path": "nope.jsonl", "test_path": "nope.jsonl"}}}, ["nope.jsonl"]),
         ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'sums'", "'train'", "1000000"]),
         ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "objective": {"options": {"clip": 1}}}}},
+         ["'rl'", "'objective.options'", "clip"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"charm": 1.0}}}}, ["'rewards'", "'charm'", "accuracy"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'scoring.judge'"]),
         ({"stages": {"base": BASE, "rl": {"kind": "reject", "model": "base", "problems": ["sums"], "judge": True}}},

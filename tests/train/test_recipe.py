@@ -99,8 +99,13 @@ def test_functions_come_by_import_path_from_directories_beside_the_recipe(path, 
     assert recipe.stages["r1"].objective.build().surrogate(1.0, None) == -2.0
     assert recipe.import_from == [str(tmp_path / "mine")]
     for name in ("losses_of_mine:nothing", "no_such_module_here:loss", "losses_of_mine:broken"):
-        with pytest.raises(ConfigError, match=r"stages\.r1\.objective"):
-            load_recipe(path, [*options, f"stages.r1.objective.function='{name}'"])
+        changed = load_recipe(path, [*options, f"stages.r1.objective.function='{name}'"])
+        with pytest.raises(ConfigError, match=r"losses_of_mine|no_such_module_here|'objective\.options'"):
+            changed.stages["r1"].objective.build()
+    for text in ("{clip: 1}", "{kl_coef: -1}", "{kl: [k1]}"):
+        wrong = load_recipe(path, [f"stages.r1.objective.options={text}"])
+        with pytest.raises(ConfigError, match=rf"'objective\.options'.*{text[1:3]}"):
+            wrong.stages["r1"].objective.build()
 
 
 def test_references_are_found_at_any_depth(path):
@@ -145,14 +150,11 @@ BAD = [  # an override, and words of the message
     ("stages.r1.learning_rate=fast", "'stages.r1.learning_rate' 'fast' number"),
     (f"stages.r1.learning_rate=1{'0' * 400}", "'stages.r1.learning_rate'"),
     ("stages.r1.temperature=.nan", "'stages.r1.temperature' nan"), ("eval.temperature=1e999", "'eval.temperature' inf"),
-    ("stages.r1.minibatches=7", "'stages.r1.minibatches' 7 512"),
+    ("stages.r1.minibatches=7", "'stages.r1.minibatches' 7 group_size"),
     ("stages.r1.length_schedule={1: 0}", "'stages.r1.length_schedule.1' 0"),
     ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy' 'big'"),
     ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' 'url'"),
     ("stages.r1.objective.preset=ppo", "'stages.r1.objective.preset' 'ppo' 'grpo'"),
-    ("stages.r1.objective.options={clip: 1}", "'stages.r1.objective' 'options' clip"),
-    ("stages.r1.objective.options={kl_coef: -1}", "'stages.r1.objective' kl_coef -1"),
-    ("stages.r1.objective.options={kl: [k1]}", "'stages.r1.objective' kl"),
     ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x'"),
     ("stages.cold={kind: distill, model: base, samples: [chat], teacher: r1}", "'stages.cold.teacher' 'r1' 'logits'"),
     ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
