@@ -101,8 +101,8 @@ class Stage:
             wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
                          getattr(self.settings, "max_new_tokens", 0))
             if most is not None and wanted > most:
-                raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' needs {wanted} positions, and the "
-                                  f"model of stage '{base.name}' has {most}")
+                raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' is {wanted}, and the model of "
+                                  f"stage '{base.name}' has {most} positions")
 
 
 def make_judge(recipe: Recipe) -> Judge:
