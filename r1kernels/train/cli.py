@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ def train(
     from r1kernels.train import chain, errors, interrupt, log, report, stage
 
     started, settings, console = time.monotonic(), _load(recipe, overrides), log.Console(plain)
-    chain.order(settings)
+    chain.order(settings)  # raises for a circle
     stage.check_recipe(settings, console)
     if dry_run:
         made = chain.Chain(settings, start=start, ignore_version=ignore_version)
@@ -49,8 +48,7 @@ def train(
         try:
             chain.Chain(settings, start=start, ignore_version=ignore_version).run(console, stop)
         except errors.Interrupted as signal:
-            command = shlex.join(["r1kernels", "train", str(Path(settings.run_dir, chain.CONFIG))])
-            console.say(f"stopped by {signal}; continue with: {command}")
+            console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
             return INTERRUPTED
         console.say(f"finished in {time.monotonic() - started:.0f} s")
         for path in report.write_report(settings.run_dir):
@@ -60,7 +58,7 @@ def train(
 
 @app.command(name="eval")
 def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
-    """Prints pass@1 and cons@k, with standard errors, of a model of a run.
+    """Prints pass@1 and cons@k of a model of a run, with standard errors.
 
     Args:
         path: a stage (RUN/STAGE), or a run, for the last stage with a model.
@@ -122,11 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         from r1kernels.rewards import EndpointError
         from r1kernels.rewards.sandbox import SandboxError
-        from r1kernels.train.errors import Interrupted, RunError
+        from r1kernels.train.errors import RunError
         from r1kernels.train.log import printable
 
-        if isinstance(error, Interrupted):
-            sys.exit(INTERRUPTED)
         expected = isinstance(error, RunError | SandboxError | EndpointError | FloatingPointError)
         if expected or (isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)):
             sys.exit(f"r1kernels: {printable(str(error))}")

@@ -18,10 +18,10 @@ from r1kernels.rewards.choice import letter
 from r1kernels.rewards.code import read_tests
 from r1kernels.rewards.math import check_reference
 from r1kernels.rewards.text import THINK, prompt_opens_think
-from r1kernels.train.errors import ConfigError, DataError
+from r1kernels.train.errors import ConfigError, DataError, RunError
 from r1kernels.train.log import Console
 from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import FileData, Recipe
+from r1kernels.train.recipe import Recipe
 from r1kernels.train.recipe_file import references
 
 MAX_LINE = 2**26  # bytes of one line, decompressed
@@ -33,7 +33,6 @@ Split = Literal["train", "test"]
 
 class Problem(NamedTuple):
     """A question and its reference answer: without its derivation, or the tests of a program as JSON, or empty."""
-
     id: str
     question: str
     answer: str
@@ -43,14 +42,12 @@ class Problem(NamedTuple):
 
 class Demonstration(NamedTuple):
     """A prompt, as the model is given it, and a response to learn."""
-
     prompt: str
     completion: str
 
 
 class Pair(NamedTuple):
     """Two responses to a question; the first is preferred."""
-
     id: str
     question: str
     chosen: str
@@ -145,42 +142,42 @@ def _unreadable(problem: Problem) -> str | None:
 def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None) -> list[tuple[str, Row]]:
     """The rows of one split, each with a question, and where each comes from, for messages."""
     data, training, where = recipe.data[name], split == "train", f"data set '{name}', split '{split}'"
-    if isinstance(data, FileData):
-        path = data.path if training else data.test_path
-        if path is None:
-            raise ConfigError(f"'data.{name}.path' is null; expected a file, since a stage trains on this data set")
-        rows = read_jsonl(path)
-    else:
-        try:
-            if data.kind == "function":
-                found = data.load()(split=split, count=count, seed=recipe.seed, **data.options)
-            else:
-                from datasets import load_dataset  # imported late: it takes seconds, and most recipes do not need it
+    try:
+        if data.kind == "function":
+            found = data.load()(split=split, count=count, seed=recipe.seed, **data.options)
+            rows = [(f"{where}, row {index}", dict(row)) for index, row in enumerate(found)]
+        elif data.kind == "hub":
+            from datasets import load_dataset  # imported late: it takes seconds, and most recipes do not need it
 
-                found = load_dataset(data.path, data.subset, split=data.split if training else data.test_split)
-            names = getattr(data, "columns", {}).items()
-            rows = [(f"{where}, row {index}", {**row, **{ours: row[theirs] for ours, theirs in names}})
+            found = load_dataset(data.path, data.subset, split=data.split if training else data.test_split)
+            rows = [(f"{where}, row {index}", row | {ours: row[theirs] for ours, theirs in data.columns.items()})
                     for index, row in enumerate(found)]
-        except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
-    found = [(place, _known_form(data.kind, row, place)) for place, row in rows]
-    if not found:
+        else:
+            path = data.path if training else data.test_path
+            if path is None:
+                raise ConfigError(f"'data.{name}.path' is null, and a stage trains on this data set; expected a file")
+            rows = [(place, _known_form(data.kind, row, place)) for place, row in read_jsonl(path)]
+    except RunError:
+        raise
+    except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    if not rows:
         raise DataError(f"{where}: there are no rows; expected at least one")
-    for place, row in found:
+    for place, row in rows:
         text_of(row, "question", place)
-    return found
+    return rows
 
 
 def _known_form(kind: str, row: Row, where: str) -> Row:
     """A row of GSM8K, MATH or HumanEval with our keys."""
     if kind == "math":
-        return {**row, "question": text_of(row, "problem", where)}
+        return row | {"question": text_of(row, "problem", where)}
     if kind == "gsm8k":
-        return {**row, "answer": text_of(row, "answer", where).rpartition("####")[2]}
+        return row | {"answer": text_of(row, "answer", where).rpartition("####")[2]}
     if kind == "humaneval":
         tests = {key: text_of(row, key, where) for key in ("prompt", "entry_point", "test")}
-        return {**row, "id": row.get("task_id", where), "question": HUMANEVAL.format(tests["prompt"].strip()),
-                "answer": tests, "kind": "code"}
+        question, id = HUMANEVAL.format(tests["prompt"].strip()), row.get("task_id", where)
+        return {"id": id, "question": question, "answer": tests, "kind": "code"}
     return row
 
 

@@ -25,5 +25,5 @@ class TrainingError(RunError):
     """Training cannot go on, for example because a loss is not finite. The last checkpoint is unchanged."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A stop was requested. It is raised only where the run can continue later."""

@@ -168,7 +168,7 @@ class ObjectiveSettings(Settings):
             made = make(**self.options)
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"'options': {error}") from error
+            raise ConfigError(f"'objective.options': {error}") from error
 
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""

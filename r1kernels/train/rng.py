@@ -1,8 +1,6 @@
-"""Random numbers that depend only on the seed and on where the run is.
+"""Random numbers that depend only on the seed and on a position in the run, such as ("rollout", 17).
 
-Whatever draws random numbers seeds a generator with the run's seed and its position, such as ("rollout", 17). So a
-resumed run draws what the uninterrupted one would have drawn, and one evaluation more disturbs nothing else.
-"""
+So a resumed run draws what the uninterrupted one would have drawn, and one evaluation more disturbs nothing else."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ SELECTED = "selected.jsonl"  # what a stage of kind reject leaves
 @dataclass(frozen=True)
 class Stage:
     """One stage of a run. It writes only into its directory; `before` is the evaluation of the model it starts from."""
-
     recipe: Recipe
     settings: Any
     directory: Path
@@ -88,6 +87,7 @@ class Stage:
             if getattr(self.settings, key, None):
                 getattr(self.settings, key).load()
         if self.settings.kind == "grpo":
+            self.settings.objective.build()
             self.scorer(self.settings.rewards).close()
         if self.settings.kind == "reject" and self.settings.judge:
             make_judge(self.recipe)
@@ -98,12 +98,11 @@ class Stage:
             if base is self.settings:
                 self.template(load_tokenizer(base.path))
             most = max_positions(base.path, base.overrides)
-            limits = {key: getattr(self.settings, key, 0) for key in ("window", "max_new_tokens")}
-            limits["eval.max_new_tokens"] = self.recipe.eval.max_new_tokens
-            for key, value in limits.items():
-                if most is not None and value > most:
-                    raise ConfigError(f"stage '{self.settings.name}': '{key}' is {value}, and the model of stage "
-                                      f"'{base.name}' has {most} positions")
+            wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
+                         getattr(self.settings, "max_new_tokens", 0))
+            if most is not None and wanted > most:
+                raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' is {wanted}, and the model of "
+                                  f"stage '{base.name}' has {most} positions")
 
 
 def make_judge(recipe: Recipe) -> Judge:
@@ -122,6 +121,9 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.trackers and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("'trackers' names 'tensorboard', which is not installed; run: pip install tensorboard")
     for name, settings in recipe.stages.items():
-        Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check()
+        try:
+            Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check()
+        except ConfigError as error:
+            raise ConfigError(f"stage '{name}': {error}") from error
     if "code" in data.check_data(recipe, console):
         sandbox.check(recipe.scoring.memory_mb, recipe.scoring.sandbox, tuple(recipe.scoring.imports or ()))
