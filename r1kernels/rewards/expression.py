@@ -32,7 +32,7 @@ _AMBIGUOUS = re.compile(
 )
 _INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
 _FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
-_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 100}
+_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 130}
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
@@ -47,13 +47,9 @@ def names(text: str) -> set[str]:
     return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-def read(text: str) -> tuple[Value, bool]:
-    """The value of an expression, and whether it leaves a calculation undone.
-
-    That is a sum, product or power of rational numbers, or a factorial or absolute value of one.
-    """
-    reader = _Reader(text, "")
-    return reader.value, reader.undone
+def is_undone(text: str) -> bool:
+    """Whether a sum, product or power of rational numbers, or a factorial or absolute value of one, is not computed."""
+    return _Reader(text, "").undone
 
 
 def is_equal(*texts: str) -> bool:
