@@ -251,6 +251,9 @@ def test_spelling():
         "(" * 400, r"\frac{1}{" * 20 + "18" + "}" * 20, "|" * 40, "(x+1)^{100}(y+1)^{100}", "12345!!", "1e99999",
         r"\sin \sin \sin 18i", "1" * 450 + "e9999", "-" * 400 + "18", "\ud800\x00\u202e", "__import__('os').abort()",
         r" \cup ".join(f"({k},{k + 1})" for k in range(40)),
+        r"\sin x+" * 70 + "18", "2^{9999}+" * 40 + "18", r"\frac{1}{2006!}+" * 9 + "18", "x!+" * 9 + "18", r"\exp(\exp(\exp(9)))",
+        "x^{200000}", r"(\cosh 99)^{9999}", r"\binom{9999}{x}^{9999}", "i^{i^{99999}}", r"\sqrt[0]{18}", r"\ln(x-x)", "0^{-1}",
+        r"\cot(x-x)", "(x-x-1)!", r"\frac{18}{x-x}", r"\log_{1} 18", "(-18)!", r"\binom{18}{-1}", r"\sin(10^{300})",
     ],
 )  # fmt: skip
 def test_what_is_large_is_refused_unexpanded(answer):
