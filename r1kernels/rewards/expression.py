@@ -19,7 +19,7 @@ from typing import Any
 POINTS, DIGITS = 3, (60, 120)
 # Limits: brackets in brackets, the cost of all tokens, the bits of a fraction, the exponent (of two) of another number,
 # and the arguments of functions and factorials.
-DEPTH, COST, BITS, EXPONENT, ARGUMENT, FACTORIAL = 8, 400, 20_000, 2**14, 10**6, 3000
+DEPTH, COST, BITS, EXPONENT, ARGUMENT, FACTORIAL = 8, 400, 20_000, 2**21, 10**6, 3000
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|omega|Delta|Omega"
 NAME = rf"(?:\\(?:{_GREEK})(?![A-Za-z])|[A-Za-z])(?:_\{{\w\w?\}})?"
@@ -32,7 +32,7 @@ _AMBIGUOUS = re.compile(
 )
 _INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
 _FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
-_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 100}
+_COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 140}
 _CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
@@ -47,13 +47,9 @@ def names(text: str) -> set[str]:
     return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-def read(text: str) -> tuple[Value, bool]:
-    """The value of an expression, and whether it leaves a calculation undone.
-
-    That is a sum, product or power of rational numbers, or a factorial or absolute value of one.
-    """
-    reader = _Reader(text, "")
-    return reader.value, reader.undone
+def is_undone(text: str) -> bool:
+    """Whether a sum, product or power of rational numbers, or a factorial or absolute value of one, is not computed."""
+    return _Reader(text, "").undone
 
 
 def is_equal(*texts: str) -> bool:
@@ -198,9 +194,11 @@ class _Reader:
         contexts = _contexts()
         if name in ("e", "i", r"\pi"):
             return [{"e": +context.e, "i": context.mpc(0, 1)}.get(name, +context.pi) for context in contexts]
-        digests = [hashlib.sha256(f"{self.seed} {name} {point}".encode()).hexdigest() for point in range(POINTS)]
-        numbers = [(-1) ** int(digest[0], 16) * (260_000 + int(digest[1:5], 16)) for digest in digests]
-        return [context.mpf(number) / 300_007 for number in numbers for context in contexts[: len(DIGITS)]]
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        numbers = [int.from_bytes(digest[2 * point :][:2], "big") + 20_000 for point in range(POINTS)]
+        # All variables are positive at the first point, negative at the second, and small at the third.
+        points = [9 * numbers[0], -9 * numbers[1], (-1) ** digest[-1] * numbers[2]]
+        return [context.mpf(number) / 30_011 for number in points for context in contexts[: len(DIGITS)]]
 
 
 @functools.cache

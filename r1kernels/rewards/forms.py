@@ -17,10 +17,7 @@ from .notation import unit_of
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, perhaps with a unit; "%" is one. The text of a rational number is its exact value.
-
-    It is `undone` when it leaves a calculation undone, see `expression`.
-    """
+    """A number or an expression, perhaps with a unit; "%" is one. `undone` says that a calculation is left undone."""
 
     text: str
     unit: str = ""
@@ -55,6 +52,7 @@ class Equation:
 
 
 Form = Quantity | Words | Group | Equation
+INTERVALS = ("()", "(]", "[)", "[]")
 
 _WHOLE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0)"
 _NUMBER = re.compile(
@@ -69,7 +67,7 @@ _NUMBER = re.compile(
 )
 _NAME = re.compile(expression.NAME, re.ASCII)
 _BARS = re.compile(rf"\|{expression.NAME}\|", re.ASCII)
-_FUNCTION = re.compile(r"[A-Za-z]\([A-Za-z]\)")
+FUNCTION = re.compile(r"[A-Za-z]\([A-Za-z]\)")  # as the name of an equation
 _LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?|-? ?\\infty", re.ASCII)
 _WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*\)?")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]|^no$", re.IGNORECASE)
@@ -88,7 +86,11 @@ def read(text: str) -> Form:
         return Words(text.replace(" ", ""))
     if _WORDS.fullmatch(words) and ('"' in text or _LONG_WORD.search(words)):
         return Words(words.strip("()").casefold())
-    if form := _read_list(text) or _read_relation(text) or _read_signs(text) or _read_brackets(text):
+    if form := _read_list(text) or _read_relation(text):
+        return form
+    if text.count(r"\pm") == 1 and not text.startswith(r"\{"):
+        return Group("list", tuple(read(re.sub(r"\\pm ?", sign, text)) for sign in "+-"))
+    if form := _read_brackets(text):
         return form
     if matrix := _MATRIX.fullmatch(text):
         rows = [tuple(read(cell.strip()) for cell in row.split("&")) for row in matrix[2].split("\\\\")]
@@ -96,13 +98,7 @@ def read(text: str) -> Form:
     parts = _UNIT.fullmatch(text)
     unit = unit_of(parts[2]) if parts else ""
     text = parts[1] if parts and unit else text
-    value, undone = expression.read(text)
-    return Quantity(_written(value) or text, unit or "", undone)
-
-
-def _written(value: expression.Value) -> str:
-    """A short fraction as text, nothing for other values."""
-    return str(value) if isinstance(value, Fraction) and max(map(abs, value.as_integer_ratio())) < 10**3000 else ""
+    return Quantity(text, unit or "", expression.is_undone(text))
 
 
 def _read_number(text: str) -> Quantity | None:
@@ -151,14 +147,10 @@ def _read_list(text: str) -> Form | None:
         # `1 \pm 2` within a list is two of its items, but a set is one.
         several = isinstance(form, Group) and form.kind == "list" and part[:2] != r"\{"
         items += form.items if several else [form]
-    ranges = [item for item in items if isinstance(item, Equation) and is_interval(item.sides[0])]
+    ranges = [item for item in items if isinstance(item, Equation) and getattr(item.sides[0], "kind", "") in INTERVALS]
     if len(ranges) == len(items) and set(separators) == {"or"} and len({item.name for item in ranges}) == 1:
         return Equation(ranges[0].name, (Group("union", tuple(item.sides[0] for item in ranges)),))
     return Group("list", tuple(items))
-
-
-def is_interval(form: Form) -> bool:
-    return isinstance(form, Group) and form.kind[0] in "([" and len(form.items) == 2
 
 
 def _read_relation(text: str) -> Form | None:
@@ -169,7 +161,7 @@ def _read_relation(text: str) -> Form | None:
     if set(relations) <= {"=", ":="}:
         if len(sides) == 2 and _BARS.fullmatch(sides[0]):
             return read(rf"\pm {sides[1]}")
-        named[0] |= not any(named) and is_function(sides[0])
+        named[0] |= not any(named) and bool(FUNCTION.fullmatch(sides[0]))
         difference = f"{sides[0]}-({sides[1]})" if len(sides) == 2 else ""
         name = sides.pop(named.index(True)) if any(named) else ""
         return Equation(name, tuple(map(read, sides)), difference)
@@ -187,12 +179,6 @@ def _read_relation(text: str) -> Form | None:
     return Equation(sides[1], (Group(kind, (read(sides[0]), read(sides[2]))),))
 
 
-def _read_signs(text: str) -> Form | None:
-    if text.count(r"\pm") != 1 or text.startswith(r"\{"):
-        return None
-    return Group("list", tuple(read(re.sub(r"\\pm ?", sign, text)) for sign in "+-"))
-
-
 def _read_brackets(text: str) -> Form | None:
     """A union, a set, a tuple, an interval, or a form with brackets around it."""
     parts, unions = _split(text, _UNION)
@@ -201,7 +187,7 @@ def _read_brackets(text: str) -> Form | None:
     if text.startswith(r"\{") and text.endswith(r"\}"):
         return _read_list(text[2:-2]) or read(text[2:-2])
     kind = text[:1] + text[-1:]
-    if kind not in ("{}", "()", "(]", "[)", "[]") or not _is_one_bracket(text):
+    if kind not in ("{}", *INTERVALS) or not _is_one_bracket(text):
         return None
     inner, commas = _split(text[1:-1], _COMMA)
     if commas and kind != "{}":
@@ -214,11 +200,6 @@ def _read_brackets(text: str) -> Form | None:
 def _is_one_bracket(text: str) -> bool:
     depths = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
     return 0 not in list(depths)[:-1]
-
-
-def is_function(name: str) -> bool:
-    """Whether the name of an equation is one such as `f(x)`."""
-    return bool(_FUNCTION.fullmatch(name))
 
 
 def names(*forms: Form) -> set[str]:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable
 
 from . import expression
-from .forms import Equation, Form, Group, Quantity, Words, is_function, names, read
+from .forms import FUNCTION, Equation, Form, Group, Quantity, Words, names, read
 from .notation import normal
 
 # An answer may be this much longer than its reference.
@@ -66,8 +66,9 @@ def _same(given: Form, expected: Form) -> bool:
     if isinstance(given, Equation):
         # `x = 5` answers 5, and so does `5 = 5`; but `x = 2x + 1` must still be solved, and `f(x) = 5` too.
         unknown = names(expected, *given.sides)
-        named = given.name not in unknown and (bool(unknown) or not is_function(given.name))
-        return named and all(_same(side, expected) for side in given.sides)
+        if given.name in unknown or (not unknown and FUNCTION.fullmatch(given.name)):
+            return False
+        return all(_same(side, expected) for side in given.sides)
     if isinstance(given, Group) or isinstance(expected, Group):
         return type(given) is type(expected) and given.kind == expected.kind and _same_items(given, expected)
     if isinstance(given, Words) or isinstance(expected, Words):

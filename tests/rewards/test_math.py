@@ -211,6 +211,7 @@ EXACT = [
     (r"\tan^{-1}(1)", r"\frac{\pi}{4}", 1.0), (r"\tan(1)^{-1}", r"\cot 1", 1.0),
     (r"\sin 2x\cos x", r"\sin(2x)\cos x", 1.0),
     (r"\ln x\cdot y", r"y\ln x", 1.0), (r"|x-y|", r"|y-x|", 1.0), (r"\binom{n}{2}", r"\frac{n(n-1)}{2}", 1.0),
+    (r"2\ln(x+1)", r"\ln((x+1)^2)", 0.0), (r"\sqrt{(x+1)^2}", "x+1", 0.0), ("|x-2|", "2-x", 0.0), ("|x-2|", "x-2", 0.0),
     (r"n\cdot(n-1)!", "n!", 1.0), (r"e^{i\pi}", "-1", 1.0), (r"\frac{1}{i}", "-i", 1.0),
 ]  # fmt: skip
 
@@ -251,6 +252,11 @@ def test_spelling():
         "(" * 400, r"\frac{1}{" * 20 + "18" + "}" * 20, "|" * 40, "(x+1)^{100}(y+1)^{100}", "12345!!", "1e99999",
         r"\sin \sin \sin 18i", "1" * 450 + "e9999", "-" * 400 + "18", "\ud800\x00\u202e", "__import__('os').abort()",
         r" \cup ".join(f"({k},{k + 1})" for k in range(40)),
+        r"\sin x+" * 70 + "18", "2^{9999}+" * 40 + "18", r"\frac{1}{2006!}+" * 9 + "18", "x!+" * 9 + "18",
+        r"\exp(\exp(\exp(9)))",
+        "x^{200000}", r"(\cosh 99)^{9999}", r"\binom{9999}{x}^{9999}", "i^{i^{99999}}", r"\sqrt[0]{18}", r"\ln(x-x)",
+        "0^{-1}",
+        r"\cot(x-x)", "(x-x-1)!", r"\frac{18}{x-x}", r"\log_{1} 18", "(-18)!", r"\binom{18}{-1}", r"\sin(10^{300})",
     ],
 )  # fmt: skip
 def test_what_is_large_is_refused_unexpanded(answer):
@@ -281,7 +287,7 @@ def test_hostile_mutations():
         r"\log_",
     ]
     texts = [(answer, reference) for reference, groups in CASES.items() for group in groups for answer in group]
-    for _ in range(5000):
+    for _ in range(2500):
         answer, reference = draw.choice(texts)
         for _ in range(draw.randint(1, 6)):
             place = draw.randint(0, len(answer))
