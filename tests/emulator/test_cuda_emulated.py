@@ -1,8 +1,8 @@
 """The CUDA kernels on the CPU: every test of the operations runs once more, on them, in the emulator's random order.
 
 A process serves one backend, so they run in processes of their own, where these kernels take the place of the compiled
-ones. Every access to memory is watched (cuda_emulator/races.h). Of a test with many cases a few are run (conftest), with
-`--full` a sample that has every pair of values.
+ones. Every access to memory is watched (cuda_emulator/races.h). Of a test with many cases a few are run
+(conftest), with `--full` a sample that has every pair of values.
 """
 
 import os

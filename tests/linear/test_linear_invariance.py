@@ -106,6 +106,7 @@ def test_chunk_budgets(name: str, head: str, extra: str, seed: int, terms: bool,
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows))
 
 
+@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
 @settings(max_examples=examples(30))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, order=st.permutations(range(BATCH)), rows=ROWS)
 def test_order_of_sequences(name: str, head: str, extra: str, seed: int, order: list[int], rows: int) -> None:
@@ -167,6 +168,7 @@ def test_cross_entropy_of_any_split(head: str, seed: int, order: list[int], cut:
 # ---- bits that do not depend on the batch ---------------------------------------------------------------------
 
 
+@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
 @pytest.mark.parametrize("route", ["native", "copies", "torch"])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_batch_invariant_log_probs(route: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +214,7 @@ def everything_of(inputs: dict[str, Any]) -> list[Tensor]:
     return [result.loss, logprobs, nll, *(value for named in values for value in named.values())]
 
 
+@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_autocast_changes_no_bit(dtype: torch.dtype, head: str, implementation: str) -> None:
