@@ -1,6 +1,8 @@
 """Programs as answers: finding the code, the forms of tests, and whose fault is what."""
 
 import json
+import threading
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -445,7 +447,8 @@ def test_a_tolerance_of_programs():
     tests = {"cases": [{"args": [], "expected": [0.3]}], "entry_point": "f", "tolerance": 1e-6}
     assert reward(tests, "def f(): return (0.1 + 0.2,)") == 1.0
     assert reward(tests | {"tolerance": 0}, "def f(): return [0.1 + 0.2]") == 0.0
-    assert reward({"stdio": [{"input": "", "output": "yes  0.5"}], "tolerance": 1e-6}, "print('yes', .5000000001)") == 1.0
+    tests = {"stdio": [{"input": "", "output": "yes  0.5"}], "tolerance": 1e-6}
+    assert reward(tests, "print('yes', .5000000001)") == 1.0
 
 
 def test_a_checker_decides_where_answers_differ():
@@ -468,6 +471,13 @@ def test_a_checker_decides_where_answers_differ():
     assert reward(emptied, "def f(x): return None") == 0.0
     kept = {"cases": [{"args": [[1]]}], "entry_point": "f", "checker": "def check(args, output): return args == [[]]"}
     assert reward(kept, "def f(x): x.clear()") == 0.0
+
+
+def test_judging_can_be_stopped():
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(CancelledError):
+        judge(*settle("", "def f(x): return sorted(x)", json.dumps(CASES)), stopped=stopped)
 
 
 MET = [

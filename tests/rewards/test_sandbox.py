@@ -128,6 +128,15 @@ def down(n): return n and 1 + down(n - 1)
 threading.Thread(target=lambda: print(down(20_000))).start()
 """
     assert whole(kind, marker, deep) == "20000\n"
+    daemons = """
+import threading, time
+def spin():
+    while True: time.sleep(0.001)
+for _ in range(4): threading.Thread(target=spin, daemon=True).start()
+time.sleep(0.05)
+print(1)
+"""
+    assert whole(kind, marker, daemons) == "1\n"
     later = "import atexit, threading\nthreading.Thread(target=print, args=(1,)).start()\natexit.register(print, 2)"
     assert whole(kind, marker, later) == "1\n2\n"
 
