@@ -376,7 +376,7 @@ def test_a_verdict_cannot_be_forged(number, request):
 
 def test_arguments_change_with_a_result_of_none_only():
     tests = SQUARE | {"test": "def check(candidate):\n    l = [2, 1]\n    assert candidate(l) == sorted(l)"}
-    for reply in ("[\"value\", [], [[]]]", "[\"value\", null, [[]]]"):
+    for reply in ('["value", [], [[]]]', '["value", null, [[]]]'):
         program = f"import sys\nsys.modules['__main__'].write = lambda value: b'{reply}'\ndef f(x): return 0"
         assert reward(tests, program) == 0.0
 

@@ -436,6 +436,8 @@ for fd in range(3, 9):
     except OSError: pass
 return 1
 """
+
+
 def test_what_it_writes_on_the_protocol_is_only_an_answer(kind, marker):
     # It may write its answers ahead or twice: they are its own answers, compared like any other.
     with program(kind, function(FORGE), "probe", marker) as process:
