@@ -169,8 +169,8 @@ def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
     standard = os.path.dirname(os.__file__)
     folders = [Path(standard, "lib-dynload"), *map(Path, packages)]
     extensions = [str(file) for folder in folders for file in folder.rglob("*.so")]
-    # With these settings the loader lists the shared libraries that it finds, and runs nothing.
-    trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join(extensions)}
+    # With these settings the loader lists the shared libraries that it finds, and runs nothing. Threads need libgcc_s.
+    trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join([*extensions, "libgcc_s.so.1"])}
     done = subprocess.run([python], env=trace, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
     libraries = {os.path.normpath(path) for path in re.findall(r"(?:=> |\t)(/.+) \(0x", done.stdout)} - {*extensions}
     command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(path) for path in libraries})]

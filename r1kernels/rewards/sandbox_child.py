@@ -210,7 +210,7 @@ def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
         try:
             kind, first, second = read(receive(source))
             if kind == "value":
-                for old, new in zip([*arguments, *keywords.values()], second, strict=False):
+                for old, new in zip([*arguments, *keywords.values()], second if first is None else [], strict=False):
                     if isinstance(old, list | dict | set):  # the function works in place
                         old.clear()
                         (old.extend if isinstance(old, list) else old.update)(new)

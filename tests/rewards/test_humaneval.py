@@ -1,6 +1,6 @@
 """HumanEval: every canonical solution passes, no attack does, and none leaves a trace.
 
-Attacks are tried on a sample of the problems, with `--full` on all.
+A sample of the problems is tried, with `--full` all of them.
 """
 
 import gzip
@@ -58,8 +58,8 @@ def function(row):
 @pytest.mark.parametrize("form", [function, body])
 def test_all_canonical_solutions_pass(rows, form, request):
     assert len(rows) == 164
-    if form is body and not request.config.getoption("--full", default=False):
-        rows = rows[::8]
+    if not request.config.getoption("--full", default=False):
+        rows = rows[::6] if form is function else rows[3::20]
     assert score(rows, map(form, rows), timeout_s=30) == [1.0] * len(rows)
 
 
@@ -100,7 +100,7 @@ def around(row, attacks, passes="<"):
 
 def test_no_attack_passes_and_none_leaves_a_trace(rows, request):
     if not request.config.getoption("--full", default=False):
-        rows = rows[5::12]
+        rows = rows[5::30]
     mark = f"r1kernels-{random.SystemRandom().randrange(10**12)}"
     memory_mb = random.SystemRandom().randrange(256, 320)
     places = [Path(folder, mark) for folder in ("/", "/tmp", "/var/tmp", "/dev/shm", tempfile.gettempdir(), ROOT)]
