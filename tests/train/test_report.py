@@ -185,12 +185,9 @@ def test_what_is_not_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match=rf"{tmp_path}.*config\.yaml"):
         write_report(tmp_path)
     good = {"base": record("model")}
-    for number, (stages, records) in enumerate([
-        ({"base": BASE}, {"base": 3}), ({"base": BASE}, [1]), ([1], good), ({"base": "x"}, good),
-        ({"../up": BASE}, good), ({"/a": BASE}, good),
-    ]):
+    for number, stages in enumerate([[1], {"base": "x"}, {"../up": BASE}, {"/a": BASE}]):
         with pytest.raises(ConfigError, match=str(tmp_path / str(number))):
-            write_report(make_run(tmp_path / str(number), stages, records))
+            write_report(make_run(tmp_path / str(number), stages, good))
     run = make_run(tmp_path / "run", {"base": BASE}, good, {"base": [{"step": 1}]})
     (run / "base" / "metrics.jsonl").write_text("no line\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 1"):
