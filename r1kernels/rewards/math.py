@@ -116,6 +116,3 @@ def _same_equation(given: Form, expected: Equation) -> bool:
     if not isinstance(given, Equation) or not given.difference or not expected.difference:
         return False
     return expression.is_multiple(given.difference, expected.difference)
-
-
-settle, judge, NEEDS_JUDGE = grade, grade, object()  # until scorer.py calls `grade`

@@ -134,7 +134,8 @@ def test_loading_runs_no_code(tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("value", [{"numpy": np.random.get_state()}, [0, np.float64(1)], {object(): 1}], ids=["numpy", "scalar", "object"])
+@pytest.mark.parametrize(
+    "value", [{"numpy": np.random.get_state()}, [0, np.float64(1)], {object(): 1}], ids=["numpy", "scalar", "object"])
 def test_a_state_that_could_not_be_loaded_is_refused(tmp_path, value):
     save(tmp_path, 1)
     with pytest.raises(StorageError, match="step-000002"):
