@@ -24,7 +24,7 @@ from r1kernels.train.rng import python_generator
 def candidates(selected: Path, per_question: int = 1, seed: int = 0) -> list[tuple[str, str, str]]:
     """Some pairs of different responses to each question: (question, one response, another)."""
     responses: dict[str, dict[str, None]] = {}
-    for _, row in read_jsonl(selected, ("question", "prompt", "completion")):
+    for _, row in read_jsonl(selected):
         responses.setdefault(row["question"], {})[whole_response(row["prompt"], row["completion"])] = None
     found = []
     for question, texts in responses.items():
