@@ -23,12 +23,10 @@ class EndpointError(RuntimeError):
 
 
 class Endpoint:
-    """Sends JSON requests and receives JSON answers.
+    """Sends JSON requests and receives JSON answers, at most `concurrency` at once.
 
-    Args:
-        key: sent as a bearer token; None sends none.
-        timeout_s: seconds for one request, with the `retries` after failed connections and HTTP 408, 409, 429 and 5xx.
-        concurrency: requests in flight at once.
+    `timeout_s` is for one request, with its `retries` after failed connections and HTTP 408, 409, 429 and 5xx. A `key`
+    is sent as a bearer token.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4,
@@ -93,5 +91,8 @@ async def _close_failed(response: Any) -> None:
 
 def _serve(loop: asyncio.AbstractEventLoop, client: Any) -> None:
     loop.run_forever()
-    loop.run_until_complete(client.close())
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.wait({*tasks, loop.create_task(client.close())}))
     loop.close()

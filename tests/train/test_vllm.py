@@ -28,20 +28,20 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.tokenizer, self.raw, self.dev_mode = model, tokenizer, False, True
         self.change, self.fault = lambda choices: choices, lambda handler: False
-        self.log, self.lock, self.generator = [], threading.Lock(), torch.Generator().manual_seed(0)
+        self.log, self.lock = [], threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
         pass  # connections that the client or a fault has closed
 
     @torch.no_grad()
-    def complete(self, asked):
-        ids, values, tops = [], [], []
+    def complete(self, index, asked):
+        generator, ids, values, tops = torch.Generator().manual_seed(index), [], [], []
         while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
             logits = self.model(input_ids=torch.tensor([asked["prompt"] + ids])).logits[0, -1]
             sampled = (logits / asked["temperature"]).log_softmax(-1)
             shown = logits.log_softmax(-1) if self.raw else sampled
-            ids.append(torch.multinomial(sampled.exp(), 1, generator=self.generator).item())
+            ids.append(torch.multinomial(sampled.exp(), 1, generator=generator).item())
             values.append(shown[ids[-1]].item())
             best = shown.topk(asked["logprobs"]).indices.tolist()
             tops.append({f"token_id:{i}": shown[i].item() for i in (ids[-1], *best)})
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             plain = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": True}
             assert {name: asked[name] for name in plain} == plain and asked["return_tokens_as_token_ids"]
             with server.lock:
-                found = [server.complete(asked) for _ in range(asked["n"])]
+                found = [server.complete(index + len(asked["prompt"]), asked) for index in range(asked["n"])]
             choices = [{"index": i, "logprobs": logprobs} for i, logprobs in enumerate(found)][::-1]
             self.answer(200, {"choices": server.change(choices)})
         elif self.path == "/collective_rpc" and server.dev_mode:
@@ -141,10 +141,10 @@ def gap(completions, model, temperature):
 
 
 def test_log_probs_are_those_of_the_trainer(connect, model, tokenizer):
-    completions = sample(connect(), Sampling(0.7, 24))
+    completions = sample(connect(), Sampling(0.7, 6))
     assert completions.finished.any() and not completions.finished.all()
     assert 0 < gap(completions, model, 0.7) < 1e-4
-    oracle = sample(TransformersSampler(model, tokenizer), Sampling(0.7, 24))
+    oracle = sample(TransformersSampler(model, tokenizer), Sampling(0.7, 6))
     assert torch.equal(completions.prompt_ids, oracle.prompt_ids)
     assert torch.equal(completions.prompt_mask, oracle.prompt_mask)
     for name in ("token_ids", "mask", "logprobs", "finished"):
@@ -152,7 +152,7 @@ def test_log_probs_are_those_of_the_trainer(connect, model, tokenizer):
     for ids, mask, text, ended in zip(completions.token_ids, completions.mask, completions.texts, completions.finished,
                                       strict=True):
         assert tokenizer.decode(ids[mask], skip_special_tokens=True) == text
-        assert (ids[mask][-1] == tokenizer.eos_token_id) == ended and (ended or mask.sum() == 24)
+        assert (ids[mask][-1] == tokenizer.eos_token_id) == ended and (ended or mask.sum() == 6)
 
 
 def test_the_server_gets_new_weights_and_forgets_old_ones(connect, server, model, tmp_path):
