@@ -74,7 +74,3 @@ def test_every_recipe_and_make_target_named_exists() -> None:
         assert f"\n{target}:" in makefile, target
     for recipe in set(re.findall(r"recipes/\w+\.yaml", TEXT)):
         assert (ROOT / recipe).exists(), recipe
-
-
-def test_readme_is_short() -> None:
-    assert len(TEXT.splitlines()) <= 150
