@@ -305,7 +305,7 @@ def test_memory_of_the_weight_gradient_must_be_its_own() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, ids, grad_accumulation_into=into)
-    with pytest.raises(ValueError, match="grad_accumulation_into.*weight"):
+    with pytest.raises(ValueError, match="grad_accumulation_into was given"):
         linear_cross_entropy(hidden, 2 * weight, ids, grad_accumulation_into=torch.zeros(7, 4))
 
 
