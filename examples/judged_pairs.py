@@ -1,10 +1,10 @@
-"""Makes preference pairs of what a stage of kind `reject` selected: a judge compares responses to the same question.
+"""Makes preference pairs from samples of a stage of kind `reject`: a judge compares responses to the same question.
 
     python examples/judged_pairs.py runs/r1/traces/selected.jsonl pairs.jsonl --url http://localhost:8000/v1 --model M
 
 A pair is kept if the judge prefers one of its responses clearly, with the sides as they are and swapped. In a recipe,
 the file is a data set, `{kind: jsonl, path: pairs.jsonl}`, which a stage of kind `preference` names in `pairs`. Run
-the command again after an interruption: it goes on behind the last pair in the file.
+the command again after an interruption: it continues after the last pair in the file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def judge_pairs(
 
     Args:
         margin: least preference to keep a pair, where 1 means that all votes agree.
-        target: what the judge sees of a response, as the setting of stage `preference`: "summary" or "response".
+        target: the part of a response that the judge sees, "summary" or "response", as in a stage `preference`.
     """
     lines = cut_lines(into, len(pairs))  # also removes a line that an interruption cut off
     done, kept = (lines[-1]["step"] + 1 if lines else 0), len(lines)

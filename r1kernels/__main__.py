@@ -1,4 +1,4 @@
-"""`python -m r1kernels`: versions, devices, and which implementation serves each operation and why."""
+"""`python -m r1kernels` prints versions, devices, and which implementation serves each operation, and why."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _products() -> list[str]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
             if _library.explain(device, dtype).implementation == "error":
-                continue  # the lines above say so
+                continue  # the lines above show the error
             chosen = route(torch.empty(0, dtype=dtype, device=device))
             how = PRODUCTS[chosen]
             if chosen == "native" and dtype == torch.bfloat16 and _library.extension.has_bf16_dot():
@@ -59,7 +59,7 @@ def _triton() -> str:
 
 
 def _cuda() -> str:
-    """The compiled kernels of GPUs: for which architectures they were built, and why none can run here."""
+    """The compiled GPU kernels: the architectures they were built for, or why they cannot run here."""
     extension = _library.extension
     architectures = [] if extension is None else extension.cuda_architectures()
     missing = _library.cuda_missing("cuda")
@@ -72,7 +72,7 @@ def _cuda() -> str:
 
 
 def _faster_in_cuda(device: str) -> str:
-    """What CUDA kernels take over from Triton's on a device."""
+    """The operators for which CUDA kernels replace Triton's on a device."""
     operators = sorted(_choice.load(_choice.TABLE).get(device, {}))
     names = ", ".join(operators)
     return f"CUDA where it was measured to be faster: {names}" if names else "CUDA: nothing measured yet"
@@ -94,12 +94,12 @@ def _devices() -> list[str]:
 
 
 def results_folder() -> Path:
-    """Where a source tree keeps the results of its benchmarks."""
+    """The directory in a source tree for the results of its benchmarks."""
     return Path(r1kernels.__file__).parents[1] / "benchmarks" / "results"
 
 
 def _csrc_tree(root: Path) -> str:
-    """The version of csrc/ in the last commit, "" where git cannot tell."""
+    """The version of csrc/ in the last commit, or "" if git cannot tell."""
     try:
         completed = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD:csrc"], capture_output=True, text=True)
     except OSError:
@@ -108,7 +108,7 @@ def _csrc_tree(root: Path) -> str:
 
 
 def cuda_sources_hash(root: Path) -> str:
-    """Sixteen digits of the SHA-256 over names and texts of what decides to what the CUDA kernels compile."""
+    """Sixteen digits of the SHA-256 of the names and texts of all sources of the CUDA kernels."""
     digest = hashlib.sha256()
     folders = (root / "csrc" / "common", root / "csrc" / "cuda")
     for path in sorted(path for folder in folders for path in folder.glob("*.*")):
@@ -117,7 +117,7 @@ def cuda_sources_hash(root: Path) -> str:
 
 
 def _age(result: Any, kernels: str, csrc: str, cuda: str) -> str:
-    """Whether the kernels that a result file names, by the hash of their sources, are those that are here."""
+    """Whether a result file names the hash of the current kernel sources."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
         same = compiled in (kernels, f"{kernels}-{cuda}")
@@ -151,7 +151,7 @@ def _results() -> list[str]:
 
 
 def report() -> str:
-    """The whole page as text."""
+    """The whole report as text."""
     extension = _library.extension
     lines = [
         f"r1kernels {r1kernels.__version__}   torch {torch.__version__}   python {platform.python_version()}   "

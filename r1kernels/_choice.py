@@ -1,11 +1,13 @@
-"""Where the CUDA kernels were measured to be faster than Triton's: tables/cuda_faster.json, by benchmarks/choose.py.
+"""Reads tables/cuda_faster.json: where the CUDA kernels were measured to be faster than Triton's.
 
-    {device name: {"measured": what with, "operators": {operator: [measurement, ...]}}}
+benchmarks/choose.py writes the table:
 
-A measurement is {"dtype": ..., "vocab": ..., "tokens": ..., "ratio": ...}: of logits of that dtype and vocabulary; null
-both for operators on tokens, where it stands for all of them. `ratio` is Triton's time over that of CUDA, less the
-spread of both: above 1, CUDA is faster. What was not measured is not faster; a vocabulary stands for those up to a
-factor of two from it.
+    {device name: {"measured": versions, "operators": {operator: [measurement, ...]}}}
+
+A measurement is {"dtype": ..., "vocab": ..., "tokens": ..., "ratio": ...}, for logits of this dtype and vocabulary. For
+operators on tokens, `dtype` and `vocab` are null, and the measurement is valid for all of them. `ratio` is the time of
+Triton divided by that of CUDA, less the spread of both: above 1, CUDA is faster. A case without a measurement counts as
+not faster. A measurement is also used for vocabularies up to two times larger or smaller.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 TABLE = Path(__file__).parent / "tables" / "cuda_faster.json"
-FARTHEST = 2.0  # times a measured vocabulary, or that part of it
+FARTHEST = 2.0  # largest factor between a vocabulary and a measured one
 
 
 class Measurement(NamedTuple):
@@ -34,13 +36,13 @@ Table = dict[str, dict[str, list[Measurement]]]
 
 @functools.lru_cache(maxsize=4096)
 def cuda_is_faster(operator: str, device_name: str, dtype: torch.dtype | None, vocab: int | None) -> bool:
-    """Whether an operator of namespace r1kernels runs faster by its CUDA kernels than by Triton's.
+    """Whether the CUDA kernels of an operator of namespace r1kernels are faster than Triton's.
 
     Args:
         operator: its name, such as "token_stats".
-        device_name: as torch.cuda.get_device_name tells it.
-        dtype: of the operator's first argument, the logits.
-        vocab: its last dimension, V.
+        device_name: the result of torch.cuda.get_device_name.
+        dtype: the dtype of the operator's first argument, the logits.
+        vocab: the last dimension of that argument, V.
 
     Raises:
         RuntimeError: the table cannot be read.
@@ -50,7 +52,7 @@ def cuda_is_faster(operator: str, device_name: str, dtype: torch.dtype | None, v
     distance = {each: _apart(vocab, each.vocab) for each in known}
     least = min(distance.values(), default=FARTHEST)
     near = [each for each, factor in distance.items() if factor == least <= FARTHEST]
-    # Of few tokens and of many: the choice is one for all of them.
+    # The table has ratios for few and for many tokens, but there is one choice for all of them.
     return bool(near) and all(each.ratio > 1 for each in near)
 
 
@@ -74,7 +76,7 @@ def load(path: Path) -> Table:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RuntimeError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); install r1kernels anew, or in a source tree "
+            f"{path} cannot be read ({type(error).__name__}: {error}); reinstall r1kernels, or in a source tree "
             "restore the file"
         ) from None
 
@@ -82,5 +84,5 @@ def load(path: Path) -> Table:
 def _measurement(*, dtype: Any, vocab: Any, tokens: Any, ratio: Any) -> Measurement:
     whole = isinstance(tokens, int) and (vocab is None or isinstance(vocab, int))
     if not whole or not isinstance(ratio, (int, float)) or not (dtype is None or isinstance(dtype, str)):
-        raise ValueError(f"no measurement: dtype {dtype!r}, vocab {vocab!r}, tokens {tokens!r}, ratio {ratio!r}")
+        raise ValueError(f"invalid measurement: dtype {dtype!r}, vocab {vocab!r}, tokens {tokens!r}, ratio {ratio!r}")
     return Measurement(dtype, vocab, tokens, float(ratio))

@@ -1,7 +1,7 @@
-"""Which implementation serves a call: loads the compiled extension, registers the kernels of GPUs, chooses.
+"""Loads the compiled extension, registers the GPU kernels, and chooses the implementation that serves a call.
 
-Every kernel of every backend is registered under the operators of `r1kernels._schemas`, per dispatch key; autograd
-lives outside, in `r1kernels.ops`. `reference` is not registered: it is plain differentiable PyTorch in the same files.
+All kernels of all backends are registered under the operators of `r1kernels._schemas`, per dispatch key. Autograd is in
+`r1kernels.ops`. `reference` is not registered: it is plain differentiable PyTorch in the same files.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _load_extension() -> tuple[Any, str]:
         return None, str(error)
 
 
-# The Triton interpreter (`TRITON_INTERPRET=1`) runs GPU kernels on CPU tensors, for tests: asked for by
-# `R1KERNELS_BACKEND=triton`, they take the place of the compiled extension in the whole process.
+# The Triton interpreter (`TRITON_INTERPRET=1`) runs GPU kernels on CPU tensors, for tests. With
+# `R1KERNELS_BACKEND=triton`, they replace the compiled extension in the whole process.
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 INTERPRETED = _TRITON_INTERPRETS and os.environ.get("R1KERNELS_BACKEND") == "triton"
-# So do the CUDA kernels of a library that runs them on the CPU, by its path; again for tests.
+# The CUDA kernels of an emulator library, given by its path, replace the extension in the same way, also for tests.
 _EMULATOR = os.environ.get("R1KERNELS_CUDA_EMULATOR", "")
 EMULATED = bool(_EMULATOR) and os.environ.get("R1KERNELS_BACKEND") == "cuda"
 if INTERPRETED or EMULATED:
@@ -56,7 +56,7 @@ _GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty for large results: on a CPU the faults of small pages would cost as much as the arithmetic."""
+    """torch.empty for large results. On a CPU, page faults of small pages would cost as much as the arithmetic."""
     result = torch.empty(shape, dtype=dtype, device=device)
     real = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
     if real and result.device.type == "cpu" and extension is not None:
@@ -65,7 +65,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """value.to(dtype), into memory as that of `empty`."""
+    """value.to(dtype), in memory from `empty`."""
     return empty(*value.shape, dtype=dtype, device=value.device).copy_(value)
 
 
@@ -88,7 +88,7 @@ OLDEST_CAPABILITY, AMD_ARCHITECTURES = (8, 0), ("gfx942", "gfx950")
 
 
 def _gpu_launcher(name: str) -> Callable[..., Any]:
-    """Imports Triton's kernels when an operator first runs: importing the library does not import a compiler."""
+    """Imports Triton's kernels when an operator first runs, so that `import r1kernels` does not import a compiler."""
 
     def run(*args: Any) -> Any:
         if name not in TRITON_OPERATORS or gpu_kernels(name, args[0]) == "cuda":
@@ -103,10 +103,10 @@ def _gpu_launcher(name: str) -> Callable[..., Any]:
 
 
 def gpu_kernels(operator: str, like: Tensor) -> str:
-    """"cuda" or "triton": whose kernel runs an operator on a GPU. CUDA's where it is measured to be faster, or alone.
+    """"cuda" or "triton": whose kernel runs an operator on a GPU. CUDA runs if it is the faster or the only one.
 
     Args:
-        like: the operator's first argument, of whose dtype and last dimension its speed depends.
+        like: the operator's first argument. The speed depends on its dtype and its last dimension.
     """
     kind = like.device.type
     if operator not in CUDA_OPERATORS or _requested == "triton":
@@ -132,9 +132,9 @@ _cuda_missing: dict[str, str] = {}
 
 
 def triton_missing(device_type: str) -> str:
-    """Why the Triton kernels cannot serve a kind of device; empty where they can."""
+    """Why the Triton kernels cannot serve a kind of device; empty if they can."""
     if device_type == "meta" or torch.compiler.is_compiling():
-        return _missing.get(device_type, "")  # a launcher looks again before it runs
+        return _missing.get(device_type, "")  # a launcher checks again before it runs
     if device_type not in _missing:
         _missing[device_type] = _why_no_triton(device_type)
     return _missing[device_type]
@@ -146,7 +146,7 @@ def _why_no_triton(device_type: str) -> str:
     if device_type == "cpu":
         how = "TRITON_INTERPRET=1 with R1KERNELS_BACKEND=triton interprets them, for tests"
         return "" if INTERPRETED else f"Triton has no compiler for CPUs ({how})"
-    if device_type != "cuda":  # that of AMD GPUs as well
+    if device_type != "cuda":  # torch calls AMD GPUs "cuda" too
         return f"no kernels for device {device_type!r}"
     if _TRITON_INTERPRETS:
         return "TRITON_INTERPRET is set, with which Triton compiles nothing"
@@ -156,7 +156,7 @@ def _why_no_triton(device_type: str) -> str:
 
 
 def _unsupported(index: int) -> str:
-    """Why a device is none of those the kernels are compiled for."""
+    """Why the kernels do not support a device; empty if they do."""
     name = torch.cuda.get_device_name(index)
     if torch.version.hip is not None:
         arch = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
@@ -168,7 +168,7 @@ def _unsupported(index: int) -> str:
 
 
 def cuda_missing(device_type: str) -> str:
-    """Why the CUDA kernels cannot serve a kind of device; empty where they can."""
+    """Why the CUDA kernels cannot serve a kind of device; empty if they can."""
     if device_type == "meta" or torch.compiler.is_compiling():
         return _cuda_missing.get(device_type, "")
     if device_type not in _cuda_missing:
@@ -178,11 +178,11 @@ def cuda_missing(device_type: str) -> str:
 
 def _why_no_cuda(device_type: str) -> str:
     if device_type == "cpu":
-        return "" if EMULATED else "CUDA kernels run on NVIDIA GPUs; move the tensors to one, or ask for 'auto'"
+        return "" if EMULATED else "CUDA kernels run on NVIDIA GPUs; move the tensors to one, or use 'auto'"
     if device_type != "cuda":
         return f"no kernels for device {device_type!r}"
     if torch.version.hip is not None:
-        return "CUDA kernels run on NVIDIA GPUs, and torch is built for AMD's; ask for 'triton'"
+        return "CUDA kernels run on NVIDIA GPUs, but torch is built for AMD GPUs; use 'triton'"
     if extension is None:
         return f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}"
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -216,9 +216,9 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (the fastest for the tensor's device), "reference" (plain PyTorch, any device, also
-            float64), "cpu" (the compiled kernels), "triton" or "cuda" (those of GPUs). The environment variable
-            `R1KERNELS_BACKEND`, read at import, sets the same choice; either holds for the whole process, all
-            threads included.
+            float64), "cpu" (the compiled kernels), "triton" or "cuda" (GPU kernels). The environment variable
+            `R1KERNELS_BACKEND`, which is read at import, makes the same choice. Both apply to all threads of the
+            process.
 
     Raises:
         ValueError: unknown name.
@@ -239,7 +239,7 @@ class Choice(NamedTuple):
 
 
 def choose(device_type: str, dtype: torch.dtype, operator: str | None = None) -> Choice:
-    """The implementation for a device and dtype, and why; of an `operator` that not all of them have."""
+    """The implementation for a device and dtype, and why. Name the `operator` if not all implementations have it."""
     if _requested == "reference":
         return Choice("reference", "requested")
     if _requested == "cpu" and extension is None:
@@ -275,12 +275,12 @@ def _no_cuda_kernel(operator: str | None) -> str:
 
 
 def requested() -> str:
-    """The backend asked for, "auto" unless the environment or `backend` says otherwise."""
+    """The requested backend: "auto" unless the environment or `backend` sets another one."""
     return _requested
 
 
 def explain(device_type: str, dtype: torch.dtype, operator: str | None = None) -> Choice:
-    """`choose`, with a request that cannot be met as an answer instead of an error."""
+    """Like `choose`, but a request that cannot be met is a result and not an error."""
     try:
         return choose(device_type, dtype, operator)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -288,8 +288,8 @@ def explain(device_type: str, dtype: torch.dtype, operator: str | None = None) -
 
 
 def select(tensor: Tensor, operator: str | None = None) -> str:
-    """Name of the implementation that serves `tensor`; a slow one is announced once per reason."""
-    # A fake tensor has no memory wherever it claims to be: the operators' shapes serve it, as they serve meta.
+    """The name of the implementation that serves `tensor`. A slow one gives one warning per reason."""
+    # A fake tensor has no memory on its device: only the operators' shape functions serve it, as on the meta device.
     device_type = "meta" if isinstance(tensor, FakeTensor) else tensor.device.type
     choice = choose(device_type, tensor.dtype, operator)
     if choice.slow and choice.reason not in _warned and not torch.compiler.is_compiling():
@@ -299,7 +299,7 @@ def select(tensor: Tensor, operator: str | None = None) -> str:
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Runs an operator; a bad value found inside a kernel surfaces as ValueError, as from Python checks."""
+    """Runs an operator. A bad value that a kernel finds raises ValueError, as the checks in Python do."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:

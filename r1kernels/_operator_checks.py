@@ -1,8 +1,8 @@
-"""What the arguments of an operator must be before a Triton kernel takes their addresses.
+"""Checks the arguments of an operator before a Triton kernel uses their addresses.
 
-The compiled operators check theirs in csrc/bindings*.cpp. A kernel of Triton trusts its launcher: a tensor that is too
-short, of another dtype or on another device would be read beyond its end. Checks look at shapes, dtypes and devices
-alone, because values are on the device.
+The compiled operators check their arguments in csrc/bindings*.cpp. A Triton kernel trusts its launcher: it would read
+beyond the end of a tensor that is too short, has another dtype or is on another device. The checks look only at shapes,
+dtypes and devices, because the values are on the device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Arguments:
-    """Checks the tensors of one call, which all lie where the first of them lies."""
+    """Checks the tensors of one call. All must be on the device of the first one."""
 
     def __init__(self, like: Tensor) -> None:
         self.device = like.device
 
     def flat(self, dtype: torch.dtype, count: int, **tensors: Tensor | None) -> None:
-        """Contiguous, of this dtype, with `count` elements."""
+        """Checks that tensors are contiguous, have this dtype and have `count` elements."""
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -35,7 +35,7 @@ class _Arguments:
                 )
 
     def rows(self, **tensors: Tensor) -> None:
-        """(..., V) of a dtype that kernels read."""
+        """Checks that tensors are (..., V) and have a dtype that kernels read."""
         for name, tensor in tensors.items():
             self.placed(name, tensor)
             if tensor.dim() == 0 or tensor.dtype not in LOGITS:
@@ -55,7 +55,7 @@ def _number(name: str, value: int, least: int, most: int) -> None:
 
 
 def sequences_of(cu_seqlens: Tensor) -> int:
-    """How many sequences the boundaries (S + 1,) of packed tokens have."""
+    """The number of sequences from the boundaries (S + 1,) of packed tokens."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,): the first token of each sequence and N"
@@ -92,7 +92,7 @@ def _token_stats_backward(
     check.flat(torch.float32, count, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
     _words(logits, count)
     if grad_logprobs is None and grad_entropy is None:
-        raise ValueError("grad_logprobs and grad_entropy are both None, expected one tensor at least")
+        raise ValueError("grad_logprobs and grad_entropy are both None, expected at least one tensor")
 
 
 def _token_stats_backward_out(*arguments: Any) -> None:
@@ -112,7 +112,7 @@ def _token_stats_backward_out(*arguments: Any) -> None:
     if wanted > count or out.shape[1] != vocab or (len(out) < wanted if rows is not None else len(out) != wanted):
         raise ValueError(f"out has shape {tuple(out.shape)} for {wanted} rows of logits {tuple(logits.shape)}")
     if out.dtype not in (logits.dtype, *(LOGITS if logits.dtype == torch.float32 else ())):
-        raise ValueError(f"out has dtype {out.dtype}, expected {logits.dtype}, or a narrower one of float32 logits")
+        raise ValueError(f"out has dtype {out.dtype}, expected {logits.dtype}, or a narrower dtype for float32 logits")
 
 
 def _policy_loss(

@@ -1,7 +1,7 @@
-"""The schema page: the operators' names, arguments and results, and the shapes that they give to fake tensors.
+"""The schemas: the operators' names, arguments and results, and the shapes that they give to fake tensors.
 
-Every kernel of every backend is registered under these names, per dispatch key (`r1kernels._library`). Those in CUDA
-C++ are registered once more, under the same schemas, in the namespace `r1kernels_cuda`: on a GPU, an operator of
+All kernels of all backends are registered under these names, per dispatch key (`r1kernels._library`). The kernels in
+CUDA C++ are also registered under the same schemas in the namespace `r1kernels_cuda`: on a GPU, an operator of
 `r1kernels` chooses between them and Triton's.
 """
 
@@ -39,9 +39,9 @@ _declare(
     "token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature) -> Tensor"
 )
-# The same of (N, V) logits into `out`, of their dtype or narrower: fresh memory, or the logits' own, row for row.
-# softcap > 0: the logits are softcap * tanh(u / softcap), and the gradient is that of u. With `rows` (R,), ascending,
-# only those are computed, and moved to the top of `out`.
+# The same for (N, V) logits. `out` has their dtype or a narrower one; it is new memory, or that of the logits, row for
+# row. softcap > 0: the logits are softcap * tanh(u / softcap), and the gradient is that of u. With `rows` (R,),
+# ascending, only these rows are computed, and moved to the top of `out`.
 _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
@@ -54,9 +54,9 @@ _declare(
     "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, float max_length) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-# A policy loss of a token's own ratio, whole: grad_logits (..., V), which may be the logits themselves, becomes dloss/d
-# logits; -> loss (), metrics (METRICS,), log-prob and entropy (float32), each (...). tile: how the kernel cuts a row,
-# [blocks of a cluster, warps of a block, vectors of a chunk]; empty: its own choice.
+# The whole step of a policy loss with a ratio per token. grad_logits (..., V), which may be the logits, becomes
+# dloss/dlogits; -> loss (), metrics (METRICS,), log-prob and entropy (float32), each (...). tile: how the kernel splits
+# a row, [blocks of a cluster, warps of a block, vectors of a chunk]; if it is empty, the kernel chooses.
 _declare(
     "grpo_step(Tensor logits, Tensor token_ids, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, float temperature, "
@@ -75,7 +75,7 @@ _HEAD = (
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # -> log-prob, log-sum-exp and entropy (float64), each (N,).
 _declare(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
-# The same from hidden (N, H) and weight (V, H), rows of adjacent entries, in 16 bits, without a tensor of logits.
+# The same from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
 _declare(
     "linear_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, float temperature, "
     "Tensor? temperatures, float logit_scale, float softcap, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
@@ -84,7 +84,7 @@ _declare(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
-# -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t of an objective of single tokens.
+# -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
     "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float[] coefficients, bool[] needs) "
@@ -95,9 +95,10 @@ _declare(
 )
 # -> the estimate and its derivative with respect to logprobs.
 _declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (Tensor, Tensor)")
-# out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices whose values cost a synchronisation.
+# out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices where reading the factor would cost a
+# synchronisation.
 _declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
-# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits follow from its row and column alone.
+# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits depend only on its row and column.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
@@ -105,8 +106,8 @@ _declare(
     "divergence(Tensor student, Tensor teacher, Tensor? mask, int kind, float beta, float temperature) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# d student into out (..., V), of unit stride over V; a row of out may start where the student's starts. Rows where grad
-# (float32) is 0 are not read and give 0. softcap: as in token_stats_backward_out, of the student.
+# Writes d student to out (..., V), with stride 1 over V; a row of out may start where the student's row starts. Rows
+# where grad (float32) is 0 are not read and give 0. softcap: as in token_stats_backward_out, for the student.
 _declare(
     "divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Tensor lse_teacher, Tensor inner, "
     "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
@@ -121,7 +122,7 @@ _declare(
 )
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What an operator gives to fake tensors and on the meta device, in every namespace that has it."""
+    """Registers the results of an operator for fake tensors and the meta device, in every namespace that has it."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.register_fake(f"{NAMESPACE}::{name}")(function)

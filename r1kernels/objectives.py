@@ -15,30 +15,30 @@ AGGREGATES = ("sequence_mean", "token_mean", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    r"""What a policy loss computes from log-probs, as data.
+    r"""A description of the loss that `policy_loss` computes from log-probs.
 
     With r = exp(l - l_old) and advantage A, the loss of a token is
 
         surrogate(r, A, l) * importance_weight + kl_coef * kl(l, l_ref) - entropy_coef * H
 
-    and `aggregate` says how the tokens' losses become one number.
+    and `aggregate` says how the losses of all tokens become one number.
 
     Attributes:
         surrogate: "clip" -min(rA, clip(r, 1 - clip_low, 1 + clip_high) A); "cispo" -sg[min(r, 1 + clip_high)] A l;
             "sapo" -(4/tau) sigmoid(tau (r - 1)) A with tau by the sign of A; "reinforce" -A l. A callable
             `(logprobs, batch) -> per-token loss` is differentiated by autograd (see `policy_loss`).
-        ratio: "token", or "sequence": one ratio exp(mean_t (l - l_old)) per sequence (GSPO).
+        ratio: "token", or "sequence" for one ratio exp(mean_t (l - l_old)) per sequence (GSPO).
         clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10).
-        ratio_cap: two-sided ("dual") clip: for A < 0 the ratio is cut at this value, > 1 + clip_high.
+        ratio_cap: two-sided ("dual") clip: if A < 0, the ratio is limited to this value, > 1 + clip_high.
         tau_pos, tau_neg: SAPO temperatures, > 0.
         kl: estimator of KL(pi || ref) on sampled tokens, with d = l_ref - l: "k1" -d, "k2" d^2/2,
             "k3" e^d - d - 1. In the loss, k1 has expected gradient 0 (it regularises nothing), k2 has the
-            gradient of KL(pi || ref), k3 that of KL(ref || pi).
-        kl_coef: weight of the KL term, >= 0. Nonzero needs `ref_logprobs`.
-        entropy_coef: weight of the entropy bonus; nonzero needs the entropy.
+            gradient of KL(pi || ref), and k3 has the gradient of KL(ref || pi).
+        kl_coef: weight of the KL term, >= 0. If it is not 0, the loss needs `ref_logprobs`.
+        entropy_coef: weight of the entropy bonus. If it is not 0, the loss needs the entropy.
         aggregate: "sequence_mean" mean over sequences of the mean over their tokens; "token_mean" sum over
             tokens / number of counted tokens; "constant" sum over tokens / (sequences * max_length).
-        max_length: tokens a sequence may have; for "constant" only.
+        max_length: the largest number of tokens of a sequence; only for "constant".
 
     Raises:
         ValueError: a field out of range or an invalid combination; the message names the field.
@@ -74,7 +74,7 @@ class Objective:
                                  "expected None: only 'clip' has a cap")
             self._check_number("ratio_cap", minimum=1.0 + self.clip_high, strict=True)
         if self.ratio == "sequence" and (callable(self.surrogate) or self.surrogate == "reinforce"):
-            raise ValueError(f"ratio is 'sequence' with surrogate {self.surrogate!r}, which uses no ratio of ours; "
+            raise ValueError(f"ratio is 'sequence' with surrogate {self.surrogate!r}, which does not use this ratio; "
                              "expected 'token'")
         if self.aggregate == "constant":
             if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
@@ -92,7 +92,7 @@ class Objective:
     def _check_number(self, field: str, minimum: float = -math.inf, strict: bool = False) -> None:
         value = getattr(self, field)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # Comparisons alone, which torch.compile can trace.
+        # Only comparisons, because torch.compile can trace them.
         if not number or not (-math.inf < value < math.inf and (value > minimum if strict else value >= minimum)):
             bound = "" if minimum == -math.inf else f" {'>' if strict else '>='} {minimum:g}"
             raise ValueError(f"{field} is {value!r}, expected a finite number{bound}")
@@ -124,8 +124,8 @@ def grpo(**overrides: Any) -> Objective:
 def r1(**overrides: Any) -> Objective:
     """DeepSeek-R1: GRPO with clip 10 and `kl_coef=0.001` (arXiv 2501.12948 v2).
 
-    The paper prints a sequence-level ratio without 1/|o|; this preset has the token ratio and the 1/|o| of
-    DeepSeekMath, as every implementation does. At clip 10 the lower bound is -9: it never binds.
+    The paper prints a sequence-level ratio without 1/|o|. Like every implementation, this preset uses the token ratio
+    and the 1/|o| of DeepSeekMath. At clip 10 the lower bound is -9, so it never takes effect.
     """
     return _preset("r1", overrides, clip_low=10.0, clip_high=10.0, kl_coef=0.001)
 

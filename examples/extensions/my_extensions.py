@@ -12,7 +12,7 @@ from torch import Tensor
 def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> list[float | None]:
     """A reward: 1 for a completion that is no longer than twice its reference, less for a longer one.
 
-    It is called with lists as TRL calls its reward functions. None: this completion cannot be scored.
+    It is called with lists, as in TRL. None means that a completion cannot be scored.
     """
     return [
         min(1.0, 2 * len(reference) / max(1, len(text))) if reference else None
@@ -21,7 +21,7 @@ def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> lis
 
 
 def soft_clip(width: float = 0.2) -> Callable[[Tensor, Any], Tensor]:
-    """An objective: the ratio is bounded by a tanh, so that its gradient fades and does not end.
+    """An objective: a tanh bounds the ratio, so that its gradient becomes small but not 0.
 
     The callable that it returns gives a loss per token; autograd does the rest.
     """
@@ -43,7 +43,7 @@ def products(split: str, count: int | None, seed: int, *, most: int = 12) -> lis
 
 
 def tables(seed: int, step: int, *, most: int = 12) -> Iterator[tuple[str, str]]:
-    """A corpus: lines of multiplication tables. The documents of a step depend on the seed and the step alone."""
+    """A corpus: lines of multiplication tables. The documents of a step depend only on the seed and the step."""
     rng = random.Random(f"{seed} {step}")
     while True:
         a, b = rng.randint(2, most), rng.randint(2, most)

@@ -26,11 +26,11 @@ def critic(
     """Advantages by a critic, for `advantages` of a stage of kind grpo.
 
     Args:
-        lam: of GAE, from 0 to 1.
-        gamma: discount of a token, from 0 to 1.
+        lam: the lambda of GAE, from 0 to 1.
+        gamma: the discount of a token, from 0 to 1.
         kl_coef: penalty in each token's reward for leaving the reference, as in RLHF. The `kl_coef` of the objective is
             a term of the loss, as in GRPO.
-        value_learning_rate: of the critic.
+        value_learning_rate: the learning rate of the critic.
         value_clip: how far a value may move from that of the rollout before its loss stops to fall; None for no limit.
         whiten: shift and scale the advantages of a rollout to mean 0 and standard deviation 1.
     """
@@ -67,7 +67,7 @@ class Critic(nn.Module):
 
 
 class CriticAdvantages:
-    """GAE with the values of a critic, which learns beside the policy. See `critic`."""
+    """GAE with the values of a critic, which learns together with the policy. See `critic`."""
 
     def __init__(
         self, trainer: GRPOTrainer, lam: float, gamma: float, kl_coef: float, learning_rate: float,

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: what a token was worth, from rewards and the values of states."""
+"""Generalised advantage estimation: the advantage of each token, from rewards and the values of states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def gae(
     With `lam` 0 the advantages trust the values (A_t = delta_t), with 1 only the rewards (R_t is their discounted sum).
 
     Args:
-        rewards: (B, T) floating; row t is what followed action t.
-        values: (B, T); row t is the value of the state in which action t was taken.
+        rewards: (B, T) floating; column t is the reward after action t.
+        values: (B, T); column t is the value of the state in which action t was taken.
         mask: (B, T) bool. Where it is False there is no action: the actions around it follow each other, and the other
             tensors may hold anything. An episode ends with its last action, after which the value is 0.
 
@@ -41,7 +41,7 @@ def gae(
 def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Values (B, T) shifted and scaled to mean 0 and standard deviation 1 over the mask; 0 elsewhere."""
     chosen = values[mask]
-    # Of equal values, rounding leaves a spread that must not be scaled up to 1.
+    # If all values are equal, rounding leaves a spread that must not be scaled up to 1.
     if not len(chosen) or torch.equal(chosen.amin(), chosen.amax()):
         return torch.zeros_like(values)
     scaled = (values - chosen.mean()) / (chosen.std(correction=0) + eps)

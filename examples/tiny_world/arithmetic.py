@@ -20,7 +20,7 @@ _SLIPS = (-20, -10, -9, -5, -3, -2, -1, 1, 2, 3, 5, 9, 10, 20)
 def sums(
     split: Split, count: int | None, seed: int, *, min_terms: int = 4, max_terms: int = 6, train_size: int = 4096
 ) -> list[Row]:
-    """`count` (if None, `train_size`) different sums of a split with so many digits, in an order given by the seed."""
+    """`count` (if None, `train_size`) different sums of a split, with min_terms to max_terms digits, by the seed."""
     if not 2 <= min_terms <= max_terms:
         raise ValueError(f"'min_terms' is {min_terms}, 'max_terms' {max_terms}; expected 2 <= min_terms <= max_terms")
     count, rng = train_size if count is None else count, python_generator(seed, "problems", split)
@@ -103,5 +103,5 @@ def guess(rng: random.Random, terms: list[int], mixture: Mixture) -> tuple[str, 
 
 
 def near_miss(rng: random.Random, number: int) -> int:
-    """Another number near it, but no negative one."""
+    """A different number near it that is not negative."""
     return next(other for other in iter(lambda: number + rng.choice(_SLIPS), None) if other >= 0)

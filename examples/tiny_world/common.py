@@ -1,4 +1,4 @@
-"""What sums and greetings share: the splits, and what a response looks like."""
+"""The parts that sums and greetings share: the splits, and the form of a response."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def split_of(question: bytes) -> Split:
-    """The split of a question, given by what is asked and not by its wording, so that no split sees another's."""
+    """The split of a question. It depends on the meaning and not on the wording, so splits do not share questions."""
     bucket = hashlib.blake2b(question, digest_size=8).digest()[0] % 10
     return "pretrain" if bucket < 6 else "train" if bucket < 8 else "test"
 

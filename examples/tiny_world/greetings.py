@@ -1,4 +1,4 @@
-"""People to greet, kindly or not: questions without a checkable answer, about which there are only preferences."""
+"""People to greet, kindly or not: questions without a checkable answer, for which there are only preferences."""
 
 from __future__ import annotations
 

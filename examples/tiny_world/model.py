@@ -29,7 +29,7 @@ def architecture(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=intermediate_size,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=None, **ends,
-        attention_bias=True,  # lets a head attend by position alone, which finding the next term of a sum needs
+        attention_bias=True,  # lets a head attend only by position, which it needs to find the next term of a sum
         # The usual 0.02 suits a width in the thousands. With it, learning would start late here.
         initializer_range=0.6 * hidden_size**-0.5,
     )

@@ -1,6 +1,6 @@
 """The text of pretraining.
 
-It mixes what text of the web mixes. Textbooks work sums out step by step. Conversations mostly answer at once, and
+It is a mixture, like text from the web. Textbooks work sums out step by step. Conversations mostly answer at once, and
 mostly wrongly; few work the sum out; some use the tags of the prompt and some do not. A model of this text can add, but
 rarely does so when asked: reinforcement learning has to discover that it pays.
 """
@@ -20,9 +20,9 @@ from .common import tagged
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the text is made of. All but `max_terms` are probabilities."""
+    """The composition of the text. All fields except `max_terms` are probabilities."""
 
-    max_terms: int = 6  # digits of a sum at most
+    max_terms: int = 6  # largest number of digits of a sum
     textbook: float = 0.6  # a text about a sum is an exercise with its solution, and not an answer to a question
     worked: float = 0.15  # an answer to a question is worked out
     tagged: float = 0.5  # an answer has the tags that the prompt asks for

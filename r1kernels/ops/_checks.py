@@ -14,7 +14,7 @@ INT_DTYPES = (torch.int64, torch.int32)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: float32, and float64 for float64 inputs."""
+    """The dtype that arithmetic uses: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -40,7 +40,7 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: b
     """A finite Python number, at least (or above, when `strict`) `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}, expected a Python number")
-    # Comparisons alone: torch.compile traces them for a number that changes between calls, math.isfinite it does not.
+    # Only comparisons: torch.compile traces them for a number that changes between calls, but not math.isfinite.
     if not (-math.inf < value < math.inf and (value > minimum if strict else value >= minimum)):
         raise ValueError(f"{name} is {value!r}, expected a finite number {'>' if strict else '>='} {minimum:g}")
     return float(value)
@@ -64,12 +64,12 @@ def as_mask(mask: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def values_are_free(value: Tensor) -> bool:
-    """Whether Python may look at the values: on the CPU that costs no synchronisation; while tracing there are none."""
+    """Whether Python may read the values: on the CPU this costs no synchronisation; a traced tensor has no values."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
 def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) -> None:
-    """For the reference; kernels look for themselves."""
+    """For the reference; kernels check the ids themselves."""
     if not values_are_free(ids):
         return
     bad = (ids < 0) | (ids >= vocab)

@@ -34,7 +34,7 @@ def cross_entropy(
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
 
     Returns:
-        0-d, or (...) for "none"; float32, nats. Ignored targets give 0, and a batch of them alone a mean of 0
+        0-d, or (...) for "none"; float32, nats. Ignored targets give 0; if all targets are ignored, the mean is 0
         (torch gives NaN).
 
     Raises:
@@ -49,7 +49,7 @@ def cross_entropy(
     targets = ids_int64("targets", targets, logits)
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
     mask = targets != ignore_index
-    # where, not the zeros of token_stats alone: it stops the gradient of ignored targets, whose rows are not read.
+    # token_stats gives 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
     losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature), 0)
     if reduction == "none":
         return losses
@@ -75,7 +75,7 @@ def check_reduction(reduction: Any, ignore_index: Any, normalizer: Any) -> None:
 
 
 def denominator(mask: Tensor, normalizer: Any, dtype: torch.dtype) -> Tensor | float:
-    """What a mean divides by: `normalizer`, or the number of counted targets."""
+    """The number that a mean divides by: `normalizer`, or the number of counted targets."""
     if normalizer is None:
         return mask.sum().clamp(min=1)
     if isinstance(normalizer, Tensor):

@@ -30,8 +30,8 @@ class DistillationLoss(NamedTuple):
 
     Means are over counted tokens. `tokens`: how many there are. `divergence`: its mean, whatever the normalizer.
     `student_entropy`, and `teacher_entropy` (full teachers). `teacher_tail_mass`, `student_tail_mass`: probability
-    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence is inf or NaN, finite
-    gradient or not; those whose gradient is NaN are among them. Not 0 explains a loss that is not finite.
+    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence is inf or NaN, even if
+    their gradient is finite; a token whose gradient is NaN is one of them. If it is not 0, the loss is not finite.
     """
 
     loss: Tensor
@@ -39,7 +39,7 @@ class DistillationLoss(NamedTuple):
 
 
 def check_teacher_kind(full: dict[str, Any], teacher_token_ids: Any, teacher_logprobs: Any) -> None:
-    """Either all of `full` is given, the arguments of a teacher of the whole vocabulary, or a top-k teacher."""
+    """Checks that the caller gives either all of `full` (a teacher of the whole vocabulary) or a top-k teacher."""
     topk = {"teacher_token_ids": teacher_token_ids, "teacher_logprobs": teacher_logprobs}
     given = [name for name, value in (full | topk).items() if value is not None]
     if given not in (list(full), list(topk)):
@@ -79,7 +79,7 @@ def check_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
 
 
 def shape_text(shape: tuple[int, ...], name: str) -> str:
-    """A shape whose last dimension has a name and no number: (2, 3, K)."""
+    """A shape whose last dimension has a name instead of a number: (2, 3, K)."""
     return f"({', '.join([*map(str, shape), name])}{'' if shape else ','})"
 
 
@@ -102,12 +102,12 @@ def check_topk(
 def reduce(
     value: Tensor, mask: Tensor | None, normalizer: Tensor | float | None, means: dict[str, Tensor]
 ) -> DistillationLoss:
-    """Loss and metrics from the divergence of every token and what else was measured of it; 0 behind the mask."""
+    """Loss and metrics from the divergence and the other measures of every token; 0 behind the mask."""
     if mask is None:
         tokens = torch.full((), float(value.numel()), dtype=torch.float64, device=value.device)
     else:
         tokens = mask.sum().double()
-        # The gradient behind the mask is 0 by choice, not as a product with 0.
+        # `where` sets the gradient behind the mask to 0; a product with 0 could give NaN.
         value = torch.where(mask, value, 0)
     total, at_least_one = value.double().sum(), tokens.clamp(min=1)
     dtype = value.dtype
@@ -143,29 +143,31 @@ def distillation_loss(
         teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient.
         teacher_token_ids: (..., K), int64 or int32, in [0, V), distinct in a row, 1 <= K <= V; instead of
             teacher_logits.
-        teacher_logprobs: (..., K), float: their log-probs, taken as they are (at the temperature the teacher was
-            asked for). -inf marks an absent entry, whose id says nothing. Up to 1e-3 above 0 is rounding and counts
-            as 0; a row that adds up to a little more than 1 is scaled down, to more than 1.01 refused.
+        teacher_logprobs: (..., K), float: their log-probs, used unchanged (at the temperature of the request to the
+            teacher). -inf marks an absent entry, whose id is ignored. A value up to 1e-3 above 0 is rounding and
+            counts as 0. A row whose probabilities add up to a little more than 1 is scaled down; above 1.01 it is
+            refused.
         mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         beta: Python number; from 1e-6 to 1 - 1e-6 for "jsd", unused otherwise. As beta goes to 0, jsd / beta goes to
             KL(q||p); as it goes to 1, jsd / (1 - beta) goes to KL(p||q).
-        temperature: Python number > 0, of the student and of teacher_logits. There is no factor T^2: multiply the
-            loss by it to keep gradients comparable across temperatures (Hinton et al., 2015).
-        normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Give the global one under
-            gradient accumulation or data parallelism and the summed gradient equals that of the whole batch.
+        temperature: Python number > 0, of the student and of teacher_logits. The loss has no factor T^2: multiply it
+            by T^2 to keep gradients comparable across temperatures (Hinton et al., 2015).
+        normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Pass the global number under
+            gradient accumulation or data parallelism; the summed gradient then equals that of the whole batch.
 
-    A top-k teacher is compared over K + 1 outcomes, the K tokens and all the others together;
-    q_rest = max(1e-7, 1 - sum q_k), and p_rest is summed over the tail, not 1 - sum. That is a lower bound of the full
-    divergence (but for the floor): how the student spreads its tail is free. A tail below 1e-7 is not known to be 0,
-    for log-probs are rounded; with the floor, for which the q_k are scaled to add up to 1 - 1e-7, no teacher is
-    infinitely far from a student that forbids no token. A truncated teacher that was renormalised pushes the student's
-    tail down as against one of 1e-7: reverse_kl has p_rest log(p_rest / 1e-7) of it. Where the student has no tail
-    (K = V, or -inf outside the list), one of the teacher below 1e-3 is none either; K = V is the full divergence.
+    A top-k teacher is compared over K + 1 outcomes: the K tokens, and all the others together. Here
+    q_rest = max(1e-7, 1 - sum q_k), and p_rest is the sum over the tail, not 1 - sum. The result is a lower bound of
+    the full divergence (except for the floor): it does not depend on how the student spreads its tail. Log-probs are
+    rounded, so a tail below 1e-7 may not really be 0. With the floor, the q_k are scaled to add up to 1 - 1e-7, and no
+    teacher is infinitely far from a student that forbids no token. If a teacher was truncated and renormalised, the
+    loss pushes the student's tail down as if the teacher's tail were 1e-7: in reverse_kl its term is
+    p_rest log(p_rest / 1e-7). Where the student has no tail (K = V, or -inf outside the list), a teacher's tail below
+    1e-3 counts as 0 too; K = V gives the full divergence.
 
-    Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q finite; where p_j > 0 = q_j, reverse_kl is inf and its
-    gradient 0, for no finite change of the logits makes it finite. jsd is always finite. A batch without counted tokens
-    has loss 0.
+    Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q is finite. Where p_j > 0 = q_j, reverse_kl is inf and
+    its gradient is 0, because no finite change of the logits makes it finite. jsd is always finite. A batch without
+    counted tokens has loss 0.
 
     Returns:
         `DistillationLoss(loss, metrics)`; float32 (float64 for float64 logits), nats. Differentiable once with respect
@@ -175,8 +177,8 @@ def distillation_loss(
         TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
         error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
 
-    Memory: 70 bytes a token at the peak of the forward, of which 24 are kept for the backward; the gradient is the only
-    buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak, 24 (K + 1) of them kept, and two
+    Memory: 70 bytes a token at the peak of the forward; 24 of them are kept for the backward. The gradient is the only
+    buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak (24 (K + 1) are kept), and two
     buffers of 8 MiB (or a row) at a time, in the backward too.
 
     Equivalent to: `torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / tokens` (forward_kl).

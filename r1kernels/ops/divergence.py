@@ -22,13 +22,13 @@ from r1kernels import _library
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.token_stats import row_blocks
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")  # the order is that of `enum Divergence` in csrc/cpu/divergence.h
+KINDS = ("forward_kl", "reverse_kl", "jsd")  # in the order of `enum Divergence` in csrc/cpu/divergence.h
 
 
 def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     """Divergence over the last dimension, differentiable with respect to log_p.
 
-    -inf is probability 0 and 0 log 0 is 0, in the gradient too. An infinite reverse KL has gradient 0: it stays
+    -inf means probability 0, and 0 log 0 is 0, in the gradient too. An infinite reverse KL has gradient 0: it stays
     infinite under any finite change of p.
     """
     finite_p, finite_q = (torch.where(x == -torch.inf, 0, x) for x in (log_p, log_q))
@@ -107,11 +107,11 @@ class _Divergence(torch.autograd.Function):
         return grad_student, None, None, None, None, None
 
 
-# ---- values and gradient of two matrices of logits, without autograd: for losses that own them, row chunk by chunk
+# ---- values and gradients from two matrices of logits, without autograd: for losses that work chunk by chunk
 
 
 class Statistics(NamedTuple):
-    """(N,) each: the divergence, and in float64 both log-sum-exps, the constant of the gradient, both entropies."""
+    """Each is (N,): the divergence, and in float64 both log-sum-exps, the gradient's constant and both entropies."""
 
     value: Tensor
     lse_student: Tensor
@@ -132,7 +132,8 @@ def _block_log_probs(logits: Tensor, rows: slice, dtype: torch.dtype, temperatur
 def statistics(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> Statistics:
-    """Of (N, V) logits. Rows where `mask` is False give 0. The reference has no use for the inner statistics: 0."""
+    """Statistics of (N, V) logits. Rows where `mask` is False give 0. The reference does not need the inner
+    statistics, and returns 0 for them."""
     if _served_by(student, teacher) != "reference":
         return Statistics(*torch.ops.r1kernels.divergence.default(
             student, teacher, mask, KINDS.index(kind), beta, temperature
@@ -176,7 +177,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(divergence, student's entropy, teacher's entropy) of checked logits, 0 where `mask` is False.
 
-    The caller sends gradient 0 to masked tokens; their rows are then read neither forward nor backward.
+    The caller sends gradient 0 to masked tokens, so neither forward nor backward reads their rows.
     """
     if _served_by(student, teacher) == "reference":
         return reference(student, teacher, mask, kind, beta, temperature)

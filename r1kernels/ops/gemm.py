@@ -1,9 +1,9 @@
-"""Matrix products with a float32 result from 16-bit operands, by whichever library does them best on a device.
+"""Matrix products with a float32 result from 16-bit operands, by the library that is best on each device.
 
     out = a @ b   or   out += a @ b;   a (M, K), b (K, N), out (M, N) float32 (float64 from float64)
 
-The logits of a language model lose three digits when a 16-bit product rounds them, so every product here keeps its
-accumulators. No route rounds an operand.
+The logits of a language model lose three digits when a 16-bit product rounds them. So every product here keeps its
+float32 sums. No route rounds an operand.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _precision_lock = threading.RLock()
 
 
 def route(tensor: Tensor, batch_invariant: bool = False) -> str:
-    """How products of matrices like `tensor` are computed: the one place where this is decided.
+    """How products of matrices like `tensor` are computed. Only this function decides it.
 
-    "native": our kernel, whose bits depend on nothing but the row and the column. "onednn": float32 copies that
-    oneDNN reads as bfloat16, which loses nothing, on processors with matrix units (AMX). "out_dtype": the library of
-    an accelerator, told to keep its accumulators. "copies": float32 copies, block by block. "torch": operands that
-    are float32 or float64 already.
+    "native": our kernel; the bits of an entry depend only on its row and its column. "onednn": float32 copies that
+    oneDNN reads as bfloat16 without loss, on processors with matrix units (AMX). "out_dtype": the library of an
+    accelerator, which keeps its float32 sums. "copies": float32 copies, block by block. "torch": the operands are
+    float32 or float64 already.
     """
     if _library.choose(tensor.device.type, tensor.dtype).implementation == "cpu":
         amx = tensor.dtype == torch.bfloat16 and _library.extension.has_amx_bf16()
@@ -46,7 +46,7 @@ def route(tensor: Tensor, batch_invariant: bool = False) -> str:
 
 @functools.cache
 def _keeps_accumulators(device: torch.device) -> bool:
-    """Whether the device's library gives float32 results of 16-bit products, in place too: tried once."""
+    """Whether the device's library gives float32 results of 16-bit products, in place too. It is tried once."""
     a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.mm(a, a, out_dtype=torch.float32, out=out)
@@ -67,7 +67,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
     Args:
         a, b: (M, K), (K, N), of one dtype; one of the strides of each is 1.
         out: (M, N), float32 (float64 from float64), adjacent columns.
-        batch_invariant: the bits of a row of out depend on nothing but that row of a (and b).
+        batch_invariant: the bits of a row of out depend only on that row of a (and on b).
     """
     chosen = route(a, batch_invariant)
     if chosen == "native":
@@ -97,7 +97,8 @@ def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -
 
 
 def _by_fixed_rows(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """One shape for every product, the last padded with zeros: the library cannot choose by the size of the batch."""
+    """Every product has one shape, and the last is padded with zeros. So the size of the batch cannot change how the
+    library computes."""
     for begin in range(0, a.shape[0], _INVARIANT_ROWS):
         rows = a[begin : begin + _INVARIANT_ROWS]
         padded = rows.new_zeros(_INVARIANT_ROWS, a.shape[1])
@@ -116,7 +117,7 @@ def _blocks(size: int) -> Iterator[slice]:
 
 
 def _copies(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """The product by blocks whose float32 copies are small, each element summed over K in ascending order."""
+    """Computes the product in blocks with small float32 copies. Each element is summed over K in ascending order."""
     if not accumulate:
         out.zero_()
     for k, m in itertools.product(_blocks(a.shape[1]), _blocks(a.shape[0])):
@@ -129,8 +130,8 @@ def _copies(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 def _bfloat16_operands() -> Iterator[None]:
     """Lets oneDNN round float32 operands to bfloat16; exact here, because they are copies of bfloat16 values.
 
-    The setting is process-wide: it is put back, and other threads wait to set it; a float32 product that one of them
-    happens to run meanwhile would be rounded too.
+    The setting is process-wide. It is restored, and other threads wait to set it. A float32 product that another
+    thread runs in the meantime is rounded too.
     """
     settings = torch.backends.mkldnn.matmul
     with _precision_lock:

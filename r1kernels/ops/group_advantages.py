@@ -16,7 +16,7 @@ SCALES = ("group_std", "batch_std", "none")
 
 
 def _moments(rewards: Tensor, groups: Tensor, count: int, ddof: int) -> tuple[Tensor, Tensor]:
-    """(mean, std) of each group's scorable rewards; std is exactly 0 and mean exact where all are equal."""
+    """(mean, std) of each group's scorable rewards. Where all are equal, std is exactly 0 and the mean is exact."""
     scorable = ~rewards.isnan()
     safe = torch.where(scorable, rewards, 0)
     zeros = rewards.new_zeros(count)
@@ -68,17 +68,17 @@ def group_advantages(
     A_i = (r_i - mean_group) / (std + eps)
 
     Args:
-        rewards: (B,), float; NaN marks an unscorable answer: it is left out of mean and std and gets 0.
+        rewards: (B,), float. NaN marks an unscorable answer, which does not count in mean and std and gets 0.
             (P, G) is read as P groups of G when neither `group_size` nor `group_ids` is given.
         group_size: G; answers of one prompt are consecutive. Must divide B.
-        group_ids: (B,), int64 or int32, in any order and of uneven sizes, instead of `group_size`.
+        group_ids: (B,), int64 or int32, instead of `group_size`. Groups may differ in size and be in any order.
         scale: "group_std"; "batch_std" (group mean, std of the whole batch); "none" (Dr. GRPO).
         ddof: the std divides by n - ddof; 0 or 1.
         eps: added to the std, >= 0.
 
     Returns:
-        the shape of rewards, float32 (float64 for float64 rewards), not differentiable.
-        Exactly 0 for a group of equal rewards or of one.
+        The advantages, in the shape of rewards; float32 (float64 for float64 rewards), not differentiable.
+        They are exactly 0 in a group of equal rewards or of one answer.
 
     Raises:
         TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,

@@ -1,7 +1,7 @@
-"""GRPO and its relatives straight from logits: token statistics and policy loss, composed, or fused to one kernel.
+"""GRPO and related losses from logits: token statistics, then the policy loss; or both fused into one kernel.
 
-Between the two vocabulary kernels there are only [tokens]-sized tensors, so nothing of vocabulary width exists
-beside the logits and their gradient.
+All tensors between the two vocabulary kernels have the size of [tokens]. So only the logits and their gradient have
+the width of the vocabulary.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def grpo_loss(
 
     Args:
         logits: (B, T, V), or packed (N, V) with `cu_seqlens`; float32, bfloat16 or float16 (float64: reference). Any
-            strides: rows are read in place. Row t scores token t; give the model's logits whole, with
+            strides: rows are read in place. Row t scores token t. Pass the model's whole logits, with
             `input_ids.roll(-1, 1)` and the last column masked: the backward of a slice `[:, :-1]` would copy the
             gradient into a second tensor of full width. -inf entries are allowed.
-        token_ids: (B, T) or (N,), int64 or int32, in [0, V); anything behind the mask.
-        temperature: Python number > 0; the one the tokens were sampled with.
+        token_ids: (B, T) or (N,), int64 or int32, in [0, V); behind the mask they may hold anything.
+        temperature: Python number > 0; use the temperature with which the tokens were sampled.
 
-    The other arguments are those of `policy_loss`. Masked rows of logits are not read at all.
+    The other arguments are those of `policy_loss`. Masked rows of logits are never read.
 
     Returns:
         `PolicyLoss(loss, metrics)`; the gradient of logits has their dtype.
@@ -51,11 +51,12 @@ def grpo_loss(
         TypeError, ValueError: naming the argument, its value and the expectation.
 
     Memory: the gradient of logits, and 64 bytes a token. CUDA kernels (`r1kernels.backend("cuda")`, or where they are
-        measured to be faster) take the step whole, for objectives of single tokens on float32 and bfloat16 logits that
-        require a gradient, outside of `torch.compile`: one read of the logits and one write of their gradient, in the
-        forward. The backward then multiplies by its factor, one read, write and rounding more unless that is 1: let
-        `normalizer` scale the loss. Rows whose gradient, which is contiguous, lies otherwise within 16 bytes than they
-        do, and rows that no cluster's shared memory holds, are read twice.
+        measured to be faster) compute the whole step at once, if the objective depends on single tokens, the logits
+        are float32 or bfloat16 and require a gradient, and `torch.compile` is not used. The forward then reads the
+        logits once and writes their gradient once. The backward multiplies it by the factor that it receives. Unless
+        the factor is 1, this costs one more read, write and rounding: use `normalizer` to scale the loss. A row is
+        read twice if it and its (contiguous) gradient are not aligned alike within 16 bytes, or if the shared memory
+        of a cluster cannot hold it.
 
     Equivalent to: `policy_loss(*token_logprobs_and_entropy(logits, token_ids), ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.

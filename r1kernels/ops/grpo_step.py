@@ -2,9 +2,9 @@ r"""The fused GRPO step: the policy loss and its gradient from one read and one 
 
     loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  d logits by way of g_t = dloss/dl_t
 
-Where a token's loss depends on no log-prob but its own, its row's gradient can be written while the row is still on
-chip; the weights w_t follow from the mask alone. The gradient is that of the loss itself, worked out in the forward: a
-backward that is handed a factor other than 1 multiplies it by that, which is one more read and write.
+If a token's loss depends only on its own log-prob, the gradient of its row can be written while the row is still on
+the chip; the weights w_t depend only on the mask. The forward computes the gradient of the loss itself. If the backward
+receives a factor other than 1, it multiplies the gradient by it, which is one more read and write.
 
 The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implementation.
 """
@@ -23,9 +23,9 @@ from r1kernels.ops.policy_loss import LossInputs, coefficients_of
 
 
 def serves(logits: Tensor, inputs: LossInputs) -> bool:
-    """Whether one kernel takes the whole step: for a gradient, of single tokens, and where it is the faster way.
+    """Whether one kernel computes the whole step: a gradient is wanted, tokens are independent, and it is faster.
 
-    Not in float16, whose gradients would be rounded, and lost, before a loss scale can save them.
+    It is never used in float16, whose small gradients would be rounded to 0 before a loss scale can save them.
     """
     objective = inputs.objective
     return (
@@ -81,9 +81,9 @@ class _GrpoStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_logits,) = ctx.saved_tensors
-        # A backward that may run again leaves what it was given as it is.
+        # If the backward may run again, it must not change the stored gradient.
         out = torch.empty_like(grad_logits) if graph_is_kept() else grad_logits
-        # This kernel, and no other one of `scaled`, looks at the factor first: 1 costs a launch.
+        # Only this version of `scaled` checks the factor first: a factor of 1 costs only the launch.
         torch.ops.r1kernels_cuda.scaled.default(grad_logits, grad_loss, out, False)
         return out, None, None, None
 

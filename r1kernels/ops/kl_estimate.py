@@ -2,8 +2,8 @@ r"""Per-token estimators of KL(pi || pi_ref) from the log-probs of tokens sample
 
 With d = l_ref - l:   k1 = -d,   k2 = d^2 / 2,   k3 = e^d - d - 1   (Schulman, "Approximating KL divergence").
 
-As a value k1 and k3 are unbiased. As a term of a loss, by exact enumeration over the vocabulary: the expected
-gradient of k1 is 0, that of k2 is the gradient of KL(pi || ref), that of k3 the gradient of KL(ref || pi).
+As values, k1 and k3 are unbiased. As terms of a loss, their expected gradients are (by exact enumeration over the
+vocabulary): 0 for k1, the gradient of KL(pi || ref) for k2, and the gradient of KL(ref || pi) for k3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
         return -d
     if estimator == "k2":
         return d.square() / 2
-    # e^d - 1 - d cancels near 0; its series does not. Both branches stay finite where the other is chosen.
+    # e^d - 1 - d cancels near 0; its series does not. Each branch stays finite where the other one is used.
     small = d.abs() < 0.5
     near = torch.where(small, d, 0)
     order = 16 if d.dtype == torch.float64 else 10  # the next term at 1/2 is below one rounding
@@ -51,7 +51,7 @@ class _KlEstimate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (slope,) = ctx.saved_tensors
         grad_logprobs = grad * slope
-        return grad_logprobs, -grad_logprobs, None  # a function of the difference alone
+        return grad_logprobs, -grad_logprobs, None  # the estimate depends only on the difference
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -59,8 +59,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
     d = ref_logprobs - logprobs;  "k1": -d,  "k2": d^2/2,  "k3": e^d - d - 1 (accurate also where d is tiny)
 
-    In a loss, "k1" has expected gradient 0 (it regularises nothing), "k2" has the gradient of KL(pi || ref) and
-    "k3" that of KL(ref || pi).
+    In a loss, the expected gradient of "k1" is 0 (it regularises nothing), "k2" has the gradient of KL(pi || ref), and
+    "k3" has the gradient of KL(ref || pi).
 
     Args:
         logprobs, ref_logprobs: (...), same shape and device, float; computed in float32 (float64 if given so).

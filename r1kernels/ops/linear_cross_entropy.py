@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states: the one-pass walk of the linear policy loss, whose slopes are constants here."""
+"""Cross-entropy from hidden states, in the one-pass walk of the linear policy loss. Here its slopes are constants."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def linear_cross_entropy(
         hidden: (..., H), as in `linear_token_logprobs`. Row t scores target t: shift before the call.
         weight: (V, H), dtype of hidden.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`. Rows of ignored targets are not computed.
-        reduction: "mean", "sum" or "none". With "none" the gradients wait for those of the losses, and backward
-            computes the logits once more.
+        reduction: "mean", "sum" or "none". With "none" the gradients depend on those of the losses, so backward
+            computes the logits again.
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
         **options: the keywords of `LinearOptions`.
 
     Returns:
-        0-d, or (...) for "none"; float32, nats. Ignored targets give 0, and a batch of them alone a mean of 0.
+        0-d, or (...) for "none"; float32, nats. Ignored targets give 0; if all targets are ignored, the mean is 0.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.

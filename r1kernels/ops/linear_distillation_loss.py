@@ -1,8 +1,8 @@
 r"""Distillation from hidden states: the mean divergence of the counted tokens without a tensor of logits.
 
-One walk over row chunks (`r1kernels.ops.linear_divergence`) computes values and gradients together, for the slope of a
-token's divergence is known with the divergence itself. In float16 gradients need the loss scale before they are
-rounded, and only backward knows it: it walks once more.
+One walk over row chunks (`r1kernels.ops.linear_divergence`) computes values and gradients together, because the slope
+of a token's divergence is known as soon as the divergence is. In float16, gradients need the loss scale before they are
+rounded. Only the backward knows the scale, so it walks over the chunks again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from r1kernels.ops.linear_head import Head, Needs, row_bytes
 from r1kernels.ops.linear_options import LinearOptions, Names, prepare, with_tensors
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
-# Of the K + 1 outcomes of a row of a top-k teacher, in float64: what passes by in `topk_divergence`.
+# Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
 _OUTCOME_BYTES = 128
 _NO_GRADIENTS = Needs(False, False, False, False, False)
 
@@ -56,7 +56,7 @@ def _run(
 
 
 def _factor(head: Head, mask: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
-    """What the sum of the divergences is multiplied with: 0-d, float64."""
+    """The factor of the sum of the divergences: 0-d, float64."""
     ids = head.token_ids
     if normalizer is None:
         normalizer = max(ids.numel(), 1) if mask is None else mask.sum().double().clamp(min=1)
@@ -66,9 +66,9 @@ def _factor(head: Head, mask: Tensor | None, normalizer: Tensor | float | None) 
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """The loss, and as constants the metrics of `reduce` in its order.
+    """The loss, and the metrics of `reduce`, in its order, as constants.
 
-    With `one_pass` gradients are computed with the loss; with `two_phases` everything is kept for backward instead.
+    With `one_pass`, gradients are computed with the loss. With `two_phases`, the inputs are kept for backward instead.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ class _LinearDivergence(torch.autograd.Function):
 def _full_teacher(
     hidden: Any, weight: Any, options: Any, student: Tensor
 ) -> tuple[LinearTeacher, int]:
-    """The teacher, and the bytes one of its rows takes."""
+    """The teacher, and the bytes that one of its rows needs."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise TypeError(f"teacher_options is a {type(options).__name__}, expected a dict")
@@ -136,7 +136,7 @@ def _full_teacher(
 
 
 def _no_tokens(hidden: Tensor) -> Tensor:
-    """Heads count their tokens by ids, which a divergence has no use for."""
+    """A head counts its tokens by their ids; a divergence needs no ids."""
     return hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
 
 
@@ -166,23 +166,23 @@ def linear_distillation_loss(
         teacher_hidden: (..., H'), one row for each of student_hidden; any of these dtypes and any width.
         teacher_weight: (V, H'), dtype of teacher_hidden. Constants: the teacher gets no gradient.
         teacher_token_ids, teacher_logprobs: (..., K), a top-k teacher instead; as in `distillation_loss`.
-        mask: (...), True or nonzero = counts. Rows behind a False take part in no product, and may hold anything.
+        mask: (...), True or nonzero = counts. Rows where it is False are not computed, and may hold anything.
         divergence, beta, normalizer: as in `distillation_loss`.
         teacher_options: `bias`, `lora`, `logit_scale` and `softcap` of the teacher, as in `LinearOptions`. Its logits
             are float32.
-        **options: the keywords of `LinearOptions`, of the student. `temperature` is one number, of both; `chunk_bytes`
-            is for the logits of both; `batch_invariant` speaks of the value of a token's divergence.
+        **options: the keywords of `LinearOptions`, for the student. `temperature` is one number for both models, and
+            `chunk_bytes` is for the logits of both; `batch_invariant` is about the value of a token's divergence.
 
     Returns:
-        `DistillationLoss(loss, metrics)`, those of `distillation_loss`. Gradients are computed with the loss and only
-        scaled in backward; in float16, backward computes all logits once more.
+        `DistillationLoss(loss, metrics)`, as in `distillation_loss`. Gradients are computed with the loss, and backward
+        only scales them; in float16, backward computes all logits again.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
         error, never padded.
 
-    Memory: `chunk_bytes`, the weight's gradient in float32, that of student_hidden, and 64 bytes a token; top-k: and
-    about 35 (K + 1) bytes a token.
+    Memory: `chunk_bytes`, the weight's gradient in float32, the gradient of student_hidden, and 64 bytes a token; with
+    a top-k teacher, also about 35 (K + 1) bytes a token.
 
     Equivalent to: `distillation_loss(student_hidden.float() @ student_weight.float().T,
     teacher_hidden.float() @ teacher_weight.float().T)`
@@ -200,7 +200,7 @@ def linear_distillation_loss(
     if teacher_hidden is not None:
         teacher, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden)
     elif teacher_options is not None:
-        raise ValueError("teacher_options is given with teacher_logprobs, expected a teacher of hidden states for it")
+        raise ValueError("teacher_options is given with teacher_logprobs, but it needs teacher_hidden")
     else:
         teacher, extra = None, _OUTCOME_BYTES * (_outcomes(teacher_token_ids))
     inputs, head = prepare(
@@ -227,5 +227,5 @@ def linear_distillation_loss(
 
 
 def _outcomes(token_ids: Any) -> int:
-    """K + 1; `check_topk` refuses what has no K."""
+    """K + 1; `check_topk` refuses ids without a dimension K."""
     return token_ids.shape[-1] + 1 if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 1

@@ -1,8 +1,8 @@
 r"""Divergence of a student from a teacher, both given by hidden states, in one walk over row chunks.
 
-Student's logits, teacher's logits -> divergence -> d logits over the student's -> products with W and h: 3 units of
-2 N H V floating-point operations for the student, 1 for the teacher, and two buffers of vocabulary width. A top-k
-teacher needs neither its unit nor its buffer.
+Student's and teacher's logits -> divergence -> d logits in the memory of the student's -> products with W and h. The
+student takes 3 units of 2 N H V floating-point operations, the teacher takes 1, and there are two buffers of vocabulary
+width. A top-k teacher needs neither its unit nor its buffer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LinearTeacher(NamedTuple):
     logprobs: Tensor | None
 
     def walk(self, student: Walk) -> Walk | None:
-        """The chunks of the teacher that go with those of the student."""
+        """The chunks of the teacher that belong to the chunks of the student."""
         if self.hidden is None:
             return None
         head = student.head._replace(
@@ -44,14 +44,14 @@ class LinearTeacher(NamedTuple):
 
 
 def measures(teacher: LinearTeacher) -> tuple[str, ...]:
-    """What is measured of every token, after the divergence."""
+    """The names of the measures of every token, after the divergence."""
     if teacher.hidden is None:
         return "student_entropy", "teacher_tail_mass", "student_tail_mass"
     return "student_entropy", "teacher_entropy"
 
 
 def _left_of_scale(head: Head) -> float:
-    """What the logits of a chunk are still to be multiplied with: a soft cap has had the scale applied before it."""
+    """The scale that the logits of a chunk still need. With a soft cap, the scale was applied before the cap."""
     return 1.0 if head.softcap > 0 else head.logit_scale
 
 
@@ -60,7 +60,7 @@ class _Full:
 
     def __init__(self, walk: Walk, chunk: Chunk, teacher: Walk, other: Chunk, kind: str, beta: float) -> None:
         self.walk, self.chunk, self.logits, self.settings = walk, chunk, other.logits, (kind, beta)
-        # The temperature of the kernels has the student's scale in it.
+        # The temperature of the kernels includes the student's scale.
         scale = _left_of_scale(teacher.head) / _left_of_scale(walk.head)
         if scale != 1.0:
             self.logits.mul_(scale)
@@ -112,11 +112,11 @@ def run_divergence(
     """Measurements and gradients in one walk.
 
     Args:
-        mask: (N,); rows behind it are not computed and give 0.
-        factor: 0-d; the gradients are those of factor sum_t D_t.
+        mask: (N,); rows where it is False are not computed and give 0.
+        factor: 0-d; the gradients are those of factor * sum_t D_t.
 
     Returns:
-        (M, N): the divergence and `measures`; and the gradients.
+        (M, N): the divergence and the `measures`; then the gradients.
     """
     walk = Walk(head, hidden, select_rows(mask, head.token_ids.numel(), head.capacity), needs)
     other = teacher.walk(walk)

@@ -1,4 +1,4 @@
-"""From the sums of a walk to what backward returns: scaled, in the dtype wanted, without a second large copy."""
+"""Turns the sums of a walk into the gradients that backward returns: scaled, converted, without a large copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[torch.Size, torch.dtype]
 
 
 def gradient_shapes(inputs: tuple[Tensor | None, ...]) -> tuple[Shape | None, ...]:
-    """(shape, dtype) of the gradient of each input. A parameter may ask for one that is wider than itself
+    """(shape, dtype) of the gradient of each input. A parameter may ask for a wider dtype than its own
     (`Tensor.grad_dtype`, torch 2.10)."""
 
     def dtype(value: Tensor) -> torch.dtype:
@@ -30,8 +30,8 @@ def finished_gradients(
     grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
     into: Tensor | None,
 ) -> list[Tensor | None]:
-    """What backward returns for (hidden, weight, bias, lora_a, lora_b): grads * factor in the dtype and shape wanted;
-    that of the weight is added to `into` instead where there is one."""
+    """The gradients of (hidden, weight, bias, lora_a, lora_b): grads * factor in the wanted dtype and shape. If `into`
+    is given, the weight's gradient is added to it instead."""
     results: list[Tensor | None] = []
     for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
         if not needed:
@@ -46,7 +46,7 @@ def finished_gradients(
 
 
 def _known(factor: Tensor | None) -> float | None:
-    """The factor as a finite number, where looking at it is free."""
+    """The factor as a finite number, if reading it costs no synchronisation."""
     if factor is None:
         return 1.0
     value = float(factor) if values_are_free(factor) else float("nan")
@@ -54,7 +54,7 @@ def _known(factor: Tensor | None) -> float | None:
 
 
 def _product(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not give masked tokens a gradient."""
     value = _known(factor)
     if value is not None:
         return grad if value == 1 else grad * value
@@ -62,14 +62,14 @@ def _product(grad: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _blocks(grad: Tensor) -> list[slice]:
-    """Blocks of rows, so that what passes by stays in the caches; a compiler does better with the whole."""
+    """Blocks of rows, so that temporary values stay in the caches. A compiler works better on the whole tensor."""
     if grad.dim() != 2 or torch.compiler.is_compiling():
         return [slice(None)]
     return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
 
 
 def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
-    """Whether one kernel reads, multiplies, converts and writes: where the host cannot look at the factor."""
+    """Whether one kernel reads, multiplies, converts and writes. It is used where the host cannot read the factor."""
     if factor is None or torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
         return False
     if _library.choose(grad.device.type, grad.dtype).implementation in ("cpu", "reference"):
@@ -78,7 +78,7 @@ def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
 
 
 def graph_is_kept() -> bool:
-    """Whether this backward may run again (`retain_graph`), so that what it was given must stay as it is."""
+    """Whether this backward may run again (`retain_graph`), so that it must not change its stored tensors."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None or torch.compiler.is_compiling() else ask()
 

@@ -1,11 +1,11 @@
-r"""GRPO and its relatives straight from hidden states and the weight of the head.
+r"""GRPO and related losses from hidden states and the weight of the head.
 
-The slope of a token's loss depends on that token's log-prob alone when the ratio is a token's own. One walk over the
-chunks then does everything: product -> statistics -> slopes -> d logits in place -> two products; 3 units of
-2 N H V floating-point operations, 1 + 2 k when a share k of the tokens has a gradient, and 3 k when the others are
-known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables and
-float16 (whose gradients need the loss scale before they are rounded) take two phases: statistics of all tokens, then
-d logits of those with a gradient, from logits computed once more.
+With a ratio per token, the slope of a token's loss depends only on that token's log-prob. Then one walk over the chunks
+does everything: product -> statistics -> slopes -> d logits in place -> two products. It takes 3 units of 2 N H V
+floating-point operations. If only a share k of the tokens has a gradient, it takes 1 + 2 k units, or 3 k if the other
+tokens are known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables
+and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics of all tokens,
+then d logits of the tokens with a gradient. The second phase computes their logits again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_no
 
 
 class TokenObjective(NamedTuple):
-    """What the slope of one token needs, flattened to (N,): `weights` are those of the reduction."""
+    """The inputs of each token's slope, flattened to (N,). `weights` are the weights of the reduction."""
 
     weights: Tensor
     advantages: Tensor
@@ -53,7 +53,7 @@ class TokenObjective(NamedTuple):
     objective: Objective
 
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of the operator `linear_policy_gradient`."""
+        """The arguments in the order of the operator `linear_policy_gradient`."""
         o = self.objective
         coefficients = [
             o.clip_low, o.clip_high, math.inf if o.ratio_cap is None else o.ratio_cap, o.tau_pos, o.tau_neg,
@@ -75,7 +75,7 @@ class TokenObjective(NamedTuple):
 
     @property
     def sparse(self) -> bool:
-        """Whether a token's slopes may turn out to be 0: where a bound holds, and nothing else pulls at it."""
+        """Whether a token's slopes may be 0: a bound may hold, and no other term gives a gradient."""
         o = self.objective
         return o.surrogate == "clip" and o.kl_coef == 0 and o.entropy_coef == 0
 
@@ -148,13 +148,13 @@ def one_pass_sum(
     return _OnePass.apply(*inputs.tensors, inputs.into, head, wanted, tokens, whole, tuple(wanted.shape))[0]
 
 
-# ---- which tokens take part, and what they weigh ----------------------------------------------------------
+# ---- which tokens are computed, and their weights ---------------------------------------------------------
 
 
 class _Plan(NamedTuple):
-    """`wanted` (N,): tokens whose log-prob is computed, None for all. `tokens`: of the one-pass operator. `inputs`:
-    the loss over the tokens that are computed, equal to that over all of them. `counted`: how many the mask counts,
-    where fewer are measured."""
+    """`wanted` (N,): tokens whose log-prob is computed, None for all. `tokens`: inputs of the one-pass operator.
+    `inputs`: the loss over the computed tokens, which equals the loss over all tokens. `counted`: how many tokens the
+    mask counts, if fewer are measured."""
 
     wanted: Tensor | None
     tokens: TokenObjective | None
@@ -204,7 +204,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
 
 
 def _metrics(metrics: dict[str, Tensor], plan: _Plan, sequences: int) -> dict[str, Tensor]:
-    """Adds how many tokens were measured, and puts back what speaks of the whole batch."""
+    """Adds the number of measured tokens, and restores the metrics of the whole batch."""
     measured = metrics["tokens"]
     if plan.counted is None:
         return {**metrics, "measured_tokens": measured}
@@ -214,7 +214,7 @@ def _metrics(metrics: dict[str, Tensor], plan: _Plan, sequences: int) -> dict[st
         "sequences": torch.full_like(measured, sequences),
         **{name: metrics[name] * share for name in metrics if name.endswith("_fraction")},
     }
-    # Means over no tokens are not 0 or 1 but unknown.
+    # A mean over no tokens is unknown, not 0 or 1.
     unknown = {
         name: torch.where(measured > 0, metrics[name], torch.nan)
         for name in ("kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "approx_kl") if name in metrics
@@ -246,29 +246,29 @@ def linear_grpo_loss(
     Args:
         hidden: (B, T, H), or packed (N, H) with `cu_seqlens`; as in `linear_token_logprobs`. Row t scores token t.
         weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
-        token_ids: (B, T) or (N,), int64 or int32, in [0, V); anything behind the mask.
-        measure_all: compute the log-probs of tokens whose loss is known to be 0 too, so that the metrics speak of
-            them. Otherwise tokens of advantage (or importance weight) 0 are not computed when the objective has
-            neither a KL nor an entropy term: their hidden states may hold anything, and the means in the metrics are
-            over `metrics["measured_tokens"]` tokens (NaN when there are none). Callables are always measured.
+        token_ids: (B, T) or (N,), int64 or int32, in [0, V); behind the mask they may hold anything.
+        measure_all: also compute the log-probs of tokens whose loss is known to be 0, so that the metrics include
+            them. Otherwise, if the objective has neither a KL nor an entropy term, tokens of advantage (or importance
+            weight) 0 are not computed: their hidden states may hold anything, and the means in the metrics are over
+            `metrics["measured_tokens"]` tokens (NaN if there are none). Callables are always measured.
         **options: the keywords of `LinearOptions`.
 
-    The other arguments are those of `policy_loss`. Tokens whose gradient is exactly 0 take no part in the backward
-    products; `metrics["active_fraction"]` is the share of the others among the counted tokens. On a GPU the tokens
-    that take part are counted, where there is a mask or an advantage of 0 may be skipped: one synchronisation a call.
-    A clipped objective without KL and entropy terms looks once a chunk, too, for tokens whose bound turned out to
-    hold; where they are a quarter or more, the products leave them out. With `capacity` there is none of either.
+    The other arguments are those of `policy_loss`. The backward products leave out tokens whose gradient is exactly 0;
+    `metrics["active_fraction"]` is the share of the other tokens among the counted ones. On a GPU, a call with a mask,
+    or one that may skip advantages of 0, counts its active tokens, which is one synchronisation. A clipped objective
+    without KL and entropy terms also synchronises once a chunk to count the tokens whose bound holds; if they are a
+    quarter or more, the products leave them out. With `capacity` there is no synchronisation of either kind.
 
     Returns:
-        `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` besides those of `policy_loss`. Gradients are
-        computed with the loss where the objective and the dtype (not float16) allow it, and only scaled in backward.
+        `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` and those of `policy_loss`. Gradients are
+        computed with the loss if the objective and the dtype (not float16) allow it, and backward only scales them.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, that of hidden, and 64 bytes a token
-    (a callable's own arithmetic aside); on a GPU, 0.4 `chunk_bytes` more at most for the d logits of clipped
-    objectives.
+    Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, the gradient of hidden, and 64 bytes a
+    token (without the memory that a callable uses); on a GPU, at most 0.4 `chunk_bytes` more for the d logits of
+    clipped objectives.
 
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.

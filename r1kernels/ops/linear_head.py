@@ -1,10 +1,10 @@
-r"""The language-model head in row chunks: logits of a few rows at a time, used and overwritten where they lie.
+r"""The language-model head in row chunks: logits of a few rows at a time, used and overwritten in place.
 
     x = h W^T + h A B + b,  u = scale x,  v = cap tanh(u / cap) (or u),  z = v / T
 
 Every loss from hidden states is the same walk over chunks: product -> statistics -> two scalars per token ->
-d logits in place -> products with W and h. The logits of one chunk are the only buffer of vocabulary width, and rows
-without a gradient take part in none of the later products.
+d logits in place -> products with W and h. The logits of one chunk are the only buffer of vocabulary width, and the
+later products leave out rows without a gradient.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from r1kernels.ops.gemm import matmul
 
 
 class Budget(NamedTuple):
-    """Of a chunk, where none is asked for: so many rows, within so much memory."""
+    """The default size of a chunk: at most this many rows and this much memory."""
 
     rows: int
     chunk_bytes: int
 
 
-# Every chunk reads and writes the float32 gradient of the weight. On a CPU that takes some 45 / rows of the time of the
-# products, and larger chunks would gain nothing but page faults; a GPU, whose products are faster by more than its
-# memory is, wants them larger.
+# Every chunk reads and writes the float32 gradient of the weight. On a CPU this takes about 45 / rows of the time of
+# the products, and larger chunks would only add page faults. On a GPU, products are faster in relation to memory, so
+# chunks should be larger.
 CPU_BUDGET, GPU_BUDGET = Budget(1024, 1 << 30), Budget(4096, 5 << 28)
-# With fewer active rows than this share, a GPU's products take the active ones alone, in a second buffer.
+# If the share of active rows is smaller than this, a GPU computes products of only these rows, in a second buffer.
 COMPACTION_SHARE = 0.75
-# Of the copies of hidden states that a kernel without logits reads at a time.
+# Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
 
 
@@ -45,8 +45,8 @@ class Head(NamedTuple):
     Attributes:
         weight: (V, H). bias: (V,) or None. lora_a, lora_b: (H, R) and (R, V), or None.
         token_ids: (N,) int64. temperatures: (N,) float32 or None; they multiply `temperature`.
-        softcap: 0 for none. logits_dtype: of the chunk: float32 (float64), or that of hidden.
-        rows: of a chunk. capacity: rows that may take part, -1 for any number.
+        softcap: 0 for none. logits_dtype: dtype of a chunk's logits: float32 (float64), or the dtype of hidden.
+        rows: rows of a chunk. capacity: the largest number of active rows, -1 for no limit.
     """
 
     weight: Tensor
@@ -70,7 +70,7 @@ class Head(NamedTuple):
 
     @property
     def kernel_scale(self) -> float:
-        """What is left of the scale for the gradient to be multiplied with."""
+        """The scale by which the gradient must still be multiplied."""
         return self.logit_scale if self.softcap > 0 else 1.0
 
 
@@ -85,8 +85,8 @@ class Needs(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The rows that take part. `index` (R,), ascending, or None for all N; with a capacity, `valid` (R,) says which
-    entries of index are rows, and the others are N."""
+    """The active rows. `index` (R,) is ascending, or None for all N. With a capacity, `valid` (R,) says which entries
+    of index are rows; the other entries are N."""
 
     index: Tensor | None
     valid: Tensor | None
@@ -96,10 +96,9 @@ ALL_ROWS = Selection(None, None)
 
 
 def select_rows(wanted: Tensor | None, count: int, capacity: int) -> Selection:
-    """The rows of `count` where `wanted` (N,) is True: one synchronisation, or none with a capacity.
+    """The rows of `count` where `wanted` (N,) is True. This costs one synchronisation, or none with a capacity.
 
-    More rows than the capacity raise: at once where values are free to look at, else at the device's next
-    synchronisation.
+    More rows than the capacity raise an error: immediately on a CPU, on a device at its next synchronisation.
     """
     if wanted is None:
         _check_capacity(count, capacity)
@@ -111,24 +110,24 @@ def select_rows(wanted: Tensor | None, count: int, capacity: int) -> Selection:
     if values_are_free(wanted):
         _check_capacity(int(wanted.sum()), capacity)
     else:
-        torch._assert_async(wanted.sum() <= capacity, "r1kernels: more tokens take part than capacity allows")
+        torch._assert_async(wanted.sum() <= capacity, "r1kernels: there are more active tokens than capacity allows")
     index = torch.nonzero_static(wanted, size=min(capacity, count), fill_value=count).squeeze(-1)
     return Selection(index, index < count)
 
 
 def _check_capacity(count: int, capacity: int) -> None:
     if 0 <= capacity < count:
-        raise ValueError(f"capacity is {capacity}, expected at least {count}: the tokens that take part")
+        raise ValueError(f"capacity ({capacity}) is smaller than the number of active tokens ({count})")
 
 
 def row_bytes(vocab: int, hidden: int, logits_dtype: torch.dtype) -> int:
-    """Memory that one row of a chunk takes: its logits, and float32 and 16-bit copies of width H."""
+    """The memory that one row of a chunk needs: its logits, and float32 and 16-bit copies of width H."""
     return vocab * logits_dtype.itemsize + 2 * hidden * accumulator_dtype(logits_dtype).itemsize
 
 
 class Chunk(NamedTuple):
-    rows: Tensor | slice  # of the flattened batch; with a capacity, padding is clamped to row N - 1
-    write: Tensor | slice  # the same for results; padding goes to row N
+    rows: Tensor | slice  # rows of the flattened batch; with a capacity, padding is clamped to row N - 1
+    write: Tensor | slice  # rows of the results; padding goes to row N
     valid: Tensor | None
     hidden: Tensor  # (n, H), zeros where not valid
     lora_hidden: Tensor | None  # (n, R): hidden A
@@ -158,13 +157,13 @@ class Walk:
         self.accumulator = accumulator_dtype(hidden.dtype)
         self.dtype = hidden.dtype
         vocab, width = head.weight.shape
-        # Rows of padding write to one row more, which is cut off at the end.
+        # Rows of padding write to one extra row, which is cut off at the end.
         self.padded = self.count + (selection.valid is not None)
         self._grad_hidden = (
             _library.empty(self.padded, width, dtype=self.dtype, device=self.device) if self.needs.hidden else None
         )
         if self._grad_hidden is not None and selection.index is not None:
-            self._grad_hidden.zero_()  # rows that take no part
+            self._grad_hidden.zero_()  # for inactive rows
         self._grad_weight: Tensor | None = None
         self._grad_lora_a: Tensor | None = None
         self._grad_lora_b: Tensor | None = None
@@ -174,14 +173,14 @@ class Walk:
         self.on_gpu = _library.choose(hidden.device.type, hidden.dtype).implementation not in ("cpu", "reference")
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
-        """Zeros for a result of each token, to be written at `Chunk.write` and finished by `trim`."""
+        """Zeros for one result per token. Chunks write at `Chunk.write`, and `trim` cuts off the padding."""
         return torch.zeros(self.padded, dtype=dtype, device=self.device)
 
     def trim(self, per_token: Tensor) -> Tensor:
         return per_token[: self.count]
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks with their logits, ready for statistics. Each overwrites the one before."""
+        """The chunks with their logits, ready for statistics. Each chunk overwrites the previous one."""
         for part in self._parts(self.head.rows):
             if part.start == 0:
                 self._buffer = self._empty_logits(part.stop, self.head.logits_dtype)
@@ -190,14 +189,14 @@ class Walk:
             yield chunk
 
     def blocks(self) -> Iterator[Chunk]:
-        """The rows for kernels that need no logits: all at once where they are a view, else copies block by block."""
+        """The rows for kernels that need no logits: all at once if they are a view, else copies block by block."""
         whole = self.selection.index is None and self.source.is_view
         rows = self.total if whole else BLOCK_BYTES // (self.head.weight.shape[1] * self.dtype.itemsize)
         no_logits = torch.empty(0, self.head.weight.shape[0], dtype=self.head.logits_dtype, device=self.device)
         return (self._chunk(part, no_logits) for part in self._parts(max(rows, 1)))
 
     def _parts(self, rows: int) -> Iterator[slice]:
-        """The rows that take part, in equal parts of at most so many."""
+        """The active rows in equal parts of at most `rows` rows."""
         if self.total == 0:
             return
         rows = math.ceil(self.total / math.ceil(self.total / rows))
@@ -214,7 +213,7 @@ class Walk:
         head = self.head
         hidden = self.source.take(rows)
         token_ids = head.token_ids[rows]
-        if valid is not None:  # the row that stands in for padding may hold anything, and 0 * NaN is NaN
+        if valid is not None:  # the row read in place of padding may hold anything, and 0 * NaN is NaN
             hidden = torch.where(valid[:, None], hidden, 0)
             token_ids = torch.where(valid, token_ids, 0)
         lora_hidden = None
@@ -230,7 +229,7 @@ class Walk:
             if chunk.lora_hidden is not None:
                 matmul(chunk.lora_hidden, head.lora_b, logits, accumulate=True,
                        batch_invariant=head.batch_invariant)
-        else:  # as an engine that keeps 16-bit logits: rounded after every step
+        else:  # rounded after every step, as in an engine that keeps 16-bit logits
             torch.mm(chunk.hidden, head.weight.t(), out=logits)
             if chunk.lora_hidden is not None:
                 logits += chunk.lora_hidden @ head.lora_b
@@ -240,7 +239,7 @@ class Walk:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
 
     def _empty_logits(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """(rows, V); on a GPU each row begins at a multiple of 16 entries, for its wide loads."""
+        """Memory for (rows, V). On a GPU each row starts at a multiple of 16 entries, so that wide loads work."""
         vocab = self.head.weight.shape[0]
         width = vocab if self.device.type == "cpu" else -(-vocab // 16) * 16
         return _library.empty(rows, width, dtype=dtype, device=self.device)[:, :vocab]
@@ -256,7 +255,7 @@ class Walk:
     ) -> None:
         """Adds the gradients of a chunk, whose logits it overwrites. g = dL/dlogprob, eta = dL/dentropy, each (n,).
 
-        `sparse`: some may have turned out to be 0, which is worth a synchronisation to find out.
+        `sparse`: some of them may be 0. Finding these rows is worth a synchronisation.
         """
         head = self.head
         if chunk.valid is not None:
@@ -299,16 +298,16 @@ class Walk:
         return rows if len(rows) <= most else None
 
     def _compact(self, count: int) -> Tensor:
-        """Memory for d logits of fewer rows than the chunk has: programs of a GPU run in no order, and one that moved a
-        row up in place could overwrite what another has yet to read."""
+        """Memory for d logits of fewer rows than the chunk has. Programs of a GPU run in any order: if one moved a row
+        up in place, it could overwrite a row that another program has not read yet."""
         if self._moved is None or len(self._moved) < count:
             self._moved = None
             self._moved = self._empty_logits(count, self.dtype)
         return self._moved[:count]
 
     def _add_rounding(self, chunk: Chunk, grad_logits: Tensor, exact: Tensor, rows: Tensor | None) -> None:
-        """Adds to the sums over tokens what the 16-bit d logits lost in the targets' own entries: most of all that
-        rounding loses, for the other entries are many, small and of all signs."""
+        """Adds to the sums over tokens the rounding errors of the 16-bit d logits in the targets' entries. They are
+        most of the total error, because the other entries are many, small and of both signs."""
         hidden, ids = chunk.hidden, chunk.token_ids
         if rows is not None:
             hidden, ids, exact = hidden[rows], ids[rows], exact[rows]
@@ -322,7 +321,7 @@ class Walk:
             self._grad_bias.index_put_((ids,), lost, accumulate=True)
 
     def narrow(self, logits: Tensor) -> Tensor:
-        """(n, V) in the dtype of hidden, each row at the beginning of the memory of the row of logits."""
+        """(n, V) in the dtype of hidden. Each row starts where the memory of its row of logits starts."""
         return logits if logits.dtype == self.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
 
     def add_gradients(self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None) -> None:
@@ -361,8 +360,8 @@ class Walk:
         return matmul(a, b, total, accumulate=True)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """(hidden, weight, bias, lora_a, lora_b): that of hidden (N, H) in its dtype, sums over tokens in float32;
-        (0,) where not needed."""
+        """The gradients of (hidden, weight, bias, lora_a, lora_b). That of hidden (N, H) has its dtype; the others are
+        sums over tokens in float32. A gradient that is not needed is (0,)."""
         head, needs = self.head, self.needs
 
         def total(wanted: bool, value: Tensor | None, like: Tensor | None) -> Tensor:
@@ -380,12 +379,12 @@ class Walk:
 
 
 def _adjacent(matrix: Tensor | None) -> Tensor | None:
-    """Itself, or a copy where neither its rows nor its columns are adjacent, which products expect."""
+    """The matrix, or a copy if neither its rows nor its columns are contiguous: products need one of the two."""
     return matrix if matrix is None or 1 in matrix.stride() else matrix.contiguous()
 
 
 def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
-    """out[where] = value, or value at `rows` of `where` and 0 at the others."""
+    """out[where] = value; with `rows`, value at these rows of `where` and 0 at the other rows."""
     if rows is None:
         out[where] = value if isinstance(where, slice) else value.to(out.dtype)  # a slice converts as it copies
         return
@@ -396,7 +395,7 @@ def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tenso
 
 
 class _Rows:
-    """Rows of (..., H) by their flat number, copied only chunk by chunk where no view can flatten the tensor."""
+    """Rows of (..., H) by their flat number. If no view can flatten the tensor, they are copied chunk by chunk."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden, self.count = hidden, hidden.shape[:-1].numel()
@@ -407,7 +406,7 @@ class _Rows:
 
     @property
     def is_view(self) -> bool:
-        """Whether all rows can be had without a copy, each of adjacent entries."""
+        """Whether all rows can be read without a copy, each with contiguous entries."""
         return self.flat is not None and self.flat.stride(-1) == 1
 
     def take(self, rows: Tensor | slice) -> Tensor:

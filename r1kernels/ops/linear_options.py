@@ -1,4 +1,4 @@
-"""The keywords that every function of hidden states shares, checked once and turned into a `Head`."""
+"""The keywords that all functions of hidden states share. They are checked here and turned into a `Head`."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ class LinearOptions(TypedDict, total=False):
 
     Attributes:
         bias: (V,), added to the logits.
-        lora: (A (H, R), B (R, V)), a low-rank adapter beside a frozen weight: hidden @ A @ B is added to the logits.
-            Its scaling belongs into A or B.
+        lora: (A (H, R), B (R, V)), a low-rank adapter next to a frozen weight: hidden @ A @ B is added to the logits.
+            Multiply A or B by its scaling factor.
         logit_scale: Python number > 0 that multiplies the logits.
         softcap: Python number c > 0: the scaled logits u become c tanh(u / c).
-        temperature: Python number > 0, or a tensor of one per token (a constant: no gradient), that divides the
-            logits; the one the tokens were sampled with.
+        temperature: Python number > 0, or a tensor with one value per token (a constant: no gradient). It divides the
+            logits. Use the temperature with which the tokens were sampled.
         logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
-        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time; by default
-            that of 1,024 rows, at most 1 GiB; on a GPU of 4,096 rows, at most 1.25 GiB. Where a product multiplies
-            float32 copies of 16-bit operands (bfloat16 with AMX), these take 48 MiB more at most.
-        capacity: at most this many tokens take part (mask and zero advantages decide). The shapes of all work
-            then depend on nothing in the tensors' values, and there is no synchronisation with the device, so a call
-            can be captured in a CUDA graph. More tokens than that raise an error: on a CPU at once, on a device at
-            the next synchronisation.
-        grad_accumulation_into: (V, H), float32 or the weight's dtype: every backward through the loss adds the
-            weight's gradient, summed in float32, to this tensor (`weight.main_grad`, `weight.grad`), and returns none
-            for the weight, which must be a leaf: hooks on it, and what works through them (DDP), see no gradient.
-        batch_invariant: the bits of a token's log-prob depend on nothing but its hidden state: not on the batch, the
-            size of a chunk or padding. With the compiled CPU kernels and float32 logits this holds without asking,
-            except on processors with matrix tiles (AMX), where it turns them off; elsewhere products are made in
-            blocks of 128 rows.
+        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. The default
+            is the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. If a product
+            multiplies float32 copies of 16-bit operands (bfloat16 with AMX), they take at most 48 MiB more.
+        capacity: the largest number of active tokens (mask and zero advantages decide which tokens are active). The
+            shapes of all work then do not depend on the tensors' values, and there is no synchronisation with the
+            device, so a call can be captured in a CUDA graph. More active tokens raise an error: on a CPU
+            immediately, on a device at the next synchronisation.
+        grad_accumulation_into: (V, H), float32 or the weight's dtype. Every backward through the loss adds the
+            weight's gradient, summed in float32, to this tensor (`weight.main_grad`, `weight.grad`), and returns no
+            gradient for the weight. The weight must be a leaf; its hooks, and tools that use them (DDP), see no
+            gradient.
+        batch_invariant: the bits of a token's log-prob depend only on its hidden state: not on the batch, the size of
+            a chunk or padding. With the compiled CPU kernels and float32 logits this is always true, except on
+            processors with matrix tiles (AMX), where this option turns the tiles off. Elsewhere, it computes products
+            in blocks of 128 rows.
 
-    With AMX, bfloat16 products set `torch.backends.mkldnn.matmul.fp32_precision` for their duration, process-wide: a
-    float32 product of another thread in that time would be rounded as well. `batch_invariant` avoids it.
+    With AMX, bfloat16 products change `torch.backends.mkldnn.matmul.fp32_precision` for the whole process while they
+    run: a float32 product that another thread runs at that time is rounded too. `batch_invariant` avoids this.
     """
 
     bias: Tensor | None
@@ -67,7 +68,7 @@ class LinearOptions(TypedDict, total=False):
 
 
 class Names(NamedTuple):
-    """What errors call the arguments of a head."""
+    """The names of a head's arguments in error messages."""
 
     hidden: str = "hidden"
     weight: str = "weight"
@@ -75,7 +76,7 @@ class Names(NamedTuple):
 
 
 class Differentiable:
-    """The tensors of a head that may receive gradients, and where that of the weight goes."""
+    """The tensors of a head that may receive gradients, and the tensor that the weight's gradient is added to."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
@@ -86,14 +87,14 @@ class Differentiable:
 
     @property
     def wanted(self) -> bool:
-        """Whether any gradient will be asked for."""
+        """Whether any gradient will be needed."""
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
 
     @property
     def one_pass(self) -> bool:
-        """Whether gradients may be computed with the loss: in float16 most of them would be 0 before the loss scale of
-        mixed precision, which backward alone knows, has multiplied them; and the reference finds slopes by autograd,
-        which a compiled graph runs its operators without."""
+        """Whether gradients may be computed with the loss. In float16 most of them would be rounded to 0, because only
+        the backward knows the loss scale of mixed precision. The reference computes slopes by autograd, which is not
+        available inside the operators of a compiled graph."""
         hidden = self.tensors[0]
         compiled_reference = torch.compiler.is_compiling() and _library.select(hidden) == "reference"
         return self.wanted and hidden.dtype != torch.float16 and not compiled_reference
@@ -106,7 +107,7 @@ def prepare(
     """Checks the arguments of a linear function.
 
     Returns:
-        What autograd sees, and the `Head` without those tensors (see `with_tensors`).
+        The tensors that autograd sees, and the `Head` without them (see `with_tensors`).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
@@ -179,7 +180,7 @@ def prepare(
 def with_tensors(
     head: Head, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
 ) -> Head:
-    """The head complete. autograd passes these tensors by themselves; the rest of a head is constant."""
+    """The head with its tensors. autograd passes them separately; the rest of a head is constant."""
     return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
@@ -266,12 +267,12 @@ def _accumulation(into: Any, weight: Tensor) -> Tensor | None:
             f"grad_accumulation_into has dtype {into.dtype}, expected {' or '.join(str(choice) for choice in choices)}"
         )
     if not weight.requires_grad:
-        raise ValueError("grad_accumulation_into was given for a weight that does not require grad")
+        raise ValueError("grad_accumulation_into was given, but weight does not require grad")
     if not weight.is_leaf:
-        raise ValueError("grad_accumulation_into was given for a weight that is computed from others, expected a leaf")
+        raise ValueError("grad_accumulation_into was given, but weight is not a leaf tensor")
     if any(size > 1 and stride == 0 for size, stride in zip(into.shape, into.stride(), strict=True)):
-        raise ValueError(f"grad_accumulation_into has strides {into.stride()}, expected entries of its own")
+        raise ValueError(f"grad_accumulation_into has strides {into.stride()}: it must not be an expanded tensor")
     real = not torch.compiler.is_compiling() and not isinstance(into, FakeTensor)
     if real and into.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-        raise ValueError("grad_accumulation_into shares memory with weight, expected a tensor of its own")
+        raise ValueError("grad_accumulation_into must not share memory with weight")
     return into

@@ -1,4 +1,4 @@
-"""The walks over a head that losses are made of: statistics, gradients from given slopes, and both at once."""
+"""The walks over a head that losses use: statistics, gradients from given slopes, and both at once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[T
 
 
 def fused(head: Head, hidden: Tensor) -> bool:
-    """Whether one kernel computes the statistics from hidden states and weight, without logits: on GPUs, of 16-bit
-    heads whose words are rows of memory. Adapters, and logits that are to be rounded, take the walk over chunks."""
+    """Whether one kernel computes the statistics from hidden states and weight, without logits: on GPUs, for 16-bit
+    heads with contiguous rows. Adapters and rounded logits need the walk over chunks."""
     return (
         hidden.dtype in HALF_DTYPES
         and head.logits_dtype == torch.float32
@@ -49,7 +49,7 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
 def run_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, needs: Needs
 ) -> tuple[Tensor, ...]:
-    """The gradients from statistics and dL/dlogprob, dL/dentropy (N,): recomputes the logits of rows that have any."""
+    """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient."""
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
@@ -66,7 +66,7 @@ Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 def run_one_pass(
     head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs, *, sparse: bool
 ) -> tuple[Tensor, ...]:
-    """Log-probs, entropies and gradients in one walk, for losses whose slope in a token depends on that token alone.
+    """Log-probs, entropies and gradients in one walk, for losses whose slope at a token depends only on that token.
 
     Args:
         scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).

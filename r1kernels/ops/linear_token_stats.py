@@ -2,7 +2,7 @@ r"""Log-prob and entropy of each token from hidden states and the weight of the 
 
     l = z_y - lse,  H = -sum_j p_j log p_j,  z = logits(hidden) / T
 
-Forward keeps two float64 numbers a token; backward computes the logits of a row once more, if it has a gradient.
+Forward keeps two float64 numbers a token. Backward computes the logits of each row with a gradient again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from r1kernels.ops.linear_passes import run_backward, run_statistics
 
 
 def no_autocast(hidden: Tensor) -> Any:
-    """Precision is decided here, call by call: autocast would round float32 operands."""
+    """Turns autocast off, because it would round float32 operands. Each call here chooses its precision."""
     return torch.autocast(hidden.device.type, enabled=False)
 
 
@@ -119,17 +119,17 @@ def linear_token_logprobs(
             is not copied. Row t scores token t: shift before the call.
         weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
         token_ids: (...), int64 or int32, in [0, V).
-        mask: (...), True or nonzero = counts. Tokens behind a False are not computed, give 0, and may hold anything.
+        mask: (...), True or nonzero = counts. Tokens where it is False are not computed, give 0, may hold anything.
         **options: the keywords of `LinearOptions`.
 
     Returns:
         (...), float32 (float64 for float64 hidden), nats. Differentiable once with respect to hidden, weight, bias
-        and the adapter; backward computes the logits of rows that have a gradient once more, and only theirs.
+        and the adapter. Backward computes the logits again, only of rows that have a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, 48 bytes a token, and the gradients, that of the weight in float32.
+    Memory: `chunk_bytes`, 48 bytes a token, and the gradients; the weight's gradient is float32.
 
     Equivalent to: `token_logprobs(hidden.float() @ weight.float().T, token_ids)`
     """

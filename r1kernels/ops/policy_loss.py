@@ -3,8 +3,8 @@ r"""The policy-gradient loss of a batch of sequences, from [tokens]-sized inputs
     loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
 
 `w_t` is the reduction weight of `Objective.aggregate`; the surrogates and the KL estimators are those of
-`Objective`. The kernels return dloss/dlogprob and dloss/dentropy of each token beside the loss, so backward is a
-product; the arithmetic of one token is csrc/common/objective.h.
+`Objective`. With the loss, the kernels return dloss/dlogprob and dloss/dentropy of each token, so backward is only a
+product. The arithmetic of one token is in csrc/common/objective.h.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
-# The order is that of `enum Metric` in csrc/common/objective.h.
+# In the order of `enum Metric` in csrc/common/objective.h.
 METRICS = (
     "tokens",
     "sequences",
@@ -48,12 +48,12 @@ class PolicyLoss(NamedTuple):
     """`loss`: 0-d, float32, differentiable. `metrics`: name -> 0-d float32 tensor on the loss's device.
 
     Means are over counted tokens. `tokens`, `sequences`: how many there are. `surrogate_loss`: the loss without
-    its KL and entropy terms. `kl`: the estimate of KL(pi || ref) (with `ref_logprobs`). `entropy` (where it is
+    its KL and entropy terms. `kl`: the estimate of KL(pi || ref) (with `ref_logprobs`). `entropy` (if it is
     known). `ratio_mean`, `ratio_min`, `ratio_max`; `approx_kl`: mean of r - 1 - log r, how far the policy moved
     since the rollout. `clip_fraction` and its parts `clip_low_fraction`, `clip_high_fraction`,
     `ratio_cap_fraction`: tokens whose surrogate has no gradient because a bound holds. `active_fraction`: tokens
-    with a gradient of any kind. `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; not 0 explains a
-    loss that is.
+    with any gradient. `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; they are the reason for a
+    loss that is inf or NaN.
     """
 
     loss: Tensor
@@ -61,7 +61,7 @@ class PolicyLoss(NamedTuple):
 
 
 def coefficients_of(objective: Objective) -> tuple[float, ...]:
-    """The numbers of an objective as operators take them, clip_low to max_length."""
+    """The numbers of an objective in the order of the operators, from clip_low to max_length."""
     return (
         objective.clip_low,
         objective.clip_high,
@@ -98,7 +98,7 @@ def _kernel(
 
 
 def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) as values. Plain PyTorch runs without autograd here, which torch.compile can trace."""
+    """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
     batch, normalizer, objective = inputs
     if _library.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
@@ -110,7 +110,7 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
 def evaluate(
     logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(loss, dloss/dlogprobs, dloss/dentropy or None, metrics) as values, for losses that own the chain rule."""
+    """(loss, dloss/dlogprobs, dloss/dentropy or None, metrics) as values, for losses that apply the chain rule."""
     batch, normalizer, objective = inputs
     if _library.select(logprobs) != "reference":
         loss, g, eta, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
@@ -145,7 +145,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not bring masked tokens to life."""
+    """grad * factor, but 0 where grad is 0: a factor of inf or NaN must not give masked tokens a gradient."""
     return torch.where(grad == 0, grad, grad * factor)
 
 
@@ -174,7 +174,7 @@ def _checked_normalizer(normalizer: Any, logprobs: Tensor) -> Tensor | None:
 
 
 class LossInputs(NamedTuple):
-    """Checked arguments of a policy loss, before log-probs are known: shared by every entry point."""
+    """The checked arguments of a policy loss, without the log-probs. All entry points use it."""
 
     batch: PolicyBatch
     normalizer: Tensor | None
@@ -196,15 +196,15 @@ def check_inputs(
     objective: Objective | CustomObjective,
     dtype: torch.dtype,
 ) -> LossInputs:
-    """Validates everything but the log-probs, and converts it to the compute dtype.
+    """Validates all arguments except the log-probs, and converts them to the compute dtype.
 
-    `like` gives the device, `shape` the shape of the log-probs and `tokens` the argument it was read from. All inputs
-    are constants: no gradient.
+    `like` gives the device, `shape` is the shape of the log-probs, and `tokens` names the argument that has this shape.
+    All inputs are constants: they get no gradient.
     """
     if not isinstance(objective, Objective):
         if objective is Objective or getattr(objective, "__module__", "") == objectives.__name__:
             name = objective.__name__
-            raise TypeError(f"objective is {name} itself, expected what it returns: {name}(...)")
+            raise TypeError(f"objective is {name}, which must be called: {name}(...)")
         if not callable(objective):
             raise TypeError(f"objective is {objective!r}, expected an Objective or a callable (logprobs, batch)")
         objective = Objective(surrogate=objective, aggregate="token_mean")
@@ -271,7 +271,7 @@ def named(loss: Tensor, metrics: Tensor, inputs: LossInputs, *, entropy: bool) -
 
 
 def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
-    """The metrics (METRICS,) by name, those that were measured."""
+    """The metrics (METRICS,) that were measured, by name."""
     absent = {name for name, there in (("kl", kl), ("entropy", entropy)) if not there}
     named = zip(METRICS, metrics.unbind(0), strict=True)
     return {name: value for name, value in named if name not in absent}
@@ -299,22 +299,22 @@ def policy_loss(
         advantages: (B,) / (S,) per sequence, or per token with the shape of logprobs; per sequence where S = N.
         old_logprobs: the shape of logprobs: log-probs at the time of the rollout. None: on-policy, ratio exactly 1.
         ref_logprobs: the shape of logprobs: log-probs of the reference model. Required iff `objective.kl_coef != 0`;
-            given without it, the KL is measured only.
-        entropy: the shape of logprobs. Required iff `objective.entropy_coef != 0`; measured otherwise.
-        mask: the shape of logprobs, True or nonzero = counts. Nothing behind a False matters, not even NaN.
-        cu_seqlens: (S + 1,), int64 or int32, 0 = first, ascending, last = N. Packed tokens may go without when
-            the objective does not depend on sequences (token ratio and token mean).
+            otherwise they only measure the KL.
+        entropy: the shape of logprobs. Required iff `objective.entropy_coef != 0`; otherwise it is only measured.
+        mask: the shape of logprobs, True or nonzero = counts. Values where it is False do not matter, not even NaN.
+        cu_seqlens: (S + 1,), int64 or int32, 0 = first, ascending, last = N. Packed tokens do not need it if the
+            objective does not depend on sequences (token ratio and token mean).
         importance_weights: like `advantages`; multiplies the surrogate only (train/rollout mismatch correction). 0
             rejects a token, even one whose ratio has overflowed.
         normalizer: 0-d tensor or number > 0; replaces the denominator: the number of sequences ("sequence_mean"), of
-            counted tokens ("token_mean"), or sequences * max_length ("constant"). Give the global one under gradient
-            accumulation or data parallelism and the summed gradient equals that of the whole batch.
+            counted tokens ("token_mean"), or sequences * max_length ("constant"). Pass the global number under gradient
+            accumulation or data parallelism; the summed gradient then equals that of the whole batch.
         objective: an `Objective` (see `r1kernels.objectives`), or a callable `(logprobs, batch) -> per-token loss`
             with the shape of logprobs, averaged over counted tokens and differentiated by autograd; `batch` is a
             `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it.
 
     Only logprobs and entropy receive gradients; every other input is a constant. Ratio and clip use the same
-    conventions as torch: on a bound the gradient flows. An empty sequence adds 0 and still counts in B; a batch
+    conventions as torch: on a bound the gradient flows. An empty sequence adds 0 but still counts in B. A batch
     without counted tokens has loss 0.
 
     Returns:
@@ -323,7 +323,7 @@ def policy_loss(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: 8 bytes a token beside the inputs.
+    Memory: 8 bytes a token in addition to the inputs.
 
     Equivalent to: for `objectives.grpo()`, `(-torch.min(r * A, r.clamp(0.8, 1.2) * A)).mean(1).mean()`.
     Source: the preset's docstring in `r1kernels.objectives`.

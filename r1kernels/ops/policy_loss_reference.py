@@ -1,7 +1,7 @@
-"""The policy loss in plain differentiable PyTorch: any device, float64 capable, and the home of callables.
+"""The policy loss in plain differentiable PyTorch: on any device, also in float64, and for callable objectives.
 
-Masked tokens are replaced before any exponential, and clipped ones by predicate, so neither the loss nor
-autograd's gradient meets inf * 0.
+Masked tokens are replaced before any exponential, and clipped tokens are selected by predicates. So neither the loss
+nor autograd's gradient computes inf * 0.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from r1kernels.ops._checks import values_are_free
 
 
 class PolicyBatch(NamedTuple):
-    """What a policy loss knows about its tokens, beside their log-probs; absent inputs are None.
+    """The inputs of a policy loss other than the log-probs; absent inputs are None.
 
-    A custom objective receives it with `advantages` and `importance_weights` expanded to one per token, and with
-    0 in place of everything behind the mask.
+    A custom objective receives it with `advantages` and `importance_weights` expanded to one per token. All values
+    behind the mask are replaced by 0.
     """
 
     advantages: Tensor
@@ -34,7 +34,7 @@ class PolicyBatch(NamedTuple):
 
 
 class Sequences:
-    """Which sequence each token of the flattened batch belongs to, and sums over sequences."""
+    """Gives the sequence of each token of the flattened batch, and sums over sequences."""
 
     def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
         n, device = logprobs.numel(), logprobs.device
@@ -49,7 +49,7 @@ class Sequences:
             self.index = torch.arange(n, device=device) // max(length, 1)
 
     def per_token(self, value: Tensor, shape: torch.Size) -> Tensor:
-        """Flattened; one value per sequence is repeated. Where packed S = N, a value is one per sequence."""
+        """The values, flattened; a value per sequence is repeated. If S = N (packed), the values are per sequence."""
         given_per_token = value.shape == shape and not (self.packed and value.numel() == self.count)
         return value.reshape(-1) if given_per_token else value.reshape(-1)[self.index]
 
@@ -58,7 +58,7 @@ class Sequences:
 
 
 def check_normalizer(normalizer: Tensor | None) -> None:
-    """For the reference and for losses that divide by it themselves; the kernel looks for itself."""
+    """For the reference, and for losses that divide by it themselves; kernels check it themselves."""
     if normalizer is not None and values_are_free(normalizer):
         value = float(normalizer)
         if not 0 < value < float("inf"):
@@ -133,7 +133,7 @@ def reduction_weights(
 def reference(
     logprobs: Tensor, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of METRICS) by autograd-visible arithmetic in the dtype of logprobs."""
+    """(loss, metrics in the order of METRICS), computed with autograd in the dtype of logprobs."""
     shape = logprobs.shape
     check_normalizer(normalizer)
     sequences = Sequences(logprobs, batch.cu_seqlens)
@@ -142,11 +142,11 @@ def reference(
     counts = mask.to(logprobs.dtype)
 
     def counted(value: Tensor | None) -> Tensor | None:
-        """Flattened, 0 behind the mask."""
+        """The value flattened, 0 behind the mask."""
         return None if value is None else torch.where(mask, value.reshape(-1), 0)
 
     def repeated(value: Tensor | None) -> Tensor | None:
-        """`counted`, of one value per token or per sequence."""
+        """`counted` of values per token or per sequence."""
         return None if value is None else counted(sequences.per_token(value, shape))
 
     logp, entropy = counted(logprobs), counted(batch.entropy)
@@ -169,7 +169,7 @@ def reference(
         never = torch.zeros_like(mask)
         terms = _Surrogate(torch.where(mask, loss.reshape(-1), 0), mask, never, never, never)
     else:
-        if importance is not None:  # a weight of 0 rejects the token: by its advantage, not by 0 * inf
+        if importance is not None:  # a weight of 0 rejects the token: its advantage becomes 0, to avoid 0 * inf
             advantages = torch.where(importance == 0, 0, advantages)
         terms = _surrogate(objective, log_ratio, advantages, logp)
     active = terms.active
@@ -188,7 +188,7 @@ def reference(
     if objective.entropy_coef != 0:
         per_token = per_token - objective.entropy_coef * entropy
         active = torch.ones_like(active)
-    # where, not a product: a custom objective may return anything behind the mask.
+    # `where` and not a product: a custom objective may return anything behind the mask.
     weights = reduction_weights(objective, counts, sequences, normalizer)
     loss = torch.where(mask, per_token * weights, 0).sum()
 

@@ -5,7 +5,7 @@ With z = x / T, p = softmax z and token id y:
     lse = log sum_j e^{z_j},    l = z_y - lse,    H = -sum_j p_j log p_j
     dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T,    g = dL/dl,  eta = dL/dH
 
-These two kernels are the only ones that touch the vocabulary axis; every loss is arithmetic on g and eta.
+Only these two kernels work on the vocabulary axis; every loss is arithmetic on g and eta.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class _TokenStats(torch.autograd.Function):
         return grad_logits, None, None, None
 
 
-# ---- the two kernels on a matrix of logits, without autograd: for losses that own their logits, row chunk by chunk
+# ---- the two kernels on a matrix of logits, without autograd: for losses that work chunk by chunk
 
 
 def statistics(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob float32, log-sum-exp float64, entropy float64), each (N,), of (N, V) logits of any dtype.
+    """(log-prob float32, log-sum-exp float64, entropy float64), each (N,), from (N, V) logits of any dtype.
 
     `temperatures` (N,) multiply `temperature`. Rows where `mask` is False are not read and give 0.
     """
@@ -97,7 +97,7 @@ def statistics(
             z = torch.where(mask[rows, None], z, 0)
             ids = torch.where(mask[rows], ids, 0)
         lse = z.logsumexp(-1)
-        lse = lse.masked_fill(lse == torch.inf, torch.nan)  # as log_softmax: inf - inf, not a log-prob of -inf
+        lse = lse.masked_fill(lse == torch.inf, torch.nan)  # inf - inf, as in log_softmax, not a log-prob of -inf
         log_p = z - lse.unsqueeze(-1)
         entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
         block = (log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), lse, entropy)
@@ -121,10 +121,10 @@ def gradient_into(
     softcap: float,
     rows: Tensor | None,
 ) -> Tensor:
-    """dL/dlogits of (N, V) logits, written to `out` (N, V), which may be the logits' own memory, row for row.
+    """Writes dL/dlogits of (N, V) logits to `out` (N, V), which may be the memory of the logits, row for row.
 
-    `out` has the dtype of logits, or a narrower one than their float32. With `softcap` c > 0 the logits are
-    c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only those rows are computed.
+    `out` has the dtype of logits; for float32 logits it may be narrower. With `softcap` c > 0 the logits are
+    c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only these rows are computed.
 
     Returns:
         The first R (or N) rows of `out`.
@@ -165,7 +165,7 @@ def target_gradient(
     temperatures: Tensor | None,
     softcap: float,
 ) -> Tensor:
-    """The entry of each row's own token (N,) of what `gradient_into` writes, in float64 and not rounded."""
+    """For each row, the entry of its token in the result of `gradient_into` (N,), in float64 and not rounded."""
     x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
     t = temperature if temperatures is None else temperature * temperatures.double()
     logprobs = (x / t - lse).clamp(max=0)
@@ -180,7 +180,8 @@ def target_gradient(
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:
-    """Blocks of rows of so many elements: by default 16 MiB of float32, what plain PyTorch may hold beside a chunk."""
+    """Blocks of rows with about `elements` elements. The default is 16 MiB of float32: the memory that plain PyTorch
+    may use in addition to a chunk."""
     step = max(1, elements // max(matrix.shape[-1], 1))
     return (slice(begin, min(begin + step, len(matrix))) for begin in range(0, len(matrix), step))
 
@@ -210,9 +211,9 @@ def checked(logits: Any, token_ids: Any, temperature: Any) -> tuple[Tensor, floa
 def token_stats(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Checked entry shared by every loss on logits: (log-prob, entropy), 0 where `mask` is False.
+    """(log-prob, entropy) for all losses on logits, after checks; 0 where `mask` is False.
 
-    Callers send gradient 0 to masked tokens; their rows are then read neither forward nor backward.
+    Callers send gradient 0 to masked tokens, so neither forward nor backward reads their rows.
     """
     token_ids, temperature = checked(logits, token_ids, temperature)
     if _library.select(logits) == "reference":

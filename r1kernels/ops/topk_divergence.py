@@ -1,20 +1,21 @@
-r"""Divergence of a student from a teacher known by its K likeliest tokens only.
+r"""Divergence of a student from a teacher of which only the K likeliest tokens are known.
 
-The divergence is taken over K + 1 outcomes: the K tokens, and one that stands for all the others together,
+The divergence is taken over K + 1 outcomes: the K tokens, and one outcome for all other tokens together,
 
     q_rest = max(1e-7, 1 - sum_k q_k),    p_rest = sum of p_j over the tokens that are not listed.
 
-Log-probs in float32 do not tell a smaller tail from none: those of a confident teacher add up to 1 give or take a
-rounding, and whether reverse KL is infinite must not hang on that. Where the floor takes effect, the q_k are scaled to
-add up to 1 - 1e-7: the outcomes stay a distribution, and the divergence at least 0.
+Log-probs in float32 cannot tell a smaller tail from no tail: those of a confident teacher add up to 1 except for
+rounding, and rounding must not decide whether reverse KL is infinite. Where the floor takes effect, the q_k are scaled
+to add up to 1 - 1e-7, so that the outcomes stay a distribution and the divergence stays at least 0.
 
-Merging outcomes cannot increase a divergence (log-sum inequality), so it is a lower bound of the full one but for the
-floor, and 0 does not mean that the tails agree. With z = x / T, D a function of the outcomes' probabilities P_i and w_i
-the gradient of D with respect to log P_i (of a normalised P),
+Merging outcomes cannot increase a divergence (log-sum inequality). So, except for the floor, the result is a lower
+bound of the full divergence, and 0 does not mean that the tails agree. With z = x / T, a divergence D of the outcomes'
+probabilities P_i, and w_i the gradient of D with respect to log P_i (of a normalised P),
 
-    dD/dx_j = w_j / T  for a listed j,        dD/dx_j = w_rest softmax_j(z over the tail) / T  for the others:
+    dD/dx_j = w_j / T  for a listed j,        dD/dx_j = w_rest softmax_j(z over the tail) / T  for the others.
 
-the gradient kernel of `token_stats` on a copy of the logits in which the listed ones are -inf, and K entries over it.
+So the gradient kernel of `token_stats` runs on a copy of the logits in which the listed ones are -inf, and then K
+entries of each row are overwritten.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from r1kernels import _library
 from r1kernels.ops import divergence, token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 
-SCRATCH_BYTES = 8 << 20  # the copy of the logits of one chunk of rows, as far as the caches reach
-ROUNDING = 1e-3  # how far above 0 a log-prob may be; what a teacher's tail may hold and still count as none
-TAIL_FLOOR = 1e-7  # the least tail a teacher can have where the student has one
+SCRATCH_BYTES = 8 << 20  # size of the copy of the logits of one chunk of rows; it should fit in the caches
+ROUNDING = 1e-3  # how far above 0 a log-prob may be; a teacher's tail below this may count as 0
+TAIL_FLOOR = 1e-7  # the smallest tail of a teacher if the student has a tail
 TOO_MUCH = 1.01  # log-probs in bfloat16 can add up to a little more than 1
 
 
 class Teacher(NamedTuple):
-    """K tokens a row: ids in [0, V) and log-probs in float64, -inf for absent entries (whose ids say nothing).
+    """K tokens a row: ids in [0, V) and log-probs in float64, -inf for absent entries (whose ids are ignored).
 
     Absent entries carry the id of the row's first present one, or 0 in rows without any.
     """
@@ -55,7 +56,7 @@ def _position(bad: Tensor) -> tuple[int, ...]:
 
 
 def check_values(token_ids: Tensor, logprobs: Tensor, vocab: int, mask: Tensor | None) -> None:
-    """Raises ValueError for values no teacher returns. Only where looking costs no synchronisation."""
+    """Raises ValueError for values that no teacher returns. It checks only if that costs no synchronisation."""
     if not values_are_free(token_ids):
         return
     active = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(token_ids)
@@ -68,7 +69,7 @@ def check_values(token_ids: Tensor, logprobs: Tensor, vocab: int, mask: Tensor |
     if bad.any():
         at = _position(bad)
         raise ValueError(f"teacher_token_ids{list(at)} is {int(token_ids[at])}, expected an id in [0, {vocab})")
-    # Ids of absent entries are made distinct, and no id's.
+    # Absent entries get distinct numbers that are not ids.
     absent = -1 - torch.arange(token_ids.shape[-1], device=token_ids.device)
     ordered = torch.where(active, token_ids, absent).sort(-1).values
     bad = ordered[..., 1:] == ordered[..., :-1]
@@ -88,13 +89,13 @@ def check_values(token_ids: Tensor, logprobs: Tensor, vocab: int, mask: Tensor |
 
 
 def make_teacher(token_ids: Tensor, logprobs: Tensor, mask: Tensor | None) -> Teacher:
-    """Everything absent or behind the mask replaced by harmless values."""
+    """Replaces absent entries and all values behind the mask by harmless values."""
     present = logprobs > -torch.inf
     if mask is not None:
         present = present & mask.unsqueeze(-1)
     first = torch.where(present, token_ids, 0).gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
     logprobs = torch.where(present, logprobs.detach().double().clamp(max=0), -torch.inf)
-    # More than 1 by rounding: scaled down.
+    # A total above 1 is due to rounding: it is scaled down.
     total = logprobs.exp().sum(-1, keepdim=True)
     logprobs = torch.where(total > 1, logprobs - total.log(), logprobs)
     return Teacher(torch.where(present, token_ids, first), logprobs)
@@ -103,15 +104,15 @@ def make_teacher(token_ids: Tensor, logprobs: Tensor, mask: Tensor | None) -> Te
 def teacher_outcomes(teacher: Teacher, log_p_rest: Tensor) -> Tensor:
     """Log-probabilities (..., K + 1) of the teacher's outcomes, the tail last.
 
-    The teacher's tail is at least `TAIL_FLOOR`. Where the student has none at all (K = V, say), one within rounding is
-    none either: taken literally, it would be infinitely far away.
+    The teacher's tail is at least `TAIL_FLOOR`. If the student has no tail (for example, K = V), a teacher's tail
+    within rounding counts as 0 too: otherwise the teacher would be infinitely far away.
     """
     total = teacher.logprobs.exp().sum(-1)
     no_tail = log_p_rest == -torch.inf
     none, least = no_tail & (total > 1 - ROUNDING), ~no_tail & (total > 1 - TAIL_FLOOR)
     log_rest = torch.where(least, math.log(TAIL_FLOOR), torch.log1p(-total.clamp(max=1)))
     log_rest = torch.where(none, -torch.inf, log_rest)
-    # The listed ones are scaled to what the tail leaves of 1.
+    # The listed probabilities are scaled so that they and the tail add up to 1.
     to_one = -total.log()
     shift = torch.where(least, to_one + math.log1p(-TAIL_FLOOR), torch.where(none, to_one, 0))
     return torch.cat([teacher.logprobs + shift.unsqueeze(-1), log_rest.unsqueeze(-1)], -1)
@@ -128,7 +129,7 @@ def reference(
     listed = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, teacher.token_ids, True)
     listed = listed & present.any(-1, keepdim=True)
     log_top = torch.where(present, log_p.gather(-1, teacher.token_ids), -torch.inf)
-    # logsumexp of nothing has no gradient.
+    # logsumexp over no entries has no gradient.
     empty = (listed | (log_p == -torch.inf)).all(-1, keepdim=True)
     rest = torch.where(listed, -torch.inf, log_p)
     log_rest = torch.where(empty, -torch.inf, torch.where(empty, 0, rest).logsumexp(-1, keepdim=True))
@@ -158,7 +159,7 @@ def hide_listed(logits: Tensor, teacher: Teacher) -> None:
 def chunk_statistics(
     logits: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> ChunkStatistics:
-    """Of (n, V) rows. Hides the listed logits in place: `chunk_gradient_into` wants them so."""
+    """Statistics of (n, V) rows. Hides the listed logits in place, as `chunk_gradient_into` expects."""
     present = teacher.present()
     z_top = torch.where(present, logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
     hide_listed(logits, teacher)
@@ -172,7 +173,7 @@ def chunk_statistics(
     log_q = teacher_outcomes(teacher, log_p_rest)
     value = divergence.of_log_probs(log_p, log_q, kind, beta)
     weights = divergence.log_gradient(log_p, log_q, kind, beta)
-    empty = lse_rest == -torch.inf  # nothing finite to give a gradient to
+    empty = lse_rest == -torch.inf  # no finite logit could receive a gradient
     weights[:, -1] = torch.where(empty, 0, weights[:, -1])
     within = torch.where(empty, 0, p[:, -1] * entropy_rest)
     entropy = divergence.entropy(log_p) + within
@@ -186,13 +187,13 @@ def chunk_gradient_into(
     out: Tensor, hidden: Tensor, teacher: Teacher, weights: Tensor, lse_rest: Tensor, grad: Tensor, temperature: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """dL/dlogits (n, V) from rows whose listed logits are hidden, into `out`: see `token_stats.gradient_into`.
+    """Writes dL/dlogits (n, V) of rows whose listed logits are hidden to `out`: see `token_stats.gradient_into`.
 
-    Rows where `grad` is 0 are not read and give 0. With a `softcap` the weights of the listed tokens have its slope.
+    Rows where `grad` is 0 are not read and give 0. With a `softcap`, the listed tokens' weights include its slope.
     """
     weights = torch.where(grad.unsqueeze(-1) == 0, 0, weights * grad.unsqueeze(-1))
     present = teacher.present()
-    # The kernel treats its token apart: it is a listed one, which is written over.
+    # The kernel treats the entry of its token differently: that is a listed token, so the entry is overwritten.
     token_stats.gradient_into(
         out, hidden, teacher.token_ids[:, 0].contiguous(), lse_rest, torch.zeros_like(lse_rest),
         -weights[:, -1].to(accumulator_dtype(hidden.dtype)), None, temperature=temperature, temperatures=None,
@@ -207,7 +208,7 @@ def chunk_gradient_into(
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Copies of consecutive rows of (..., V), within the scratch memory, and where they lie among all rows."""
+    """Copies of consecutive rows of (..., V), within the scratch memory, and their positions among all rows."""
     vocab, count = logits.shape[-1], logits.shape[:-1].numel()
     logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
     step = max(1, SCRATCH_BYTES // (vocab * logits.element_size()))

@@ -1,6 +1,6 @@
-"""Rewards: what a completion is worth. No torch, and nothing else of r1kernels.
+"""Rewards for completions. This package imports neither torch nor other parts of r1kernels.
 
-The functions here take lists and return lists, so TRL takes them as they are:
+The functions here take lists and return lists, so TRL can use them directly:
 
     GRPOTrainer(reward_funcs=[rewards.accuracy, rewards.format], ...)    # the data set has columns answer and kind
 
@@ -24,10 +24,10 @@ __all__ = ["KINDS", "EndpointError", "Judge", "Scorer", "Scores", "accuracy", "c
 
 def accuracy(completions: Sequence, *, answer: Sequence[str], kind: Sequence[str] | None = None,
              prompts: Sequence | None = None, **columns: object) -> list[float | None]:
-    """1.0 where the final answer of a completion is right, else 0.0; None where its reference cannot be used.
+    """1.0 if the final answer of a completion is right, else 0.0; None if its reference cannot be used.
 
     `kind` lists "math" (the default), "choice", "exact", "code" (`answer` is the tests of a program as JSON) and "open"
-    (always None). A prompt may end by opening `<think>`. Raises SandboxError where programs cannot be confined.
+    (always None). A prompt may end by opening `<think>`. Raises SandboxError if programs cannot be confined.
     """
     with Scorer({"accuracy": 1.0}) as scorer:
         values = scorer.score(completions, answer=answer, kind=kind, prompts=prompts).parts["accuracy"]
@@ -36,7 +36,7 @@ def accuracy(completions: Sequence, *, answer: Sequence[str], kind: Sequence[str
 
 def code(completions: Sequence, *, answer: Sequence[str], prompts: Sequence | None = None,
          **columns: object) -> list[float | None]:
-    """`accuracy` where every answer is a program: 1.0 where it passes the tests of `answer` (JSON), else 0.0."""
+    """`accuracy` for answers that are programs: 1.0 if it passes the tests of `answer` (JSON), else 0.0."""
     return accuracy(completions, answer=answer, kind=["code"] * len(completions), prompts=prompts)
 
 

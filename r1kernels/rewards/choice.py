@@ -1,8 +1,8 @@
-r"""Multiple choice: the letter of the option that a completion settles on.
+r"""Multiple choice: the letter of the option that a completion chooses.
 
-It is read from the final answer, or, where a completion has no marker at all, from a last line that announces it. What
-names a second letter, or takes the first one back, names none: listing letters gains nothing. docs/answers.md lists the
-forms. White space is made single first and the length is limited, so that no pattern takes long.
+It is read from the final answer, or, if a completion has no marker at all, from a last line that announces it. A text
+that names a second letter, or takes the first one back, counts as no answer, so listing letters gains nothing.
+docs/answers.md lists the forms. Runs of white space become one space and the length is limited, so no pattern is slow.
 """
 
 # ruff: noqa: RUF001
@@ -31,7 +31,7 @@ _END = re.compile(r" ?[.):!。]{0,4}(?:,? not \(?[A-Z]\)?\.?)?$")
 _REASON = re.compile(r" ?[,;.]? ?(?:because|since|因为)\b ?(.*)", re.IGNORECASE)
 # The text of the option, after what separates it from the letter.
 _OPTION = re.compile(r" ?[.):、](?: |(?<=、)|(?=[\u4e00-\u9fff]))(.+)|(?<=[)\]]) (.+)| [-–—] (.+)| \(([^()]+)\)\.?$")
-# Another letter: a capital on its own that is no article, or any letter as an option is written.
+# Another letter: a single capital that is not an article, or any letter written like an option.
 _OTHER = re.compile(
     r"\b[B-HJ-Z]\b|\bA\b(?! [a-z])|\bA (?:is|was|or|and|may|might|could|would)\b|[(\[][A-Za-z][)\]]|^[a-z]\b[.):]?$"
 )
@@ -45,7 +45,7 @@ _CHANGED = re.compile(
 
 
 def chosen(prompt: str, completion: str) -> str | None:
-    """The letter that the completion settles on, if it does."""
+    """The letter that the completion chooses, or None."""
     if (answer := final_answer(prompt, completion)) is not None:
         return letter(answer)
     text = after_thinking(prompt, completion) or ""

@@ -4,7 +4,7 @@
 them as bytes: the caller's process executes nothing of a completion or a data set and reads no value of a program. Any
 number of threads may call it. It waits only with deadlines.
 
-A program is wrong (0.0) that cannot be compiled, ends, crashes, takes too much time or memory, or answers what is not
+A program is wrong (0.0) if it cannot be compiled, ends, crashes, takes too much time or memory, or returns anything but
 plain data. Tests that cannot be run, and a sandbox that does not start, are not its fault and raise an error.
 """
 
@@ -23,13 +23,13 @@ from .sandbox import Program, ProgramError, check
 from .text import ANSWER, ANSWER_END, after_thinking
 
 MAX_TEXT = 200_000  # characters of an answer
-SPARE_S = 2.0  # for the tests' own work, beyond the program's time
-TEST_BYTES = 2**26  # of the arguments of one call by the tests
+SPARE_S = 2.0  # seconds for the tests' own work, in addition to the program's time
+TEST_BYTES = 2**26  # largest size of the arguments of one call by the tests
 FORMS = {
     "stdio": ({"stdio": list}, {"input": str, "output": str}),
     "cases": ({"cases": list, "entry_point": str}, {"args": list, "expected": object}),
     "test": ({"prompt": str, "test": str, "entry_point": str}, {}),
-}  # the keys of the tests and of each case, and what they hold
+}  # the keys of the tests and of each case, and the types of their values
 ENTRY_POINT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)?")
 PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, gcd, inf, sqrt\n" + "".join(
     f"import {name}\nfrom {name} import *\n"
@@ -38,7 +38,7 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 
 
 def read_tests(reference: str) -> dict:
-    """Reads the tests of a problem. Raises ValueError where they have none of the forms in docs/programs.md."""
+    """Reads the tests of a problem. Raises ValueError if they do not have a form of docs/programs.md."""
     tests = json.loads(reference)
     if not isinstance(tests, dict):
         raise ValueError(f"tests must be a JSON object, got {type(tests).__name__}")
@@ -100,12 +100,12 @@ def judge(reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: flo
                 if program:
                     answer = program.ask(message[1:])
                 else:
-                    with start(job, timeout_s) as whole:  # each input has a process of its own
+                    with start(job, timeout_s) as whole:  # each input runs in a new process
                         output = whole.ask(json.loads(message[1:])[0][0].encode(errors="replace"))
                     answer = json.dumps(["value", output.decode(errors="replace"), []]).encode()
                 message = checks.ask(answer)
         except (ProgramError, TimeoutError) as error:
-            if calls:  # what hostile answers make of the tests is the program's failure too
+            if calls:  # if hostile answers break the tests, that is the program's failure too
                 return 0.0
             raise ValueError(f"the tests of a program do not run: {error}") from error
     if message[:1] == b"u":
@@ -133,7 +133,7 @@ def defines(code: str, entry_point: str) -> bool:
 
 
 def sources(tests: dict, code: str, fenced: bool) -> list[str]:
-    """The texts to run one after another in one module, so that it then has the entry point."""
+    """The texts to run one after another in one module, which then has the entry point."""
     prompt, entry_point = tests.get("prompt", ""), tests["entry_point"]
     if not prompt or defines(code, entry_point):
         return [PRELUDE if "." in entry_point else "", prompt, code]

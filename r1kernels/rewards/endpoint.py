@@ -38,7 +38,7 @@ class Endpoint:
         if not (0 < timeout_s < float("inf") and retries >= 0 and concurrency >= 1):
             raise ValueError(f"timeout_s is {timeout_s}, retries is {retries}, concurrency is {concurrency}; expected "
                              "timeout_s > 0, retries >= 0, concurrency >= 1")
-        # OpenAI's settings in the environment are for another server. With the last header, bodies are read later.
+        # OpenAI's settings in the environment are for another server. The last header delays the reading of bodies.
         self._options = {"headers": {
             "Accept-Encoding": "identity", "OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit(),
             **({} if key else {"Authorization": openai.Omit()}), "X-Stainless-Raw-Response": "stream"}}
@@ -59,7 +59,7 @@ class Endpoint:
         return self.start(coroutine).result()
 
     async def request(self, method: str, path: str, read: Callable[[Any], Any], **body: Any) -> Any:
-        """What `read` makes of the decoded answer; what it raises becomes EndpointError. `path` may be a whole url."""
+        """The result of `read(decoded answer)`; its exceptions become EndpointError. `path` may be a whole url."""
         try:
             async with self._slots:
                 text = await asyncio.wait_for(self._body(method, path, **body), self._timeout_s)
@@ -82,7 +82,7 @@ class Endpoint:
 
 
 async def _close_failed(response: Any) -> None:
-    """Reads the message of a failure if it is short, and closes failures and redirects: their bodies have any size."""
+    """Reads the message of a failure if it is short. Closes failures and redirects, whose bodies can have any size."""
     if response.status_code >= 300:
         if int(response.headers.get("Content-Length", MAX_MESSAGE + 1)) <= MAX_MESSAGE:
             await response.aread()

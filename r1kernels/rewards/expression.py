@@ -1,8 +1,8 @@
-r"""Expressions in LaTeX: reading them, and whether two are equal. All work is bounded, so that no text takes long.
+r"""Reads expressions in LaTeX, and compares two of them. All work is bounded, so that no text takes long.
 
 An expression is computed while it is read. A rational value is an exact fraction. Any other value is a list of samples:
-numbers of mpmath at a few points of the variables, each at two precisions. What is no complete expression, undefined,
-too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
+numbers of mpmath at a few points of the variables, each at two precisions. A text that is not a complete expression, is
+undefined or too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Value = Fraction | list[Any]
 
 
 def names(text: str) -> set[str]:
-    """The variables of an expression: its letters but e and i."""
+    """The variables of an expression: its letters except e and i."""
     return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
@@ -83,7 +83,7 @@ def _is_same(one: Value, other: Value) -> bool:
 
 
 class _Whole(Fraction):
-    """A whole number that is written, not computed."""
+    """A whole number that is written out, not computed."""
 
     def __neg__(self) -> _Whole:
         return _Whole(-self.numerator)
@@ -97,7 +97,7 @@ class _Reader:
         if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
             raise ValueError(f"{text!r} is too long, or has two readings")
         self.text, self.seed, self.undone = text, seed, False
-        self.left = ["", *reversed(tokens)]  # what is still to be read
+        self.left = ["", *reversed(tokens)]  # tokens that are not read yet
         self.opened = [""]
         self.value = self.expression(0)
         self.expect("")
@@ -125,7 +125,7 @@ class _Reader:
         return value
 
     def at_operand(self) -> bool:
-        """Whether a factor follows that needs no sign before it: any but a number."""
+        """Whether a factor follows that needs no sign before it: any factor except a number."""
         token = self.left[-1]
         if token == "|":
             return self.opened[-1] != "|"
@@ -225,7 +225,7 @@ def _samples(value: Value) -> list[Any]:
 
 
 def _size(number: Any) -> float:
-    """The bits of a fraction, or of the exponent of another number. It is no number for infinity and NaN."""
+    """The bits of a fraction, or of the exponent of another number. For infinity and NaN it is not a number."""
     if isinstance(number, Fraction):
         return max(number.numerator.bit_length(), number.denominator.bit_length())
     return abs(number.context.mag(number)) if number else 0
@@ -242,7 +242,7 @@ def _is_whole(value: Value) -> bool:
 
 
 def _rational(value: Value) -> Fraction | None:
-    r"""The fraction that a value equals. Of samples, only simple fractions are seen, like that of \log_4 8."""
+    r"""The fraction that a value equals. In samples, it finds only simple fractions, such as that of \log_4 8."""
     if isinstance(value, Fraction):
         return value
     scaled, common = value[1] * 720_720, 720_720
@@ -251,7 +251,7 @@ def _rational(value: Value) -> Fraction | None:
 
 
 def _power(base: Value, exponent: Value) -> Value:
-    """The principal value, but the real root of a negative number where there is one."""
+    """The principal value; for a negative number, the real root if there is one."""
     if not (isinstance(base, Fraction) and _is_whole(exponent)):
         base = _samples(base)
 

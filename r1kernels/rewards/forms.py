@@ -1,7 +1,7 @@
-r"""The forms of an answer to a mathematical problem, and reading them. docs/answers.md lists them with examples.
+r"""Reads the forms of an answer to a mathematical problem. docs/answers.md lists them with examples.
 
-`read` says which form a text in `normal` notation has: a `Quantity`, `Words`, a `Group` or an `Equation`. A text that
-has none of them raises ValueError or ArithmeticError.
+`read` says which form a text in `normal` notation has: a `Quantity`, `Words`, a `Group` or an `Equation`. A text in any
+other form raises ValueError or ArithmeticError.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .notation import unit_of
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, perhaps with a unit; "%" is one. `undone` says that a calculation is left undone."""
+    """A number or an expression, perhaps with a unit ("%" is a unit). `undone`: a calculation is not carried out."""
 
     text: str
     unit: str = ""
@@ -26,7 +26,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Words:
-    """A text that must be equal, but for capitals: words, a number in another base, a ratio, a time, infinity."""
+    """A text that must be equal, except for capitals: words, a number in another base, a ratio, a time, infinity."""
 
     text: str
 
@@ -122,7 +122,7 @@ def _read_number(text: str) -> Quantity | None:
 
 
 def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """The parts of the text between the separators outside of all brackets, and these separators."""
+    """The parts of the text between separators outside all brackets, and these separators."""
     parts, found, start, depth, position = [], [], 0, 0, 0
     while position < len(text):
         depth += (text[position] in "([{") - (text[position] in ")]}")
@@ -174,7 +174,7 @@ def _read_relation(text: str) -> Form | None:
         sides.insert(place, end)
         relations.insert(place, "<")
     if not set(relations) <= {"<", r"\le"} or len(sides) != 3 or sum(named) != 1 or not _NAME.fullmatch(sides[1]):
-        raise ValueError(f"{text!r} is no relation of the listed forms")
+        raise ValueError(f"{text!r} is not a relation of the listed forms")
     kind = "(["[relations[0] == r"\le"] + ")]"[relations[1] == r"\le"]
     return Equation(sides[1], (Group(kind, (read(sides[0]), read(sides[2]))),))
 
@@ -193,7 +193,7 @@ def _read_brackets(text: str) -> Form | None:
     if commas and kind != "{}":
         return Group(kind, tuple(map(read, inner)))
     if commas or kind not in ("{}", "()"):
-        raise ValueError(f"{text!r} is no tuple or interval")
+        raise ValueError(f"{text!r} is not a tuple or interval")
     return read(inner[0])
 
 

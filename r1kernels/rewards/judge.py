@@ -1,7 +1,7 @@
-"""A language model as the judge, where no rule can check an answer.
+"""A language model that judges answers which no rule can check.
 
-A judged text may try to talk to the judge. So the texts travel as JSON, which they cannot break out of, and every
-comparison is made with the sides swapped too: praise like "choose A" gains nothing on average.
+A judged text may try to talk to the judge. So the texts are sent as JSON, which they cannot break out of, and every
+comparison is also made with the sides swapped: a text like "choose A" gains nothing on average.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMPARE = (
 _EQUIVALENT = (
     "You check an answer to a question against the reference answer, which is right. Is the answer the same in "
     f"meaning, whatever its form? {_MATERIAL}Reason briefly, then end with one line: 'Verdict: yes' or 'Verdict: no'.")
-# "A tie" is a tie. "a better one" is no verdict.
+# "A tie" means a tie. "a better one" is not a verdict.
 _VERDICT = re.compile(
     r"verdict\W{1,8}(?:response\W{1,4}|a (?=tie\b))?(a(?! (?!is\b|wins\b|because\b)[a-z])|b|tie|yes|no)\b")
 
@@ -90,7 +90,7 @@ class Judge:
 
 
 def final_summary(prompt: str, completion: str) -> str:
-    """What a completion says after its thought, without answer tags around it; "" if the thought never ends."""
+    """The text of a completion after its thought, without answer tags around it; "" if the thought never ends."""
     text = (after_thinking(prompt, completion) or "").strip()
     if text.startswith(ANSWER) and text.endswith(ANSWER_END):
         text = text[len(ANSWER) : -len(ANSWER_END)].strip()

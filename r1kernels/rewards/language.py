@@ -1,7 +1,7 @@
 """R1's language consistency reward: (words of a thought in the wanted language) / (words of the thought).
 
-Words are told apart by their script; a Chinese character is a word. Digits, symbols and single Latin or Greek letters
-(variables) are no words. Latin letters in code and TeX do not count: they are the same in every language.
+The script of a word tells its language; a Chinese character is a word. Digits, symbols and single Latin or Greek
+letters (variables) do not count as words. Nor do Latin letters in code and TeX, which are the same in every language.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LANGUAGES = ("en", "zh")
 _HAN = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _LATIN = (r"A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0300-\u036f\u1e00-\u1eff\u2c60-\u2c7f"
           r"\ua722-\ua7ff\uff21-\uff3a\uff41-\uff5a")
-# Fractions, exponents, letters of mathematics and circled letters stand for themselves.
+# Fractions, exponents, mathematical letters and circled letters are symbols, not words.
 _SYMBOLS = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2100-\u218f\u2460-\u24ff\u3200-\u33ff\U0001d400-\U0001d7ff"
 _WORD = re.compile(rf"(?P<zh>[{_HAN}])|(?P<en>[{_LATIN}](?:['\u2019-]?[{_LATIN}])+)|[{_LATIN}]"
                    rf"|[\u0370-\u03ff](?![^\W\d_])|(?P<other>[^\W\d_{_HAN}{_LATIN}{_SYMBOLS}]+)")
@@ -38,7 +38,7 @@ def word_counts(text: str) -> dict[str, int]:
 
 
 def _without_code(text: str) -> str:
-    """The text without the Latin letters of its code and TeX. What opens such a part counts only if it is closed."""
+    """The text without the Latin letters of its code and TeX. A part counts as code or TeX only if it is closed."""
     spans, closers, line = [], {}, 0
     for match in reversed(list(_MARK.finditer(text))):
         mark, (start, end) = match[1] or match[0], match.span()

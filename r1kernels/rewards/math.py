@@ -1,8 +1,8 @@
 r"""Strict answers to mathematical problems: whether an answer equals its reference.
 
-An answer counts when it has one of the forms of docs/answers.md. Anything else is wrong: nothing here guesses what a
-text may mean. `notation.normal` writes a text in one notation, `forms.read` says which form it has, `_same` compares
-two forms. The work is bounded, whatever the text.
+An answer counts if it has one of the forms of docs/answers.md. Anything else is wrong: this module never guesses the
+meaning of a text. `notation.normal` writes a text in one notation, `forms.read` says which form it has, and `_same`
+compares two forms. The work is bounded for every text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOCK = threading.Lock()  # mpmath is not safe in several threads
 
 
 def grade(answer: str, reference: str) -> float | None:
-    """1.0 for a right answer, else 0.0; None when the reference cannot be read."""
+    """1.0 for a right answer, else 0.0; None if the reference cannot be read."""
     if len(answer) > MAX_ANSWER + len(reference):
         return 0.0
     given, expected = normal(answer), normal(reference)
@@ -39,18 +39,18 @@ def grade(answer: str, reference: str) -> float | None:
 
 
 def check_reference(reference: str) -> str | None:
-    """Why no answer but the same text could equal this reference; None for one that can be read."""
+    """Why only the same text could equal this reference; None if the reference can be read."""
     text = normal(reference)
     try:
         with _LOCK:
             read(text)
     except _UNREADABLE as error:
-        return f"the reference {reference!r} has none of the listed answer forms: {error}"
+        return f"the reference {reference!r} does not have a listed answer form: {error}"
     return None
 
 
 def spelling(answer: str) -> Hashable:
-    """Equal for answers that are read as the same number, list or text. For majority votes."""
+    """A key for majority votes: it is equal for answers that are read as the same number, list or text."""
     text = normal(answer[:MAX_ANSWER])
     try:
         with _LOCK:

@@ -1,7 +1,7 @@
 r"""One notation for mathematical answers, and their units.
 
-`normal` writes what looks the same in the same way: `\dfrac12`, `½` and `\frac {1} {2}` all become `\frac{1}{2}`. It
-changes notation only, never meaning. Words in `\text{}` come out in double quotes, which have no other use. The rules
+`normal` gives texts that look the same one spelling: `\dfrac12`, `½` and `\frac {1} {2}` all become `\frac{1}{2}`. It
+changes only notation, never meaning. Words in `\text{}` are put in double quotes, which have no other use. The rules
 and the units are in notation.ini.
 """
 
@@ -49,7 +49,7 @@ def _without_stop(text: str) -> str:
 
 
 def unit_of(text: str) -> str | None:
-    """The unit in one spelling (`"square inches"` is `in^2`), empty for none; None when the text is no unit.
+    """The unit in one spelling (`"square inches"` is `in^2`), empty without a unit; None if the text is not a unit.
 
     A unit is a known one, or the plural of a noun such as `apples`.
     """

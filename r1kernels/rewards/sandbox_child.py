@@ -1,7 +1,7 @@
 """What runs inside the sandbox: it gives up all privileges, then executes a program or the tests of a problem.
 
-Messages travel on stdin and stdout: eight bytes of length, then as many bytes. The first is the job. The answer "ready"
-says that the process is locked in and has executed nothing of the job. Earlier failures are told on stderr.
+Messages use stdin and stdout: eight bytes with the length, then the content. The first message is the job. The answer
+"ready" says that the process is locked in and has not executed the job yet. Earlier failures are reported on stderr.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 NOBODY = 65534
-FILE_BYTES = 16 * 2**20  # of all files in /tmp
+FILE_BYTES = 16 * 2**20  # total size of all files in /tmp
 LIMITS = {"NPROC": 16, "NOFILE": 32, "FSIZE": FILE_BYTES, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
 NEW_MOUNTS, NEW_USER, NOSUID_NODEV_NOEXEC = 0x00020000, 0x10000000, 2 | 4 | 8
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SIGKILL, FILTER = 1, 22, 38, 9, 2
@@ -34,7 +34,7 @@ ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # colum
 FIRST_NEW = 424  # calls since Linux 5.1 "do not exist": libc tries them first and knows the older ones
 LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026
-MAX_ITEMS = 1_000  # of an iterator
+MAX_ITEMS = 1_000  # items of an iterator
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
-    """Gives up all privileges of this process for ever. Without bubblewrap only the limits remain."""
+    """Gives up all privileges of this process permanently. Without bubblewrap, only the limits apply."""
     call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     with open(os.path.join(os.path.dirname(__file__), "syscalls.txt")) as lines:
         listed = [line.split() for line in lines if line.strip() and not line.startswith("#")]
@@ -85,7 +85,7 @@ def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
 
 
 def filter_calls(listed: list[list[str]]) -> None:
-    """Lets this process make only the system calls of a list, for ever."""
+    """Permanently limits this process to the system calls of a list."""
     column, architecture = ARCHITECTURES[os.uname().machine]  # there is no list for other machines
     # (operation, value, steps to skip if true, steps to skip if false), on struct seccomp_data
     program = [(LOAD, 4, 0, 0), (EQUAL, architecture, 1, 0), (RETURN, KILL, 0, 0), (LOAD, 0, 0, 0)]
@@ -111,7 +111,7 @@ def call(name: str, *arguments: object) -> None:
 
 
 def receive(source: BinaryIO) -> bytes:
-    """The next message; an empty one at the end."""
+    """The next message, or an empty one at the end."""
     return source.read(int.from_bytes(source.read(8), "big"))
 
 
@@ -148,7 +148,7 @@ PLAIN = {
 
 
 def write(value: object) -> bytes:
-    """Writes a value of plain types as text; raises TypeError for any other."""
+    """Writes a value of plain types as text; raises TypeError for any other value."""
 
     def pack(value: object) -> object:
         if value is None or isinstance(value, bool | int | float | str):
@@ -176,7 +176,7 @@ def answer_calls(sources: list[str], entry_point: str, source: BinaryIO, target:
         arguments, keywords = read(request)
         try:
             result = (getattr(function(), method) if method else function)(*arguments, **keywords)
-            # A function that returns None may have changed its arguments, as functions do that work in place.
+            # A function that returns None may work in place, that is, change its arguments.
             reply = write(["value", result, [*arguments, *keywords.values()] if result is None else []])
         except BaseException as error:
             reply = write(["raise", [kind.__name__ for kind in type(error).__mro__], str(error)[:1000]])
@@ -184,10 +184,10 @@ def answer_calls(sources: list[str], entry_point: str, source: BinaryIO, target:
 
 
 def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
-    """Sends `c` and the arguments of each call; at last `passed`, `failed`, or `u` and why the tests are unusable.
+    """Sends `c` and the arguments of each call; finally `passed`, `failed`, or `u` and why the tests are unusable.
 
-    The parent relays each call to the program and brings its answer. All that comes from the program is plain data, so
-    the verdict cannot be forged. An exception of the program is raised again, where the tests may expect it.
+    The parent relays each call to the program and returns its answer. The program can only send plain data, so it
+    cannot forge the verdict. An exception of the program is raised again here, because the tests may expect it.
     """
     import random
 
@@ -216,7 +216,7 @@ def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
                         (old.extend if isinstance(old, list) else old.update)(new)
                 return first
             error = exception(first, second)
-        except BaseException:  # no honest program's answer
+        except BaseException:  # an honest program does not cause this
             end(False)
         raise error
 
@@ -245,12 +245,12 @@ def check_cases(tests: dict, candidate: Callable, checker: Callable | None) -> N
             assert checker(given, output)
         elif whole:
             assert same(words(output, tolerance), words(case["output"], tolerance), tolerance)
-        else:  # as JSON knows it: a tuple may answer a list, and an int key its digits
+        else:  # compared as JSON: a tuple may answer a list, and an int key its digits
             assert same(json.loads(json.dumps(output)), case["expected"], tolerance)
 
 
 def same(found: object, expected: object, tolerance: float) -> bool:
-    """Equality, but that a float may differ by the tolerance."""
+    """Equality, except that a float may differ by the tolerance."""
     if isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
         return all(map(same, found, expected, itertools.repeat(tolerance)))
     if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
@@ -262,7 +262,7 @@ def same(found: object, expected: object, tolerance: float) -> bool:
 
 
 def words(text: str, tolerance: float) -> list:
-    """The lines of an output; with a tolerance, the words of each, as numbers where they are."""
+    """The lines of an output; with a tolerance, the words of each line, as numbers if they are numbers."""
     lines = [line.rstrip() for line in text.rstrip().split("\n")]
     if not tolerance:
         return lines
@@ -270,7 +270,7 @@ def words(text: str, tolerance: float) -> list:
 
 
 def exception(names: list[str], message: str) -> Exception:
-    """Makes the first of a class and its bases that Python has too; raises ValueError if none is an Exception."""
+    """Makes the first of a class and its bases that Python knows; raises ValueError if none is an Exception."""
     kinds = [getattr(builtins, name, None) for name in names if not name.startswith("Stop")]  # these would end a loop
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -280,7 +280,7 @@ def exception(names: list[str], message: str) -> Exception:
 
 
 def raises(expected: type | tuple, *call: Callable, match: str = "", **keywords: object) -> object:
-    """Stands for `pytest.raises`, since pytest need not be installed."""
+    """Replaces `pytest.raises`, because pytest may not be installed."""
     import unittest
 
     return unittest.TestCase().assertRaisesRegex(expected, match, *call, **keywords)

@@ -1,8 +1,8 @@
-"""Scoring a batch of completions: the weighted sum of rewards, computed while the caller does something else.
+"""Scores a batch of completions: the weighted sum of rewards, computed while the caller does something else.
 
-No worker process is needed to judge what a model wrote. Each program, and each set of tests, runs in its own sandbox
-process with limits of time and memory; a thread only relays plain data between the two. Mathematics is bounded by
-construction. All other functions take time linear in the text.
+Text of a model needs no worker process to be judged. Each program, and each set of tests, runs in its own sandbox
+process with limits of time and memory; a thread only relays plain data between the two. Mathematics has a bounded cost
+by construction. All other functions take time linear in the text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ APPLIES = {"accuracy": KINDS[:4], "judge": ("open",)}  # the kinds of answer; ot
 class Scores:
     """The rewards of a batch, in the order of its completions."""
 
-    parts: dict[str, list[float]]  # of each reward; NaN where it cannot be scored or does not apply
+    parts: dict[str, list[float]]  # the scores of each reward; NaN where it cannot be scored or does not apply
     total: list[float]  # weighted sums of the rewards that apply
     timeouts: int = 0  # judgements that ran out of time in a data set's own tests, or in a request to the judge
     crashes: int = 0  # judgements that failed otherwise: the sandbox did not start
@@ -66,7 +66,7 @@ class Scorer(contextlib.AbstractContextManager):
         workers: programs that are judged at once.
         timeout_s, memory_mb: what one program may use: seconds, and MiB of address space.
         sandbox: where programs run, "bubblewrap" or "none". With "none" they can do whatever the caller can.
-        imports: modules that programs may import beside Python's own.
+        imports: modules that programs may import in addition to Python's own.
         overlong_buffer: tokens before the limit in which the penalty of `overlong` grows to 1.
         judge: the language model that the reward "judge" asks.
     """
@@ -98,7 +98,7 @@ class Scorer(contextlib.AbstractContextManager):
         """Scores B texts or chats in the background. Batches are scored in order.
 
         `columns` are lists of B values: prompts, question, answer, kind, language, lengths (tokens), limit (tokens),
-        and what your own rewards take. The future raises SandboxError, and what your own rewards raise.
+        and the columns of your own rewards. The future raises SandboxError and exceptions of your own rewards.
         """
         columns = {name: list(column) for name, column in columns.items() if column is not None}
         for name, column in columns.items():
@@ -128,7 +128,7 @@ class Scorer(contextlib.AbstractContextManager):
         applies = {name: [kind in APPLIES.get(name, KINDS) for kind, *_ in rows] for name in self._weights}
         if "accuracy" in applies and "code" in columns.get("kind", ()):
             sandbox, _, memory_mb, imports = self._program
-            check(memory_mb, sandbox, imports)  # a refusal is an error before any work
+            check(memory_mb, sandbox, imports)  # if it fails, that is an error before any work
         parts, replies = {}, {}
         try:
             for name, here in applies.items():
@@ -162,7 +162,7 @@ class Scorer(contextlib.AbstractContextManager):
 
     def _start(self, kind: str, prompt: str, completion: str, answer: str, question: str,
                replies: dict[tuple, Future]) -> float | Future | None:
-        """Accuracy, or for open answers the judge's reward; None: it cannot be scored. Equal ones are judged once."""
+        """Accuracy, or the judge's reward for open answers; None if unscorable. Equal completions are judged once."""
         if kind == "choice":
             expected = choice.letter(answer)
             return None if expected is None else float(choice.chosen(prompt, completion) == expected)
@@ -185,14 +185,14 @@ class Scorer(contextlib.AbstractContextManager):
 
 
 def texts(messages: Sequence) -> list[str]:
-    """Texts as they are, and the last message of each chat. Parts of it that are no text are left out."""
+    """The texts, or the last message of each chat, without its parts that are not text."""
     contents = [message if isinstance(message, str) or not message else message[-1]["content"] for message in messages]
     return [content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
             for content in contents]
 
 
 def _call(name: str, function: Callable, completions: list, columns: Mapping[str, list]) -> list[float]:
-    """The values of a function of lists; NaN where it gives None."""
+    """The values of a function of lists; None becomes NaN."""
     values = [math.nan if value is None else float(value) for value in function(completions, **columns)]
     if len(values) != len(completions) or any(map(math.isinf, values)):
         raise ValueError(f"reward {name!r} returned {values!r:.80}, expected {len(completions)} numbers or None")

@@ -3,9 +3,9 @@ r"""Finds the final answer in a completion, with plain string searches only.
 Completions come from a model that is rewarded for finding our mistakes, and may be megabytes long. So nothing here
 backtracks: every function is a fixed number of linear scans. Listing many candidates earns nothing:
 
-* Only what follows the thought counts. The prompt never does.
-* With an `<answer>` tag there must be exactly one pair, and no `\boxed{}` or `####` after it. At most one is inside.
-* Otherwise the last `\boxed{}` or `#### ` line is the answer, and it alone. When it is malformed there is no answer. A
+* Only the text after the thought counts. The prompt never counts.
+* With an `<answer>` tag, there must be exactly one pair, no `\boxed{}` or `####` after it, and at most one in it.
+* Otherwise only the last `\boxed{}` or `#### ` line is the answer. If it is malformed, there is no answer. A
   `#### Summary` without a number after a `\boxed{}` is a heading.
 """
 
@@ -18,11 +18,11 @@ ANSWER, ANSWER_END = "<answer>", "</answer>"
 BOXED, HASHES = "\\boxed{", "####"
 ANSWER_MARKERS = (ANSWER, ANSWER_END, BOXED, HASHES)
 
-# Characters without width, marks of direction that move nothing, and variation selectors: dropped before reading.
-# Overrides of direction (U+202A to U+202E, U+2066 to U+2069) stay, and so make an answer unreadable.
+# Zero-width characters, direction marks that move nothing, and variation selectors are dropped before reading.
+# Direction overrides (U+202A to U+202E, U+2066 to U+2069) are kept, so they make an answer unreadable.
 INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065), *range(0xFE00, 0xFE10)])
 
-# Untagged answers are searched for at the end only: the search for the closing brace is a Python loop.
+# Untagged answers are searched for only at the end, because the search for the closing brace is a Python loop.
 TAIL = 20_000
 
 
@@ -32,7 +32,7 @@ def prompt_opens_think(prompt: str) -> bool:
 
 
 def after_thinking(prompt: str, completion: str) -> str | None:
-    """What follows the last `</think>`, or all of a completion without think tags. None when a thought never ends."""
+    """The text after the last `</think>`, or the whole completion without think tags. None if a thought never ends."""
     _, end, after = completion.rpartition(THINK_END)
     return None if THINK in after or (not end and prompt_opens_think(prompt)) else after
 
@@ -47,7 +47,7 @@ def is_well_formed(prompt: str, completion: str) -> bool:
 
 
 def final_answer(prompt: str, completion: str) -> str | None:
-    """The unique final answer of a completion (see the rules above), or None when it gives none."""
+    """The unique final answer of a completion (see the rules above), or None if there is none."""
     text = (after_thinking(prompt, completion) or "").replace("\\boxed {", BOXED)
     tags = text.count(ANSWER), text.count(ANSWER_END)
     if tags == (0, 0):
@@ -69,7 +69,7 @@ def _last_marked(text: str) -> str | None:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """The text from `start`, just inside a brace, to the brace that closes it. None when nothing closes it."""
+    """The text from `start`, just inside a brace, to its closing brace. None if nothing closes it."""
     depth, position = 1, start
     while position < len(text):
         char = text[position]
@@ -84,7 +84,7 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def same_text(text: str) -> str:
-    """The text as the kind `exact` compares it: in Unicode's form NFC, and every run of white space one space."""
+    """The text in the form that the kind `exact` compares: Unicode NFC, with every run of white space as one space."""
     text = " ".join(text.split())
-    # Normalising takes time quadratic in a run of combining marks, so a long text stays as it is.
+    # Normalising takes time quadratic in a run of combining marks, so a long text is not normalised.
     return unicodedata.normalize("NFC", text) if len(text) <= TAIL else text

@@ -31,7 +31,7 @@ from r1kernels.testing.oracles import (
     token_stats_gradient,
 )
 
-# The kernels under test: the compiled ones, or those of GPUs where the Triton interpreter runs them on the CPU.
+# The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
 
 __all__ = [

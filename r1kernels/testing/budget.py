@@ -1,4 +1,4 @@
-"""The error budget: counts roundings of the data at hand; no tolerance is a free constant."""
+"""The error budget: it counts the roundings of the given data, so no tolerance is a free constant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from r1kernels import _library
 
 EPS32 = torch.finfo(torch.float32).eps
-# Of fp32 on the way to a result: one for sums and products, one for exponentials; GPUs' are exact to 2^-22.
+# Roundings of fp32 on the way to a result: one for sums and products, one for exponentials (exact to 2^-22 on GPUs).
 GPU_ROUNDINGS = 4
 ROUNDINGS = GPU_ROUNDINGS if _library.INTERPRETED or _library.EMULATED else 2
 
@@ -23,20 +23,20 @@ def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Expected(NamedTuple):
-    """An exact result and `terms`: the sum of the absolute values that were added up to reach it, each times its
-    condition number. `terms * EPS32` is what one rounding of every fp32 intermediate can do."""
+    """An exact result and `terms`: the sum of the absolute values of its addends, each times its condition number.
+    `terms * EPS32` is the largest error that one rounding of every fp32 intermediate can cause."""
 
     value: Tensor
     terms: Tensor
 
     def budget(self, dtype: torch.dtype = torch.float32, roundings: int = ROUNDINGS) -> Tensor:
-        """One rounding to the output `dtype`; on the way two of fp32, or 1/256 of that of a narrower output."""
+        """One rounding to the output `dtype`, and before it two of fp32, or 1/256 of that of a narrower output."""
         on_the_way = max(roundings * EPS32, torch.finfo(dtype).eps / 256)
         return rounding(self.value, dtype) + on_the_way * self.terms + torch.finfo(torch.float32).tiny
 
 
 def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | float | None = None) -> None:
-    """Every element within its budget; inf must be matched exactly and NaN by NaN."""
+    """Asserts that every element is within its budget; inf must match exactly, and NaN must match NaN."""
     if isinstance(expected, Expected):
         budget = expected.budget(got.dtype if got.dtype != torch.float64 else torch.float32)
         expected = expected.value
@@ -49,6 +49,6 @@ def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | flo
         where = tuple(bad.nonzero()[0].tolist())
         allowed = torch.as_tensor(budget, dtype=torch.float64).expand(got.shape)[where]
         raise AssertionError(
-            f"{int(bad.sum())} of {bad.numel()} elements out of budget; the first at {where}: "
-            f"{got[where]} against {expected[where]}, error {error[where]:.3g}, allowed {allowed:.3g}"
+            f"{int(bad.sum())} of {bad.numel()} elements are out of budget; the first one at {where}: "
+            f"got {got[where]}, expected {expected[where]}, error {error[where]:.3g}, allowed {allowed:.3g}"
         )

@@ -1,4 +1,4 @@
-"""Oracles of the divergences: float64, gradients written out, nothing shared with `r1kernels.ops`."""
+"""Oracles of the divergences in float64. Gradients are written out, and no code is shared with `r1kernels.ops`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_topk(logits: Tensor, k: int, temperature: float = 1.0, shuffled: bool
 def random_pair(
     *shape: int, dtype: torch.dtype = torch.float32, distance: float = 1.0, scale: float = 4.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's logits, `distance` apart in each entry (one standard deviation)."""
+    """Student's and teacher's logits. `distance` is the standard deviation of their difference."""
     student = random_logits(*shape, dtype=dtype, scale=scale, seed=seed)
     noise = torch.randn(shape, generator=generator(seed + 1000))
     return student, (student.float() + distance * noise).to(dtype)
@@ -32,7 +32,7 @@ def random_pair(
 
 class DivergenceExpected(NamedTuple):
     value: Expected  # (...)
-    grad: Expected  # (..., V): of the value with respect to the student's logits
+    grad: Expected  # (..., V): gradient of the value with respect to the student's logits
     student_entropy: Tensor
     teacher_entropy: Tensor
 
@@ -91,7 +91,7 @@ def divergence(
         log_ratio, inner = torch.where(p == 0, 0, p_over_m), of_student.unsqueeze(-1)
         grad = (1 - beta) * p * (log_ratio - inner)
         grad_terms = (1 - beta) * p * (log_ratio.abs() + inner + 1)
-    # What a float64 rounding of the log-sum-exps changes, and probabilities below the smallest normal fp32 number.
+    # The effect of a float64 rounding of the log-sum-exps, and of probabilities below the smallest normal fp32 number.
     magnitude = 1 + sum(
         torch.where(x.isfinite(), x.detach().double(), 0).abs().amax(-1, keepdim=True) for x in (student, teacher)
     ) / temperature
@@ -109,7 +109,7 @@ def divergence(
 def topk_divergence(
     student: Tensor, token_ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5, temperature: float = 1.0
 ) -> DivergenceExpected:
-    """The same over K + 1 outcomes, row by row in a loop; -inf log-probs are absent; teacher_entropy: its tail."""
+    """The same over K + 1 outcomes, row by row; -inf marks an absent entry; teacher_entropy is the teacher's tail."""
     flat, vocab = student.detach().double().reshape(-1, student.shape[-1]), student.shape[-1]
     log_p = (flat / temperature).log_softmax(-1)
     values, grads, terms, tails = [], [], [], []
@@ -122,7 +122,7 @@ def topk_divergence(
         log_p_top, log_p_rest = row[tokens], row[~inside].logsumexp(0) if (~inside).any() else torch.tensor(-math.inf)
         log_q_top = torch.tensor(list(listed.values()), dtype=torch.float64)
         total = log_q_top.exp().sum()
-        # Against a tail of the student's stands one of 1e-7 at least; against none, what is below 1e-3 is none.
+        # If the student has a tail, the teacher's is at least 1e-7; if not, a tail below 1e-3 counts as 0.
         most, within = (1.0, 1e-3) if log_p_rest == -math.inf else (1 - 1e-7, 1e-7)
         if total > 1 - within:
             log_q_top, total = log_q_top - total.log() + math.log(most), torch.tensor(most, dtype=torch.float64)
@@ -132,7 +132,7 @@ def topk_divergence(
         values.append(exact.value.value)
         tails.append(1 - total)
         for source, collected in ((exact.grad.value, grads), (exact.grad.terms, terms)):
-            # The tail's gradient is shared out by the student's probabilities within it.
+            # The tail's gradient is distributed in proportion to the student's probabilities within the tail.
             share = torch.where(inside | (row == -math.inf), 0, (row - log_p_rest).exp())
             full = share * source[0, -1]
             full[tokens] = source[0, :-1]
@@ -140,7 +140,7 @@ def topk_divergence(
     lead = student.shape[:-1]
     value = torch.cat(values).reshape(lead) if values else torch.empty(lead, dtype=torch.float64)
     magnitude = 1 + torch.where(flat.isfinite(), flat, 0).abs().amax(-1) / temperature
-    # log p is known to a rounding of the sums it is made of; the teacher's to its own.
+    # log p has the error of one rounding of its sums; so has the teacher's.
     slack = 3 * value + EPS32 + magnitude.reshape(lead) * torch.finfo(torch.float64).eps / EPS32
     entropy = _logs(student, temperature).entropy
     return DivergenceExpected(

@@ -1,4 +1,4 @@
-"""Inputs of the tests: random with a seed, padded, packed and poisoned; and functions under torch.compile."""
+"""Inputs of the tests (random with a seed, padded, packed and poisoned), and functions under torch.compile."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch.compile of any autograd.Function warns about its own use of it.
+# For any autograd.Function, torch.compile warns about code of its own.
 DYNAMO_WARNING = "ignore:.*should not be instantiated:DeprecationWarning"
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
-    """`function` under torch.compile as one graph, with nothing left of earlier compilations."""
+    """`function` under torch.compile as one graph. Earlier compilations are reset."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=backend, **options)
 
@@ -33,9 +33,9 @@ def random_ids(*shape: int, vocab: int, seed: int = 0) -> Tensor:
 
 
 def random_policy(batch: int = 5, length: int = 7, seed: int = 0, spread: float = 0.5) -> dict[str, Tensor]:
-    """Keyword arguments of `policy_loss`: every bound of every preset is crossed and one advantage is 0.
+    """Keyword arguments of `policy_loss`: they cross every bound of every preset, and one advantage is 0.
 
-    `spread` is the standard deviation of log-ratios; those against the reference are half of it.
+    `spread` is the standard deviation of the log-ratios; log-ratios to the reference have half of it.
     """
     rng = generator(seed)
 

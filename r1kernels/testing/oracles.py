@@ -1,4 +1,4 @@
-"""Oracles in float64: the formulas of each operation's docstring once more, in closed form.
+"""Oracles in float64: the formulas of each operation's docstring in closed form.
 
 They share no code with `r1kernels.ops`: gradients are written out instead of differentiated, tokens are Python floats
 in a loop, and group statistics are exact fractions.
@@ -19,7 +19,7 @@ from torch import Tensor
 from r1kernels.objectives import Objective
 from r1kernels.testing.budget import EPS32, Expected
 
-REPEATED = ("advantages", "importance_weights")  # one per token or one per sequence
+REPEATED = ("advantages", "importance_weights")  # they have one value per token or one per sequence
 
 # ---- vocabulary statistics --------------------------------------------------------------------------------
 
@@ -48,14 +48,14 @@ def token_stats_gradient(
     _, entropy, log_p = token_stats(logits, token_ids, temperature)
     p, entropy = log_p.exp(), entropy.unsqueeze(-1)
     g, eta = g.double().unsqueeze(-1), torch.as_tensor(eta).double().unsqueeze(-1)
-    # 1 - p of the target from the other probabilities: 1 - p cancels as p goes to 1.
+    # 1 - p of the target is computed from the other probabilities, because 1 - p cancels as p goes to 1.
     target = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, token_ids.long().unsqueeze(-1), True)
     rest = torch.where(target, 0, p).sum(-1, keepdim=True)
     finite_log_p = torch.where(p == 0, 0, log_p)
     from_logprob = g * torch.where(target, rest, -p)
     from_entropy = -eta * p * (finite_log_p + entropy)
-    # log p + H cancels around p = e^-H; log p, and through it 1 - p of the target, is known to a float64 rounding of
-    # the log-sum-exp; probabilities below the smallest normal fp32 number may become 0.
+    # log p + H cancels around p = e^-H. log p, and with it 1 - p of the target, has the error of a float64 rounding of
+    # the log-sum-exp. Probabilities below the smallest normal fp32 number may become 0.
     terms = from_logprob.abs() + eta.abs() * p * (finite_log_p.abs() + entropy)
     finite = torch.where(logits.isfinite(), logits.detach().double(), 0)
     magnitude = finite.abs().max(-1, keepdim=True).values / temperature + 1
@@ -268,7 +268,7 @@ def _moments(rewards: list[Fraction], ddof: int) -> tuple[Fraction, float]:
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, scale: str = "group_std", ddof: int = 1, eps: float = 1e-4
 ) -> Tensor:
-    """(r - mean) / (std + eps) with exact means: a constant group has mean r and std 0, not nearly so."""
+    """(r - mean) / (std + eps) with exact means: a constant group has exactly mean r and std 0."""
     values, groups = rewards.double().tolist(), group_ids.tolist()
     scorable = [k for k, r in enumerate(values) if not math.isnan(r)]
     batch_std = _moments([Fraction(values[k]) for k in scorable], ddof)[1]

@@ -36,7 +36,7 @@ HASHED_SIZE = 2**24  # larger files count by their size and the time of their la
 
 
 def order(recipe: Recipe) -> list[str]:
-    """Names of the stages, each after those it depends on, otherwise as in the recipe, pretrained models first."""
+    """Names of the stages. Each follows those it depends on, else the recipe's order; pretrained models come first."""
     waiting, done = sorted(recipe.stages, key=lambda name: recipe.stages[name].kind != "model"), []
     while waiting:
         ready = [name for name in waiting if not named_by(recipe, name) & set(waiting)]
@@ -75,7 +75,7 @@ class Chain:
                 self.forced.add(name)
 
     def plan(self) -> dict[str, tuple[str, str]]:
-        """What `run` would do with each stage, and why. A stage behind one that runs again is skipped after all if that
+        """What `run` would do with each stage, and why. A stage after one that runs again is still skipped if that one
         leaves the same output. Raises ConfigError for a stage that can neither be kept nor continue."""
         plans: dict[str, tuple[str, str]] = {}
         for name in self.order:
@@ -167,8 +167,8 @@ class Chain:
         return "skip", "finished, and nothing changed"
 
     def _inputs(self, settings: Any, names: Iterable[str]) -> dict[str, Any]:
-        """All that a stage or an evaluation depends on except the version, as it is in the manifest. `names` are the
-        data sets and stages that it works on; they count by their content."""
+        """Everything that a stage or an evaluation depends on, except the version, in the form of the manifest.
+        `names` are the data sets and stages that it works on; their content counts."""
         found = {key: getattr(self.recipe, key) for key in ("seed", "template", "open_think")}
         found |= settings.model_dump(exclude={"every"})
         if getattr(settings, "kind", "evaluate") in ("grpo", "reject", "evaluate"):
@@ -196,7 +196,7 @@ class Chain:
 
 
 def content_hash(path: str | Path) -> str:
-    """A hash of a file, or of the files of a directory; of the name itself where there is neither."""
+    """A hash of a file or of the files of a directory; if neither exists, of the name itself."""
     found: dict[str, Any] = {}
     for file in sorted(file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
@@ -205,7 +205,7 @@ def content_hash(path: str | Path) -> str:
 
 
 def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
-    """Locks the run directory for this process. Deletes what an older run wrote if wanted, and no other files."""
+    """Locks the run directory for this process. With `overwrite`, deletes only the files that an older run wrote."""
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / MANIFEST).exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
@@ -213,7 +213,7 @@ def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
     try:
         held = filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
     except filelock.Timeout:
-        raise ConfigError(f"another process uses 'run_dir' {recipe.run_dir!r}; wait for its end, or stop it") from None
+        raise ConfigError(f"another process uses 'run_dir' {recipe.run_dir!r}; wait for it, or stop it") from None
     if overwrite:
         for name in (*read_manifest(run_dir), *RESERVED_NAMES):
             shutil.rmtree(run_dir / name, ignore_errors=True)

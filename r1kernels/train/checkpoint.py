@@ -47,7 +47,7 @@ def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, s
         (partial / MODEL).mkdir(parents=True)
         model.save_pretrained(partial / MODEL)
         tokenizer.save_pretrained(partial / MODEL)
-        with open(partial / STATE, "wb") as file:  # given a path, torch would not say why it cannot write
+        with open(partial / STATE, "wb") as file:  # with a path, torch would not say why it cannot write
             torch.save(state, file)
         torch.load(partial / STATE, mmap=True, map_location="cpu", weights_only=True)  # fails if it would run code
         files = {file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
@@ -59,7 +59,7 @@ def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, s
         _sync(root)
     except Exception as error:
         reason: BaseException = error
-        while reason.__context__ and not isinstance(reason, OSError):  # torch names the byte and not the reason
+        while reason.__context__ and not isinstance(reason, OSError):  # torch names the byte but not the reason
             reason = reason.__context__
         raise StorageError(f"cannot write the checkpoint {final}: {reason}; earlier ones are unchanged") from error
     finally:
@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError, naming the file, unless every file is as it was written."""
+    """Raises CheckpointError, which names the file, if a file has changed since it was written."""
     file = path / MANIFEST
     try:
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
@@ -85,7 +85,7 @@ def verify_checkpoint(path: Path) -> None:
             if sha256(file) != files[name]["sha256"]:
                 raise ValueError("its SHA-256 differs")
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint: {file} is not as {path / MANIFEST} describes it ({error!r}); "
+        raise CheckpointError(f"damaged checkpoint: {file} does not match {path / MANIFEST} ({error!r}); "
                               f"delete {path} to continue from an earlier checkpoint") from error
 
 
@@ -95,7 +95,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def tidy_checkpoints(directory: Path, keep: int) -> None:
-    """Removes what a killed save left and all but the last `keep` checkpoints. A failure is left to the next call."""
+    """Removes the rest of a killed save and all but the last `keep` checkpoints. The next call retries a failure."""
     root = Path(directory) / "checkpoints"
     with contextlib.suppress(OSError):
         for path in list(root.glob(f"{PARTIAL}*")):

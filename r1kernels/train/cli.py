@@ -1,4 +1,4 @@
-"""The command `r1kernels`. What it needs is imported late, so that `--help` does not wait for torch."""
+"""The command `r1kernels`. Its modules are imported late, so that `--help` does not wait for torch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def train(
     Args:
         recipe: a YAML file, such as recipes/demo.yaml, or the config.yaml of a run.
         overrides: settings to change, such as stages.r1_zero.steps=10.
-        start: run this stage again, and all that depend on it.
+        start: run this stage again, and all stages that depend on it.
         dry_run: print which stages would run, and why, and exit.
-        overwrite: delete the run that is in the run directory.
+        overwrite: delete the old run in the run directory.
         ignore_version: reuse stages that another version of r1kernels ran.
         plain: print lines instead of a live table.
     """
@@ -61,7 +61,7 @@ def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
     """Prints pass@1 and cons@k of a model of a run, with standard errors.
 
     Args:
-        path: a stage (RUN/STAGE), or a run, for the last stage with a model.
+        path: a stage (RUN/STAGE), or a run, which means its last stage with a model.
         overrides: settings to change, such as eval.samples=64.
     """
     from r1kernels.train import chain, errors, evaluate, interrupt, log
@@ -73,7 +73,7 @@ def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
     names = [name for name in chain.order(recipe) if LEAVES[recipe.stages[name].kind] == "model"]
     name = names[-1] if path == run_dir else path.name
     if name not in names:
-        raise errors.ConfigError(f"{path} is no stage with a model; expected one of {', '.join(names)} in {run_dir}")
+        raise errors.ConfigError(f"{path} is not a stage with a model; expected one of {', '.join(names)} in {run_dir}")
     with interrupt.Interrupt() as stop:
         found = evaluate.evaluate_model(Stage(recipe, recipe.stages[name], run_dir / name, console, stop), name)
     for key, value in found.items():

@@ -32,7 +32,7 @@ Split = Literal["train", "test"]
 
 
 class Problem(NamedTuple):
-    """A question and its reference answer: without its derivation, or the tests of a program as JSON, or empty."""
+    """A question and its reference answer: a final answer, or the tests of a program as JSON, or empty."""
     id: str
     question: str
     answer: str
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A prompt, as the model is given it, and a response to learn."""
+    """A prompt, exactly as the model receives it, and a response to learn."""
     prompt: str
     completion: str
 
@@ -73,7 +73,7 @@ def load_problems(recipe: Recipe, name: str, split: Split, count: int | None = N
 
 
 def load_demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> list[Demonstration]:
-    """What rows show for SFT: their `response`, or what a stage of kind reject selected, for another template."""
+    """Demonstrations for SFT: the rows' `response`, or samples of a stage of kind reject, in this template."""
     found = []
     for where, row in rows:
         prompt, response = template.render(row["question"]), row.get("response")
@@ -93,7 +93,7 @@ def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
 
 
 def whole_response(prompt: str, completion: str) -> str:
-    """A completion with the start of its thought, where the prompt has that."""
+    """A completion, and before it the start of its thought if that is in the prompt."""
     return f"{THINK}{completion}" if prompt_opens_think(prompt) else completion
 
 
@@ -128,7 +128,7 @@ def check_data(recipe: Recipe, console: Console) -> set[str]:
 
 
 def _unreadable(problem: Problem) -> str | None:
-    """Why no answer can be compared with the reference of a problem; None where one can."""
+    """Why no answer can be compared with the reference of a problem; None if one can."""
     try:
         if problem.kind == "code":
             read_tests(problem.answer)

@@ -54,8 +54,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers.
 
-    The result has means with standard errors (`*_se`) from the spread between questions, None for what is not known,
-    how it was measured, and some examples. `scorer` scores `PARTS`.
+    The result has means with standard errors (`*_se`) from the spread between questions (None if unknown), the settings
+    of the measurement, and some examples. `scorer` scores `PARTS`.
     """
     k = settings.samples
     asked = [problem for problem in problems for _ in range(k)]
@@ -88,14 +88,14 @@ def evaluate(
 
 
 def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of an evaluation, as a line of metrics.jsonl calls them."""
+    """The numbers of an evaluation, under their names in metrics.jsonl."""
     names = ("length", "language", "format", "truncated", "unscorable", "reflective")
     shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se")}
     return shares | {f"eval_{name}": evaluation[name] for name in names}
 
 
 def columns(problems: Sequence[Problem], prompts: Sequence[str]) -> dict[str, list[str]]:
-    """What a scorer has to know of the completions of problems, one after the other."""
+    """The columns that a scorer needs for the completions of these problems."""
     names = ("question", "answer", "kind", "language")
     return {"prompts": list(prompts), **{name: [getattr(problem, name) for problem in problems] for name in names}}
 

@@ -4,10 +4,10 @@
 updates, and a checkpoint holds all of it, the rollout included. Random numbers depend only on the seed and on the
 position in the run. So a resumed run equals one that was never interrupted.
 
-`advantages` of the settings can name a function that makes something in place of group advantages. It is called with
-rewards (B,), tokens, old and reference log-probs, and returns advantages, (B,) of samples or (B, T) of tokens, and
-metrics. Its `learn(rollout, batches)` is its own update beside one of the policy, and returns metrics. Checkpoints hold
-its `state_dict()`. See examples/ppo.
+The setting `advantages` can name a function that makes an object to replace group advantages. The object is called with
+rewards (B,), tokens, old and reference log-probs, and returns advantages (B,) per sample or (B, T) per token, and
+metrics. Its `learn(rollout, batches)` runs with each update of the policy, and returns metrics. Checkpoints hold its
+`state_dict()`. See examples/ppo.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from r1kernels.train.update import (
 )
 from r1kernels.train.vllm import VLLMSampler
 
-RATIO_TOLERANCE = 1e-2  # of the first ratio to 1: the same weights just computed the same log-probs in the same batches
+RATIO_TOLERANCE = 1e-2  # difference of the first ratio from 1: the same weights computed both log-probs
 
 
 class GRPOTrainer:
@@ -115,7 +115,7 @@ class GRPOTrainer:
 
     def train_step(self) -> None:
         """A rollout, and the updates of the policy on it."""
-        if self.rollout is None:  # else a checkpoint between two updates held it
+        if self.rollout is None:  # else it comes from a checkpoint between two updates
             self.rollout, self.metrics = self.roll_out()
         every = self.stage.recipe.checkpoint.every_updates
         minibatches = [minibatch for epoch in range(self.settings.epochs) for minibatch in self.minibatches(epoch)]
@@ -128,7 +128,7 @@ class GRPOTrainer:
         self.finish_step()
 
     def roll_out(self) -> tuple[Rollout, dict[str, Any]]:
-        """Samples and scores completions, chooses groups, and computes what the updates are measured against."""
+        """Samples and scores completions, chooses groups, and computes old and reference log-probs and advantages."""
         settings, limit = self.settings, self.settings.limit(self.step)
         evaluated = {} if self.step % self.stage.recipe.eval.every else measured(self.evaluate())
         problems = [problem for problem in self.next_questions() for _ in range(settings.group_size)]
@@ -154,15 +154,15 @@ class GRPOTrainer:
                        ), evaluated | metrics
 
     def next_questions(self) -> list[Problem]:
-        """The questions of this step: open problems only where something judges them. Every epoch visits a whole pool,
-        in an order of the epoch."""
+        """The questions of this step. It includes open problems only if something judges them. Every epoch visits the
+        whole pool, in its own order."""
         judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
         pools = ["all" if judged or self.preferences(step) else "checkable" for step in range(self.step + 1)]
         pool, before = pools[-1], pools[:-1].count(pools[-1])
         problems, count = self.pools[pool], self.settings.questions * self.settings.oversample
         if not problems:
-            raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; expected other "
-                                "problems, the reward 'judge', a reward function, or a 'preference' of all steps")
+            raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; use other "
+                                "problems, the reward 'judge', a reward function, or a 'preference' for all steps")
         places = (divmod(place, len(problems)) for place in range(before * count, (before + 1) * count))
         return [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
                 for epoch, index in places]
@@ -173,7 +173,7 @@ class GRPOTrainer:
         return [item for item in self.settings.preference if step >= steps - (item.last_steps or steps)]
 
     def sample_and_score(self, problems: list[Problem], limit: int) -> tuple[Completions, Scores]:
-        """A completion of each problem, and its scores, which are computed while others are still sampled."""
+        """A completion of each problem, and its scores, which are computed while other completions are sampled."""
         settings, pending = self.settings, []
         prompts = [self.template.render(problem.question) for problem in problems]
 
@@ -265,7 +265,7 @@ class GRPOTrainer:
             self.save()
 
     def evaluate(self) -> dict[str, Any]:
-        """An evaluation of the model as it is."""
+        """An evaluation of the current model."""
         found = self.stage.before if self.step == 0 else None
         if not found:
             with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
@@ -276,7 +276,7 @@ class GRPOTrainer:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Shows what is going on, and adds its seconds to the timing."""
+        """Shows the current activity, and adds its seconds to the timing."""
         self.console.phase(f"{self.settings.name}, step {self.step}: {name}")
         started = time.monotonic()
         yield

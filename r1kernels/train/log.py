@@ -1,4 +1,4 @@
-"""What a run tells while it works: lines in files, a live table on a terminal, and TensorBoard."""
+"""The output of a run while it works: lines in files, a live table on a terminal, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _COLUMNS = {
     "entropy": ("entropy", ".3f"), "clip -": ("clip_low_fraction", ".1%"), "clip +": ("clip_high_fraction", ".1%"),
     "flat": ("zero_spread", ".0%"), "tok/s": ("tokens_per_second", ".0f"), "minutes left": ("minutes_left", ".0f"),
 }
-# Controls but tab and newline, halves of characters, separators of lines, invisible and direction-changing characters.
+# Control characters except tab and newline, surrogates, line separators, invisible and direction-changing characters.
 _HIDDEN = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     r"\ufff9-\ufffb\U000e0000-\U000e007f]")
 
 
 def printable(text: object) -> str:
-    """Text of a model or a server that cannot act on a terminal or a page: what controls it is shown as [U+XXXX]."""
+    """Text that is safe for a terminal or a page: a character that would control it is shown as [U+XXXX]."""
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(text).replace("\r\n", "\n"))
 
 
@@ -58,7 +58,7 @@ class Console(AbstractContextManager):
         self._rich.print(Text(printable(text), "bold red" if warning else ""), soft_wrap=True)
 
     def phase(self, text: str) -> None:
-        """Tells what happens now, below the live table."""
+        """Shows the current activity below the live table."""
         if self._live:
             names = [name for name in _COLUMNS if any(name in row for row in self._rows)]
             table = Table(*(Column(name, justify="right") for name in names), box=None, header_style="bold")
@@ -89,7 +89,7 @@ class Console(AbstractContextManager):
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log, none if there is no file, without an unfinished last line. DataError: a line is damaged."""
+    """The lines of a log without an unfinished last line; empty if there is no file. DataError: a line is damaged."""
     lines, written = [], Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
     for number, text in enumerate(written, start=1):
         try:
@@ -107,7 +107,7 @@ def cut_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Adds a line, which survives the death of the process at once, and a power cut after the next checkpoint."""
+    """Adds a line. It survives a kill of the process immediately, and a power cut after the next checkpoint."""
     try:
         with open(path, "ab") as file:
             file.write(_encode(line))
@@ -116,14 +116,14 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
-    """A line of JSON, which has neither NaN nor infinity: they become null."""
+    """A line of JSON. NaN and infinity become null, because JSON has neither."""
     return json.dumps(json.loads(json.dumps(line), parse_constant=lambda name: None)).encode() + b"\n"
 
 
 class StepLog(AbstractContextManager):
     """The lines of a stage in metrics.jsonl and samples.jsonl and, if the recipe asks for it, TensorBoard.
 
-    Those of `first_step`, where the stage starts or continues, and of later steps are removed: they come again.
+    The stage starts or continues at `first_step`, so older lines of this and later steps are removed.
     """
 
     def __init__(self, stage: Stage, *, first_step: int) -> None:
@@ -140,7 +140,7 @@ class StepLog(AbstractContextManager):
     def write(self, line: Mapping[str, Any]) -> None:
         """One step: {"step": n, metric: value, ..., "timing": {part: seconds, ...}}.
 
-        All that depends on the clock is under "timing", so that equal runs have equal lines without it.
+        Values that depend on the clock are under "timing". Without it, equal runs have equal lines.
         """
         append_line(self._metrics, line)
         if self._tensorboard:

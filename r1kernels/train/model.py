@@ -1,7 +1,7 @@
-"""Models and tokenizers, checked before any work starts, and a model's head apart from its body.
+"""Loads and checks models and tokenizers, and separates a model's head from its body.
 
-Logits of whole batches are never made: the losses take hidden states and the head. How a family scales or caps its
-logits is only in its code, so what is read from the configuration here is checked against the model's own logits.
+Logits of whole batches are never computed: the losses take hidden states and the head. Only the code of a model family
+says how it scales or caps its logits, so the values read from its configuration are checked against its own logits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is; only a missing padding token is set, to the end token."""
+    """The tokenizer, unchanged; but if it has no padding token, the end token becomes its padding token."""
     path = path if any(Path(path).glob("tokenizer*")) else _base_of(path) or path
     with _naming(f"the model '{path}' has no tokenizer that can be loaded"):
         # AutoTokenizer ignores parts of tokenizer.json for some architectures, unless the class is the generic one.
         generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = transformers.PreTrainedTokenizerFast if generic else transformers.AutoTokenizer
         tokenizer = loader.from_pretrained(path)
-    for key in ("is_local", "local_files_only"):  # how it was loaded; would be saved with it
+    for key in ("is_local", "local_files_only"):  # they say how it was loaded, and would be saved with it
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of the model '{path}' has no end-of-text token (eos_token)")
@@ -70,7 +70,7 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
 
 
 def max_positions(path: str | Path, overrides: Mapping[str, Any] = {}) -> int | None:
-    """The number of positions of a model according to its configuration; None where that does not say."""
+    """The number of positions of a model according to its configuration; None if that does not say it."""
     with _naming(f"the model '{path}' has no configuration that can be read"):
         config = transformers.AutoConfig.from_pretrained(_base_of(path) or path, **overrides)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -85,7 +85,7 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """Hidden states (B, T, H), as the head takes them."""
+    """The hidden states (B, T, H) that the head receives."""
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
@@ -103,7 +103,7 @@ def head_of(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuses a model whose logits, on a few tokens, are not those of `hidden_states` and `head_of`."""
+    """Refuses a model if its logits on a few tokens differ from those of `hidden_states` and `head_of`."""
     head, family = head_of(model), type(model).__name__
     ids = torch.arange(1, 17, device=model.device).reshape(2, 8) % len(head["weight"])
     positions = torch.arange(8, device=ids.device).expand(2, 8)

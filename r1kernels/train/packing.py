@@ -1,7 +1,7 @@
 """Samples packed into rows, without padding between them and without attention across them.
 
-The rows of a step follow from its samples alone, so a resumed run packs like an uninterrupted one. Positions restart at
-0 with each sample, by which `transformers` keeps attention inside it for most architectures (see `keeps_apart`).
+The rows of a step depend only on its samples, so a resumed run packs like an uninterrupted one. Positions restart at 0
+in each sample. For most architectures, `transformers` then keeps attention inside the sample (see `keeps_apart`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 class Sample(NamedTuple):
-    """Tokens (int32); `first` is the place of the first that is learned, at least 1: nothing comes before place 0."""
+    """Tokens (int32). `first` is the position of the first learned token. It is at least 1: token 0 has no context."""
 
     ids: Tensor
     first: int
@@ -38,7 +38,7 @@ def size(row: Sequence[Sample]) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], at_once: int = 1024) -> Iterator[Sample]:
-    """(prompt, completion) pairs as tokens: each part encoded separately, as in a rollout, then an end token."""
+    """(prompt, completion) pairs as tokens. Each part is encoded separately, as in a rollout; then an end token."""
     texts = iter(texts)
     while some := list(itertools.islice(texts, at_once)):
         prompts, completions = zip(*some, strict=True)
@@ -49,7 +49,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], at_once: int 
 
 
 def pack(samples: Sequence[Sample], window: int) -> Rows:
-    """Rows of at most `window` tokens: the longest sample first, each into the first row with room, or a new one."""
+    """Rows of at most `window` tokens. Longest first, each sample goes into the first row with room, or a new one."""
     rows: Rows = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
         row = next((row for row in rows if size([*row, sample]) <= window), None)
@@ -68,7 +68,7 @@ def fill(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, count: int,
             if len(rows) == count:
                 return rows
             rows.append([])
-    raise DataError("the corpus ended before the rows of a step were full; expected documents without end")
+    raise DataError("the corpus ended before the rows of a step were full; it must yield documents without end")
 
 
 def collate(rows: Rows, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
@@ -79,16 +79,16 @@ def collate(rows: Rows, device: torch.device | str = "cpu") -> tuple[dict[str, T
     places = [torch.arange(len(ids)) for ids, _ in samples]
     learned = torch.cat([place >= first for place, (_, first) in zip(places, samples, strict=True)])
     ids, positions = torch.cat([ids for ids, _ in samples]).long(), torch.cat(places)
-    targets = ids.where(learned, IGNORED).roll(-1)  # over the ends of rows too, whose first tokens are never learned
+    targets = ids.where(learned, IGNORED).roll(-1)  # it may cross the ends of rows: first tokens are never learned
     ids, positions, targets = (column.view(shape).to(device) for column in (ids, positions, targets))
     return {"input_ids": ids, "position_ids": positions}, targets
 
 
 @torch.no_grad()
 def keeps_apart(model: PreTrainedModel) -> bool:
-    """Whether samples in one row do not see each other. Recurrent models, for example, ignore positions."""
+    """Whether samples in one row do not see each other. For example, recurrent models ignore positions."""
     ids = torch.arange(12, dtype=torch.int32) % model.get_output_embeddings().weight.shape[0]
     row = [Sample(ids[:6], 1), Sample(ids[6:], 1)]
     together, alone = (hidden_states(model, **collate([some], model.device)[0])[0, -6:] for some in (row, row[1:]))
-    # Far above rounding, far below the effect of one sample on the next.
+    # The limit is far above rounding, and far below the effect of one sample on the next.
     return bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())

@@ -22,7 +22,7 @@ PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "re
 
 
 class Settings(BaseModel):
-    """Unknown keys are refused, and so are values of the wrong type, infinity and NaN."""
+    """It refuses unknown keys, values of the wrong type, infinity and NaN."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -62,7 +62,7 @@ class Function(Settings):
     options: dict[str, Any] = setting("keyword arguments that the function is called with", {})
 
     def load(self) -> Callable[..., Any]:
-        """The function. Raises ConfigError if there is none."""
+        """The function. Raises ConfigError if it cannot be imported."""
         module, _, name = self.function.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
@@ -113,7 +113,7 @@ class Judge(Settings):
     model: str = setting("name of the model on that server")
     api_key_env: str | None = setting("environment variable that holds the key; null sends none", None)
     timeout_s: float = setting("seconds for one answer, retries included", 60.0, gt=0)
-    retries: int = setting("further attempts after a failed one; then the sample is unscorable", 4, ge=0)
+    retries: int = setting("further attempts after a failure; if all fail, the sample is unscorable", 4, ge=0)
     votes: int = setting("answers for one comparison, half of them with the sides swapped", 4, ge=2, multiple_of=2)
     temperature: float = setting("sampling temperature of the judge", 0.7, ge=0)
     concurrency: int = setting("requests in flight at once", 16, ge=1)
@@ -121,9 +121,9 @@ class Judge(Settings):
 
 class Scoring(Settings):
     """How completions are scored."""
-    workers: int = setting("worker processes at most; none starts before a completion needs one", 1, ge=1)
+    workers: int = setting("programs that are judged at the same time", 1, ge=1)
     timeout_s: float = setting("seconds for judging one answer, and for running one program", 5.0, gt=0)
-    memory_mb: int = setting("memory of one worker and of one program, in MiB", 512, ge=1)
+    memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
     sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("modules that programs may import; null for the documented default", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
@@ -132,7 +132,7 @@ class Scoring(Settings):
 
 class Measurement(Settings):
     """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions."""
-    questions: int = setting("questions of each data set at most", 128, ge=1)
+    questions: int = setting("largest number of questions of each data set", 128, ge=1)
     samples: int = setting("completions of each question", 4, ge=1)
     temperature: float = setting("sampling temperature", 0.6, gt=0)
     top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
@@ -172,7 +172,7 @@ class ObjectiveSettings(Settings):
 
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
-    mode: Literal["none", "truncate", "mask"] = setting("what is done with weights outside [floor, cap]", "none")
+    mode: Literal["none", "truncate", "mask"] = setting("how weights outside [floor, cap] are treated", "none")
     level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
     cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
     floor: float = setting("smallest weight", 0.0, ge=0, le=1)
@@ -278,7 +278,7 @@ class GRPO(StageSettings):
     questions: int = setting("questions of a rollout", 32, ge=1)
     group_size: int = setting("completions of a question", 16, ge=2)
     oversample: int = setting("factor of questions asked; groups whose rewards differ are kept (DAPO)", 1, ge=1)
-    min_spread: float = setting("a group whose rewards differ by no more counts as equal", 0.0, ge=0)
+    min_spread: float = setting("rewards of a group that differ by at most this count as equal", 0.0, ge=0)
     minibatches: int = setting("updates of one pass over a rollout", 4, ge=1)
     epochs: int = setting("passes over a rollout", 1, ge=1)
     micro_batch_size: int | None = setting("completions trained on at once; changes no gradient", None, ge=1)
@@ -303,7 +303,7 @@ class GRPO(StageSettings):
         return self.epochs * self.minibatches
 
     def limit(self, step: int) -> int:
-        """Tokens of a completion at most, at a step."""
+        """The largest number of tokens of a completion at a step."""
         reached = [start for start in self.length_schedule if start <= step]
         return self.length_schedule[max(reached)] if reached else self.max_new_tokens
 
@@ -329,7 +329,7 @@ class Preference(Training):
     """A reward model of preferences (Bradley-Terry), trained on pairs of responses."""
     kind: Literal["preference"]
     pairs: Annotated[str, RefersTo(["data"])] = setting("data set with pairs")
-    target: Literal["summary", "response"] = setting("score what follows the thought, or all of it", "response")
+    target: Literal["summary", "response"] = setting("score the text after the thought, or the whole", "response")
     epochs: int = setting("passes over the pairs", 1, ge=1)
     batch_size: int = setting("pairs of an update", 256, ge=1)
     learning_rate: float = setting("highest learning rate", 6e-6, gt=0)

@@ -66,7 +66,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def references(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """The data sets and stages that settings name: (key, name, what it may be)."""
+    """The data sets and stages that settings name: (key, name, allowed kinds)."""
     for key, info in type(settings).model_fields.items():
         value = getattr(settings, key)
         kinds = next((item for item in info.metadata if isinstance(item, RefersTo)), None)
@@ -78,7 +78,7 @@ def references(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Every name is used once, and what the settings name exists and is of the right kind."""
+    """Checks that every name is used once, and that the names in settings exist and have the right kind."""
     for name in recipe.stages:
         if name in recipe.data or name in RESERVED_NAMES:
             raise ConfigError(f"stage name '{name}' is also the name of a data set or of a directory of every run")
@@ -96,7 +96,7 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _check_stage(where: str, stage: Any) -> None:
-    """Rules that need more than one setting."""
+    """Checks the rules that need more than one setting."""
     if stage.kind == "grpo":
         if stage.questions * stage.group_size % stage.minibatches:
             raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; it must divide questions x group_size")
@@ -114,7 +114,7 @@ def _describe(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place, value = [str(part) for part in first["loc"]], first["input"]
     if place[:1] in (["data"], ["stages"]):
-        del place[2:3]  # pydantic's name of the kind
+        del place[2:3]  # pydantic's name for the kind
     if first["type"] in ("missing", "union_tag_not_found"):
         key = place.pop() if first["type"] == "missing" else "kind"
         return f"missing key '{key}' in '{'.'.join(place) or 'recipe'}'"
@@ -143,7 +143,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Refuses a key that is given twice, and too many values. An alias counts as all that it repeats."""
+    """Refuses a key that is given twice, and too many values. An alias counts as all values that it repeats."""
     waiting, count = [root], 0
     while waiting:
         node, count = waiting.pop(), count + 1

@@ -1,4 +1,4 @@
-"""Rejection sampling: several completions of a question, of which the right and readable ones are kept.
+"""Rejection sampling: it samples several completions of each question and keeps the right and readable ones.
 
 The kept samples are the lines of selected.jsonl, which grows batch by batch. A batch is complete with its line in
 metrics.jsonl, which holds its counts. So a stage that was killed at any moment continues after the last complete batch.
@@ -105,7 +105,7 @@ def run(stage: Stage) -> dict[str, Any]:
 def _ask(judge: Judge, stage: Stage, samples: list[Sample]) -> int:
     """Rejects answers to open problems that differ from the reference in the judge's view; returns its failures.
 
-    The judge is only asked about what passes all else, because each of its answers takes seconds.
+    It asks the judge only about samples that pass all other filters, because each answer takes seconds.
     """
     asked = [one for one in samples if one.reason is None and one.problem.kind == "open" and one.problem.answer]
     answers, failures = [final_summary(one.prompt, one.text) for one in asked], []
@@ -124,7 +124,7 @@ def _ask(judge: Judge, stage: Stage, samples: list[Sample]) -> int:
 
 
 def _select(samples: list[Sample], settings: Any) -> list[dict[str, Any]]:
-    """The rows to keep. What there is too much of gets its reason."""
+    """The rows to keep. Duplicates and samples above the limit get a reason for their rejection."""
     rows, kept = [], defaultdict[int, set[str]](set)  # texts of each question
     for index, sample in enumerate(samples):
         question, number = divmod(index, settings.samples_per_question)
@@ -156,7 +156,7 @@ def fault(sample: Sample, limits: Filters) -> str | None:
         return "mixed language"
     if limits.paragraph and any(len(_WORD.findall(line)) > limits.paragraph for line in completion.splitlines()):
         return "long paragraph"
-    # Where a program is asked for, the answer holds its block.
+    # If the question asks for a program, the answer contains a code block.
     searched = completion.rpartition(THINK_END)[0] if problem.kind == "code" else completion
     if not limits.code_blocks and _FENCE.search(searched):
         return "code block"
@@ -164,7 +164,7 @@ def fault(sample: Sample, limits: Filters) -> str | None:
 
 
 def repeats(text: str, limits: Filters) -> bool:
-    """Whether lines or words loop, or much of the text was there before."""
+    """Whether lines or words loop, or much of the text repeats earlier text."""
     lines, words = [line.strip() for line in text.splitlines() if _WORD.search(line)], _WORD.findall(text)
     runs = [tuple(words[start : start + limits.ngram]) for start in range(len(words) - limits.ngram + 1)]
     again = 1 - len(set(runs)) / len(runs) if len(runs) >= 50 else 0  # with few runs, a text is too short to say

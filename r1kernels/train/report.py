@@ -54,7 +54,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
 
 
 def _times(stage: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of each part of a stage; "other" is what no part covers."""
+    """Seconds of each part of a stage; "other" is the rest."""
     times = Counter()
     for line in lines:
         times.update({part: x for part, x in line["timing"].items() if part not in ("total", "tokens_per_second")})
@@ -72,7 +72,7 @@ class Figures(dict[str, bytes]):
     """The figures that the template asks for: path -> PNG. Methods return what an <img> takes as its source."""
 
     def curves(self, stage: dict[str, Any], title: str, *metrics: str) -> str | None:
-        """Metrics of a stage over its steps; None if none was logged. `*` in a name stands for any letters."""
+        """Metrics of a stage over its steps; None if none was logged. `*` in a name matches any letters."""
         known = dict.fromkeys(name for line in stage["lines"] for name in line if name != "reward_std")
         curves = {name: lines for metric in metrics for name in fnmatch.filter(known, metric)
                   if (lines := [line for line in stage["lines"] if isinstance(line.get(name), int | float)])}

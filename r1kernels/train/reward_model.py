@@ -2,8 +2,8 @@
 
     p(chosen beats rejected) = sigmoid(r(chosen) - r(rejected)),    loss = -log p
 
-Plain `transformers` loads and runs them, as models for sequence classification with one label. It reads the last token
-that is not the padding token. So texts contain no padding token, and end in the end token if that is another one.
+Plain `transformers` loads and runs them as models for sequence classification with one label. It reads the last token
+that is not the padding token. So texts contain no padding token, and end with the end token if that is a different one.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class RewardModel:
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"'{path}' holds no model for sequence classification: {error}") from error
+            raise ConfigError(f"'{path}' is not a model for sequence classification: {error}") from error
         head = getattr(model, "score", None)
         if type(head) is not torch.nn.Linear or head.out_features != 1:
-            raise ConfigError(f"'{path}' is no reward model; expected a linear layer 'score' with one output")
+            raise ConfigError(f"'{path}' is not a reward model; expected a linear layer 'score' with one output")
         self.model, self.tokenizer = align(model.to(device)).eval(), load_tokenizer(path)
         self.template, self.batch_size = Template(template, self.tokenizer), batch_size
         if new:
@@ -118,7 +118,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def both(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    """The questions and responses of pairs: of each the chosen response, then the rejected one."""
+    """The questions and responses of pairs: for each pair the chosen response, then the rejected one."""
     return ([pair.question for pair in pairs for _ in range(2)],
             [response for pair in pairs for response in (pair.chosen, pair.rejected)])
 

@@ -1,6 +1,6 @@
 """Random numbers that depend only on the seed and on a position in the run, such as ("rollout", 17).
 
-So a resumed run draws what the uninterrupted one would have drawn, and one evaluation more disturbs nothing else."""
+So a resumed run draws the same numbers as an uninterrupted one, and an extra evaluation does not change any others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def python_generator(seed: int, *position: str | int) -> random.Random:
     return random.Random(seed_at(seed, *position))
 
 
-@functools.lru_cache(maxsize=8)  # of an epoch, which many steps ask for
+@functools.lru_cache(maxsize=8)  # many steps ask for the order of one epoch
 def permutation(count: int, seed: int, *position: str | int) -> tuple[int, ...]:
     """A shuffled range(count)."""
     order = list(range(count))

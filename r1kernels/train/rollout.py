@@ -1,4 +1,4 @@
-"""Sampling: what a sampler is, the one that runs the model itself, and how texts become tokens and back."""
+"""Sampling: the interface of samplers, the sampler that runs the model itself, and texts to tokens and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing_extensions import Self
 from r1kernels.train.errors import ConfigError, TrainingError
 
 OnBatch = Callable[[list[int], list[str], list[int]], None]  # takes rows, their texts, and their lengths in tokens
-# Rows that have ended leave the batch once they are this share of it: copying the cache then costs less than a token.
+# Finished rows leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
 
 
@@ -42,7 +42,7 @@ class Tokens:
     mask: Tensor
 
     def rows(self, index: Tensor) -> Self:
-        """Some of the rows (n,), without the columns that are padding in all of them."""
+        """Some of the rows (n,), without columns that are padding in all of these rows."""
         start = int(self.prompt_mask[index].any(0).long().argmax())
         end = int(self.mask[index].sum(-1).max())
 
@@ -69,7 +69,7 @@ class Completions(Tokens):
 
 
 class Collector:
-    """Completions in the making. A sampler fills rows of `token_ids` and `logprobs`, and calls `finish` for each."""
+    """Unfinished completions. A sampler fills rows of `token_ids` and `logprobs`, and calls `finish` for each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int],
                  on_batch: OnBatch | None) -> None:
@@ -79,7 +79,7 @@ class Collector:
         self.logprobs: list[list[float]] = [[] for _ in prompts]
 
     def finish(self, rows: list[int]) -> None:
-        """These rows are complete. End and padding tokens are no text; other special tokens, such as tags, are."""
+        """Marks rows as complete. Their text contains special tokens such as tags, but no end or padding tokens."""
         dropped = {*self.stops, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         for row in rows:
             self.texts[row] = self.tokenizer.decode([token for token in self.token_ids[row] if token not in dropped])
@@ -93,7 +93,7 @@ class Collector:
 
 
 class TransformersSampler:
-    """Samples from a model in this process. `check` is called before every token; what it raises ends the rollout."""
+    """Samples from a model in this process. `check` is called before every token; its exceptions end the rollout."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  check: Callable[[], None] = lambda: None) -> None:
@@ -178,7 +178,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of prompts: what the tokenizer puts in front stays, what it appends (`add_eos_token`) is left out."""
+    """The tokens of prompts, with the tokens that the tokenizer puts in front, without those that it appends."""
     longest = max(texts, key=len, default="")
     whole, inner = tokenizer(longest)["input_ids"], tokenizer(longest, add_special_tokens=False)["input_ids"]
     added = len(whole) - len(inner)

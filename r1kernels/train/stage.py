@@ -1,4 +1,4 @@
-"""What a stage works with: its settings, its directory, and the models and data that it names."""
+"""A stage of a run: its settings, its directory, and the models and data that it names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from r1kernels.train.model import check_device, load_model, load_tokenizer, max_
 from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Recipe
 
-SELECTED = "selected.jsonl"  # what a stage of kind reject leaves
+SELECTED = "selected.jsonl"  # the output of a stage of kind reject
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Stage:
         return data.load_pairs(self.recipe, name)
 
     def scorer(self, rewards: Mapping[str, float]) -> Scorer:
-        """A scorer of these rewards under the recipe's limits. Its workers start when they are needed."""
+        """A scorer of these rewards under the recipe's limits."""
         judge = make_judge(self.recipe) if "judge" in rewards else None
         try:
             return Scorer(rewards, **self.recipe.scoring.model_dump() | {"judge": judge})
@@ -108,7 +108,7 @@ class Stage:
 def make_judge(recipe: Recipe) -> Judge:
     """The language model of `scoring.judge`."""
     if recipe.scoring.judge is None:
-        raise ConfigError("'scoring.judge' is null, and a stage asks a judge; expected 'url' and 'model'")
+        raise ConfigError("'scoring.judge' is null, but a stage asks a judge; set its 'url' and 'model'")
     try:
         return Judge(**recipe.scoring.judge.model_dump())
     except (ValueError, ImportError) as error:
@@ -116,7 +116,7 @@ def make_judge(recipe: Recipe) -> Judge:
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
-    """Checks before any work that devices, data, the sandbox, and what the stages need can be used."""
+    """Checks before any work that devices, data, the sandbox and everything that stages need can be used."""
     check_device(recipe.device)
     if recipe.trackers and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("'trackers' names 'tensorboard', which is not installed; run: pip install tensorboard")

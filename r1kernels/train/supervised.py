@@ -1,7 +1,7 @@
 """Training on given texts: pretraining, supervised fine-tuning and distillation, in one loop.
 
-The samples of a step follow from its number alone. So between two steps the state is the model and the optimizer, and a
-resumed run equals an uninterrupted one bit for bit. The reward model is trained by the same loop.
+The samples of a step depend only on its number. So the state between two steps is the model and the optimizer, and a
+resumed run equals an uninterrupted one bit for bit. The same loop trains the reward model.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def run_sft(stage: Stage) -> Summary:
 
 
 def run_distill(stage: Stage) -> Summary:
-    """Distillation into a smaller model: SFT on what the teacher wrote (the paper's method `samples`), or matching the
-    teacher's distribution of every token in samples, given or written by the student itself (`logits`, 2306.13649)."""
+    """Distillation into a smaller model. The paper's method `samples` is SFT on texts of the teacher. `logits` matches
+    the teacher's distribution of every token, in given samples or in texts of the student (2306.13649)."""
     settings, start = stage.settings, start_of(stage)
     if settings.method == "samples":
         return fit_texts(stage, start, cross_entropy)
@@ -74,13 +74,13 @@ def run_distill(stage: Stage) -> Summary:
     ours, theirs = ({**one.get_vocab(), "(end of text)": one.eos_token_id}.items() for one in (own, tokenizer))
     if different := ours ^ theirs:
         raise ConfigError(f"the tokenizers of 'model' and 'teacher' differ, for example in {min(different)}; method "
-                          "'logits' compares probabilities of tokens, and needs equal ones, method 'samples' does not")
+                          "'logits' needs equal tokenizers, because it compares probabilities of tokens; use 'samples'")
     loss = partial(divergence_loss, settings, teacher.requires_grad_(False), len(tokenizer))
     return fit_texts(stage, start, loss, teacher, on_policy=settings.on_policy)
 
 
 def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, on_policy: bool = False) -> Summary:
-    """Trains on given samples, or on what the model answers to problems itself. `others` see the packed rows too."""
+    """Trains on given samples, or on the model's own answers to problems. `others` see the packed rows too."""
     settings, (model, tokenizer, _), template = stage.settings, start, stage.template(start[1])
     if on_policy:
         items, key = [template.render(problem.question) for problem in stage.problems(settings.problems)], "problems"
@@ -92,7 +92,7 @@ def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, 
     kept = [item for item, size in zip(items, sizes, strict=True) if size <= most]
     too_long = f"{len(items) - len(kept)} of {len(items)} texts have more than {most} tokens (see 'window')"
     if not kept:
-        raise DataError(f"'{key}' {', '.join(getattr(settings, key))}: {too_long}; expected one with fewer at least")
+        raise DataError(f"'{key}' {', '.join(getattr(settings, key))}: {too_long}; at least one must have fewer")
     if len(kept) < len(items):  # cut off, a sample would teach to stop in the middle
         stage.console.say(f"{settings.name}: {too_long} and are left out", warning=True)
     mixing = [type(one).__name__ for one in (model, *others) if not keeps_apart(one)]
@@ -110,7 +110,7 @@ def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, 
 
 
 def write(stage: Stage, sampler: TransformersSampler, step: int, prompts: list[str]) -> tuple[list[Sample], Measures]:
-    """What the model writes in a step, and measures of it."""
+    """The texts that the model writes in a step, and their measures."""
     settings = stage.settings
     with torch_seeded(stage.seed, settings.name, "rollout", step):
         written = sampler.sample(prompts, Sampling(settings.sampling_temperature, settings.max_new_tokens))
@@ -129,7 +129,7 @@ def cross_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], targets: Te
 
 def divergence_loss(settings: Any, teacher: PreTrainedModel, vocabulary: int, model: PreTrainedModel,
                     inputs: dict[str, Tensor], targets: Tensor, tokens: float) -> Tensor:
-    """The divergence of the student from the teacher. Rows of a head behind the `vocabulary` are padding."""
+    """The divergence of the student from the teacher. Rows of a head after the `vocabulary` are padding."""
     with torch.no_grad():
         theirs = hidden_states(teacher, **inputs)
     student, other = head_of(model), head_of(teacher)
@@ -144,7 +144,7 @@ def divergence_loss(settings: Any, teacher: PreTrainedModel, vocabulary: int, mo
 
 
 def start_of(stage: Stage, new: Callable[[], Any] | None = None) -> Start:
-    """Where the stage continues, or else the `new` model and tokenizer, or those that its settings name."""
+    """The state in which the stage continues, or the `new` model and tokenizer, or those that its settings name."""
     if path := latest_checkpoint(stage.directory):
         checkpoint = load_checkpoint(path)
         model = load_model(checkpoint.model_dir, device=stage.recipe.device)
@@ -167,7 +167,7 @@ def cosine(settings: Any, steps: int, step: int) -> float:
 
 
 def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, list[Any]], Measures]) -> Summary:
-    """Trains on items in epochs, each in another order. `learn(step, items)` adds the gradient of some of them."""
+    """Trains on items in epochs with different orders. `learn(step, items)` adds the gradient of some of them."""
     settings, size = stage.settings, stage.settings.batch_size
     order = [index for epoch in range(settings.epochs)
              for index in permutation(len(items), stage.seed, settings.name, "samples", epoch)]

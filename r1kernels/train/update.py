@@ -16,13 +16,13 @@ from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
-# Groups whose rewards differ by less are counted: small differences become advantages as large as any.
+# Groups whose rewards differ by less are counted, because even small differences become large advantages.
 SMALL_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Rollout(Tokens):
-    """What the updates of a step learn from."""
+    """The inputs of the updates of a step."""
 
     advantages: Tensor  # (B,) of samples, or (B, T) of tokens
     old_logprobs: Tensor  # (B, T), under the policy before its first update
@@ -33,7 +33,7 @@ class Rollout(Tokens):
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
     """Rows of the groups to train on, and the shares of groups whose rewards are equal or hardly differ.
 
-    Of more groups than are needed, the first ones whose rewards differ are chosen, and then the first others.
+    If there are more groups than needed, it prefers groups whose rewards differ, and then earlier ones.
     """
     groups = rewards.view(-1, settings.group_size)
     spread = spreads(groups)
@@ -70,8 +70,8 @@ def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
 def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Tensor], temperature: float) -> Tensor:
     """Log-probs (B, T) of completions, 0 behind the mask.
 
-    `batches` (rows) should be those of the updates: the last bits of a row may depend on the rows beside it, and this
-    way the first ratio is exactly 1.
+    `batches` (rows) should be those of the updates, so that the first ratio is exactly 1: the last bits of a row may
+    depend on the other rows of its batch.
     """
     logprobs = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
     for rows in batches:
@@ -88,7 +88,7 @@ def minibatch_gradient(
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it.
 
-    Metrics speak of every token with `measure_all`. Without it, tokens of advantage 0 may not even be computed, and the
+    With `measure_all`, metrics include every token. Without it, tokens of advantage 0 may not be computed, and the
     first ratio may differ from 1 in its last bits. "ratio_deviation" is the largest |ratio - 1| of a token.
     """
     mask, table = rollout.mask[torch.cat(list(batches))], []
@@ -122,7 +122,7 @@ def importance_weights(
 ) -> tuple[Tensor | None, dict[str, float]]:
     """Weights pi / mu that correct the gap between mu, which sampled, and the policy pi, which is trained; and metrics.
 
-    The two round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
+    Both round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
     2025, "Your efficient RL framework secretly brings you off-policy RL training") or their tokens are left out (MIS:
     Liu et al. 2025, "When speed kills stability").
 

@@ -2,9 +2,9 @@
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
-The variable opens the end points that load new weights. With `processed_logprobs`, log-probs are those of the
-distribution that tokens are drawn from; by default they are of temperature 1. Prompts and completions travel as token
-ids, so that nothing depends on how the server reads or writes text.
+The variable opens the end points that load new weights. With `processed_logprobs`, log-probs belong to the distribution
+that tokens are drawn from; by default they are at temperature 1. Prompts and completions are sent as token ids, so that
+nothing depends on how the server reads or writes text.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Row = tuple[list[int], list[float], list[float]]  # token ids, their log-probs, 
 class VLLMSampler:
     """A `Sampler` that asks a vLLM server, with one request for each run of equal prompts. Methods raise EndpointError.
 
-    Requests carry no seed: a server's sums depend on what else it computes at the time, so a seed would not make its
-    answers repeatable, seeded sampling is slow, and in vLLM 0.32 on CPUs it ends the server when a prompt is split into
+    Requests have no seed. A server's sums depend on its other requests, so a seed would not make its answers
+    repeatable; seeded sampling is slow; and in vLLM 0.32 on CPUs it stops the server when a prompt is split into
     chunks. The key in VLLM_API_KEY is sent if it is set.
 
     Args:
         weights_dir: where `update` writes weights, under the same path for the server.
-        check: called about ten times a second while requests are in flight; what it raises ends the rollout.
+        check: called about ten times a second while requests are in flight; its exceptions end the rollout.
     """
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *, weights_dir: str | Path,
@@ -105,7 +105,7 @@ class VLLMSampler:
         return await self.endpoint.request("post", "/completions", read, body={
             "model": self.model, "prompt": prompt, "n": count, "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p,
-            # What is not said here, the server takes from the model's generation_config.json.
+            # The server takes all other settings from the model's generation_config.json.
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "ignore_eos": True, "stop_token_ids": self.stops, "logprobs": top, "return_tokens_as_token_ids": True})
 
@@ -121,7 +121,7 @@ class VLLMSampler:
         return ids, logprobs, sorted(map(float, found["top_logprobs"][0].values()), reverse=True)
 
     def _check_logprobs(self) -> None:
-        """Refuses a server whose log-probs are not those of the temperature that it samples with."""
+        """Refuses a server whose log-probs do not belong to its sampling temperature."""
         gaps = []
         for temperature in (1.0, PROBE_TEMPERATURE):
             answer = self.endpoint.wait(self._complete(self.stops[:1], 1, Sampling(temperature, 1), PROBE_TOP))

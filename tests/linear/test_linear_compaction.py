@@ -194,7 +194,7 @@ def test_a_capacity_too_small_raises(function: Any, graph: bool, implementation:
         elif function is linear_cross_entropy:
             ids = arguments.pop("token_ids")
             keywords = {"targets": ids if given is None else ids.masked_fill(~given, -100)}
-        with pytest.raises(ValueError, match=f"capacity is {count - 1}, expected at least {count}"):
+        with pytest.raises(ValueError, match=rf"capacity \({count - 1}\) .*\({count}\)"):
             function(**arguments, **keywords, capacity=count - 1)
         function(**arguments, **keywords, capacity=count)
 
@@ -203,9 +203,9 @@ def test_a_capacity_bounds_tokens_that_move_not_the_batch() -> None:
     inputs = make("plain", "holes")
     keep = int((inputs["mask"] & (inputs["advantages"] != 0)[:, None]).sum())
     linear_grpo_loss(**inputs, capacity=keep)
-    with pytest.raises(ValueError, match=f"capacity is {keep - 1}, expected at least {keep}"):
+    with pytest.raises(ValueError, match=rf"capacity \({keep - 1}\) .*\({keep}\)"):
         linear_grpo_loss(**inputs, capacity=keep - 1)
-    with pytest.raises(ValueError, match=f"capacity is {keep}, expected at least {int(inputs['mask'].sum())}"):
+    with pytest.raises(ValueError, match=rf"capacity \({keep}\) .*\({int(inputs['mask'].sum())}\)"):
         linear_grpo_loss(**inputs, capacity=keep, objective=Objective(**EVERYTHING))
 
 
@@ -246,7 +246,7 @@ def test_nan_in_an_active_row_reaches_loss_metric_and_gradient(
 
 
 def test_the_row_that_stands_in_for_padding_may_hold_any_id(implementation: str) -> None:
-    """A capacity beyond the tokens that take part is filled up with the last row, here an ignored one."""
+    """A capacity larger than the number of active tokens is filled up with the last row, here an ignored one."""
     hidden, weight = torch.randn(6, 5, dtype=torch.bfloat16), torch.randn(9, 5, dtype=torch.bfloat16)
     targets = torch.tensor([1, 8, -100, 0, 3, -100])
     grads = []

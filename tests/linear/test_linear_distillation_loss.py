@@ -182,7 +182,7 @@ def test_an_upstream_gradient_of_nan_or_inf_does_not_bring_masked_tokens_to_life
 
 @pytest.mark.parametrize("k", [None, 5])
 def test_more_tokens_than_the_capacity_are_refused(k: int | None, implementation: str) -> None:
-    with pytest.raises(ValueError, match="capacity is 7, expected at least 8"):
+    with pytest.raises(ValueError, match=r"capacity \(7\) .*\(8\)"):
         Case(k=k, mask=MASK).run(capacity=7)
 
 

@@ -105,7 +105,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "accumulation dtype": ({"grad_accumulation_into": torch.zeros(37, 12).bfloat16()}, TypeError,
                            "grad_accumulation_into has dtype torch.bfloat16, expected torch.float32"),
     "accumulation frozen": ({"grad_accumulation_into": torch.zeros(37, 12)}, ValueError,
-                            "grad_accumulation_into was given for a weight that does not require grad"),
+                            "grad_accumulation_into was given.* weight does not require grad"),
 }
 
 
@@ -167,7 +167,7 @@ def test_0d_hidden_and_rounded_invariant_logits(function: Callable[..., Any]) ->
         ({"normalizer": torch.tensor(-1.0)}, ValueError, r"normalizer is -1\.0, expected a positive finite number"),
         ({"measure_all": 1}, TypeError, "measure_all is 1, expected True or False"),
         ({"objective": objectives.r1()}, ValueError, "ref_logprobs is None, expected a tensor"),
-        ({"objective": objectives.grpo}, TypeError, "objective is grpo itself, expected what it returns"),
+        ({"objective": objectives.grpo}, TypeError, "objective is grpo,"),
         ({"objective": "grpo"}, TypeError, "objective is 'grpo', expected an Objective or a callable"),
         ({"objective": lambda logprobs, batch: logprobs.sum()}, ValueError, "the custom objective returned"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"cu_seqlens was given with token_ids of shape \(2, 3\)"),
@@ -300,12 +300,12 @@ def test_sixty_four_micro_batches(how: str, normalizer: float, loss: str) -> Non
 def test_memory_of_the_weight_gradient_must_be_its_own() -> None:
     hidden, weight, ids = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True), torch.arange(5)
     for into, message in (
-        (weight.detach(), "shares memory with weight"),
-        (torch.zeros(4).expand(7, 4), "entries of its own"),
+        (weight.detach(), "grad_accumulation_into .* memory .* weight"),
+        (torch.zeros(4).expand(7, 4), r"grad_accumulation_into has strides \(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, ids, grad_accumulation_into=into)
-    with pytest.raises(ValueError, match="expected a leaf"):
+    with pytest.raises(ValueError, match="grad_accumulation_into was given"):
         linear_cross_entropy(hidden, 2 * weight, ids, grad_accumulation_into=torch.zeros(7, 4))
 
 

@@ -110,7 +110,7 @@ def test_a_prompt_that_opens_the_thought_is_closed_again(tmp_path):
 
 def test_what_is_no_reward_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds no model for sequence classification"):
+    with pytest.raises(ConfigError, match="model for sequence classification"):
         RewardModel(tmp_path)
     with pytest.raises(ConfigError, match="'score'"):
         RewardModel(save_model(tmp_path / "causal"))
