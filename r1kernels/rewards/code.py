@@ -17,8 +17,6 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 
-from markdown_it import MarkdownIt
-
 from .sandbox import Program, ProgramError, check
 from .text import ANSWER, ANSWER_END, after_thinking
 
@@ -47,6 +45,9 @@ def read_tests(reference: str) -> dict:
     if "checker" in tests and of_case:
         keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
     _expect(keys, tests, "tests of a program")
+    unknown = tests.keys() - keys.keys() - {"tolerance", "checker", "task_id", "canonical_solution"}
+    if unknown:
+        raise ValueError(f"tests of a program have the unknown key {min(unknown)!r}, expected {', '.join(keys)}")
     for case in (tests[form] or [None]) if of_case else []:
         _expect(of_case, case, f"each of {form!r}")
     entry_point = tests["entry_point"].replace("()", "") if "entry_point" in keys else ""
@@ -115,6 +116,8 @@ def judge(reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: flo
 
 def find_code(text: str, entry_point: str) -> tuple[str, bool]:
     """The code of an answer, and whether it was in a fenced block; "" if no block is Python."""
+    from markdown_it import MarkdownIt
+
     markdown = MarkdownIt("zero").enable(["blockquote", "code", "fence", "heading", "hr", "list"])
     tokens = markdown.parse(text) if "```" in text or "~~~" in text else []
     blocks = [((token.info.split() or [""])[0].lower(), token.content) for token in tokens if token.type == "fence"]

@@ -100,6 +100,8 @@ class Scorer(contextlib.AbstractContextManager):
         `columns` are lists of B values: prompts, question, answer, kind, language, lengths (tokens), limit (tokens),
         and the columns of your own rewards. The future raises SandboxError and exceptions of your own rewards.
         """
+        if isinstance(completions, str) or any(isinstance(column, str) for column in columns.values()):
+            raise ValueError("completions and columns must be lists with one value per completion, got a string")
         columns = {name: list(column) for name, column in columns.items() if column is not None}
         for name, column in columns.items():
             if len(column) != len(completions):

@@ -39,6 +39,8 @@ def check_device(device: str) -> None:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, unchanged; but if it has no padding token, the end token becomes its padding token."""
+    if str(path).startswith((".", "~", "/")) and not Path(path).is_dir():
+        raise ConfigError(f"the model '{path}' is not a directory")
     path = path if any(Path(path).glob("tokenizer*")) else _base_of(path) or path
     with _naming(f"the model '{path}' has no tokenizer that can be loaded"):
         # AutoTokenizer ignores parts of tokenizer.json for some architectures, unless the class is the generic one.
