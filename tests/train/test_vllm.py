@@ -142,6 +142,7 @@ def gap(completions, model, temperature):
 
 def test_log_probs_are_those_of_the_trainer(connect, model, tokenizer):
     completions = sample(connect(), Sampling(0.7, 6))
+    assert completions.finished.any() and not completions.finished.all()
     assert 0 < gap(completions, model, 0.7) < 1e-4
     oracle = sample(TransformersSampler(model, tokenizer), Sampling(0.7, 6))
     assert torch.equal(completions.prompt_ids, oracle.prompt_ids)
