@@ -1,4 +1,7 @@
-"""`python -m r1kernels` prints versions, devices, and which implementation serves each operation, and why."""
+"""`python -m r1kernels` prints versions, devices, and which implementation serves each operation, and why.
+
+With arguments it is the command `r1kernels`, so that `python -m r1kernels train RECIPE` trains.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,4 +196,8 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        from r1kernels.train.cli import main
+
+        main()
     print(report())

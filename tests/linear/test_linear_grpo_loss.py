@@ -6,7 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import reference_only
+from backends import reference_only, slow_interpreted
 from linear_policy_cases import EVERYTHING, HEAD_KEYWORDS, check, exact, head_of, make, packed, run
 from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES
 from torch import Tensor
@@ -93,7 +93,7 @@ def test_a_loss_scale_reaches_float16_before_it_rounds(name: str, implementation
 # ---- 3. it is the composition -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("more", [{}, EVERYTHING])
 def test_is_grpo_loss_of_the_dense_logits(name: str, more: dict[str, float], implementation: str) -> None:
@@ -111,7 +111,7 @@ def test_is_grpo_loss_of_the_dense_logits(name: str, more: dict[str, float], imp
         torch.testing.assert_close(result.metrics[key], value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_is_policy_loss_of_the_linear_statistics(name: str, implementation: str) -> None:
     """Bit for bit in the loss: one pass and two phases compute the same log-probs."""
@@ -130,7 +130,7 @@ def test_is_policy_loss_of_the_linear_statistics(name: str, implementation: str)
         torch.testing.assert_close(grad, expected[key], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_metrics_and_loss_do_not_need_gradients(extra: str, implementation: str) -> None:
     """The same numbers under no_grad, in inference mode, and with a graph."""
@@ -186,7 +186,7 @@ def by_hand(logprobs: Tensor, batch: Any) -> Tensor:
     return -torch.min(ratio * batch.advantages, ratio.clamp(0.8, 1.2) * batch.advantages)
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("extra", ["plain", "holes", "token_advantages", "token_weights", "normalizer"])
 def test_a_callable_is_the_preset_it_spells_out(extra: str, implementation: str) -> None:
     inputs = make("everything", extra)

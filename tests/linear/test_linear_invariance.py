@@ -8,6 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import slow_interpreted, slow_on_gpu_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_policy_cases import HEAD_KEYWORDS, make, packed
@@ -79,7 +80,7 @@ def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, 
         testing.assert_within(b[1][name], grad, 3e-6 * (grad.abs().max().double() + 1e-3))
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @settings(max_examples=examples(25))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(),
@@ -98,7 +99,7 @@ def test_micro_batches_with_the_global_normalizer(
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows, split))
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 @settings(max_examples=examples(40))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, terms=st.booleans(), rows=ROWS)
 def test_chunk_budgets(name: str, head: str, extra: str, seed: int, terms: bool, rows: int) -> None:
@@ -106,7 +107,7 @@ def test_chunk_budgets(name: str, head: str, extra: str, seed: int, terms: bool,
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows))
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @settings(max_examples=examples(30))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, order=st.permutations(range(BATCH)), rows=ROWS)
 def test_order_of_sequences(name: str, head: str, extra: str, seed: int, order: list[int], rows: int) -> None:
@@ -128,6 +129,7 @@ def test_packing(name: str, head: str, seed: int, rows: int, lengths: list[int],
     assert_same(evaluate(inputs, objective, 40), evaluate(inputs, objective, rows, flat))
 
 
+@slow_interpreted
 @settings(max_examples=examples(30))
 @given(name=NAMES, head=HEADS, extra=EXTRAS, seed=SEED, more=st.integers(1, 9), rows=ROWS, terms=st.booleans())
 def test_padding(name: str, head: str, extra: str, seed: int, more: int, rows: int, terms: bool) -> None:
@@ -146,7 +148,7 @@ def test_padding(name: str, head: str, extra: str, seed: int, more: int, rows: i
     )
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 @settings(max_examples=examples(30))
 @given(head=HEADS, seed=SEED, order=st.permutations(range(BATCH)), cut=st.integers(0, BATCH), rows=ROWS)
 def test_cross_entropy_of_any_split(head: str, seed: int, order: list[int], cut: int, rows: int) -> None:
@@ -168,7 +170,7 @@ def test_cross_entropy_of_any_split(head: str, seed: int, order: list[int], cut:
 # ---- bits that do not depend on the batch ---------------------------------------------------------------------
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("route", ["native", "copies", "torch"])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_batch_invariant_log_probs(route: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +216,7 @@ def everything_of(inputs: dict[str, Any]) -> list[Tensor]:
     return [result.loss, logprobs, nll, *(value for named in values for value in named.values())]
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_autocast_changes_no_bit(dtype: torch.dtype, head: str, implementation: str) -> None:

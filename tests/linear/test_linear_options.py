@@ -8,7 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import checks_only
+from backends import checks_only, slow_on_gpu_kernels
 from torch import Tensor
 
 from r1kernels import (
@@ -265,7 +265,7 @@ def test_a_parameter_may_ask_for_a_float32_gradient(kind: str, implementation: s
     assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, into)
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 @pytest.mark.parametrize("how", ["into", "returned"])
 @pytest.mark.parametrize("normalizer", [1000.0, 1024.0])  # the first has no exact bfloat16 reciprocal
 @pytest.mark.parametrize("loss", ["cross_entropy", "dapo"])

@@ -5,6 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import slow_on_gpu_kernels
 from torch import Tensor
 
 from r1kernels import Objective, grpo_loss, linear_cross_entropy, linear_grpo_loss, testing
@@ -59,7 +60,7 @@ def test_gradients_are_as_close_as_dense_ones(ratio: str, more: dict[str, float]
     assert abs(float(value.detach()) - float(loss.loss.value)) <= 1e-6 * float(loss.loss.terms)
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 def test_gradient_of_64_micro_batches_at_size() -> None:
     """To 1e-3 of the whole tensor; one that was added up in bfloat16 is much further off."""
     micro, tokens, width, vocab = 64, 16, 256, 4096

@@ -6,7 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import reference_only
+from backends import reference_only, slow_interpreted
 from torch import Tensor
 
 from r1kernels import (
@@ -195,6 +195,7 @@ def model_like() -> dict[str, Any]:
     return cases.make("plain", 256, width=1024, vocab=32_768, dtype=torch.bfloat16, scale=4.2)
 
 
+@slow_interpreted
 def test_log_probs_keep_to_the_bar(model_like: dict[str, Any]) -> None:
     """1e-6 on average, 2e-5 at most, with float32 logits from bfloat16 inputs."""
     _, _, z = cases.logits(model_like)
@@ -206,6 +207,7 @@ def test_log_probs_keep_to_the_bar(model_like: dict[str, Any]) -> None:
         assert error.mean() <= 1e-6 and error.max() <= 2e-5, (float(error.mean()), float(error.max()))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_logits_are_those_of_an_engine_that_rounds(dtype: torch.dtype, model_like: dict[str, Any]) -> None:
     case = {name: value[:128].to(dtype) if name != "token_ids" else value[:128] for name, value in model_like.items()}

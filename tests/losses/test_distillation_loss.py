@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import reference_only, shapes_only, without_cuda_kernels
+from backends import reference_only, shapes_only, slow_interpreted, without_cuda_kernels
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -142,6 +142,7 @@ def test_all_words_listed_is_the_full_divergence(dtype: torch.dtype, kind: str, 
     assert metrics["student_tail_mass"] == 0 and metrics["teacher_tail_mass"] <= 1e-6
 
 
+@slow_interpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_longer_list_is_a_closer_lower_bound(kind: str, implementation: str) -> None:
     student, teacher = testing.random_pair(20, 300)
@@ -202,7 +203,7 @@ def test_a_teacher_without_a_tail(kind: str, implementation: str) -> None:
     assert (grad[~inside] > 0).all() and (grad[inside] < 0).all()
 
 
-@pytest.mark.slow_on("triton", reason="a minute of interpreted programs that other tests run too")
+@slow_interpreted
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [20, 999, 1000])
 def test_confident_teachers_are_at_a_finite_distance(k: int, kind: str, implementation: str) -> None:

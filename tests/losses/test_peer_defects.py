@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from backends import slow_interpreted, slow_on_gpu_kernels
 from torch import Tensor
 
 from r1kernels import (
@@ -127,6 +128,7 @@ def test_d4_a_masked_overflow_leaves_the_gradient_finite(implementation: str) ->
         assert their_loss.isfinite() and theirs[1].grad.isnan().all()
 
 
+@slow_interpreted
 def test_d5_a_forbidden_word_leaves_entropy_and_gradient_finite(implementation: str) -> None:
     """D5, TRL: one -inf logit turns the entropy and the gradient of its row into NaN."""
     logits, ids = testing.random_logits(2, 3, 50), torch.full((2, 3), 7)
@@ -181,7 +183,7 @@ def test_d9_rows_far_below_zero(level: float, dtype: torch.dtype) -> None:
     check_stats((torch.zeros(2, 3000) + level).to(dtype), torch.tensor([0, 2999]))
 
 
-@pytest.mark.slow_on("triton", "cuda", reason="a minute of interpreted programs that other tests run too")
+@slow_on_gpu_kernels
 @pytest.mark.parametrize("length", [65_535, 65_536, 70_001])
 def test_d10_any_completion_length(length: int) -> None:
     """D10, Liger: a grid of (B, L) programs fails at L >= 65,536, and every new length compiles the kernel again."""

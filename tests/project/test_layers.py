@@ -18,10 +18,12 @@ LAYERS = [
     ("tables", ("r1kernels._schemas", "r1kernels._choice", "r1kernels._operator_checks")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
     ("operations", ("r1kernels.ops",)),
-    ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing", "r1kernels.__main__")),
+    ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
+    ("command", ("r1kernels.__main__",)),
     ("public", ("r1kernels",)),
 ]
-HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "operations": 2, "public": 3, "users": 4}
+HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "operations": 2, "public": 3, "users": 4,
+          "command": 5}
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations")
 
 

@@ -20,6 +20,12 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_arguments_go_to_the_command() -> None:
+    completed = subprocess.run([sys.executable, "-m", "r1kernels", "trian"], capture_output=True, text=True)
+    assert completed.returncode == 2 and "train" in completed.stdout + completed.stderr
+    assert "served by" not in completed.stdout
+
+
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with an extension that was built without CUDA."""

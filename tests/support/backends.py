@@ -28,6 +28,10 @@ checks_only = pytest.mark.not_on(
     *GPU_KERNELS, reason="errors of the host; test_triton_errors and test_cuda_losses have those of devices"
 )
 host_code = pytest.mark.not_on(*GPU_KERNELS, reason="code of the host: no kernel of a GPU runs")
+slow_interpreted = pytest.mark.slow_on("triton", reason="seconds of interpreted programs that other tests run too")
+slow_on_gpu_kernels = pytest.mark.slow_on(
+    *GPU_KERNELS, reason="seconds of interpreted programs that other tests run too"
+)
 without_cuda_kernels = pytest.mark.not_on("cuda", reason="there is no CUDA kernel of this operation")
 
 
