@@ -6,8 +6,6 @@ docs/answers.md lists the forms. Runs of white space become one space and the le
 """
 
 # ruff: noqa: RUF001
-from __future__ import annotations
-
 import re
 import unicodedata
 

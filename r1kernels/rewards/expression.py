@@ -5,8 +5,6 @@ numbers of mpmath at a few points of the variables, each at two precisions. A te
 undefined or too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math
@@ -85,7 +83,7 @@ def _is_same(one: Value, other: Value) -> bool:
 class _Whole(Fraction):
     """A whole number that is written out, not computed."""
 
-    def __neg__(self) -> _Whole:
+    def __neg__(self) -> "_Whole":
         return _Whole(-self.numerator)
 
 

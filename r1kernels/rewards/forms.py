@@ -4,8 +4,6 @@ r"""Reads the forms of an answer to a mathematical problem. docs/answers.md list
 other form raises ValueError or ArithmeticError.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ class Group:
     """Several forms. The kind is "list" or "union", which have no order, or "matrix", "row", or a pair of brackets."""
 
     kind: str
-    items: tuple[Form, ...]
+    items: tuple["Form", ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Equation:
     """
 
     name: str
-    sides: tuple[Form, ...]
+    sides: tuple["Form", ...]
     difference: str = ""
 
 

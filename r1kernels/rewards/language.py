@@ -4,8 +4,6 @@ The script of a word tells its language; a Chinese character is a word. Digits, 
 letters (variables) do not count as words. Nor do Latin letters in code and TeX, which are the same in every language.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

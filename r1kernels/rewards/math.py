@@ -5,8 +5,6 @@ meaning of a text. `notation.normal` writes a text in one notation, `forms.read`
 compares two forms. The work is bounded for every text.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Hashable
 

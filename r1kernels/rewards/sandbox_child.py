@@ -4,8 +4,6 @@ Messages use stdin and stdout: eight bytes with the length, then the content. Th
 "ready" says that the process is locked in and has not executed the job yet. Earlier failures are reported on stderr.
 """
 
-from __future__ import annotations
-
 import sys
 
 if __name__ == "__main__":
@@ -39,11 +37,11 @@ NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
 def main() -> None:
-    kind, packages, settings = sys.argv[1:]
+    limits = json.loads(sys.argv[1])
     sys.argv[:] = [""]
-    sys.path += filter(None, packages.split(":"))
+    sys.path.append("/packages")
     builtins.exit = builtins.quit = sys.exit  # as `site` would define them
-    lock_in(kind == "bubblewrap", **json.loads(settings))
+    lock_in(**limits)
     job = json.loads(receive(sys.stdin.buffer))
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     send(target, b"ready")
@@ -61,27 +59,25 @@ def main() -> None:
         answer_calls(job["sources"], job["entry_point"], source, target)
 
 
-def lock_in(confined: bool, seconds: float, memory_bytes: int) -> None:
-    """Gives up all privileges of this process permanently. Without bubblewrap, only the limits apply."""
+def lock_in(seconds: float, memory_bytes: int) -> None:
+    """Gives up all privileges of this process permanently."""
     call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     with open(os.path.join(os.path.dirname(__file__), "syscalls.txt")) as lines:
         listed = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-    if confined:
-        call("unshare", NEW_MOUNTS)
-        options = f"size={FILE_BYTES},nr_inodes=1024,mode=1777".encode()
-        call("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID_NODEV_NOEXEC, options)
-        os.chdir("/tmp")
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            call("unshare", NEW_USER)  # else its threads count with those of other sandboxes
-        call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+    call("unshare", NEW_MOUNTS)
+    options = f"size={FILE_BYTES},nr_inodes=1024,mode=1777".encode()
+    call("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID_NODEV_NOEXEC, options)
+    os.chdir("/tmp")
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        call("unshare", NEW_USER)  # else its threads count with those of other sandboxes
+    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     for name, value in (LIMITS | {"AS": memory_bytes, "CPU": math.ceil(seconds) + 1}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     bytearray(32 * 2**20)  # room that the limit of memory must leave to a program
-    if confined:
-        filter_calls(listed)
+    filter_calls(listed)
 
 
 def filter_calls(listed: list[list[str]]) -> None:

@@ -9,8 +9,6 @@ backtracks: every function is a fixed number of linear scans. Listing many candi
   `#### Summary` without a number after a `\boxed{}` is a heading.
 """
 
-from __future__ import annotations
-
 import unicodedata
 
 THINK, THINK_END = "<think>", "</think>"
