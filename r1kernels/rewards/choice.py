@@ -33,10 +33,9 @@ _OPTION = re.compile(r" ?[.):、](?: |(?<=、)|(?=[\u4e00-\u9fff]))(.+)|(?<=[)\]
 _OTHER = re.compile(
     r"\b[B-HJ-Z]\b|\bA\b(?! [a-z])|\bA (?:is|was|or|and|may|might|could|would)\b|[(\[][A-Za-z][)\]]|^[a-z]\b[.):]?$"
 )
-_SO = re.compile(r"\b(?:so|thus)\b")
-_EXCLUDED = re.compile(r"\(?\b[A-Z]\b\)? (?:is|are) (?:wrong|incorrect|false|impossible)\b")
+_EXCLUDED = re.compile(r"\(?\b([A-Z])\b\)? (?:is|are) (?:wrong|incorrect|false|impossible)\b")
 _CHANGED = re.compile(
-    r"\b(?:actually|wait|instead|rather|alternatively|maybe|perhaps|but|also|answer|option|choice|wrong|incorrect)\b"
+    r"\b(?:actually|wait|instead|rather|alternatively|maybe|perhaps|but|also|answer|option|choice|wrong|incorrect|so|thus)\b"
     r"|^(?:or|and|nor|not|no|never|only|if|unless|is|was|isn'?t|looks|seems|cannot|can'?t|could|might)\b(?!$)|[或和跟与不]",
     re.IGNORECASE,
 )
@@ -73,11 +72,9 @@ def letter(text: str, *, named: bool = False) -> str | None:
         return found
     # What follows must leave this letter the only one.
     if reason := _REASON.match(text, end):
-        excluded = {part.strip("( )")[0] for part in _EXCLUDED.findall(reason[1])}
-        rest = _EXCLUDED.sub(" ", reason[1])
-        settled = found not in excluded and not _OTHER.search(rest) and not _SO.search(rest)
+        rest = _EXCLUDED.sub(lambda excluded: excluded[0] if excluded[1] == found else " ", reason[1])
+    elif option := _OPTION.match(text, end):
+        rest = option[option.lastindex or 0]
     else:
-        option = _OPTION.match(text, end)
-        rest = option[option.lastindex or 0] if option else ""
-        settled = option is not None and not _OTHER.search(rest) and not _CHANGED.search(rest)
-    return found if settled else None
+        return None
+    return None if _OTHER.search(rest) or _CHANGED.search(rest) else found

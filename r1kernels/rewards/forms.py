@@ -15,11 +15,17 @@ from .notation import unit_of
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, perhaps with a unit ("%" is a unit). `undone`: a calculation is not carried out."""
+    """A number or another expression, perhaps with a unit ("%" is a unit)."""
 
     text: str
     unit: str = ""
-    undone: bool = False
+    is_number: bool = False
+
+    def is_undone(self, expected: "Quantity") -> bool:
+        """Whether this leaves a calculation to do that the expected quantity does not leave too."""
+        if expected.is_number:
+            return not self.is_number and bool(_BESIDE.search(_SUBSCRIPT.sub("", self.text)))
+        return bool(_BETWEEN.search(self.text)) and not _BETWEEN.search(expected.text)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ _NUMBER = re.compile(
     r")(?![\d.,]*\d)",
     re.ASCII,
 )
+# Calculations: a sign, or a factor without a sign, beside a number or a bracket (for `\sqrt{324}` and `\log_{2}8` there
+# is none); or a sign between two numbers (as in `\sqrt{6+6}`, but not in `1+2x` or `1+\sqrt{2}`).
+_BESIDE = re.compile(r"[\d)}] ?[-+/^|(!\\]|\d ?[A-Za-z]|(?<=[^{(\[ ]) ?[-+/|] ?[\d(]|\\frac\{\\frac|\}\{\\frac")
+_BETWEEN = re.compile(r"(?<![\d.}_])(?<![A-Za-z] )[\d.]+ ?(?:[-+]|\\cdot) ?[\d.]+(?![\d.]| ?[A-Za-z\\({^_])")
+_SUBSCRIPT = re.compile(r"_\{\w+\}")
 _NAME = re.compile(expression.NAME, re.ASCII)
 _BARS = re.compile(rf"\|{expression.NAME}\|", re.ASCII)
 FUNCTION = re.compile(r"[A-Za-z]\([A-Za-z]\)")  # as the name of an equation
@@ -96,7 +107,8 @@ def read(text: str) -> Form:
     parts = _UNIT.fullmatch(text)
     unit = unit_of(parts[2]) if parts else ""
     text = parts[1] if parts and unit else text
-    return Quantity(text, unit or "", expression.is_undone(text))
+    expression.check(text)
+    return Quantity(text, unit or "")
 
 
 def _read_number(text: str) -> Quantity | None:
@@ -116,7 +128,10 @@ def _read_number(text: str) -> Quantity | None:
     if period := part["period"]:
         value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(part["decimal"].partition(".")[2]))
     value *= Fraction(10) ** sum(int(part[name] or 0) for name in ("exponent", "power", "ten"))
-    return Quantity(str(-value if part["sign"] == "-" else value), unit or unit_of(part["money"]) or "")
+    currency = unit_of(part["money"])
+    if currency and unit and unit != currency:
+        return None  # `$18 apples`
+    return Quantity(str(-value if part["sign"] == "-" else value), unit or currency or "", is_number=True)
 
 
 def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ compares two forms. The work is bounded for every text.
 """
 
 import threading
-from collections.abc import Hashable
 
 from . import expression
 from .forms import FUNCTION, Equation, Form, Group, Quantity, Words, names, read
@@ -47,15 +46,9 @@ def check_reference(reference: str) -> str | None:
     return None
 
 
-def spelling(answer: str) -> Hashable:
-    """A key for majority votes: it is equal for answers that are read as the same number, list or text."""
-    text = normal(answer[:MAX_ANSWER])
-    try:
-        with _LOCK:
-            form = read(text)
-    except _UNREADABLE:
-        return text
-    return form.sides[0] if isinstance(form, Equation) and form.name and len(form.sides) == 1 else form
+def spelling(answer: str) -> str:
+    """A key for majority votes: answers that differ only in notation have the same one."""
+    return normal(answer[:MAX_ANSWER])
 
 
 def _same(given: Form, expected: Form) -> bool:
@@ -75,7 +68,7 @@ def _same(given: Form, expected: Form) -> bool:
 
 
 def _same_quantity(given: Quantity, expected: Quantity) -> bool:
-    if (given.undone and not expected.undone) or len({given.unit, expected.unit} - {"", "%"}) > 1:
+    if given.is_undone(expected) or len({given.unit, expected.unit} - {"", "%"}) > 1:
         return False
     if expression.is_equal(given.text, expected.text):
         return True
@@ -113,4 +106,6 @@ def _same_equation(given: Form, expected: Equation) -> bool:
             return False  # `2x = 10` for `x = 5` must still be solved
     if not isinstance(given, Equation) or not given.difference or not expected.difference:
         return False
-    return expression.is_multiple(given.difference, expected.difference)
+    # One may have moved terms to the other side.
+    same_sign = expression.is_equal(given.difference, expected.difference)
+    return same_sign or expression.is_equal(f"-({given.difference})", expected.difference)
