@@ -45,11 +45,6 @@ def names(text: str) -> set[str]:
     return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-def check(text: str) -> None:
-    """Raises ValueError or ArithmeticError for a text that is not an expression of a bounded size."""
-    _Reader(text, "")
-
-
 def is_equal(*texts: str) -> bool:
     """Whether two expressions have equal values."""
     return _is_same(*(_Reader(text, repr(texts)).value for text in texts))
