@@ -1,15 +1,14 @@
 r"""Multiple choice: the letter of the option that a completion chooses.
 
-It is read from the final answer, or, if a completion has no marker at all, from a last line that announces it. A text
-that names a second letter, or takes the first one back, counts as no answer, so listing letters gains nothing.
-docs/answers.md lists the forms. Runs of white space become one space and the length is limited, so no pattern is slow.
+It is read from the final answer. A text that names a second letter, or takes the first one back, counts as no answer,
+so listing letters gains nothing. docs/answers.md lists the forms. Runs of white space become one space and the length is limited, so no pattern is slow.
 """
 
 # ruff: noqa: RUF001
 import re
 import unicodedata
 
-from .text import ANSWER_MARKERS, INVISIBLE, after_thinking, final_answer
+from .text import INVISIBLE, final_answer
 
 # The text of an option may be long, but not longer.
 MAX_CHOICE = 2000
@@ -43,19 +42,11 @@ _CHANGED = re.compile(
 
 def chosen(prompt: str, completion: str) -> str | None:
     """The letter that the completion chooses, or None."""
-    if (answer := final_answer(prompt, completion)) is not None:
-        return letter(answer)
-    text = after_thinking(prompt, completion) or ""
-    if any(marker in text for marker in ANSWER_MARKERS):
-        return None
-    return letter(text.rstrip()[-MAX_CHOICE:].rpartition("\n")[2], named=True)
+    return letter(final_answer(prompt, completion) or "")
 
 
-def letter(text: str, *, named: bool = False) -> str | None:
-    """The option's letter, as a capital; None when the text does not name exactly one.
-
-    With `named` the text has to announce the letter, as in `The answer is B`.
-    """
+def letter(text: str) -> str | None:
+    """The option's letter, as a capital; None when the text does not name exactly one."""
     if len(text) > MAX_CHOICE:
         return None
     text = " ".join(unicodedata.normalize("NFKC", text.translate(INVISIBLE)).split())
@@ -65,7 +56,7 @@ def letter(text: str, *, named: bool = False) -> str | None:
     if not announced and _SENTENCE.match(text) and not _NAME.search(before):
         text, announced = last, _ANNOUNCED.match(last)
     match = _LETTER.match(text, announced.end() if announced else 0)
-    if match is None or (named and not announced):
+    if match is None:
         return None
     found, end = match[match.lastindex or 0].upper(), match.end()
     if _END.match(text, end):

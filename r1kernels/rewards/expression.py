@@ -31,7 +31,7 @@ _AMBIGUOUS = re.compile(
 _INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
 _FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
 _COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 140}
-_CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_CLOSES = {"(": ")", "{": "}", "[": "]"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
 _BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
@@ -75,7 +75,7 @@ class _Reader:
             raise ValueError(f"{text!r} is too long, or has two readings")
         self.text, self.seed = text, seed
         self.left = ["", *reversed(tokens)]  # tokens that are not read yet
-        self.opened = [""]
+        self.depth = 0
         self.value = self.expression(0)
         self.expect("")
 
@@ -106,16 +106,12 @@ class _Reader:
     def at_operand(self) -> bool:
         """Whether a factor follows that needs no sign before it: any factor except a number."""
         token = self.left[-1]
-        if token == "|":
-            return self.opened[-1] != "|"
         return bool(_NAME.fullmatch(token)) or (token[:1] in ("\\", "(", "{") and token not in _BINDING)
 
     def operand(self) -> Value:
         token = self.left[-1]
         if token in ("(", "{"):
             return self.bracket(token)
-        if token == "|":
-            return _compute(abs, self.bracket("|"))
         self.left.pop()
         if _NUMBER.fullmatch(token):
             return Fraction(token)
@@ -132,11 +128,13 @@ class _Reader:
         raise ValueError(f"{token or 'the end'!r} is out of place in {self.text!r}")
 
     def bracket(self, opening: str) -> Value:
-        self.opened.append(self.expect(opening))
-        if len(self.opened) > DEPTH + 1:
+        self.expect(opening)
+        self.depth += 1
+        if self.depth > DEPTH:
             raise ValueError(f"{self.text!r} has more than {DEPTH} brackets in brackets")
         value = self.expression(0)
-        self.expect(_CLOSES[self.opened.pop()])
+        self.expect(_CLOSES[opening])
+        self.depth -= 1
         return value
 
     def function(self, name: str) -> Value:
@@ -145,7 +143,7 @@ class _Reader:
         exponent = self.bracket("{") if self.take("^") else Fraction(1)
         if exponent == -1 and name in _INVERTIBLE:
             name, exponent = rf"\arc{name[1:]}", Fraction(1)
-        bracketed = self.left[-1] in ("(", "{", "|")
+        bracketed = self.left[-1] in ("(", "{")
         argument = self.operand() if bracketed else self.expression(PRODUCT)
         while not bracketed and self.at_operand() and self.left[-1] not in _FUNCTIONS:
             argument = _compute(operator.mul, argument, self.expression(PRODUCT))

@@ -37,7 +37,7 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>{_WHOLE})(?: |(?=\\)))?(?:\\frac\{{(?P<over>-?{_WHOLE})\}}\{{(?P<under>[1-9]\d*)\}}"
     rf"|(?P<above>{_WHOLE}) ?/ ?(?P<below>[1-9]\d*))"
     r"|10\^\{(?P<ten>-?\d{1,3})\}"
-    rf"|(?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)(?:\\overline\{{(?P<period>\d+)\}})?"
+    rf"|(?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)"
     r"(?:[eE](?P<exponent>[+-]?\d{1,3})(?!\d)| ?\\cdot ?10\^\{(?P<power>-?\d{1,3})\})?"
     r")(?![\d.,]*\d)",
     re.ASCII,
@@ -98,8 +98,6 @@ def _read_number(text: str) -> Form | None:
         if part["whole"] and not 0 < value < 1:
             return None
         value += int(part["whole"] or 0)
-    if period := part["period"]:
-        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(part["decimal"].partition(".")[2]))
     value *= Fraction(10) ** sum(int(part[name] or 0) for name in ("exponent", "power", "ten"))
     currency = unit_of(part["money"])
     if currency and unit and unit != currency:
@@ -133,9 +131,6 @@ def _read_list(text: str) -> Form | None:
         # `1 \pm 2` within a list is two of its items, but a set is one.
         several = form.kind == "list" and part[:2] != r"\{"
         items += form.items if several else [form]
-    ranges = [item for item in items if item.kind == "equation" and item.items[0].kind in INTERVALS]
-    if len(ranges) == len(items) and set(separators) == {"or"} and len({item.text for item in ranges}) == 1:
-        return Form("equation", ranges[0].text, (Form("union", items=tuple(item.items[0] for item in ranges)),))
     return Form("list", items=tuple(items))
 
 
