@@ -1,7 +1,8 @@
 r"""Multiple choice: the letter of the option that a completion chooses.
 
 It is read from the final answer. A text that names a second letter, or takes the first one back, counts as no answer,
-so listing letters gains nothing. docs/answers.md lists the forms. Runs of white space become one space and the length is limited, so no pattern is slow.
+so listing letters gains nothing. docs/answers.md lists the forms. Runs of white space become one space and the length
+is limited, so no pattern is slow.
 """
 
 # ruff: noqa: RUF001

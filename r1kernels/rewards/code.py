@@ -36,9 +36,7 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 def read_tests(reference: str) -> dict:
     """Reads the tests of a problem. Raises ValueError if they do not have a form of docs/programs.md."""
     tests = json.loads(reference)
-    if not isinstance(tests, dict):
-        raise ValueError(f"tests must be a JSON object, got {type(tests).__name__}")
-    form = next((form for form in FORMS if form in tests), "test")
+    form = next((form for form in FORMS if isinstance(tests, dict) and form in tests), "test")
     keys, of_case = FORMS[form]
     if "checker" in tests and of_case:
         keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
@@ -54,7 +52,7 @@ def read_tests(reference: str) -> dict:
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
-    texts = [tests[key] for key in ("prompt", "test", "checker") if key in keys]
+    texts = [_runnable(tests[key]) for key in ("prompt", "test", "checker") if key in keys]
     return tests | {"form": form, "entry_point": entry_point, "tolerance": tolerance, "sources": texts}
 
 
@@ -62,6 +60,11 @@ def _expect(kinds: Mapping[str, type], found: object, what: str) -> None:
     for key, kind in kinds.items():
         if not isinstance(found, dict) or key not in found or not isinstance(found[key], kind):
             raise ValueError(f"{what} must be an object with {key!r} ({kind.__name__}), got {found!r:.80}")
+
+
+def _runnable(prompt: str) -> str:
+    """The text of a prompt, with a body if it is only a signature, so that it can run by itself."""
+    return prompt + " pass" if prompt.rstrip().endswith(":") else prompt
 
 
 def judge(prompt: str, completion: str, reference: str, *, timeout_s: float = 5.0, memory_mb: int = 512,
@@ -137,9 +140,7 @@ def sources(tests: dict, code: str, fenced: bool) -> list[str]:
     """The texts to run one after another in one module, which then has the entry point."""
     prompt, entry_point = tests.get("prompt", ""), tests["entry_point"]
     if not prompt or defines(code, entry_point):
-        # A prompt that is only a signature gets a body, so that it can run before the code replaces it.
-        whole = prompt + " pass" if prompt.rstrip().endswith(":") else prompt
-        return [PRELUDE if "." in entry_point else "", whole, code]
+        return [PRELUDE if "." in entry_point else "", _runnable(prompt), code]
     if not fenced:  # the body of a function, and then the model's text
         code = re.split(r"^(?=\w)", code, maxsplit=1, flags=re.MULTILINE)[0]
     return [prompt + code]

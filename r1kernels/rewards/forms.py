@@ -43,9 +43,12 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 # Calculations: a sign, or a factor without a sign, beside a number or a bracket (for `\sqrt{324}` and `\log_{2}8` there
-# is none); or a sign between two numbers (as in `\sqrt{6+6}`, but not in `1+2x` or `1+\sqrt{2}`).
-_BESIDE = re.compile(r"[\d)}] ?[-+/^|(!\\]|\d ?[A-Za-z]|(?<=[^{(\[ ]) ?[-+/|] ?[\d(]|\\frac\{\\frac|\}\{\\frac")
-_BETWEEN = re.compile(r"(?<![\d.}_])(?<![A-Za-z] )[\d.]+ ?(?:[-+]|\\cdot) ?[\d.]+(?![\d.]| ?[A-Za-z\\({^_])")
+# is none); or a sign between two numbers, or a number in brackets (`\sqrt{6+6}`, but not `1+2x`, `2\cdot 3^x`, `\ln(2)`)
+_BESIDE = re.compile(r"[\d)}] ?[-+/^|(!\\]|\d ?[A-Za-z]|(?<=[^{(\[ ]) ?[-+/|] ?[\d(]|\\frac\{\\frac|\}\{\(?\\")
+_BETWEEN = re.compile(
+    r"(?<![\d.}_])(?<![A-Za-z] )[\d.]+ ?(?:[-+] ?[\d.]+(?![\d.]| ?[A-Za-z\\({^_])|\\cdot ?[\d.]+(?![\d.]| ?\^))"
+    r"|(?<![A-Za-z} ])\([-+]?[\d.]+\)(?! ?\^)"
+)
 _SUBSCRIPT = re.compile(r"_\{\w+\}")
 _NAME = re.compile(expression.NAME, re.ASCII)
 _BARS = re.compile(rf"\|{expression.NAME}\|", re.ASCII)
@@ -131,6 +134,9 @@ def _read_list(text: str) -> Form | None:
         # `1 \pm 2` within a list is two of its items, but a set is one.
         several = form.kind == "list" and part[:2] != r"\{"
         items += form.items if several else [form]
+    ranges = [item for item in items if item.kind == "equation" and item.items[0].kind in INTERVALS]
+    if len(ranges) == len(items) and set(separators) == {"or"} and len({item.text for item in ranges}) == 1:
+        return Form("equation", ranges[0].text, (Form("union", items=tuple(item.items[0] for item in ranges)),))
     return Form("list", items=tuple(items))
 
 

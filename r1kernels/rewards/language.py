@@ -17,8 +17,9 @@ _LATIN = (r"A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0300-\u03
 _SYMBOLS = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2100-\u218f\u2460-\u24ff\u3200-\u33ff\U0001d400-\U0001d7ff"
 _WORD = re.compile(rf"(?P<zh>[{_HAN}])|(?P<en>[{_LATIN}](?:['\u2019-]?[{_LATIN}])+)|[{_LATIN}]"
                    rf"|[\u0370-\u03ff](?![^\W\d_])|(?P<other>[^\W\d_{_HAN}{_LATIN}{_SYMBOLS}]+)")
-# Code and TeX that is closed; a `$` before a space or a digit is money. A backslash makes the next sign part of the text.
-_CODE = re.compile(r"```(?:[^`]|`(?!``))*```|``[^\n]*?``|`[^`\n]*`|\$\$[^$]*\$\$|\$(?!\s)(?:\\.|[^\\$\n])*(?<!\s)\$(?!\d)"
+# Code and TeX that is closed; a `$` before a space or a digit is money. After a backslash, a sign is text.
+_CODE = re.compile(r"```(?:[^`]|`(?!``))*```|``[^\n]*?``|`[^`\n]*`"
+                   r"|\$\$[^$]*\$\$|\$(?!\s)(?:\\.|[^\\$\n])*(?<!\s)\$(?!\d)"
                    r"|\\\((?:[^\\]|\\[^()\[\]])*\\\)|\\\[(?:[^\\]|\\[^()\[\]])*\\\]|\\[A-Za-z]+|\\.")
 
 

@@ -166,8 +166,8 @@ class Scorer(contextlib.AbstractContextManager):
                            for row, outcome in zip(rows, outcomes, strict=True)]
         total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
                            if weight and row.gets(name)) for index, row in enumerate(rows)]
-        unscorable = {name: sum(math.isnan(value) and row.gets(name) for value, row in zip(parts[name], rows, strict=True))
-                      for name in self._weights}
+        unscorable = {name: sum(math.isnan(values[index]) and row.gets(name) for index, row in enumerate(rows))
+                      for name, values in parts.items()}
         return Scores({name: parts[name] for name in self._weights}, total,
                       timeouts=sum(isinstance(error.__context__, TimeoutError) for error in expected),
                       crashes=len(failures) - len(expected), endpoint_failures=len(messages),
