@@ -43,7 +43,7 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 # Calculations: a sign, or a factor without a sign, beside a number or a bracket (for `\sqrt{324}` and `\log_{2}8` there
-# is none); or a sign between two numbers, or a number in brackets (`\sqrt{6+6}`, but not `1+2x`, `2\cdot 3^x`, `\ln(2)`)
+# is none); or a sign between two numbers, or a number in brackets (`\sqrt{6+6}`, but not `1+2x`, `2\cdot 3^x`, `\ln 2`)
 _BESIDE = re.compile(r"[\d)}] ?[-+/^|(!\\]|\d ?[A-Za-z]|(?<=[^{(\[ ]) ?[-+/|] ?[\d(]|\\frac\{\\frac|\}\{\(?\\")
 _BETWEEN = re.compile(
     r"(?<![\d.}_])(?<![A-Za-z] )[\d.]+ ?(?:[-+] ?[\d.]+(?![\d.]| ?[A-Za-z\\({^_])|\\cdot ?[\d.]+(?![\d.]| ?\^))"
