@@ -1,17 +1,15 @@
 r"""Multiple choice: the letter of the option that a completion chooses.
 
-It is read from the final answer, or, if a completion has no marker at all, from a last line that announces it. A text
-that names a second letter, or takes the first one back, counts as no answer, so listing letters gains nothing.
-docs/answers.md lists the forms. Runs of white space become one space and the length is limited, so no pattern is slow.
+It is read from the final answer. A text that names a second letter, or takes the first one back, counts as no answer,
+so listing letters gains nothing. docs/answers.md lists the forms. Runs of white space become one space and the length
+is limited, so no pattern is slow.
 """
 
 # ruff: noqa: RUF001
-from __future__ import annotations
-
 import re
 import unicodedata
 
-from .text import ANSWER_MARKERS, INVISIBLE, after_thinking, final_answer
+from .text import INVISIBLE, final_answer
 
 # The text of an option may be long, but not longer.
 MAX_CHOICE = 2000
@@ -35,10 +33,9 @@ _OPTION = re.compile(r" ?[.):、](?: |(?<=、)|(?=[\u4e00-\u9fff]))(.+)|(?<=[)\]
 _OTHER = re.compile(
     r"\b[B-HJ-Z]\b|\bA\b(?! [a-z])|\bA (?:is|was|or|and|may|might|could|would)\b|[(\[][A-Za-z][)\]]|^[a-z]\b[.):]?$"
 )
-_SO = re.compile(r"\b(?:so|thus)\b")
-_EXCLUDED = re.compile(r"\(?\b[A-Z]\b\)? (?:is|are) (?:wrong|incorrect|false|impossible)\b")
+_EXCLUDED = re.compile(r"\(?\b([A-Z])\b\)? (?:is|are) (?:wrong|incorrect|false|impossible)\b")
 _CHANGED = re.compile(
-    r"\b(?:actually|wait|instead|rather|alternatively|maybe|perhaps|but|also|answer|option|choice|wrong|incorrect)\b"
+    r"\b(?:actually|wait|instead|rather|alternatively|maybe|perhaps|but|also|answer|option|choice|wrong|incorrect|so|thus)\b"
     r"|^(?:or|and|nor|not|no|never|only|if|unless|is|was|isn'?t|looks|seems|cannot|can'?t|could|might)\b(?!$)|[或和跟与不]",
     re.IGNORECASE,
 )
@@ -46,19 +43,11 @@ _CHANGED = re.compile(
 
 def chosen(prompt: str, completion: str) -> str | None:
     """The letter that the completion chooses, or None."""
-    if (answer := final_answer(prompt, completion)) is not None:
-        return letter(answer)
-    text = after_thinking(prompt, completion) or ""
-    if any(marker in text for marker in ANSWER_MARKERS):
-        return None
-    return letter(text.rstrip()[-MAX_CHOICE:].rpartition("\n")[2], named=True)
+    return letter(final_answer(prompt, completion) or "")
 
 
-def letter(text: str, *, named: bool = False) -> str | None:
-    """The option's letter, as a capital; None when the text does not name exactly one.
-
-    With `named` the text has to announce the letter, as in `The answer is B`.
-    """
+def letter(text: str) -> str | None:
+    """The option's letter, as a capital; None when the text does not name exactly one."""
     if len(text) > MAX_CHOICE:
         return None
     text = " ".join(unicodedata.normalize("NFKC", text.translate(INVISIBLE)).split())
@@ -68,18 +57,16 @@ def letter(text: str, *, named: bool = False) -> str | None:
     if not announced and _SENTENCE.match(text) and not _NAME.search(before):
         text, announced = last, _ANNOUNCED.match(last)
     match = _LETTER.match(text, announced.end() if announced else 0)
-    if match is None or (named and not announced):
+    if match is None:
         return None
     found, end = match[match.lastindex or 0].upper(), match.end()
     if _END.match(text, end):
         return found
     # What follows must leave this letter the only one.
     if reason := _REASON.match(text, end):
-        excluded = {part.strip("( )")[0] for part in _EXCLUDED.findall(reason[1])}
-        rest = _EXCLUDED.sub(" ", reason[1])
-        settled = found not in excluded and not _OTHER.search(rest) and not _SO.search(rest)
+        rest = _EXCLUDED.sub(lambda excluded: excluded[0] if excluded[1] == found else " ", reason[1])
+    elif option := _OPTION.match(text, end):
+        rest = option[option.lastindex or 0]
     else:
-        option = _OPTION.match(text, end)
-        rest = option[option.lastindex or 0] if option else ""
-        settled = option is not None and not _OTHER.search(rest) and not _CHANGED.search(rest)
-    return found if settled else None
+        return None
+    return None if _OTHER.search(rest) or _CHANGED.search(rest) else found

@@ -1,21 +1,19 @@
 """Whether the program in a completion passes the tests of its problem; docs/programs.md describes both.
 
-`settle` is cheap. `judge` starts a sandbox for the program and one for the tests, and passes calls and answers between
-them as bytes: the caller's process executes nothing of a completion or a data set and reads no value of a program. Any
-number of threads may call it. It waits only with deadlines.
+`judge` starts a sandbox for the program and one for the tests, and passes calls and answers between them as bytes: the
+caller's process executes nothing of a completion or a data set and reads no value of a program. Any number of threads
+may call it. It waits only with deadlines.
 
 A program is wrong (0.0) if it cannot be compiled, ends, crashes, takes too much time or memory, or returns anything but
 plain data. Tests that cannot be run, and a sandbox that does not start, are not its fault and raise an error.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .sandbox import Program, ProgramError, check
 from .text import ANSWER, ANSWER_END, after_thinking
@@ -38,9 +36,7 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 def read_tests(reference: str) -> dict:
     """Reads the tests of a problem. Raises ValueError if they do not have a form of docs/programs.md."""
     tests = json.loads(reference)
-    if not isinstance(tests, dict):
-        raise ValueError(f"tests must be a JSON object, got {type(tests).__name__}")
-    form = next((form for form in FORMS if form in tests), "test")
+    form = next((form for form in FORMS if isinstance(tests, dict) and form in tests), "test")
     keys, of_case = FORMS[form]
     if "checker" in tests and of_case:
         keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
@@ -56,7 +52,7 @@ def read_tests(reference: str) -> dict:
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
-    texts = [tests[key] for key in ("prompt", "test", "checker") if key in keys]
+    texts = [_runnable(tests[key]) for key in ("prompt", "test", "checker") if key in keys]
     return tests | {"form": form, "entry_point": entry_point, "tolerance": tolerance, "sources": texts}
 
 
@@ -66,29 +62,29 @@ def _expect(kinds: Mapping[str, type], found: object, what: str) -> None:
             raise ValueError(f"{what} must be an object with {key!r} ({kind.__name__}), got {found!r:.80}")
 
 
-def settle(prompt: str, completion: str, reference: str) -> float | tuple[str, str] | None:
-    """Returns 0.0 without an answer, None for tests that cannot be read, else the first arguments of `judge`."""
-    try:
-        read_tests(reference)
-    except (ValueError, RecursionError):
-        return None
-    text = after_thinking(prompt, completion)
-    if text is not None and ANSWER in text:
-        text = text.rpartition(ANSWER)[2].partition(ANSWER_END)[0]
-    return (reference, text) if text and text.strip() and len(text) <= MAX_TEXT else 0.0
+def _runnable(prompt: str) -> str:
+    """The text of a prompt, with a body if it is only a signature, so that it can run by itself."""
+    return prompt + " pass" if prompt.rstrip().endswith(":") else prompt
 
 
-def judge(reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: float = 5.0, memory_mb: int = 512,
-          imports: Sequence[str] | None = None, stopped: threading.Event | None = None) -> float:  # fmt: skip
-    """1.0 if the program in an answer passes every test, else 0.0.
+def judge(prompt: str, completion: str, reference: str, *, timeout_s: float = 5.0, memory_mb: int = 512,
+          imports: tuple[str, ...] = (), stopped: threading.Event | None = None) -> float | None:  # fmt: skip
+    """1.0 if the program in a completion passes every test, else 0.0; None if the tests cannot be read.
 
     Raises SandboxError if a sandbox does not start, ValueError if the tests cannot be run (its cause is a TimeoutError
     if they take too long), and CancelledError soon after `stopped` is set.
     """
-    tests, command = read_tests(reference), check(memory_mb, sandbox, tuple(imports or ()))
-    start = functools.partial(Program, command, memory_bytes=memory_mb * 2**20, stopped=stopped)
+    try:
+        tests = read_tests(reference)
+    except (ValueError, RecursionError):
+        return None
     entry_point = tests["entry_point"]
-    job = {"sources": sources(tests, *find_code(text, entry_point)), "entry_point": entry_point}
+    code, fenced = find_code(prompt, completion, entry_point)
+    if not code.strip():
+        return 0.0
+    command = check(memory_mb, imports)
+    start = functools.partial(Program, command, memory_bytes=memory_mb * 2**20, stopped=stopped)
+    job = {"sources": sources(tests, code, fenced), "entry_point": entry_point}
     calls = 0
     with (
         start({"tests": tests}, timeout_s + SPARE_S, output_bytes=TEST_BYTES) as checks,
@@ -114,10 +110,15 @@ def judge(reference: str, text: str, sandbox: str = "bubblewrap", timeout_s: flo
     return float(message == b"passed")
 
 
-def find_code(text: str, entry_point: str) -> tuple[str, bool]:
-    """The code of an answer, and whether it was in a fenced block; "" if no block is Python."""
+def find_code(prompt: str, completion: str, entry_point: str) -> tuple[str, bool]:
+    """The code in a completion, and whether it was in a fenced block; "" if there is none."""
     from markdown_it import MarkdownIt
 
+    text = after_thinking(prompt, completion) or ""
+    if ANSWER in text:
+        text = text.rpartition(ANSWER)[2].partition(ANSWER_END)[0]
+    if len(text) > MAX_TEXT:
+        return "", False
     markdown = MarkdownIt("zero").enable(["blockquote", "code", "fence", "heading", "hr", "list"])
     tokens = markdown.parse(text) if "```" in text or "~~~" in text else []
     blocks = [((token.info.split() or [""])[0].lower(), token.content) for token in tokens if token.type == "fence"]
@@ -139,7 +140,7 @@ def sources(tests: dict, code: str, fenced: bool) -> list[str]:
     """The texts to run one after another in one module, which then has the entry point."""
     prompt, entry_point = tests.get("prompt", ""), tests["entry_point"]
     if not prompt or defines(code, entry_point):
-        return [PRELUDE if "." in entry_point else "", prompt, code]
+        return [PRELUDE if "." in entry_point else "", _runnable(prompt), code]
     if not fenced:  # the body of a function, and then the model's text
         code = re.split(r"^(?=\w)", code, maxsplit=1, flags=re.MULTILINE)[0]
     return [prompt + code]

@@ -4,8 +4,6 @@ Whatever the server does, a request ends: one deadline holds for a whole request
 largest size. Redirects are not followed, so that no key reaches another host.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

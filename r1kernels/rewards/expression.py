@@ -5,12 +5,10 @@ numbers of mpmath at a few points of the variables, each at two precisions. A te
 undefined or too large, or has two readings (`1/2x`) raises ValueError or ArithmeticError.
 """
 
-from __future__ import annotations
-
 import functools
-import hashlib
 import math
 import operator
+import random
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -33,7 +31,7 @@ _AMBIGUOUS = re.compile(
 _INVERTIBLE = (r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc")
 _FUNCTIONS = (*_INVERTIBLE, r"\arcsin", r"\arccos", r"\arctan", r"\sinh", r"\cosh", r"\tanh", r"\ln", r"\log", r"\exp")
 _COSTS = dict.fromkeys((*_FUNCTIONS, r"\sqrt", "^"), 20) | {"!": 100, r"\binom": 140}
-_CLOSES = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_CLOSES = {"(": ")", "{": "}", "[": "]"}
 # How tightly operators bind. Factors without a sign between them bind like \cdot.
 SUM, PRODUCT, POWER = 1, 2, 3
 _BINDING = {"+": SUM, "-": SUM, r"\cdot": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER}
@@ -47,23 +45,9 @@ def names(text: str) -> set[str]:
     return set(filter(_NAME.fullmatch, _TOKEN.findall(text))) - {"e", "i"}
 
 
-def is_undone(text: str) -> bool:
-    """Whether a sum, product or power of rational numbers, or a factorial or absolute value of one, is not computed."""
-    return _Reader(text, "").undone
-
-
 def is_equal(*texts: str) -> bool:
     """Whether two expressions have equal values."""
     return _is_same(*(_Reader(text, repr(texts)).value for text in texts))
-
-
-def is_multiple(*texts: str) -> bool:
-    """Whether one expression is a constant times the other, so that both are zero at the same points."""
-    one, other = (_samples(_Reader(text, repr(texts)).value) for text in texts)
-    if _is_same(one, Fraction(0)) or _is_same(other, Fraction(0)):
-        return False
-    ratios = _compute(operator.truediv, one, other)
-    return _is_same(ratios, ratios[: len(DIGITS)] * POINTS)
 
 
 def _is_same(one: Value, other: Value) -> bool:
@@ -82,13 +66,6 @@ def _is_same(one: Value, other: Value) -> bool:
     return True
 
 
-class _Whole(Fraction):
-    """A whole number that is written out, not computed."""
-
-    def __neg__(self) -> _Whole:
-        return _Whole(-self.numerator)
-
-
 class _Reader:
     """Reads an expression from left to right, by the precedence of its operators."""
 
@@ -96,9 +73,9 @@ class _Reader:
         tokens = _TOKEN.findall(text)
         if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
             raise ValueError(f"{text!r} is too long, or has two readings")
-        self.text, self.seed, self.undone = text, seed, False
+        self.text, self.seed = text, seed
         self.left = ["", *reversed(tokens)]  # tokens that are not read yet
-        self.opened = [""]
+        self.depth = 0
         self.value = self.expression(0)
         self.expect("")
 
@@ -118,44 +95,26 @@ class _Reader:
         value = _compute(operator.neg, value) if sign == "-" else value
         while (binding := _BINDING.get(self.left[-1], PRODUCT * self.at_operand())) > floor:
             sign = self.take(*_BINDING) or r"\cdot"
-            if sign == "!":
-                value = self.unary(functools.partial(_call, "factorial"), value)
+            if sign == "^":
+                value = _power(value, self.bracket("{"))
+            elif sign == "!":
+                value = _count(math.factorial, value)
             else:
-                value = self.binary(sign, value, self.bracket("{") if sign == "^" else self.expression(binding))
+                value = _compute(_OPERATORS[sign], value, self.expression(binding))
         return value
 
     def at_operand(self) -> bool:
         """Whether a factor follows that needs no sign before it: any factor except a number."""
         token = self.left[-1]
-        if token == "|":
-            return self.opened[-1] != "|"
         return bool(_NAME.fullmatch(token)) or (token[:1] in ("\\", "(", "{") and token not in _BINDING)
-
-    def unary(self, operation: Callable[[Value], Value], value: Value) -> Value:
-        self.undone |= _rational(value) is not None
-        return operation(value)
-
-    def binary(self, sign: str, one: Value, other: Value) -> Value:
-        first, second = _rational(one), _rational(other)
-        if sign == "^":
-            reciprocal = second == -1 and isinstance(one, _Whole)
-            self.undone |= first is not None and _is_whole(other) and not reciprocal
-            return _power(one, other)
-        if sign == "/":
-            self.undone |= second is not None and not isinstance(other, _Whole)
-        else:
-            self.undone |= 0 in (first, second) or None not in (first, second)
-        return _compute(_OPERATORS[sign], one, other)
 
     def operand(self) -> Value:
         token = self.left[-1]
         if token in ("(", "{"):
             return self.bracket(token)
-        if token == "|":
-            return self.unary(functools.partial(_compute, abs), self.bracket("|"))
         self.left.pop()
         if _NUMBER.fullmatch(token):
-            return _Whole(token) if token.isdecimal() else Fraction(token)
+            return Fraction(token)
         if token == r"\pi" or _NAME.fullmatch(token):
             return self.named(token)
         if token in _FUNCTIONS:
@@ -165,15 +124,17 @@ class _Reader:
             return _power(self.bracket("{"), _compute(operator.truediv, Fraction(1), index))
         if token in (r"\frac", r"\binom"):
             one, other = self.bracket("{"), self.bracket("{")
-            return self.binary("/", one, other) if token == r"\frac" else _call("binomial", one, other)
+            return _compute(operator.truediv, one, other) if token == r"\frac" else _count(math.comb, one, other)
         raise ValueError(f"{token or 'the end'!r} is out of place in {self.text!r}")
 
     def bracket(self, opening: str) -> Value:
-        self.opened.append(self.expect(opening))
-        if len(self.opened) > DEPTH + 1:
+        self.expect(opening)
+        self.depth += 1
+        if self.depth > DEPTH:
             raise ValueError(f"{self.text!r} has more than {DEPTH} brackets in brackets")
         value = self.expression(0)
-        self.expect(_CLOSES[self.opened.pop()])
+        self.expect(_CLOSES[opening])
+        self.depth -= 1
         return value
 
     def function(self, name: str) -> Value:
@@ -182,7 +143,7 @@ class _Reader:
         exponent = self.bracket("{") if self.take("^") else Fraction(1)
         if exponent == -1 and name in _INVERTIBLE:
             name, exponent = rf"\arc{name[1:]}", Fraction(1)
-        bracketed = self.left[-1] in ("(", "{", "|")
+        bracketed = self.left[-1] in ("(", "{")
         argument = self.operand() if bracketed else self.expression(PRODUCT)
         while not bracketed and self.at_operand() and self.left[-1] not in _FUNCTIONS:
             argument = _compute(operator.mul, argument, self.expression(PRODUCT))
@@ -194,11 +155,10 @@ class _Reader:
         contexts = _contexts()
         if name in ("e", "i", r"\pi"):
             return [{"e": +context.e, "i": context.mpc(0, 1)}.get(name, +context.pi) for context in contexts]
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        numbers = [int.from_bytes(digest[2 * point :][:2], "big") + 20_000 for point in range(POINTS)]
+        draw = random.Random(f"{self.seed} {name}")
         # All variables are positive at the first point, negative at the second, and small at the third.
-        points = [9 * numbers[0], -9 * numbers[1], (-1) ** digest[-1] * numbers[2]]
-        return [context.mpf(number) / 30_011 for number in points for context in contexts[: len(DIGITS)]]
+        points = [draw.uniform(6, 25), -draw.uniform(6, 25), draw.choice((-1, 1)) * draw.uniform(0.6, 2.8)]
+        return [context.mpf(point) for point in points for context in contexts[: len(DIGITS)]]
 
 
 @functools.cache
@@ -241,15 +201,6 @@ def _is_whole(value: Value) -> bool:
     return isinstance(value, Fraction) and value.denominator == 1
 
 
-def _rational(value: Value) -> Fraction | None:
-    r"""The fraction that a value equals. In samples, it finds only simple fractions, such as that of \log_4 8."""
-    if isinstance(value, Fraction):
-        return value
-    scaled, common = value[1] * 720_720, 720_720
-    nearest = scaled.context.nint(scaled.real) if abs(scaled) < 10**20 else 0
-    return Fraction(int(nearest), common) if abs(scaled - nearest) < 1e-40 else None
-
-
 def _power(base: Value, exponent: Value) -> Value:
     """The principal value; for a negative number, the real root if there is one."""
     if not (isinstance(base, Fraction) and _is_whole(exponent)):
@@ -267,13 +218,15 @@ def _power(base: Value, exponent: Value) -> Value:
     return _compute(raised, base, exponent)
 
 
+def _count(function: Callable[..., int], *values: Value) -> Value:
+    """A factorial, or a binomial coefficient, of whole numbers."""
+    if not all(_is_whole(value) and 0 <= value <= FACTORIAL for value in values):
+        raise ValueError(f"factorials and binomials are computed for whole numbers from 0 to {FACTORIAL}")
+    return _checked(Fraction(function(*map(int, values))))
+
+
 def _call(name: str, *values: Value) -> Value:
-    """A function of mpmath. Factorials and binomials of whole numbers are exact."""
-    if name in ("factorial", "binomial") and all(map(_is_whole, values)):
-        if not all(0 <= value <= FACTORIAL for value in values):
-            raise ValueError(f"a {name} is undefined, or too large to compute")
-        exact = math.factorial if name == "factorial" else math.comb
-        return _compute(lambda *numbers: Fraction(exact(*map(int, numbers))), *values)
+    """A function of mpmath."""
     if name not in ("ln", "log") and any(abs(number) > ARGUMENT for value in values for number in _samples(value)):
         raise ValueError(f"an argument of {name} is too large to compute")
     return _compute(lambda *numbers: getattr(numbers[0].context, name)(*numbers), *map(_samples, values))

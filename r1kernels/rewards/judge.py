@@ -4,8 +4,6 @@ A judged text may try to talk to the judge. So the texts are sent as JSON, which
 comparison is also made with the sides swapped: a text like "choose A" gains nothing on average.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

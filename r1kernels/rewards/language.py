@@ -4,8 +4,6 @@ The script of a word tells its language; a Chinese character is a word. Digits, 
 letters (variables) do not count as words. Nor do Latin letters in code and TeX, which are the same in every language.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 
@@ -19,8 +17,10 @@ _LATIN = (r"A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0300-\u03
 _SYMBOLS = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2100-\u218f\u2460-\u24ff\u3200-\u33ff\U0001d400-\U0001d7ff"
 _WORD = re.compile(rf"(?P<zh>[{_HAN}])|(?P<en>[{_LATIN}](?:['\u2019-]?[{_LATIN}])+)|[{_LATIN}]"
                    rf"|[\u0370-\u03ff](?![^\W\d_])|(?P<other>[^\W\d_{_HAN}{_LATIN}{_SYMBOLS}]+)")
-_MARK = re.compile(r"(`{1,3})`*|\$\$?|\\[\\$()\[\]]|\\[A-Za-z]+|\n")
-_CLOSES = {"`": "`", "``": "``", "```": "```", "$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+# Code and TeX that is closed; a `$` before a space or a digit is money. After a backslash, a sign is text.
+_CODE = re.compile(r"```(?:[^`]|`(?!``))*```|``[^\n]*?``|`[^`\n]*`"
+                   r"|\$\$[^$]*\$\$|\$(?!\s)(?:\\.|[^\\$\n])*(?<!\s)\$(?!\d)"
+                   r"|\\\((?:[^\\]|\\[^()\[\]])*\\\)|\\\[(?:[^\\]|\\[^()\[\]])*\\\]|\\[A-Za-z]+|\\.")
 
 
 def share(completion: str, language: str) -> float:
@@ -38,20 +38,5 @@ def word_counts(text: str) -> dict[str, int]:
 
 
 def _without_code(text: str) -> str:
-    """The text without the Latin letters of its code and TeX. A part counts as code or TeX only if it is closed."""
-    spans, closers, line = [], {}, 0
-    for match in reversed(list(_MARK.finditer(text))):
-        mark, (start, end) = match[1] or match[0], match.span()
-        line += mark == "\n"
-        place = line if mark in ("`", "``", "$") else 0  # such a mark is closed on the same line
-        closer = end if mark[1:].isalpha() else closers.get((_CLOSES.get(mark), place))
-        if closer and not (mark == "$" and text[end : end + 1].isspace()):
-            spans.append((start, closer))
-        closes = mark != "$" or not (text[start - 1 : start].isspace() or text[end : end + 1].isdigit())
-        closers[mark, place] = end if closes else None
-    parts, done = [], 0
-    for start, end in reversed(spans):
-        if start >= done:
-            parts += text[done:start], re.sub(f"[{_LATIN}]+", " ", text[start:end])
-            done = end
-    return "".join(parts) + text[done:]
+    """The text without the Latin letters of its code and TeX."""
+    return _CODE.sub(lambda match: re.sub(f"[{_LATIN}]+", " ", match[0]), text)

@@ -5,13 +5,10 @@ meaning of a text. `notation.normal` writes a text in one notation, `forms.read`
 compares two forms. The work is bounded for every text.
 """
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Hashable
 
 from . import expression
-from .forms import FUNCTION, Equation, Form, Group, Quantity, Words, names, read
+from .forms import FUNCTION, Form, is_undone, names, read
 from .notation import normal
 
 # An answer may be this much longer than its reference.
@@ -40,6 +37,8 @@ def grade(answer: str, reference: str) -> float | None:
 
 def check_reference(reference: str) -> str | None:
     """Why only the same text could equal this reference; None if the reference can be read."""
+    if any("\ud800" <= char <= "\udfff" for char in reference):
+        return f"the reference {reference!r} holds half of a character (a lone surrogate)"
     text = normal(reference)
     try:
         with _LOCK:
@@ -49,35 +48,29 @@ def check_reference(reference: str) -> str | None:
     return None
 
 
-def spelling(answer: str) -> Hashable:
-    """A key for majority votes: it is equal for answers that are read as the same number, list or text."""
-    text = normal(answer[:MAX_ANSWER])
-    try:
-        with _LOCK:
-            form = read(text)
-    except _UNREADABLE:
-        return text
-    return form.sides[0] if isinstance(form, Equation) and form.name and len(form.sides) == 1 else form
+def spelling(answer: str) -> str:
+    """A key for majority votes: answers that differ only in notation have the same one."""
+    return normal(answer[:MAX_ANSWER])
 
 
 def _same(given: Form, expected: Form) -> bool:
-    if isinstance(expected, Equation):
+    if expected.kind == "equation":
         return _same_equation(given, expected)
-    if isinstance(given, Equation):
+    if given.kind == "equation":
         # `x = 5` answers 5, and so does `5 = 5`; but `x = 2x + 1` must still be solved, and `f(x) = 5` too.
-        unknown = names(expected, *given.sides)
-        if given.name in unknown or (not unknown and FUNCTION.fullmatch(given.name)):
+        unknown = names(expected, *given.items)
+        if given.text in unknown or (not unknown and FUNCTION.fullmatch(given.text)):
             return False
-        return all(_same(side, expected) for side in given.sides)
-    if isinstance(given, Group) or isinstance(expected, Group):
-        return type(given) is type(expected) and given.kind == expected.kind and _same_items(given, expected)
-    if isinstance(given, Words) or isinstance(expected, Words):
+        return all(_same(item, expected) for item in given.items)
+    if given.items or expected.items:
+        return given.kind == expected.kind and _same_items(given, expected)
+    if "words" in (given.kind, expected.kind):
         return given.text.casefold() == expected.text.casefold()
     return _same_quantity(given, expected)
 
 
-def _same_quantity(given: Quantity, expected: Quantity) -> bool:
-    if (given.undone and not expected.undone) or len({given.unit, expected.unit} - {"", "%"}) > 1:
+def _same_quantity(given: Form, expected: Form) -> bool:
+    if is_undone(given, expected) or len({given.unit, expected.unit} - {"", "%"}) > 1:
         return False
     if expression.is_equal(given.text, expected.text):
         return True
@@ -86,14 +79,13 @@ def _same_quantity(given: Quantity, expected: Quantity) -> bool:
     return [given.unit, expected.unit].count("%") == 1 and expression.is_equal(*shares)
 
 
-def _same_items(given: Group, expected: Group) -> bool:
+def _same_items(given: Form, expected: Form) -> bool:
     if len(given.items) != len(expected.items):
         return False
     if expected.kind not in ("list", "union"):
         return all(map(_same, given.items, expected.items))
-    if len({item.name for item in given.items if isinstance(item, Equation)}) > 1 and not any(
-        isinstance(item, Equation) for item in expected.items
-    ):
+    named = {item.text for item in given.items if item.kind == "equation"}
+    if len(named) > 1 and all(item.kind != "equation" for item in expected.items):
         return False  # `a = 1, b = 2` for 1, 2
     left = list(expected.items)
     for one in given.items:
@@ -104,15 +96,17 @@ def _same_items(given: Group, expected: Group) -> bool:
     return True
 
 
-def _same_equation(given: Form, expected: Equation) -> bool:
-    if expected.name and len(expected.sides) == 1:
-        side = expected.sides[0]
-        if not isinstance(given, Equation):
+def _same_equation(given: Form, expected: Form) -> bool:
+    if expected.text and len(expected.items) == 1:
+        side = expected.items[0]
+        if given.kind != "equation":
             return _same(given, side)
-        if given.name == expected.name and all(_same(one, side) for one in given.sides):
+        if given.text == expected.text and all(_same(one, side) for one in given.items):
             return True
         if not names(side):
             return False  # `2x = 10` for `x = 5` must still be solved
-    if not isinstance(given, Equation) or not given.difference or not expected.difference:
+    if not given.difference or not expected.difference:
         return False
-    return expression.is_multiple(given.difference, expected.difference)
+    # One may have moved terms to the other side.
+    same_sign = expression.is_equal(given.difference, expected.difference)
+    return same_sign or expression.is_equal(f"-({given.difference})", expected.difference)

@@ -5,8 +5,6 @@ changes only notation, never meaning. Words in `\text{}` are put in double quote
 and the units are in notation.ini.
 """
 
-from __future__ import annotations
-
 import configparser
 import re
 import unicodedata

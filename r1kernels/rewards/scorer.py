@@ -1,25 +1,22 @@
-"""Scores a batch of completions: the weighted sum of rewards, computed while the caller does something else.
+"""Scores a batch of completions: the weighted sum of rewards.
 
 Text of a model needs no worker process to be judged. Each program, and each set of tests, runs in its own sandbox
 process with limits of time and memory; a thread only relays plain data between the two. Mathematics has a bounded cost
 by construction. All other functions take time linear in the text.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import pkgutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 from . import choice, text
 from .code import judge as judge_program
-from .code import settle as settle_program
 from .endpoint import EndpointError
 from .judge import Judge
 from .math import grade
@@ -27,7 +24,8 @@ from .sandbox import check
 
 REWARDS = ("accuracy", "format", "language", "overlong", "judge")
 KINDS = ("math", "choice", "exact", "code", "open")
-APPLIES = {"accuracy": KINDS[:4], "judge": ("open",)}  # the kinds of answer; other rewards apply to all
+# Each answer gets one of these, by its kind: "open" answers are for the judge. Other rewards apply to all kinds.
+JUDGEMENTS = ("accuracy", "judge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,38 +40,36 @@ class Scores:
     unscorable: dict[str, int] = dataclasses.field(default_factory=dict)  # NaN of each reward where it applies
     endpoint_error: str = ""  # the message of the first of the endpoint failures
 
-    @classmethod
-    def joined(cls, batches: Sequence[Scores], rows: Sequence[Sequence[int]]) -> Scores:
-        """The scores of several batches of the same rewards; `rows` says which completions each batch holds."""
 
-        def column(parts: Iterable[list[float]]) -> list[float]:
-            return [value for _, value in sorted(zip(itertools.chain(*rows), itertools.chain(*parts), strict=True))]
+class _Row(NamedTuple):
+    """What a judgement depends on. Equal rows are judged once."""
 
-        return cls({name: column(batch.parts[name] for batch in batches) for name in batches[0].parts},
-                   column(batch.total for batch in batches),
-                   *(sum(getattr(batch, count) for batch in batches)
-                     for count in ("timeouts", "crashes", "endpoint_failures")),
-                   {name: sum(batch.unscorable[name] for batch in batches) for name in batches[0].unscorable},
-                   next((batch.endpoint_error for batch in batches if batch.endpoint_error), ""))
+    kind: str
+    prompt: str
+    completion: str
+    answer: str
+    question: str
+
+    def gets(self, reward: str) -> bool:
+        """Whether a reward applies to this kind of answer."""
+        return reward not in JUDGEMENTS or reward == ("judge" if self.kind == "open" else "accuracy")
 
 
 class Scorer(contextlib.AbstractContextManager):
-    """Scores completions in the background. Equal completions get equal scores in any batch, but for time-outs.
+    """Scores completions. Equal completions get equal scores in any batch, but for time-outs.
 
     Args:
         rewards: weight of each reward: accuracy, format, language, overlong, judge, or the import path of a function,
             "module:function". Weight 0 computes a reward without counting it.
         workers: programs that are judged at once.
         timeout_s, memory_mb: what one program may use: seconds, and MiB of address space.
-        sandbox: where programs run, "bubblewrap" or "none". With "none" they can do whatever the caller can.
         imports: modules that programs may import in addition to Python's own.
         overlong_buffer: tokens before the limit in which the penalty of `overlong` grows to 1.
         judge: the language model that the reward "judge" asks.
     """
 
     def __init__(self, rewards: Mapping[str, float], *, workers: int = 1, timeout_s: float = 5.0, memory_mb: int = 512,
-                 sandbox: str = "bubblewrap", imports: Sequence[str] | None = None, overlong_buffer: int = 4096,
-                 judge: Judge | None = None):
+                 imports: Sequence[str] | None = None, overlong_buffer: int = 4096, judge: Judge | None = None):
         for name, value in {"workers": workers, "timeout_s": timeout_s, "memory_mb": memory_mb,
                             "overlong_buffer": overlong_buffer}.items():
             if not 0 < value < math.inf:
@@ -85,20 +81,21 @@ class Scorer(contextlib.AbstractContextManager):
             raise ValueError("judge is None, expected a Judge: rewards names 'judge'")
         try:  # format, language and overlong are functions of this package, and called like those of the user
             self._functions = {name: pkgutil.resolve_name(name if ":" in name else f"{__package__}:{name}")
-                               for name in rewards if name not in APPLIES}
+                               for name in rewards if name not in JUDGEMENTS}
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"rewards is {rewards!r}, which cannot be imported: {error}") from error
         if "overlong" in rewards:
             self._functions["overlong"] = functools.partial(self._functions["overlong"], buffer=overlong_buffer)
         self._weights, self._judge, self._closing = dict(rewards), judge, threading.Event()
-        self._program = (sandbox, timeout_s, memory_mb, tuple(imports or ()))
-        self._batches, self._judgements = ThreadPoolExecutor(1), ThreadPoolExecutor(workers)
+        self._limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "imports": tuple(imports or ())}
+        self._threads = ThreadPoolExecutor(workers)  # the kernel ends a program with the thread that started it
 
-    def submit(self, completions: Sequence, **columns: Sequence | None) -> Future[Scores]:
-        """Scores B texts or chats in the background. Batches are scored in order.
+    def score(self, completions: Sequence, **columns: Sequence | None) -> Scores:
+        """The scores of B texts or chats.
 
         `columns` are lists of B values: prompts, question, answer, kind, language, lengths (tokens), limit (tokens),
-        and the columns of your own rewards. The future raises SandboxError and exceptions of your own rewards.
+        and the columns of your own rewards. Raises ValueError for other columns, SandboxError if programs cannot be
+        confined, CancelledError if another thread closes the scorer, and exceptions of your own rewards.
         """
         if isinstance(completions, str) or any(isinstance(column, str) for column in columns.values()):
             raise ValueError("completions and columns must be lists with one value per completion, got a string")
@@ -107,83 +104,74 @@ class Scorer(contextlib.AbstractContextManager):
             if len(column) != len(completions):
                 raise ValueError(f"{name} has {len(column)} values, expected {len(completions)}, one per completion")
         kinds, blank = columns.get("kind", ["math"] * len(completions)), [""] * len(completions)
-        rows = list(zip(kinds, texts(columns.get("prompts", blank)), texts(completions), columns.get("answer", blank),
-                        columns.get("question", blank), strict=True))
-        for kind, _, _, answer, _ in rows:
-            if kind not in KINDS or not isinstance(answer, str):
-                raise ValueError(f"kind is {kind!r} and answer is {answer!r}, expected one of {KINDS} and a string")
-        return self._batches.submit(self._score, rows, list(completions), columns)
-
-    def score(self, completions: Sequence, **columns: Sequence | None) -> Scores:
-        """The result of `submit`."""
-        return self.submit(completions, **columns).result()
+        rows = list(map(_Row, kinds, texts(columns.get("prompts", blank)), texts(completions),
+                        columns.get("answer", blank), columns.get("question", blank)))
+        for row in rows:
+            if row.kind not in KINDS or not isinstance(row.answer, str):
+                raise ValueError(f"kind is {row.kind!r} and answer is {row.answer!r}, expected one of {KINDS} and a "
+                                 "string")
+        if "accuracy" in self._weights and "code" in kinds:
+            check(self._limits["memory_mb"], self._limits["imports"])  # if it fails, that is an error before any work
+        pending: dict[_Row, Future] = {}
+        try:
+            for row in rows:
+                if row not in pending and any(row.gets(name) for name in self._weights.keys() & JUDGEMENTS):
+                    pending[row] = self._start(row)
+            parts = {name: _call(name, function, list(completions), columns)
+                     for name, function in self._functions.items()}
+            while wait(pending.values(), timeout=0.1).not_done or self._closing.is_set():
+                if self._closing.is_set():
+                    raise CancelledError("the scorer was closed")
+        except KeyboardInterrupt:
+            self.close()
+            raise
+        finally:
+            for reply in pending.values():
+                reply.cancel()
+        return self._sum(rows, parts, {row: reply.exception() or reply.result() for row, reply in pending.items()})
 
     def close(self, *exception: object) -> None:
-        """Cancels batches that are not done, and kills programs that run."""
+        """Kills programs that run. A call of `score` in another thread raises CancelledError."""
         self._closing.set()
-        self._batches.shutdown(cancel_futures=True)
-        self._judgements.shutdown()
+        self._threads.shutdown(cancel_futures=True)
 
     __exit__ = close
 
-    def _score(self, rows: list[tuple[str, str, str, str, str]], completions: list, columns: dict[str, list]) -> Scores:
-        applies = {name: [kind in APPLIES.get(name, KINDS) for kind, *_ in rows] for name in self._weights}
-        if "accuracy" in applies and "code" in columns.get("kind", ()):
-            sandbox, _, memory_mb, imports = self._program
-            check(memory_mb, sandbox, imports)  # if it fails, that is an error before any work
-        parts, replies = {}, {}
-        try:
-            for name, here in applies.items():
-                if name in self._functions:
-                    parts[name] = _call(name, self._functions[name], completions, columns)
-                else:
-                    parts[name] = [self._start(*row, replies) if applicable else None
-                                   for row, applicable in zip(rows, here, strict=True)]
-            pending = set(replies.values())
-            while pending:
-                pending = wait(pending, timeout=0.1).not_done
-                if self._closing.is_set():
-                    raise CancelledError("the scorer was closed")
-        finally:
-            for reply in replies.values():
-                reply.cancel()
-        results = {reply: reply.exception() or reply.result() for reply in replies.values()}
-        found = {name: [results.get(value, value) for value in values] for name, values in parts.items()}
-        # A judgement that failed counts for each completion that it was made for.
-        failures = [value for values in found.values() for value in values if isinstance(value, Exception)]
+    def _start(self, row: _Row) -> Future:
+        if row.kind == "open":
+            return self._judge.start_reward(row.question or row.prompt, row.prompt, row.completion, row.answer)
+        return self._threads.submit(self._accuracy, row)
+
+    def _accuracy(self, row: _Row) -> float | None:
+        """1.0 if the final answer is right, else 0.0; None if the reference cannot be used."""
+        if row.kind == "code":
+            return judge_program(row.prompt, row.completion, row.answer, **self._limits, stopped=self._closing)
+        if row.kind == "choice":
+            expected = choice.letter(row.answer)
+            return None if expected is None else float(choice.chosen(row.prompt, row.completion) == expected)
+        given = text.final_answer(row.prompt, row.completion) or ""
+        if row.kind == "math":
+            return grade(given, row.answer)
+        expected = text.same_text(row.answer)
+        return float(text.same_text(given) == expected) if expected else None
+
+    def _sum(self, rows: list[_Row], parts: dict[str, list[float]], judged: dict[_Row, object]) -> Scores:
+        """The scores of rows. A judgement that failed counts for each row that it was made for."""
+        outcomes = [judged.get(row) for row in rows]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         expected = [error for error in failures if isinstance(error, EndpointError | ValueError)]
         messages = [str(error) for error in expected if isinstance(error, EndpointError)]
-        parts = {name: [value if isinstance(value, float) else math.nan for value in values]
-                 for name, values in found.items()}
+        for name in self._weights.keys() & JUDGEMENTS:
+            parts[name] = [outcome if isinstance(outcome, float) and row.gets(name) else math.nan
+                           for row, outcome in zip(rows, outcomes, strict=True)]
         total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
-                           if weight and applies[name][index]) for index in range(len(rows))]
-        unscorable = {name: sum(map(math.isnan, values)) - applies[name].count(False) for name, values in parts.items()}
-        return Scores(parts, total, timeouts=sum(isinstance(error.__context__, TimeoutError) for error in expected),
+                           if weight and row.gets(name)) for index, row in enumerate(rows)]
+        unscorable = {name: sum(math.isnan(values[index]) and row.gets(name) for index, row in enumerate(rows))
+                      for name, values in parts.items()}
+        return Scores({name: parts[name] for name in self._weights}, total,
+                      timeouts=sum(isinstance(error.__context__, TimeoutError) for error in expected),
                       crashes=len(failures) - len(expected), endpoint_failures=len(messages),
                       unscorable=unscorable, endpoint_error="".join(messages[:1]))
-
-    def _start(self, kind: str, prompt: str, completion: str, answer: str, question: str,
-               replies: dict[tuple, Future]) -> float | Future | None:
-        """Accuracy, or the judge's reward for open answers; None if unscorable. Equal completions are judged once."""
-        if kind == "choice":
-            expected = choice.letter(answer)
-            return None if expected is None else float(choice.chosen(prompt, completion) == expected)
-        given = text.final_answer(prompt, completion) or ""
-        if kind == "exact":
-            expected = text.same_text(answer)
-            return float(text.same_text(given) == expected) if expected else None
-        if kind == "math":
-            call = self._judgements.submit, grade, given, answer
-        elif kind == "code":
-            settled = settle_program(prompt, completion, answer)
-            if not isinstance(settled, tuple):
-                return settled
-            call = self._judgements.submit, judge_program, *settled, *self._program, self._closing
-        else:
-            call = self._judge.start_reward, question or prompt, prompt, completion, answer
-        if call not in replies:
-            replies[call] = call[0](*call[1:])
-        return replies[call]
 
 
 def texts(messages: Sequence) -> list[str]:

@@ -9,14 +9,11 @@ backtracks: every function is a fixed number of linear scans. Listing many candi
   `#### Summary` without a number after a `\boxed{}` is a heading.
 """
 
-from __future__ import annotations
-
 import unicodedata
 
 THINK, THINK_END = "<think>", "</think>"
 ANSWER, ANSWER_END = "<answer>", "</answer>"
 BOXED, HASHES = "\\boxed{", "####"
-ANSWER_MARKERS = (ANSWER, ANSWER_END, BOXED, HASHES)
 
 # Zero-width characters, direction marks that move nothing, and variation selectors are dropped before reading.
 # Direction overrides (U+202A to U+202E, U+2066 to U+2069) are kept, so they make an answer unreadable.

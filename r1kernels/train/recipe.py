@@ -124,7 +124,6 @@ class Scoring(Settings):
     workers: int = setting("programs that are judged at the same time", 1, ge=1)
     timeout_s: float = setting("seconds that one program may run", 5.0, gt=0)
     memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
-    sandbox: Literal["bubblewrap", "none"] = setting("where programs run; `none` does not protect at all", "bubblewrap")
     imports: list[str] | None = setting("packages that programs may import besides the standard library", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
     judge: Judge | None = setting("the model that the reward `judge` and `judge` of stage `reject` ask", None)

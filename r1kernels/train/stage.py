@@ -126,4 +126,4 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         except ConfigError as error:
             raise ConfigError(f"stage '{name}': {error}") from error
     if "code" in data.check_data(recipe, console):
-        sandbox.check(recipe.scoring.memory_mb, recipe.scoring.sandbox, tuple(recipe.scoring.imports or ()))
+        sandbox.check(recipe.scoring.memory_mb, tuple(recipe.scoring.imports or ()))

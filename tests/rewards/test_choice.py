@@ -58,17 +58,10 @@ def test_shared_cases():
 @pytest.mark.parametrize(
     ("completion", "found"),
     [
-        ("It is red.\nThe answer is B.", "B"),
-        ("So the answer is (B)\n", "B"),
-        ("The answer is C.\nThe answer is B.", "B"),
-        ("The answer is B.\nThe answer is C.", "C"),
-        ("The answer is B, or so they say.\nI doubt it.", None),
+        ("The answer is B.", None),
         ("B", None),
-        ("B is what I would say.", None),
-        ("Nobody says the answer is B.", None),
         ("<think>The answer is B.", None),
-        ("<think>The answer is B.</think>", None),
-        ("<think>C</think>The answer is B.", "B"),
+        ("<think>C</think>The answer is B.", None),
         ("<answer>C</answer>\nThe answer is B.", "C"),
         ("<answer>\nThe answer is B.", None),
         (r"\boxed{C} and then \boxed{B}", "B"),
@@ -76,7 +69,7 @@ def test_shared_cases():
         ("#### B", "B"),
     ],
 )
-def test_without_a_tag_the_last_line_must_announce_it(completion, found):
+def test_a_choice_needs_a_marker(completion, found):
     assert chosen("", completion) == found
 
 
@@ -93,4 +86,4 @@ def test_long_texts_are_read():
         for start in ("", "B ", "B. ", "B because ", "The answer is "):
             text = (start + (first + second) * MAX_CHOICE)[: MAX_CHOICE - 1]
             letter(text + "~")
-            letter(text, named=True)
+            letter(f"The answer is {text}")

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 import pytest
 
 from r1kernels.rewards import sandbox, sandbox_child
-from r1kernels.rewards.code import defines, find_code, judge, read_tests, settle, sources
+from r1kernels.rewards.code import defines, find_code, judge, read_tests, sources
 from r1kernels.rewards.sandbox import SandboxError
 
 
@@ -20,8 +20,8 @@ def works():
 
 
 def reward(tests, completion, prompt="", seconds=20.0):
-    settled = settle(prompt, completion, tests if isinstance(tests, str) else json.dumps(tests))
-    return judge(*settled, timeout_s=seconds, memory_mb=256) if isinstance(settled, tuple) else settled
+    reference = tests if isinstance(tests, str) else json.dumps(tests)
+    return judge(prompt, completion, reference, timeout_s=seconds, memory_mb=256)
 
 
 PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r: float):\n    """Of a circle.\n    """\n'
@@ -42,8 +42,7 @@ STDIO = {"stdio": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output
 
 
 def found(completion, entry_point=""):
-    settled = settle("", completion, json.dumps(STDIO))
-    return find_code(settled[1], entry_point) if isinstance(settled, tuple) else settled
+    return find_code("", completion, entry_point)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +60,9 @@ def found(completion, entry_point=""):
         ('```python title="a"\nx = 1\n```', ("x = 1\n", True)),
         ("<answer>```\nx = 1\n```</answer>```\nx = 2\n```", ("x = 1\n", True)),
         ("<answer>\n```\nx = 1\n```\n</answer>```\nx = 2\n```", ("x = 1\n", True)),
-        ("<think>x = 1", 0.0),
-        ("", 0.0),
-        ("x" * 250_000, 0.0),
+        ("<think>x = 1", ("", False)),
+        ("", ("", False)),
+        ("x" * 250_000, ("", False)),
         # CommonMark: indentation, longer fences, tildes, info strings, containers
         ("   ```python\n   x = 1\n   ```", ("x = 1\n", True)),
         ("  ```python\nif x:\n    y\n ```", ("if x:\n  y\n", True)),
@@ -102,7 +101,7 @@ def test_the_block_that_defines_the_entry_point_is_the_answer(definition, demons
 def test_finding_the_code_is_linear():
     for text in ("```" + "a" * 190_000 + "`", "```\n" * 40_000, "`" * 190_000, "- " * 90_000, "> a\n" * 40_000):
         found(text, "f")
-    assert found("<answer>" * 200_000, "f") == found("```\n" * 100_000) == 0.0
+    assert found("<answer>" * 200_000, "f") == found("```\n" * 100_000) == ("", False)
 
 
 def test_bodies_and_whole_functions():
@@ -113,6 +112,13 @@ def test_bodies_and_whole_functions():
     assert sources(PROBLEM, "    return 1\nx = 2", True) == [prompt + "    return 1\nx = 2"]
     assert sources(PROBLEM, "    def area(r): pass", True) == [prompt + "    def area(r): pass"]
     assert sources(CASES, WHOLE, True) == ["", "", WHOLE]
+
+
+def test_a_prompt_may_be_a_signature():
+    for prompt in ("def f(x):", "import math\ndef f(x: int) -> int:\n", "def f(x):\n    "):
+        tests = {"prompt": prompt, "entry_point": "f", "test": "def check(candidate): assert candidate(3) == 6"}
+        assert reward(tests, "def f(x):\n    return 2 * x") == 1.0
+        assert reward(tests, "```python\ndef f(x): return 3 * x\n```") == 0.0
 
 
 def test_checks_as_in_humaneval():
@@ -180,7 +186,7 @@ def test_what_loops_swallow_is_no_way_to_pass(test):
         ("assert list(candidate({1: 3})) == [(1, 3)]", "return x.items()", "return x"),
         ("assert list(candidate({1: 3})) == [1]", "return x.keys()", "return x.values()"),
         ("assert [list(a) for a in candidate(2)] == [[0, 2]]", "return [zip([0], [2])][0]", "return zip([0])"),
-        ("g = candidate(5); assert [next(g), next(g)] == [5, 6]", "while True: yield x; x += 1", "yield 5"),
+        ("g = candidate(5); assert [next(g), next(g)] == [5, 6]", "yield x; yield x + 1", "while True: yield x"),
         ("assert len(list(candidate(1000))) == 1000", "yield from range(x)", "while True: yield x"),
     ],
 )  # fmt: skip
@@ -260,7 +266,7 @@ def test_whole_programs():
     ids=lambda text: text[:60],
 )  # fmt: skip
 def test_other_forms_of_tests_are_unscorable(tests):
-    assert settle("", WHOLE, tests) is None
+    assert judge("", WHOLE, tests) is None
 
 
 @pytest.mark.parametrize(
@@ -477,7 +483,7 @@ def test_judging_can_be_stopped():
     stopped = threading.Event()
     stopped.set()
     with pytest.raises(CancelledError):
-        judge(*settle("", "def f(x): return sorted(x)", json.dumps(CASES)), stopped=stopped)
+        judge("", "def f(x): return sorted(x)", json.dumps(CASES), stopped=stopped)
 
 
 MET = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from r1kernels.rewards import sandbox
-from r1kernels.rewards.code import judge, settle
+from r1kernels.rewards.code import judge
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,8 +40,8 @@ def score(rows, completions, timeout_s=5.0, memory_mb=512):
     """The verdicts; none may be missing: an attack is wrong, not lost."""
 
     def verdict(row, completion):
-        settled = settle("", completion, json.dumps({key: row[key] for key in ("prompt", "test", "entry_point")}))
-        return judge(*settled, timeout_s=timeout_s, memory_mb=memory_mb)
+        tests = json.dumps({key: row[key] for key in ("prompt", "test", "entry_point")})
+        return judge("", completion, tests, timeout_s=timeout_s, memory_mb=memory_mb)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(verdict, rows, completions, timeout=3000))

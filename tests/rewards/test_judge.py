@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -266,14 +266,16 @@ def test_a_dead_server_is_counted_and_costs_no_other_reward(serve):
 def test_closing_does_not_wait_for_a_server(server):
     server.reply = lambda request: "hang"
     scorer = Scorer({"judge": 1.0}, judge=judge_of(server))
-    future = scorer.submit([str(index) for index in range(40)], answer=["c"] * 40, kind=["open"] * 40)
-    while not server.requests:
-        time.sleep(0.01)
-    start = time.monotonic()
-    scorer.close()
+    texts = [str(index) for index in range(40)]
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(scorer.score, texts, answer=["c"] * 40, kind=["open"] * 40)
+        while not server.requests:
+            time.sleep(0.01)
+        start = time.monotonic()
+        scorer.close()
+        with pytest.raises(CancelledError):
+            future.result()
     assert time.monotonic() - start < 30
-    with pytest.raises(CancelledError):
-        future.result()
     server.released.set()
 
 

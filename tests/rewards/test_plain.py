@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
 import pytest
 
-from r1kernels.rewards.sandbox_child import MAX_ITEMS, read, write
+from r1kernels.rewards.sandbox_child import read, write
 
 PLAIN = [
     None, True, False, 0, -1, 2**62, 2**63, -(10**400), 0.1, -0.0, math.inf, "", "a\n\x00\ud800\u20ac", b"\x00\xff",
@@ -32,16 +32,11 @@ def test_subclasses_become_plain_and_other_objects_are_refused():
             write(value)
 
 
-def test_iterables_are_read_as_iterators_of_their_first_items():
+def test_iterables_are_read_as_iterators():
     for value in ((x for x in "ab"), deque("ab"), {"a": 1, "b": 2}.keys()):
         found = read(write(value))
         assert next(found) == "a" and list(found) == ["b"]
     assert list(read(write({1: {2}, 3: 4}.items()))) == [(1, {2}), (3, 4)]
-    assert list(read(write(map(str, range(MAX_ITEMS))))) == [*map(str, range(MAX_ITEMS))]
-    endless = read(write(iter(int, 1)))
-    assert [next(endless) for _ in range(MAX_ITEMS)] == [0] * MAX_ITEMS
-    with pytest.raises(SystemExit):  # which tests that expect an exception do not expect
-        next(endless)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +56,7 @@ def test_other_text_is_an_error(text):
 def test_noise_gives_plain_values_or_an_error():
     draw = random.Random(0)
     valid = write([PLAIN[3:5], {"a": (1.5, {2, 3})}, range(3), iter("ab")])
-    kinds = (type(None), bool, int, float, str, bytes, list, tuple, set, frozenset, dict, range, type(x for x in ()))
+    kinds = (type(None), bool, int, float, str, bytes, list, tuple, set, frozenset, dict, range, type(iter([])))
 
     def check(value):
         assert type(value) in kinds

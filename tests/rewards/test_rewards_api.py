@@ -37,6 +37,12 @@ def test_the_public_names_exist_and_are_documented():
     assert inspect.isfunction(rewards.code) and inspect.isfunction(rewards.language)
 
 
+def test_no_helper_is_public():
+    shown = {name for name in python("from r1kernels import rewards; print(*dir(rewards))").split() if name[0] != "_"}
+    modules = {name for name in shown if inspect.ismodule(getattr(rewards, name))}
+    assert shown - modules == set(rewards.__all__)
+
+
 def test_accuracy_of_every_kind():
     values = rewards.accuracy(
         ["<answer>4.0</answer>", "<answer>(B)</answer>", "<answer>caf\u00e9</answer>", "def square(x): return x * x",

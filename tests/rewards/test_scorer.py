@@ -1,4 +1,4 @@
-"""The scorer: which rewards apply, batches and programs in the background, and the same scores however they come."""
+"""The scorer: which rewards apply, programs at once, and the same scores in any batch."""
 
 import json
 import math
@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from r1kernels.rewards import Scorer, Scores, sandbox
+from r1kernels.rewards import Scorer, sandbox
 from r1kernels.rewards.sandbox import SandboxError
 
 SURD, ROOT = r"<think>a</think> <answer>\sqrt{12}</answer>", r"2\sqrt{3}"
@@ -23,13 +23,10 @@ RIGHT, HANG = "def square(x): return x * x", "def square(x):\n    while True: pa
 PATIENCE_S = 120  # on a busy machine; nothing waits that long elsewhere
 
 REWARDS = """
-import threading
-allowed = threading.Event()
 seen = {}
 
 def patient(completions, *, answer, **columns):
-    assert allowed.wait(120)
-    seen.update(columns, thread=threading.current_thread())
+    seen.update(columns)
     return [None if completion == "?" else float(completion) for completion in completions]
 
 def broken(completions, **columns):
@@ -86,15 +83,12 @@ def sandboxes(seconds):
     return found
 
 
-def test_a_reward_of_the_user_is_called_with_lists_in_the_background(module):
+def test_a_reward_of_the_user_is_called_with_lists(module):
     with Scorer({"user_rewards:patient": 2.0}) as scorer:
-        futures = [scorer.submit([str(n)] * n, answer=["3"] * n, level=[n] * n) for n in range(4)]
-        assert not any(future.done() for future in futures)
-        module.allowed.set()
-        assert [future.result(PATIENCE_S).total for future in futures] == [[2.0 * n] * n for n in range(4)]
-        assert module.seen["level"] == [3, 3, 3] and module.seen["thread"] is not threading.main_thread()
-        scores = scorer.score(["1", "?"], answer=["", ""])
-        assert scores.unscorable == {"user_rewards:patient": 1} and math.isnan(scores.total[1])
+        scores = scorer.score(["1", "?"], answer=["", ""], level=[3, 4])
+    assert module.seen["level"] == [3, 4]
+    assert scores.unscorable == {"user_rewards:patient": 1}
+    assert scores.total[0] == 2.0 and math.isnan(scores.total[1])
 
 
 @pytest.mark.parametrize(
@@ -105,11 +99,11 @@ def test_a_reward_of_the_user_is_called_with_lists_in_the_background(module):
         ("user_rewards:infinite", ValueError, r"'user_rewards:infinite' returned \[inf, inf\]"),
     ],
 )
-def test_what_goes_wrong_in_the_background_reaches_the_caller(module, name, error, message):
+def test_what_goes_wrong_in_a_reward_of_the_user_reaches_the_caller(module, name, error, message):
     with Scorer({name: 1.0}) as scorer:
-        for _ in range(2):  # the thread lives on
+        for _ in range(2):  # the scorer can be used again
             with pytest.raises(error, match=message):
-                scorer.submit(["first", "second"]).result(PATIENCE_S)
+                scorer.score(["first", "second"])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +161,7 @@ def test_failures_are_counted_and_are_never_zero(programs, monkeypatch):
         assert [math.isnan(value) for value in scores.total] == [True] * 5 + [False]
         judged = []
 
-        def fails(*arguments):
+        def fails(*arguments, **limits):
             judged.append(arguments[1])
             raise SandboxError("the sandbox did not start")
 
@@ -193,11 +187,9 @@ def test_scores_do_not_depend_on_the_batches():
     def scored(order, size):
         values = {}
         with Scorer({"accuracy": 1.0, "format": 0.5, "language": 0.25}, workers=2) as scorer:
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
-            futures = [scorer.submit([completions[index] for index in batch], answer=[references[i] for i in batch])
-                       for batch in batches]
-            for batch, future in zip(batches, futures, strict=True):
-                scores = future.result()
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                scores = scorer.score([completions[i] for i in batch], answer=[references[i] for i in batch])
                 for place, index in enumerate(batch):
                     values[index] = (scores.total[place], *(part[place] for part in scores.parts.values()))
         return [repr(values[index]) for index in range(len(completions))]
@@ -207,13 +199,6 @@ def test_scores_do_not_depend_on_the_batches():
     assert len(set(expected)) >= 2
     for size in (1, 37):
         assert scored(draw.sample(straight, len(straight)), size) == expected
-
-
-def test_batches_are_joined_in_the_order_of_the_samples():
-    first = Scores({"a": [1.0, 2.0]}, [3.0, 4.0], 1, 2, 3, {"a": 1}, "")
-    second = Scores({"a": [5.0]}, [6.0], 10, 20, 30, {"a": 2}, "refused")
-    joined = Scores.joined([first, second], [[2, 0], [1]])
-    assert joined == Scores({"a": [2.0, 5.0, 1.0]}, [4.0, 6.0, 3.0], 11, 22, 33, {"a": 3}, "refused")
 
 
 def test_the_overlong_penalty_grows_over_the_buffer():
@@ -255,32 +240,28 @@ def test_wrong_arguments_are_named(rewards, settings, message):
 )
 def test_wrong_columns_are_named(columns, message):
     with Scorer({"accuracy": 1.0}) as scorer, pytest.raises(ValueError, match=message):
-        scorer.submit(["1", "2"], **columns)
+        scorer.score(["1", "2"], **columns)
 
 
-def test_programs_run_at_once_and_outlive_the_thread_that_asked(seconds):
-    """The kernel ends a sandbox with the thread that started it: that is one of the scorer's."""
-    futures, tests = [], json.dumps({"stdio": [{"input": "", "output": "done"}]})
-    slow = [f"import time\ntime.sleep({duration})\nprint('done')" for duration in (0.1, 3.0)]
-    with Scorer({"accuracy": 1.0}, workers=2, timeout_s=seconds) as scorer:
-        thread = threading.Thread(
-            target=lambda: futures.append(scorer.submit(slow, answer=[tests] * 2, kind=["code"] * 2)))
-        thread.start()
-        thread.join()
-        assert futures[0].result(PATIENCE_S).total == [1.0, 1.0]
+def test_programs_run_at_once(seconds):
+    tests = json.dumps({"stdio": [{"input": "", "output": "done"}]})
+    slow = [f"import time\ntime.sleep({duration})\nprint('done')" for duration in (3.0, 3.1)]
+    with Scorer({"accuracy": 1.0}, workers=2, timeout_s=seconds) as scorer, ThreadPoolExecutor(1) as thread:
+        future = thread.submit(scorer.score, slow, answer=[tests] * 2, kind=["code"] * 2)
+        wait_until(lambda: len(sandboxes(seconds)) >= 6)  # bubblewrap twice, and a program, for each
+        assert future.result(PATIENCE_S).total == [1.0, 1.0]
 
 
-def test_closing_kills_programs_and_cancels_batches(seconds):
+def test_closing_kills_programs(seconds):
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     scorer = Scorer({"accuracy": 1.0}, workers=2, timeout_s=seconds)
     programs = [f"{HANG} # {number}" for number in range(4)]
-    futures = [scorer.submit(programs, answer=[PROGRAM] * 4, kind=["code"] * 4) for _ in range(2)]
-    wait_until(lambda: sandboxes(seconds))
-    scorer.close()
-    assert all(future.done() for future in futures)
-    for future in futures:
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(scorer.score, programs, answer=[PROGRAM] * 4, kind=["code"] * 4)
+        wait_until(lambda: sandboxes(seconds))
+        scorer.close()
         with pytest.raises(CancelledError):
-            future.result()
+            future.result(PATIENCE_S)
     assert threading.active_count() == threads
     wait_until(lambda: not sandboxes(seconds))  # the kernel ends a namespace soon after its first process
     assert len(os.listdir("/proc/self/fd")) == files
