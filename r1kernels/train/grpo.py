@@ -173,19 +173,15 @@ class GRPOTrainer:
         return [item for item in self.settings.preference if step >= steps - (item.last_steps or steps)]
 
     def sample_and_score(self, problems: list[Problem], limit: int) -> tuple[Completions, Scores]:
-        """A completion of each problem, and its scores, which are computed while other completions are sampled."""
-        settings, pending = self.settings, []
+        """A completion of each problem, and its scores."""
+        settings = self.settings
         prompts = [self.template.render(problem.question) for problem in problems]
-
-        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
-            given = columns([problems[row] for row in rows], [prompts[row] for row in rows])
-            pending.append((self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows)), rows))
-
         with self.timed("sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
             sampling = Sampling(settings.temperature, limit, batch_size=settings.rollout_batch_size)
-            completions = self.sampler.sample(prompts, sampling, on_batch=submit)
+            completions = self.sampler.sample(prompts, sampling)
         with self.timed("scoring"):
-            scores = Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
+            scores = self.scorer.score(completions.texts, **columns(problems, prompts), limit=[limit] * len(prompts),
+                                       lengths=completions.lengths.tolist())
         if any(scores.unscorable.values()):
             self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable} "
                              f"{scores.endpoint_error}", warning=True)

@@ -316,7 +316,7 @@ class Reject(StageSettings):
     questions: int | None = setting("use the first questions only; null for all", None, ge=1)
     samples_per_question: int = setting("completions of a question", 16, ge=1)
     keep_per_question: int | None = setting("keep the first ones that pass; null for all", None, ge=1)
-    questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
+    questions_per_batch: int = setting("questions that are sampled and then scored together", 32, ge=1)
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from r1kernels.rewards import EndpointError, Scores
+from r1kernels.rewards import EndpointError
 from r1kernels.rewards.judge import Judge, final_summary
 from r1kernels.rewards.language import share
 from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well_formed
@@ -64,22 +64,15 @@ def run(stage: Stage) -> dict[str, Any]:
     sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.rollout_batch_size)
     with StepLog(stage, first_step=len(done)) as log, stage.scorer({"accuracy": 1.0}) as scorer:
-
-        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
-            """Has completions scored while others are still sampled."""
-            given = columns([asked[row] for row in rows], [prompts[row] for row in rows])
-            pending.append((scorer.submit(texts, **given), rows))
-
         for number in range(len(done), math.ceil(len(problems) / size)):
             stage.interrupt.check()
-            started, pending = time.monotonic(), []
-            some = problems[number * size : (number + 1) * size]
+            started, some = time.monotonic(), problems[number * size : (number + 1) * size]
             asked = [problem for problem in some for _ in range(settings.samples_per_question)]
             prompts = [template.render(problem.question) for problem in asked]
             with torch_seeded(stage.seed, settings.name, "samples", number):
-                completions = sampler.sample(prompts, sampling, submit)
+                completions = sampler.sample(prompts, sampling)
             sampled, tokens = time.monotonic(), int(completions.mask.sum())
-            scores = Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
+            scores = scorer.score(completions.texts, **columns(asked, prompts))
             samples = [Sample(*given) for given in zip(asked, prompts, completions.texts, scores.parts["accuracy"],
                                                        completions.finished.tolist(), strict=True)]
             for sample in samples:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError
 from r1kernels.train.errors import StorageError
-from r1kernels.train.rollout import Collector, Completions, OnBatch, Sampling
+from r1kernels.train.rollout import Collector, Completions, Sampling
 
 POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
@@ -54,9 +54,9 @@ class VLLMSampler:
             self.endpoint.request("get", "/models", lambda answer: answer["data"][0]["id"]))
         self._check_logprobs()
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
+    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
         """One completion of each prompt. The server chooses its own batches."""
-        found, pending = Collector(self.tokenizer, prompts, self.stops, on_batch), {}
+        found, pending = Collector(self.tokenizer, prompts, self.stops), {}
         for prompt, group in itertools.groupby(range(len(prompts)), key=found.prompts.__getitem__):
             rows = list(group)
             pending[self.endpoint.start(self._complete(prompt, len(rows), sampling))] = rows
@@ -64,10 +64,8 @@ class VLLMSampler:
             while pending:
                 self.check()
                 for future in wait(pending, POLL_S, return_when=FIRST_COMPLETED).done:
-                    rows = pending.pop(future)
-                    for row, (tokens, logprobs, _) in zip(rows, future.result(), strict=True):
+                    for row, (tokens, logprobs, _) in zip(pending.pop(future), future.result(), strict=True):
                         found.token_ids[row], found.logprobs[row] = tokens, logprobs
-                    found.finish(rows)
         finally:
             for future in pending:  # the server sees the connections close and drops the requests
                 future.cancel()
