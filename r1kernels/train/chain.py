@@ -22,8 +22,8 @@ from r1kernels.train.checkpoint import MODEL, latest_checkpoint, sha256, tidy_ch
 from r1kernels.train.errors import ConfigError
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
-from r1kernels.train.recipe import LEAVES, Recipe
-from r1kernels.train.recipe_file import RESERVED_NAMES, dump_recipe, references
+from r1kernels.train.recipe import LEAVES, Recipe, nearest
+from r1kernels.train.recipe_file import dump_recipe, references
 from r1kernels.train.stage import SELECTED, Stage
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -33,18 +33,6 @@ RUN = {
     "grpo": grpo.run, "reject": reject.run, "preference": reward_model.run, "evaluate": evaluate.run,
 }
 HASHED_SIZE = 2**24  # larger files count by their size and the time of their last change
-
-
-def order(recipe: Recipe) -> list[str]:
-    """Names of the stages. Each follows those it depends on, else the recipe's order; pretrained models come first."""
-    waiting, done = sorted(recipe.stages, key=lambda name: recipe.stages[name].kind != "model"), []
-    while waiting:
-        ready = [name for name in waiting if not named_by(recipe, name) & set(waiting)]
-        if not ready:
-            raise ConfigError(f"'stages' depend on each other in a circle: {', '.join(waiting)}")
-        waiting.remove(ready[0])
-        done.append(ready[0])
-    return done
 
 
 def named_by(recipe: Recipe, name: str) -> set[str]:
@@ -67,10 +55,10 @@ class Chain:
 
     def __init__(self, recipe: Recipe, *, start: str | None = None, ignore_version: bool = False) -> None:
         self.recipe, self.run_dir, self.ignore_version = recipe, Path(recipe.run_dir), ignore_version
-        self.order, self.records, self.forced = order(recipe), read_manifest(recipe.run_dir), {start}
-        if start is not None and start not in self.order:
-            raise ConfigError(f"--from {start!r}: no such stage; expected one of {', '.join(self.order)}")
-        for name in self.order:
+        self.records, self.forced = read_manifest(recipe.run_dir), {start}
+        if start is not None and start not in recipe.stages:
+            raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
+        for name in recipe.stages:
             if self.forced & named_by(recipe, name):
                 self.forced.add(name)
 
@@ -78,7 +66,7 @@ class Chain:
         """What `run` would do with each stage, and why. A stage after one that runs again is still skipped if that one
         leaves the same output. Raises ConfigError for a stage that can neither be kept nor continue."""
         plans: dict[str, tuple[str, str]] = {}
-        for name in self.order:
+        for name in self.recipe.stages:
             plans[name] = self._decide(name, {other for other, (action, _) in plans.items() if action != "skip"})
         return plans
 
@@ -87,11 +75,10 @@ class Chain:
         self.plan()  # raises before any work
         self._write()
         write_file(self.run_dir / CONFIG, dump_recipe(self.recipe))
-        for number, name in enumerate(self.order, start=1):
+        for number, (name, settings) in enumerate(self.recipe.stages.items(), start=1):
             interrupt.check()
             action, why = self._decide(name, set())
-            console.stage(name, number, len(self.order), f"{action}: {why}")
-            settings = self.recipe.stages[name]
+            console.say(f"[{number}/{len(self.recipe.stages)}] {name}: {action}: {why}")
             before = self.records.get(getattr(settings, "model", None), {}).get("evaluation")
             stage = Stage(self.recipe, settings, self.run_dir / name, console, interrupt, before)
             if action != "skip":
@@ -138,7 +125,8 @@ class Chain:
             started, found = time.monotonic(), evaluate.evaluate_model(stage, name)
             self.records[name]["evaluation"] = found | {"settings": settings, "seconds": time.monotonic() - started}
             self._write()
-            stage.console.evaluation(name, found)
+            share = "-" if found["pass_at_1"] is None else f"{found['pass_at_1']:.1%}"
+            stage.console.say(f"{name}: pass@1 {share}, length {found['length']:.1f} tokens")
 
     def _decide(self, name: str, stale: set[str]) -> tuple[str, str]:
         """What to do with a stage, and why, if the `stale` ones run before it."""
@@ -191,7 +179,7 @@ class Chain:
         return content_hash(path) if path and path.exists() else None
 
     def _write(self) -> None:
-        content = {"order": self.order, "stages": self.records}
+        content = {"order": list(self.recipe.stages), "stages": self.records}
         write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -204,20 +192,13 @@ def content_hash(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(found or str(path)).encode()).hexdigest()[:16]
 
 
-def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
-    """Locks the run directory for this process. With `overwrite`, deletes only the files that an older run wrote."""
+def claim(recipe: Recipe) -> filelock.AcquireReturnProxy:
+    """Locks the run directory for this process. Refuses a directory with files that no run wrote."""
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / MANIFEST).exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"'run_dir' {recipe.run_dir!r} contains files that no run wrote; use another directory")
     try:
-        held = filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
+        return filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
     except filelock.Timeout:
         raise ConfigError(f"another process uses 'run_dir' {recipe.run_dir!r}; wait for it, or stop it") from None
-    if overwrite:
-        for name in (*read_manifest(run_dir), *RESERVED_NAMES):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            shutil.rmtree(run_dir / f".replaced-{name}", ignore_errors=True)
-        for name in ("report.html", CONFIG, MANIFEST):  # the manifest last: it says what may be deleted
-            (run_dir / name).unlink(missing_ok=True)
-    return held

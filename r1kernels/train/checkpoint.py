@@ -86,7 +86,7 @@ def verify_checkpoint(path: Path) -> None:
                 raise ValueError("its SHA-256 differs")
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged checkpoint: {file} does not match {path / MANIFEST} ({error!r}); "
-                              f"delete {path} to continue from an earlier checkpoint") from error
+                              f"delete {path}, and its stage continues from an earlier one or begins again") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -116,7 +116,8 @@ def check_data(recipe: Recipe, console: Console) -> set[str]:
         trained = {problem.question for problem in found.get((name, "train"), [])}
         shared = [problem.question for problem in found[name, "test"] if problem.question in trained]
         if shared:
-            raise DataError(f"data set '{name}' has {len(shared)} questions in both splits, such as {shared[0]!r:.60}")
+            raise DataError(f"data set '{name}' has the same questions in both splits ({len(shared)} in all), such as "
+                            f"{shared[0]!r:.60}")
     for (name, split), problems in found.items():
         bad = [f"{item.id}: {item.answer!r:.60} ({why})" for item in problems if (why := _unreadable(item))]
         text = f"data set '{name}', split '{split}': {len(bad)} of {len(problems)} references are unusable: "

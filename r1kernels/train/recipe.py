@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -32,10 +32,14 @@ class Settings(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 known = [name for name, info in cls.model_fields.items() if not info.exclude]
-                close = difflib.get_close_matches(str(key), known, n=1)
-                raise ValueError(f"unknown key {key!r:.60}; expected one of {', '.join(known)}" if not close else
-                                 f"unknown key {key!r:.60}; did you mean '{close[0]}'?")
+                raise ValueError(f"unknown key {key!r:.60}; {nearest(key, known)}")
         return values
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that it resembles, or all of them."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, known)) or '(nothing)'}"
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:
@@ -70,19 +74,23 @@ class Function(Settings):
             raise ConfigError(f"cannot import '{self.function}' (see 'import_from'): {error!r}") from error
 
 
-class FileData(Settings):
-    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
-    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
-    path: FilePath | None = setting("file to train on", None)
-    test_path: FilePath | None = setting("file with the held-out problems", None)
+class DataSet(Settings):
+    """What files and data sets of the hub have in common."""
     language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
 
     @property
     def held_out(self) -> bool:
-        return self.test_path is not None
+        return bool(getattr(self, "test_path", None) or getattr(self, "test_split", None))
 
 
-class HubData(Settings):
+class FileData(DataSet):
+    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
+    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
+    path: FilePath | None = setting("file to train on", None)
+    test_path: FilePath | None = setting("file with the held-out problems", None)
+
+
+class HubData(DataSet):
     """A data set of the Hugging Face hub, or a local directory that `datasets.load_dataset` reads."""
     kind: Literal["hub"]
     path: HubPath = setting("name on the hub, or a directory")
@@ -91,11 +99,6 @@ class HubData(Settings):
     test_split: str | None = setting("split with the held-out problems", None)
     columns: dict[str, str] = setting("our name of a column: its name in the data set, such as `question: problem`", {})
     answers: Literal["math", "choice", "exact", "code", "open"] = setting("how answers are checked", "math")
-    language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
-
-    @property
-    def held_out(self) -> bool:
-        return self.test_split is not None
 
 
 class FunctionData(Function):

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from r1kernels.train.chain import CONFIG, order, read_manifest
+from r1kernels.train.chain import CONFIG, read_manifest
 from r1kernels.train.checkpoint import write_file
 from r1kernels.train.log import METRICS, SAMPLES, printable, read_lines
 from r1kernels.train.recipe_file import load_recipe
@@ -35,7 +35,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
     run_dir = Path(run_dir)
     recipe, records, figures = load_recipe(run_dir / CONFIG), read_manifest(run_dir), Figures()
     stages = []
-    for name in order(recipe):
+    for name in recipe.stages:
         lines, samples = (read_lines(run_dir / name / file) for file in (METRICS, SAMPLES))
         stage = {**recipe.stages[name].model_dump(), **records.get(name, {}), "name": name}
         stages.append({**stage, "lines": lines, "samples": samples, "times": _times(stage, lines)})

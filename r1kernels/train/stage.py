@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from r1kernels.rewards import Judge, Scorer, sandbox
 from r1kernels.train import data
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, verify_checkpoint
-from r1kernels.train.errors import CheckpointError, ConfigError
+from r1kernels.train.errors import ConfigError
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
@@ -46,10 +46,7 @@ class Stage:
         checkpoint = latest_checkpoint(directory)
         if checkpoint is None:
             raise ConfigError(f"stage '{name}' has no checkpoint in {directory}")
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; run with --from {name} to rebuild it") from error
+        verify_checkpoint(checkpoint)
         return checkpoint / MODEL
 
     def load_model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
