@@ -1,7 +1,7 @@
 """Runs the stages of a recipe in order, and decides which of them are new, finished, interrupted or out of date.
 
 A finished stage is kept while its settings, its data, the outputs that it starts from, and the version of r1kernels
-stay the same. When it runs again, its old directory is kept as `.replaced-NAME` until the new one is finished.
+stay the same. When it runs again, its old directory is deleted first.
 """
 
 from __future__ import annotations
@@ -35,11 +35,6 @@ RUN = {
 HASHED_SIZE = 2**24  # larger files count by their size and the time of their last change
 
 
-def named_by(recipe: Recipe, name: str) -> set[str]:
-    """The stages and data sets that a stage works on."""
-    return {other for _, other, _ in references(recipe.stages[name])}
-
-
 def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
     """The records of the stages that ran, by name."""
     path = Path(run_dir, MANIFEST)
@@ -59,7 +54,7 @@ class Chain:
         if start is not None and start not in recipe.stages:
             raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
         for name in recipe.stages:
-            if self.forced & named_by(recipe, name):
+            if self.forced & self._named_by(name):
                 self.forced.add(name)
 
     def plan(self) -> dict[str, tuple[str, str]]:
@@ -88,18 +83,14 @@ class Chain:
 
     def _run(self, stage: Stage, resumed: bool) -> None:
         name, kind = stage.settings.name, stage.settings.kind
-        replaced = self.run_dir / f".replaced-{name}"
         if not resumed:
             self.records.pop(name, None)
             self._write()  # first, so that after a kill the old directory is not taken for the new one
-            if replaced.exists():  # it is the last finished one
-                shutil.rmtree(stage.directory, ignore_errors=True)
-            elif stage.directory.exists():
-                stage.directory.rename(replaced)
+            shutil.rmtree(stage.directory, ignore_errors=True)
             stage.directory.mkdir()
             self.records[name] = {
                 "kind": kind, "status": "running", "version": r1kernels.__version__, "output": None,
-                "settings": self._inputs(stage.settings, named_by(self.recipe, name)), "summary": {}, "seconds": 0.0,
+                "settings": self._inputs(stage.settings, self._named_by(name)), "summary": {}, "seconds": 0.0,
                 "evaluation": None}
             self._write()
         record, started = self.records[name], time.monotonic()
@@ -115,7 +106,6 @@ class Chain:
         record |= {"status": "finished", "summary": summary, "output": self._output(name)}
         self.forced.discard(name)
         self._write()
-        shutil.rmtree(replaced, ignore_errors=True)
 
     def _evaluate(self, stage: Stage) -> None:
         """Measures the model that a stage left, unless that was done with the same settings."""
@@ -130,7 +120,7 @@ class Chain:
 
     def _decide(self, name: str, stale: set[str]) -> tuple[str, str]:
         """What to do with a stage, and why, if the `stale` ones run before it."""
-        record, named = self.records.get(name), named_by(self.recipe, name)
+        record, named = self.records.get(name), self._named_by(name)
         if record is None:
             return "run", "new"
         if name in self.forced:
@@ -153,6 +143,10 @@ class Chain:
         if self._output(name) != record["output"]:
             return "rerun", "its output is missing or damaged"
         return "skip", "finished, and nothing changed"
+
+    def _named_by(self, name: str) -> set[str]:
+        """The stages and data sets that a stage works on."""
+        return {other for _, other, _ in references(self.recipe.stages[name])}
 
     def _inputs(self, settings: Any, names: Iterable[str]) -> dict[str, Any]:
         """Everything that a stage or an evaluation depends on, except the version, in the form of the manifest.

@@ -53,31 +53,6 @@ def train(
     return 0
 
 
-@app.command(name="eval")
-def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
-    """Prints pass@1 and cons@k of a model of a run, with standard errors.
-
-    Args:
-        path: the directory of a stage, RUN/STAGE.
-        overrides: settings to change, such as eval.samples=64.
-    """
-    from r1kernels.train import chain, errors, evaluate, interrupt, log
-    from r1kernels.train.recipe import LEAVES, nearest
-    from r1kernels.train.stage import Stage
-
-    recipe, console = _load(path.parent / chain.CONFIG, overrides), log.Console(plain=True)
-    names = [name for name, stage in recipe.stages.items() if LEAVES[stage.kind] == "model"]
-    if path.name not in names:
-        raise errors.ConfigError(f"{path} is not a stage with a model; {nearest(path.name, names)}")
-    with interrupt.Interrupt() as stop:
-        stage = Stage(recipe, recipe.stages[path.name], path, console, stop)
-        found = evaluate.evaluate_model(stage, path.name)
-    for key, value in found.items():
-        if isinstance(value, int | float | str):
-            console.say(f"{key:16}{value:.4g}" if isinstance(value, float) else f"{key:16}{value}")
-    return 0
-
-
 @app.command(name="report")
 def report_run(path: Positional[Path]) -> int:
     """Writes the report of a run again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,19 +131,17 @@ class StepLog(AbstractContextManager):
     def write(self, line: Mapping[str, Any]) -> None:
         """One step: {"step": n, metric: value, ..., "timing": {part: seconds, ...}}.
 
-        Values that depend on the clock are under "timing". Without it, equal runs have equal lines.
+        Values that depend on the clock are under "timing". Without it, equal runs have equal lines. "examples" are
+        completions for people and for the report; they go to samples.jsonl.
         """
-        append_line(self._metrics, line)
+        append_line(self._metrics, {name: value for name, value in line.items() if name != "examples"})
+        for example in line.get("examples", ()):
+            append_line(self._samples, {"step": line["step"], **example})
         if self._tensorboard:
             for name, value in {**line, **line.get("timing", {})}.items():
                 if name != "step" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, line["step"])
             self._tensorboard.flush()
-
-    def examples(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Completions of a step, for people and for the report."""
-        for example in examples:
-            append_line(self._samples, {"step": step, **example})
 
     def __exit__(self, *exception: object) -> None:
         if self._tensorboard:

@@ -152,7 +152,6 @@ class Eval(Measurement):
 class Checkpoint(Settings):
     """When checkpoints are written."""
     every: int = setting("steps of RL between checkpoints", 5, ge=1)
-    every_updates: int | None = setting("updates of RL between checkpoints, inside a step too", None, ge=1)
     supervised_every: int = setting("steps of other training between checkpoints", 200, ge=1)
     keep: int = setting("checkpoints to keep", 2, ge=1)
 
@@ -205,8 +204,6 @@ class Filters(Settings):
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
     line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
-    word_repeats: int | None = setting("repetitions of the same words that make a loop", 5, ge=2)
-    loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
     ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
 

@@ -92,7 +92,8 @@ def _check_names(recipe: Recipe) -> None:
                 raise ConfigError(f"'{where}.{key}' names '{name}'{later}; {nearest(name, known)}")
         if isinstance(settings, StageSettings):
             if settings.name in recipe.data or settings.name in RESERVED_NAMES:
-                raise ConfigError(f"stage '{settings.name}' has the name of a data set or of a directory of every run; rename it")
+                raise ConfigError(f"stage '{settings.name}' has the name of a data set or of a directory of every run; "
+                                  "rename it")
             if settings.kind == "preference" and settings.name in (*REWARDS, "std"):
                 raise ConfigError(f"stage '{settings.name}' has the name of a reward; rename it, because its scores "
                                   f"are the metric 'reward_{settings.name}'")
@@ -124,13 +125,11 @@ def _describe(error: pydantic.ValidationError) -> str:
     place, value, context = [str(part) for part in first["loc"]], first["input"], first.get("ctx", {})
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name for the kind
-    if first["type"] == "missing":
-        return f"missing key {'.'.join(place)!r}"
-    if first["type"] == "union_tag_not_found":
-        return f"missing key '{'.'.join(place)}.kind'"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "union_tag_invalid":
-        place, value = [*place, "kind"], context["tag"]
+    if first["type"].startswith("union_tag"):
+        place, value = [*place, "kind"], context.get("tag")
+    if first["type"] in ("missing", "union_tag_not_found"):
+        return f"missing key '{'.'.join(place)}'"
     if options := re.findall("'(.*?)'", context.get("expected_tags") or context.get("expected") or ""):
         message = nearest(value, options)
     if isinstance(value, dict):  # the message names the key

@@ -23,7 +23,6 @@ LEAVING_SHARE = 0.25
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; `batch_size` completions at a time, or all at once."""
-
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
@@ -34,7 +33,6 @@ class Sampling:
 class Tokens:
     """Prompts (B, P), padded on the left, and completions (B, T), padded on the right. The masks are bool; that of the
     completions is true up to and including the end token."""
-
     prompt_ids: Tensor
     prompt_mask: Tensor
     token_ids: Tensor
@@ -57,7 +55,6 @@ class Tokens:
 @dataclass(frozen=True)
 class Completions(Tokens):
     """Sampled completions of B prompts."""
-
     logprobs: Tensor  # (B, T), in the distribution that a token was drawn from, after top-p; 0 behind the mask
     texts: list[str]  # without the end token
     finished: Tensor  # (B,) bool, false where `max_new_tokens` cut the completion off

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
+from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
@@ -23,7 +24,6 @@ SMALL_SPREAD = 0.1
 @dataclass(frozen=True)
 class Rollout(Tokens):
     """The inputs of the updates of a step."""
-
     advantages: Tensor  # (B,) of samples, or (B, T) of tokens
     old_logprobs: Tensor  # (B, T), under the policy before its first update
     ref_logprobs: Tensor | None  # (B, T), under the reference, if there is one
@@ -115,6 +115,20 @@ def minibatch_gradient(
             total = sum(values[weight] for values in parts)
             metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
     return metrics
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, loss: float, rate: float, grad_clip: float, where: str
+) -> dict[str, float]:
+    """Clips the gradient and makes the update. Raises TrainingError if the loss or the gradient is not finite."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(f"{where}: loss {loss}, gradient norm {norm}; expected finite numbers; see 'learning_rate'")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return {"grad_norm": norm, "learning_rate": rate}
 
 
 def importance_weights(

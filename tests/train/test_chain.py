@@ -148,7 +148,6 @@ def test_a_changed_setting_runs_its_stage_and_what_its_output_changes(done):
     assert done.run("stages.first.steps=9") == "first first? middle middle? last last?"
     assert done.left_by("middle") == "middle(first()x9)x2"
     assert done.actions("stages.first.steps=9") == "skip skip skip skip"
-    assert not list(done.run_dir.glob(".replaced-*"))
 
 
 def test_the_same_output_keeps_what_depends_on_it(done):
@@ -285,38 +284,25 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_used(done, monkeypatch):
         done.run("eval.samples=9")
 
 
-@pytest.mark.parametrize("moment", range(1, 8))
-def test_a_crash_while_a_stage_is_replaced_loses_nothing(done, monkeypatch, moment):
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_after_a_crash_while_a_stage_is_replaced_it_runs_again(done, monkeypatch, moment):
     """Before any of the operations that replace a stage; the old directory is never taken for the new one."""
     calls = []
 
     def crash(function):
         def counted(*arguments, **options):
             calls.append(function)
-            if len(calls) == moment:
+            if len(calls) == moment + 2:  # the first two write the manifest and the settings of the run
                 raise KeyboardInterrupt
             return function(*arguments, **options)
         return counted
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for place, name in ((chain, "write_file"), (Path, "rename"), (Path, "mkdir")):
+        for place, name in ((chain, "write_file"), (chain.shutil, "rmtree"), (Path, "mkdir")):
             patch.setattr(place, name, crash(getattr(place, name)))
         done.run("stages.first.steps=5")
-    kept = done.run_dir / ("first" if (done.run_dir / "first" / "checkpoints").exists() else ".replaced-first")
-    assert "first()x" in (latest_checkpoint(kept) / "model" / "weights").read_text()
     assert done.run("stages.first.steps=5").endswith("first? middle middle? last last?")
-    assert done.left_by("first") == "first()x5" and not list(done.run_dir.glob(".replaced-*"))
-
-
-def test_the_finished_output_is_kept_until_the_new_one_is_finished(done):
-    replaced = done.run_dir / ".replaced-first"
-    done.stop("first", "stages.first.steps=5")
-    assert replaced.is_dir()
-    done.stop("first", "stages.first.steps=5")
-    assert (latest_checkpoint(replaced) / "model" / "weights").read_text() == "first()x1"
-    done.stop("middle", "stages.first.steps=5")
-    assert not replaced.exists() and done.left_by("first") == "first()x5"
-    assert (done.run_dir / ".replaced-middle").is_dir()
+    assert done.left_by("first") == "first()x5"
 
 
 DAMAGED = ["", "{", "[]", "{}"]

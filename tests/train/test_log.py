@@ -39,7 +39,7 @@ def test_lines_survive_a_kill_and_come_once(tmp_path):
         "first = int(sys.argv[2])\n"
         "log = StepLog(stage, first_step=first)\n"
         "for step in range(first, 10**9):\n"
-        "    log.write({'step': step, 'text': 'x' * 5000}); log.examples(step, [{'completion': 'y'}] * 2)\n"
+        "    log.write({'step': step, 'text': 'x' * 5000, 'examples': [{'completion': 'y'}] * 2})\n"
     )
     path, first = tmp_path / "metrics.jsonl", 0
     for _ in range(2):
@@ -98,8 +98,8 @@ def test_a_half_written_line_is_left_out_and_a_damaged_one_is_named(tmp_path):
 
 def test_lines_are_json_for_every_reader(tmp_path):
     with StepLog(make_stage(tmp_path), first_step=0) as log:
-        log.write({"step": 0, "loss": float("nan"), "parts": {"a": float("inf"), "b": [1.5, float("-inf")]}})
-        log.examples(0, [{"completion": "half \ud800, whole \u4e2d"}])
+        log.write({"step": 0, "loss": float("nan"), "parts": {"a": float("inf"), "b": [1.5, float("-inf")]},
+                   "examples": [{"completion": "half \ud800, whole \u4e2d"}]})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": None, "parts": {"a": None, "b": [1.5, None]}}]
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 0, "completion": "half \ud800, whole \u4e2d"}]
 

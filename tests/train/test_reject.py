@@ -134,7 +134,7 @@ def test_at_most_so_many_of_a_question_and_the_same_only_once(home, tmp_path, sc
     summary = reject.run(stage)
     template = Template("r1_zero", None)
     rows = read_jsonl(stage.directory / "selected.jsonl")
-    per_question = Counter(one.prompt for one in load_demonstrations(rows, template))
+    per_question = Counter(prompt for prompt, _ in load_demonstrations(rows, template))
     assert set(per_question.values()) == {1} and summary["kept"] == len(per_question) == 8
     assert summary["rejected"]["surplus"] + summary["rejected"]["duplicate"] == (
         everything["rejected"]["duplicate"] + everything["kept"] - summary["kept"]

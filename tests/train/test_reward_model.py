@@ -212,11 +212,11 @@ def test_the_error_of_the_accuracy_is_that_of_questions(model):
     with torch.no_grad():
         model.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
     a, b = sorted(["good", "bad"], key=lambda text: model.score(["q"], [text])[0])
-    right, wrong = Pair("1", "x", b, a), Pair("2", "y", a, b)
+    right, wrong = Pair("x", b, a), Pair("y", a, b)
     once, twice = accuracy(model, [right, wrong]), accuracy(model, [right, right, wrong, wrong])
     assert once["accuracy"] == twice["accuracy"] == 0.5
     assert once["accuracy_se"] == pytest.approx(0.5) and twice["accuracy_se"] == pytest.approx(0.5)
-    assert accuracy(model, [Pair("3", "x", a, a)])["accuracy"] == 0.5
+    assert accuracy(model, [Pair("x", a, a)])["accuracy"] == 0.5
 
 
 def test_pairs_that_teach_nothing_are_counted(home, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_pairs_that_teach_nothing_are_counted(home, tmp_path, capsys):
 
 
 def test_no_question_is_both_learned_and_held_out():
-    pairs = [Pair(str(index), f"q{index % 20}", "a", "b") for index in range(60)]
+    pairs = [Pair(f"q{index % 20}", "a", "b") for index in range(60)]
     training, held_out = split(pairs, 0.1, seed=0)
     assert (len(training), len(held_out)) == (54, 6)
     assert not {pair.question for pair in training} & {pair.question for pair in held_out}
