@@ -45,11 +45,10 @@ def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 
 class Chain:
-    """The stages of a recipe in its run directory. `start` and all stages that depend on it run again; `ignore_version`
-    reuses stages that another version of r1kernels ran."""
+    """The stages of a recipe in its run directory. `start` and all stages that depend on it run again."""
 
-    def __init__(self, recipe: Recipe, *, start: str | None = None, ignore_version: bool = False) -> None:
-        self.recipe, self.run_dir, self.ignore_version = recipe, Path(recipe.run_dir), ignore_version
+    def __init__(self, recipe: Recipe, *, start: str | None = None) -> None:
+        self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
         self.records, self.forced = read_manifest(recipe.run_dir), {start}
         if start is not None and start not in recipe.stages:
             raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
@@ -135,9 +134,9 @@ class Chain:
                               f"continue, or use --from {name} to run it again")
         if why:
             return "rerun", why
-        if record["version"] != r1kernels.__version__ and not self.ignore_version:
+        if record["version"] != r1kernels.__version__:
             raise ConfigError(f"r1kernels {record['version']} ran stage '{name}', and this is {r1kernels.__version__}; "
-                              f"use --ignore-version to reuse it, or --from {name} to run it again")
+                              f"install that version to continue, or use --from {name} to run it again")
         if not finished:
             return "continue", "it was interrupted"
         if self._output(name) != record["output"]:

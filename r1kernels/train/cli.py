@@ -20,7 +20,7 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VA
 def train(
     recipe: Positional[Path], *, overrides: Overrides = (),
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None,
-    dry_run: bool = False, ignore_version: bool = False, plain: bool = False,
+    dry_run: bool = False, plain: bool = False,
 ) -> int:
     """Runs the stages of a recipe. Finished stages are kept, and an interrupted one continues.
 
@@ -29,7 +29,6 @@ def train(
         overrides: settings to change, such as stages.r1_zero.steps=10.
         start: run this stage again, and all stages that depend on it.
         dry_run: print which stages would run, and why, and exit.
-        ignore_version: reuse stages that another version of r1kernels ran.
         plain: print lines instead of a live table.
     """
     from r1kernels.train import chain, errors, interrupt, log, report, stage
@@ -37,13 +36,12 @@ def train(
     started, settings, console = time.monotonic(), _load(recipe, overrides), log.Console(plain)
     stage.check_recipe(settings, console)
     if dry_run:
-        plan = chain.Chain(settings, start=start, ignore_version=ignore_version).plan()
-        for name, (action, why) in plan.items():
+        for name, (action, why) in chain.Chain(settings, start=start).plan().items():
             console.say(f"{action:9}{name} ({settings.stages[name].kind}): {why}")
         return 0
     with chain.claim(settings), interrupt.Interrupt() as stop, console:
         try:
-            chain.Chain(settings, start=start, ignore_version=ignore_version).run(console, stop)
+            chain.Chain(settings, start=start).run(console, stop)
         except errors.Interrupted as signal:
             console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
             return INTERRUPTED

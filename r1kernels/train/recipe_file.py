@@ -177,19 +177,22 @@ def _check_nodes(root: yaml.Node | None) -> None:
 def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of nested mappings with one key replaced; `override` is "eval.samples=10", its value in YAML."""
     key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all([*parents, last]):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
-    changed = inner = dict(values)
+    path = key.split(".")
+
+    def changed(old: Any, depth: int) -> Any:
+        """What becomes of the value under the first `depth` names of the path."""
+        if depth == len(path):
+            return read_yaml(text)
+        if not isinstance(old, dict | None):
+            raise ConfigError(f"'{path[depth - 1]}' is {old!r:.60}, which has no keys")
+        name, old = path[depth], old or {}
+        if depth == 1 and path[0] in ("data", "stages") and len(path) > 2 and name not in old:
+            raise ConfigError(f"there is no '{name}' in '{path[0]}'; {nearest(name, old)}")
+        return {**old, name: changed(old.get(name), depth + 1)}
+
     try:
-        for depth, part in enumerate(parents):
-            if parents[:depth] in (["data"], ["stages"]) and part not in inner:
-                raise ConfigError(f"there is no '{part}' in '{parents[0]}'; {nearest(part, inner)}")
-            inner[part] = dict(inner.get(part) or {})  # a copy: an alias of YAML may use the same mapping elsewhere
-            inner = inner[part]
-        inner[last] = read_yaml(text)
+        if not equals or not all(path):
+            raise ConfigError("expected KEY=VALUE with a dotted key, such as eval.samples=10")
+        return changed(values, 0)
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from None
-    except (TypeError, ValueError):
-        raise ConfigError(f"--set {override!r}: '{part}' is {inner[part]!r:.60}, which has no keys") from None
-    return changed

@@ -19,7 +19,7 @@ from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
 from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import Recipe
+from r1kernels.train.recipe import Function, Recipe
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
 
@@ -80,9 +80,9 @@ class Stage:
 
     def check(self) -> None:
         """Checks before any work that the functions, rewards and the pretrained model of this stage can be used."""
-        for key in ("architecture", "corpus", "advantages"):
-            if getattr(self.settings, key, None):
-                getattr(self.settings, key).load()
+        for value in vars(self.settings).values():
+            if isinstance(value, Function):
+                value.load()
         if self.settings.kind == "grpo":
             self.settings.objective.build()
             self.scorer(self.settings.rewards).close()

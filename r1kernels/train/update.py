@@ -17,8 +17,6 @@ from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
-# Groups whose rewards differ by less are counted, because even small differences become large advantages.
-SMALL_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,15 @@ class Rollout(Tokens):
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
-    """Rows of the groups to train on, and the shares of groups whose rewards are equal or hardly differ.
+    """Rows of the groups to train on, and the share of groups whose rewards are equal.
 
     If there are more groups than needed, it prefers groups whose rewards differ, and then earlier ones.
     """
     groups = rewards.view(-1, settings.group_size)
-    spread = spreads(groups)
-    flat = spread <= settings.min_spread
+    flat = spreads(groups) <= settings.min_spread
     kept = torch.argsort(flat.long(), stable=True)[: settings.questions].sort().values
     rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
-    small = (spread > 0) & (spread < SMALL_SPREAD)
-    return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
+    return rows, {"zero_spread": flat.double().mean().item()}
 
 
 def spreads(groups: Tensor) -> Tensor:

@@ -210,20 +210,18 @@ def test_an_interrupted_stage_whose_settings_changed_is_refused_before_any_work(
     assert world.run("stages.middle.temperature=0.5", start="middle") == "middle middle? side side? last last?"
 
 
-def test_another_version_is_refused_reused_or_run_again(done, monkeypatch):
+def test_another_version_is_refused_or_run_again(done, monkeypatch):
     monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
     message = done.refused()
-    assert all(word in message for word in ("'first'", "9.9", "--ignore-version", "--from first"))
-    assert done.run(ignore_version=True) == ""
+    assert all(word in message for word in ("'first'", "9.9", "--from first"))
     assert "'side'" in done.refused(start="first")
-    assert done.actions(start="first", ignore_version=True) == "rerun rerun skip rerun"
 
 
 def test_an_interrupted_stage_of_another_version(world, monkeypatch):
     world.stop("first")
     monkeypatch.setattr(chain.r1kernels, "__version__", "9.9")
     assert "'first'" in world.refused()
-    assert world.actions(ignore_version=True) == "continue run run run"
+    assert world.actions(start="first") == "rerun run run run"
 
 
 def test_an_interrupted_evaluation_is_repeated(world):
