@@ -206,8 +206,7 @@ class GRPOTrainer:
         """One optimizer step on a minibatch, given as micro-batches."""
         settings, number = self.settings, len(self.updates)
         self.optimizer.zero_grad()
-        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, temperature=settings.temperature,
-                                     measure_all=settings.measure_all)
+        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, settings.temperature)
         if self.advantages is not None:
             metrics |= self.advantages.learn(rollout, batches)
         where, done = f"step {self.step}, minibatch {number}", self.step * settings.updates + number + 1

@@ -293,7 +293,6 @@ class GRPO(StageSettings):
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(
         "in place of group advantages: `function(trainer, **options)`; see examples/ppo", None)
-    measure_all: bool = setting("metrics of every token; false skips work on tokens with advantage 0", True)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
     sampler: SamplerSettings = setting("where completions come from", SamplerSettings())

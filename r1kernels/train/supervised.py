@@ -189,6 +189,9 @@ def train(
     """
     (model, tokenizer, state), settings, done = start, stage.settings, 0
     model.eval()  # dropout would draw random numbers
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if getattr(settings, "window", 0) > most:
+        raise ConfigError(f"'window' is {settings.window}, but the model supports at most {most} positions")
     if state:
         done = state["step"]
         optimizer.load_state_dict(state["optimizer"])

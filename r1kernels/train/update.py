@@ -79,14 +79,11 @@ def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Te
 
 
 def minibatch_gradient(
-    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective, *,
-    temperature: float, measure_all: bool = True,
+    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective,
+    temperature: float,
 ) -> dict[str, float]:
-    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it.
-
-    With `measure_all`, metrics include every token. Without it, tokens of advantage 0 may not be computed, and the
-    first ratio may differ from 1 in its last bits. "ratio_deviation" is the largest |ratio - 1| of a token.
-    """
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it:
+    every token, those of advantage 0 too. "ratio_deviation" is the largest |ratio - 1| of a token."""
     mask, table = rollout.mask[torch.cat(list(batches))], []
     whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
     normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
@@ -96,20 +93,17 @@ def minibatch_gradient(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
             old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
-            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model))
+            temperature=temperature, objective=objective, measure_all=True, **head_of(model))
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
     # One transfer from the device for all metrics of all micro-batches.
     micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
-    known = [values for values in micro if values["measured_tokens"]]
-    deviations = [max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in known]
-    metrics = {"loss": sum(values["loss"] for values in micro), "ratio_deviation": max(deviations, default=0.0)}
-    for name in TOKEN_MEANS:
-        weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
-        if name in names:
-            total = sum(values[weight] for values in parts)
-            metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
+    deviation = max(max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in micro)
+    metrics, tokens = {"ratio_deviation": deviation}, sum(values["tokens"] for values in micro)
+    metrics["loss"] = sum(values["loss"] for values in micro)
+    for name in [name for name in TOKEN_MEANS if name in names]:
+        metrics[name] = sum(values[name] * (values["tokens"] / tokens) for values in micro)
     return metrics
 
 

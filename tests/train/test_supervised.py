@@ -176,6 +176,7 @@ def test_a_sample_longer_than_the_window_is_left_out_and_counted(home, tmp_path,
 
 @pytest.mark.parametrize(("override", "error", "message"), [
     ("window=9", DataError, "'samples' replies: 10 of 10 .* more than 9 tokens .*'window'"),
+    ("window=1025", ConfigError, r"'window' is 1025.*the model supports at most 1024 positions"),
 ])
 def test_settings_that_cannot_be_used(home, tmp_path, override, error, message):
     with pytest.raises(error, match=message):
