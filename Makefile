@@ -13,7 +13,8 @@ SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 # A run that was interrupted is continued; a finished one (it has a report) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
-	$(BIN)/r1kernels train recipes/demo.yaml $(if $(wildcard runs/demo/report.html),--overwrite)
+	$(if $(wildcard runs/demo/report.html),$(RM) -r runs/demo)
+	$(BIN)/r1kernels train recipes/demo.yaml
 
 # Files go to two processes in the order of the rooms, so that the longest, of the emulators, begin first. All cases and
 # the emulators' full suites: make test TEST_OPTIONS="-n 2 --full".

@@ -1,7 +1,7 @@
 """Runs the stages of a recipe in order, and decides which of them are new, finished, interrupted or out of date.
 
 A finished stage is kept while its settings, its data, the outputs that it starts from, and the version of r1kernels
-stay the same. When it runs again, its old directory is kept as `.replaced-NAME` until the new one is finished.
+stay the same. When it runs again, its old directory is deleted first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from r1kernels.train.checkpoint import MODEL, latest_checkpoint, sha256, tidy_ch
 from r1kernels.train.errors import ConfigError
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
-from r1kernels.train.recipe import LEAVES, Recipe
-from r1kernels.train.recipe_file import RESERVED_NAMES, dump_recipe, references
+from r1kernels.train.recipe import LEAVES, Recipe, nearest
+from r1kernels.train.recipe_file import dump_recipe, references
 from r1kernels.train.stage import SELECTED, Stage
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -33,23 +33,6 @@ RUN = {
     "grpo": grpo.run, "reject": reject.run, "preference": reward_model.run, "evaluate": evaluate.run,
 }
 HASHED_SIZE = 2**24  # larger files count by their size and the time of their last change
-
-
-def order(recipe: Recipe) -> list[str]:
-    """Names of the stages. Each follows those it depends on, else the recipe's order; pretrained models come first."""
-    waiting, done = sorted(recipe.stages, key=lambda name: recipe.stages[name].kind != "model"), []
-    while waiting:
-        ready = [name for name in waiting if not named_by(recipe, name) & set(waiting)]
-        if not ready:
-            raise ConfigError(f"'stages' depend on each other in a circle: {', '.join(waiting)}")
-        waiting.remove(ready[0])
-        done.append(ready[0])
-    return done
-
-
-def named_by(recipe: Recipe, name: str) -> set[str]:
-    """The stages and data sets that a stage works on."""
-    return {other for _, other, _ in references(recipe.stages[name])}
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
@@ -62,23 +45,22 @@ def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 
 class Chain:
-    """The stages of a recipe in its run directory. `start` and all stages that depend on it run again; `ignore_version`
-    reuses stages that another version of r1kernels ran."""
+    """The stages of a recipe in its run directory. `start` and all stages that depend on it run again."""
 
-    def __init__(self, recipe: Recipe, *, start: str | None = None, ignore_version: bool = False) -> None:
-        self.recipe, self.run_dir, self.ignore_version = recipe, Path(recipe.run_dir), ignore_version
-        self.order, self.records, self.forced = order(recipe), read_manifest(recipe.run_dir), {start}
-        if start is not None and start not in self.order:
-            raise ConfigError(f"--from {start!r}: no such stage; expected one of {', '.join(self.order)}")
-        for name in self.order:
-            if self.forced & named_by(recipe, name):
+    def __init__(self, recipe: Recipe, *, start: str | None = None) -> None:
+        self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
+        self.records, self.forced = read_manifest(recipe.run_dir), {start}
+        if start is not None and start not in recipe.stages:
+            raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
+        for name in recipe.stages:
+            if self.forced & self._named_by(name):
                 self.forced.add(name)
 
     def plan(self) -> dict[str, tuple[str, str]]:
         """What `run` would do with each stage, and why. A stage after one that runs again is still skipped if that one
         leaves the same output. Raises ConfigError for a stage that can neither be kept nor continue."""
         plans: dict[str, tuple[str, str]] = {}
-        for name in self.order:
+        for name in self.recipe.stages:
             plans[name] = self._decide(name, {other for other, (action, _) in plans.items() if action != "skip"})
         return plans
 
@@ -87,11 +69,10 @@ class Chain:
         self.plan()  # raises before any work
         self._write()
         write_file(self.run_dir / CONFIG, dump_recipe(self.recipe))
-        for number, name in enumerate(self.order, start=1):
+        for number, (name, settings) in enumerate(self.recipe.stages.items(), start=1):
             interrupt.check()
             action, why = self._decide(name, set())
-            console.stage(name, number, len(self.order), f"{action}: {why}")
-            settings = self.recipe.stages[name]
+            console.say(f"[{number}/{len(self.recipe.stages)}] {name}: {action}: {why}")
             before = self.records.get(getattr(settings, "model", None), {}).get("evaluation")
             stage = Stage(self.recipe, settings, self.run_dir / name, console, interrupt, before)
             if action != "skip":
@@ -101,18 +82,14 @@ class Chain:
 
     def _run(self, stage: Stage, resumed: bool) -> None:
         name, kind = stage.settings.name, stage.settings.kind
-        replaced = self.run_dir / f".replaced-{name}"
         if not resumed:
             self.records.pop(name, None)
             self._write()  # first, so that after a kill the old directory is not taken for the new one
-            if replaced.exists():  # it is the last finished one
-                shutil.rmtree(stage.directory, ignore_errors=True)
-            elif stage.directory.exists():
-                stage.directory.rename(replaced)
+            shutil.rmtree(stage.directory, ignore_errors=True)
             stage.directory.mkdir()
             self.records[name] = {
                 "kind": kind, "status": "running", "version": r1kernels.__version__, "output": None,
-                "settings": self._inputs(stage.settings, named_by(self.recipe, name)), "summary": {}, "seconds": 0.0,
+                "settings": self._inputs(stage.settings, self._named_by(name)), "summary": {}, "seconds": 0.0,
                 "evaluation": None}
             self._write()
         record, started = self.records[name], time.monotonic()
@@ -128,7 +105,6 @@ class Chain:
         record |= {"status": "finished", "summary": summary, "output": self._output(name)}
         self.forced.discard(name)
         self._write()
-        shutil.rmtree(replaced, ignore_errors=True)
 
     def _evaluate(self, stage: Stage) -> None:
         """Measures the model that a stage left, unless that was done with the same settings."""
@@ -138,11 +114,12 @@ class Chain:
             started, found = time.monotonic(), evaluate.evaluate_model(stage, name)
             self.records[name]["evaluation"] = found | {"settings": settings, "seconds": time.monotonic() - started}
             self._write()
-            stage.console.evaluation(name, found)
+            share = "-" if found["pass_at_1"] is None else f"{found['pass_at_1']:.1%}"
+            stage.console.say(f"{name}: pass@1 {share}, length {found['length']:.1f} tokens")
 
     def _decide(self, name: str, stale: set[str]) -> tuple[str, str]:
         """What to do with a stage, and why, if the `stale` ones run before it."""
-        record, named = self.records.get(name), named_by(self.recipe, name)
+        record, named = self.records.get(name), self._named_by(name)
         if record is None:
             return "run", "new"
         if name in self.forced:
@@ -157,14 +134,18 @@ class Chain:
                               f"continue, or use --from {name} to run it again")
         if why:
             return "rerun", why
-        if record["version"] != r1kernels.__version__ and not self.ignore_version:
+        if record["version"] != r1kernels.__version__:
             raise ConfigError(f"r1kernels {record['version']} ran stage '{name}', and this is {r1kernels.__version__}; "
-                              f"use --ignore-version to reuse it, or --from {name} to run it again")
+                              f"install that version to continue, or use --from {name} to run it again")
         if not finished:
             return "continue", "it was interrupted"
         if self._output(name) != record["output"]:
             return "rerun", "its output is missing or damaged"
         return "skip", "finished, and nothing changed"
+
+    def _named_by(self, name: str) -> set[str]:
+        """The stages and data sets that a stage works on."""
+        return {other for _, other, _ in references(self.recipe.stages[name])}
 
     def _inputs(self, settings: Any, names: Iterable[str]) -> dict[str, Any]:
         """Everything that a stage or an evaluation depends on, except the version, in the form of the manifest.
@@ -191,7 +172,7 @@ class Chain:
         return content_hash(path) if path and path.exists() else None
 
     def _write(self) -> None:
-        content = {"order": self.order, "stages": self.records}
+        content = {"order": list(self.recipe.stages), "stages": self.records}
         write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -204,20 +185,13 @@ def content_hash(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(found or str(path)).encode()).hexdigest()[:16]
 
 
-def claim(recipe: Recipe, *, overwrite: bool) -> filelock.AcquireReturnProxy:
-    """Locks the run directory for this process. With `overwrite`, deletes only the files that an older run wrote."""
+def claim(recipe: Recipe) -> filelock.AcquireReturnProxy:
+    """Locks the run directory for this process. Refuses a directory with files that no run wrote."""
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / MANIFEST).exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"'run_dir' {recipe.run_dir!r} contains files that no run wrote; use another directory")
     try:
-        held = filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
+        return filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
     except filelock.Timeout:
         raise ConfigError(f"another process uses 'run_dir' {recipe.run_dir!r}; wait for it, or stop it") from None
-    if overwrite:
-        for name in (*read_manifest(run_dir), *RESERVED_NAMES):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            shutil.rmtree(run_dir / f".replaced-{name}", ignore_errors=True)
-        for name in ("report.html", CONFIG, MANIFEST):  # the manifest last: it says what may be deleted
-            (run_dir / name).unlink(missing_ok=True)
-    return held

@@ -16,20 +16,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from r1kernels.train.errors import CheckpointError, StorageError
 
 MODEL, STATE, MANIFEST, PARTIAL = "model", "state.pt", "manifest.json", ".partial-"
-
-
-class Checkpoint(NamedTuple):
-    """A verified checkpoint: its model for `from_pretrained`, and its state with tensors on the CPU."""
-
-    model_dir: Path
-    state: dict[str, Any]
 
 
 def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict, keep: int) -> None:
@@ -66,11 +59,12 @@ def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, s
         tidy_checkpoints(directory, keep)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verifies every file of a checkpoint, then loads its state. Raises CheckpointError."""
+def load_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Verifies every file of a checkpoint. Returns the directory of its model, and its state with tensors on the CPU.
+    Raises CheckpointError."""
     verify_checkpoint(path)
     try:
-        return Checkpoint(path / MODEL, torch.load(path / STATE, map_location="cpu", weights_only=True))
+        return path / MODEL, torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"cannot load {path / STATE}: {type(error).__name__}") from error
 
@@ -86,7 +80,7 @@ def verify_checkpoint(path: Path) -> None:
                 raise ValueError("its SHA-256 differs")
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged checkpoint: {file} does not match {path / MANIFEST} ({error!r}); "
-                              f"delete {path} to continue from an earlier checkpoint") from error
+                              f"delete {path}, and its stage continues from an earlier one or begins again") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -20,7 +20,7 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VA
 def train(
     recipe: Positional[Path], *, overrides: Overrides = (),
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None,
-    dry_run: bool = False, overwrite: bool = False, ignore_version: bool = False, plain: bool = False,
+    dry_run: bool = False, plain: bool = False,
 ) -> int:
     """Runs the stages of a recipe. Finished stages are kept, and an interrupted one continues.
 
@@ -29,56 +29,25 @@ def train(
         overrides: settings to change, such as stages.r1_zero.steps=10.
         start: run this stage again, and all stages that depend on it.
         dry_run: print which stages would run, and why, and exit.
-        overwrite: delete the old run in the run directory.
-        ignore_version: reuse stages that another version of r1kernels ran.
         plain: print lines instead of a live table.
     """
     from r1kernels.train import chain, errors, interrupt, log, report, stage
 
     started, settings, console = time.monotonic(), _load(recipe, overrides), log.Console(plain)
-    chain.order(settings)  # raises for a circle
     stage.check_recipe(settings, console)
     if dry_run:
-        made = chain.Chain(settings, start=start, ignore_version=ignore_version)
-        made.records = {} if overwrite else made.records
-        for name, (action, why) in made.plan().items():
+        for name, (action, why) in chain.Chain(settings, start=start).plan().items():
             console.say(f"{action:9}{name} ({settings.stages[name].kind}): {why}")
         return 0
-    with chain.claim(settings, overwrite=overwrite), interrupt.Interrupt() as stop, console:
+    with chain.claim(settings), interrupt.Interrupt() as stop, console:
         try:
-            chain.Chain(settings, start=start, ignore_version=ignore_version).run(console, stop)
+            chain.Chain(settings, start=start).run(console, stop)
         except errors.Interrupted as signal:
             console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
             return INTERRUPTED
         console.say(f"finished in {time.monotonic() - started:.0f} s")
-        for path in report.write_report(settings.run_dir):
-            console.say(f"wrote {path}")
-    return 0
-
-
-@app.command(name="eval")
-def evaluate_stage(path: Positional[Path], *, overrides: Overrides = ()) -> int:
-    """Prints pass@1 and cons@k of a model of a run, with standard errors.
-
-    Args:
-        path: a stage (RUN/STAGE), or a run, which means its last stage with a model.
-        overrides: settings to change, such as eval.samples=64.
-    """
-    from r1kernels.train import chain, errors, evaluate, interrupt, log
-    from r1kernels.train.recipe import LEAVES
-    from r1kernels.train.stage import Stage
-
-    run_dir = path if (path / chain.CONFIG).exists() else path.parent
-    recipe, console = _load(run_dir / chain.CONFIG, overrides), log.Console(plain=True)
-    names = [name for name in chain.order(recipe) if LEAVES[recipe.stages[name].kind] == "model"]
-    name = names[-1] if path == run_dir else path.name
-    if name not in names:
-        raise errors.ConfigError(f"{path} is not a stage with a model; expected one of {', '.join(names)} in {run_dir}")
-    with interrupt.Interrupt() as stop:
-        found = evaluate.evaluate_model(Stage(recipe, recipe.stages[name], run_dir / name, console, stop), name)
-    for key, value in found.items():
-        if isinstance(value, int | float | str):
-            console.say(f"{key:16}{value:.4g}" if isinstance(value, float) else f"{key:16}{value}")
+        report.write_report(settings.run_dir)
+        console.say(f"wrote {Path(settings.run_dir, 'report.html')}, and its figures in curves/")
     return 0
 
 
@@ -91,8 +60,8 @@ def report_run(path: Positional[Path]) -> int:
     """
     from r1kernels.train import log, report
 
-    for file in report.write_report(path):
-        log.Console(plain=True).say(f"wrote {file}")
+    report.write_report(path)
+    log.Console(plain=True).say(f"wrote {path / 'report.html'}, and its figures in curves/")
     return 0
 
 

@@ -40,15 +40,8 @@ class Problem(NamedTuple):
     language: str = "en"
 
 
-class Demonstration(NamedTuple):
-    """A prompt, exactly as the model receives it, and a response to learn."""
-    prompt: str
-    completion: str
-
-
 class Pair(NamedTuple):
     """Two responses to a question; the first is preferred."""
-    id: str
     question: str
     chosen: str
     rejected: str
@@ -72,8 +65,9 @@ def load_problems(recipe: Recipe, name: str, split: Split, count: int | None = N
     return problems
 
 
-def load_demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> list[Demonstration]:
-    """Demonstrations for SFT: the rows' `response`, or samples of a stage of kind reject, in this template."""
+def load_demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> list[tuple[str, str]]:
+    """Prompts, exactly as the model receives them, and responses to learn: those of the rows, or samples of a stage of
+    kind reject."""
     found = []
     for where, row in rows:
         prompt, response = template.render(row["question"]), row.get("response")
@@ -82,13 +76,13 @@ def load_demonstrations(rows: Iterable[tuple[str, Row]], template: Template) -> 
         response = text_of({"response": response}, "response", where)
         if prompt_opens_think(prompt):
             response = response.lstrip().removeprefix(THINK)
-        found.append(Demonstration(prompt, response))
+        found.append((prompt, response))
     return found
 
 
 def load_pairs(recipe: Recipe, name: str) -> list[Pair]:
     """Rows with `chosen` and `rejected`."""
-    return [Pair(str(row.get("id", where)), *(text_of(row, key, where) for key in ("question", "chosen", "rejected")))
+    return [Pair(*(text_of(row, key, where) for key in Pair._fields))
             for where, row in read_rows(recipe, name, "train")]
 
 
@@ -116,7 +110,8 @@ def check_data(recipe: Recipe, console: Console) -> set[str]:
         trained = {problem.question for problem in found.get((name, "train"), [])}
         shared = [problem.question for problem in found[name, "test"] if problem.question in trained]
         if shared:
-            raise DataError(f"data set '{name}' has {len(shared)} questions in both splits, such as {shared[0]!r:.60}")
+            raise DataError(f"data set '{name}' has the same questions in both splits ({len(shared)} in all), such as "
+                            f"{shared[0]!r:.60}")
     for (name, split), problems in found.items():
         bad = [f"{item.id}: {item.answer!r:.60} ({why})" for item in problems if (why := _unreadable(item))]
         text = f"data set '{name}', split '{split}': {len(bad)} of {len(problems)} references are unusable: "

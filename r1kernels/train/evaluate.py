@@ -40,7 +40,7 @@ def evaluate_model(stage: Stage, name: str) -> dict[str, Any]:
     sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
     problems, settings = eval_problems(stage.recipe), stage.recipe.eval
     with stage.scorer(PARTS) as scorer:
-        return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.seed)
+        return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.recipe.seed)
 
 
 def eval_problems(recipe: Recipe) -> list[Problem]:
@@ -88,9 +88,9 @@ def evaluate(
 
 
 def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of an evaluation, under their names in metrics.jsonl."""
+    """The numbers of an evaluation, under their names in metrics.jsonl, and its examples."""
     names = ("length", "language", "format", "truncated", "unscorable", "reflective")
-    shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se")}
+    shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se", "examples")}
     return shares | {f"eval_{name}": evaluation[name] for name in names}
 
 

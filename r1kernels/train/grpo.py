@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from r1kernels.rewards import Scores
-from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from r1kernels.train.checkpoint import save_checkpoint
 from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import PARTS, columns, eval_problems, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
-from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.recipe import PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
@@ -41,6 +40,7 @@ from r1kernels.train.update import (
     group_advantages,
     importance_weights,
     minibatch_gradient,
+    optimizer_step,
 )
 from r1kernels.train.vllm import VLLMSampler
 
@@ -51,13 +51,9 @@ class GRPOTrainer:
     """Trains the model of one stage, from its last checkpoint if there is one."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.settings, self.seed, self.console = stage, stage.settings, stage.seed, stage.console
-        settings, recipe, path = stage.settings, stage.recipe, latest_checkpoint(stage.directory)
-        if path is None:
-            state, (model, self.tokenizer) = {"step": 0}, stage.load_model(settings.model)
-        else:
-            model_dir, state = load_checkpoint(path)
-            model, self.tokenizer = load_model(model_dir, device=recipe.device), load_tokenizer(model_dir)
+        self.stage, self.settings, self.seed, self.console = stage, stage.settings, stage.recipe.seed, stage.console
+        settings, recipe = stage.settings, stage.recipe
+        model, self.tokenizer, state = stage.start()
         self.model = model.eval()  # dropout would make the first ratio differ from 1
         self.template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
@@ -65,11 +61,9 @@ class GRPOTrainer:
         self.test_problems = eval_problems(recipe)
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, stage.interrupt.check)
         self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
-        if (server := settings.sampler).kind == "vllm":
-            self.sampler = VLLMSampler(
-                server.url, self.tokenizer, end_tokens(self.model, self.tokenizer), model=server.served_name,
-                weights_dir=server.weights_dir, device=self.model.device, requests=server.requests,
-                timeout_s=server.timeout_s, check=stage.interrupt.check)
+        if settings.sampler.kind == "vllm":
+            self.sampler = VLLMSampler(settings.sampler, self.tokenizer, end_tokens(self.model, self.tokenizer),
+                                       device=self.model.device, check=stage.interrupt.check)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
             for item in settings.preference}
@@ -83,13 +77,12 @@ class GRPOTrainer:
             raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
         parts = {"optimizer": self.optimizer, "reference": self.reference, "advantages": self.advantages}
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.step, self.timing = state.pop("step"), {"total": 0.0}  # seconds of this step
+        self.step, self.timing = state.pop("step", 0), {"total": 0.0}  # seconds of this step
         self.rollout: Rollout | None = None
         self.metrics: dict[str, Any] = {}  # of this step, before its updates
         self.updates: list[dict[str, float]] = []  # metrics of the updates on this rollout
-        self.examples: list[dict[str, Any]] = []
         if "rollout" in state:
-            tensors, self.metrics, self.updates, self.examples, self.timing = state.pop("rollout")
+            tensors, self.metrics, self.updates, self.timing = state.pop("rollout")
             self.rollout = Rollout(**{key: None if value is None else value.to(recipe.device)
                                       for key, value in tensors.items()})
         for name, part_state in state.items():
@@ -109,7 +102,6 @@ class GRPOTrainer:
                 self.save()
                 raise
             self.log.write({"step": self.step, **measured(evaluation), "timing": self.timing})
-            self.log.examples(self.step, self.examples)
         questions = settings.steps * settings.questions * settings.oversample
         return {"steps": settings.steps, "questions": questions, "evaluation": evaluation}
 
@@ -117,14 +109,11 @@ class GRPOTrainer:
         """A rollout, and the updates of the policy on it."""
         if self.rollout is None:  # else it comes from a checkpoint between two updates
             self.rollout, self.metrics = self.roll_out()
-        every = self.stage.recipe.checkpoint.every_updates
         minibatches = [minibatch for epoch in range(self.settings.epochs) for minibatch in self.minibatches(epoch)]
         with self.timed("updates"):
             while len(self.updates) < len(minibatches):
                 self.stage.interrupt.check()
                 self.updates.append(self.update(self.rollout, minibatches[len(self.updates)]))
-                if every and len(self.updates) % every == 0 and len(self.updates) < len(minibatches):
-                    self.save()
         self.finish_step()
 
     def roll_out(self) -> tuple[Rollout, dict[str, Any]]:
@@ -173,19 +162,15 @@ class GRPOTrainer:
         return [item for item in self.settings.preference if step >= steps - (item.last_steps or steps)]
 
     def sample_and_score(self, problems: list[Problem], limit: int) -> tuple[Completions, Scores]:
-        """A completion of each problem, and its scores, which are computed while other completions are sampled."""
-        settings, pending = self.settings, []
+        """A completion of each problem, and its scores."""
+        settings = self.settings
         prompts = [self.template.render(problem.question) for problem in problems]
-
-        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
-            given = columns([problems[row] for row in rows], [prompts[row] for row in rows])
-            pending.append((self.scorer.submit(texts, **given, lengths=lengths, limit=[limit] * len(rows)), rows))
-
         with self.timed("sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
             sampling = Sampling(settings.temperature, limit, batch_size=settings.rollout_batch_size)
-            completions = self.sampler.sample(prompts, sampling, on_batch=submit)
+            completions = self.sampler.sample(prompts, sampling)
         with self.timed("scoring"):
-            scores = Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
+            scores = self.scorer.score(completions.texts, **columns(problems, prompts), limit=[limit] * len(prompts),
+                                       lengths=completions.lengths.tolist())
         if any(scores.unscorable.values()):
             self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable} "
                              f"{scores.endpoint_error}", warning=True)
@@ -221,24 +206,15 @@ class GRPOTrainer:
         """One optimizer step on a minibatch, given as micro-batches."""
         settings, number = self.settings, len(self.updates)
         self.optimizer.zero_grad()
-        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, temperature=settings.temperature,
-                                     measure_all=settings.measure_all)
+        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, settings.temperature)
         if self.advantages is not None:
             metrics |= self.advantages.learn(rollout, batches)
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
-        done = self.step * settings.updates + number + 1
-        metrics["learning_rate"] = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
-        where = f"step {self.step}, minibatch {number}"
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise TrainingError(f"{where}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; expected "
-                                "finite numbers")
+        where, done = f"step {self.step}, minibatch {number}", self.step * settings.updates + number + 1
         if number == 0 and not metrics["ratio_deviation"] <= RATIO_TOLERANCE:
             raise TrainingError(f"{where}: the ratio to the policy of the rollout differs from 1 by "
                                 f"{metrics['ratio_deviation']:.2g} before any update; log-probs are not reproducible")
-        for group in self.optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"]
-        self.optimizer.step()
-        return metrics
+        rate = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
+        return metrics | optimizer_step(self.optimizer, metrics["loss"], rate, settings.grad_clip, where)
 
     def finish_step(self) -> None:
         """Writes the step's line and moves on to the next step."""
@@ -254,10 +230,9 @@ class GRPOTrainer:
             "timing": {**self.timing, "tokens_per_second": self.metrics["completion_tokens"] / busy},
         }
         self.log.write(line)
-        self.log.examples(self.step, self.examples)
         self.console.step(self.settings.name, line, self.settings.steps)
         self.step, self.timing = self.step + 1, {"total": 0.0}
-        self.rollout, self.metrics, self.updates, self.examples = None, {}, [], []
+        self.rollout, self.metrics, self.updates = None, {}, []
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.sampler.update(self.model)
@@ -266,13 +241,11 @@ class GRPOTrainer:
 
     def evaluate(self) -> dict[str, Any]:
         """An evaluation of the current model."""
-        found = self.stage.before if self.step == 0 else None
-        if not found:
-            with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
-                found = evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
-                                 template=self.template, seed=self.seed)
-        self.examples = found["examples"]
-        return found
+        if self.step == 0 and self.stage.before:
+            return self.stage.before
+        with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
+            return evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
+                            template=self.template, seed=self.seed)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -286,7 +259,7 @@ class GRPOTrainer:
     def save(self) -> None:
         state = {"step": self.step} | {name: part.state_dict() for name, part in self.parts.items()}
         if self.rollout is not None:
-            state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.examples, self.timing
+            state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.timing
         number = self.step * self.settings.updates + len(self.updates)
         save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
                         keep=self.stage.recipe.checkpoint.keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class Console(AbstractContextManager):
     def __init__(self, plain: bool = False) -> None:
         self._rich = RichConsole(highlight=False)
         self._live = Live(console=self._rich) if self._rich.file.isatty() and not plain else None
-        self._rows: list[dict[str, str]] = []
+        self._stage, self._rows = "", list[dict[str, str]]()  # the rows of the table belong to one stage
 
     def __exit__(self, *exception: object) -> None:
         if self._live:
@@ -67,22 +67,13 @@ class Console(AbstractContextManager):
             self._live.update(Group(table, Text(printable(text), "bold")))
             self._live.start()  # does nothing if it has started
 
-    def stage(self, name: str, number: int, count: int, plan: str) -> None:
-        """A stage begins, or is skipped."""
-        self._rows = []
-        self.say(f"[{number}/{count}] {name}: {plan}")
-
-    def evaluation(self, name: str, evaluation: Mapping[str, Any]) -> None:
-        """The evaluation at the end of a stage."""
-        pass_at_1 = "-" if evaluation["pass_at_1"] is None else f"{evaluation['pass_at_1']:.1%}"
-        self.say(f"{name}: pass@1 {pass_at_1}, length {evaluation['length']:.1f} tokens")
-
     def step(self, name: str, line: Mapping[str, Any], steps: int) -> None:
         """One of `steps` steps is done: a row of the table or a line. For `line` see `StepLog.write`."""
-        minutes_left = line["timing"]["total"] * (steps - line["step"] - 1) / 60
+        minutes_left = line["timing"]["total"] * (steps - line["step"] - 1) / 60 or None
         values = {**line, **line["timing"], "minutes_left": minutes_left}
         row = {title: f"{values[key]:{form}}" for title, (key, form) in _COLUMNS.items() if values.get(key) is not None}
-        self._rows = [*self._rows[-14:], row]
+        self._rows = [*self._rows[-14:], row] if name == self._stage else [row]
+        self._stage = name
         if not self._live:
             self.say(f"{name}: " + "  ".join(f"{title} {value}" for title, value in row.items()))
         self.phase(f"{name}, step {line['step']} of {steps}")
@@ -140,19 +131,17 @@ class StepLog(AbstractContextManager):
     def write(self, line: Mapping[str, Any]) -> None:
         """One step: {"step": n, metric: value, ..., "timing": {part: seconds, ...}}.
 
-        Values that depend on the clock are under "timing". Without it, equal runs have equal lines.
+        Values that depend on the clock are under "timing". Without it, equal runs have equal lines. "examples" are
+        completions for people and for the report; they go to samples.jsonl.
         """
-        append_line(self._metrics, line)
+        append_line(self._metrics, {name: value for name, value in line.items() if name != "examples"})
+        for example in line.get("examples", ()):
+            append_line(self._samples, {"step": line["step"], **example})
         if self._tensorboard:
             for name, value in {**line, **line.get("timing", {})}.items():
                 if name != "step" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(name, value, line["step"])
             self._tensorboard.flush()
-
-    def examples(self, step: int, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Completions of a step, for people and for the report."""
-        for example in examples:
-            append_line(self._samples, {"step": step, **example})
 
     def __exit__(self, *exception: object) -> None:
         if self._tensorboard:

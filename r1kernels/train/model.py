@@ -41,8 +41,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, unchanged; but if it has no padding token, the end token becomes its padding token."""
     if str(path).startswith((".", "~", "/")) and not Path(path).is_dir():
         raise ConfigError(f"the model '{path}' is not a directory")
-    path = path if any(Path(path).glob("tokenizer*")) else _base_of(path) or path
-    with _naming(f"the model '{path}' has no tokenizer that can be loaded"):
+    name, path = _named(path), path if any(Path(path).glob("tokenizer*")) else _base_of(path) or path
+    with _naming(f"{name} has no tokenizer that can be loaded"):
         # AutoTokenizer ignores parts of tokenizer.json for some architectures, unless the class is the generic one.
         generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = transformers.PreTrainedTokenizerFast if generic else transformers.AutoTokenizer
@@ -59,7 +59,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
     """The model in float32, for evaluation, with a LoRA adapter merged. `overrides`: fields of the configuration."""
     base = _base_of(path)
-    with _naming(f"the model '{base or path}' cannot be loaded"):
+    with _naming(f"{_named(path)} cannot be loaded"):
         model = transformers.AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32, **overrides)
     if base is not None:
         with _naming(f"the LoRA adapter '{path}' cannot be loaded, which needs the package peft"):
@@ -73,7 +73,7 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
 
 def max_positions(path: str | Path, overrides: Mapping[str, Any] = {}) -> int | None:
     """The number of positions of a model according to its configuration; None if that does not say it."""
-    with _naming(f"the model '{path}' has no configuration that can be read"):
+    with _naming(f"{_named(path)} has no configuration that can be read"):
         config = transformers.AutoConfig.from_pretrained(_base_of(path) or path, **overrides)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -130,6 +130,12 @@ def _base_of(path: str | Path) -> str | None:
     adapter = Path(path, "adapter_config.json")
     with _naming(f"{adapter} has no base_model_name_or_path"):
         return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else None
+
+
+def _named(path: str | Path) -> str:
+    """How messages name a model, or the base model of an adapter, which may be missing."""
+    base = _base_of(path)
+    return f"the model '{path}'" if base is None else f"the base model '{base}' of the LoRA adapter '{path}'"
 
 
 @contextlib.contextmanager

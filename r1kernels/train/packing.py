@@ -24,7 +24,6 @@ IGNORED = -100
 
 class Sample(NamedTuple):
     """Tokens (int32). `first` is the position of the first learned token. It is at least 1: token 0 has no context."""
-
     ids: Tensor
     first: int
 

@@ -27,7 +27,6 @@ def render(question: str, *, open_think: bool = False) -> str:
 @dataclass(frozen=True)
 class Template:
     """Turns questions into prompts: `r1_zero` for base models, `chat` for the tokenizer's chat template."""
-
     kind: Literal["r1_zero", "chat"]
     tokenizer: PreTrainedTokenizerBase | None
     open_think: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -32,10 +32,14 @@ class Settings(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 known = [name for name, info in cls.model_fields.items() if not info.exclude]
-                close = difflib.get_close_matches(str(key), known, n=1)
-                raise ValueError(f"unknown key {key!r:.60}; expected one of {', '.join(known)}" if not close else
-                                 f"unknown key {key!r:.60}; did you mean '{close[0]}'?")
+                raise ValueError(f"unknown key {key!r:.60}; {nearest(key, known)}")
         return values
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that it resembles, or all of them."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, known)) or '(nothing)'}"
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:
@@ -70,19 +74,23 @@ class Function(Settings):
             raise ConfigError(f"cannot import '{self.function}' (see 'import_from'): {error!r}") from error
 
 
-class FileData(Settings):
-    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
-    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
-    path: FilePath | None = setting("file to train on", None)
-    test_path: FilePath | None = setting("file with the held-out problems", None)
+class DataSet(Settings):
+    """What files and data sets of the hub have in common."""
     language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
 
     @property
     def held_out(self) -> bool:
-        return self.test_path is not None
+        return bool(getattr(self, "test_path", None) or getattr(self, "test_split", None))
 
 
-class HubData(Settings):
+class FileData(DataSet):
+    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
+    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
+    path: FilePath | None = setting("file to train on", None)
+    test_path: FilePath | None = setting("file with the held-out problems", None)
+
+
+class HubData(DataSet):
     """A data set of the Hugging Face hub, or a local directory that `datasets.load_dataset` reads."""
     kind: Literal["hub"]
     path: HubPath = setting("name on the hub, or a directory")
@@ -91,11 +99,6 @@ class HubData(Settings):
     test_split: str | None = setting("split with the held-out problems", None)
     columns: dict[str, str] = setting("our name of a column: its name in the data set, such as `question: problem`", {})
     answers: Literal["math", "choice", "exact", "code", "open"] = setting("how answers are checked", "math")
-    language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
-
-    @property
-    def held_out(self) -> bool:
-        return self.test_split is not None
 
 
 class FunctionData(Function):
@@ -148,7 +151,6 @@ class Eval(Measurement):
 class Checkpoint(Settings):
     """When checkpoints are written."""
     every: int = setting("steps of RL between checkpoints", 5, ge=1)
-    every_updates: int | None = setting("updates of RL between checkpoints, inside a step too", None, ge=1)
     supervised_every: int = setting("steps of other training between checkpoints", 200, ge=1)
     keep: int = setting("checkpoints to keep", 2, ge=1)
 
@@ -201,8 +203,6 @@ class Filters(Settings):
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
     line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
-    word_repeats: int | None = setting("repetitions of the same words that make a loop", 5, ge=2)
-    loop_words: int = setting("least length of a loop of words, in words", 30, ge=1)
     ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
 
@@ -292,7 +292,6 @@ class GRPO(StageSettings):
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(
         "in place of group advantages: `function(trainer, **options)`; see examples/ppo", None)
-    measure_all: bool = setting("metrics of every token; false skips work on tokens with advantage 0", True)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
     sampler: SamplerSettings = setting("where completions come from", SamplerSettings())
@@ -315,7 +314,7 @@ class Reject(StageSettings):
     questions: int | None = setting("use the first questions only; null for all", None, ge=1)
     samples_per_question: int = setting("completions of a question", 16, ge=1)
     keep_per_question: int | None = setting("keep the first ones that pass; null for all", None, ge=1)
-    questions_per_batch: int = setting("questions of a batch; one batch is scored while the next is sampled", 32, ge=1)
+    questions_per_batch: int = setting("questions that are sampled and then scored together", 32, ge=1)
     rollout_batch_size: int | None = setting("completions sampled at once; null for all", None, ge=1)
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)

@@ -14,8 +14,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
+from r1kernels.rewards.scorer import REWARDS
 from r1kernels.train.errors import ConfigError
-from r1kernels.train.recipe import LEAVES, Eval, Evaluate, Recipe, RefersTo
+from r1kernels.train.recipe import LEAVES, Eval, Evaluate, Recipe, RefersTo, StageSettings, nearest
 
 # A file with more values than this, once its aliases are expanded, is refused: it would fill the memory.
 MAX_VALUES = 100_000
@@ -78,11 +79,8 @@ def references(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Checks that every name is used once, and that the names in settings exist and have the right kind."""
-    for name in recipe.stages:
-        if name in recipe.data or name in RESERVED_NAMES:
-            raise ConfigError(f"stage name '{name}' is also the name of a data set or of a directory of every run")
-    kinds = dict.fromkeys(recipe.data, "data") | {name: LEAVES[stage.kind] for name, stage in recipe.stages.items()}
+    """Checks that every name is used once, and that settings name data sets and earlier stages of the right kind."""
+    kinds = dict.fromkeys(recipe.data, "data")
     named = {"eval": recipe.eval} | {f"stages.{name}": stage for name, stage in recipe.stages.items()}
     for where, settings in named.items():
         for key, name, allowed in references(settings):
@@ -90,7 +88,16 @@ def _check_names(recipe: Recipe) -> None:
             if isinstance(settings, Eval | Evaluate) and key == "problems":
                 known = [other for other in known if recipe.data[other].held_out]
             if name not in known:
-                raise ConfigError(f"'{where}.{key}' names '{name}'; expected one of {', '.join(known) or '(nothing)'}")
+                later = ", and a stage can only use stages before it" if name in recipe.stages else ""
+                raise ConfigError(f"'{where}.{key}' names '{name}'{later}; {nearest(name, known)}")
+        if isinstance(settings, StageSettings):
+            if settings.name in recipe.data or settings.name in RESERVED_NAMES:
+                raise ConfigError(f"stage '{settings.name}' has the name of a data set or of a directory of every run; "
+                                  "rename it")
+            if settings.kind == "preference" and settings.name in (*REWARDS, "std"):
+                raise ConfigError(f"stage '{settings.name}' has the name of a reward; rename it, because its scores "
+                                  f"are the metric 'reward_{settings.name}'")
+            kinds[settings.name] = LEAVES[settings.kind]
     if not recipe.eval_problems:
         raise ConfigError("no data set has held-out problems ('test_path'); stages are evaluated on them")
 
@@ -100,6 +107,9 @@ def _check_stage(where: str, stage: Any) -> None:
     if stage.kind == "grpo":
         if stage.questions * stage.group_size % stage.minibatches:
             raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; it must divide questions x group_size")
+        for name in stage.rewards:
+            if name not in REWARDS and ":" not in name:
+                raise ConfigError(f"'{where}.rewards' names '{name}'; {nearest(name, (*REWARDS, 'module:function'))}")
         if stage.sampler.kind == "vllm" and None in (stage.sampler.url, stage.sampler.weights_dir):
             raise ConfigError(f"'{where}.sampler' is of kind 'vllm', which needs 'url' and 'weights_dir'")
     if stage.kind == "distill":
@@ -112,14 +122,19 @@ def _check_stage(where: str, stage: Any) -> None:
 def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
-    place, value = [str(part) for part in first["loc"]], first["input"]
+    place, value, context = [str(part) for part in first["loc"]], first["input"], first.get("ctx", {})
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name for the kind
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"].startswith("union_tag"):
+        place, value = [*place, "kind"], context.get("tag")
     if first["type"] in ("missing", "union_tag_not_found"):
-        key = place.pop() if first["type"] == "missing" else "kind"
-        return f"missing key '{key}' in '{'.'.join(place) or 'recipe'}'"
-    where, message = ".".join(place) or "recipe", first["msg"].removeprefix("Value error, ")
-    return f"'{where}': {message}" if isinstance(value, dict) else f"'{where}' is {value!r:.60}: {message}"
+        return f"missing key '{'.'.join(place)}'"
+    if options := re.findall("'(.*?)'", context.get("expected_tags") or context.get("expected") or ""):
+        message = nearest(value, options)
+    if isinstance(value, dict):  # the message names the key
+        return f"'{'.'.join(place)}': {message}" if place else message
+    return f"'{'.'.join(place)}' is {value!r:.60}: {message}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,17 +177,22 @@ def _check_nodes(root: yaml.Node | None) -> None:
 def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of nested mappings with one key replaced; `override` is "eval.samples=10", its value in YAML."""
     key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all([*parents, last]):
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as eval.samples=10")
-    changed = inner = dict(values)
+    path = key.split(".")
+
+    def changed(old: Any, depth: int) -> Any:
+        """What becomes of the value under the first `depth` names of the path."""
+        if depth == len(path):
+            return read_yaml(text)
+        if not isinstance(old, dict | None):
+            raise ConfigError(f"'{path[depth - 1]}' is {old!r:.60}, which has no keys")
+        name, old = path[depth], old or {}
+        if depth == 1 and path[0] in ("data", "stages") and len(path) > 2 and name not in old:
+            raise ConfigError(f"there is no '{name}' in '{path[0]}'; {nearest(name, old)}")
+        return {**old, name: changed(old.get(name), depth + 1)}
+
     try:
-        for part in parents:
-            inner[part] = dict(inner.get(part) or {})  # a copy: an alias of YAML may use the same mapping elsewhere
-            inner = inner[part]
-        inner[last] = read_yaml(text)
+        if not equals or not all(path):
+            raise ConfigError("expected KEY=VALUE with a dotted key, such as eval.samples=10")
+        return changed(values, 0)
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from None
-    except (TypeError, ValueError):
-        raise ConfigError(f"--set {override!r}: '{part}' is {inner[part]!r:.60}, which has no keys") from None
-    return changed

@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from r1kernels.rewards import EndpointError, Scores
+from r1kernels.rewards import EndpointError
 from r1kernels.rewards.judge import Judge, final_summary
 from r1kernels.rewards.language import share
 from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well_formed
@@ -43,7 +41,6 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ue000-\uf
 @dataclass
 class Sample:
     """A completion, how it was scored, and the reason to reject it, if there is one."""
-
     problem: Problem
     prompt: str
     text: str
@@ -64,22 +61,15 @@ def run(stage: Stage) -> dict[str, Any]:
     sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.rollout_batch_size)
     with StepLog(stage, first_step=len(done)) as log, stage.scorer({"accuracy": 1.0}) as scorer:
-
-        def submit(rows: list[int], texts: list[str], lengths: list[int]) -> None:
-            """Has completions scored while others are still sampled."""
-            given = columns([asked[row] for row in rows], [prompts[row] for row in rows])
-            pending.append((scorer.submit(texts, **given), rows))
-
         for number in range(len(done), math.ceil(len(problems) / size)):
             stage.interrupt.check()
-            started, pending = time.monotonic(), []
-            some = problems[number * size : (number + 1) * size]
+            started, some = time.monotonic(), problems[number * size : (number + 1) * size]
             asked = [problem for problem in some for _ in range(settings.samples_per_question)]
             prompts = [template.render(problem.question) for problem in asked]
-            with torch_seeded(stage.seed, settings.name, "samples", number):
-                completions = sampler.sample(prompts, sampling, submit)
+            with torch_seeded(stage.recipe.seed, settings.name, "samples", number):
+                completions = sampler.sample(prompts, sampling)
             sampled, tokens = time.monotonic(), int(completions.mask.sum())
-            scores = Scores.joined([future.result() for future, _ in pending], [rows for _, rows in pending])
+            scores = scorer.score(completions.texts, **columns(asked, prompts))
             samples = [Sample(*given) for given in zip(asked, prompts, completions.texts, scores.parts["accuracy"],
                                                        completions.finished.tolist(), strict=True)]
             for sample in samples:
@@ -107,17 +97,19 @@ def _ask(judge: Judge, stage: Stage, samples: list[Sample]) -> int:
 
     It asks the judge only about samples that pass all other filters, because each answer takes seconds.
     """
-    asked = [one for one in samples if one.reason is None and one.problem.kind == "open" and one.problem.answer]
-    answers, failures = [final_summary(one.prompt, one.text) for one in asked], []
-    with ThreadPoolExecutor(stage.recipe.scoring.judge.concurrency) as threads:
-        verdicts = [threads.submit(judge.equivalent, one.problem.question, answer, one.problem.answer)
-                    for one, answer in zip(asked, answers, strict=True)]
-    for sample, answer, verdict in zip(asked, answers, verdicts, strict=True):
+    failures: list[EndpointError] = []
+
+    def ask(sample: Sample) -> None:
+        answer, problem = final_summary(sample.prompt, sample.text), sample.problem
         try:
-            sample.reason = None if answer and verdict.result() else "wrong"
+            sample.reason = None if answer and judge.equivalent(problem.question, answer, problem.answer) else "wrong"
         except EndpointError as error:
             sample.reason = "unscorable"
             failures.append(error)
+
+    asked = [one for one in samples if one.reason is None and one.problem.kind == "open" and one.problem.answer]
+    with ThreadPoolExecutor(stage.recipe.scoring.judge.concurrency) as threads:
+        list(threads.map(ask, asked))  # raises what a thread raised
     if failures:
         stage.console.say(f"{stage.settings.name}: the judge failed {len(failures)} times: {failures[0]}", warning=True)
     return len(failures)
@@ -167,20 +159,17 @@ def repeats(text: str, limits: Filters) -> bool:
     """Whether lines or words loop, or much of the text repeats earlier text."""
     lines, words = [line.strip() for line in text.splitlines() if _WORD.search(line)], _WORD.findall(text)
     runs = [tuple(words[start : start + limits.ngram]) for start in range(len(words) - limits.ngram + 1)]
-    again = 1 - len(set(runs)) / len(runs) if len(runs) >= 50 else 0  # with few runs, a text is too short to say
-    return (loops(lines, limits.line_repeats, longest=8) or loops(words, limits.word_repeats, 64, limits.loop_words)
+    again = 1 - len(set(runs)) / len(runs) if len(runs) >= 32 else 0  # with few runs, a text is too short to say
+    return ((limits.line_repeats is not None and loops(lines, limits.line_repeats, longest=8))
             or (limits.ngram_share is not None and again > limits.ngram_share))
 
 
-def loops(items: Sequence[str], repeats: int | None, longest: int, least: int = 1) -> bool:
-    """Whether up to `longest` items are repeated `repeats` times or more in a row, over at least `least` items."""
-    if repeats is None:
-        return False
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(item, len(numbers)) for item in items], dtype=np.int64)
-    for period in range(1, min(longest, len(ids) // repeats) + 1):
-        edges = np.flatnonzero(np.r_[True, ids[period:] != ids[:-period], True])
-        run = int(np.diff(edges).max()) - 1 + period  # the longest run of equal pairs, and the period before it
-        if run >= max(least, repeats * period):
-            return True
+def loops(items: Sequence[str], repeats: int, longest: int) -> bool:
+    """Whether up to `longest` items are repeated `repeats` times or more in a row."""
+    for period in range(1, longest + 1):
+        run = period  # items up to this one that equal those one period before, and the first period
+        for item, earlier in zip(items[period:], items, strict=False):
+            run = run + 1 if item == earlier else period
+            if run >= repeats * period:
+                return True
     return False

@@ -17,17 +17,14 @@ from typing import Any
 
 import jinja2
 import matplotlib
-import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from r1kernels.train.chain import CONFIG, order, read_manifest
+from r1kernels.train.chain import CONFIG, read_manifest
 from r1kernels.train.checkpoint import write_file
 from r1kernels.train.log import METRICS, SAMPLES, printable, read_lines
 from r1kernels.train.recipe_file import load_recipe
-
-MANY = 40  # points, from which on a curve is drawn as its mean over a twentieth of them
 
 
 def write_report(run_dir: str | Path) -> list[Path]:
@@ -35,7 +32,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
     run_dir = Path(run_dir)
     recipe, records, figures = load_recipe(run_dir / CONFIG), read_manifest(run_dir), Figures()
     stages = []
-    for name in order(recipe):
+    for name in recipe.stages:
         lines, samples = (read_lines(run_dir / name / file) for file in (METRICS, SAMPLES))
         stage = {**recipe.stages[name].model_dump(), **records.get(name, {}), "name": name}
         stages.append({**stage, "lines": lines, "samples": samples, "times": _times(stage, lines)})
@@ -45,7 +42,7 @@ def write_report(run_dir: str | Path) -> list[Path]:
     with matplotlib.rc_context(fname=Path(__file__).with_name("report.mplstyle")):
         page = environment.get_template("report.html.jinja").render(
             run=run_dir.absolute().name, config=(run_dir / CONFIG).read_text(encoding="utf-8"), stages=stages,
-            figures=figures, many=MANY, system=f"Python {platform.python_version()}, {platform.platform()}",
+            figures=figures, system=f"Python {platform.python_version()}, {platform.platform()}",
             versions=[f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "mpmath")])
     files = {**figures, "report.html": page}
     for name, content in files.items():
@@ -69,10 +66,10 @@ def _clean(value: Any) -> Any:
 
 
 class Figures(dict[str, bytes]):
-    """The figures that the template asks for: path -> PNG. Methods return what an <img> takes as its source."""
+    """The figures that the template asks for: path -> PNG."""
 
     def curves(self, stage: dict[str, Any], title: str, *metrics: str) -> str | None:
-        """Metrics of a stage over its steps; None if none was logged. `*` in a name matches any letters."""
+        """Metrics of a stage over its steps, as the source of an <img>; None if there are none. `*` is a wildcard."""
         known = dict.fromkeys(name for line in stage["lines"] for name in line if name != "reward_std")
         curves = {name: lines for metric in metrics for name in fnmatch.filter(known, metric)
                   if (lines := [line for line in stage["lines"] if isinstance(line.get(name), int | float)])}
@@ -82,37 +79,17 @@ class Figures(dict[str, bytes]):
         axes.set_title(title, pad=15, x=-0.16)
         for name, lines in curves.items():
             steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-            errors, half = [line.get(f"{name}_se") or 0.0 for line in lines], len(values) // MANY
-            means = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-            drawn = axes.errorbar(steps, means, errors if any(errors) else None, markersize=2.5,
-                                  marker="o" if any(errors) or len(values) == 1 else "",
-                                  label=printable(name.removeprefix("reward_"))[:20])
-            if half:
-                axes.plot(steps, values, color=drawn[0].get_color(), alpha=0.25, linewidth=0.6)
+            errors = [line.get(f"{name}_se") or 0.0 for line in lines]
+            axes.errorbar(steps, values, errors if any(errors) else None, markersize=2.5,
+                          marker="o" if any(errors) or len(values) == 1 else "",
+                          label=printable(name.removeprefix("reward_"))[:20])
         axes.legend(loc="lower left", bbox_to_anchor=(-0.175, 1), ncols=5)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}" if 0 < abs(y) < 1e-3 else f"{y:.3g}")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         if "pass_at_1" in metrics:
             axes.set_ylim(-0.02, 1.02)
-        return self._keep(f"{stage['name']}-{metrics[0]}", axes.figure)
-
-    def accuracy(self, stages: list[dict[str, Any]]) -> str:
-        """pass@1 and cons@k of evaluated stages."""
-        figure = Figure(figsize=(4.8, 0.7 + 0.3 * len(stages)), layout="constrained")
-        axes, rows = figure.subplots(), np.arange(len(stages))
-        for key, marker, fill, shift in (("cons_at_k", "D", "white", 0.2), ("pass_at_1", "o", "C0", 0)):
-            values, errors = (np.array([stage["evaluation"].get(name) for stage in stages], dtype=float)
-                              for name in (key, f"{key}_se"))
-            axes.errorbar(values, rows + shift, xerr=np.nan_to_num(errors), fmt=marker, color="C0", mfc=fill, ms=4)
-        axes.set_yticks(rows, [stage["name"] for stage in stages])
-        axes.set(xlim=(-0.01, 1.01), ylim=(len(stages) - 0.5, -0.5),
-                 xlabel="\u25cf pass@1   \u25c7 cons@k   lines: \u00b1 one standard error")
-        axes.xaxis.set_major_formatter("{x:.0%}")
-        return self._keep("pass@1", figure)
-
-    def _keep(self, name: str, figure: Figure) -> str:
         png = io.BytesIO()
-        figure.savefig(png, metadata={"Software": None})
-        self[f"curves/{name}.png"] = png.getvalue()
+        axes.figure.savefig(png, metadata={"Software": None})
+        self[f"curves/{stage['name']}-{metrics[0]}.png"] = png.getvalue()
         return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

@@ -9,7 +9,6 @@ that is not the padding token. So texts contain no padding token, and end with t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
-from r1kernels.train.data import Pair
+from r1kernels.train.data import Pair, load_pairs
 from r1kernels.train.errors import ConfigError, DataError
 from r1kernels.train.model import align, load_tokenizer
 from r1kernels.train.prompt import Template
@@ -95,10 +94,11 @@ class RewardModel:
 def run(stage: Stage) -> dict[str, Any]:
     """Trains on pairs of responses, and measures the accuracy on the pairs of held-out questions."""
     settings, recipe, path = stage.settings, stage.recipe, latest_checkpoint(stage.directory)
-    size, checkpoint = settings.micro_batch_size or settings.batch_size, load_checkpoint(path) if path else None
-    model = RewardModel(checkpoint.model_dir if checkpoint else stage.model_path(settings.model), size,
-                        template=recipe.template, device=recipe.device, new=None if checkpoint else settings.target)
-    pairs = stage.pairs(settings.pairs)
+    size = settings.micro_batch_size or settings.batch_size
+    model_dir, state = load_checkpoint(path) if path else (stage.model_path(settings.model), {})
+    model = RewardModel(model_dir, size, template=recipe.template, device=recipe.device,
+                        new=None if state else settings.target)
+    pairs = load_pairs(recipe, settings.pairs)
     rows = model.encode(*both(pairs))
     usable = [pair for pair, chosen, rejected in zip(pairs, rows[::2], rows[1::2], strict=True)
               if chosen != rejected and max(len(chosen), len(rejected)) <= settings.max_tokens]
@@ -108,10 +108,10 @@ def run(stage: Stage) -> dict[str, Any]:
         raise DataError(f"'pairs': {left_out}; expected others")
     if len(usable) < len(pairs):
         stage.console.say(f"{settings.name}: {left_out} and are left out", warning=True)
-    training, held_out = split(usable, settings.held_out, stage.seed)
+    training, held_out = split(usable, settings.held_out, stage.recipe.seed)
     summary = {"pairs": len(training), "held_out_pairs": len(held_out), "left_out": len(pairs) - len(usable)}
-    start = model.model, model.tokenizer, checkpoint and checkpoint.state
-    summary |= fit(stage, start, training, lambda step, pairs: gradient(model, pairs, size, stage.interrupt.check))
+    summary |= fit(stage, (model.model, model.tokenizer, state), training,
+                   lambda step, pairs: gradient(model, pairs, size, stage.interrupt.check))
     if held_out:
         summary |= accuracy(model, held_out)
     return summary
@@ -150,10 +150,7 @@ def measure(margins: Tensor) -> Measures:
 
 
 def accuracy(model: RewardModel, pairs: Sequence[Pair]) -> Measures:
-    """The measures of held-out pairs, and the standard error over questions, whose pairs are not independent."""
+    """The measures of held-out pairs."""
     scores = torch.tensor(model.score(*both(pairs)))
-    measures, errors = measure(scores[::2] - scores[1::2]), Counter[str]()
-    for pair, sign in zip(pairs, (scores[::2] - scores[1::2]).sign().tolist(), strict=True):
-        errors[pair.question] += (1 + sign) / 2 - measures["accuracy"]
-    spread = sum(error**2 for error in errors.values()) * len(errors) / max(1, len(errors) - 1)
-    return {"held_out_loss": measures.pop("loss"), "accuracy_se": math.sqrt(spread) / len(pairs), **measures}
+    measures = measure(scores[::2] - scores[1::2])
+    return {"held_out_loss": measures.pop("loss"), **measures}

@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from r1kernels.train.errors import ConfigError, TrainingError
 
-OnBatch = Callable[[list[int], list[str], list[int]], None]  # takes rows, their texts, and their lengths in tokens
 # Finished rows leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
 
@@ -24,7 +23,6 @@ LEAVING_SHARE = 0.25
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; `batch_size` completions at a time, or all at once."""
-
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
@@ -35,7 +33,6 @@ class Sampling:
 class Tokens:
     """Prompts (B, P), padded on the left, and completions (B, T), padded on the right. The masks are bool; that of the
     completions is true up to and including the end token."""
-
     prompt_ids: Tensor
     prompt_mask: Tensor
     token_ids: Tensor
@@ -58,7 +55,6 @@ class Tokens:
 @dataclass(frozen=True)
 class Completions(Tokens):
     """Sampled completions of B prompts."""
-
     logprobs: Tensor  # (B, T), in the distribution that a token was drawn from, after top-p; 0 behind the mask
     texts: list[str]  # without the end token
     finished: Tensor  # (B,) bool, false where `max_new_tokens` cut the completion off
@@ -69,27 +65,20 @@ class Completions(Tokens):
 
 
 class Collector:
-    """Unfinished completions. A sampler fills rows of `token_ids` and `logprobs`, and calls `finish` for each."""
+    """Unfinished completions. A sampler fills the rows of `token_ids` and `logprobs`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int],
-                 on_batch: OnBatch | None) -> None:
-        self.tokenizer, self.stops, self.on_batch = tokenizer, stops, on_batch
-        self.prompts, self.texts = prompt_tokens(tokenizer, prompts), [""] * len(prompts)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int]) -> None:
+        self.tokenizer, self.stops, self.prompts = tokenizer, stops, prompt_tokens(tokenizer, prompts)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
 
-    def finish(self, rows: list[int]) -> None:
-        """Marks rows as complete. Their text contains special tokens such as tags, but no end or padding tokens."""
-        dropped = {*self.stops, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        for row in rows:
-            self.texts[row] = self.tokenizer.decode([token for token in self.token_ids[row] if token not in dropped])
-        if self.on_batch is not None:
-            self.on_batch(rows, [self.texts[row] for row in rows], [len(self.token_ids[row]) for row in rows])
-
     def completions(self, device: torch.device | str) -> Completions:
+        """The completions. Their texts contain special tokens such as tags, but no end or padding tokens."""
         pad, finished = self.tokenizer.pad_token_id, torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
+        dropped = {*self.stops, self.tokenizer.eos_token_id, pad}
+        texts = [self.tokenizer.decode([token for token in ids if token not in dropped]) for ids in self.token_ids]
         tensors = *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0]
-        return Completions(*(tensor.to(device) for tensor in tensors), self.texts, finished.to(device))
+        return Completions(*(tensor.to(device) for tensor in tensors), texts, finished.to(device))
 
 
 class TransformersSampler:
@@ -101,12 +90,12 @@ class TransformersSampler:
         # Only the last row of a prompt's logits is used; all of them would take most of the memory.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
-        """One completion of each prompt. `on_batch` gets each row once, as soon as it is complete.
+    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
+        """One completion of each prompt.
 
         Random numbers come from torch's global generator. Those of a row depend only on its place.
         """
-        found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer), on_batch)
+        found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer))
         ids, mask = (part.to(self.model.device) for part in padded(found.prompts, self.tokenizer.pad_token_id, "left"))
         for rows in torch.arange(len(prompts), device=ids.device).split(sampling.batch_size or len(prompts)):
             self._generate(found, rows, ids[rows], mask[rows].long(), sampling)
@@ -147,12 +136,10 @@ class TransformersSampler:
             if left == 0:
                 break
             if left <= (1 - LEAVING_SHARE) * len(rows):
-                found.finish(rows[~active].tolist())
                 stay = active.nonzero()[:, 0]
                 cache.reorder_cache(stay)
                 rows, place, mask, inputs, positions, active = (
                     part[stay] for part in (rows, place, mask, inputs, positions, active))
-        found.finish(rows.tolist())
 
 
 def draw(logprobs: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards import Judge, Scorer, sandbox
 from r1kernels.train import data
-from r1kernels.train.checkpoint import MODEL, latest_checkpoint, verify_checkpoint
-from r1kernels.train.errors import CheckpointError, ConfigError
+from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
+from r1kernels.train.errors import ConfigError
 from r1kernels.train.interrupt import Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
 from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import Recipe
+from r1kernels.train.recipe import Function, Recipe
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
 
@@ -34,10 +34,6 @@ class Stage:
     interrupt: Interrupt
     before: dict[str, Any] | None = None
 
-    @property
-    def seed(self) -> int:
-        return self.recipe.seed
-
     def model_path(self, name: str) -> str | Path:
         """Where the model of a finished stage of the run is: a directory, or a name on the hub."""
         if self.recipe.stages[name].kind == "model":
@@ -46,16 +42,20 @@ class Stage:
         checkpoint = latest_checkpoint(directory)
         if checkpoint is None:
             raise ConfigError(f"stage '{name}' has no checkpoint in {directory}")
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; run with --from {name} to rebuild it") from error
+        verify_checkpoint(checkpoint)
         return checkpoint / MODEL
 
     def load_model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model of a stage in evaluation mode, on the run's device, and its tokenizer."""
         path, overrides = self.model_path(name), getattr(self.recipe.stages[name], "overrides", {})
         return load_model(path, device=self.recipe.device, overrides=overrides), load_tokenizer(path)
+
+    def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+        """The model, its tokenizer and the state of the last checkpoint; or the model to start from and no state."""
+        if path := latest_checkpoint(self.directory):
+            model_dir, state = load_checkpoint(path)
+            return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
+        return *self.load_model(self.settings.model), {}
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         return Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
@@ -64,14 +64,11 @@ class Stage:
         """The training problems of some data sets, in their order."""
         return [problem for name in names for problem in data.load_problems(self.recipe, name, "train")]
 
-    def demonstrations(self, names: list[str], template: Template) -> list[data.Demonstration]:
+    def demonstrations(self, names: list[str], template: Template) -> list[tuple[str, str]]:
         """Prompts with responses, from data sets and from stages of kind reject."""
         rows = [data.read_rows(self.recipe, name, "train") if name in self.recipe.data
                 else data.read_jsonl(self.directory.parent / name / SELECTED) for name in names]
         return data.load_demonstrations(itertools.chain(*rows), template)
-
-    def pairs(self, name: str) -> list[data.Pair]:
-        return data.load_pairs(self.recipe, name)
 
     def scorer(self, rewards: Mapping[str, float]) -> Scorer:
         """A scorer of these rewards under the recipe's limits."""
@@ -83,9 +80,9 @@ class Stage:
 
     def check(self) -> None:
         """Checks before any work that the functions, rewards and the pretrained model of this stage can be used."""
-        for key in ("architecture", "corpus", "advantages"):
-            if getattr(self.settings, key, None):
-                getattr(self.settings, key).load()
+        for value in vars(self.settings).values():
+            if isinstance(value, Function):
+                value.load()
         if self.settings.kind == "grpo":
             self.settings.objective.build()
             self.scorer(self.settings.rewards).close()

@@ -17,21 +17,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
-from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from r1kernels.train.errors import ConfigError, DataError, Interrupted, TrainingError
+from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
+from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import METRICS, StepLog, read_lines
-from r1kernels.train.model import head_of, hidden_states, load_model, load_tokenizer
+from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.packing import IGNORED, Rows, Sample, collate, encode, fill, keeps_apart, pack
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
+from r1kernels.train.update import optimizer_step
 
 Summary = dict[str, Any]
 Measures = dict[str, float]
 # (model, inputs, targets, learned tokens of the whole step) -> what these rows add to the mean loss per token
 Loss = Callable[[PreTrainedModel, dict[str, Tensor], Tensor, float], Tensor]
-# Model, tokenizer, and the state of the last checkpoint if there is one
-Start = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]
+# Model, tokenizer, and the state of the last checkpoint, which is empty if there is none
+Start = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 
 def run_pretrain(stage: Stage) -> Summary:
@@ -39,15 +40,15 @@ def run_pretrain(stage: Stage) -> Summary:
     settings, architecture = stage.settings, stage.settings.architecture
     corpus = partial(settings.corpus.load(), **settings.corpus.options)
     try:
-        start = start_of(stage, partial(architecture.load(), stage.seed, **architecture.options))
-        next(corpus(stage.seed, 0))
+        start = start_of(stage, partial(architecture.load(), stage.recipe.seed, **architecture.options))
+        next(corpus(stage.recipe.seed, 0))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"stage '{settings.name}': 'architecture' or 'corpus' failed: {error}") from error
     model, tokenizer, _ = start
     stage.template(tokenizer)  # raises ConfigError if it is 'chat' and the tokenizer has none
 
     def learn(step: int) -> Measures:
-        rows = fill(corpus(stage.seed, step), tokenizer, settings.batch_size, settings.window)
+        rows = fill(corpus(stage.recipe.seed, step), tokenizer, settings.batch_size, settings.window)
         return gradient(model, cross_entropy, rows, None, stage.interrupt.check)
 
     def rate(step: int) -> float:
@@ -87,7 +88,7 @@ def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, 
         sizes, most = map(len, prompt_tokens(tokenizer, items)), settings.window - settings.max_new_tokens
     else:
         texts, key = stage.demonstrations(settings.samples, template), "samples"
-        items = list(encode(tokenizer, ((text.prompt, text.completion) for text in texts)))
+        items = list(encode(tokenizer, texts))
         sizes, most = (len(sample.ids) for sample in items), settings.window
     kept = [item for item, size in zip(items, sizes, strict=True) if size <= most]
     too_long = f"{len(items) - len(kept)} of {len(items)} texts have more than {most} tokens (see 'window')"
@@ -112,7 +113,7 @@ def fit_texts(stage: Stage, start: Start, loss: Loss, *others: PreTrainedModel, 
 def write(stage: Stage, sampler: TransformersSampler, step: int, prompts: list[str]) -> tuple[list[Sample], Measures]:
     """The texts that the model writes in a step, and their measures."""
     settings = stage.settings
-    with torch_seeded(stage.seed, settings.name, "rollout", step):
+    with torch_seeded(stage.recipe.seed, settings.name, "rollout", step):
         written = sampler.sample(prompts, Sampling(settings.sampling_temperature, settings.max_new_tokens))
     rows = zip(written.prompt_ids, written.prompt_mask, written.token_ids, written.mask, strict=True)
     samples = [Sample(torch.cat([prompt[asked], answer[given]]).to("cpu", torch.int32), int(asked.sum()))
@@ -145,14 +146,12 @@ def divergence_loss(settings: Any, teacher: PreTrainedModel, vocabulary: int, mo
 
 def start_of(stage: Stage, new: Callable[[], Any] | None = None) -> Start:
     """The state in which the stage continues, or the `new` model and tokenizer, or those that its settings name."""
-    if path := latest_checkpoint(stage.directory):
-        checkpoint = load_checkpoint(path)
-        model = load_model(checkpoint.model_dir, device=stage.recipe.device)
-        return model, load_tokenizer(checkpoint.model_dir), checkpoint.state
-    model, tokenizer = new() if new else stage.load_model(stage.settings.model)
+    model, tokenizer, state = (*new(), {}) if new and not latest_checkpoint(stage.directory) else stage.start()
+    if state:
+        return model, tokenizer, state
     ends = dict.fromkeys([tokenizer.eos_token_id, *end_tokens(model, tokenizer)])
     model.generation_config.eos_token_id = list(ends)  # the token after every response must end generation too
-    return model.to(stage.recipe.device), tokenizer, None
+    return model.to(stage.recipe.device), tokenizer, state
 
 
 def cosine(settings: Any, steps: int, step: int) -> float:
@@ -170,7 +169,7 @@ def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, 
     """Trains on items in epochs with different orders. `learn(step, items)` adds the gradient of some of them."""
     settings, size = stage.settings, stage.settings.batch_size
     order = [index for epoch in range(settings.epochs)
-             for index in permutation(len(items), stage.seed, settings.name, "samples", epoch)]
+             for index in permutation(len(items), stage.recipe.seed, settings.name, "samples", epoch)]
     steps = math.ceil(len(order) / size)
     optimizer = torch.optim.AdamW(start[0].parameters(), weight_decay=settings.weight_decay)
 
@@ -193,7 +192,7 @@ def train(
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if getattr(settings, "window", 0) > most:
         raise ConfigError(f"'window' is {settings.window}, but the model supports at most {most} positions")
-    if state is not None:
+    if state:
         done = state["step"]
         optimizer.load_state_dict(state["optimizer"])
 
@@ -211,13 +210,7 @@ def train(
             except Interrupted:
                 save()
                 raise
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-            measures |= {"learning_rate": rate(done), "grad_norm": norm}
-            if not all(map(math.isfinite, measures.values())):
-                raise TrainingError(f"step {done} measured {measures}; expected finite numbers; see 'learning_rate'")
-            for group in optimizer.param_groups:
-                group["lr"] = measures["learning_rate"]
-            optimizer.step()
+            measures |= optimizer_step(optimizer, measures["loss"], rate(done), grad_clip, f"step {done}")
             seconds = time.monotonic() - started
             timing = {"updates": seconds, "total": seconds, "tokens_per_second": measures["tokens"] / seconds}
             line = {"step": done, **measures, "timing": timing}

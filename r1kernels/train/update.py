@@ -11,19 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import r1kernels
+from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
-# Groups whose rewards differ by less are counted, because even small differences become large advantages.
-SMALL_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Rollout(Tokens):
     """The inputs of the updates of a step."""
-
     advantages: Tensor  # (B,) of samples, or (B, T) of tokens
     old_logprobs: Tensor  # (B, T), under the policy before its first update
     ref_logprobs: Tensor | None  # (B, T), under the reference, if there is one
@@ -31,17 +29,15 @@ class Rollout(Tokens):
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
-    """Rows of the groups to train on, and the shares of groups whose rewards are equal or hardly differ.
+    """Rows of the groups to train on, and the share of groups whose rewards are equal.
 
     If there are more groups than needed, it prefers groups whose rewards differ, and then earlier ones.
     """
     groups = rewards.view(-1, settings.group_size)
-    spread = spreads(groups)
-    flat = spread <= settings.min_spread
+    flat = spreads(groups) <= settings.min_spread
     kept = torch.argsort(flat.long(), stable=True)[: settings.questions].sort().values
     rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
-    small = (spread > 0) & (spread < SMALL_SPREAD)
-    return rows, {"zero_spread": flat.double().mean().item(), "small_spread": small.double().mean().item()}
+    return rows, {"zero_spread": flat.double().mean().item()}
 
 
 def spreads(groups: Tensor) -> Tensor:
@@ -83,14 +79,11 @@ def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Te
 
 
 def minibatch_gradient(
-    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective, *,
-    temperature: float, measure_all: bool = True,
+    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective,
+    temperature: float,
 ) -> dict[str, float]:
-    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it.
-
-    With `measure_all`, metrics include every token. Without it, tokens of advantage 0 may not be computed, and the
-    first ratio may differ from 1 in its last bits. "ratio_deviation" is the largest |ratio - 1| of a token.
-    """
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it:
+    every token, those of advantage 0 too. "ratio_deviation" is the largest |ratio - 1| of a token."""
     mask, table = rollout.mask[torch.cat(list(batches))], []
     whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
     normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
@@ -100,21 +93,32 @@ def minibatch_gradient(
             completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
             old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
-            temperature=temperature, objective=objective, measure_all=measure_all, **head_of(model))
+            temperature=temperature, objective=objective, measure_all=True, **head_of(model))
         loss.backward()
         names = ("loss", *part)
         table.append(torch.stack([loss.detach(), *part.values()]))
     # One transfer from the device for all metrics of all micro-batches.
     micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
-    known = [values for values in micro if values["measured_tokens"]]
-    deviations = [max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in known]
-    metrics = {"loss": sum(values["loss"] for values in micro), "ratio_deviation": max(deviations, default=0.0)}
-    for name in TOKEN_MEANS:
-        weight, parts = ("tokens", micro) if name == "active_fraction" else ("measured_tokens", known)
-        if name in names:
-            total = sum(values[weight] for values in parts)
-            metrics[name] = sum(values[name] * (values[weight] / total) for values in parts) if parts else math.nan
+    deviation = max(max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in micro)
+    metrics, tokens = {"ratio_deviation": deviation}, sum(values["tokens"] for values in micro)
+    metrics["loss"] = sum(values["loss"] for values in micro)
+    for name in [name for name in TOKEN_MEANS if name in names]:
+        metrics[name] = sum(values[name] * (values["tokens"] / tokens) for values in micro)
     return metrics
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, loss: float, rate: float, grad_clip: float, where: str
+) -> dict[str, float]:
+    """Clips the gradient and makes the update. Raises TrainingError if the loss or the gradient is not finite."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(f"{where}: loss {loss}, gradient norm {norm}; expected finite numbers; see 'learning_rate'")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return {"grad_norm": norm, "learning_rate": rate}
 
 
 def importance_weights(

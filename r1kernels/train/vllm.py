@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError
 from r1kernels.train.errors import StorageError
-from r1kernels.train.rollout import Collector, Completions, OnBatch, Sampling
+from r1kernels.train.recipe import SamplerSettings
+from r1kernels.train.rollout import Collector, Completions, Sampling
 
 POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
@@ -38,25 +39,22 @@ class VLLMSampler:
     repeatable; seeded sampling is slow; and in vLLM 0.32 on CPUs it stops the server when a prompt is split into
     chunks. The key in VLLM_API_KEY is sent if it is set.
 
-    Args:
-        weights_dir: where `update` writes weights, under the same path for the server.
-        check: called about ten times a second while requests are in flight; its exceptions end the rollout.
+    `check` is called about ten times a second while requests are in flight; its exceptions end the rollout.
     """
 
-    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *, weights_dir: str | Path,
-                 model: str | None = None, device: torch.device | str = "cpu", requests: int = 64,
-                 timeout_s: float = 3600.0, check: Callable[[], None] = lambda: None) -> None:
-        self.url, self.tokenizer, self.stops = url.rstrip("/").removesuffix("/v1"), tokenizer, list(stops)
-        self.device, self.check, self.weights_dir, self.updates = device, check, Path(weights_dir).resolve(), 0
-        self.endpoint = Endpoint(f"{self.url}/v1", os.environ.get("VLLM_API_KEY"), timeout_s=timeout_s,
-                                 concurrency=requests, max_body=MAX_ANSWER)
-        self.model = model or self.endpoint.wait(
+    def __init__(self, settings: SamplerSettings, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *,
+                 device: torch.device | str = "cpu", check: Callable[[], None] = lambda: None) -> None:
+        self.url, self.tokenizer, self.stops = settings.url.rstrip("/").removesuffix("/v1"), tokenizer, list(stops)
+        self.device, self.check, self.weights_dir, self.updates = device, check, Path(settings.weights_dir).resolve(), 0
+        self.endpoint = Endpoint(f"{self.url}/v1", os.environ.get("VLLM_API_KEY"), timeout_s=settings.timeout_s,
+                                 concurrency=settings.requests, max_body=MAX_ANSWER)
+        self.model = settings.served_name or self.endpoint.wait(
             self.endpoint.request("get", "/models", lambda answer: answer["data"][0]["id"]))
         self._check_logprobs()
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling, on_batch: OnBatch | None = None) -> Completions:
+    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
         """One completion of each prompt. The server chooses its own batches."""
-        found, pending = Collector(self.tokenizer, prompts, self.stops, on_batch), {}
+        found, pending = Collector(self.tokenizer, prompts, self.stops), {}
         for prompt, group in itertools.groupby(range(len(prompts)), key=found.prompts.__getitem__):
             rows = list(group)
             pending[self.endpoint.start(self._complete(prompt, len(rows), sampling))] = rows
@@ -64,10 +62,8 @@ class VLLMSampler:
             while pending:
                 self.check()
                 for future in wait(pending, POLL_S, return_when=FIRST_COMPLETED).done:
-                    rows = pending.pop(future)
-                    for row, (tokens, logprobs, _) in zip(rows, future.result(), strict=True):
+                    for row, (tokens, logprobs, _) in zip(pending.pop(future), future.result(), strict=True):
                         found.token_ids[row], found.logprobs[row] = tokens, logprobs
-                    found.finish(rows)
         finally:
             for future in pending:  # the server sees the connections close and drops the requests
                 future.cancel()

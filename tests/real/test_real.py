@@ -17,6 +17,7 @@ import torch
 from r1kernels.rewards import EndpointError, Judge
 from r1kernels.train.cli import main
 from r1kernels.train.model import load_model, load_tokenizer
+from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Sampling, end_tokens
 from r1kernels.train.update import completion_logprobs
 from r1kernels.train.vllm import VLLMSampler
@@ -60,7 +61,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def sampler(model, server, tmp_path):
-    sampler = VLLMSampler(server, model[1], end_tokens(*model), weights_dir=tmp_path / "weights", timeout_s=600)
+    settings = SamplerSettings(url=server, weights_dir=str(tmp_path / "weights"), timeout_s=600.0)
+    sampler = VLLMSampler(settings, model[1], end_tokens(*model))
     yield sampler
     sampler.close()
 

@@ -63,8 +63,8 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert path == tmp_path / "new" / "run" / "checkpoints" / "step-000123"
     assert latest_checkpoint(tmp_path / "new" / "run") == path
     checkpoint = load_checkpoint(path)
-    assert (checkpoint.model_dir, checkpoint.state["step"]) == (path / "model", 123)
-    loaded = checkpoint.state
+    assert (checkpoint[0], checkpoint[1]["step"]) == (path / "model", 123)
+    loaded = checkpoint[1]
     assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], moments["exp_avg"])
     assert loaded["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
     for key in ("python", "cursor", "texts"):
@@ -88,7 +88,7 @@ def test_the_latest_is_the_highest_step(tmp_path):
 def test_a_checkpoint_never_changes(tmp_path):
     """Equal steps have equal states."""
     save(tmp_path, 3, note="first")
-    assert load_checkpoint(save(tmp_path, 3, note="second")).state["note"] == "first"
+    assert load_checkpoint(save(tmp_path, 3, note="second"))[1]["note"] == "first"
     assert names(tmp_path) == ["step-000003"]
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, large):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not isinstance(error.value, ConfigError)
     assert names(tmp_path) == ["step-000001"]
-    assert load_checkpoint(earlier).state["note"] == "earlier"
+    assert load_checkpoint(earlier)[1]["note"] == "earlier"
 
 
 def test_a_rename_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_rename_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch
     with pytest.raises(StorageError, match="Input/output error"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001"]
-    assert load_checkpoint(earlier).state["step"] == 1
+    assert load_checkpoint(earlier)[1]["step"] == 1
 
 
 def test_everything_reaches_the_disk_before_the_name_does(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ for _ in range(12):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     path = latest_checkpoint(run)
-    state = load_checkpoint(path).state
+    state = load_checkpoint(path)[1]
     assert state["number"] >= number, (state["number"], number)
     number = state["number"]
     interrupted += any(entry.name.startswith(".") for entry in path.parent.iterdir())
@@ -245,11 +245,11 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / ".partial-step-000004" / "model").mkdir(parents=True)
-    assert load_checkpoint(latest_checkpoint(tmp_path)).state["step"] == 3
+    assert load_checkpoint(latest_checkpoint(tmp_path))[1]["step"] == 3
     tidy_checkpoints(tmp_path, keep=2)
     assert names(tmp_path) == ["step-000002", "step-000003"]
     tidy_checkpoints(tmp_path / "nothing", keep=2)
-    assert load_checkpoint(latest_checkpoint(tmp_path)).state["step"] == 3
+    assert load_checkpoint(latest_checkpoint(tmp_path))[1]["step"] == 3
 
 
 def test_the_tokenizers_own_padding_is_saved(tmp_path):

@@ -77,17 +77,12 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def test_a_run_leaves_its_files_and_can_be_evaluated(run_dir, capsys):
+def test_a_run_leaves_its_files(run_dir, capsys):
     records = chain.read_manifest(run_dir)
     assert [record["status"] for record in records.values()] == ["finished"] * 2
     assert (run_dir / "report.html").stat().st_size > 0 and load_recipe(run_dir / "config.yaml").seed == 0
     assert [line["step"] for line in read_lines(run_dir / "rl" / "metrics.jsonl") if "loss" in line] == [0, 1]
-    evaluation = records["rl"]["evaluation"]
-    for path in (run_dir, run_dir / "rl"):
-        assert command("eval", path) == 0
-        found = dict(line.split() for line in capsys.readouterr().out.splitlines())
-        assert float(found["length"]) == evaluation["length"] and found["prompt_hash"] == evaluation["prompt_hash"]
-    assert "base, rl" in command("eval", run_dir / "bse") and "config.yaml" in command("eval", run_dir.parent)
+    assert 0 < records["rl"]["evaluation"]["length"] <= 4 and len(records["rl"]["evaluation"]["prompt_hash"]) == 16
     assert command("report", run_dir) == 0
     assert str(run_dir / "report.html") in capsys.readouterr().out.replace("\n", "")
 
@@ -107,46 +102,27 @@ def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
     before = state()
     for arguments, actions in (
         (["--set", "stages.base.steps=3"], ["rerun", "rerun"]), (["--from", "rl"], ["skip", "rerun"]),
-        (["--overwrite"], ["run", "run"]), (["--set", f"run_dir={tmp_path / 'new'}"], ["run", "run"]),
+        (["--set", f"run_dir={tmp_path / 'new'}"], ["run", "run"]),
     ):
         assert command("train", recipe, "--dry-run", *arguments) == 0
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == actions
     assert state() == before
-    assert "base, rl" in command("train", recipe, "--from", "nowhere")
-
-
-def test_overwrite_deletes_a_run(recipe, run_dir, tmp_path):
-    for name in ("tensorboard", ".replaced-rl"):
-        (run_dir / name).mkdir()
-    assert command("train", recipe, "--plain", "--overwrite", "--set", "stages.rl.steps=1") == 0
-    assert chain.read_manifest(run_dir)["rl"]["summary"]["steps"] == 1
-    assert recipe.exists() and not (run_dir / "tensorboard").exists() and not (run_dir / ".replaced-rl").exists()
-
-
-def test_files_of_others_are_never_deleted(recipe, run_dir):
-    for name in ("notes.txt", "code/main.py", ".git/HEAD"):
-        (run_dir / name).parent.mkdir(exist_ok=True)
-        (run_dir / name).write_text("mine")
-    with chain.claim(load_recipe(recipe), overwrite=True):
-        assert contents(run_dir).keys() == {".lock", "notes.txt", "code/main.py", ".git/HEAD"}
-    assert str(run_dir / "code") in command("train", recipe, "--overwrite", "--set", f"run_dir={run_dir / 'code'}")
-    assert (run_dir / "code" / "main.py").read_text() == "mine"
+    assert "'base', 'rl'" in command("train", recipe, "--from", "nowhere")
 
 
 def test_a_config_file_does_not_make_a_run(recipe, tmp_path):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "config.yaml").write_text("mine")
-    assert str(tmp_path / "it") in command("train", recipe, "--overwrite")
+    assert str(tmp_path / "it") in command("train", recipe)
     assert contents(tmp_path / "it") == {"config.yaml": b"mine"}
     assert str(recipe) in command("train", recipe, "--set", f"run_dir={recipe}")
 
 
 def test_a_run_has_one_process(recipe, run_dir):
-    with chain.claim(load_recipe(recipe), overwrite=False):
-        for flag in ("--plain", "--overwrite"):
-            assert str(run_dir) in command("train", recipe, flag)
+    with chain.claim(load_recipe(recipe)):
+        assert str(run_dir) in command("train", recipe, "--plain")
         assert command("train", recipe, "--dry-run") == 0  # it only reads
-    with chain.claim(load_recipe(recipe), overwrite=False):
+    with chain.claim(load_recipe(recipe)):
         pass
 
 
@@ -165,7 +141,6 @@ def test_the_saved_recipe_means_the_same_from_any_directory(finished, tmp_path, 
     capsys.readouterr()
     assert command("train", tmp_path / "run" / "config.yaml", "--dry-run") == 0
     assert capsys.readouterr().out.count("skip") == 2
-    assert command("eval", tmp_path / "run" / "given") == 0
 
 
 def given(path, **keys) -> dict:
@@ -191,10 +166,11 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
         ({**given(model), "eval": {"max_new_tokens": 600}}, ["'eval.max_new_tokens'", "600", "512"]),
         ({"data": {"sums": {"kind": "gsm8k", "path": "nope.jsonl", "test_path": "nope.jsonl"}}}, ["nope.jsonl"]),
         ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'sums'", "'train'", "1000000"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["circle", "rl"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["'stages.rl.model'", "'rl'", "before", "'base'"]),
         ({"stages": {"base": BASE, "rl": {**RL, "objective": {"options": {"clip": 1}}}}},
          ["'rl'", "'objective.options'", "clip"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"charm": 1.0}}}}, ["'rewards'", "'charm'", "accuracy"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"acuracy": 1.0}}}},
+         ["'stages.rl.rewards'", "'acuracy'", "'accuracy'"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'scoring.judge'"]),
         ({"stages": {"base": BASE, "rl": {"kind": "reject", "model": "base", "problems": ["sums"], "judge": True}}},
          ["'scoring.judge'"]),
@@ -247,7 +223,7 @@ def test_help_does_not_wait_for_torch():
     code = ("import sys\nfrom r1kernels.train.cli import main\ntry:\n    main(['train', '--help'])\n"
             "except SystemExit:\n    print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.endswith("False\n") and "--ignore-version" in done.stdout, done
+    assert done.stdout.endswith("False\n") and "--dry-run" in done.stdout, done
 
 
 def test_a_signal_stops_with_130_and_the_command_that_continues(recipe, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 
 from r1kernels.train import data as data_module
 from r1kernels.train.data import (
-    Demonstration,
     Pair,
     Problem,
     check_data,
@@ -186,16 +185,16 @@ def test_demonstrations_are_rendered_and_an_opened_thought_is_not_opened_again(m
     recipe = make([{"question": " hi ", "response": "<think>so</think> hello"}, selected])
     rows = read_rows(recipe, "file", "train")
     assert load_demonstrations(rows, PLAIN) == [
-        Demonstration(render("hi"), "<think>so</think> hello"), Demonstration(render("x"), "<think>t</think> a")]
+        (render("hi"), "<think>so</think> hello"), (render("x"), "<think>t</think> a")]
     opened = load_demonstrations(rows, Template("r1_zero", None, open_think=True))
-    assert opened[0] == Demonstration(render("hi", open_think=True), "so</think> hello")
+    assert opened[0] == (render("hi", open_think=True), "so</think> hello")
 
 
 def test_pairs_and_selected_samples(make, tmp_path):
     recipe = make([{"question": "q", "chosen": "a", "rejected": "b"}])
-    assert load_pairs(recipe, "file") == [Pair("path.jsonl, line 1", "q", "a", "b")]
+    assert load_pairs(recipe, "file") == [Pair("q", "a", "b")]
     path = write(tmp_path / "selected.jsonl", {"question": "q", "prompt": "p <think>", "completion": "t</think> a"})
-    assert load_demonstrations(read_jsonl(path), PLAIN) == [Demonstration(render("q"), "<think>t</think> a")]
+    assert load_demonstrations(read_jsonl(path), PLAIN) == [(render("q"), "<think>t</think> a")]
 
 
 MODULE = """
@@ -214,8 +213,8 @@ def test_one_function_serves_as_problems_demonstrations_and_pairs(make, tmp_path
     recipe = make(**mine)
     assert load_problems(recipe, "file", "train")[1] == Problem("train-0-1", "train 1?", "1")
     assert load_problems(recipe, "file", "test")[1] == Problem("test-0-1", "test 1?", "1")
-    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN)[2] == Demonstration(render("train 2?"), "r")
-    assert load_pairs(recipe, "file")[0] == Pair("train-0-0", "train 0?", "a", "b")
+    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN)[2] == (render("train 2?"), "r")
+    assert load_pairs(recipe, "file")[0] == Pair("train 0?", "a", "b")
     for stage in (GRPO, SFT, PAIRS, EVALUATE):
         check_data(make(**mine, stage=stage), Said())
     for options, message in (({"fail": True}, "too few"), ({"other": 1}, "other"), ({"size": 0}, "row")):

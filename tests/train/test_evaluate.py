@@ -38,7 +38,7 @@ class Scripted:
     def __init__(self, texts, finished=None):
         self.texts, self.finished, self.asked = texts, finished, None
 
-    def sample(self, prompts, sampling, on_batch=None):
+    def sample(self, prompts, sampling):
         self.asked, self.sampling, self.drawn = list(prompts), sampling, torch.rand(()).item()
         lengths = [len(text.split()) for text in self.texts]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

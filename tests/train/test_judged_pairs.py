@@ -6,6 +6,7 @@ import pytest
 from supervised_cases import EXAMPLES, save_model, stage_of, write_rows
 
 from r1kernels.rewards import EndpointError
+from r1kernels.train.data import load_pairs
 from r1kernels.train.log import read_lines
 
 sys.path.insert(0, str(EXAMPLES))
@@ -71,4 +72,5 @@ stages:
   base: {{kind: model, path: {save_model(tmp_path / "model")}}}
   scores: {{kind: preference, model: base, pairs: pairs}}
 """, "scores", tmp_path)
-    assert [pair.chosen for pair in stage.pairs("pairs")][:2] == ["<think>so</think>1+1=2", "<think>so</think>3+3=6"]
+    pairs = load_pairs(stage.recipe, "pairs")
+    assert [pair.chosen for pair in pairs][:2] == ["<think>so</think>1+1=2", "<think>so</think>3+3=6"]

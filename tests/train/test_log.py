@@ -39,7 +39,7 @@ def test_lines_survive_a_kill_and_come_once(tmp_path):
         "first = int(sys.argv[2])\n"
         "log = StepLog(stage, first_step=first)\n"
         "for step in range(first, 10**9):\n"
-        "    log.write({'step': step, 'text': 'x' * 5000}); log.examples(step, [{'completion': 'y'}] * 2)\n"
+        "    log.write({'step': step, 'text': 'x' * 5000, 'examples': [{'completion': 'y'}] * 2})\n"
     )
     path, first = tmp_path / "metrics.jsonl", 0
     for _ in range(2):
@@ -98,8 +98,8 @@ def test_a_half_written_line_is_left_out_and_a_damaged_one_is_named(tmp_path):
 
 def test_lines_are_json_for_every_reader(tmp_path):
     with StepLog(make_stage(tmp_path), first_step=0) as log:
-        log.write({"step": 0, "loss": float("nan"), "parts": {"a": float("inf"), "b": [1.5, float("-inf")]}})
-        log.examples(0, [{"completion": "half \ud800, whole \u4e2d"}])
+        log.write({"step": 0, "loss": float("nan"), "parts": {"a": float("inf"), "b": [1.5, float("-inf")]},
+                   "examples": [{"completion": "half \ud800, whole \u4e2d"}]})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": None, "parts": {"a": None, "b": [1.5, None]}}]
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 0, "completion": "half \ud800, whole \u4e2d"}]
 
@@ -177,26 +177,31 @@ LINE = {"step": 4, "pass_at_1": 0.125, "kl": None, "entropy": float("nan"), "cli
 def test_a_console_shows_a_run(terminal):
     console, written = terminal
     with console:
-        console.stage("r1", 1, 2, "runs")
         console.phase("sampling")
         console.step("r1", LINE, 12)
         console.step("r1", {**LINE, "step": 5, "loss": 0.5}, 12)
-        console.evaluation("r1", {"pass_at_1": None, "length": 3.0})
         console.say("done")
     text = written.getvalue()
-    for shown in ("[1/2] r1: runs", "12.5%", "7.2", "nan", "512", "0.5000", "minutes left", "7", "pass@1 -", "done"):
+    for shown in ("12.5%", "7.2", "nan", "512", "0.5000", "minutes left", "7", "done"):
         assert shown in text
     assert "KL" not in text
+
+
+def test_a_table_holds_one_stage_and_the_last_step_has_no_time_left(terminal):
+    console, written = terminal
+    with console:
+        console.step("r1", LINE, 5)
+        console.step("r2", {"step": 0, "loss": 0.25, "timing": {"total": 60.0}}, 3)
+    text = written.getvalue()
+    assert text.count("minutes left") == 1 and [row.get("minutes left") for row in console._rows] == ["2"]
 
 
 def test_hostile_text_does_not_reach_the_terminal(terminal):
     console, written = terminal
     hostile = "[bold]x[/bold] [link=http://evil]y[/link] \x1b]52;c;aGk=\x07 \u202e \x9b2J"
     with console:
-        console.stage(hostile, 1, 2, hostile)
         console.phase(hostile)
         console.step(hostile, LINE, 10)
-        console.evaluation(hostile, {"pass_at_1": 0.5, "length": 3.0})
         console.say(hostile, warning=True)
     text = written.getvalue()
     assert "[bold]x[/bold]" in text and "[link=http://evil]" in text and "[U+001B]]52" in text

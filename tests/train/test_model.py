@@ -163,6 +163,14 @@ def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_the_base(adapter):
     assert load_tokenizer(directory).pad_token == "a"
 
 
+def test_a_missing_base_model_of_an_adapter_is_named_as_such(adapter):
+    base, directory, _ = adapter
+    shutil.rmtree(base)
+    for load in (load_tokenizer, load_model, max_positions):
+        with pytest.raises(ConfigError, match=f"base model '{base}' of the LoRA adapter '{directory}'"):
+            load(directory)
+
+
 def test_an_adapter_that_cannot_be_used_is_named(adapter, monkeypatch):
     base, directory, _ = adapter
     with monkeypatch.context() as context:

@@ -58,7 +58,7 @@ class ScriptedSampler:
     def __init__(self, model, tokenizer, check=lambda: None) -> None:
         self.check = check
 
-    def sample(self, prompts, sampling, on_batch) -> Completions:
+    def sample(self, prompts, sampling) -> Completions:
         texts, finished = [], []
         for prompt in prompts:
             self.check()
@@ -66,8 +66,6 @@ class ScriptedSampler:
             drawn = int(torch.randint(len(options), ()))
             texts.append(options[drawn].removesuffix(" cut"))
             finished.append(drawn != len(options) - 1)
-        for rows in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).split(5):  # whatever order
-            on_batch(rows.tolist(), [texts[row] for row in rows], [1] * len(rows))
         lengths = torch.tensor(list(map(len, texts)))
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         zeros = torch.zeros(mask.shape)
@@ -136,7 +134,7 @@ def test_at_most_so_many_of_a_question_and_the_same_only_once(home, tmp_path, sc
     summary = reject.run(stage)
     template = Template("r1_zero", None)
     rows = read_jsonl(stage.directory / "selected.jsonl")
-    per_question = Counter(one.prompt for one in load_demonstrations(rows, template))
+    per_question = Counter(prompt for prompt, _ in load_demonstrations(rows, template))
     assert set(per_question.values()) == {1} and summary["kept"] == len(per_question) == 8
     assert summary["rejected"]["surplus"] + summary["rejected"]["duplicate"] == (
         everything["rejected"]["duplicate"] + everything["kept"] - summary["kept"]

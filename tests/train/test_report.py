@@ -105,7 +105,7 @@ class Page(html.parser.HTMLParser):
 def test_files_and_numbers(run):
     paths = write_report(run)
     assert sorted(str(path.relative_to(run)) for path in paths) == [
-        "curves/pass@1.png", "curves/r1-pass_at_1.png", "curves/r1-reward.png", "report.html"]
+        "curves/r1-pass_at_1.png", "curves/r1-reward.png", "report.html"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
     page = Page(run / "report.html")
     assert page.row("base", "model", NONE) == [

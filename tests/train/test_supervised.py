@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_checkpoint(home
 
     monkeypatch.setattr(supervised, "cross_entropy", diverging)
     stage = stage_at(home, tmp_path, "stages.cold.micro_batch_size=null")
-    with pytest.raises(TrainingError, match=r"step 3 measured .*'loss': nan"):
+    with pytest.raises(TrainingError, match=r"step 3: loss nan"):
         run_sft(stage)
     weights = load_file(latest_checkpoint(stage.directory) / "model/model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())

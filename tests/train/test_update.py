@@ -128,21 +128,6 @@ def test_the_first_ratio_is_exactly_one_and_every_token_is_measured(rollout, mod
     assert found[1]["active_fraction"] < found[0]["active_fraction"]
 
 
-def test_without_measure_all_the_gradient_is_the_same(rollout, model):
-    old = logprobs(model, rollout, ROWS.split(5)) - 0.1
-    objective = r1kernels.objectives.grpo()
-    some = torch.where(ROWS >= 5, rollout.advantages, 0)  # the first micro-batch has nothing to learn from
-    given = dataclasses.replace(rollout, old_logprobs=old, advantages=some)
-    whole, part = gradient(model, given, objective), gradient(model, given, objective, measure_all=False)
-    torch.testing.assert_close(part[0], whole[0], rtol=1e-4, atol=1e-7)
-    assert part[1]["loss"] == pytest.approx(whole[1]["loss"], rel=1e-4, abs=1e-6)
-    assert part[1].keys() == whole[1].keys() and all(map(math.isfinite, part[1].values()))
-    assert part[1]["active_fraction"] == pytest.approx(whole[1]["active_fraction"])
-    nothing = gradient(model, dataclasses.replace(given, advantages=torch.zeros(len(PROMPTS))), objective,
-                       measure_all=False)
-    assert not nothing[0].any() and nothing[1]["ratio_deviation"] == 0 and math.isnan(nothing[1]["entropy"])
-
-
 def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
     """Through the logits that transformers makes, and losses written by hand: the tied embedding included."""
     old = logprobs(model, rollout, ROWS.split(5))
@@ -214,7 +199,7 @@ def test_a_small_difference_is_no_success():
     assert plain[0] > 0.9 * plain[4]
     careful = group_advantages(rewards, groups_of_4(min_spread=0.05))
     assert careful[:4].tolist() == [0] * 4 and torch.equal(careful[4:], plain[4:])
-    assert choose_groups(rewards, groups_of_4(min_spread=0.05))[1] == {"zero_spread": 0.5, "small_spread": 0.5}
+    assert choose_groups(rewards, groups_of_4(min_spread=0.05))[1] == {"zero_spread": 0.5}
 
 
 def test_groups_that_differ_come_first():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from r1kernels.rewards.endpoint import EndpointError
 from r1kernels.train.errors import Interrupted, StorageError
+from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens
 from r1kernels.train.vllm import VLLMSampler
 
@@ -116,8 +117,10 @@ def connect(server, model, tokenizer, tmp_path):
     opened = []
 
     def connect(**options):
-        options = {"weights_dir": tmp_path / "weights", "timeout_s": 120.0, **options}
-        opened.append(VLLMSampler(server.url, tokenizer, end_tokens(model, tokenizer), **options))
+        check = options.pop("check", lambda: None)
+        settings = SamplerSettings(
+            url=server.url, **{"weights_dir": str(tmp_path / "weights"), "timeout_s": 120.0, **options})
+        opened.append(VLLMSampler(settings, tokenizer, end_tokens(model, tokenizer), check=check))
         return opened[-1]
 
     yield connect
@@ -184,13 +187,9 @@ def test_weights_that_cannot_be_saved_are_named(connect, model, tmp_path, monkey
         connect().update(model)
 
 
-def test_groups_are_asked_for_together_and_reported_as_they_come(connect, server):
-    reports = []
-    done = sample(connect(requests=3), on_batch=lambda *report: reports.append(report))
+def test_groups_are_asked_for_together(connect, server):
+    done = sample(connect(requests=3))
     assert len(set(done.texts)) > len(PROMPTS) // 2
-    assert len(reports) == 3 and sorted(row for rows, *_ in reports for row in rows) == list(range(12))
-    for rows, texts, lengths in reports:
-        assert texts == [done.texts[row] for row in rows] and lengths == done.lengths[rows].tolist()
     asked = [body for path, body, _ in server.log if path == "/v1/completions"][2:]
     assert [body["n"] for body in asked] == [4] * 3
 
@@ -239,7 +238,7 @@ def test_no_key_follows_a_redirect(connect, server, monkeypatch):
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_named(connect, server):
-    sampler, faults = connect(requests=1, model="other"), [503, 500]
+    sampler, faults = connect(requests=1, served_name="other"), [503, 500]
     server.fault = lambda handler: bool(faults) and (handler.answer(faults.pop(), None) or True)
     assert len(sample(sampler).texts) == len(PROMPTS) and not faults
     assert {body["model"] for path, body, _ in server.log if path == "/v1/completions"} == {"other"}
