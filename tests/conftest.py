@@ -6,6 +6,7 @@ nothing, has tests of its own.
 
 import importlib.util
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 
 import backends
@@ -31,8 +32,9 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
-# Where programs are interpreted every case takes its time: there no more than this, and the sample with `--full`.
-MOST_INTERPRETED = 2
+# Where kernels are interpreted or emulated, every case takes its time: there so many of each test are run, by room, and
+# with `--full` the sample. Losses and heads call the kernels that the first room tests.
+MOST_INTERPRETED = {"kernels": 2, "losses": 1, "linear": 1}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,8 +62,10 @@ def sample(cases: list[pytest.Item], full: bool) -> list[int]:
     numbers = list(range(len(cases)))
     if len(cases) > SAMPLED_ABOVE:
         numbers = sampling.pairwise([parameters(case) for case in cases])
-    if SLOW_KERNELS and not full:
-        numbers = [numbers[i] for i in sampling.spread(len(numbers), MOST_INTERPRETED)]
+    if SLOW_KERNELS and cases and not full:
+        room, name = cases[0].path.parent.name, cases[0].nodeid.partition("[")[0].rpartition("/")[2]
+        start = zlib.crc32(name.encode())  # otherwise every test would run its first case
+        numbers = [numbers[i] for i in sampling.spread(len(numbers), MOST_INTERPRETED[room], start)]
     return numbers
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import reference_only, registration_only, without_cuda_kernels
+from backends import compiles, reference_only, registration_only, without_cuda_kernels
 from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
@@ -244,6 +244,7 @@ def test_opcheck(kind: int, masked: bool, dtype: torch.dtype) -> None:
 # ---- 4. compile -------------------------------------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("topk", [False, True])

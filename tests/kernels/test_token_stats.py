@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backends import reference_only, registration_only, shapes_only
+from backends import compiles, reference_only, registration_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -188,6 +188,7 @@ def test_opcheck(dtype: torch.dtype, masked: bool, strided: bool) -> None:
 # ---- 4. compile and fakes ---------------------------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("entry", [token_logprobs, lambda *a, **k: sum(token_logprobs_and_entropy(*a, **k))])
 def test_compile_fullgraph(entry: Callable[..., Tensor], implementation: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import registration_only, shapes_only, without_cuda_kernels
+from backends import compiles, registration_only, shapes_only, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -33,6 +33,7 @@ def test_opcheck(dtype: torch.dtype, k: int | None) -> None:
         torch.library.opcheck(torch.ops.r1kernels.linear_divergence, (*arguments, needs))
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("k", [None, 5])

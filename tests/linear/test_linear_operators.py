@@ -6,7 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import reference_only, registration_only, shapes_only, slow_interpreted
+from backends import compiles, reference_only, registration_only, shapes_only
 from linear_policy_cases import EVERYTHING, make
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -103,6 +103,7 @@ def split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return ({k: v for k, v in inputs.items() if k in names}, {k: v for k, v in inputs.items() if k not in names})
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("loss", "served_by"), ON_BOTH)
@@ -124,7 +125,7 @@ def test_compile_fullgraph(loss: str, served_by: str) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
-@slow_interpreted
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("loss", ["logprobs", "cross_entropy", "grpo"])
 def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
@@ -151,7 +152,7 @@ def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
             torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
-@slow_interpreted
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 def test_compile_with_a_capacity() -> None:
     policy, arguments = split(make("plain", "holes"))

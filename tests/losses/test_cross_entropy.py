@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, reference_only, shapes_only
+from backends import checks_only, compiles, reference_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -104,6 +104,7 @@ def test_normalizer_makes_micro_batches_add_up(as_tensor: bool, implementation: 
     torch.testing.assert_close(whole.grad, parts.grad, rtol=1e-6, atol=0)
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 def test_compile_fullgraph(implementation: str) -> None:
     logits, targets = batch()

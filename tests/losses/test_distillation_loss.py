@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import reference_only, shapes_only, slow_interpreted, without_cuda_kernels
+from backends import compiles, reference_only, shapes_only, slow_interpreted, without_cuda_kernels
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -351,6 +351,7 @@ def test_temperature_has_no_factor_of_its_square(implementation: str) -> None:
 # ---- compile and fakes --------------------------------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("topk", [False, True])
 def test_compile_fullgraph(topk: bool, implementation: str) -> None:

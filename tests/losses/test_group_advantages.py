@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, reference_only, registration_only, shapes_only
+from backends import checks_only, compiles, reference_only, registration_only, shapes_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -131,6 +131,7 @@ def test_opcheck(group_ids: Tensor | None) -> None:
     torch.library.opcheck(torch.ops.r1kernels.group_advantages, (torch.randn(6), group_ids, 3, 0, 1, 1e-4))
 
 
+@compiles
 def test_compile_fullgraph() -> None:
     rewards = torch.randn(12)
     with backend(testing.KERNELS):

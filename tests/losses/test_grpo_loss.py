@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, reference_only, shapes_only, slow_interpreted
+from backends import checks_only, compiles, reference_only, shapes_only
 from policy_cases import OBJECTIVES
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -220,10 +220,11 @@ def test_only_metrics_of_known_quantities() -> None:
 # ---- compile and fakes --------------------------------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports torch's own old modules
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow_interpreted)])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph(compiler: str) -> None:
     inputs = batch() | {"mask": testing.random_ids(5, 7, vocab=3) > 0}
     source = inputs.pop("logits")
@@ -243,7 +244,7 @@ def test_compile_fullgraph(compiler: str) -> None:
         assert torch.equal(eager, compiled)
 
 
-@slow_interpreted
+@compiles
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("packed", [False, True])

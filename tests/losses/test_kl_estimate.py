@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, reference_only, registration_only, shapes_only
+from backends import checks_only, compiles, reference_only, registration_only, shapes_only
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -114,6 +114,7 @@ def test_opcheck(estimator: int) -> None:
     torch.library.opcheck(torch.ops.r1kernels.kl_estimate, (*pairs(1.0, 3, 4), estimator))
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 def test_compile_fullgraph(implementation: str) -> None:
     results = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import reference_only, registration_only, shapes_only
+from backends import compiles, reference_only, registration_only, shapes_only
 from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, with_extras
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -167,6 +167,7 @@ def test_opcheck(layout: str, entropy_coef: float) -> None:
 # ---- 4. compile and fakes ---------------------------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])

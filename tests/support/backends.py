@@ -28,6 +28,9 @@ checks_only = pytest.mark.not_on(
     *GPU_KERNELS, reason="errors of the host; test_triton_errors and test_cuda_losses have those of devices"
 )
 host_code = pytest.mark.not_on(*GPU_KERNELS, reason="code of the host: no kernel of a GPU runs")
+compiles = pytest.mark.slow_on(
+    "reference", *GPU_KERNELS, reason="torch.compile sees an operator's schema and fake, which all backends share"
+)
 slow_interpreted = pytest.mark.slow_on("triton", reason="seconds of interpreted programs that other tests run too")
 slow_on_gpu_kernels = pytest.mark.slow_on(
     *GPU_KERNELS, reason="seconds of interpreted programs that other tests run too"
@@ -36,10 +39,13 @@ without_cuda_kernels = pytest.mark.not_on("cuda", reason="there is no CUDA kerne
 
 
 def skip_reason(item: pytest.Item, kernels: str, full: bool) -> str:
-    """Why a test does not run on these kernels, or "" if it does."""
+    """Why a test does not run on these kernels, or "" if it does. A case of the reference counts as its own backend."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    if "reference" in (values.get("implementation"), values.get("served_by")):
+        kernels = "reference"
     for name in ("not_on", "slow_on"):
         for mark in item.iter_markers(name):
-            if not mark.args or set(mark.args) - {"cpu", *GPU_KERNELS} or not mark.kwargs.get("reason"):
+            if not mark.args or set(mark.args) - {"reference", "cpu", *GPU_KERNELS} or not mark.kwargs.get("reason"):
                 raise pytest.UsageError(f"{item.nodeid}: {name} needs names of backends and a reason, not {mark}")
             if kernels in mark.args and name == "not_on":
                 return f"not on {kernels}: {mark.kwargs['reason']}"

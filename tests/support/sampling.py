@@ -38,11 +38,11 @@ def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
     return sorted(chosen)
 
 
-def spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int, start: int = 0) -> list[int]:
     """At most `most` numbers below `count`, apart by its golden section, so that no parameter goes round in step."""
     if count <= most:
         return list(range(count))
     step = round(count * 0.618)
     while any(count % d == 0 and step % d == 0 for d in range(2, step + 1)):
         step += 1
-    return sorted(i * step % count for i in range(most))
+    return sorted((start + i * step) % count for i in range(most))

@@ -33,12 +33,13 @@ def steps(path):
 
 def test_lines_survive_a_kill_and_come_once(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from types import SimpleNamespace\n"
+        "import itertools, os, sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from r1kernels.train.log import StepLog\n"
         "stage = SimpleNamespace(directory=Path(sys.argv[1]), recipe=SimpleNamespace(trackers=[]))\n"
         "first = int(sys.argv[2])\n"
         "log = StepLog(stage, first_step=first)\n"
-        "for step in range(first, 10**9):\n"
+        "parent = os.getppid()\n"
+        "for step in itertools.takewhile(lambda _: os.getppid() == parent, itertools.count(first)):\n"
         "    log.write({'step': step, 'text': 'x' * 5000, 'examples': [{'completion': 'y'}] * 2})\n"
     )
     path, first = tmp_path / "metrics.jsonl", 0
