@@ -8,7 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import reference_only, without_cuda_kernels
+from backends import reference_only, slow_interpreted, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case, logits_of
 from torch import Tensor
 
@@ -113,6 +113,7 @@ def test_models_of_different_dtypes(dtype: torch.dtype, teacher_dtype: torch.dty
     assert result.loss.dtype == (torch.float64 if teacher_dtype == torch.float64 else torch.float32)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("k", [None, 5])
 def test_rounded_logits_are_those_of_an_engine_that_rounds(k: int | None, implementation: str) -> None:
     case = Case("plain", "plain", k, "reverse_kl", torch.bfloat16)
@@ -241,6 +242,7 @@ def test_gradient_accumulation(dtype: torch.dtype, implementation: str) -> None:
     assert torch.equal(leaves["hidden"].grad, expected["hidden"])
 
 
+@slow_interpreted
 @pytest.mark.parametrize(("k", "full"), [(None, 4), (5, 3)])
 def test_each_product_is_computed_once(k: int | None, full: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 unit of the teacher and 3 of the student, and neither gradients nor their products unless they are wanted."""

@@ -227,6 +227,7 @@ def test_autocast_changes_no_bit(dtype: torch.dtype, head: str, implementation: 
     assert all(torch.equal(a, b) for a, b in zip(expected, inside, strict=True))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_deterministic_mode_and_repetition_change_no_bit(head: str, implementation: str) -> None:
     inputs = make(head, "holes")

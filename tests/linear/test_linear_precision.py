@@ -5,7 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import slow_on_gpu_kernels
+from backends import slow_interpreted, slow_on_gpu_kernels
 from torch import Tensor
 
 from r1kernels import Objective, grpo_loss, linear_cross_entropy, linear_grpo_loss, testing
@@ -35,6 +35,7 @@ def errors(grads: dict[str, Tensor], expected: cases.Exact) -> dict[str, float]:
     }
 
 
+@slow_interpreted
 @pytest.mark.parametrize("more", [{}, {"kl_coef": 0.1, "entropy_coef": 0.01}])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_gradients_are_as_close_as_dense_ones(ratio: str, more: dict[str, float], model_like: dict[str, Any]) -> None:
