@@ -5,8 +5,10 @@ time. CUDA kernels are added where there is nvcc (csrc/cuda/nvcc.py): R1KERNELS_
 them. No network, no torch.utils.cpp_extension: torch only lends its headers and libraries.
 """
 
+import hashlib
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
 import nvcc
 
 TORCH = Path(torch.__file__).parent
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
 MACROS = [
@@ -45,48 +46,49 @@ CUDA_BINDINGS = [
 
 
 class BuildExt(build_ext):
-    """Links further objects in: the sources of `PER_ISA` for each instruction set, and the CUDA kernels."""
+    """Compiles the sources of `PER_ISA` for each instruction set, the other sources, and the CUDA kernels, in parallel.
+
+    Objects stay in build/, named by what they are made of, so that the next build compiles only what has changed.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         compiler, missing = nvcc.available()
         if compiler is None:
             print(f"r1kernels is built without CUDA: {missing}", file=sys.stderr)
             ext.define_macros.append(("R1K_WITHOUT_CUDA", f'"{missing}"'))
-            self.compile_per_isa(ext)
         else:
             ext.define_macros.append(("R1K_CUDA", None))
             ext.sources += CUDA_BINDINGS
             # Calls of the runtime are its own: torch may have brought another.
             ext.extra_link_args += [str(nvcc.runtime_library(compiler)), "-Wl,--exclude-libs,ALL"]
             ext.extra_link_args += ["-lrt", "-lpthread", "-ldl"]
-            with ThreadPoolExecutor(1) as pool:
-                kernels = pool.submit(nvcc.compile_all, compiler)
-                self.compile_per_isa(ext)
-                ext.extra_objects += [str(kernel.path) for kernel in kernels.result()]
-        self.note_parts(ext)
+        if IS_X86:
+            ext.define_macros.append(("R1K_X86", None))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = [pool.submit(self.compile_once, source, ext.define_macros, []) for source in ext.sources]
+            for isa, flags in X86_ISAS.items() if IS_X86 else ():
+                macros = [*ext.define_macros, ("R1K_ISA", isa)]
+                for source in PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"]:  # only products have bf16
+                    parts.append(pool.submit(self.compile_once, source, macros, flags))
+            ext.extra_objects += [part.result() for part in parts]
+        if compiler is not None:
+            ext.extra_objects += [str(kernel.path) for kernel in nvcc.compile_all(compiler)]
+        ext.sources, self.force = [], True  # linking takes a second
         super().build_extension(ext)
 
-    def compile_per_isa(self, ext: Extension) -> None:
-        if not IS_X86:
-            return
-        ext.define_macros.append(("R1K_X86", None))
-        for isa, flags in X86_ISAS.items():
-            ext.extra_objects += self.compiler.compile(
-                PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"],  # nothing else multiplies bf16
-                output_dir=os.path.join(self.build_temp, isa),
-                macros=[*ext.define_macros, ("R1K_ISA", isa)],
-                extra_postargs=[*COMMON_FLAGS, *flags],
-                depends=HEADERS,
-            )
-
-    def note_parts(self, ext: Extension) -> None:
-        """A file that is newer than the extension when it was made of something else, or otherwise."""
-        parts = (ext.sources, ext.extra_objects, ext.define_macros, ext.extra_compile_args, ext.extra_link_args)
-        note, text = Path("build/parts.txt"), "".join(f"{part}\n" for part in parts)
-        note.parent.mkdir(exist_ok=True)
-        if not note.exists() or note.read_text() != text:
-            note.write_text(text)
-        ext.depends.append(str(note))
+    def compile_once(self, source: str, macros: list[tuple[str, str | None]], flags: list[str]) -> str:
+        """The object of a source. That of an earlier build is taken if nothing that it is made of has changed."""
+        flags = [*COMMON_FLAGS, *flags]
+        made_of = [self.compiler.compiler_so, sys.version, torch.__version__, macros, flags]
+        made_of += [path.read_bytes() for path in sorted(nvcc.included(Path(source).resolve()))]
+        name = f"{Path(source).stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+        target = Path("build/cpu", f"{name}.o")
+        if not target.exists():
+            [made] = self.compiler.compile([source], output_dir=os.path.join(self.build_temp, name), macros=macros,
+                                           include_dirs=self.include_dirs, extra_postargs=flags)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made, target)
+        return str(target)
 
 
 extension = Extension(
@@ -100,14 +102,12 @@ extension = Extension(
         "csrc/cpu/policy_loss.cpp",
         *PER_ISA,
     ],
-    depends=HEADERS,
     library_dirs=[str(TORCH / "lib")],
     # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use.
     extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"],
     define_macros=list(MACROS),
-    extra_compile_args=COMMON_FLAGS,
     py_limited_api=True,
-    language="c++",
+    language="c++",  # what links it
 )
 
 setup(
