@@ -5,10 +5,8 @@ comparison is also made with the sides swapped: a text like "choose A" gains not
 """
 
 import json
-import math
 import os
 import re
-from concurrent.futures import Future
 from typing import Any
 
 from .endpoint import Endpoint
@@ -48,31 +46,19 @@ class Judge:
 
     def compare(self, question: str, first: str, second: str) -> float:
         """How much better `first` answers than `second`, from -1 to 1: the mean of the votes."""
-        return self._endpoint.wait(self._compare(question, first, second))
-
-    def equivalent(self, question: str, answer: str, reference: str) -> float:
-        """1.0 if `answer` means the same as `reference`, else 0.0."""
-        shown = {"question": question, "answer": answer, "reference answer": reference}
-        return float(self._endpoint.wait(self._ask(_EQUIVALENT, shown, {"yes": 1, "no": 0}, seed=0)))
-
-    def start_reward(self, question: str, prompt: str, completion: str, reference: str) -> Future[float]:
-        """From 0 to 1: how the final summary of a completion compares with the reference. NaN for a blank reference."""
-        return self._endpoint.start(self._reward(question, final_summary(prompt, completion), reference))
-
-    async def _reward(self, question: str, summary: str, reference: str) -> float:
-        if not reference.strip():
-            return math.nan
-        return (await self._compare(question, summary, reference) + 1) / 2 if summary else 0.0
-
-    async def _compare(self, question: str, first: str, second: str) -> float:
         total = 0
         for vote in range(self._votes):
             sign, a, b = (-1, second, first) if vote % 2 else (1, first, second)
             shown = {"question": question, "response A": a, "response B": b}
-            total += sign * await self._ask(_COMPARE, shown, {"a": 1, "b": -1, "tie": 0}, seed=vote // 2)
+            total += sign * self._ask(_COMPARE, shown, {"a": 1, "b": -1, "tie": 0}, seed=vote // 2)
         return total / self._votes
 
-    async def _ask(self, system: str, shown: dict[str, str], meanings: dict[str, int], *, seed: int) -> int:
+    def equivalent(self, question: str, answer: str, reference: str) -> float:
+        """1.0 if `answer` means the same as `reference`, else 0.0."""
+        shown = {"question": question, "answer": answer, "reference answer": reference}
+        return float(self._ask(_EQUIVALENT, shown, {"yes": 1, "no": 0}, seed=0))
+
+    def _ask(self, system: str, shown: dict[str, str], meanings: dict[str, int], *, seed: int) -> int:
         user = json.dumps({name: text[:MAX_SHOWN] for name, text in shown.items()})
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         body = {"messages": messages, "seed": seed, **self._settings}
@@ -84,7 +70,7 @@ class Judge:
                 raise ValueError("expected 'Verdict: ...'")
             return meanings[words[-1]]
 
-        return await self._endpoint.request("post", "/chat/completions", read, body=body)
+        return self._endpoint.wait(self._endpoint.request("post", "/chat/completions", read, body=body))
 
 
 def final_summary(prompt: str, completion: str) -> str:
