@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from r1kernels.rewards import EndpointError, Judge
-from r1kernels.rewards.judge import final_summary
+from r1kernels.rewards.text import final_summary
 
 
 def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> list[float | None]:

@@ -38,7 +38,7 @@ def read_tests(reference: str) -> dict:
     tests = json.loads(reference)
     form = next((form for form in FORMS if isinstance(tests, dict) and form in tests), "test")
     keys, of_case = FORMS[form]
-    if "checker" in tests and of_case:
+    if of_case and "checker" in tests:
         keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
     _expect(keys, tests, "tests of a program")
     unknown = tests.keys() - keys.keys() - {"tolerance", "checker", "task_id", "canonical_solution"}

@@ -8,11 +8,12 @@ by construction. All other functions take time linear in the text.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pkgutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from . import choice, text
 from .code import judge as judge_program
@@ -94,17 +95,16 @@ class Scorer(contextlib.AbstractContextManager):
                     pending[row] = self._threads.submit(self._accuracy, *row)
             parts = {name: _call(name, function, list(completions), columns)
                      for name, function in self._functions.items()}
-            while wait(pending.values(), timeout=0.1).not_done or self._closing.is_set():
-                if self._closing.is_set():
-                    raise CancelledError("the scorer was closed")
+            results = {row: reply.exception() or reply.result() for row, reply in pending.items()}
         except KeyboardInterrupt:
             self.close()
             raise
         finally:
             for reply in pending.values():
                 reply.cancel()
-        outcomes = [pending[row].exception() or pending[row].result() if row in pending else None for row in rows]
-        return self._sum(kinds, parts, outcomes)
+        if self._closing.is_set():
+            raise CancelledError("the scorer was closed")
+        return self._sum(kinds, parts, [results.get(row) for row in rows])
 
     def close(self, *exception: object) -> None:
         """Kills programs that run. A call of `score` in another thread raises CancelledError."""
@@ -129,11 +129,10 @@ class Scorer(contextlib.AbstractContextManager):
         if "accuracy" in self._weights:
             parts["accuracy"] = [outcome if isinstance(outcome, float) else math.nan for outcome in outcomes]
         parts = {name: parts[name] for name in self._weights}
-        applying = [[name for name in parts if name != "accuracy" or kind != "open"] for kind in kinds]
-        total = [math.fsum(self._weights[name] * parts[name][index] for name in names if self._weights[name])
-                 for index, names in enumerate(applying)]
-        unscorable = {name: sum(name in names and math.isnan(values[index]) for index, names in enumerate(applying))
-                      for name, values in parts.items()}
+        applies = {name: [name != "accuracy" or kind != "open" for kind in kinds] for name in parts}
+        total = [math.fsum(weight * parts[name][index] for name, weight in self._weights.items()
+                           if weight and applies[name][index]) for index in range(len(kinds))]
+        unscorable = {name: sum(map(math.isnan, itertools.compress(parts[name], applies[name]))) for name in parts}
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         unusable = [error for error in failures if isinstance(error, ValueError)]  # tests that cannot be run
         timeouts = sum(isinstance(error.__context__, TimeoutError) for error in unusable)

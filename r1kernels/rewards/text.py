@@ -43,6 +43,14 @@ def is_well_formed(prompt: str, completion: str) -> bool:
     return text.startswith(THINK) and answer.startswith(ANSWER) and answer.endswith(ANSWER_END)
 
 
+def final_summary(prompt: str, completion: str) -> str:
+    """The text of a completion after its thought, without answer tags around it; "" if the thought never ends."""
+    text = (after_thinking(prompt, completion) or "").strip()
+    if text.startswith(ANSWER) and text.endswith(ANSWER_END):
+        text = text[len(ANSWER) : -len(ANSWER_END)].strip()
+    return text
+
+
 def final_answer(prompt: str, completion: str) -> str | None:
     """The unique final answer of a completion (see the rules above), or None if there is none."""
     text = (after_thinking(prompt, completion) or "").replace("\\boxed {", BOXED)

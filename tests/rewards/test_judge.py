@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from r1kernels.rewards import EndpointError, Judge
-from r1kernels.rewards.judge import final_summary
+from r1kernels.rewards.text import final_summary
 
 KEY = "sekrit-key"
 
