@@ -46,15 +46,11 @@ def names(text: str) -> set[str]:
 
 
 def is_equal(*texts: str) -> bool:
-    """Whether two expressions have equal values."""
-    return _is_same(*(Expression(text, repr(texts)).value for text in texts))
-
-
-def _is_same(one: Value, other: Value) -> bool:
-    """Whether two fractions are equal, or two lists of samples to 50 digits.
+    """Whether two expressions have equal values: the same fraction, or samples that are equal to 50 digits.
 
     A difference that is zero shrinks when the precision grows. Any other difference, however small, does not.
     """
+    one, other = (Expression(text, repr(texts)).value for text in texts)
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     tiny = _contexts()[1].mpf(10) ** -50

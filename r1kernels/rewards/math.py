@@ -55,9 +55,9 @@ _LITERAL = re.compile(r"[0-9A-F]+_\{\d\d?\}|\d+(?: ?: ?\d+)+(?: ?[ap]\.?m)?|-? ?
 _WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*\)?")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]|^no$", re.IGNORECASE)
 _MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}")
-_COMMA, _UNION = re.compile(","), re.compile(r"\\cup(?![A-Za-z])")
-_SEPARATOR = re.compile(r",?(?: or | and )|(?<!\d),|,(?!\d{3}(?!\d))|;", re.ASCII)
-_RELATION = re.compile(r":=|=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z])")
+# What is between the parts of a list or union, and the sides of a relation. A comma may also be between thousands.
+_SEPARATOR, _UNION = r",?(?: or | and )|(?<!\d),|,(?!\d{3}(?!\d))|;", r"\\cup(?![A-Za-z])"
+_RELATION = r":=|=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z])"
 
 
 def grade(answer: str, reference: str) -> float | None:
@@ -137,19 +137,17 @@ def _plain(number: str) -> str:
     return number
 
 
-def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
     """The parts of the text between separators outside all brackets, and these separators."""
-    parts, found, start, depth, position = [], [], 0, 0, 0
-    while position < len(text):
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        if depth == 0 and (match := separator.match(text, position)):
-            parts.append(text[start:position].strip())
-            found.append(match[0].strip())
-            start = position = match.end()
-        else:
-            position += 1
+    parts, found, start, depth = [], [], 0, 0
+    for match in re.finditer(rf"[()\[\]{{}}]|{separator}", text, re.ASCII):
+        depth += (match[0] in ("(", "[", "{")) - (match[0] in (")", "]", "}"))
         if depth > expression.DEPTH:
             raise ValueError(f"it has more than {expression.DEPTH} brackets in brackets")
+        if depth == 0 and match[0] not in (")", "]", "}"):
+            parts.append(text[start : match.start()].strip())
+            found.append(match[0].strip())
+            start = match.end()
     return [*parts, text[start:].strip()], found
 
 
@@ -205,7 +203,7 @@ def _read_brackets(text: str) -> Form | None:
     kind = text[:1] + text[-1:]
     if kind not in ("{}", *_INTERVALS) or not _is_one_bracket(text):
         return None
-    inner, commas = _split(text[1:-1], _COMMA)
+    inner, commas = _split(text[1:-1], ",")
     if commas and kind != "{}":
         return Form(kind, items=tuple(map(read, inner)))
     if commas or kind not in ("{}", "()"):
