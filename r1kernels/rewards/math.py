@@ -233,13 +233,14 @@ def _same(given: Form, expected: Form) -> bool:
 
 
 def _same_quantity(given: Form, expected: Form) -> bool:
-    if _is_undone(given, expected) or len({given.unit, expected.unit} - {"", "%"}) > 1:
+    units = [given.unit, expected.unit]
+    if len({*units} - {"", "%"}) > 1:
         return False
-    if expression.is_equal(given.text, expected.text):
-        return True
-    # 50% is the number 50 as well as 0.5: problems ask for either.
-    shares = [rf"\frac{{{form.text}}}{{100}}" if form.unit == "%" else form.text for form in (given, expected)]
-    return [given.unit, expected.unit].count("%") == 1 and expression.is_equal(*shares)
+    equal = expression.is_equal(given.text, expected.text)
+    if not equal and units.count("%") == 1:  # 50% is the number 50 as well as 0.5: problems ask for either
+        shares = [rf"\frac{{{form.text}}}{{100}}" if form.unit == "%" else form.text for form in (given, expected)]
+        equal = expression.is_equal(*shares)
+    return equal and not _is_undone(given, expected)
 
 
 def _same_items(given: Form, expected: Form) -> bool:
