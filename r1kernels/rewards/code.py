@@ -52,7 +52,8 @@ def read_tests(reference: str) -> dict:
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
-    texts = [_runnable(tests[key]) for key in ("prompt", "test", "checker") if key in keys]
+    texts = [_runnable(tests["prompt"])] if form == "test" else []
+    texts += [tests[key] for key in ("test", "checker") if key in keys]
     return tests | {"form": form, "entry_point": entry_point, "tolerance": tolerance, "sources": texts}
 
 
