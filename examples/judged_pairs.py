@@ -14,7 +14,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from r1kernels.rewards.judge import Judge
+from r1kernels.rewards import Judge
 from r1kernels.train.data import read_jsonl, whole_response
 from r1kernels.train.log import append_line, cut_lines
 from r1kernels.train.reward_model import Target, judged_part

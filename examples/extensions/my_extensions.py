@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
+
+from r1kernels.rewards import EndpointError, Judge
+from r1kernels.rewards.text import final_summary
 
 
 def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> list[float | None]:
@@ -18,6 +23,27 @@ def brevity(completions: list[str], *, answer: list[str], **columns: Any) -> lis
         min(1.0, 2 * len(reference) / max(1, len(text))) if reference else None
         for text, reference in zip(completions, answer, strict=True)
     ]
+
+
+def preferred(completions: list[str], *, question: list[str], answer: list[str], kind: list[str], prompts: list[str],
+              **columns: Any) -> list[float | None]:
+    """A reward for open problems: a language model compares each completion with the reference, from 0 to 1.
+
+    The server is named by the environment: JUDGE_URL, JUDGE_MODEL. Other problems get 0, because a rule checks them.
+    """
+    judge = Judge(os.environ["JUDGE_URL"], os.environ["JUDGE_MODEL"])
+
+    def score(kind: str, question: str, prompt: str, completion: str, reference: str) -> float | None:
+        summary = final_summary(prompt, completion)
+        if kind != "open" or not summary:
+            return 0.0
+        try:
+            return (judge.compare(question, summary, reference) + 1) / 2
+        except EndpointError:
+            return None
+
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(score, kind, question, prompts, completions, answer))
 
 
 def soft_clip(width: float = 0.2) -> Callable[[Tensor, Any], Tensor]:

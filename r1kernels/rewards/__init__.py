@@ -10,8 +10,7 @@ of failures, and several programs at once.
 
 from math import isnan as _isnan  # `math` here is a module of this package
 
-from .endpoint import EndpointError
-from .judge import Judge
+from .endpoint import EndpointError, Judge
 from .language import LANGUAGES as _LANGUAGES
 from .language import share as _share
 from .scorer import KINDS, Scorer, Scores

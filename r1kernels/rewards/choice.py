@@ -9,7 +9,7 @@ is limited, so no pattern is slow.
 import re
 import unicodedata
 
-from .text import INVISIBLE, final_answer
+from .text import INVISIBLE
 
 # The text of an option may be long, but not longer.
 MAX_CHOICE = 2000
@@ -39,11 +39,6 @@ _CHANGED = re.compile(
     r"|^(?:or|and|nor|not|no|never|only|if|unless|is|was|isn'?t|looks|seems|cannot|can'?t|could|might)\b(?!$)|[或和跟与不]",
     re.IGNORECASE,
 )
-
-
-def chosen(prompt: str, completion: str) -> str | None:
-    """The letter that the completion chooses, or None."""
-    return letter(final_answer(prompt, completion) or "")
 
 
 def letter(text: str) -> str | None:

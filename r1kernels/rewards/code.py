@@ -38,7 +38,7 @@ def read_tests(reference: str) -> dict:
     tests = json.loads(reference)
     form = next((form for form in FORMS if isinstance(tests, dict) and form in tests), "test")
     keys, of_case = FORMS[form]
-    if "checker" in tests and of_case:
+    if of_case and "checker" in tests:
         keys, of_case = keys | {"checker": str}, {"input": str} if form == "stdio" else {"args": list}
     _expect(keys, tests, "tests of a program")
     unknown = tests.keys() - keys.keys() - {"tolerance", "checker", "task_id", "canonical_solution"}
@@ -52,7 +52,8 @@ def read_tests(reference: str) -> dict:
     tolerance = tests.get("tolerance", 0)
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise ValueError(f"'tolerance' must be a number from 0 to below 1, got {tolerance!r:.80}")
-    texts = [_runnable(tests[key]) for key in ("prompt", "test", "checker") if key in keys]
+    texts = [_runnable(tests["prompt"])] if form == "test" else []
+    texts += [tests[key] for key in ("test", "checker") if key in keys]
     return tests | {"form": form, "entry_point": entry_point, "tolerance": tolerance, "sources": texts}
 
 

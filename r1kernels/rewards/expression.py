@@ -46,15 +46,11 @@ def names(text: str) -> set[str]:
 
 
 def is_equal(*texts: str) -> bool:
-    """Whether two expressions have equal values."""
-    return _is_same(*(_Reader(text, repr(texts)).value for text in texts))
-
-
-def _is_same(one: Value, other: Value) -> bool:
-    """Whether two fractions are equal, or two lists of samples to 50 digits.
+    """Whether two expressions have equal values: the same fraction, or samples that are equal to 50 digits.
 
     A difference that is zero shrinks when the precision grows. Any other difference, however small, does not.
     """
+    one, other = (Expression(text, repr(texts)).value for text in texts)
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     tiny = _contexts()[1].mpf(10) ** -50
@@ -66,16 +62,21 @@ def _is_same(one: Value, other: Value) -> bool:
     return True
 
 
-class _Reader:
-    """Reads an expression from left to right, by the precedence of its operators."""
+class Expression:
+    r"""An expression, read from left to right by the precedence of its operators.
 
-    def __init__(self, text: str, seed: str):
+    `sums` counts sums, differences and products of two fractions (`6+6`). `steps` counts what is left to calculate of a
+    number: operators with a part that has no letters (`2\sqrt{3}`, `2^{3}`, but not `i^{2}`), and fractions without
+    letters whose parts are not plain numbers.
+    """
+
+    def __init__(self, text: str, seed: str = ""):
         tokens = _TOKEN.findall(text)
         if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
             raise ValueError(f"{text!r} is too long, or has two readings")
         self.text, self.seed = text, seed
         self.left = ["", *reversed(tokens)]  # tokens that are not read yet
-        self.depth = 0
+        self.depth = self.letters = self.commands = self.sums = self.steps = 0
         self.value = self.expression(0)
         self.expect("")
 
@@ -90,17 +91,20 @@ class _Reader:
 
     def expression(self, floor: int) -> Value:
         """An operand, and the operators after it that bind more tightly than the floor."""
-        sign = self.take("+", "-") if floor == 0 else ""
+        start, sign = self.letters, self.take("+", "-") if floor == 0 else ""
         value = self.expression(SUM) if sign else self.operand()
         value = _compute(operator.neg, value) if sign == "-" else value
         while (binding := _BINDING.get(self.left[-1], PRODUCT * self.at_operand())) > floor:
-            sign = self.take(*_BINDING) or r"\cdot"
+            middle, sign = self.letters, self.take(*_BINDING) or r"\cdot"
             if sign == "^":
                 value = _power(value, self.bracket("{"))
             elif sign == "!":
                 value = _count(math.factorial, value)
             else:
-                value = _compute(_OPERATORS[sign], value, self.expression(binding))
+                other = self.expression(binding)
+                self.sums += sign != "/" and isinstance(value, Fraction) and isinstance(other, Fraction)
+                value = _compute(_OPERATORS[sign], value, other)
+            self.steps += middle == start or (self.letters == middle and sign not in ("^", "!"))
         return value
 
     def at_operand(self) -> bool:
@@ -117,6 +121,8 @@ class _Reader:
             return Fraction(token)
         if token == r"\pi" or _NAME.fullmatch(token):
             return self.named(token)
+        start, before = self.letters, self.commands
+        self.commands += 1
         if token in _FUNCTIONS:
             return self.function(token)
         if token == r"\sqrt":
@@ -124,6 +130,7 @@ class _Reader:
             return _power(self.bracket("{"), _compute(operator.truediv, Fraction(1), index))
         if token in (r"\frac", r"\binom"):
             one, other = self.bracket("{"), self.bracket("{")
+            self.steps += start == self.letters and self.commands > before + 1
             return _compute(operator.truediv, one, other) if token == r"\frac" else _count(math.comb, one, other)
         raise ValueError(f"{token or 'the end'!r} is out of place in {self.text!r}")
 
@@ -152,6 +159,7 @@ class _Reader:
 
     def named(self, name: str) -> Value:
         """The samples of a constant, or of a variable. Its points depend on the seed."""
+        self.letters += 1
         contexts = _contexts()
         if name in ("e", "i", r"\pi"):
             return [{"e": +context.e, "i": context.mpc(0, 1)}.get(name, +context.pi) for context in contexts]

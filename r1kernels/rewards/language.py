@@ -33,10 +33,6 @@ def share(completion: str, language: str) -> float:
 
 def word_counts(text: str) -> dict[str, int]:
     """The number of words in Chinese ("zh"), in Latin letters ("en") and in other scripts ("other")."""
-    found = Counter(match.lastgroup for match in _WORD.finditer(_without_code(text)))
+    text = _CODE.sub(lambda match: re.sub(f"[{_LATIN}]+", " ", match[0]), text)
+    found = Counter(match.lastgroup for match in _WORD.finditer(text))
     return {kind: found[kind] for kind in ("zh", "en", "other")}
-
-
-def _without_code(text: str) -> str:
-    """The text without the Latin letters of its code and TeX."""
-    return _CODE.sub(lambda match: re.sub(f"[{_LATIN}]+", " ", match[0]), text)

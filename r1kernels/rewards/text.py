@@ -1,4 +1,4 @@
-r"""Finds the final answer in a completion, with plain string searches only.
+r"""Finds the final answer in a completion, with linear searches only.
 
 Completions come from a model that is rewarded for finding our mistakes, and may be megabytes long. So nothing here
 backtracks: every function is a fixed number of linear scans. Listing many candidates earns nothing:
@@ -9,6 +9,7 @@ backtracks: every function is a fixed number of linear scans. Listing many candi
   `#### Summary` without a number after a `\boxed{}` is a heading.
 """
 
+import re
 import unicodedata
 
 THINK, THINK_END = "<think>", "</think>"
@@ -21,6 +22,7 @@ INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 
 
 # Untagged answers are searched for only at the end, because the search for the closing brace is a Python loop.
 TAIL = 20_000
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character is no brace
 
 
 def prompt_opens_think(prompt: str) -> bool:
@@ -41,6 +43,14 @@ def is_well_formed(prompt: str, completion: str) -> bool:
         return False
     answer = text.partition(THINK_END)[2].strip()
     return text.startswith(THINK) and answer.startswith(ANSWER) and answer.endswith(ANSWER_END)
+
+
+def final_summary(prompt: str, completion: str) -> str:
+    """The text of a completion after its thought, without answer tags around it; "" if the thought never ends."""
+    text = (after_thinking(prompt, completion) or "").strip()
+    if text.startswith(ANSWER) and text.endswith(ANSWER_END):
+        text = text[len(ANSWER) : -len(ANSWER_END)].strip()
+    return text
 
 
 def final_answer(prompt: str, completion: str) -> str | None:
@@ -67,16 +77,11 @@ def _last_marked(text: str) -> str | None:
 
 def _braced(text: str, start: int) -> str | None:
     """The text from `start`, just inside a brace, to its closing brace. None if nothing closes it."""
-    depth, position = 1, start
-    while position < len(text):
-        char = text[position]
-        if char == "\\":
-            position += 1
-        elif char in "{}":
-            depth += 1 if char == "{" else -1
-            if depth == 0:
-                return text[start:position].strip()
-        position += 1
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[start : match.start()].strip()
     return None
 
 

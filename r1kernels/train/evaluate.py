@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from r1kernels.rewards import Scorer
-from r1kernels.rewards.choice import chosen
-from r1kernels.rewards.math import spelling
+from r1kernels.rewards.choice import letter
+from r1kernels.rewards.notation import normal
 from r1kernels.rewards.text import final_answer, same_text
 from r1kernels.train.data import Problem, load_problems
 from r1kernels.train.prompt import Template
@@ -110,8 +110,9 @@ def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[fl
         return math.nan
 
     def read(text: str) -> Hashable:
-        answer = chosen(prompt, text) if kind == "choice" else final_answer(prompt, text)
-        return None if answer is None else ("wrong", spelling(answer) if kind == "math" else same_text(answer))
+        answer = final_answer(prompt, text)
+        answer = letter(answer or "") if kind == "choice" else answer
+        return None if answer is None else ("wrong", normal(answer[:500]) if kind == "math" else same_text(answer))
 
     votes = ["correct" if value == 1 else read(text) for text, value in zip(texts, correct, strict=True)]
     most = statistics.multimode(vote for vote in votes if vote is not None)

@@ -145,13 +145,13 @@ class GRPOTrainer:
     def next_questions(self) -> list[Problem]:
         """The questions of this step. It includes open problems only if something judges them. Every epoch visits the
         whole pool, in its own order."""
-        judged = any(weight and (name == "judge" or ":" in name) for name, weight in self.settings.rewards.items())
+        judged = any(weight and ":" in name for name, weight in self.settings.rewards.items())
         pools = ["all" if judged or self.preferences(step) else "checkable" for step in range(self.step + 1)]
         pool, before = pools[-1], pools[:-1].count(pools[-1])
         problems, count = self.pools[pool], self.settings.questions * self.settings.oversample
         if not problems:
             raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; use other "
-                                "problems, the reward 'judge', a reward function, or a 'preference' for all steps")
+                                "problems, a reward function, or a 'preference' for all steps")
         places = (divmod(place, len(problems)) for place in range(before * count, (before + 1) * count))
         return [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
                 for epoch, index in places]
@@ -172,8 +172,8 @@ class GRPOTrainer:
             scores = self.scorer.score(completions.texts, **columns(problems, prompts), limit=[limit] * len(prompts),
                                        lengths=completions.lengths.tolist())
         if any(scores.unscorable.values()):
-            self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable} "
-                             f"{scores.endpoint_error}", warning=True)
+            self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable}",
+                             warning=True)
         return completions, scores
 
     def preference_rewards(self, problems: list[Problem], texts: list[str]) -> tuple[Tensor, dict[str, float]]:
@@ -276,7 +276,8 @@ def measure(completions: Completions, rewards: Tensor, scores: Scores) -> dict[s
         "truncated": 1 - completions.finished.float().mean().item(),
         "reflective": sum(map(reflective_words, completions.texts)) / len(completions.texts),
         "unscorable": len(rewards) - len(known),
-        **{name: getattr(scores, name) for name in ("timeouts", "crashes", "endpoint_failures")},
+        "timeouts": scores.timeouts,
+        "crashes": scores.crashes,
         "completion_tokens": int(completions.mask.sum()),
     }
 

@@ -117,7 +117,6 @@ class Judge(Settings):
     api_key_env: str | None = setting("environment variable that holds the key; null sends none", None)
     timeout_s: float = setting("seconds for one answer, retries included", 60.0, gt=0)
     retries: int = setting("further attempts after a failure; if all fail, the sample is unscorable", 4, ge=0)
-    votes: int = setting("answers for one comparison, half of them with the sides swapped", 4, ge=2, multiple_of=2)
     temperature: float = setting("sampling temperature of the judge", 0.7, ge=0)
     concurrency: int = setting("requests in flight at once", 16, ge=1)
 
@@ -129,7 +128,7 @@ class Scoring(Settings):
     memory_mb: int = setting("memory of one program, in MiB", 512, ge=1)
     imports: list[str] | None = setting("packages that programs may import besides the standard library", None)
     overlong_buffer: int = setting("tokens before the limit in which the penalty of `overlong` grows to 1", 4096, ge=1)
-    judge: Judge | None = setting("the model that the reward `judge` and `judge` of stage `reject` ask", None)
+    judge: Judge | None = setting("the model that `judge` of stage `reject` asks", None)
 
 
 class Measurement(Settings):

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from r1kernels.rewards import EndpointError
-from r1kernels.rewards.judge import Judge, final_summary
+from r1kernels.rewards import EndpointError, Judge
 from r1kernels.rewards.language import share
-from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, is_well_formed
+from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, final_summary, is_well_formed
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import DataError
 from r1kernels.train.evaluate import columns

@@ -72,9 +72,8 @@ class Stage:
 
     def scorer(self, rewards: Mapping[str, float]) -> Scorer:
         """A scorer of these rewards under the recipe's limits."""
-        judge = make_judge(self.recipe) if "judge" in rewards else None
         try:
-            return Scorer(rewards, **self.recipe.scoring.model_dump() | {"judge": judge})
+            return Scorer(rewards, **self.recipe.scoring.model_dump(exclude={"judge"}))
         except (ValueError, ImportError) as error:
             raise ConfigError(f"'rewards': {error}") from error
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from r1kernels.rewards.choice import MAX_CHOICE, chosen, letter
+from r1kernels.rewards.choice import MAX_CHOICE, letter
+from r1kernels.rewards.text import final_answer
 
 LISTED = [
     "B", "b", "(B)", "[B]", "B.", "B)", "B:", "(b)", " B ", "B!", "B。", "**B**", "`B`", '"B"', "'B'", "<b>B</b>", "Ｂ",
@@ -36,6 +37,10 @@ UNLISTED = [
     "B. Paris or Rome (C)", "B. Paris; C. Rome", "B. Paris, but Rome also", "B: no; C: yes", "B. no. C", "B. (c)",
     "The answer is B. The answer is C.", "The answer is B or C", "answer", "B because the answer is C", "B ≠ C",
 ]  # fmt: skip
+
+
+def chosen(prompt, completion):
+    return letter(final_answer(prompt, completion) or "")
 
 
 @pytest.mark.parametrize("pattern", ["<think>A or C?</think> <answer>%s</answer>", r"\boxed{%s}"])

@@ -252,7 +252,7 @@ def test_whole_programs():
 @pytest.mark.parametrize(
     "tests",
     [
-        "", "no JSON", "[]", "{}", "[" * 100_000, '{"stdio": []}', '{"stdio": [{"input": ""}]}',
+        "", "no JSON", "[]", "5", "{}", "[" * 100_000, '{"stdio": []}', '{"stdio": [{"input": ""}]}',
         '{"stdio": [{"input": 1, "output": ""}]}', '{"stdio": [{"input": "", "output": 1}]}',
         '{"cases": [1], "entry_point": "f"}', '{"cases": [{"args": 1, "expected": 1}], "entry_point": "f"}',
         '{"cases": [{"args": [], "expected": 1}]}', '{"cases": [{"args": []}], "entry_point": "f"}',

@@ -5,13 +5,12 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from r1kernels.rewards import EndpointError, Judge, Scorer
-from r1kernels.rewards.judge import final_summary
+from r1kernels.rewards import EndpointError, Judge
+from r1kernels.rewards.text import final_summary
 
 KEY = "sekrit-key"
 
@@ -231,52 +230,6 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch, caplog):
 )
 def test_only_the_final_summary_is_judged(completion, summary):
     assert final_summary("", completion) == summary
-
-
-def test_the_reward_compares_with_the_reference(server):
-    server.reply = prefers("good")
-    texts = [("good", "bad"), ("bad", "good"), ("bad", "bad"), ("", "bad"), ("good", " "), ("good", "bad")]
-    with Scorer({"judge": 1.0, "format": 0.5}, judge=judge_of(server, concurrency=3)) as scorer:
-        scores = scorer.score(
-            [*(f"<think>good</think>{completion}" for completion, _ in texts), "<answer>18</answer>"],
-            answer=[*(reference for _, reference in texts), "18"],
-            kind=["open"] * 6 + ["math"], question=["Q?"] * 7)
-    assert scores.parts["judge"] == pytest.approx([1.0, 0.0, 0.5, 0.0, math.nan, 1.0, math.nan], nan_ok=True)
-    # The judge has no say in what a rule can check.
-    assert scores.total == pytest.approx([1.0, 0.0, 0.5, 0.0, math.nan, 1.0, 0.0], nan_ok=True)
-    assert scores.unscorable == {"judge": 1, "format": 0}
-    assert scores.endpoint_failures == 0
-    assert {shown(request)["question"] for _, request in server.requests} == {"Q?"}
-    assert len(server.requests) == 6  # equal completions are judged once
-
-
-def test_a_dead_server_is_counted_and_costs_no_other_reward(serve):
-    dead = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    dead.url = f"http://127.0.0.1:{dead.server_port}/v1"
-    dead.server_close()
-    completions = ["<think>a</think><answer>b</answer>"] * 3
-    with Scorer({"judge": 1.0, "format": 1.0}, judge=judge_of(dead, retries=0)) as scorer:
-        scores = scorer.score(completions, answer=["c"] * 3, kind=["open"] * 3)
-    assert scores.endpoint_failures == scores.unscorable["judge"] == 3
-    assert dead.url in scores.endpoint_error
-    assert scores.parts["format"] == [1.0] * 3
-    assert all(map(math.isnan, scores.total))
-
-
-def test_closing_does_not_wait_for_a_server(server):
-    server.reply = lambda request: "hang"
-    scorer = Scorer({"judge": 1.0}, judge=judge_of(server))
-    texts = [str(index) for index in range(40)]
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(scorer.score, texts, answer=["c"] * 40, kind=["open"] * 40)
-        while not server.requests:
-            time.sleep(0.01)
-        start = time.monotonic()
-        scorer.close()
-        with pytest.raises(CancelledError):
-            future.result()
-    assert time.monotonic() - start < 30
-    server.released.set()
 
 
 @pytest.mark.parametrize(

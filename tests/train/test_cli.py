@@ -171,7 +171,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
          ["'rl'", "'objective.options'", "clip"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"acuracy": 1.0}}}},
          ["'stages.rl.rewards'", "'acuracy'", "'accuracy'"]),
-        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'scoring.judge'"]),
+        ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'stages.rl.rewards'", "'judge'"]),
         ({"stages": {"base": BASE, "rl": {"kind": "reject", "model": "base", "problems": ["sums"], "judge": True}}},
          ["'scoring.judge'"]),
         ({"stages": {"base": BASE | {"corpus": {"function": "tiny_world:no"}}}}, ["tiny_world:no"]),

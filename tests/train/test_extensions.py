@@ -8,7 +8,7 @@ import torch
 from supervised_cases import EXAMPLES, stage_of
 
 import r1kernels
-from r1kernels.rewards import Scorer
+from r1kernels.rewards import EndpointError, Scorer
 from r1kernels.train.data import load_problems
 from r1kernels.train.supervised import run_pretrain
 
@@ -33,6 +33,30 @@ def test_the_reward(stage):
         scores = scorer.score(["12", "It is 12", "12"], answer=["12", "12", ""], kind=["math", "math", "open"])
     assert scores.parts["my_extensions:brevity"][:2] == [1.0, 0.5]
     assert math.isnan(scores.parts["my_extensions:brevity"][2])
+
+
+def test_the_reward_that_asks_a_language_model(stage, monkeypatch):
+    stage.recipe.stages["rl"].objective.build()  # finds the module
+    import my_extensions
+
+    class FakeJudge:
+        def __init__(self, url, model):
+            assert (url, model) == ("http://localhost:1/v1", "m")
+
+        def compare(self, question, first, second):
+            if first == "lost":
+                raise EndpointError("no answer")
+            return 1.0 if len(first) > len(second) else -0.5
+
+    monkeypatch.setattr(my_extensions, "Judge", FakeJudge)
+    monkeypatch.setenv("JUDGE_URL", "http://localhost:1/v1")
+    monkeypatch.setenv("JUDGE_MODEL", "m")
+    texts = ["<think>a</think> Hello", "Hi", "lost", "<think>a", "18"]
+    with Scorer({"my_extensions:preferred": 1.0, "accuracy": 1.0}) as scorer:
+        scores = scorer.score(texts, question=["Q?"] * 5, answer=["Hey"] * 4 + ["18"], kind=["open"] * 4 + ["math"],
+                              prompts=["Q?"] * 5)
+    assert scores.parts["my_extensions:preferred"] == pytest.approx([1.0, 0.25, math.nan, 0.0, 0.0], nan_ok=True)
+    assert scores.unscorable == {"my_extensions:preferred": 1, "accuracy": 0}
 
 
 def test_the_objective(stage):

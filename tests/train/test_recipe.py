@@ -123,7 +123,7 @@ BAD = [  # an override, and words of the message
     ("eval=3", "'eval' 3"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
     ("eval.problems=[chat]", "'eval.problems' 'chat' sums"), ("eval.problems=[none]", "'eval.problems' 'none' sums"),
     ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here' http"),
-    ("scoring.judge={url: 'http://x', model: x, votes: 3}", "'scoring.judge.votes' 3 2"),
+    ("scoring.judge={url: 'http://x', model: x, concurrency: 0}", "'scoring.judge.concurrency' 0 1"),
     ("data=[1]", "'data' [1] dictionary"), ("data.sums=gsm8k", "'data.sums' 'gsm8k'"),
     ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'gsm8k'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
     ("data.sums={kind: gsm8k}", "held-out 'test_path'"), ("data={a/b: {kind: math, path: x}}", "'a/b' pattern"),
