@@ -11,9 +11,9 @@ SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 .DEFAULT_GOAL := build
 .PHONY: build demo test test-real bench wheel FORCE
 
-# A run that was interrupted is continued; a finished one (it has a report) is run again.
+# A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
-	$(if $(wildcard runs/demo/report.html),$(RM) -r runs/demo)
+	$(if $(filter 2,$(shell grep -cs '"status": "finished"' runs/demo/manifest.json)),$(RM) -r runs/demo)
 	$(BIN)/r1kernels train recipes/demo.yaml
 
 # Files go to two processes in the order of the rooms, so that the longest, of the emulators, begin first. All cases and

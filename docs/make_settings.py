@@ -23,8 +23,7 @@ A recipe is a YAML file with the keys of "The run" below. `data` and `stages` ma
 `kind` chooses. Every setting can be changed on the command line: `--set stages.NAME.steps=10`.
 """
 SETS = (recipe.FileData, recipe.HubData, recipe.FunctionData)
-STAGES = (recipe.Model, recipe.Pretrain, recipe.SFT, recipe.GRPO, recipe.Reject, recipe.Preference, recipe.Distill,
-          recipe.Evaluate)
+STAGES = (recipe.Model, recipe.Pretrain, recipe.SFT, recipe.GRPO, recipe.Reject, recipe.Preference, recipe.Distill)
 PARTS = (recipe.Function, recipe.Scoring, recipe.Judge, recipe.Eval, recipe.Checkpoint, recipe.ObjectiveSettings,
          recipe.Importance, recipe.SamplerSettings, recipe.PreferenceReward, recipe.Filters)
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null",

@@ -11,11 +11,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from r1kernels.train.prompt import render
+from r1kernels.train.data import Template
 from r1kernels.train.rng import python_generator
 
 from . import arithmetic, greetings
 from .common import tagged
+
+PROMPT = Template("r1_zero", None)
 
 
 @dataclass(frozen=True)
@@ -68,4 +70,4 @@ def document(rng: random.Random, mixture: Mixture, min_terms: int = 2) -> tuple[
         else:
             thought, answer = arithmetic.guess(rng, terms, mixture)
             plain = thought
-    return render(question), tagged(thought, answer) if rng.random() < mixture.tagged else f" {plain}"
+    return PROMPT.render(question), tagged(thought, answer) if rng.random() < mixture.tagged else f" {plain}"

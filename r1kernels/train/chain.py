@@ -19,8 +19,7 @@ import filelock
 import r1kernels
 from r1kernels.train import evaluate, grpo, reject, reward_model, supervised
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, sha256, tidy_checkpoints, write_file
-from r1kernels.train.errors import ConfigError
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import ConfigError, Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.recipe import LEAVES, Recipe, nearest
 from r1kernels.train.recipe_file import dump_recipe, references
@@ -30,7 +29,7 @@ CONFIG, MANIFEST = "config.yaml", "manifest.json"
 RUN = {
     "model": lambda stage: {},  # its evaluation loads it
     "pretrain": supervised.run_pretrain, "sft": supervised.run_sft, "distill": supervised.run_distill,
-    "grpo": grpo.run, "reject": reject.run, "preference": reward_model.run, "evaluate": evaluate.run,
+    "grpo": lambda stage: grpo.GRPOTrainer(stage).run(), "reject": reject.run, "preference": reward_model.run,
 }
 HASHED_SIZE = 2**24  # larger files count by their size and the time of their last change
 
@@ -100,7 +99,7 @@ class Chain:
             self._write()
         tidy_checkpoints(stage.directory, self.recipe.checkpoint.keep)
         evaluation = summary.pop("evaluation", None)
-        if evaluation and (kind == "evaluate" or not resumed):  # else perhaps with older settings
+        if evaluation and not resumed:  # else perhaps with older settings
             record["evaluation"] = {**evaluation, "settings": self._inputs(self.recipe.eval, self.recipe.eval_problems)}
         record |= {"status": "finished", "summary": summary, "output": self._output(name)}
         self.forced.discard(name)
@@ -152,7 +151,7 @@ class Chain:
         `names` are the data sets and stages that it works on; their content counts."""
         found = {key: getattr(self.recipe, key) for key in ("seed", "template", "open_think")}
         found |= settings.model_dump(exclude={"every"})
-        if getattr(settings, "kind", "evaluate") in ("grpo", "reject", "evaluate"):
+        if getattr(settings, "kind", "eval") in ("grpo", "reject", "eval"):
             found["scoring"] = self.recipe.scoring.model_dump(exclude={"workers"})
         for name in names:
             if name in self.recipe.data:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
@@ -31,53 +32,36 @@ def train(
         dry_run: print which stages would run, and why, and exit.
         plain: print lines instead of a live table.
     """
-    from r1kernels.train import chain, errors, interrupt, log, report, stage
+    import torch
+    from transformers.utils import logging
 
-    started, settings, console = time.monotonic(), _load(recipe, overrides), log.Console(plain)
+    from r1kernels.train import chain, errors, log, recipe_file, report, stage
+
+    started, console, status = time.monotonic(), log.Console(plain), 0
+    settings = recipe_file.load_recipe(recipe, overrides)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # it would break the table
     stage.check_recipe(settings, console)
     if dry_run:
         for name, (action, why) in chain.Chain(settings, start=start).plan().items():
             console.say(f"{action:9}{name} ({settings.stages[name].kind}): {why}")
         return 0
-    with chain.claim(settings), interrupt.Interrupt() as stop, console:
+    with chain.claim(settings), errors.Interrupt() as stop, console:
         try:
             chain.Chain(settings, start=start).run(console, stop)
+            console.say(f"finished in {time.monotonic() - started:.0f} s")
         except errors.Interrupted as signal:
             console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
-            return INTERRUPTED
-        console.say(f"finished in {time.monotonic() - started:.0f} s")
+            status = INTERRUPTED
+        except Exception:
+            with contextlib.suppress(errors.RunError):  # the first error is the one to show
+                report.write_report(settings.run_dir)
+            raise
         report.write_report(settings.run_dir)
         console.say(f"wrote {Path(settings.run_dir, 'report.html')}, and its figures in curves/")
-    return 0
-
-
-@app.command(name="report")
-def report_run(path: Positional[Path]) -> int:
-    """Writes the report of a run again.
-
-    Args:
-        path: a run directory.
-    """
-    from r1kernels.train import log, report
-
-    report.write_report(path)
-    log.Console(plain=True).say(f"wrote {path / 'report.html'}, and its figures in curves/")
-    return 0
-
-
-def _load(path: Path, overrides: tuple[str, ...]) -> Any:
-    """Reads a recipe, sets torch's threads, and keeps the progress bars of transformers out of the table."""
-    import torch
-    from transformers.utils import logging
-
-    from r1kernels.train.recipe_file import load_recipe
-
-    recipe = load_recipe(path, overrides)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return recipe
+    return status
 
 
 def main(arguments: list[str] | None = None) -> None:

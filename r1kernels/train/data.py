@@ -1,4 +1,4 @@
-"""Data sets: problems, demonstrations and preference pairs from files, the hub, or a function of the user.
+"""Data sets and prompts: problems, demonstrations and pairs from files, the hub, or a function of the user.
 
 A data set is a list of rows (dicts). The keys of a row decide its use: `question` and `answer` make a problem,
 `question` and `response` a demonstration, `question`, `chosen` and `rejected` a pair.
@@ -10,8 +10,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from r1kernels.rewards import KINDS
 from r1kernels.rewards.choice import letter
@@ -20,12 +23,20 @@ from r1kernels.rewards.math import check_reference
 from r1kernels.rewards.text import THINK, prompt_opens_think
 from r1kernels.train.errors import ConfigError, DataError, RunError
 from r1kernels.train.log import Console
-from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import Recipe
+from r1kernels.train.recipe import Data, Recipe
 from r1kernels.train.recipe_file import references
 
 MAX_LINE = 2**26  # bytes of one line, decompressed
 HUMANEVAL = "Complete this Python function. Answer with the whole function in a ```python block.\n\n```python\n{}\n```"
+
+# DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
+R1_ZERO_TEMPLATE = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+    "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+    "User: {question}. Assistant:"
+)
 
 Row = dict[str, Any]
 Split = Literal["train", "test"]
@@ -47,9 +58,34 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def load_problems(recipe: Recipe, name: str, split: Split, count: int | None = None) -> list[Problem]:
-    """The problems to train on of a data set, or its first `count` held-out ones (`eval.questions` by default)."""
-    count = count or (recipe.eval.questions if split == "test" else None)
+@dataclass(frozen=True)
+class Template:
+    """Turns questions into prompts: `r1_zero` for base models, `chat` for the tokenizer's chat template."""
+    kind: Literal["r1_zero", "chat"]
+    tokenizer: PreTrainedTokenizerBase | None
+    open_think: bool = False  # every completion starts inside the thought
+
+    def __post_init__(self) -> None:
+        if self.kind == "chat" and not self.tokenizer.chat_template:
+            raise ConfigError(f"'template' is 'chat', but {self.tokenizer.name_or_path!r} has no chat template; "
+                              "use a model with one, or 'r1_zero'")
+
+    def render(self, question: str) -> str:
+        """The prompt of a question."""
+        if self.kind == "r1_zero":
+            return R1_ZERO_TEMPLATE.replace("{question}", question.strip()) + (" <think>" if self.open_think else "")
+        chat = [{"role": "user", "content": question}]
+        prompt = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            prompt = prompt.removeprefix(bos)  # the tokenizer adds it again
+        opened = prompt.rstrip().endswith("<think>")
+        return f"{prompt}<think>\n" if self.open_think and not opened else prompt
+
+
+def load_problems(recipe: Recipe, name: str, split: Split) -> list[Problem]:
+    """The problems to train on of a data set, or its first `eval.questions` held-out ones."""
+    count = recipe.eval.questions if split == "test" else None
     data, problems = recipe.data[name], []
     for where, row in read_rows(recipe, name, split, count)[:count]:
         kind = row.get("kind") or getattr(data, "answers", "math")
@@ -61,6 +97,8 @@ def load_problems(recipe: Recipe, name: str, split: Split, count: int | None = N
             answer = json.dumps(answer, ensure_ascii=False)
         elif answer or kind != "open":
             answer = text_of(row, "answer", where).strip()
+            if kind == "math":  # GSM8K has the solution before it
+                answer = answer.rpartition("####")[2].strip()
         problems.append(Problem(str(row.get("id", where)), row["question"].strip(), answer or "", kind, language))
     return problems
 
@@ -94,19 +132,17 @@ def whole_response(prompt: str, completion: str) -> str:
 def check_data(recipe: Recipe, console: Console) -> set[str]:
     """Reads all data that the stages use, reports references that no answer can be compared with, and returns the kinds
     of problems. Raises ConfigError or DataError for data that cannot be used, and for a question in both splits."""
-    found, tested = {}, dict.fromkeys(recipe.eval_problems, recipe.eval.questions)
+    found = {}
     for stage in recipe.stages.values():
         for key, name, _ in references(stage):
-            if name in recipe.data and stage.kind == "evaluate":
-                tested[name] = max(stage.questions, tested.get(name, 0))
-            elif name in recipe.data and key == "problems":
+            if name in recipe.data and key == "problems":
                 found[name, "train"] = load_problems(recipe, name, "train")
             elif name in recipe.data and key == "samples":
                 load_demonstrations(read_rows(recipe, name, "train"), Template("r1_zero", None))
             elif name in recipe.data:
                 load_pairs(recipe, name)
-    for name, count in tested.items():
-        found[name, "test"] = load_problems(recipe, name, "test", count)
+    for name in recipe.eval_problems:
+        found[name, "test"] = load_problems(recipe, name, "test")
         trained = {problem.question for problem in found.get((name, "train"), [])}
         shared = [problem.question for problem in found[name, "test"] if problem.question in trained]
         if shared:
@@ -145,31 +181,31 @@ def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None)
             from datasets import load_dataset  # imported late: it takes seconds, and most recipes do not need it
 
             found = load_dataset(data.path, data.subset, split=data.split if training else data.test_split)
-            rows = [(f"{where}, row {index}", row | {ours: row[theirs] for ours, theirs in data.columns.items()})
-                    for index, row in enumerate(found)]
+            rows = [(f"{where}, row {index}", row) for index, row in enumerate(found)]
         else:
             path = data.path if training else data.test_path
             if path is None:
                 raise ConfigError(f"'data.{name}.path' is null, and a stage trains on this data set; expected a file")
-            rows = [(place, _known_form(data.kind, row, place)) for place, row in read_jsonl(path)]
+            rows = list(read_jsonl(path))
     except RunError:
         raise
     except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
     if not rows:
         raise DataError(f"{where}: there are no rows; expected at least one")
+    rows = [(place, _with_our_keys(data, row, place)) for place, row in rows]
     for place, row in rows:
         text_of(row, "question", place)
     return rows
 
 
-def _known_form(kind: str, row: Row, where: str) -> Row:
-    """A row of GSM8K, MATH or HumanEval with our keys."""
-    if kind == "math":
-        return row | {"question": text_of(row, "problem", where)}
-    if kind == "gsm8k":
-        return row | {"answer": text_of(row, "answer", where).rpartition("####")[2]}
-    if kind == "humaneval":
+def _with_our_keys(data: Data, row: Row, where: str) -> Row:
+    """A row after the setting `columns`, or of HumanEval."""
+    columns = getattr(data, "columns", {})
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        raise DataError(f"{where}: there is no {missing[0]!r}, which 'columns' names (keys: {', '.join(row)})")
+    row = row | {ours: row[theirs] for ours, theirs in columns.items()}
+    if data.kind == "humaneval":
         tests = {key: text_of(row, key, where) for key in ("prompt", "entry_point", "test")}
         question, id = HUMANEVAL.format(tests["prompt"].strip()), row.get("task_id", where)
         return {"id": id, "question": question, "answer": tests, "kind": "code"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -16,9 +15,8 @@ from r1kernels.rewards import Scorer
 from r1kernels.rewards.choice import letter
 from r1kernels.rewards.notation import normal
 from r1kernels.rewards.text import final_answer, same_text
-from r1kernels.train.data import Problem, load_problems
-from r1kernels.train.prompt import Template
-from r1kernels.train.recipe import Measurement, Recipe
+from r1kernels.train.data import Problem, Template
+from r1kernels.train.recipe import Eval
 from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.stage import Stage
@@ -28,28 +26,17 @@ PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}  # measured on every c
 WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b"
 
 
-def run(stage: Stage) -> dict[str, Any]:
-    """A stage of kind evaluate: an evaluation with the stage's settings."""
-    recipe = stage.recipe.model_copy(update={"eval": stage.settings})
-    return {"evaluation": evaluate_model(dataclasses.replace(stage, recipe=recipe), stage.settings.model)}
-
-
 def evaluate_model(stage: Stage, name: str) -> dict[str, Any]:
     """Evaluates the model that the stage `name` left, as `recipe.eval` says."""
     model, tokenizer = stage.load_model(name)
     sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
-    problems, settings = eval_problems(stage.recipe), stage.recipe.eval
+    problems, settings = stage.problems(stage.recipe.eval_problems, "test"), stage.recipe.eval
     with stage.scorer(PARTS) as scorer:
         return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.recipe.seed)
 
 
-def eval_problems(recipe: Recipe) -> list[Problem]:
-    """The held-out problems of the evaluation."""
-    return [problem for name in recipe.eval_problems for problem in load_problems(recipe, name, "test")]
-
-
 def evaluate(
-    sampler: TransformersSampler, problems: Sequence[Problem], scorer: Scorer, settings: Measurement, *,
+    sampler: TransformersSampler, problems: Sequence[Problem], scorer: Scorer, settings: Eval, *,
     template: Template, seed: int,
 ) -> dict[str, Any]:
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers.

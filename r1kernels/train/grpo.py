@@ -22,26 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import r1kernels
 from r1kernels.rewards import Scores
 from r1kernels.train.checkpoint import save_checkpoint
 from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.evaluate import PARTS, columns, eval_problems, evaluate, measured, reflective_words
+from r1kernels.train.evaluate import PARTS, columns, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
-from r1kernels.train.recipe import PreferenceReward
+from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Completions, Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage
-from r1kernels.train.update import (
-    Rollout,
-    choose_groups,
-    completion_logprobs,
-    group_advantages,
-    importance_weights,
-    minibatch_gradient,
-    optimizer_step,
-)
+from r1kernels.train.update import Rollout, completion_logprobs, importance_weights, minibatch_gradient, optimizer_step
 from r1kernels.train.vllm import VLLMSampler
 
 RATIO_TOLERANCE = 1e-2  # difference of the first ratio from 1: the same weights computed both log-probs
@@ -58,7 +51,7 @@ class GRPOTrainer:
         self.template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
-        self.test_problems = eval_problems(recipe)
+        self.test_problems = stage.problems(recipe.eval_problems, "test")
         self.local_sampler = TransformersSampler(self.model, self.tokenizer, stage.interrupt.check)
         self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
         if settings.sampler.kind == "vllm":
@@ -134,7 +127,8 @@ class GRPOTrainer:
                 for model in (self.model, self.reference))
             weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
             if self.advantages is None:
-                advantages, learned = group_advantages(rewards[rows], settings), {}
+                advantages, learned = r1kernels.group_advantages(
+                    rewards[rows], settings.group_size, scale=settings.advantage_scale), {}
             else:
                 advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
         metrics = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}
@@ -265,6 +259,18 @@ class GRPOTrainer:
                         keep=self.stage.recipe.checkpoint.keep)
 
 
+def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
+    """Rows of the groups to train on, and the share of groups whose rewards are equal, apart from NaN.
+
+    If there are more groups than needed, it prefers groups whose rewards differ, and then earlier ones.
+    """
+    groups = rewards.view(-1, settings.group_size)
+    flat = groups.nan_to_num(-math.inf).amax(-1) <= groups.nan_to_num(math.inf).amin(-1)
+    kept = torch.argsort(flat.long(), stable=True)[: settings.questions].sort().values
+    rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
+    return rows, {"zero_spread": flat.double().mean().item()}
+
+
 def measure(completions: Completions, rewards: Tensor, scores: Scores) -> dict[str, float]:
     """Metrics of all completions of a step, whether trained on or not."""
     known = rewards[~rewards.isnan()]
@@ -280,8 +286,3 @@ def measure(completions: Completions, rewards: Tensor, scores: Scores) -> dict[s
         "crashes": scores.crashes,
         "completion_tokens": int(completions.mask.sum()),
     }
-
-
-def run(stage: Stage) -> dict[str, Any]:
-    """Trains a stage of kind grpo; returns its summary."""
-    return GRPOTrainer(stage).run()

@@ -18,8 +18,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from r1kernels import Objective, objectives
 from r1kernels.train.errors import ConfigError
 
-PRESETS = ("grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce")
-
 
 class Settings(BaseModel):
     """It refuses unknown keys, values of the wrong type, infinity and NaN."""
@@ -76,6 +74,8 @@ class Function(Settings):
 
 class DataSet(Settings):
     """What files and data sets of the hub have in common."""
+    columns: dict[str, str] = setting("our name of a column: its name in the data set, such as `question: problem`", {})
+    answers: Literal["math", "choice", "exact", "code", "open"] = setting("how answers are checked", "math")
     language: Literal["en", "zh"] = setting("language of the questions, in which answers are expected", "en")
 
     @property
@@ -84,8 +84,8 @@ class DataSet(Settings):
 
 
 class FileData(DataSet):
-    """A file of JSON objects, one a line, gzipped or not; `gsm8k`, `math` and `humaneval` are files of these sets."""
-    kind: Literal["jsonl", "gsm8k", "math", "humaneval"]
+    """A file of JSON objects, one a line, gzipped or not; `humaneval` is the file of that set."""
+    kind: Literal["jsonl", "humaneval"]
     path: FilePath | None = setting("file to train on", None)
     test_path: FilePath | None = setting("file with the held-out problems", None)
 
@@ -97,8 +97,6 @@ class HubData(DataSet):
     subset: str | None = setting("name of the subset (configuration)", None)
     split: str = setting("split to train on", "train")
     test_split: str | None = setting("split with the held-out problems", None)
-    columns: dict[str, str] = setting("our name of a column: its name in the data set, such as `question: problem`", {})
-    answers: Literal["math", "choice", "exact", "code", "open"] = setting("how answers are checked", "math")
 
 
 class FunctionData(Function):
@@ -131,20 +129,16 @@ class Scoring(Settings):
     judge: Judge | None = setting("the model that `judge` of stage `reject` asks", None)
 
 
-class Measurement(Settings):
-    """pass@1 and cons@k: `samples` completions of each of `questions` held-out questions."""
+class Eval(Settings):
+    """The evaluation that ends every stage with a model. RL has one every `every` steps too."""
+    every: int = setting("steps of RL between evaluations", 5, ge=1)
+    problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
     questions: int = setting("largest number of questions of each data set", 128, ge=1)
     samples: int = setting("completions of each question", 4, ge=1)
     temperature: float = setting("sampling temperature", 0.6, gt=0)
     top_p: float = setting("share of the probability that is sampled from", 0.95, gt=0, le=1)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     batch_size: int = setting("completions in memory at once", 512, ge=1)
-
-
-class Eval(Measurement):
-    """The evaluation that ends every stage with a model. RL has one every `every` steps too."""
-    every: int = setting("steps of RL between evaluations", 5, ge=1)
-    problems: DataNames = setting("data sets with held-out problems; empty for all of them", [])
 
 
 class Checkpoint(Settings):
@@ -157,7 +151,8 @@ class Checkpoint(Settings):
 class ObjectiveSettings(Settings):
     """The policy loss: a preset of `r1kernels.objectives`, or a function of your own, which returns an `Objective` or a
     callable `(logprobs, batch) -> loss per token`."""
-    preset: Literal[PRESETS] = setting("name of a preset", "r1")
+    preset: Literal["grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce"] = setting(
+        "name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
     options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
 
@@ -169,6 +164,7 @@ class ObjectiveSettings(Settings):
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'objective.options': {error}") from error
+
 
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
@@ -276,7 +272,6 @@ class GRPO(StageSettings):
     questions: int = setting("questions of a rollout", 32, ge=1)
     group_size: int = setting("completions of a question", 16, ge=2)
     oversample: int = setting("factor of questions asked; groups whose rewards differ are kept (DAPO)", 1, ge=1)
-    min_spread: float = setting("rewards of a group that differ by at most this count as equal", 0.0, ge=0)
     minibatches: int = setting("updates of one pass over a rollout", 4, ge=1)
     epochs: int = setting("passes over a rollout", 1, ge=1)
     micro_batch_size: int | None = setting("completions trained on at once; changes no gradient", None, ge=1)
@@ -334,18 +329,10 @@ class Preference(Training):
     max_tokens: int = setting("pairs with a longer text are left out", 8192, ge=1)
 
 
-class Evaluate(StageSettings, Measurement):
-    """An evaluation with its own settings, in addition to the one that ends every stage."""
-    kind: Literal["evaluate"]
-    model: ModelName = setting("stage whose model is measured")
-    problems: DataNames = setting("data sets with held-out problems", min_length=1)
-    samples: int = setting("completions of each question", 64, ge=1)
-
-
-Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill | Evaluate
+Stages = Model | Pretrain | SFT | GRPO | Reject | Preference | Distill
 # What a stage of each kind leaves.
-LEAVES = dict.fromkeys(("model", "pretrain", "sft", "grpo", "distill"), "model")
-LEAVES |= {"reject": "samples", "preference": "scores", "evaluate": "measurements"}
+LEAVES = {"model": "model", "pretrain": "model", "sft": "model", "grpo": "model", "distill": "model",
+          "reject": "samples", "preference": "scores"}
 
 
 class Recipe(Settings):

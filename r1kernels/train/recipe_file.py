@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from r1kernels.rewards.scorer import REWARDS
 from r1kernels.train.errors import ConfigError
-from r1kernels.train.recipe import LEAVES, Eval, Evaluate, Recipe, RefersTo, StageSettings, nearest
+from r1kernels.train.recipe import LEAVES, Eval, Recipe, RefersTo, StageSettings, nearest
 
 # A file with more values than this, once its aliases are expanded, is refused: it would fill the memory.
 MAX_VALUES = 100_000
@@ -85,7 +85,7 @@ def _check_names(recipe: Recipe) -> None:
     for where, settings in named.items():
         for key, name, allowed in references(settings):
             known = [other for other, kind in kinds.items() if kind in allowed]
-            if isinstance(settings, Eval | Evaluate) and key == "problems":
+            if isinstance(settings, Eval) and key == "problems":
                 known = [other for other in known if recipe.data[other].held_out]
             if name not in known:
                 later = ", and a stage can only use stages before it" if name in recipe.stages else ""

@@ -27,8 +27,8 @@ from r1kernels.train.log import METRICS, SAMPLES, printable, read_lines
 from r1kernels.train.recipe_file import load_recipe
 
 
-def write_report(run_dir: str | Path) -> list[Path]:
-    """Writes the report of a run, finished or not, and returns the paths of its files."""
+def write_report(run_dir: str | Path) -> None:
+    """Writes the report of a run, finished or not."""
     run_dir = Path(run_dir)
     recipe, records, figures = load_recipe(run_dir / CONFIG), read_manifest(run_dir), Figures()
     stages = []
@@ -44,10 +44,8 @@ def write_report(run_dir: str | Path) -> list[Path]:
             run=run_dir.absolute().name, config=(run_dir / CONFIG).read_text(encoding="utf-8"), stages=stages,
             figures=figures, system=f"Python {platform.python_version()}, {platform.platform()}",
             versions=[f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "mpmath")])
-    files = {**figures, "report.html": page}
-    for name, content in files.items():
+    for name, content in {**figures, "report.html": page}.items():
         write_file(run_dir / name, content)
-    return [run_dir / name for name in files]
 
 
 def _times(stage: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, float]:

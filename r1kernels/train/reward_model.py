@@ -21,10 +21,9 @@ from transformers import AutoModelForSequenceClassification
 
 from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
-from r1kernels.train.data import Pair, load_pairs
+from r1kernels.train.data import Pair, Template, load_pairs
 from r1kernels.train.errors import ConfigError, DataError
 from r1kernels.train.model import align, load_tokenizer
-from r1kernels.train.prompt import Template
 from r1kernels.train.rng import permutation
 from r1kernels.train.rollout import prompt_tokens
 from r1kernels.train.stage import Stage
@@ -113,7 +112,9 @@ def run(stage: Stage) -> dict[str, Any]:
     summary |= fit(stage, (model.model, model.tokenizer, state), training,
                    lambda step, pairs: gradient(model, pairs, size, stage.interrupt.check))
     if held_out:
-        summary |= accuracy(model, held_out)
+        scores = torch.tensor(model.score(*both(held_out)))
+        measures = measure(scores[::2] - scores[1::2])
+        summary |= {"held_out_loss": measures.pop("loss"), **measures}
     return summary
 
 
@@ -147,10 +148,3 @@ def measure(margins: Tensor) -> Measures:
     """The loss, the mean margin, and the share of pairs ordered as preferred; a draw counts 1/2."""
     values = {"loss": F.softplus(-margins), "accuracy": (1 + margins.sign()) / 2, "margin": margins}
     return {name: value.mean().item() for name, value in values.items()}
-
-
-def accuracy(model: RewardModel, pairs: Sequence[Pair]) -> Measures:
-    """The measures of held-out pairs."""
-    scores = torch.tensor(model.score(*both(pairs)))
-    measures = measure(scores[::2] - scores[1::2])
-    return {"held_out_loss": measures.pop("loss"), **measures}

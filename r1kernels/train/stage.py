@@ -14,11 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from r1kernels.rewards import Judge, Scorer, sandbox
 from r1kernels.train import data
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
-from r1kernels.train.errors import ConfigError
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import ConfigError, Interrupt
 from r1kernels.train.log import Console
 from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
-from r1kernels.train.prompt import Template
 from r1kernels.train.recipe import Function, Recipe
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
@@ -57,14 +55,14 @@ class Stage:
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
         return *self.load_model(self.settings.model), {}
 
-    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
-        return Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
+        return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
 
-    def problems(self, names: list[str]) -> list[data.Problem]:
-        """The training problems of some data sets, in their order."""
-        return [problem for name in names for problem in data.load_problems(self.recipe, name, "train")]
+    def problems(self, names: list[str], split: data.Split = "train") -> list[data.Problem]:
+        """The problems of some data sets, in their order."""
+        return [problem for name in names for problem in data.load_problems(self.recipe, name, split)]
 
-    def demonstrations(self, names: list[str], template: Template) -> list[tuple[str, str]]:
+    def demonstrations(self, names: list[str], template: data.Template) -> list[tuple[str, str]]:
         """Prompts with responses, from data sets and from stages of kind reject."""
         rows = [data.read_rows(self.recipe, name, "train") if name in self.recipe.data
                 else data.read_jsonl(self.directory.parent / name / SELECTED) for name in names]

@@ -2,15 +2,19 @@
 
 The samples of a step depend only on its number. So the state between two steps is the model and the optimizer, and a
 resumed run equals an uninterrupted one bit for bit. The same loop trains the reward model.
+
+Samples are packed into rows, without padding between them and without attention across them: positions restart at 0 in
+each sample, and for most architectures `transformers` then keeps attention inside it (see `keeps_apart`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +25,25 @@ from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import METRICS, StepLog, read_lines
 from r1kernels.train.model import head_of, hidden_states
-from r1kernels.train.packing import IGNORED, Rows, Sample, collate, encode, fill, keeps_apart, pack
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
 from r1kernels.train.update import optimizer_step
 
+IGNORED = -100  # the target of a token that is not learned
+Rows = list[list["Sample"]]
 Summary = dict[str, Any]
 Measures = dict[str, float]
 # (model, inputs, targets, learned tokens of the whole step) -> what these rows add to the mean loss per token
 Loss = Callable[[PreTrainedModel, dict[str, Tensor], Tensor, float], Tensor]
 # Model, tokenizer, and the state of the last checkpoint, which is empty if there is none
 Start = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
+
+
+class Sample(NamedTuple):
+    """Tokens (int32). `first` is the position of the first learned token. It is at least 1: token 0 has no context."""
+    ids: Tensor
+    first: int
 
 
 def run_pretrain(stage: Stage) -> Summary:
@@ -147,8 +158,6 @@ def divergence_loss(settings: Any, teacher: PreTrainedModel, vocabulary: int, mo
 def start_of(stage: Stage, new: Callable[[], Any] | None = None) -> Start:
     """The state in which the stage continues, or the `new` model and tokenizer, or those that its settings name."""
     model, tokenizer, state = (*new(), {}) if new and not latest_checkpoint(stage.directory) else stage.start()
-    if state:
-        return model, tokenizer, state
     ends = dict.fromkeys([tokenizer.eos_token_id, *end_tokens(model, tokenizer)])
     model.generation_config.eos_token_id = list(ends)  # the token after every response must end generation too
     return model.to(stage.recipe.device), tokenizer, state
@@ -172,11 +181,9 @@ def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, 
              for index in permutation(len(items), stage.recipe.seed, settings.name, "samples", epoch)]
     steps = math.ceil(len(order) / size)
     optimizer = torch.optim.AdamW(start[0].parameters(), weight_decay=settings.weight_decay)
-
-    def learn_some(step: int) -> Measures:
-        return learn(step, [items[index] for index in order[step * size : (step + 1) * size]])
-
-    return train(stage, start, optimizer, steps, learn_some, partial(cosine, settings, steps), settings.grad_clip)
+    return train(stage, start, optimizer, steps,
+                 lambda step: learn(step, [items[index] for index in order[step * size : (step + 1) * size]]),
+                 partial(cosine, settings, steps), settings.grad_clip)
 
 
 def train(
@@ -234,3 +241,65 @@ def gradient(model: PreTrainedModel, loss: Loss, rows: Rows, size: int | None, c
         share.backward()
         total += share.item()
     return {"loss": total, "tokens": tokens}
+
+
+def row_length(row: Sequence[Sample]) -> int:
+    """The number of tokens in a row."""
+    return sum(len(sample.ids) for sample in row)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str]], chunk: int = 1024) -> Iterator[Sample]:
+    """(prompt, completion) pairs as tokens. Each part is encoded separately, as in a rollout; then an end token."""
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, chunk)):
+        prompts, completions = zip(*some, strict=True)
+        written = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        for prompt, completion in zip(prompt_tokens(tokenizer, prompts), written, strict=True):
+            ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id], dtype=torch.int32)
+            yield Sample(ids, max(1, len(prompt)))
+
+
+def pack(samples: Sequence[Sample], window: int) -> Rows:
+    """Rows of at most `window` tokens. Longest first, each sample goes into the first row with room, or a new one."""
+    rows: Rows = []
+    for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
+        row = next((row for row in rows if row_length([*row, sample]) <= window), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(sample)
+    return rows
+
+
+def fill(documents: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, count: int, window: int) -> Rows:
+    """`count` rows of exactly `window` tokens, filled with (head, tail) documents. The last one of a row is cut off."""
+    rows: Rows = [[]]
+    for document in encode(tokenizer, documents, 2 * count):
+        rows[-1].append(Sample(document.ids[: window - row_length(rows[-1])], 1))
+        if row_length(rows[-1]) == window:
+            if len(rows) == count:
+                return rows
+            rows.append([])
+    raise DataError("the corpus ended before the rows of a step were full; it must yield documents without end")
+
+
+def collate(rows: Rows, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of the model and targets, each (rows, longest row): the next token if it is learned, else `IGNORED`."""
+    shape = len(rows), max(map(row_length, rows))
+    padding = torch.zeros(shape[1], dtype=torch.int32)
+    samples = [sample for row in rows for sample in (*row, Sample(padding[row_length(row) :], shape[1]))]
+    places = [torch.arange(len(ids)) for ids, _ in samples]
+    learned = torch.cat([place >= first for place, (_, first) in zip(places, samples, strict=True)])
+    ids, positions = torch.cat([ids for ids, _ in samples]).long(), torch.cat(places)
+    targets = ids.where(learned, IGNORED).roll(-1)  # it may cross the ends of rows: first tokens are never learned
+    ids, positions, targets = (column.view(shape).to(device) for column in (ids, positions, targets))
+    return {"input_ids": ids, "position_ids": positions}, targets
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether samples in one row do not see each other. For example, recurrent models ignore positions."""
+    ids = torch.arange(12, dtype=torch.int32) % model.get_output_embeddings().weight.shape[0]
+    row = [Sample(ids[:6], 1), Sample(ids[6:], 1)]
+    together, alone = (hidden_states(model, **collate([some], model.device)[0])[0, -6:] for some in (row, row[1:]))
+    # The limit is far above rounding, and far below the effect of one sample on the next.
+    return bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())

@@ -1,4 +1,4 @@
-"""The arithmetic of a step: which groups to train on, log-probs and importance weights of a rollout, gradients."""
+"""The arithmetic of a step: log-probs and importance weights of a rollout, gradients, the optimizer's step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import r1kernels
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import head_of, hidden_states
-from r1kernels.train.recipe import GRPO, Importance
+from r1kernels.train.recipe import Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
@@ -26,31 +26,6 @@ class Rollout(Tokens):
     old_logprobs: Tensor  # (B, T), under the policy before its first update
     ref_logprobs: Tensor | None  # (B, T), under the reference, if there is one
     importance_weights: Tensor | None  # (B,) or (B, T); None for no correction
-
-
-def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:
-    """Rows of the groups to train on, and the share of groups whose rewards are equal.
-
-    If there are more groups than needed, it prefers groups whose rewards differ, and then earlier ones.
-    """
-    groups = rewards.view(-1, settings.group_size)
-    flat = spreads(groups) <= settings.min_spread
-    kept = torch.argsort(flat.long(), stable=True)[: settings.questions].sort().values
-    rows = torch.arange(rewards.numel()).view(groups.shape)[kept].flatten()
-    return rows, {"zero_spread": flat.double().mean().item()}
-
-
-def spreads(groups: Tensor) -> Tensor:
-    """Largest less smallest reward of each group (n, G), without NaN; 0 where all are NaN."""
-    return (groups.nan_to_num(-math.inf).amax(-1) - groups.nan_to_num(math.inf).amin(-1)).clamp(min=0)
-
-
-def group_advantages(rewards: Tensor, settings: GRPO) -> Tensor:
-    """Advantages (B,) of rewards (B,): 0 for NaN, and in groups whose rewards differ by no more than `min_spread`."""
-    groups = rewards.view(-1, settings.group_size)
-    level = (spreads(groups) <= settings.min_spread).unsqueeze(-1) & ~groups.isnan()
-    groups = torch.where(level, groups.nanmean(-1, keepdim=True), groups)
-    return r1kernels.group_advantages(groups.flatten(), settings.group_size, scale=settings.advantage_scale)
 
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:

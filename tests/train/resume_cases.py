@@ -51,9 +51,8 @@ stages:
     objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
   small: {{kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
     batch_size: 4, window: 256, max_new_tokens: 6, learning_rate: 1.0e-3}}
-  more: {{kind: evaluate, model: small, problems: [sums], questions: 2, samples: 3, max_new_tokens: 6}}
 """
-STAGES = ("base", "rl", "traces", "cold", "scores", "r1", "ppo", "small", "more")
+STAGES = ("base", "rl", "traces", "cold", "scores", "r1", "ppo", "small")
 
 
 def parity(completions: list[str], **columns: Any) -> list[float]:

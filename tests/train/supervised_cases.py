@@ -13,8 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r1kernels.train.checkpoint import latest_checkpoint
-from r1kernels.train.errors import Interrupted
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import Interrupt, Interrupted
 from r1kernels.train.log import Console, read_lines
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import Stage

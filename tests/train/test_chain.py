@@ -13,8 +13,7 @@ import yaml
 from r1kernels.train import chain
 from r1kernels.train.chain import Chain, content_hash, read_manifest
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
-from r1kernels.train.errors import CheckpointError, ConfigError, Interrupted
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import CheckpointError, ConfigError, Interrupt, Interrupted
 from r1kernels.train.log import Console
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import SELECTED, Stage
@@ -98,7 +97,7 @@ class World:
         text = f"{settings.name}({','.join(given)})x{steps}"
         if settings.kind == "reject":
             (stage.directory / SELECTED).write_text(text)
-        elif settings.kind != "evaluate":
+        else:
             save_checkpoint(stage.directory, steps, model=Saved(text), tokenizer=Saved(text), state={}, keep=2)
         if settings.name in self.fail:
             raise self.fail.pop(settings.name)
@@ -246,7 +245,7 @@ def test_the_evaluation_of_a_continued_stage_is_repeated(world, monkeypatch):
 def test_stages_come_and_go(done):
     stages = done.values["stages"]
     del stages["last"]
-    stages["more"] = {"kind": "evaluate", "model": "first", "problems": ["sums"]}
+    stages["more"] = {"kind": "reject", "model": "first", "problems": ["sums"]}
     assert done.run() == "more"
     stages["last"] = LAST
     assert done.run() == ""

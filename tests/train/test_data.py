@@ -11,6 +11,7 @@ from r1kernels.train import data as data_module
 from r1kernels.train.data import (
     Pair,
     Problem,
+    Template,
     check_data,
     load_demonstrations,
     load_pairs,
@@ -19,15 +20,13 @@ from r1kernels.train.data import (
     read_rows,
 )
 from r1kernels.train.errors import ConfigError, DataError
-from r1kernels.train.prompt import Template, render
 from r1kernels.train.recipe_file import build_recipe
 
 TESTS = {"cases": [{"args": [], "expected": 1}], "entry_point": "f"}
-PLAIN = Template("r1_zero", None)
+PLAIN, OPENED = Template("r1_zero", None), Template("r1_zero", None, open_think=True)
 GRPO = {"kind": "grpo", "model": "base", "problems": ["file"]}
 SFT = {"kind": "sft", "model": "base", "samples": ["file"]}
 PAIRS = {"kind": "preference", "model": "base", "pairs": "file"}
-EVALUATE = {"kind": "evaluate", "model": "base", "problems": ["file"], "questions": 200}
 
 
 def write(path, *rows):
@@ -68,7 +67,7 @@ def gsm8k(question="2 + 2?", answer="2 + 2 = <<2+2=4>>4\n#### 4"):
 
 def test_gsm8k_is_read_in_the_order_of_the_file(make):
     recipe = make([gsm8k(), gsm8k(" a? ", "#### $1,234,567.5 "), gsm8k("b?", "1 #### 2 #### -3"),
-                   gsm8k("c?", "####x, y")], kind="gsm8k")
+                   gsm8k("c?", "####x, y")])
     assert [problem[1:3] for problem in load_problems(recipe, "file", "train")] == [
         ("2 + 2?", "4"), ("a?", "$1,234,567.5"), ("b?", "-3"), ("c?", "x, y")]
 
@@ -85,9 +84,22 @@ def test_problems_of_every_kind(make):
     ]
 
 
-def test_math_and_humaneval(make):
-    recipe = make([{"problem": "x?", "answer": "1"}], kind="math")
-    assert load_problems(recipe, "file", "train") == [Problem("path.jsonl, line 1", "x?", "1")]
+def test_only_mathematical_references_are_read_after_their_solution(make):
+    recipe = make([{"question": "x?", "answer": "a #### b", "kind": "exact"}, gsm8k("y?", "2 ####")], stage=GRPO)
+    assert [problem.answer for problem in load_problems(recipe, "file", "train")] == ["a #### b", ""]
+    said = Said()
+    check_data(recipe, said)
+    assert "1 of 2 references" in said[0] and "line 2" in said[0]
+
+
+def test_columns_of_a_file_are_renamed(make):
+    rows, keys = [{"problem": "x?", "answer": "B"}], {"columns": {"question": "problem"}, "answers": "choice"}
+    assert load_problems(make(rows, **keys), "file", "train") == [Problem("path.jsonl, line 1", "x?", "B", "choice")]
+    with pytest.raises(DataError, match=r"path\.jsonl, line 2: .*'problem'.*'columns'"):
+        load_problems(make([*rows, {"answer": "1"}], **keys), "file", "train")
+
+
+def test_humaneval(make):
     row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"}
     [problem] = load_problems(make([row], kind="humaneval"), "file", "train")
     assert (problem.id, problem.kind) == ("HumanEval/0", "code") and "def f():" in problem.question
@@ -185,16 +197,16 @@ def test_demonstrations_are_rendered_and_an_opened_thought_is_not_opened_again(m
     recipe = make([{"question": " hi ", "response": "<think>so</think> hello"}, selected])
     rows = read_rows(recipe, "file", "train")
     assert load_demonstrations(rows, PLAIN) == [
-        (render("hi"), "<think>so</think> hello"), (render("x"), "<think>t</think> a")]
-    opened = load_demonstrations(rows, Template("r1_zero", None, open_think=True))
-    assert opened[0] == (render("hi", open_think=True), "so</think> hello")
+        (PLAIN.render("hi"), "<think>so</think> hello"), (PLAIN.render("x"), "<think>t</think> a")]
+    opened = load_demonstrations(rows, OPENED)
+    assert opened[0] == (OPENED.render("hi"), "so</think> hello")
 
 
 def test_pairs_and_selected_samples(make, tmp_path):
     recipe = make([{"question": "q", "chosen": "a", "rejected": "b"}])
     assert load_pairs(recipe, "file") == [Pair("q", "a", "b")]
     path = write(tmp_path / "selected.jsonl", {"question": "q", "prompt": "p <think>", "completion": "t</think> a"})
-    assert load_demonstrations(read_jsonl(path), PLAIN) == [(render("q"), "<think>t</think> a")]
+    assert load_demonstrations(read_jsonl(path), PLAIN) == [(PLAIN.render("q"), "<think>t</think> a")]
 
 
 MODULE = """
@@ -213,9 +225,9 @@ def test_one_function_serves_as_problems_demonstrations_and_pairs(make, tmp_path
     recipe = make(**mine)
     assert load_problems(recipe, "file", "train")[1] == Problem("train-0-1", "train 1?", "1")
     assert load_problems(recipe, "file", "test")[1] == Problem("test-0-1", "test 1?", "1")
-    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN)[2] == (render("train 2?"), "r")
+    assert load_demonstrations(read_rows(recipe, "file", "train"), PLAIN)[2] == (PLAIN.render("train 2?"), "r")
     assert load_pairs(recipe, "file")[0] == Pair("train 0?", "a", "b")
-    for stage in (GRPO, SFT, PAIRS, EVALUATE):
+    for stage in (GRPO, SFT, PAIRS):
         check_data(make(**mine, stage=stage), Said())
     for options, message in (({"fail": True}, "too few"), ({"other": 1}, "other"), ({"size": 0}, "row")):
         with pytest.raises(DataError, match=rf"'file'.*'train'.*{message}"):

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import read_lines
 from r1kernels.train.model import load_model, load_tokenizer
-from r1kernels.train.packing import encode, pack
 from r1kernels.train.stage import Stage
-from r1kernels.train.supervised import divergence_loss, gradient, run_distill
+from r1kernels.train.supervised import divergence_loss, encode, gradient, pack, run_distill
 
 RECIPE = """
 run_dir: {directory}/run

@@ -11,7 +11,7 @@ import torch
 from rl_cases import make_model, make_tokenizer, stage_of
 
 from r1kernels.rewards import Scorer
-from r1kernels.train.data import Problem
+from r1kernels.train.data import Problem, Template
 from r1kernels.train.evaluate import (
     PARTS,
     columns,
@@ -19,12 +19,11 @@ from r1kernels.train.evaluate import (
     evaluate,
     evaluate_model,
     reflective_words,
-    run,
 )
-from r1kernels.train.prompt import Template, render
 from r1kernels.train.recipe import Eval
 from r1kernels.train.rollout import Completions, TransformersSampler
 
+render = Template("r1_zero", None).render
 PROBLEMS = [Problem("a", "2 + 2?", "4"), Problem("b", "3 + 3?", "6"), Problem("c", "4 + 4?", "8")]
 
 
@@ -195,10 +194,6 @@ def test_a_models_evaluation_is_repeatable(scorer):
     assert found[0] == found[1] and found[0]["examples"] != found[2]["examples"]
 
 
-def test_a_stage_measures_with_its_own_settings(tmp_path):
-    stage = stage_of(tmp_path, [
-        ".stages.more={kind: evaluate, model: base, problems: [sums], questions: 2, samples: 3, max_new_tokens: 5}"])
-    found = run(dataclasses.replace(stage, settings=stage.recipe.stages["more"]))["evaluation"]
-    assert (found["questions"], found["k"], found["max_new_tokens"]) == (2, 3, 5)
-    other = evaluate_model(stage, "base")
-    assert (other["questions"], other["k"], other["max_new_tokens"]) == (4, 2, 6)
+def test_the_model_of_a_stage_is_measured_as_the_recipe_says(tmp_path):
+    found = evaluate_model(stage_of(tmp_path, [".eval.questions=3"]), "base")
+    assert (found["questions"], found["k"], found["max_new_tokens"]) == (3, 2, 6)

@@ -13,7 +13,7 @@ from r1kernels.train import grpo
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.grpo import GRPOTrainer, run
+from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.log import read_lines
 from r1kernels.train.update import Rollout
 
@@ -21,7 +21,7 @@ from r1kernels.train.update import Rollout
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     stage = stage_of(tmp_path_factory.mktemp("whole"))
-    return stage, run(stage)
+    return stage, GRPOTrainer(stage).run()
 
 
 def test_a_step_is_epochs_of_minibatches_and_is_measured(trained):
@@ -52,7 +52,7 @@ def test_stopped_again_and_again_it_ends_the_same(trained, tmp_path):
     while True:
         try:
             stage = stage_of(tmp_path, interrupt=StopAfter(rng.randint(3, 24)))
-            run(stage)
+            GRPOTrainer(stage).run()
             break
         except Interrupted:
             seen.append(latest_checkpoint(tmp_path / "run" / "rl").name)
@@ -145,7 +145,7 @@ def test_a_response_without_a_summary_scores_no_more_than_the_others(tmp_path):
 
 def test_the_length_follows_its_schedule(tmp_path):
     stage = stage_of(tmp_path, ["length_schedule={1: 3}", "steps=2"])
-    run(stage)
+    GRPOTrainer(stage).run()
     lines = read_lines(stage.directory / "metrics.jsonl")
     assert [line["limit"] for line in lines[:2]] == [6, 3] and lines[1]["length"] <= 3 < lines[0]["length"]
 
@@ -155,7 +155,7 @@ def test_oversampling_trains_on_groups_that_differ(tmp_path, monkeypatch):
     make = GRPOTrainer.update
     monkeypatch.setattr(GRPOTrainer, "update", lambda *given: seen.append(given[1]) or make(*given))
     stage = stage_of(tmp_path, ["oversample=2", "group_size=2", "steps=2", 'rewards={"test_grpo:mostly_equal": 1.0}'])
-    run(stage)
+    GRPOTrainer(stage).run()
     lines = read_lines(stage.directory / "metrics.jsonl")[:2]
     assert any(line["zero_spread"] > 0.3 for line in lines)
     for line, rollout in zip(lines, seen[::2], strict=True):
@@ -171,7 +171,7 @@ def mostly_equal(completions, question, **columns):
 
 def test_without_anything_to_learn_nothing_breaks(tmp_path):
     stage = stage_of(tmp_path, ['rewards={"test_grpo:always": 1.0}', "steps=2", "objective={preset: grpo}"])
-    run(stage)
+    GRPOTrainer(stage).run()
     lines = read_lines(stage.directory / "metrics.jsonl")[:2]
     assert [line["zero_spread"] for line in lines] == [1, 1] and lines[0]["entropy"] > 0
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_scored_is_counted_and_teaches_nothing(tmp_path, capsys, 
     make = GRPOTrainer.update
     monkeypatch.setattr(GRPOTrainer, "update", lambda *given: seen.append(given[1]) or make(*given))
     stage = stage_of(tmp_path, ['rewards={"test_grpo:some": 1.0}', "steps=1"])
-    run(stage)
+    GRPOTrainer(stage).run()
     line = read_lines(stage.directory / "metrics.jsonl")[0]
     assert 0 < line["unscorable"] < 16 and 0 < line["reward"] < 1
     assert (seen[0].advantages == 0).sum() >= line["unscorable"] and seen[0].advantages.any()
@@ -206,23 +206,23 @@ def test_training_that_cannot_go_on_is_named_and_the_checkpoint_stays(tmp_path, 
         metrics = real(*arguments, **options)
         return metrics | ({"loss": math.nan} if broken == "loss" else {"ratio_deviation": 0.5})
 
-    run(stage_of(tmp_path, ["steps=1"]))
+    GRPOTrainer(stage_of(tmp_path, ["steps=1"])).run()
     before = outcome(directory)
     monkeypatch.setattr(grpo, "minibatch_gradient", gradient)
     with pytest.raises(TrainingError, match=rf"step 1, minibatch 0.*{'nan' if broken == 'loss' else '0.5'}"):
-        run(stage_of(tmp_path))
+        GRPOTrainer(stage_of(tmp_path)).run()
     assert equal(outcome(directory)["state"], before["state"])
 
 
 def test_advantages_of_your_own(tmp_path):
     stage = stage_of(tmp_path, ['advantages={function: "test_grpo:Rewards", options: {factor: 2.0}}', "steps=2"])
-    run(stage)
+    GRPOTrainer(stage).run()
     lines = read_lines(stage.directory / "metrics.jsonl")[:2]
     assert [line["largest"] for line in lines] == [2.0, 2.0] and [line["learned"] for line in lines] == [1.5, 3.5]
     state = torch.load(latest_checkpoint(stage.directory) / "state.pt", weights_only=True)
     assert state["advantages"] == {"updates": 4}
     with pytest.raises(ConfigError, match="test_grpo:Nothing"):
-        run(stage_of(tmp_path / "other", ['advantages={function: "test_grpo:Nothing"}']))
+        GRPOTrainer(stage_of(tmp_path / "other", ['advantages={function: "test_grpo:Nothing"}']))
 
 
 class Rewards:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from r1kernels.train.errors import Interrupted
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import Interrupt, Interrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -31,7 +30,7 @@ def test_a_signal_is_raised_at_the_next_check(number, before):
 SCRIPT = """
 import time
 from r1kernels.train.errors import Interrupted
-from r1kernels.train.interrupt import Interrupt
+from r1kernels.train.errors import Interrupt
 with Interrupt() as interrupt:
     print("ready", flush=True)
     try:

@@ -13,7 +13,7 @@ from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stag
 
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupted
-from r1kernels.train.grpo import GRPOTrainer, run
+from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.log import read_lines
 from r1kernels.train.rollout import Tokens
 
@@ -200,7 +200,7 @@ OPTIONS = "value_learning_rate: 3.0e-3, kl_coef: 0.01"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     stage = ppo_stage(tmp_path_factory.mktemp("whole"), OPTIONS, ["epochs=2"])
-    run(stage)
+    GRPOTrainer(stage).run()
     return stage
 
 
@@ -221,7 +221,7 @@ def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):
     stops = 0
     for patience in (9, 15, 20, 99):
         try:
-            run(ppo_stage(tmp_path, OPTIONS, ["epochs=2"], interrupt=StopAfter(patience)))
+            GRPOTrainer(ppo_stage(tmp_path, OPTIONS, ["epochs=2"], interrupt=StopAfter(patience))).run()
         except Interrupted:
             stops += 1
     assert stops == 3
@@ -231,7 +231,7 @@ def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):
 def test_the_critic_learns_what_is_to_come(tmp_path):
     stage = ppo_stage(tmp_path, "lam: 1.0, value_clip: null, value_learning_rate: 0.01",
                       ['rewards={"test_ppo:one": 1.0}', "steps=4"])
-    run(stage)
+    GRPOTrainer(stage).run()
     lines = read_lines(stage.directory / "metrics.jsonl")[:4]
     assert lines[0]["value"] == 0 and lines[0]["return"] == 1 and abs(lines[-1]["value"] - 1) < 0.5
     assert "value_clip_fraction" not in lines[0] and "reward_kl" not in lines[0]

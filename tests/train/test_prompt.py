@@ -4,10 +4,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from r1kernels.train.data import R1_ZERO_TEMPLATE, Template
 from r1kernels.train.errors import ConfigError
-from r1kernels.train.prompt import R1_ZERO_TEMPLATE, Template, render
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}{{ '\\n' }}[assistant]"
+
+render = Template("r1_zero", None).render
 
 
 def tokenizer(chat_template: str | None = CHAT, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -25,13 +27,13 @@ def test_the_prompt_is_the_template_around_the_question():
     before, after = R1_ZERO_TEMPLATE.split("{question}")
     assert render(" What is {question}? {x} ") == f"{before}What is {{question}}? {{x}}{after}"
     assert render("2 + 2").endswith("User: 2 + 2. Assistant:")
-    assert render("2 + 2", open_think=True) == render("2 + 2") + " <think>"
+    assert Template("r1_zero", None, open_think=True).render("2 + 2") == render("2 + 2") + " <think>"
 
 
 def test_r1_zero_asks_the_same_of_every_tokenizer():
     for template in (None, CHAT):
         assert Template("r1_zero", tokenizer(template)).render("2 + 2") == render("2 + 2")
-    assert Template("r1_zero", tokenizer(), open_think=True).render("2") == render("2", open_think=True)
+    assert Template("r1_zero", tokenizer(), open_think=True).render("2") == render("2") + " <think>"
 
 
 def test_a_chat_template_is_used_as_it_is():

@@ -14,7 +14,7 @@ RECIPE = """
 run_dir: here
 template: r1_zero
 data:
-  sums: {kind: gsm8k, path: train.jsonl, test_path: test.jsonl}
+  sums: {kind: jsonl, path: train.jsonl, test_path: test.jsonl}
   chat: {kind: jsonl, path: there.jsonl}
 stages:
   base: {kind: model, path: there}
@@ -53,13 +53,13 @@ def test_overrides(path):
     stage = recipe.stages["r1"]
     assert (stage.name, stage.steps, stage.objective.options) == ("r1", 7, {"kl_coef": 0.01})
     assert (recipe.device, recipe.eval.samples, stage.learning_rate) == ("cuda", 3, 1e-3)
-    added = load_recipe(path, ["data.more={kind: math, test_path: x}", "stages.r1.importance.mode=mask"])
+    added = load_recipe(path, ["data.more={kind: hub, path: x, test_split: y}", "stages.r1.importance.mode=mask"])
     assert added.eval_problems == ["sums", "more"] and added.stages["r1"].importance.mode == "mask"
 
 
 def test_an_override_changes_one_of_two_stages_that_share_an_alias(path):
     path.write_text(
-        "run_dir: x\ndata: {sums: {kind: math, path: a, test_path: b}}\nstages:\n  base: {kind: model, path: x}\n"
+        "run_dir: x\ndata: {sums: {kind: jsonl, path: a, test_path: b}}\nstages:\n  base: {kind: model, path: x}\n"
         "  one: &one {kind: grpo, model: base, problems: [sums], rewards: &parts {accuracy: 1}, steps: 3}\n"
         "  two: {<<: *one, rewards: *parts}\n  three: {<<: [*one], steps: 4}\n")
     stages = load_recipe(path, ["stages.two.rewards.accuracy=5", "stages.one.objective.preset=dapo"]).stages
@@ -124,9 +124,9 @@ BAD = [  # an override, and words of the message
     ("eval.problems=[chat]", "'eval.problems' 'chat' sums"), ("eval.problems=[none]", "'eval.problems' 'none' sums"),
     ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here' http"),
     ("scoring.judge={url: 'http://x', model: x, concurrency: 0}", "'scoring.judge.concurrency' 0 1"),
-    ("data=[1]", "'data' [1] dictionary"), ("data.sums=gsm8k", "'data.sums' 'gsm8k'"),
-    ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'gsm8k'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
-    ("data.sums={kind: gsm8k}", "held-out 'test_path'"), ("data={a/b: {kind: math, path: x}}", "'a/b' pattern"),
+    ("data=[1]", "'data' [1] dictionary"), ("data.sums=jsonl", "'data.sums' 'jsonl'"),
+    ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'jsonl'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
+    ("data.sums={kind: jsonl}", "held-out 'test_path'"), ("data={a/b: {kind: jsonl, path: x}}", "'a/b' pattern"),
     ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere'"),
     ("stages={}", "'stages' 1"), ("stages=[{name: base, kind: model}]", "'stages' dictionary"),
     ("stages={base: x}", "'stages.base' 'x'"), ("stages={base: {path: x}}", "missing 'stages.base.kind'"),

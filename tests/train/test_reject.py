@@ -10,10 +10,9 @@ from supervised_cases import Killed, StopAt, save_model, stage_of, timeless, wri
 
 from r1kernels.rewards import EndpointError
 from r1kernels.train import log, reject
-from r1kernels.train.data import Problem, load_demonstrations, read_jsonl
+from r1kernels.train.data import Problem, Template, load_demonstrations, read_jsonl
 from r1kernels.train.errors import DataError, Interrupted, StorageError
 from r1kernels.train.log import read_lines
-from r1kernels.train.prompt import Template
 from r1kernels.train.rollout import Completions
 from r1kernels.train.stage import Stage
 from r1kernels.train.supervised import run_sft

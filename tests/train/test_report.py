@@ -103,10 +103,10 @@ class Page(html.parser.HTMLParser):
 
 
 def test_files_and_numbers(run):
-    paths = write_report(run)
-    assert sorted(str(path.relative_to(run)) for path in paths) == [
-        "curves/r1-pass_at_1.png", "curves/r1-reward.png", "report.html"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
+    write_report(run)
+    curves = sorted((run / "curves").iterdir())
+    assert [path.name for path in curves] == ["r1-pass_at_1.png", "r1-reward.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in curves)
     page = Page(run / "report.html")
     assert page.row("base", "model", NONE) == [
         "base", "model", NONE, "12.5 ± 1.0", "25.0 ± 2.0", "97.1 ± 0.4", "9.5 ± 0.2", "50.0", "3.1", "0.25"]
@@ -166,7 +166,8 @@ def test_a_huge_completion_is_shown_by_its_ends(tmp_path):
 def test_an_unfinished_run_is_reported_as_it_is(tmp_path):
     stages = {"base": BASE, "r1": GRPO}
     waiting = make_run(tmp_path / "waiting", stages, None)
-    assert [path.name for path in write_report(waiting)] == ["report.html"]
+    write_report(waiting)
+    assert not (waiting / "curves").exists()
     assert Page(waiting / "report.html").row("r1", "grpo", "base", "not started")
     samples = [{"step": step, "question": "1+2?", "answer": "3", "completion": f"at step {step}", "accuracy": None}
                for step in range(3)]

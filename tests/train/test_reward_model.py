@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from r1kernels.train.data import Pair, load_pairs
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import read_lines
-from r1kernels.train.reward_model import RewardModel, accuracy, gradient, judged_part, run, split
+from r1kernels.train.reward_model import RewardModel, gradient, judged_part, measure, run, split
 
 QUESTIONS = ["Compute 1+2", "Compute 1+2+3+4+5", "Compute 3+4"]
 ANSWERS = ["It is 3.", "<think>1+2=3\n3+3=6</think>\n<answer>6</answer>", ""]
@@ -207,14 +207,9 @@ def test_micro_batches_change_no_gradient(trained):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
 
 
-def test_the_accuracy_is_the_share_of_pairs_in_their_order(model):
-    with torch.no_grad():
-        model.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
-    a, b = sorted(["good", "bad"], key=lambda text: model.score(["q"], [text])[0])
-    right, wrong = Pair("x", b, a), Pair("y", a, b)
-    assert accuracy(model, [right, wrong])["accuracy"] == 0.5
-    assert accuracy(model, [right, right, right, wrong])["accuracy"] == 0.75
-    assert accuracy(model, [Pair("x", a, a)])["accuracy"] == 0.5
+def test_the_accuracy_is_the_share_of_pairs_in_their_order():
+    for margins, share in (([2.0, -1.0], 0.5), ([1.0, 1.0, 0.1, -3.0], 0.75), ([0.0], 0.5)):
+        assert measure(torch.tensor(margins))["accuracy"] == share
 
 
 def test_pairs_that_teach_nothing_are_counted(home, tmp_path, capsys):

@@ -129,11 +129,11 @@ FAMILIES = {
 def test_rows_that_have_ended_leave_every_kind_of_cache(tokenizer, family):
     """Against `generate`, which keeps all rows to the end: the same tokens where the likeliest ones are drawn."""
     model = tiny(family, tokenizer, **FAMILIES[family])
-    sampler, reports = TransformersSampler(model, tokenizer), []
+    sampler = TransformersSampler(model, tokenizer)
     with torch_seeded(0, "leave"):
-        sampled = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append(report))
+        sampled = sampler.sample(PROMPTS, Sampling(1.0, 16))
     lengths = sampled.lengths
-    assert len(reports) > 2
+    assert len(set(lengths.tolist())) > 2
     for row in range(len(PROMPTS)):
         prompt, tokens = sampled.prompt_ids[row][sampled.prompt_mask[row]], sampled.token_ids[row, : lengths[row]]
         with torch.no_grad():
@@ -159,18 +159,6 @@ def test_a_row_depends_on_its_own_prompt_and_place_alone(tokenizer):
         with torch_seeded(0, "place"):
             sampled.append(TransformersSampler(model, tokenizer).sample(prompts, Sampling(1.0, 16)).texts)
     assert sampled[0][1::2] == sampled[1][1::2] and sampled[0][::2] != sampled[1][::2]
-
-
-def test_rows_are_reported_once_and_before_the_last_has_ended(tokenizer):
-    reports, steps = [], []
-    sampler = TransformersSampler(tiny("llama", tokenizer), tokenizer, lambda: steps.append(0))
-    with torch_seeded(0, "report"):
-        done = sampler.sample(PROMPTS, Sampling(1.0, 16), lambda *report: reports.append((len(steps), *report)))
-    assert sorted(row for _, rows, *_ in reports for row in rows) == list(range(len(PROMPTS)))
-    assert reports[0][0] < reports[-1][0] == len(steps)
-    for _, rows, texts, lengths in reports:
-        assert texts == [done.texts[row] for row in rows]
-        assert lengths == done.lengths[rows].tolist()
 
 
 def test_draws_follow_the_distribution():
@@ -246,12 +234,12 @@ def test_tags_that_are_special_tokens_survive_decoding():
     assert (ids[0], ids[4]) == (think, end_think) and tokenizer.decode(ids, skip_special_tokens=True) == "1+1 2"
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     stop = tokenizer.convert_tokens_to_ids(">")
-    collector, reports = Collector(tokenizer, ["a"] * 3, [stop], lambda *report: reports.append(report)), []
+    collector = Collector(tokenizer, ["a"] * 3, [stop])
     collector.token_ids = [[*ids, eos, pad, pad], [*ids, stop], ids]
-    collector.finish([2, 0])
-    collector.finish([1])
-    assert collector.texts == [text] * 3
-    assert reports == [([2, 0], [text] * 2, [len(ids), len(ids) + 3]), ([1], [text], [len(ids) + 1])]
+    collector.logprobs = [[-1.0] * len(row) for row in collector.token_ids]
+    found = collector.completions("cpu")
+    assert found.texts == [text] * 3 and found.finished.tolist() == [False, True, False]
+    assert found.lengths.tolist() == [len(ids) + 3, len(ids) + 1, len(ids)]
 
 
 def test_rollouts_keep_special_tags():
@@ -260,11 +248,8 @@ def test_rollouts_keep_special_tags():
     think = tokenizer.convert_tokens_to_ids(TAGS[0])
     with torch.no_grad():
         model.model.embed_tokens.weight[think] *= 8
-    reports = []
     with torch_seeded(0, "tags"):
-        found = TransformersSampler(model, tokenizer).sample(
-            PROMPTS, Sampling(1.0, 16), lambda *report: reports.append(report))
+        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 16))
     counts = (found.token_ids == think).logical_and(found.mask).sum(-1).tolist()
     assert sum(counts) > 0 and [text.count(TAGS[0]) for text in found.texts] == counts
     assert not any("<eos>" in text or "<pad>" in text for text in found.texts)
-    assert {text for _, texts, _ in reports for text in texts} == set(found.texts)

@@ -24,13 +24,22 @@ from transformers import AutoModelForCausalLM
 
 from r1kernels.train import supervised
 from r1kernels.train.checkpoint import latest_checkpoint
+from r1kernels.train.data import Template
 from r1kernels.train.errors import ConfigError, DataError, Interrupted, TrainingError
 from r1kernels.train.log import read_lines
 from r1kernels.train.model import load_model, load_tokenizer
-from r1kernels.train.packing import encode, pack
-from r1kernels.train.prompt import Template
 from r1kernels.train.stage import Stage
-from r1kernels.train.supervised import cosine, cross_entropy, fit, gradient, run_pretrain, run_sft, start_of
+from r1kernels.train.supervised import (
+    cosine,
+    cross_entropy,
+    encode,
+    fit,
+    gradient,
+    pack,
+    run_pretrain,
+    run_sft,
+    start_of,
+)
 
 RECIPE = """
 run_dir: {directory}/run

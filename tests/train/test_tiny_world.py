@@ -11,9 +11,9 @@ from supervised_cases import EXAMPLES
 
 from r1kernels import rewards
 from r1kernels.rewards.language import word_counts
+from r1kernels.train.data import Template
 from r1kernels.train.model import load_model, load_tokenizer
-from r1kernels.train.packing import collate, fill
-from r1kernels.train.prompt import render
+from r1kernels.train.supervised import collate, fill
 
 sys.path.insert(0, str(EXAMPLES))
 import tiny_world
@@ -22,6 +22,7 @@ from tiny_world.greetings import BRIEF, KIND, MANNERS, NAMES, RUDE, greet, guest
 from tiny_world.model import make_tokenizer
 from tiny_world.text import Mixture, document
 
+render = Template("r1_zero", None).render
 SHAPE = {"hidden_size": 32, "intermediate_size": 32, "heads": 2}
 
 

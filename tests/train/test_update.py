@@ -8,18 +8,16 @@ import torch
 from rl_cases import make_model, make_tokenizer
 
 import r1kernels
+from r1kernels.train.grpo import choose_groups
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.update import (
     Rollout,
-    choose_groups,
     completion_hidden_states,
     completion_logprobs,
-    group_advantages,
     importance_weights,
     minibatch_gradient,
-    spreads,
 )
 
 NAN = float("nan")
@@ -184,22 +182,8 @@ def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
 # ---- groups ----
 
 
-def test_the_spread_of_a_group_leaves_out_what_could_not_be_scored():
-    assert spreads(torch.tensor([[1, 0, NAN, 0.5], [NAN, 2, 2, NAN], [NAN] * 4])).tolist() == [1, 0, 0]
-
-
 def groups_of_4(count=2, **settings):
     return GRPO(name="rl", kind="grpo", model="base", problems=["sums"], questions=count, group_size=4, **settings)
-
-
-def test_a_small_difference_is_no_success():
-    """Divided by their deviation, 0.01 among zeros becomes as large as 1 among zeros."""
-    rewards = torch.tensor([0.01, 0, 0, 0, 1.0, 0, 0, 0])
-    plain = group_advantages(rewards, groups_of_4())
-    assert plain[0] > 0.9 * plain[4]
-    careful = group_advantages(rewards, groups_of_4(min_spread=0.05))
-    assert careful[:4].tolist() == [0] * 4 and torch.equal(careful[4:], plain[4:])
-    assert choose_groups(rewards, groups_of_4(min_spread=0.05))[1] == {"zero_spread": 0.5}
 
 
 def test_groups_that_differ_come_first():
@@ -210,9 +194,10 @@ def test_groups_that_differ_come_first():
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
 
 
-def test_a_sample_without_a_reward_teaches_nothing():
-    advantages = group_advantages(torch.tensor([1.0, 0, NAN, 0]), groups_of_4())
-    assert advantages[2] == 0 and advantages[0] > 0 > advantages[1]
+def test_rewards_that_are_missing_make_no_difference():
+    rewards = torch.tensor([NAN, 2, 2, NAN, NAN, NAN, NAN, NAN, 1, 0, NAN, 0.5, 1, 0, NAN, 0])
+    rows, shares = choose_groups(rewards, groups_of_4(2))
+    assert rows.tolist() == [8, 9, 10, 11, 12, 13, 14, 15] and shares["zero_spread"] == 0.5
 
 
 # ---- importance weights ----
