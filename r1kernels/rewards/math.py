@@ -8,6 +8,7 @@ compares two forms. The work is bounded for every text.
 import itertools
 import re
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from . import expression
@@ -89,6 +90,17 @@ def check_reference(reference: str) -> str | None:
     except _UNREADABLE as error:
         return f"the reference {reference!r} does not have a listed answer form: {error}"
     return None
+
+
+def spelling(answer: str) -> Hashable:
+    """A key for majority votes: it is equal for answers that are read as the same number or text."""
+    text = normal(answer[:MAX_ANSWER])
+    try:
+        with _LOCK:
+            form = read(text)
+            return Expression(form.text).value if form.kind == "number" else form
+    except _UNREADABLE:
+        return text
 
 
 def read(text: str) -> Form:

@@ -13,7 +13,7 @@ import torch
 
 from r1kernels.rewards import Scorer
 from r1kernels.rewards.choice import letter
-from r1kernels.rewards.notation import normal
+from r1kernels.rewards.math import spelling
 from r1kernels.rewards.text import final_answer, same_text
 from r1kernels.train.data import Problem, Template
 from r1kernels.train.recipe import Eval
@@ -99,7 +99,7 @@ def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[fl
     def read(text: str) -> Hashable:
         answer = final_answer(prompt, text)
         answer = letter(answer or "") if kind == "choice" else answer
-        return None if answer is None else ("wrong", normal(answer[:500]) if kind == "math" else same_text(answer))
+        return None if answer is None else ("wrong", spelling(answer) if kind == "math" else same_text(answer))
 
     votes = ["correct" if value == 1 else read(text) for text, value in zip(texts, correct, strict=True)]
     most = statistics.multimode(vote for vote in votes if vote is not None)
