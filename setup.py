@@ -33,6 +33,7 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", *QUIET],
     "avx512": [*AVX512, *QUIET],
     "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
+    "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
 PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -72,7 +73,7 @@ class BuildExt(build_ext):
         ext.define_macros.append(("R1K_X86", None))
         for isa, flags in X86_ISAS.items():
             ext.extra_objects += self.compiler.compile(
-                PER_ISA if isa != "avx512_bf16" else ["csrc/cpu/gemm.cpp"],  # nothing else multiplies bf16
+                ["csrc/cpu/gemm.cpp"] if "bf16" in isa else PER_ISA,  # nothing else multiplies bf16
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[*ext.define_macros, ("R1K_ISA", isa)],
                 extra_postargs=[*COMMON_FLAGS, *flags],

@@ -1,0 +1,217 @@
+// Matrix product of bfloat16 with an fp32 result on matrix tiles (AMX).  One instruction adds the product of a 16 x 32
+// and a 32 x 16 tile to 16 x 16 sums.  Slices of both operands along k are packed into panels of such tiles; a square
+// of 2 x 2 tiles of the result is summed over a slice in registers and then added to memory.  As in gemm.cpp, the order
+// of every sum follows from k alone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "gemm.h"
+#include "tiles.h"
+
+namespace r1k {
+namespace R1K_ISA {
+namespace amx {
+
+constexpr int64_t kSide = 16;        // rows or columns of the result in a tile
+constexpr int64_t kDepth = 32;       // elements along k in a tile
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kSquare = 2 * kSide;
+
+// Elements along k in a slice.  In registers the products of 32 elements are one term, so a chain has 32 terms.
+constexpr int64_t kSlice = 1024;
+// Panels of the left operand hold this many rows at a time.  With 512 columns of the right operand, 1 MiB, they stay in
+// the L2 cache.  The left operand is read 256 adjacent bytes at a time, or more, where its rows are adjacent.
+constexpr int64_t kPackedRows = 128;
+constexpr int64_t kPackedColumns = 512;
+
+// A stride that is no power of two keeps panels out of each other's cache sets.
+inline int64_t panel_stride(int64_t depth) { return (depth + kDepth - 1) / kDepth * kTileBytes + 64; }
+
+inline int64_t panel_count(int64_t outers) { return (outers + kSide - 1) / kSide; }
+
+typedef uint32_t Row __attribute__((vector_size(64)));  // of a tile: 16 pairs of bfloat16 that are neighbours along k
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Sums __attribute__((vector_size(64)));
+
+// Transposes the 16 x 16 pairs of a tile, in four rounds of interleaving rows that lie 8 apart.
+inline void transpose(char* tile) {
+  constexpr Row kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Row kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  Row x[16], y[16];
+  std::memcpy(x, tile, sizeof(x));
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      y[2 * k] = __builtin_shuffle(x[k], x[k + 8], kLow);
+      y[2 * k + 1] = __builtin_shuffle(x[k], x[k + 8], kHigh);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) x[k] = y[k];
+  }
+  std::memcpy(tile, x, sizeof(x));
+}
+
+// Elements that are contiguous along k: each row of the operand is a row of tiles.
+inline void pack_rows(const uint16_t* from, int64_t outer_stride, int64_t count, int64_t depth, bool transposed,
+                      char* to) {
+  for (int64_t begin = 0; begin < count; begin += kSide, to += panel_stride(depth)) {
+    const int64_t outers = count - begin < kSide ? count - begin : kSide;
+    char* tile = to;
+    for (int64_t k = 0; k < depth; k += kDepth, tile += kTileBytes) {
+      const uint16_t* row = from + begin * outer_stride + k;
+      if (outers == kSide && k + kDepth <= depth) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kSide; ++r) std::memcpy(tile + r * 64, row + r * outer_stride, 64);
+      } else {
+        const int64_t bytes = (depth - k < kDepth ? depth - k : kDepth) * 2;
+        std::memset(tile, 0, kTileBytes);
+        for (int64_t r = 0; r < outers; ++r) std::memcpy(tile + r * 64, row + r * outer_stride, bytes);
+      }
+      if (transposed) transpose(tile);
+    }
+  }
+}
+
+// Elements that are contiguous across k: two rows of the operand are interleaved to a row of each panel's tile.  All
+// panels are filled side by side, so that memory is read in long runs.
+inline void pack_pairs(const uint16_t* from, int64_t k_stride, int64_t count, int64_t depth, bool transposed,
+                       char* to) {
+  const int64_t stride = panel_stride(depth), panels = panel_count(count);
+  for (int64_t begin = 0; begin < depth; begin += kDepth, to += kTileBytes) {
+    for (int64_t pair = 0; pair < kDepth / 2; ++pair) {
+      const int64_t k = begin + 2 * pair;
+      const uint16_t* even = from + k * k_stride;
+      char* row = to + pair * 64;
+      for (int64_t panel = 0; panel < panels; ++panel, even += kSide, row += stride) {
+        const int64_t outers = count - panel * kSide < kSide ? count - panel * kSide : kSide;
+        Halves x[2];
+        if (outers == kSide && k + 2 <= depth) {
+          std::memcpy(&x[0], even, sizeof(x[0]));
+          std::memcpy(&x[1], even + k_stride, sizeof(x[1]));
+        } else {
+          std::memset(x, 0, sizeof(x));
+          for (int64_t d = 0; d < 2 && k + d < depth; ++d) std::memcpy(&x[d], even + d * k_stride, outers * 2);
+        }
+        const Row mixed = __builtin_convertvector(x[0], Row) | __builtin_convertvector(x[1], Row) << 16;
+        std::memcpy(row, &mixed, sizeof(mixed));
+      }
+    }
+    if (!transposed) continue;
+    for (int64_t panel = 0; panel < panels; ++panel) transpose(to + panel * stride);
+  }
+}
+
+// The tiles of a slice of `depth` elements, panel after panel.  What is missing in the last tiles is 0 along k; across
+// k it is never stored.
+inline void pack(const GemmOperand& operand, int64_t k, int64_t depth, int64_t begin, int64_t end, bool is_left,
+                 char* to) {
+  const uint16_t* from = static_cast<const uint16_t*>(operand.data) + k * operand.k_stride + begin * operand.outer_stride;
+  if (operand.k_stride == 1) {
+    pack_rows(from, operand.outer_stride, end - begin, depth, !is_left, to);
+  } else {
+    pack_pairs(from, operand.k_stride, end - begin, depth, is_left, to);
+  }
+}
+
+inline void add_rows(const float (*sums)[kSquare], float* out, int64_t out_stride, int64_t rows, int64_t columns,
+                     bool add) {
+  for (int64_t r = 0; r < rows; ++r, out += out_stride) {
+    if (columns == kSquare) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Sums sum, old = {};
+        std::memcpy(&sum, sums[r] + half * kSide, sizeof(sum));
+        if (add) {
+          std::memcpy(&old, out + half * kSide, sizeof(old));
+          sum += old;
+        }
+        std::memcpy(out + half * kSide, &sum, sizeof(sum));
+      }
+    } else {
+      for (int64_t c = 0; c < columns; ++c) out[c] = add ? out[c] + sums[r][c] : sums[r][c];
+    }
+  }
+}
+
+// A square of the result, or what is left of one at the edges; there the second panel may be the first again.
+inline void square(const char* a0, const char* a1, const char* b0, const char* b1, int64_t depth, float* out,
+                   int64_t out_stride, int64_t rows, int64_t columns, bool add) {
+  for (int64_t r = 0; r < rows; ++r) {
+    __builtin_prefetch(out + r * out_stride, 1);
+    __builtin_prefetch(out + r * out_stride + columns / 2, 1);
+    __builtin_prefetch(out + r * out_stride + columns - 1, 1);
+  }
+  R1K_TILE_ZERO(0);
+  R1K_TILE_ZERO(1);
+  R1K_TILE_ZERO(2);
+  R1K_TILE_ZERO(3);
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t at = k / kDepth * kTileBytes;
+    R1K_TILE_LOAD(4, a0 + at, 64);
+    R1K_TILE_LOAD(6, b0 + at, 64);
+    R1K_TILE_MULTIPLY_ADD(0, 4, 6);
+    R1K_TILE_LOAD(7, b1 + at, 64);
+    R1K_TILE_MULTIPLY_ADD(1, 4, 7);
+    R1K_TILE_LOAD(5, a1 + at, 64);
+    R1K_TILE_MULTIPLY_ADD(2, 5, 6);
+    R1K_TILE_MULTIPLY_ADD(3, 5, 7);
+  }
+  if (rows == kSquare && columns == kSquare && !add) {
+    const int64_t stride = out_stride * static_cast<int64_t>(sizeof(float));
+    R1K_TILE_STORE(0, out, stride);
+    R1K_TILE_STORE(1, out + kSide, stride);
+    R1K_TILE_STORE(2, out + kSide * out_stride, stride);
+    R1K_TILE_STORE(3, out + kSide * out_stride + kSide, stride);
+    return;
+  }
+  alignas(64) float sums[kSquare][kSquare];
+  R1K_TILE_STORE(0, sums[0], sizeof(sums[0]));
+  R1K_TILE_STORE(1, sums[0] + kSide, sizeof(sums[0]));
+  R1K_TILE_STORE(2, sums[kSide], sizeof(sums[0]));
+  R1K_TILE_STORE(3, sums[kSide] + kSide, sizeof(sums[0]));
+  add_rows(sums, out, out_stride, rows, columns, add);
+}
+
+inline int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
+
+inline int64_t packed_left(int64_t rows, int64_t depth) {
+  return panel_count(min(rows, kPackedRows)) * panel_stride(depth);
+}
+
+inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
+  const int64_t depth = min(gemm.k, kSlice);
+  return packed_left(rows, depth) + panel_count(columns) * panel_stride(depth);
+}
+
+inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
+  const tiles::InUse in_use;
+  for (int64_t k = 0; k < gemm.k; k += kSlice) {
+    const int64_t depth = min(kSlice, gemm.k - k), stride = panel_stride(depth);
+    const bool add = gemm.accumulate || k > 0;
+    char* const left = static_cast<char*>(workspace);
+    char* const right = left + packed_left(block.row_end - block.row_begin, depth);
+    pack(gemm.b, k, depth, block.column_begin, block.column_end, false, right);
+    for (int64_t row_begin = block.row_begin; row_begin < block.row_end; row_begin += kPackedRows) {
+      const int64_t row_end = min(row_begin + kPackedRows, block.row_end);
+      pack(gemm.a, k, depth, row_begin, row_end, true, left);
+      __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
+      for (int64_t r = row_begin; r < row_end; r += kSquare) {
+        const int64_t rows = min(kSquare, row_end - r);
+        const char* const a = left + (r - row_begin) / kSide * stride;
+        for (int64_t c = block.column_begin; c < block.column_end; c += kSquare) {
+          const int64_t columns = min(kSquare, block.column_end - c);
+          const char* const b = right + (c - block.column_begin) / kSide * stride;
+          square(a, rows > kSide ? a + stride : a, b, columns > kSide ? b + stride : b, depth,
+                 gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, add);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace amx
+}  // namespace R1K_ISA
+}  // namespace r1k
