@@ -36,7 +36,7 @@ struct Cut {
 };
 
 Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads) {
-  constexpr int64_t kMaxRows = 2048, kMaxColumns = 1024;  // 8 MiB of result, 1 MiB of packed b
+  const int64_t kMaxRows = 2048, kMaxColumns = gemm.dtype == r1k::DType::bfloat16 ? 512 : 1024;  // 8 MiB of result, 1 MiB of packed b
   constexpr double kWorthAThread = 1 << 20;               // multiplications: some 10 microseconds
   const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
   const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
@@ -56,8 +56,29 @@ Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads)
   }
 }
 
-struct Aligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+// Memory for packed operands that a thread keeps between calls: a few MiB at most, as blocks are bounded.  Panels in
+// huge pages do not meet in the same sets of the L2 cache.
+class Workspace {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = ceil_div(bytes, kHugePage) * kHugePage;
+      memory_.reset(::operator new(bytes_, std::align_val_t(kHugePage)));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
+#endif
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr int64_t kHugePage = 2 << 20;
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kHugePage)); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+  int64_t bytes_ = 0;
 };
 
 void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
@@ -105,12 +126,13 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
   // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min<int64_t>(blocks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<void, Aligned> workspace(::operator new(bytes, std::align_val_t(64)));
+    static thread_local Workspace kept;
+    void* const workspace = kept.at_least(bytes);
     for (int64_t block = next++; block < blocks; block = next++) {
       const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
       kernels.block(gemm,
                     {row, std::min(row + size.rows, gemm.rows), column, std::min(column + size.columns, gemm.columns)},
-                    workspace.get());
+                    workspace);
     }
   });
 }

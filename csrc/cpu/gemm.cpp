@@ -163,7 +163,7 @@ using BFloat16Lanes = FloatLanes<BFloat16>;
 
 int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
 #if defined(__AMX_BF16__)
-  if (gemm.dtype == DType::bfloat16) return amx::workspace_bytes(gemm, rows, columns);
+  if (gemm.dtype == DType::bfloat16) return amx::workspace_bytes(gemm, columns);
 #endif
   const int64_t steps =
       min(gemm.k, gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps : FloatLanes<float>::kSteps);
