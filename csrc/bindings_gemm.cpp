@@ -35,18 +35,18 @@ struct Cut {
   int64_t blocks(const r1k::Gemm& gemm) const { return ceil_div(gemm.rows, rows) * ceil_div(gemm.columns, columns); }
 };
 
-Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads) {
-  const int64_t kMaxRows = 2048, kMaxColumns = gemm.dtype == r1k::DType::bfloat16 ? 512 : 1024;  // 8 MiB of result, 1 MiB of packed b
-  constexpr double kWorthAThread = 1 << 20;               // multiplications: some 10 microseconds
+Cut cut(const r1k::Gemm& gemm, const r1k::GemmTile& tile, int64_t threads) {
+  constexpr int64_t kMaxRows = 2048;         // 4 to 8 MiB of result
+  constexpr double kWorthAThread = 1 << 20;  // multiplications: some 10 microseconds
   const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
   const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
-  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, kMaxColumns);
+  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, tile.max_block_columns);
   for (;;) {
-    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), kernels.tile_rows) * kernels.tile_rows,
-                        ceil_div(ceil_div(gemm.columns, column_cuts), kernels.tile_columns) * kernels.tile_columns};
+    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), tile.rows) * tile.rows,
+                        ceil_div(ceil_div(gemm.columns, column_cuts), tile.columns) * tile.columns};
     const int64_t blocks = result.blocks(gemm);
     const bool balanced = blocks >= 4 * useful_threads || blocks % useful_threads == 0;
-    const bool rows_left = result.rows > kernels.tile_rows, columns_left = result.columns > kernels.tile_columns;
+    const bool rows_left = result.rows > tile.rows, columns_left = result.columns > tile.columns;
     if (balanced || !(rows_left || columns_left)) return result;
     if (columns_left && (result.columns >= result.rows || !rows_left)) {
       ++column_cuts;
@@ -120,7 +120,7 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     prefer_huge_pages(gemm.out, ((gemm.rows - 1) * gemm.out_stride + gemm.columns) * int64_t{sizeof(float)});
   }
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(gemm, kernels, torch::stable::get_num_threads());
+  const Cut size = cut(gemm, kernels.tile(gemm.dtype), torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
   const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
   // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.

@@ -21,8 +21,9 @@ constexpr int64_t kSquare = 2 * kSide;
 
 // Elements along k in a slice.  In registers the products of 32 elements are one term, so a chain has 32 terms.
 constexpr int64_t kSlice = 1024;
-// Packed, so many columns of the right operand are 1 MiB: half of the L2 cache.
-constexpr int64_t kPackedColumns = 512;
+// Packed, the columns of a block are 1 MiB at most, and so many rows 256 KiB: together they stay in the L2 cache.
+constexpr int64_t kBlockColumns = 512;
+constexpr int64_t kPackedRows = 128;
 
 // A stride that is no power of two keeps panels out of each other's cache sets.
 inline int64_t panel_stride(int64_t depth) { return (depth + kDepth - 1) / kDepth * kTileBytes + 64; }
@@ -54,8 +55,8 @@ inline void transpose(char* tile) {
 
 // Elements that are contiguous along k: each row of the operand is a row of tiles.
 inline void pack_rows(const uint16_t* from, int64_t outer_stride, int64_t count, int64_t depth, bool transposed,
-                      char* to, int64_t stride) {
-  for (int64_t begin = 0; begin < count; begin += kSide, to += stride) {
+                      char* to) {
+  for (int64_t begin = 0; begin < count; begin += kSide, to += panel_stride(depth)) {
     const int64_t outers = count - begin < kSide ? count - begin : kSide;
     char* tile = to;
     for (int64_t k = 0; k < depth; k += kDepth, tile += kTileBytes) {
@@ -84,8 +85,8 @@ inline void interleave(const uint16_t* even, const uint16_t* odd, char* to) {
 
 // Elements that are contiguous across k.  All panels are filled side by side, so that memory is read in long runs.
 inline void pack_pairs(const uint16_t* from, int64_t k_stride, int64_t count, int64_t depth, bool transposed,
-                       char* to, int64_t stride) {
-  const int64_t whole = count / kSide, rest = count % kSide;
+                       char* to) {
+  const int64_t stride = panel_stride(depth), whole = count / kSide, rest = count % kSide;
   for (int64_t begin = 0; begin < depth; begin += kDepth, to += kTileBytes) {
     for (int64_t k = begin; k < begin + kDepth; k += 2) {
       const uint16_t* even = from + k * k_stride;
@@ -93,6 +94,9 @@ inline void pack_pairs(const uint16_t* from, int64_t k_stride, int64_t count, in
       const bool both = k + 2 <= depth;
       if (both) {
         for (int64_t panel = 0; panel < whole; ++panel, even += kSide, row += stride) {
+          // Runs are too short for the processor to foresee the next rows: these are fetched four pairs before.
+          __builtin_prefetch(even + 8 * k_stride);
+          __builtin_prefetch(even + 9 * k_stride);
           interleave(even, even + k_stride, row);
         }
         if (rest == 0) continue;
@@ -112,44 +116,15 @@ inline void pack_pairs(const uint16_t* from, int64_t k_stride, int64_t count, in
 // `depth` elements along k of the rows (columns) from `begin` to `end` as tiles, panel after panel.  What is missing in
 // the last tiles is 0 along k; across k it is never stored.
 inline void pack(const GemmOperand& operand, int64_t k, int64_t depth, int64_t begin, int64_t end, bool is_left,
-                 char* to, int64_t stride) {
+                 char* to) {
   const uint16_t* from =
       static_cast<const uint16_t*>(operand.data) + k * operand.k_stride + begin * operand.outer_stride;
   if (operand.k_stride == 1) {
-    pack_rows(from, operand.outer_stride, end - begin, depth, !is_left, to, stride);
+    pack_rows(from, operand.outer_stride, end - begin, depth, !is_left, to);
   } else {
-    pack_pairs(from, operand.k_stride, end - begin, depth, is_left, to, stride);
+    pack_pairs(from, operand.k_stride, end - begin, depth, is_left, to);
   }
 }
-
-// Packing the next rows of the left operand, a few tiles at a time between products: it waits for memory, they for the
-// tiles, so the processor overlaps the two.
-class LeftRows {
- public:
-  LeftRows(const GemmOperand& operand, int64_t k, int64_t depth, int64_t begin, int64_t end, char* to, int64_t stride)
-      : operand_(operand), k_(k), left_(depth), begin_(begin), end_(end), to_(to), stride_(stride) {
-    if (begin >= end) left_ = 0;
-  }
-
-  void advance() {
-    if (left_ == 0) return;
-    const int64_t depth = left_ < kDepth ? left_ : kDepth;
-    pack(operand_, k_, depth, begin_, end_, true, to_, stride_);
-    k_ += depth;
-    left_ -= depth;
-    to_ += kTileBytes;
-  }
-
-  void finish() {
-    while (left_ > 0) advance();
-  }
-
- private:
-  const GemmOperand& operand_;
-  int64_t k_, left_, begin_, end_;
-  char* to_;
-  int64_t stride_;
-};
 
 inline void add_rows(const float (*sums)[kSquare], float* out, int64_t out_stride, int64_t rows, int64_t columns,
                      bool add) {
@@ -171,11 +146,9 @@ inline void add_rows(const float (*sums)[kSquare], float* out, int64_t out_strid
   }
 }
 
-constexpr int64_t kStepsOfPacking = kPackedColumns / kSquare;  // with so many squares in a row, all is packed in time
-
 // A square of the result, or what is left of one at the edges; there the second panel may be the first again.
 inline void square(const char* a0, const char* a1, const char* b0, const char* b1, int64_t depth, float* out,
-                   int64_t out_stride, int64_t rows, int64_t columns, bool add, LeftRows& next) {
+                   int64_t out_stride, int64_t rows, int64_t columns, bool add) {
   R1K_TILE_ZERO(0);
   R1K_TILE_ZERO(1);
   R1K_TILE_ZERO(2);
@@ -183,7 +156,6 @@ inline void square(const char* a0, const char* a1, const char* b0, const char* b
   const int64_t fetched = kSquare / ((depth + kDepth - 1) / kDepth) + 1;  // rows of the result in each step
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t step = k / kDepth, at = step * kTileBytes;
-    if (step % kStepsOfPacking == 0) next.advance();
     for (int64_t r = step * fetched; r < (step + 1) * fetched && r < rows; ++r) {
       __builtin_prefetch(out + r * out_stride, 1);
       __builtin_prefetch(out + r * out_stride + columns / 2, 1);
@@ -216,8 +188,13 @@ inline void square(const char* a0, const char* a1, const char* b0, const char* b
 
 inline int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 
-inline int64_t workspace_bytes(const Gemm& gemm, int64_t columns) {
-  return (4 + panel_count(columns)) * panel_stride(min(gemm.k, kSlice));
+inline int64_t packed_left(int64_t rows, int64_t depth) {
+  return panel_count(min(rows, kPackedRows)) * panel_stride(depth);
+}
+
+inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
+  const int64_t depth = min(gemm.k, kSlice);
+  return packed_left(rows, depth) + panel_count(columns) * panel_stride(depth);
 }
 
 inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
@@ -225,28 +202,23 @@ inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
   for (int64_t k = 0; k < gemm.k; k += kSlice) {
     const int64_t depth = min(kSlice, gemm.k - k), stride = panel_stride(depth);
     const bool add = gemm.accumulate || k > 0;
-    const auto left_rows = [&](int64_t begin, char* to) {
-      return LeftRows(gemm.a, k, depth, begin, min(begin + kSquare, block.row_end), to, stride);
-    };
-    char* a = static_cast<char*>(workspace);
-    char* next_a = a + 2 * stride;
-    char* const right = a + 4 * stride;
-    pack(gemm.b, k, depth, block.column_begin, block.column_end, false, right, stride);
-    left_rows(block.row_begin, a).finish();
-    for (int64_t r = block.row_begin; r < block.row_end; r += kSquare) {
-      LeftRows next = left_rows(r + kSquare, next_a);
-      const int64_t rows = min(kSquare, block.row_end - r);
+    char* const left = static_cast<char*>(workspace);
+    char* const right = left + packed_left(block.row_end - block.row_begin, depth);
+    pack(gemm.b, k, depth, block.column_begin, block.column_end, false, right);
+    for (int64_t row_begin = block.row_begin; row_begin < block.row_end; row_begin += kPackedRows) {
+      const int64_t row_end = min(row_begin + kPackedRows, block.row_end);
+      pack(gemm.a, k, depth, row_begin, row_end, true, left);
       __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
-      for (int64_t c = block.column_begin; c < block.column_end; c += kSquare) {
-        const int64_t columns = min(kSquare, block.column_end - c);
-        const char* const b = right + (c - block.column_begin) / kSide * stride;
-        square(a, rows > kSide ? a + stride : a, b, columns > kSide ? b + stride : b, depth,
-               gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, add, next);
+      for (int64_t r = row_begin; r < row_end; r += kSquare) {
+        const int64_t rows = min(kSquare, row_end - r);
+        const char* const a = left + (r - row_begin) / kSide * stride;
+        for (int64_t c = block.column_begin; c < block.column_end; c += kSquare) {
+          const int64_t columns = min(kSquare, block.column_end - c);
+          const char* const b = right + (c - block.column_begin) / kSide * stride;
+          square(a, rows > kSide ? a + stride : a, b, columns > kSide ? b + stride : b, depth,
+                 gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, add);
+        }
       }
-      next.finish();
-      char* const done = a;
-      a = next_a;
-      next_a = done;
     }
   }
 }

@@ -60,7 +60,11 @@ inline void store(int from, void* to, int64_t stride) {
 
 inline void zero(int index) { std::memset(&tile(index), 0, sizeof(Tile)); }
 
-struct InUse {};
+struct InUse {
+  InUse() {
+    for (int index = 0; index < 8; ++index) zero(index);
+  }
+};
 
 }  // namespace tiles
 }  // namespace r1k
