@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "gemm.h"
 #include "tiles.h"
 
@@ -126,41 +130,43 @@ inline void pack(const GemmOperand& operand, int64_t k, int64_t depth, int64_t b
   }
 }
 
-inline void add_rows(const float (*sums)[kSquare], float* out, int64_t out_stride, int64_t rows, int64_t columns,
-                     bool add) {
+enum class Write { set, add, stream };  // stream: set, past the caches
+
+inline void write_rows(const float (*sums)[kSquare], float* out, int64_t out_stride, int64_t rows, int64_t columns,
+                       Write write) {
   for (int64_t r = 0; r < rows; ++r, out += out_stride) {
-    if (columns == kSquare) {
+    if (columns < kSquare) {
+      for (int64_t c = 0; c < columns; ++c) out[c] = write == Write::add ? out[c] + sums[r][c] : sums[r][c];
+      continue;
+    }
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        Sums sum, old = {};
-        std::memcpy(&sum, sums[r] + half * kSide, sizeof(sum));
-        if (add) {
-          std::memcpy(&old, out + half * kSide, sizeof(old));
-          sum += old;
-        }
-        std::memcpy(out + half * kSide, &sum, sizeof(sum));
+    for (int half = 0; half < kSquare; half += kSide) {
+      Sums sum, old;
+      std::memcpy(&sum, sums[r] + half, sizeof(sum));
+#if defined(__AVX512F__)
+      if (write == Write::stream) {
+        _mm512_stream_ps(out + half, (__m512)sum);
+        continue;
       }
-    } else {
-      for (int64_t c = 0; c < columns; ++c) out[c] = add ? out[c] + sums[r][c] : sums[r][c];
+#endif
+      if (write == Write::add) {
+        std::memcpy(&old, out + half, sizeof(old));
+        sum += old;
+      }
+      std::memcpy(out + half, &sum, sizeof(sum));
     }
   }
 }
 
 // A square of the result, or what is left of one at the edges; there the second panel may be the first again.
 inline void square(const char* a0, const char* a1, const char* b0, const char* b1, int64_t depth, float* out,
-                   int64_t out_stride, int64_t rows, int64_t columns, bool add) {
+                   int64_t out_stride, int64_t rows, int64_t columns, Write write) {
   R1K_TILE_ZERO(0);
   R1K_TILE_ZERO(1);
   R1K_TILE_ZERO(2);
   R1K_TILE_ZERO(3);
-  const int64_t fetched = kSquare / ((depth + kDepth - 1) / kDepth) + 1;  // rows of the result in each step
   for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t step = k / kDepth, at = step * kTileBytes;
-    for (int64_t r = step * fetched; r < (step + 1) * fetched && r < rows; ++r) {
-      __builtin_prefetch(out + r * out_stride, 1);
-      __builtin_prefetch(out + r * out_stride + columns / 2, 1);
-      __builtin_prefetch(out + r * out_stride + columns - 1, 1);
-    }
+    const int64_t at = k / kDepth * kTileBytes;
     R1K_TILE_LOAD(4, a0 + at, 64);
     R1K_TILE_LOAD(6, b0 + at, 64);
     R1K_TILE_MULTIPLY_ADD(0, 4, 6);
@@ -170,7 +176,7 @@ inline void square(const char* a0, const char* a1, const char* b0, const char* b
     R1K_TILE_MULTIPLY_ADD(2, 5, 6);
     R1K_TILE_MULTIPLY_ADD(3, 5, 7);
   }
-  if (rows == kSquare && columns == kSquare && !add) {
+  if (rows == kSquare && columns == kSquare && write == Write::set) {
     const int64_t stride = out_stride * static_cast<int64_t>(sizeof(float));
     R1K_TILE_STORE(0, out, stride);
     R1K_TILE_STORE(1, out + kSide, stride);
@@ -183,7 +189,7 @@ inline void square(const char* a0, const char* a1, const char* b0, const char* b
   R1K_TILE_STORE(1, sums[0] + kSide, sizeof(sums[0]));
   R1K_TILE_STORE(2, sums[kSide], sizeof(sums[0]));
   R1K_TILE_STORE(3, sums[kSide] + kSide, sizeof(sums[0]));
-  add_rows(sums, out, out_stride, rows, columns, add);
+  write_rows(sums, out, out_stride, rows, columns, write);
 }
 
 inline int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -197,11 +203,19 @@ inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) 
   return packed_left(rows, depth) + panel_count(columns) * panel_stride(depth);
 }
 
+// Whether the result is beyond the caches, written once, and in whole lines.
+inline bool may_stream(const Gemm& gemm) {
+  constexpr int64_t kBeyondCaches = (32 << 20) / sizeof(float);
+  return gemm.k <= kSlice && gemm.rows * gemm.columns >= kBeyondCaches && gemm.out_stride % kSide == 0 &&
+         reinterpret_cast<uintptr_t>(gemm.out) % 64 == 0;
+}
+
 inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
   const tiles::InUse in_use;
   for (int64_t k = 0; k < gemm.k; k += kSlice) {
     const int64_t depth = min(kSlice, gemm.k - k), stride = panel_stride(depth);
-    const bool add = gemm.accumulate || k > 0;
+    // A line of a large result would be read for nothing before it is written.
+    const Write write = gemm.accumulate || k > 0 ? Write::add : may_stream(gemm) ? Write::stream : Write::set;
     char* const left = static_cast<char*>(workspace);
     char* const right = left + packed_left(block.row_end - block.row_begin, depth);
     pack(gemm.b, k, depth, block.column_begin, block.column_end, false, right);
@@ -216,11 +230,14 @@ inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
           const int64_t columns = min(kSquare, block.column_end - c);
           const char* const b = right + (c - block.column_begin) / kSide * stride;
           square(a, rows > kSide ? a + stride : a, b, columns > kSide ? b + stride : b, depth,
-                 gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, add);
+                 gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, write);
         }
       }
     }
   }
+#if defined(__AVX512F__)
+  _mm_sfence();  // streamed writes, before other threads read them
+#endif
 }
 
 }  // namespace amx

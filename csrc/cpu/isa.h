@@ -50,8 +50,8 @@ struct Kernels {
   const GemmKernels* gemm;
 };
 
-// Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux asks every process to request them
-// once, for all of its threads: they make the state that it saves for a thread larger.
+// Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
+// once, for all threads: they make the state that it saves for a thread larger.
 inline bool may_use_tiles() {
 #if defined(R1K_X86) && defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
