@@ -284,12 +284,6 @@ PyObject* use_cpu_isa(PyObject*, PyObject* wanted) {
   return PyErr_Format(PyExc_ValueError, "instruction set is %R, expected one of cpu_isas()", wanted);
 }
 
-PyObject* has_bf16_dot(PyObject*, PyObject*) {
-  return PyBool_FromLong(r1k::active_kernels()->gemm->bfloat16_dot);
-}
-
-PyObject* has_amx_bf16(PyObject*, PyObject*) { return PyBool_FromLong(r1k::supports_amx_bfloat16()); }
-
 PyObject* advise_huge_pages(PyObject*, PyObject* args) {
   Py_ssize_t address, bytes;
   if (!PyArg_ParseTuple(args, "nn", &address, &bytes)) return nullptr;
@@ -302,8 +296,6 @@ PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this processor can run, narrowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},
-    {"has_bf16_dot", has_bf16_dot, METH_NOARGS, "Whether gemm_f32 multiplies bfloat16 by instructions of its own."},
-    {"has_amx_bf16", has_amx_bf16, METH_NOARGS, "Whether this processor has matrix tiles for bfloat16 (AMX)."},
     {"cuda_architectures", r1k::cuda_architectures, METH_NOARGS, "What the CUDA kernels are compiled for."},
     {"cuda_missing", r1k::cuda_missing, METH_O, "Why no CUDA kernel can run on a device (its index); '' where one can."},
     {nullptr, nullptr, 0, nullptr}};

@@ -35,18 +35,18 @@ struct Cut {
   int64_t blocks(const r1k::Gemm& gemm) const { return ceil_div(gemm.rows, rows) * ceil_div(gemm.columns, columns); }
 };
 
-Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads) {
-  constexpr int64_t kMaxRows = 2048, kMaxColumns = 1024;  // 8 MiB of result, 1 MiB of packed b
-  constexpr double kWorthAThread = 1 << 20;               // multiplications: some 10 microseconds
+Cut cut(const r1k::Gemm& gemm, const r1k::GemmTile& tile, int64_t threads) {
+  constexpr int64_t kMaxRows = 2048;         // 4 to 8 MiB of result
+  constexpr double kWorthAThread = 1 << 20;  // multiplications: some 10 microseconds
   const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
   const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
-  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, kMaxColumns);
+  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, tile.max_block_columns);
   for (;;) {
-    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), kernels.tile_rows) * kernels.tile_rows,
-                        ceil_div(ceil_div(gemm.columns, column_cuts), kernels.tile_columns) * kernels.tile_columns};
+    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), tile.rows) * tile.rows,
+                        ceil_div(ceil_div(gemm.columns, column_cuts), tile.columns) * tile.columns};
     const int64_t blocks = result.blocks(gemm);
     const bool balanced = blocks >= 4 * useful_threads || blocks % useful_threads == 0;
-    const bool rows_left = result.rows > kernels.tile_rows, columns_left = result.columns > kernels.tile_columns;
+    const bool rows_left = result.rows > tile.rows, columns_left = result.columns > tile.columns;
     if (balanced || !(rows_left || columns_left)) return result;
     if (columns_left && (result.columns >= result.rows || !rows_left)) {
       ++column_cuts;
@@ -56,8 +56,29 @@ Cut cut(const r1k::Gemm& gemm, const r1k::GemmKernels& kernels, int64_t threads)
   }
 }
 
-struct Aligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+// Memory for packed operands that a thread keeps between calls: a few MiB at most, as blocks are bounded.  Panels in
+// huge pages do not meet in the same sets of the L2 cache.
+class Workspace {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = ceil_div(bytes, kHugePage) * kHugePage;
+      memory_.reset(::operator new(bytes_, std::align_val_t(kHugePage)));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
+#endif
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr int64_t kHugePage = 2 << 20;
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kHugePage)); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+  int64_t bytes_ = 0;
 };
 
 void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
@@ -99,18 +120,19 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     prefer_huge_pages(gemm.out, ((gemm.rows - 1) * gemm.out_stride + gemm.columns) * int64_t{sizeof(float)});
   }
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(gemm, kernels, torch::stable::get_num_threads());
+  const Cut size = cut(gemm, kernels.tile(gemm.dtype), torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
   const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
   // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min<int64_t>(blocks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<void, Aligned> workspace(::operator new(bytes, std::align_val_t(64)));
+    static thread_local Workspace kept;
+    void* const workspace = kept.at_least(bytes);
     for (int64_t block = next++; block < blocks; block = next++) {
       const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
       kernels.block(gemm,
                     {row, std::min(row + size.rows, gemm.rows), column, std::min(column + size.columns, gemm.columns)},
-                    workspace.get());
+                    workspace);
     }
   });
 }

@@ -34,11 +34,13 @@ PUBLIC_OPS = {
 
 PRODUCTS = {
     "native": "our kernel",
-    "onednn": "oneDNN on matrix tiles (AMX)",
     "out_dtype": "the device's library, float32 result",
     "copies": "torch, float32 copies block by block",
     "torch": "torch",
 }
+
+# What a CPU multiplies bfloat16 with, by instruction set; the others convert it to float32.
+BFLOAT16_UNITS = {"avx512_bf16": ", bfloat16 dot-product instructions", "amx_bf16": ", matrix tiles (AMX)"}
 
 
 def _products() -> list[str]:
@@ -50,8 +52,8 @@ def _products() -> list[str]:
                 continue  # the lines above show the error
             chosen = route(torch.empty(0, dtype=dtype, device=device))
             how = PRODUCTS[chosen]
-            if chosen == "native" and dtype == torch.bfloat16 and _library.extension.has_bf16_dot():
-                how += ", bfloat16 dot-product instructions"
+            if chosen == "native" and dtype == torch.bfloat16:
+                how += BFLOAT16_UNITS.get(_library.extension.cpu_isa(), "")
             lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
     return lines
 

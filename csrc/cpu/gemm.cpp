@@ -7,6 +7,9 @@
 
 #include "gemm_pack.h"
 #include "isa.h"
+#if defined(__AMX_BF16__)
+#include "gemm_amx.h"
+#endif
 
 namespace r1k {
 namespace R1K_ISA {
@@ -151,20 +154,24 @@ void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
 }
 
 #if defined(__AVX512BF16__)
-constexpr bool kBFloat16Dot = true;
 using BFloat16Lanes = BFloat16Pairs;
 #else
-constexpr bool kBFloat16Dot = false;
 using BFloat16Lanes = FloatLanes<BFloat16>;
 #endif
 
 int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
+#if defined(__AMX_BF16__)
+  if (gemm.dtype == DType::bfloat16) return amx::workspace_bytes(gemm, rows, columns);
+#endif
   const int64_t steps =
       min(gemm.k, gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps : FloatLanes<float>::kSteps);
   return (packed_left(rows, steps) + packed_right(columns, steps)) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
+#if defined(__AMX_BF16__)
+  if (gemm.dtype == DType::bfloat16) return amx::block(gemm, block, workspace);
+#endif
   uint32_t* const lanes = static_cast<uint32_t*>(workspace);
   switch (gemm.dtype) {
     case DType::float32: return block_of<FloatLanes<float>>(gemm, block, lanes);
@@ -173,9 +180,16 @@ void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
   }
 }
 
+GemmTile tile_size([[maybe_unused]] DType dtype) {
+#if defined(__AMX_BF16__)
+  if (dtype == DType::bfloat16) return {amx::kSquare, amx::kSquare, amx::kBlockColumns};
+#endif
+  return {kTileRows, kTileColumns, 1024};
+}
+
 }  // namespace
 
-const GemmKernels gemm_kernels = {block, workspace_bytes, kTileRows, kTileColumns, kBFloat16Dot};
+const GemmKernels gemm_kernels = {block, workspace_bytes, tile_size};
 
 }  // namespace R1K_ISA
 }  // namespace r1k

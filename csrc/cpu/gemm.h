@@ -28,12 +28,16 @@ struct GemmBlock {
   int64_t row_begin, row_end, column_begin, column_end;
 };
 
+struct GemmTile {
+  int64_t rows, columns;      // blocks that are multiples of these waste nothing
+  int64_t max_block_columns;  // so many columns of b fit a cache once they are packed
+};
+
 struct GemmKernels {
   // Computes one block, sequentially.  `workspace` is aligned to 64 bytes.
   void (*block)(const Gemm&, const GemmBlock&, void* workspace);
   int64_t (*workspace_bytes)(const Gemm&, int64_t rows, int64_t columns);
-  int64_t tile_rows, tile_columns;  // blocks that are multiples of these waste nothing
-  bool bfloat16_dot;                // bfloat16 is multiplied by instructions of its own
+  GemmTile (*tile)(DType);
 };
 
 }  // namespace r1k

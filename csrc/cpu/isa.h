@@ -4,6 +4,11 @@
 
 #include <vector>
 
+#if defined(R1K_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "divergence.h"
 #include "gemm.h"
 #include "token_stats.h"
@@ -34,7 +39,8 @@ R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
 R1K_DECLARE_KERNELS(avx2)
 R1K_DECLARE_KERNELS(avx512)
-R1K_DECLARE_KERNELS(avx512_bf16)  // gemm_kernels alone: nothing else multiplies bfloat16
+R1K_DECLARE_KERNELS(avx512_bf16)  // these two have gemm_kernels alone: nothing else multiplies bfloat16
+R1K_DECLARE_KERNELS(amx_bf16)
 #endif
 
 struct Kernels {
@@ -43,6 +49,18 @@ struct Kernels {
   const DivergenceKernels* divergence;
   const GemmKernels* gemm;
 };
+
+// Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
+// once, for all threads: they make the state that it saves for a thread larger.
+inline bool may_use_tiles() {
+#if defined(R1K_X86) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {
@@ -58,6 +76,10 @@ inline std::vector<Kernels> find_supported_kernels() {
       if (__builtin_cpu_supports("avx512bf16")) {
         supported.push_back({"avx512_bf16", &avx512::token_stats_kernels, &avx512::divergence_kernels,
                              &avx512_bf16::gemm_kernels});
+        if (may_use_tiles()) {
+          supported.push_back({"amx_bf16", &avx512::token_stats_kernels, &avx512::divergence_kernels,
+                               &amx_bf16::gemm_kernels});
+        }
       }
     }
   }
@@ -68,16 +90,6 @@ inline std::vector<Kernels> find_supported_kernels() {
 inline const std::vector<Kernels>& supported_kernels() {
   static const std::vector<Kernels> supported = find_supported_kernels();
   return supported;
-}
-
-// No kernel here uses its tiles; torch's own products do, and are faster then.
-inline bool supports_amx_bfloat16() {
-#ifdef R1K_X86
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
 }
 
 // The set in use: the widest, unless a test asks for another.

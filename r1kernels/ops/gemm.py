@@ -8,10 +8,8 @@ float32 sums. No route rounds an operand.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import threading
 import warnings
 from collections.abc import Iterator
 
@@ -25,20 +23,17 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 _BLOCK = 2048
 # Rows of a product whose shape never changes, for libraries that choose an algorithm by shape.
 _INVARIANT_ROWS = 128
-_precision_lock = threading.RLock()
 
 
-def route(tensor: Tensor, batch_invariant: bool = False) -> str:
+def route(tensor: Tensor) -> str:
     """How products of matrices like `tensor` are computed. Only this function decides it.
 
-    "native": our kernel; the bits of an entry depend only on its row and its column. "onednn": float32 copies that
-    oneDNN reads as bfloat16 without loss, on processors with matrix units (AMX). "out_dtype": the library of an
+    "native": our kernel; the bits of an entry depend only on its row and its column. "out_dtype": the library of an
     accelerator, which keeps its float32 sums. "copies": float32 copies, block by block. "torch": the operands are
     float32 or float64 already.
     """
     if _library.choose(tensor.device.type, tensor.dtype).implementation == "cpu":
-        amx = tensor.dtype == torch.bfloat16 and _library.extension.has_amx_bf16()
-        return "onednn" if amx and not batch_invariant else "native"
+        return "native"
     if tensor.dtype not in HALF_DTYPES:
         return "torch"
     return "out_dtype" if tensor.device.type == "cuda" and _keeps_accumulators(tensor.device) else "copies"
@@ -69,7 +64,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
         out: (M, N), float32 (float64 from float64), adjacent columns.
         batch_invariant: the bits of a row of out depend only on that row of a (and on b).
     """
-    chosen = route(a, batch_invariant)
+    chosen = route(a)
     if chosen == "native":
         torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate)
     elif batch_invariant:
@@ -80,10 +75,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
 
 
 def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    if chosen == "onednn":
-        with _bfloat16_operands():
-            _copies(a, b, out, accumulate)
-    elif chosen == "copies":
+    if chosen == "copies":
         _copies(a, b, out, accumulate)
     elif chosen == "out_dtype":
         if accumulate:
@@ -124,20 +116,3 @@ def _copies(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         a_block = a[m, k].float()
         for n in _blocks(b.shape[1]):
             out[m, n].addmm_(a_block, b[k, n].float())
-
-
-@contextlib.contextmanager
-def _bfloat16_operands() -> Iterator[None]:
-    """Lets oneDNN round float32 operands to bfloat16; exact here, because they are copies of bfloat16 values.
-
-    The setting is process-wide. It is restored, and other threads wait to set it. A float32 product that another
-    thread runs in the meantime is rounded too.
-    """
-    settings = torch.backends.mkldnn.matmul
-    with _precision_lock:
-        before = settings.fp32_precision
-        settings.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before

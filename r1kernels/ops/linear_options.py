@@ -47,12 +47,8 @@ class LinearOptions(TypedDict, total=False):
             gradient for the weight. The weight must be a leaf; its hooks, and tools that use them (DDP), see no
             gradient.
         batch_invariant: the bits of a token's log-prob depend only on its hidden state: not on the batch, the size of
-            a chunk or padding. With the compiled CPU kernels and float32 logits this is always true, except on
-            processors with matrix tiles (AMX), where this option turns the tiles off. Elsewhere, it computes products
-            in blocks of 128 rows.
-
-    With AMX, bfloat16 products change `torch.backends.mkldnn.matmul.fp32_precision` for the whole process while they
-    run: a float32 product that another thread runs at that time is rounded too. `batch_invariant` avoids this.
+            a chunk or padding. With the compiled CPU kernels and float32 logits this is always true. Elsewhere, it
+            computes products in blocks of 128 rows.
     """
 
     bias: Tensor | None

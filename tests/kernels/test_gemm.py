@@ -1,9 +1,12 @@
 """The matrix product with an fp32 result: exactness, its error budget, the same bits however it is cut, edges."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
+import host_module
 import numpy as np
 import pytest
 import torch
@@ -293,20 +296,92 @@ def test_fake_tensors_need_no_memory() -> None:
         assert gemm_f32(a, a, torch.empty(10**6, 10**6), True) is None
 
 
-def test_bfloat16_dot_products_are_announced() -> None:
-    extension = _library.extension
-    in_use = extension.cpu_isa()
-    for name in ISAS:
-        extension.use_cpu_isa(name)
-        assert extension.has_bf16_dot() == (name == "avx512_bf16")
-    extension.use_cpu_isa(in_use)
-
-
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no other source says what the processor has")
-def test_matrix_tiles_are_announced() -> None:
+def test_bfloat16_instructions_are_used_where_they_are() -> None:
     flags = Path("/proc/cpuinfo").read_text().split()
-    assert _library.extension.has_amx_bf16() == ("amx_bf16" in flags)
     assert ("avx512_bf16" in ISAS) == ("avx512_bf16" in flags)
+    assert ("amx_bf16" in ISAS) == ({"avx512_bf16", "amx_tile", "amx_bf16"} <= set(flags))
+
+
+# ---- matrix tiles, emulated -------------------------------------------------------------------------------
+
+TILES = Path(__file__).parents[1] / "support" / "emulated_tiles.cpp"
+
+
+@functools.cache
+def emulated_tiles() -> list[ModuleType]:
+    return list(host_module.load(TILES, sorted((host_module.ROOT / "csrc" / "cpu").glob("*.h"))).values())
+
+
+def emulated_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, or added to `out`, by every variant of the module, with the same bits."""
+    results = []
+    for module in emulated_tiles():
+        around = torch.full((a.shape[0] + 2, b.shape[1] + 7), 12345.0)
+        inside = around[1:-1, 3:-4]
+        if out is not None:
+            inside.copy_(out)
+        module.multiply(
+            a.shape[0], b.shape[1], a.shape[1], a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()[::-1],
+            inside.data_ptr(), inside.stride(0), out is not None,
+        )
+        results.append(inside.clone())
+        inside.fill_(12345.0)
+        assert (around == 12345.0).all()
+    assert all(torch.equal(results[0].view(torch.int32), result.view(torch.int32)) for result in results)
+    return results[0]
+
+
+def same_on_tiles(a: Tensor, b: Tensor, out: Tensor | None, got: Tensor) -> None:
+    """Where the processor has tiles, they give the bits of the emulation; a NaN may have any bits."""
+    if "amx_bf16" not in ISAS:
+        return
+    in_use = _library.extension.cpu_isa()
+    _library.extension.use_cpu_isa("amx_bf16")
+    expected = product(a, b, out)
+    _library.extension.use_cpu_isa(in_use)
+    numbers = ~expected.isnan()
+    assert torch.equal(numbers, ~got.isnan())
+    assert torch.equal(got.view(torch.int32)[numbers], expected.view(torch.int32)[numbers])
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1, 1, 1), (16, 32, 16), (17, 33, 15), (32, 64, 32), (33, 1, 47), (5, 1025, 3), (130, 31, 20), (3, 40, 530)],
+)
+@pytest.mark.parametrize("layouts", [(x, y) for x in LAYOUTS for y in LAYOUTS])
+def test_emulated_tiles(m: int, k: int, n: int, layouts: tuple[str, str]) -> None:
+    a = lay_out(random_matrix(m, k, torch.bfloat16, 1), layouts[0])
+    b = lay_out(random_matrix(k, n, torch.bfloat16, 2), layouts[1])
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    for out in (None, random_matrix(m, n, torch.float32, 3)):
+        got = emulated_product(a, b, out)
+        extra = 0 if out is None else out.double()
+        testing.assert_within(
+            got, exact + extra, (k + 2) * testing.EPS32 / 2 * (terms + abs(extra)) + k * TINY
+        )
+        same_on_tiles(a, b, out, got)
+
+
+@pytest.mark.parametrize("exponent", [-70, -63, 60])
+def test_emulated_tiles_flush_denormals_and_overflow_as_tiles_do(exponent: int) -> None:
+    a = (random_matrix(20, 100, torch.bfloat16, 1) * 2.0**exponent).bfloat16()
+    b = (random_matrix(100, 20, torch.bfloat16, 2) * 2.0**exponent).bfloat16()
+    a[3] *= 2.0**-60  # denormal inputs where a is small
+    same_on_tiles(a, b, None, emulated_product(a, b))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_emulated_tiles_keep_nan_and_inf_in_their_row_and_column(poison: float, layout: str) -> None:
+    a, b = random_matrix(19, 70, torch.bfloat16, 1), random_matrix(70, 35, torch.bfloat16, 2)
+    a[9, 69] = b[35, 34] = poison
+    expected = (a.double() @ b.double()).float()
+    a, b = lay_out(a, layout), lay_out(b, layout)
+    got = emulated_product(a, b)
+    for part in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(part(got), part(expected))
+    same_on_tiles(a, b, None, got)
 
 
 def test_a_device_without_wide_results_is_slow_and_says_so() -> None:

@@ -36,11 +36,11 @@ def chunk_of(rows: int, vocab: int, width: int, dtype: torch.dtype = torch.float
 def product_workspace(rows: int, vocab: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that a product of a chunk takes beside its operands and its result. The route of the processor decides.
 
-    Our own kernel packs blocks whose size does not depend on the operands. The routes "onednn" and "copies" make
-    float32 copies of one block of each operand, and oneDNN packs these once more in 16 bits, in tiles of at most 64
-    entries: 6 bytes for each entry of the two blocks.
+    Our own kernel packs blocks whose size does not depend on the operands. The route "copies" makes float32 copies of
+    one block of each operand, and a library may pack these once more in 16 bits, in tiles of at most 64 entries: 6
+    bytes for each entry of the two blocks.
     """
-    if gemm.route(torch.empty(0, dtype=dtype)) not in ("onednn", "copies"):
+    if gemm.route(torch.empty(0, dtype=dtype)) != "copies":
         return 0
     r, v, h = (min(-(-size // 64) * 64, gemm._BLOCK) for size in (rows, vocab, width))
     # Products of a chunk: logits (r, h) (h, v), gradient of hidden (r, v) (v, h), of the weight (v, r) (r, h).
