@@ -16,9 +16,9 @@ demo: $(VENV)/train.stamp $(VENV)/build.stamp
 	$(if $(filter 2,$(shell grep -cs '"status": "finished"' runs/demo/manifest.json)),$(RM) -r runs/demo)
 	$(BIN)/r1kernels train recipes/demo.yaml
 
-# Files go to two processes in the order of the rooms, so that the longest, of the emulators, begin first. All cases and
+# Each of two processes begins with half of the tests, and one that is done takes over tests of the other. All cases and
 # the emulators' full suites: make test TEST_OPTIONS="-n 2 --full".
-TEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder
+TEST_OPTIONS ?= -n 2 --dist worksteal
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
