@@ -57,15 +57,19 @@ def parameters(case: pytest.Item) -> dict[str, tuple[int, ...]]:
 
 def sample(cases: list[pytest.Item], full: bool) -> list[int]:
     """The numbers of the cases of one test that are run."""
-    if full and not SLOW_KERNELS:
-        return list(range(len(cases)))
     numbers = list(range(len(cases)))
+    if not cases or (full and not SLOW_KERNELS):
+        return numbers
     if len(cases) > SAMPLED_ABOVE:
         numbers = sampling.pairwise([parameters(case) for case in cases])
-    if SLOW_KERNELS and cases and not full:
-        room, name = cases[0].path.parent.name, cases[0].nodeid.partition("[")[0].rpartition("/")[2]
+    if full:
+        return numbers
+    room, name = cases[0].path.parent.name, cases[0].nodeid.partition("[")[0].rpartition("/")[2]
+    few = cases[0].get_closest_marker("few")
+    if SLOW_KERNELS or few:
         start = zlib.crc32(name.encode())  # otherwise every test would run its first case
-        numbers = [numbers[i] for i in sampling.spread(len(numbers), MOST_INTERPRETED[room], start)]
+        most = few.args[0] if few else MOST_INTERPRETED[room]
+        numbers = [numbers[i] for i in sampling.spread(len(numbers), most, start)]
     return numbers
 
 

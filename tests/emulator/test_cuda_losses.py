@@ -14,7 +14,10 @@ from r1kernels import Objective, _library, backend, group_advantages, objectives
 from r1kernels.ops.group_advantages import SCALES
 from r1kernels.ops.policy_loss import METRICS
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which builds the extension too")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which builds the extension too"),
+    pytest.mark.few(4),  # each takes a second or more in the emulator
+]
 
 LONG = [4700, 0, 3, 513, 1, 1200, 0]  # 10, 1, 1, 2, 1, 3 and 1 pieces; 13 tiles of all
 MANY = [5000, 0, 700, 2, 512, 1030, 900, 601, 0, 77, 4096]  # blocks that wait at a barrier of the grid
