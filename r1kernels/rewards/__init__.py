@@ -58,6 +58,8 @@ def overlong(completions: list, *, limit: int | list[int], buffer: int, lengths:
 
     Lengths are in tokens: `lengths`, or those of TRL's `completion_ids`. `limit` is one number or a list.
     """
+    if buffer < 1 or (lengths is None and completion_ids is None):
+        raise ValueError(f"buffer is {buffer}, expected at least 1, and lengths or completion_ids are needed")
     limits = [limit] * len(completions) if isinstance(limit, int) else limit
     pairs = zip(map(len, completion_ids) if lengths is None else lengths, limits, strict=True)
     return [-min(max((length - (most - buffer)) / buffer, 0.0), 1.0) for length, most in pairs]

@@ -27,13 +27,15 @@ _SAYS = re.compile(r"(?:(?:the |my )?(?:(?:final|correct) )?answer(?: is:?|:) ?|
 
 _UNITS = {name: unit for unit, others in _SECTIONS["units"].items() for name in (unit, *others.split())}
 _NO_UNITS = set(" ".join(_SECTIONS["no units"].values()).split())
-_NOUN = re.compile(r"(?!.*(?:th|rd|s|ing|ly|ward)s$)[a-z]{3,20}s")
+_NOUN = re.compile(r"(?!.*(?:th|rd|s|u|illion|ing|ly|ward)s$)[a-z]{3,20}s")
 _UNIT = re.compile(r"(?:(square|sq|cubic) )?([^ ^{}]+) ?(?:\^\{([23])\})?")
 
 
 def normal(text: str) -> str:
     """The text in the one notation."""
     text = text.translate(_TABLE).strip()
+    if text.startswith("**") and text.endswith("**"):
+        text = text.strip("*")
     if text.isascii() and text.isdecimal():
         return text
     text = _without_stop(text[says.end() :] if (says := _SAYS.match(text)) else text)
@@ -56,7 +58,8 @@ def unit_of(text: str) -> str | None:
     for part in re.split(r" ?/ ?| per ", text) if text else ():
         power, name, exponent = match.groups() if (match := _UNIT.fullmatch(part)) else ("", "", "")
         noun = name if _NOUN.fullmatch(name) and name not in _NO_UNITS else None
-        unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or noun
+        singular = name.removesuffix("s") if len(name) > 3 else name  # `ms` is not `m`
+        unit = _UNITS.get(name) or _UNITS.get(singular) or noun
         if unit is None:
             return None
         found.append(unit + (exponent or {"square": "2", "sq": "2", "cubic": "3"}.get(power, "")))

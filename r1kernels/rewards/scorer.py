@@ -61,6 +61,9 @@ class Scorer(contextlib.AbstractContextManager):
                                for name in rewards if name != "accuracy"}
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"rewards is {rewards!r}, which cannot be imported: {error}") from error
+        for name, function in self._functions.items():
+            if not callable(function):
+                raise ValueError(f"rewards names {name!r}, which is {function!r:.60}, expected a function")
         if "overlong" in rewards:
             self._functions["overlong"] = functools.partial(self._functions["overlong"], buffer=overlong_buffer)
         self._weights, self._closing = dict(rewards), threading.Event()
@@ -141,7 +144,12 @@ class Scorer(contextlib.AbstractContextManager):
 
 def texts(messages: Sequence) -> list[str]:
     """The texts, or the last message of each chat, without its parts that are not text."""
-    contents = [message if isinstance(message, str) or not message else message[-1]["content"] for message in messages]
+    if isinstance(messages, str):
+        raise ValueError(f"completions or prompts is {messages!r:.60}, expected a list of texts or chats")
+    try:
+        contents = [one if isinstance(one, str) or not one else one[-1]["content"] for one in messages]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"completions or prompts is {messages!r:.60}, expected a list of texts or chats") from error
     return [content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
             for content in contents]
 

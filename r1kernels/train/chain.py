@@ -187,10 +187,11 @@ def content_hash(path: str | Path) -> str:
 def claim(recipe: Recipe) -> filelock.AcquireReturnProxy:
     """Locks the run directory for this process. Refuses a directory with files that no run wrote."""
     run_dir = Path(recipe.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / MANIFEST).exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise ConfigError(f"'run_dir' {recipe.run_dir!r} contains files that no run wrote; use another directory")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / MANIFEST).exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
+            raise ConfigError(f"'run_dir' {recipe.run_dir!r} contains files that no run wrote; use another directory")
         return filelock.FileLock(run_dir / ".lock").acquire(blocking=False)
-    except filelock.Timeout:
-        raise ConfigError(f"another process uses 'run_dir' {recipe.run_dir!r}; wait for it, or stop it") from None
+    except (filelock.Timeout, OSError) as error:
+        why = "another process uses it" if isinstance(error, filelock.Timeout) else error.strerror
+        raise ConfigError(f"'run_dir' is {recipe.run_dir!r}, which cannot be used: {why}") from error

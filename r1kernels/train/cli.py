@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import sys
 import time
@@ -55,17 +54,17 @@ def train(
         except errors.Interrupted as signal:
             console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
             status = INTERRUPTED
-        except Exception:
-            with contextlib.suppress(errors.RunError):  # the first error is the one to show
-                report.write_report(settings.run_dir)
-            raise
-        report.write_report(settings.run_dir)
-        console.say(f"wrote {Path(settings.run_dir, 'report.html')}, and its figures in curves/")
+        finally:
+            report.write_report(settings.run_dir)
+            console.say(f"wrote {Path(settings.run_dir, 'report.html')}, and its figures in curves/")
     return status
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command. Expected errors end it with a message and no traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments.count("--set") > 1:  # the last one would win silently
+        sys.exit("r1kernels: --set is given twice; give it once, with all its KEY=VALUE pairs")
     try:
         sys.exit(app.cli(args=arguments))
     except KeyboardInterrupt:

@@ -67,7 +67,10 @@ class Function(Settings):
         """The function. Raises ConfigError if it cannot be imported."""
         module, _, name = self.function.partition(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            found = getattr(importlib.import_module(module), name)
+            if callable(found):
+                return found
+            raise TypeError(f"it is {found!r:.60}, expected a function")
         except Exception as error:  # a module of the user may fail in any way
             raise ConfigError(f"cannot import '{self.function}' (see 'import_from'): {error!r}") from error
 
@@ -339,7 +342,7 @@ class Recipe(Settings):
     """A run."""
     run_dir: FilePath = setting("directory of everything that the run writes")
     seed: int = setting("seed of all random numbers", 0, ge=0)
-    threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1)
+    threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1, le=4096)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
     template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)

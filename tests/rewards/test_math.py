@@ -234,6 +234,7 @@ def test_an_unreadable_reference_is_reported(reference):
 
 
 def test_a_blank_reference_cannot_be_scored():
+    assert "longer" in check_reference("$" * 10**6) and grade("18", "$" * 10**6) is None
     assert check_reference(" ") and grade("3", " ") is None
 
 
@@ -251,6 +252,11 @@ def test_answers_that_differ_only_in_notation_look_the_same():
 
 def test_a_currency_is_a_unit():
     assert check_reference(r"\$18 apples") and grade("18 apples", r"\$18") == grade(r"\$18 apples", "18 apples") == 0.0
+    for answer, reference in (("18 apples", "18%"), ("18%", "18 cm"), ("18 quadrillions", "18"), ("18 obvious", "18"),
+                              ("18 ms", "18 m"), ("18 seems", "18")):
+        assert grade(answer, reference) == 0.0, (answer, reference)
+    for answer, reference in (("18%", "18"), ("0.18", "18%"), ("18 hrs", "18 hours"), ("**The answer is 18.**", "18")):
+        assert grade(answer, reference) == 1.0, (answer, reference)
     assert grade(r"\$18 apples", "18") == grade("€18", r"\$18") == 0.0
     assert grade(r"\$18 dollars", r"\$18") == grade("18 dollars", r"\$18") == 1.0
 

@@ -72,6 +72,12 @@ def test_code_takes_tests_as_the_answer():
     assert rewards.code([good, bad, good], answer=[PROGRAM, PROGRAM, "{}"]) == [1.0, 0.0, None]
 
 
+@pytest.mark.parametrize("completions", ["<think>", [5], [b"5"], [{"content": "x"}], [[{"role": "user"}]]])
+def test_what_is_not_a_list_of_texts_is_named(completions):
+    with pytest.raises(ValueError, match="completions"):
+        rewards.format(completions)
+
+
 def test_overlong_counts_tokens():
     ids = [[1] * length for length in (60, 80, 100, 200)]
     expected = [0.0, -0.5, -1.0, -1.0]
@@ -80,6 +86,10 @@ def test_overlong_counts_tokens():
     assert rewards.overlong([""] * 4, limit=[100] * 4, buffer=40, lengths=lengths, answer=[""] * 4) == expected
     with pytest.raises(TypeError, match="limit"):
         rewards.overlong([""], buffer=40, lengths=[1])
+    with pytest.raises(ValueError, match="buffer"):
+        rewards.overlong([""], limit=9, buffer=0, lengths=[1])
+    with pytest.raises(ValueError, match="lengths"):
+        rewards.overlong([""], limit=9, buffer=4)
 
 
 def test_wrong_columns_are_named():
@@ -97,9 +107,9 @@ def test_a_forked_process_can_score_too():
         "def judged(): return rewards.accuracy([r'\\boxed{\\sqrt{12}}'], answer=[r'2\\sqrt{3}'])\n"
         "scorer = rewards.Scorer({'format': 1.0})\n"
         "scorer.score(['a'])\n"
-        "print(judged(), flush=True)\n"
+        "os.write(1, f'{judged()}\\n'.encode())\n"
         "child = os.fork()\n"
-        "print(judged(), flush=True)\n"
+        "os.write(1, f'{judged()}\\n'.encode())\n"
         "if child: assert os.waitpid(child, 0)[1] == 0\n"
     )
     assert python(program) == "[1.0]\n" * 3

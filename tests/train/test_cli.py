@@ -109,6 +109,13 @@ def test_a_dry_run_changes_nothing(recipe, run_dir, tmp_path, capsys):
     assert "'base', 'rl'" in command("train", recipe, "--from", "nowhere")
 
 
+def test_a_second_set_and_a_run_directory_that_is_a_file_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "file")
+    assert "--set" in command("train", recipe, "--set", "seed=1", "--set", "seed=2")
+    assert "'run_dir'" in command("train", recipe)
+
+
 def test_a_config_file_does_not_make_a_run(recipe, tmp_path):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "config.yaml").write_text("mine")
