@@ -247,6 +247,9 @@ def test_what_passes_is_tried_again_and_what_does_not_is_named(connect, server):
         sample(sampler)
 
 
+# Where a connection was just being made, the library that makes it leaves a coroutine behind.
+@pytest.mark.filterwarnings("ignore:coroutine 'connect_tcp:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_stop_does_not_wait_for_the_server(connect, server):
     release, started = threading.Event(), threading.Event()
 
