@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import r1kernels
+from r1kernels import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
@@ -37,7 +38,7 @@ def versions() -> dict[str, str]:
         "csrc_tree": commit,
         "torch": torch.__version__,
         "device": device_name(),
-        "instruction_set": r1kernels._library.extension.cpu_isa(),
+        "instruction_set": _library.extension.cpu_isa(),
     }
 
 

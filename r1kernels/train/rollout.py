@@ -1,4 +1,4 @@
-"""Sampling: the interface of samplers, the sampler that runs the model itself, and texts to tokens and back."""
+"""Sampling: completions, the sampler that runs the model itself, and texts to tokens and back."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ Row = tuple[list[int], list[float], list[float]]  # token ids, their log-probs, 
 
 
 class VLLMSampler:
-    """A `Sampler` that asks a vLLM server, with one request for each run of equal prompts. Methods raise EndpointError.
+    """Asks a vLLM server, with one request for each run of equal prompts. Methods raise EndpointError.
 
     Requests have no seed. A server's sums depend on its other requests, so a seed would not make its answers
     repeatable; seeded sampling is slow; and in vLLM 0.32 on CPUs it stops the server when a prompt is split into
