@@ -30,7 +30,7 @@ struct GemmBlock {
 
 struct GemmTile {
   int64_t rows, columns;      // blocks that are multiples of these waste nothing
-  int64_t max_block_columns;  // so many columns of b fit a cache once they are packed
+  int64_t max_block_columns;  // the largest number of columns of b that fit a cache when packed
 };
 
 struct GemmKernels {

@@ -25,7 +25,7 @@ constexpr int64_t kSquare = 2 * kSide;
 
 // Elements along k in a slice.  In registers the products of 32 elements are one term, so a chain has 32 terms.
 constexpr int64_t kSlice = 1024;
-// Packed, the columns of a block are 1 MiB at most, and so many rows 256 KiB: together they stay in the L2 cache.
+// Packed, the columns of a block take at most 1 MiB, and these rows 256 KiB. Both stay in the L2 cache.
 constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kPackedRows = 128;
 
