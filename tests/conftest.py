@@ -32,8 +32,8 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
-# Where kernels are interpreted or emulated, every case is slow. There, these numbers of cases of each test run, by room, and
-# with `--full` the sample. Losses and heads call the kernels that the first room tests.
+# Interpreted and emulated kernels are slow. With them, these numbers of cases of each test run, by room,
+# and with `--full` the sample. Losses and heads call the kernels that the first room tests.
 MOST_INTERPRETED = {"kernels": 2, "losses": 1, "linear": 1}
 
 
