@@ -268,7 +268,7 @@ def test_only_what_python_reads_is_seen(kind, marker):
     outside = [path for path in found if os.path.dirname(path) != standard and path != "/dev/null"]
     libraries = [path for path in outside if ".so" in Path(path).name]
     others = {Path(path).name for path in outside} - {Path(path).name for path in libraries}
-    own = {"sandbox_child.py", "syscalls.txt"}
+    own = set() if str(sandbox.CHILD).startswith("/tmp/") else {"sandbox_child.py", "syscalls.txt"}  # /tmp is hidden
     assert others == own | {os.path.basename(os.path.realpath(sys._base_executable))}
     assert len(libraries) < 80
     for folder in ("site-packages", "dist-packages"):
