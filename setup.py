@@ -37,6 +37,8 @@ X86_ISAS = {
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
 PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
+# What has its own kernels for bfloat16 there.
+WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CUDA_BINDINGS = [
     "csrc/bindings_cuda.cpp",
@@ -69,7 +71,7 @@ class BuildExt(build_ext):
             parts = [pool.submit(self.compile_once, source, ext.define_macros, []) for source in ext.sources]
             for isa, flags in X86_ISAS.items() if IS_X86 else ():
                 macros = [*ext.define_macros, ("R1K_ISA", isa)]
-                for source in ["csrc/cpu/gemm.cpp"] if "bf16" in isa else PER_ISA:  # only products have bf16
+                for source in WITH_BF16.get(isa, PER_ISA):
                     parts.append(pool.submit(self.compile_once, source, macros, flags))
             ext.extra_objects += [part.result() for part in parts]
         if compiler is not None:

@@ -106,7 +106,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 # Sets with bf16 in their names have matrix products of their own, which test_gemm runs, and nothing else.
-ISAS = [isa for isa in _library.extension.cpu_isas() if "bf16" not in isa] if _library.extension else []
+ISAS = [isa for isa in _library.extension.cpu_isas() if isa != "amx_bf16"] if _library.extension else []
 
 
 @pytest.fixture(params=ISAS or [testing.KERNELS])

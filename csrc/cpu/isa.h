@@ -39,8 +39,8 @@ R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
 R1K_DECLARE_KERNELS(avx2)
 R1K_DECLARE_KERNELS(avx512)
-R1K_DECLARE_KERNELS(avx512_bf16)  // these two have gemm_kernels alone: nothing else multiplies bfloat16
-R1K_DECLARE_KERNELS(amx_bf16)
+R1K_DECLARE_KERNELS(avx512_bf16)  // without divergence_kernels
+R1K_DECLARE_KERNELS(amx_bf16)     // with gemm_kernels alone
 #endif
 
 struct Kernels {
@@ -74,10 +74,10 @@ inline std::vector<Kernels> find_supported_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       supported.push_back({"avx512", &avx512::token_stats_kernels, &avx512::divergence_kernels, &avx512::gemm_kernels});
       if (__builtin_cpu_supports("avx512bf16")) {
-        supported.push_back({"avx512_bf16", &avx512::token_stats_kernels, &avx512::divergence_kernels,
+        supported.push_back({"avx512_bf16", &avx512_bf16::token_stats_kernels, &avx512::divergence_kernels,
                              &avx512_bf16::gemm_kernels});
         if (may_use_tiles()) {
-          supported.push_back({"amx_bf16", &avx512::token_stats_kernels, &avx512::divergence_kernels,
+          supported.push_back({"amx_bf16", &avx512_bf16::token_stats_kernels, &avx512::divergence_kernels,
                                &amx_bf16::gemm_kernels});
         }
       }

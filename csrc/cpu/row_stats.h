@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../common/online_lse.h"
+#include "row_exp.h"
 #include "vec.h"
 
 namespace r1k {
@@ -45,74 +46,104 @@ struct Difference {
   VecF error;
 };
 
+struct BlockSums {
+  double sum, weighted;  // of v = e^{(x - max)/T} / scale and of v (x - max), without the maxima themselves
+  int64_t maxima;
+};
+
+// The maxima add 1 each and are counted apart: beside them the fp32 sum would lose the rest of the mass, and with it
+// 1 - p when one token holds nearly all of it.  Most blocks do not hold the maximum of the row so far.
+template <bool kSubtract, bool kMaxima>
+BlockSums block_sums(const float* block, int padded, const RowExp& row_exp, float max, const char* next, int step) {
+  const VecF top = broadcast(kSubtract ? 0.0f : max);
+  VecF sum[kUnroll] = {}, weighted[kUnroll] = {};
+  VecI maxima[kUnroll] = {};
+  for (int run = 0; run < padded; run += kRun) {
+    // Two levels of sums: equal terms round the same way every time, so long sums of them would drift.
+    VecF partial[kUnroll] = {}, partial_weighted[kUnroll] = {};
+    const int run_end = run + kRun < padded ? run + kRun : padded;
+    for (int k = run; k < run_end; k += kUnroll * kLanes, next += step) {
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + 64);
+      for (int u = 0; u < kUnroll; ++u) {
+        const Power power = row_exp.power<kSubtract, false>(load(block + k + u * kLanes));
+        VecF value = exp2_of(power);
+        if constexpr (kMaxima) {
+          const VecI is_max = power.x == top;
+          maxima[u] -= is_max;
+          value = is_max ? VecF{} : value;
+        }
+        partial[u] += value;
+        partial_weighted[u] = multiply_add(value, power.x - top, partial_weighted[u]);
+      }
+    }
+    for (int u = 0; u < kUnroll; ++u) {
+      sum[u] += partial[u];
+      weighted[u] += partial_weighted[u];
+    }
+  }
+  BlockSums result = {};
+  for (int u = 0; u < kUnroll; ++u) {
+    result.sum += horizontal_sum(sum[u]);
+    result.weighted += horizontal_sum(weighted[u]);
+    if constexpr (kMaxima) result.maxima += horizontal_sum(maxima[u]);
+  }
+  return result;
+}
+
+inline float block_max(const float* block, int padded) {
+  VecF top[kUnroll];
+  for (VecF& t : top) t = broadcast(-INFINITY);
+  for (int k = 0; k < padded; k += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) top[u] = larger(load(block + k + u * kLanes), top[u]);
+  }
+  return horizontal_max(larger(top[0], top[1]));
+}
+
+// `count` elements of the row from `begin` as fp32, padded: where they are, or else copied to `copy`.
+template <typename T>
+const float* block_of(const T* row, int64_t stride, int64_t begin, int count, float* copy, int& padded) {
+  if constexpr (sizeof(T) == 4) {
+    if (stride == 1 && count % (kUnroll * kLanes) == 0) {
+      padded = count;
+      return row + begin;
+    }
+  }
+  padded = load_block(row, stride, begin, count, copy);
+  return copy;
+}
+
 // Maximum, sum and weighted sum of one row, from one read of it.
 template <typename T>
 OnlineLse<double> row_state(const T* row, int64_t stride, int64_t vocab, double temperature) {
-  constexpr bool kExact = sizeof(T) == 4;
-  alignas(64) float block[kBlock];
-  const Exp2Scale scale(temperature);
+  alignas(64) float copy[kBlock];
   const double inv_temperature = 1.0 / temperature;
   OnlineLse<double> state;
+  RowExp row_exp(0, temperature);
 
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
-    const int padded = load_block(row, stride, begin, count, block);
-
-    VecF top[kUnroll];
-    for (VecF& t : top) t = broadcast(-INFINITY);
-    for (int k = 0; k < padded; k += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; ++u) {
-        const VecF x = load(block + k + u * kLanes);
-        top[u] = x > top[u] ? x : top[u];
-      }
+    int padded;
+    const float* block = block_of(row, stride, begin, count, copy, padded);
+    const float max = block_max(block, padded);
+    const bool has_maxima = max >= state.max;
+    if (max > state.max) {
+      state.raise_max(max, inv_temperature);
+      row_exp = RowExp(max, temperature);
     }
-    const float block_max = horizontal_max(top[0] > top[1] ? top[0] : top[1]);
-    state.raise_max(block_max, inv_temperature);
-    if (state.max == -INFINITY) {  // nothing finite yet: all -inf, or NaN, which no comparison sees
+    if (std::isinf(state.max)) {
+      // Nothing finite yet: all -inf, or NaN, which no comparison sees.  Or +inf, of which a row's result is NaN.
       for (int k = 0; k < count; ++k) {
-        if (block[k] != block[k]) state.sum = NAN;
+        if (block[k] != block[k] || block[k] == INFINITY) state.sum = NAN;
       }
       continue;
     }
-
-    // The maxima add 1 each and are counted apart: beside them the fp32 sum would lose the rest of the mass, and
-    // with it 1 - p when one token holds nearly all of it.
-    const VecF m = broadcast(static_cast<float>(state.max));
-    VecF sum[kUnroll] = {}, weighted[kUnroll] = {};
-    VecI maxima[kUnroll] = {};
-    for (int run = 0; run < padded; run += kRun) {
-      // Two levels of sums: equal terms round the same way every time, so long sums of them would drift.
-      VecF partial[kUnroll] = {}, partial_weighted[kUnroll] = {};
-      const int run_end = run + kRun < padded ? run + kRun : padded;
-      for (int k = run; k < run_end; k += kUnroll * kLanes) {
-        for (int u = 0; u < kUnroll; ++u) {
-          const Difference<kExact> d(load(block + k + u * kLanes), m);
-          Exp2 e;
-          if constexpr (kExact) {
-            e = exp2_scaled(d.value, scale, d.error * scale.hi);
-          } else {
-            e = exp2_scaled(d.value, scale);
-          }
-          const VecI is_max = d.value == 0.0f;
-          maxima[u] -= is_max;
-          const VecF value = e.value();
-          partial[u] += is_max ? VecF{} : value;
-          partial_weighted[u] += value * (e.underflow ? VecF{} : d.value);  // 0 * (-inf) = 0
-        }
-      }
-      for (int u = 0; u < kUnroll; ++u) {
-        sum[u] += partial[u];
-        weighted[u] += partial_weighted[u];
-      }
-    }
-    double block_sum = 0, block_weighted = 0;
-    for (int u = 0; u < kUnroll; ++u) {
-      block_sum += horizontal_sum(sum[u]) + static_cast<double>(horizontal_sum(maxima[u]));
-      block_weighted += horizontal_sum(weighted[u]);
-    }
-    state.add(block_sum, block_weighted);
+    const auto sums_of = row_exp.subtract ? (has_maxima ? block_sums<true, true> : block_sums<true, false>)
+                                          : (has_maxima ? block_sums<false, true> : block_sums<false, false>);
+    const BlockSums sums = sums_of(block, padded, row_exp, static_cast<float>(state.max),
+                                   reinterpret_cast<const char*>(row + begin + count), kUnroll * kLanes * sizeof(T));
+    state.add(row_exp.scale * sums.sum + static_cast<double>(sums.maxima), row_exp.scale * sums.weighted);
   }
-
   return state;
 }
 

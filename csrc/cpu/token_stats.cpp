@@ -4,6 +4,7 @@
 // arithmetic below.  A row is always computed by one thread in one order: its bits do not depend on its batch.
 
 #include <cmath>
+#include <type_traits>
 
 #include "isa.h"
 #include "row_stats.h"
@@ -53,22 +54,23 @@ struct RowGradient {
 };
 
 // dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T, for one vector of a row.
-template <bool kExact, bool kEntropy>
+template <bool kSubtract, bool kCoarse, bool kEntropy>
 class VectorGradient {
  public:
-  VectorGradient(const RowGradient& in, double temperature, double softcap) : scale_(temperature) {
+  VectorGradient(const RowGradient& in, double temperature, double softcap, const RowExp& row_exp, double factor)
+      : row_exp_(row_exp) {
+    factor *= kCoarse ? row_exp.coarse_scale : row_exp.scale;
     const double inv_temperature = 1.0 / temperature;
-    // log p = (x - anchor)/T + rest: the anchor is lse T rounded to fp32, the rest what that rounding lost.
-    const float anchor = canonical(in.lse * temperature);
-    anchor_ = broadcast(anchor);
-    rest_ = broadcast(canonical((anchor - in.lse * temperature) * inv_temperature * kLog2E));
-    const float minus_g = canonical(-in.g * inv_temperature);
-    minus_g_ = broadcast(minus_g);
-    minus_g_rest_ = broadcast(canonical(-in.g * inv_temperature - minus_g));
+    const float rounded = canonical(factor);
+    factor_ = broadcast(rounded);
+    factor_rest_ = broadcast(canonical(factor - rounded));
+    for (int k = 0; k < 5; ++k) coarse_[k] = broadcast(canonical(factor * kCoarseExp2[k]));
     // log p + H = (x - pivot)/T + offset: a pivot of its own, because the two cancel where p is near e^{-H}.
-    const float pivot = canonical((in.lse - in.entropy) * temperature);
+    const double exact_pivot = (in.lse - in.entropy) * temperature - row_exp.base;
+    const float pivot = canonical(exact_pivot);
     pivot_ = broadcast(pivot);
-    offset_ = broadcast(canonical((pivot - (in.lse - in.entropy) * temperature) * inv_temperature));
+    offset_ = broadcast(canonical((pivot - exact_pivot) * inv_temperature));
+    minus_g_ = broadcast(canonical(-in.g * inv_temperature));
     minus_eta_ = broadcast(canonical(-in.eta * inv_temperature));
     slope_ = broadcast(static_cast<float>(inv_temperature));
     inv_softcap_ = broadcast(softcap > 0 ? static_cast<float>(1.0 / softcap) : 0.0f);
@@ -81,26 +83,28 @@ class VectorGradient {
   }
 
   VecF operator()(VecF x) const {
-    const Difference<kExact> d(x, anchor_);
-    Exp2 p;
-    if constexpr (kExact) {
-      p = exp2_scaled(d.value, scale_, d.error * scale_.hi + rest_);
-    } else {
-      p = exp2_scaled(d.value, scale_, rest_);
-    }
+    const Power power = row_exp_.power<kSubtract, kCoarse>(x);
+    VecF slope;  // with entropy: what p is multiplied with
     if constexpr (kEntropy) {
-      const VecF log_p_plus_h = (p.underflow ? VecF{} : x - pivot_) * slope_ + offset_;
-      return p.times(minus_g_ + minus_eta_ * log_p_plus_h);
-    } else if constexpr (kExact) {
-      return p.times(minus_g_, minus_g_rest_);
+      slope = multiply_add(minus_eta_, multiply_add(power.x - pivot_, slope_, offset_), minus_g_);
+    }
+    if constexpr (kCoarse) {
+      VecF p = multiply_add(coarse_[4], power.rest, coarse_[3]);
+      p = multiply_add(p, power.rest, coarse_[2]);
+      p = multiply_add(p, power.rest, coarse_[1]);
+      p = multiply_add(p, power.rest, coarse_[0]);
+      if constexpr (kEntropy) p *= slope;
+      return times_power(p, power);
+    } else if constexpr (kEntropy) {
+      return times_exp2(power, factor_ * slope);
     } else {
-      return p.times(minus_g_);
+      return times_exp2(power, factor_, factor_rest_);
     }
   }
 
  private:
-  Exp2Scale scale_;
-  VecF anchor_, rest_, minus_g_, minus_g_rest_, pivot_, offset_, minus_eta_, slope_, inv_softcap_;
+  const RowExp row_exp_;
+  VecF factor_, factor_rest_, coarse_[5], minus_g_, pivot_, offset_, minus_eta_, slope_, inv_softcap_;
 };
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
@@ -112,17 +116,20 @@ double target_gradient(const RowGradient& in, double target_logit, double temper
   return grad / temperature;
 }
 
-template <typename T, typename Out, bool kEntropy, bool kSoftcap>
+template <typename T, typename Out, bool kSubtract, bool kEntropy, bool kSoftcap>
 void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature, double softcap,
-                  const RowGradient& in, Out* out, bool stream) {
+                  const RowGradient& in, const RowExp& row_exp, double factor, Out* out, bool stream) {
+  constexpr bool kCoarse = kHasScale && std::is_same_v<Out, BFloat16>;
   alignas(64) float block[kBlock];
   alignas(64) Out result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
-  const VectorGradient<sizeof(Out) == 4, kEntropy> vector(in, temperature, softcap);
+  const VectorGradient<kSubtract, kCoarse, kEntropy> vector(in, temperature, softcap, row_exp, factor);
   const auto gradient = [&](VecF x) {
     VecF value = vector(x);
     if constexpr (kSoftcap) value *= vector.through_softcap(x);
     // Narrowing wants NaN without a payload, which float32 logits may carry.
-    if constexpr (sizeof(Out) < sizeof(T)) value = value == value ? value : broadcast(__builtin_nanf(""));
+    if constexpr (sizeof(Out) < sizeof(T) && !kNarrowsAnyNan) {
+      value = value == value ? value : broadcast(__builtin_nanf(""));
+    }
     return value;
   };
   const float target = to_float(row[token_id * stride]);
@@ -134,7 +141,12 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
     const int count = static_cast<int>(vocab - begin < kBlock ? vocab - begin : kBlock);
     int k = 0;
     if (stride == 1) {
-      for (; k + kLanes <= count; k += kLanes) store(result + k, gradient(load(row + begin + k)));
+      for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+        const T* const from = row + begin + k;
+        __builtin_prefetch(from + kBlock);
+        __builtin_prefetch(reinterpret_cast<const char*>(from + kBlock) + 64);
+        store_pair(result + k, gradient(load(from)), gradient(load(from + kLanes)));
+      }
     }
     if (k < count) {
       const int padded = load_block(row, stride, begin + k, count - k, block);
@@ -149,10 +161,12 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
   }
 }
 
-template <typename T, typename Out>
+template <typename T, typename Out, bool kSubtract>
 auto row_gradient_variant(bool entropy, bool softcap) {
-  if (softcap) return entropy ? row_gradient<T, Out, true, true> : row_gradient<T, Out, false, true>;
-  return entropy ? row_gradient<T, Out, true, false> : row_gradient<T, Out, false, false>;
+  if (softcap) {
+    return entropy ? row_gradient<T, Out, kSubtract, true, true> : row_gradient<T, Out, kSubtract, false, true>;
+  }
+  return entropy ? row_gradient<T, Out, kSubtract, true, false> : row_gradient<T, Out, kSubtract, false, false>;
 }
 
 template <typename T, typename Out>
@@ -170,14 +184,21 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     }
     const T* row = data + args.logits.offset(n);
     const RowGradient in = {g, eta, args.lse[n], args.entropy[n]};
-    const auto run = row_gradient_variant<T, Out>(eta != 0, args.softcap > 0);
-    run(row, args.logits.vocab_stride, vocab, args.token_ids[n], args.temperature.of(n), args.softcap, in, out,
+    const double temperature = args.temperature.of(n);
+    // Without an entropy term g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent.
+    int exponent = 0;
+    const double factor = eta != 0 ? 1 : std::frexp(-g / temperature, &exponent);
+    const RowExp row_exp(in.lse * temperature, temperature, exponent);
+    const auto run = (row_exp.subtract ? row_gradient_variant<T, Out, true>
+                                       : row_gradient_variant<T, Out, false>)(eta != 0, args.softcap > 0);
+    run(row, args.logits.vocab_stride, vocab, args.token_ids[n], temperature, args.softcap, in, row_exp, factor, out,
         args.stream);
   }
   if (args.stream) stream_fence();
 }
 
 void forward(const TokenStatsForward& args, int64_t row_begin, int64_t row_end) {
+  const FlushSubnormals flush;
   switch (args.logits.dtype) {
     case DType::float32: return forward_rows<float>(args, row_begin, row_end);
     case DType::bfloat16: return forward_rows<BFloat16>(args, row_begin, row_end);
@@ -186,6 +207,7 @@ void forward(const TokenStatsForward& args, int64_t row_begin, int64_t row_end) 
 }
 
 void backward(const TokenStatsBackward& args, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
   switch (args.logits.dtype) {
     case DType::bfloat16: return backward_rows<BFloat16, BFloat16>(args, begin, end);
     case DType::float16: return backward_rows<Float16, Float16>(args, begin, end);

@@ -71,11 +71,32 @@ inline VecF load(const BFloat16* from) {
 inline void store(float* to, VecF x) { std::memcpy(to, &x, sizeof(x)); }
 
 // To nearest, ties to even.  A NaN must have its low 16 bits clear, or rounding could carry it into another number:
-// arithmetic on bfloat16 inputs and on canonical() scalars gives no other.
+// arithmetic on bfloat16 inputs and on canonical() scalars gives no other.  The instruction for it narrows any NaN to
+// one, and subnormal numbers to 0.
 inline void store(BFloat16* to, VecF x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(to, &half, sizeof(half));
+#else
   const VecU bits = bit_cast<VecU>(x);
   const VecH half = narrow((bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16);
   std::memcpy(to, &half, sizeof(half));
+#endif
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kNarrowsAnyNan = true;
+inline void store_pair(BFloat16* to, VecF x, VecF y) {
+  const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  std::memcpy(to, &pair, sizeof(pair));
+}
+#else
+constexpr bool kNarrowsAnyNan = false;
+#endif
+template <typename T>
+inline void store_pair(T* to, VecF x, VecF y) {
+  store(to, x);
+  store(to + kLanes, y);
 }
 
 #if defined(__AVX512F__)
@@ -117,6 +138,32 @@ inline void store(Float16* to, VecF x) {
 }
 #endif
 
+// a * b + c, rounded once where the processor can.
+#if defined(__AVX512F__)
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__FP_FAST_FMAF)
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+  for (int k = 0; k < kLanes; ++k) c[k] = __builtin_fmaf(a[k], b[k], c[k]);
+  return c;
+}
+#else
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
+#endif
+inline VecF multiply_add(VecF a, VecF b, float c) { return multiply_add(a, b, broadcast(c)); }
+
+// a > b ? a : b, so b where one of them is NaN.
+#if defined(__AVX512F__)
+inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline VecF larger(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+inline VecF larger(VecF a, VecF b) { return (VecF)_mm_max_ps((__m128)a, (__m128)b); }
+#else
+inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
+#endif
+
 inline float canonical(double x) { return x == x ? static_cast<float>(x) : __builtin_nanf(""); }
 
 template <typename T>
@@ -132,16 +179,30 @@ inline T from_float(float x) {
   return lanes[0];
 }
 
+// Of lanes without NaN.
 inline float horizontal_max(VecF x) {
-  float result = x[0];
-  for (int k = 1; k < kLanes; ++k) result = x[k] > result ? x[k] : result;
-  return result;
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof(x));
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
+  }
+  return lanes[0];
 }
 
+// In double: pairs of lanes that lie half of them apart, and so on.
 inline double horizontal_sum(VecF x) {
-  double result = 0;
-  for (int k = 0; k < kLanes; ++k) result += x[k];
-  return result;
+  typedef double Doubles __attribute__((vector_size(kLanes * 8)));
+  const Doubles wide = __builtin_convertvector(x, Doubles);
+  double lanes[kLanes];
+  std::memcpy(lanes, &wide, sizeof(wide));
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
 }
 
 inline int64_t horizontal_sum(VecI x) {
@@ -162,31 +223,19 @@ struct Exp2Scale {
   VecF hi, lo, limit;
 };
 
-// 2^x as power * (1 + fraction): multiplying a factor into the power, which is exact, and the fraction in by one
-// fused multiply-add keeps factor * 2^x within about one rounding.
+// 2^x as power * (1 + fraction).
 struct Exp2 {
   VecF fraction;
   VecF power;
   VecI underflow;  // lanes (all ones) where 2^x counts as 0
 
-  VecF value() const { return underflow ? VecF{} : fraction * power + power; }
-
-  VecF times(VecF factor) const {
-    const VecF scaled = factor * power;
-    return underflow ? VecF{} : fraction * scaled + scaled;
-  }
-
-  // (factor + rest) * 2^x, where rest is what fp32 rounded away of the factor.
-  VecF times(VecF factor, VecF rest) const {
-    const VecF scaled = factor * power;
-    return underflow ? VecF{} : scaled + (fraction * scaled + rest * power);
-  }
+  VecF value() const { return underflow ? VecF{} : multiply_add(fraction, power, power); }
 };
 
 // a * b - n, with n the nearest integer to a * b, rounded once.
 inline VecF product_minus(VecF a, VecF b, VecF n) {
 #if defined(__FP_FAST_FMAF)
-  return a * b - n;  // contracted to a fused multiply-subtract
+  return multiply_add(a, b, -n);
 #else
   // Without one: Dekker's product, from halves whose products are exact.
   const VecF big_a = a * 4097.0f, big_b = b * 4097.0f;
@@ -197,29 +246,32 @@ inline VecF product_minus(VecF a, VecF b, VecF n) {
 #endif
 }
 
-// 2^(d * scale [+ extra]), |extra| small.  Both uses of d * scale.hi are fused multiply-adds (nothing else may use
-// that product, or the compiler would round it first): the fraction stays exact, and the relative error about one
-// unit in the last place, for any exponent.  NaN stays NaN.
+// (2^r - 1) / r on [-0.5, 0.5]: minimax, 2e-9 of 2^r.
+inline VecF exp2_fraction(VecF r) {
+  VecF p = broadcast(1.5353362e-4f);
+  p = multiply_add(p, r, 1.33988744e-3f);
+  p = multiply_add(p, r, 9.61843736e-3f);
+  p = multiply_add(p, r, 5.55033247e-2f);
+  p = multiply_add(p, r, 2.40226479e-1f);
+  return multiply_add(p, r, 6.93147203e-1f);
+}
+
+// 2^(d * scale [+ extra]), |extra| small.  The fraction is exact, and the relative error about one unit in the last
+// place, for any exponent.  NaN stays NaN.
 template <typename... Extra>
 inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
   const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecI underflow = d < scale.limit;
-  const VecF shifted = d * scale.hi + magic;
-  const VecF n = shifted - magic;
-  VecF r = product_minus(d, scale.hi, n);
+  const VecF shifted = multiply_add(d, scale.hi, magic);
+  const VecF rest = product_minus(d, scale.hi, shifted - magic);
+  VecF r;
   if constexpr (sizeof...(extra) == 0) {
-    r += d * scale.lo;
+    r = multiply_add(d, scale.lo, rest);
   } else {
-    r += d * scale.lo + (extra + ...);
+    r = rest + multiply_add(d, scale.lo, (extra + ...));
   }
-  VecF p = broadcast(1.5353362e-4f);  // minimax of (2^r - 1) / r on [-0.5, 0.5]: 2e-9 of 2^r
-  p = p * r + 1.33988744e-3f;
-  p = p * r + 9.61843736e-3f;
-  p = p * r + 5.55033247e-2f;
-  p = p * r + 2.40226479e-1f;
-  p = p * r + 6.93147203e-1f;
   const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + 127) << 23);
-  return {p * r, power, underflow};
+  return {exp2_fraction(r) * r, power, underflow};
 }
 
 // Writes bytes past the caches where that is possible; the ends that are not aligned go the normal way.
