@@ -22,6 +22,7 @@ import nvcc
 
 TORCH = Path(torch.__file__).parent
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS += ["-ffp-contract=off"]  # the sources say where a product and a sum are fused
 COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10

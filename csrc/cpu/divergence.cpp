@@ -88,7 +88,7 @@ class Entries {
     const VecF far_rest = rest == rest ? (entry.q_is_big ? -rest : rest) : VecF{};  // inf - inf
     const Exp2 ratio = exp2_scaled(far, scale_, far_rest * scale_.hi);
     entry.t = ratio.value();
-    entry.one_minus = ratio.underflow ? broadcast(1.0f) : (1.0f - ratio.power) - ratio.fraction * ratio.power;
+    entry.one_minus = ratio.underflow ? broadcast(1.0f) : multiply_add(-ratio.fraction, ratio.power, 1.0f - ratio.power);
     entry.distance = -far * slope_;
 
     const VecF logit = entry.q_is_big ? y : x;
@@ -96,7 +96,7 @@ class Entries {
     const Difference<kExact> from_anchor(logit, entry.q_is_big ? teacher_.value : student_.value);
     Exp2 big;
     if constexpr (kExact) {
-      big = exp2_scaled(from_anchor.value, scale_, from_anchor.error * scale_.hi + rest_of);
+      big = exp2_scaled(from_anchor.value, scale_, multiply_add(from_anchor.error, scale_.hi, rest_of));
     } else {
       big = exp2_scaled(from_anchor.value, scale_, rest_of);
     }
@@ -115,12 +115,12 @@ class Entries {
 VecF kl_term(const Entry& entry, VecI a_is_big) {
   const VecF d = a_is_big ? entry.distance : -entry.distance;
   VecF p = broadcast(2.4922436e-5f);  // minimax of (e^{-d} + d - 1) / d^2 on [-0.5, 0.5]: 4e-10
-  p = p * d - 1.9962174e-4f;
-  p = p * d + 1.3888738e-3f;
-  p = p * d - 8.333182e-3f;
-  p = p * d + 4.1666668e-2f;
-  p = p * d - 1.6666667e-1f;
-  p = p * d + 0.5f;
+  p = multiply_add(p, d, -1.9962174e-4f);
+  p = multiply_add(p, d, 1.3888738e-3f);
+  p = multiply_add(p, d, -8.333182e-3f);
+  p = multiply_add(p, d, 4.1666668e-2f);
+  p = multiply_add(p, d, -1.6666667e-1f);
+  p = multiply_add(p, d, 0.5f);
   const VecF near = (a_is_big ? entry.big : entry.big * entry.t) * (d * d * p);
   const VecF small = entry.t == 0.0f ? VecF{} : entry.t * entry.distance;  // 0 * inf = 0
   const VecF far = entry.big * (a_is_big ? entry.distance - entry.one_minus : entry.one_minus - small);
@@ -148,7 +148,7 @@ struct JsdWeights {
 
 // log(m / big) and log(m / small).  The latter is infinite where the smaller probability is 0.
 Log1p log_of_m_over_big(const Entry& entry, const JsdWeights& weights) {
-  return log1p_of(-weights.small * entry.one_minus, weights.big + weights.small * entry.t);
+  return log1p_of(-weights.small * entry.one_minus, multiply_add(weights.small, entry.t, weights.big));
 }
 
 Log1p log_of_m_over_small(const Entry& entry, const JsdWeights& weights) {
@@ -259,7 +259,7 @@ class VectorGradient {
         const JsdWeights weights(entry, mixture_);
         const VecF f = entry.q_is_big ? weights.big * entry.one_minus / entry.t : -weights.small * entry.one_minus;
         const VecF one_plus = entry.q_is_big ? weights.big / entry.t + weights.small
-                                             : weights.big + weights.small * entry.t;
+                                             : multiply_add(weights.small, entry.t, weights.big);
         log_ratio = -log1p_of(f, one_plus).log;
       }
       grad = p == 0.0f ? VecF{} : g_ * (p * (log_ratio - inner_));  // 0 * inf = 0

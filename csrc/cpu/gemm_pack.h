@@ -20,7 +20,9 @@ struct FloatLanes {
 
   static VecU load_along_k(const T* from) { return bit_cast<VecU>(load(from)); }
   static VecU load_across(const T* from, int64_t) { return bit_cast<VecU>(load(from)); }
-  static VecF multiply_add(VecU a, VecU b, VecF sum) { return bit_cast<VecF>(a) * bit_cast<VecF>(b) + sum; }
+  static VecF multiply_add(VecU a, VecU b, VecF sum) {
+    return R1K_ISA::multiply_add(bit_cast<VecF>(a), bit_cast<VecF>(b), sum);
+  }
 };
 
 #if defined(__AVX512BF16__)
