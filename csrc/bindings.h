@@ -9,13 +9,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 #include "common/objective.h"
 #include "cpu/token_stats.h"
@@ -112,24 +108,35 @@ inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_
           max_length};
 }
 
-// Gradients of vocabulary width are hundreds of megabytes of fresh pages: asking for huge pages saves most of
-// the page faults, which otherwise cost more than the arithmetic.
-inline void prefer_huge_pages(void* start, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kWorthwhile = 16 << 20;
-  if (bytes < kWorthwhile) return;
-  const intptr_t page = sysconf(_SC_PAGESIZE);
-  const intptr_t begin = (reinterpret_cast<intptr_t>(start) + page - 1) / page * page;
-  const intptr_t end = (reinterpret_cast<intptr_t>(start) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-  (void)start;
-  (void)bytes;
-#endif
-}
-
 // Rows per task: enough vocabulary to be worth waking a thread for.
 inline int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
+
+// run(next) on as many threads as there is work for; next() gives each part of [0, count) to one of them, and -1 after
+// the last.  A thread takes a part when it is free: one that another process keeps waiting does not keep the others.
+template <typename Run>
+void parallel_parts(int64_t count, const Run& run) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&taken, count] {
+    const int64_t part = taken++;
+    return part < count ? part : -1;
+  };
+  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1,
+                              [&](int64_t, int64_t) { run(next); });
+}
+
+// run(begin, end) for the rows of logits.
+template <typename Run>
+void parallel_rows(int64_t count, int64_t vocab, const Run& run) {
+  const int64_t grain = row_grain(vocab);
+  parallel_parts((count + grain - 1) / grain, [&](const auto& next) {
+    for (int64_t part = next(); part >= 0; part = next()) {
+      run(part * grain, std::min(part * grain + grain, count));
+    }
+  });
+}
+
+// Frees the memory that matrix products keep.
+void release_gemm_workspaces();
 
 }  // namespace bindings
 }  // namespace r1k

@@ -53,8 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = static_cast<double*>(entropy.data_ptr());
   const auto forward = r1k::active_kernels()->token_stats->forward;
-  torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
-                              [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  parallel_rows(count, args.logits.vocab, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return {logprobs, lse, entropy};
 }
 
@@ -78,28 +77,6 @@ r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_
            (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
   });
   return args;
-}
-
-Tensor token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, MaybeTensor grad_logprobs,
-                            MaybeTensor grad_entropy, double temperature) {
-  const auto sizes = logits.sizes();
-  const int64_t count = token_ids.numel();
-  Tensor grad_logits = empty(logits, std::vector<int64_t>(sizes.begin(), sizes.end()), logits.scalar_type());
-  r1k::TokenStatsBackward args =
-      backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
-  if (count == 0) return grad_logits;
-
-  args.out = grad_logits.data_ptr();
-  args.out_dtype = args.logits.dtype;
-  args.out_stride = args.logits.vocab;
-  const int64_t bytes = count * args.logits.vocab * r1k::size_of(args.logits.dtype);
-  constexpr int64_t kBeyondCaches = 32 << 20;
-  args.stream = bytes >= kBeyondCaches;
-  prefer_huge_pages(args.out, bytes);
-  const auto backward = r1k::active_kernels()->token_stats->backward;
-  torch::stable::parallel_for(0, count, row_grain(args.logits.vocab),
-                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
-  return grad_logits;
 }
 
 // Moves the rows [R] up to the top, each by column ranges so that threads never meet.
@@ -127,9 +104,11 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
   args.temperature.factors = floats(temperatures, "temperatures", count);
   args.softcap = softcap;
   const r1k::RowView out_view = row_view(out);
-  R1K_CHECK(logits.dim() == 2 && out.dim() == 2 && out.size(0) == count && out_view.vocab == args.logits.vocab &&
-                (out_view.vocab_stride == 1 || out_view.vocab == 1),
-            "out must be (N, V) like logits, with adjacent columns");
+  const bool is_matrix = logits.dim() == 2 && out.dim() == 2 && out.size(0) == count;
+  R1K_CHECK(out_view.vocab == args.logits.vocab && out.numel() == logits.numel() &&
+                (out.is_contiguous() || (is_matrix && (out_view.vocab_stride == 1 || out_view.vocab == 1))),
+            "out must be (N, V) like logits, with adjacent columns, or contiguous with the shape of logits");
+  R1K_CHECK(is_matrix || !rows.has_value(), "rows need logits (N, V)");
   R1K_CHECK(out_view.dtype == args.logits.dtype || args.logits.dtype == r1k::DType::float32,
             "out must have the dtype of logits, or a narrower one of float32 logits");
   if (rows.has_value()) {
@@ -141,10 +120,11 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
   }
   args.out = out.data_ptr();
   args.out_dtype = out_view.dtype;
-  args.out_stride = out_view.strides[0];
+  args.out_stride = out.is_contiguous() ? out_view.vocab : out_view.strides[0];
+  constexpr int64_t kBeyondCaches = 32 << 20;
+  args.stream = args.out != args.logits.data && out.numel() * r1k::size_of(out_view.dtype) >= kBeyondCaches;
   const auto backward = r1k::active_kernels()->token_stats->backward;
-  torch::stable::parallel_for(0, row_count, row_grain(args.logits.vocab),
-                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  parallel_rows(row_count, args.logits.vocab, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   if (args.rows != nullptr) {
     const int64_t size = r1k::size_of(out_view.dtype);
     compact_rows(static_cast<char*>(args.out), out_view.vocab * size, args.out_stride * size, args.rows, row_count);
@@ -284,18 +264,16 @@ PyObject* use_cpu_isa(PyObject*, PyObject* wanted) {
   return PyErr_Format(PyExc_ValueError, "instruction set is %R, expected one of cpu_isas()", wanted);
 }
 
-PyObject* advise_huge_pages(PyObject*, PyObject* args) {
-  Py_ssize_t address, bytes;
-  if (!PyArg_ParseTuple(args, "nn", &address, &bytes)) return nullptr;
-  prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+PyObject* release_workspace(PyObject*, PyObject*) {
+  release_gemm_workspaces();
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
-    {"prefer_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages in fresh memory (address, bytes)."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this processor can run, narrowest first."},
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},
+    {"release_workspace", release_workspace, METH_NOARGS, "Frees the memory that products keep for packed operands."},
     {"cuda_architectures", r1k::cuda_architectures, METH_NOARGS, "What the CUDA kernels are compiled for."},
     {"cuda_missing", r1k::cuda_missing, METH_O, "Why no CUDA kernel can run on a device (its index); '' where one can."},
     {nullptr, nullptr, 0, nullptr}};
@@ -305,7 +283,6 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
-  m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
   m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));

@@ -47,8 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> divergence(Tensor stu
   args.student_entropy = static_cast<double*>(student_entropy.data_ptr());
   args.teacher_entropy = static_cast<double*>(teacher_entropy.data_ptr());
   const auto forward = r1k::active_kernels()->divergence->forward;
-  torch::stable::parallel_for(0, count, row_grain(args.student.vocab),
-                              [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  parallel_rows(count, args.student.vocab, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return result;
 }
 
@@ -105,10 +104,8 @@ void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Ten
   const int64_t bytes = count * args.out.vocab * r1k::size_of(args.out.dtype);
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = !shared && bytes >= kBeyondCaches;
-  if (args.stream && out.is_contiguous()) prefer_huge_pages(out.data_ptr(), bytes);
   const auto backward = r1k::active_kernels()->divergence->backward;
-  torch::stable::parallel_for(0, count, row_grain(args.student.vocab),
-                              [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  parallel_rows(count, args.student.vocab, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
 }  // namespace

@@ -3,10 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "bindings.h"
 #include "cpu/gemm.h"
@@ -56,30 +62,59 @@ Cut cut(const r1k::Gemm& gemm, const r1k::GemmTile& tile, int64_t threads) {
   }
 }
 
-// Memory for packed operands that a thread keeps between calls: a few MiB at most, as blocks are bounded.  Panels in
-// huge pages do not meet in the same sets of the L2 cache.
-class Workspace {
+// Memory for packed operands, a few MiB for each thread of a product at most, as blocks are bounded.  It is kept for the
+// next product.  Panels in huge pages do not meet in the same sets of the L2 cache.
+class Workspaces {
  public:
-  void* at_least(int64_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset();
-      bytes_ = ceil_div(bytes, kHugePage) * kHugePage;
+  class Workspace {
+   public:
+    explicit Workspace(int64_t bytes) : bytes_(ceil_div(bytes, kHugePage) * kHugePage) {
       memory_.reset(::operator new(bytes_, std::align_val_t(kHugePage)));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
       madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
 #endif
     }
-    return memory_.get();
+    void* get() const { return memory_.get(); }
+    int64_t bytes() const { return bytes_; }
+
+   private:
+    static constexpr int64_t kHugePage = 2 << 20;
+    struct Delete {
+      void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kHugePage)); }
+    };
+    int64_t bytes_;
+    std::unique_ptr<void, Delete> memory_;
+  };
+
+  Workspace take(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!free_.empty()) {
+      Workspace last = std::move(free_.back());
+      free_.pop_back();
+      if (last.bytes() >= bytes) return last;  // one that is too small makes room for a larger one
+    }
+    return Workspace(bytes);
+  }
+
+  void give_back(Workspace workspace) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(workspace));
+  }
+
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.clear();
   }
 
  private:
-  static constexpr int64_t kHugePage = 2 << 20;
-  struct Delete {
-    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kHugePage)); }
-  };
-  std::unique_ptr<void, Delete> memory_;
-  int64_t bytes_ = 0;
+  std::mutex mutex_;
+  std::vector<Workspace> free_;
 };
+
+Workspaces& workspaces() {
+  static Workspaces* const all = new Workspaces;  // never destroyed: threads may outlive static objects
+  return *all;
+}
 
 void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
   R1K_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2, "a, b and out must be matrices, got ", a.dim(), ", ",
@@ -115,28 +150,24 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     return;
   }
 
-  // A result that is written, not added to, is fresh memory more often than not.
-  if (!accumulate) {
-    prefer_huge_pages(gemm.out, ((gemm.rows - 1) * gemm.out_stride + gemm.columns) * int64_t{sizeof(float)});
-  }
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
   const Cut size = cut(gemm, kernels.tile(gemm.dtype), torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
   const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
-  // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(blocks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    static thread_local Workspace kept;
-    void* const workspace = kept.at_least(bytes);
-    for (int64_t block = next++; block < blocks; block = next++) {
+  parallel_parts(blocks, [&](const auto& next) {
+    Workspaces::Workspace workspace = workspaces().take(bytes);
+    for (int64_t block = next(); block >= 0; block = next()) {
       const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
       kernels.block(gemm,
                     {row, std::min(row + size.rows, gemm.rows), column, std::min(column + size.columns, gemm.columns)},
-                    workspace);
+                    workspace.get());
     }
+    workspaces().give_back(std::move(workspace));
   });
 }
 
 }  // namespace
+
+void r1k::bindings::release_gemm_workspaces() { workspaces().release(); }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) { m.impl("gemm_f32", TORCH_BOX(&gemm_f32)); }

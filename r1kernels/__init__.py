@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1kernels import objectives
-    from r1kernels._library import backend
+    from r1kernels._library import backend, release_workspace
     from r1kernels.objectives import Objective
     from r1kernels.ops.cross_entropy import cross_entropy
     from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
@@ -45,6 +45,7 @@ _MODULES = {
     "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
     "policy_loss": "r1kernels.ops.policy_loss",
+    "release_workspace": "r1kernels._library",
     "token_logprobs": "r1kernels.ops.token_stats",
     "token_logprobs_and_entropy": "r1kernels.ops.token_stats",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "linear_token_logprobs_and_entropy",
     "objectives",
     "policy_loss",
+    "release_workspace",
     "token_logprobs",
     "token_logprobs_and_entropy",
 ]

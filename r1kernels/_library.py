@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from r1kernels import _choice
+from r1kernels import _choice, _memory
 from r1kernels._operator_checks import CHECKS
 from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE
 
@@ -56,17 +56,11 @@ _GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty for large results. On a CPU, page faults of small pages would cost as much as the arithmetic."""
-    result = torch.empty(shape, dtype=dtype, device=device)
-    real = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
-    if real and result.device.type == "cpu" and extension is not None:
-        extension.prefer_huge_pages(result.data_ptr(), result.nbytes)
-    return result
-
-
-def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """value.to(dtype), in memory from `empty`."""
-    return empty(*value.shape, dtype=dtype, device=value.device).copy_(value)
+    """torch.empty for results and buffers that may be large. On a CPU they get memory that was kept from other calls."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    result = torch.empty(0, dtype=dtype)
+    return torch.empty(shape, dtype=dtype) if isinstance(result, FakeTensor) else _memory.empty(shape, dtype)
 
 
 # ---- the kernels of GPUs ----------------------------------------------------------------------------------
@@ -195,6 +189,32 @@ def _why_no_cuda(device_type: str) -> str:
 
 for _name in dict.fromkeys((*TRITON_OPERATORS, *CUDA_OPERATORS)):
     LIBRARY.impl(_name, _gpu_launcher(_name), _GPU_KERNELS_ON.upper())
+
+
+def _token_stats_backward(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, temperature: float,
+) -> Tensor:
+    out = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+    torch.ops.r1kernels.token_stats_backward_out.default(
+        logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, None, 0.0, None, out
+    )
+    return out
+
+
+if extension is not None:
+    LIBRARY.impl("token_stats_backward", _token_stats_backward, "CPU")
+
+
+def release_workspace() -> None:
+    """Gives the memory that CPU kernels keep between calls back to the system.
+
+    Large results and buffers (1 MiB and more: chunks of logits, gradients of a head) are allocated from memory that
+    earlier calls no longer use. At most 4 GiB, or an eighth of the machine's memory if that is less, is kept.
+    """
+    _memory.release()
+    if extension is not None:
+        extension.release_workspace()
 
 
 # ---- which implementation serves a call -------------------------------------------------------------------

@@ -100,7 +100,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, *statistics = ctx.saved_tensors
-        grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+        grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
         torch.ops.r1kernels.divergence_backward.default(
             student, *statistics, grad.contiguous(), *ctx.arguments, grad_student
         )

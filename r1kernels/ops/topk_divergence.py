@@ -258,7 +258,7 @@ class _TopKDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, token_ids, logprobs, weights, lse_rest = ctx.saved_tensors
         grad, teacher = grad.reshape(-1), Teacher(token_ids, logprobs)
-        grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+        grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
         by_row = grad_student.view(-1, student.shape[-1])
         for rows, logits in _chunks(student):
             part = Teacher(*(tensor[rows] for tensor in teacher))

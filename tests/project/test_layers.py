@@ -15,7 +15,7 @@ PACKAGE = Path(r1kernels.__file__).parent
 LAYERS = [
     ("rewards", ("r1kernels.rewards",)),
     ("kernels", ("r1kernels.triton", "r1kernels._C", "r1kernels._choice")),
-    ("tables", ("r1kernels._schemas", "r1kernels._choice", "r1kernels._operator_checks")),
+    ("tables", ("r1kernels._schemas", "r1kernels._choice", "r1kernels._memory", "r1kernels._operator_checks")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
