@@ -37,7 +37,7 @@ X86_ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
-PER_ISA = ["csrc/cpu/divergence.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"]
+PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats")]
 # What has its own kernels for bfloat16 there.
 WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -98,6 +98,7 @@ class BuildExt(build_ext):
 extension = Extension(
     "r1kernels._C",
     sources=[
+        "csrc/bindings_accumulate.cpp",
         "csrc/bindings_cpu.cpp",
         "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",

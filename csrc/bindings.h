@@ -124,10 +124,9 @@ void parallel_parts(int64_t count, const Run& run) {
                               [&](int64_t, int64_t) { run(next); });
 }
 
-// run(begin, end) for the rows of logits.
+// run(begin, end) for ranges of `grain` of [0, count).
 template <typename Run>
-void parallel_rows(int64_t count, int64_t vocab, const Run& run) {
-  const int64_t grain = row_grain(vocab);
+void parallel_ranges(int64_t count, int64_t grain, const Run& run) {
   parallel_parts((count + grain - 1) / grain, [&](const auto& next) {
     for (int64_t part = next(); part >= 0; part = next()) {
       run(part * grain, std::min(part * grain + grain, count));

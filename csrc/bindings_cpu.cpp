@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = static_cast<double*>(entropy.data_ptr());
   const auto forward = r1k::active_kernels()->token_stats->forward;
-  parallel_rows(count, args.logits.vocab, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  parallel_ranges(count, row_grain(args.logits.vocab), [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return {logprobs, lse, entropy};
 }
 
@@ -124,7 +124,7 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = args.out != args.logits.data && out.numel() * r1k::size_of(out_view.dtype) >= kBeyondCaches;
   const auto backward = r1k::active_kernels()->token_stats->backward;
-  parallel_rows(row_count, args.logits.vocab, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  parallel_ranges(row_count, row_grain(args.logits.vocab), [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   if (args.rows != nullptr) {
     const int64_t size = r1k::size_of(out_view.dtype);
     compact_rows(static_cast<char*>(args.out), out_view.vocab * size, args.out_stride * size, args.rows, row_count);

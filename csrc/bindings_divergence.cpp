@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> divergence(Tensor stu
   args.student_entropy = static_cast<double*>(student_entropy.data_ptr());
   args.teacher_entropy = static_cast<double*>(teacher_entropy.data_ptr());
   const auto forward = r1k::active_kernels()->divergence->forward;
-  parallel_rows(count, args.student.vocab, [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  parallel_ranges(count, row_grain(args.student.vocab), [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return result;
 }
 
@@ -105,7 +105,7 @@ void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Ten
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = !shared && bytes >= kBeyondCaches;
   const auto backward = r1k::active_kernels()->divergence->backward;
-  parallel_rows(count, args.student.vocab, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  parallel_ranges(count, row_grain(args.student.vocab), [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
 }  // namespace

@@ -98,6 +98,8 @@ _declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (T
 # out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices where reading the factor would cost a
 # synchronisation.
 _declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
+# out (V, H) float32: out[ids[t]] += factors[t] rows[t], in the order of t. ids (N,), factors (N,) float32, rows (N, H).
+_declare("add_rows(Tensor(a!) out, Tensor ids, Tensor factors, Tensor rows) -> ()")
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits depend only on its row and column.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
@@ -235,6 +237,11 @@ def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_fake("gemm_f32")
 def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
+
+
+@_fake("add_rows")
+def _(out: Tensor, *_: Any) -> None:
     return None
 
 

@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 
+#include "accumulate.h"
 #include "divergence.h"
 #include "gemm.h"
 #include "token_stats.h"
@@ -29,17 +30,23 @@ struct DivergenceKernels {
   void (*backward)(const DivergenceBackward&, int64_t row_begin, int64_t row_end);
 };
 
+struct AccumulateKernels {
+  void (*scaled)(const Scaled&, int64_t begin, int64_t end);     // a range of the entries
+  void (*add_rows)(const AddRows&, int64_t begin, int64_t end);  // a range of the columns
+};
+
 #define R1K_DECLARE_KERNELS(isa)                      \
   namespace isa {                                     \
   extern const TokenStatsKernels token_stats_kernels; \
   extern const DivergenceKernels divergence_kernels;  \
   extern const GemmKernels gemm_kernels;              \
+  extern const AccumulateKernels accumulate_kernels;  \
   }
 R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
 R1K_DECLARE_KERNELS(avx2)
 R1K_DECLARE_KERNELS(avx512)
-R1K_DECLARE_KERNELS(avx512_bf16)  // without divergence_kernels
+R1K_DECLARE_KERNELS(avx512_bf16)  // with gemm_kernels and token_stats_kernels alone
 R1K_DECLARE_KERNELS(amx_bf16)     // with gemm_kernels alone
 #endif
 
@@ -48,6 +55,7 @@ struct Kernels {
   const TokenStatsKernels* token_stats;
   const DivergenceKernels* divergence;
   const GemmKernels* gemm;
+  const AccumulateKernels* accumulate;
 };
 
 // Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
@@ -62,27 +70,33 @@ inline bool may_use_tiles() {
 #endif
 }
 
+#define R1K_KERNELS(isa) \
+  {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels}
+
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {
-  std::vector<Kernels> supported = {
-      {"baseline", &baseline::token_stats_kernels, &baseline::divergence_kernels, &baseline::gemm_kernels}};
+  std::vector<Kernels> supported = {R1K_KERNELS(baseline)};
 #ifdef R1K_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    supported.push_back({"avx2", &avx2::token_stats_kernels, &avx2::divergence_kernels, &avx2::gemm_kernels});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      supported.push_back({"avx512", &avx512::token_stats_kernels, &avx512::divergence_kernels, &avx512::gemm_kernels});
-      if (__builtin_cpu_supports("avx512bf16")) {
-        supported.push_back({"avx512_bf16", &avx512_bf16::token_stats_kernels, &avx512::divergence_kernels,
-                             &avx512_bf16::gemm_kernels});
-        if (may_use_tiles()) {
-          supported.push_back({"amx_bf16", &avx512_bf16::token_stats_kernels, &avx512::divergence_kernels,
-                               &amx_bf16::gemm_kernels});
-        }
-      }
-    }
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return supported;
   }
+  supported.push_back(R1K_KERNELS(avx2));
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return supported;
+  }
+  Kernels kernels = R1K_KERNELS(avx512);
+  supported.push_back(kernels);
+  if (!__builtin_cpu_supports("avx512bf16")) return supported;
+  kernels.name = "avx512_bf16";
+  kernels.token_stats = &avx512_bf16::token_stats_kernels;
+  kernels.gemm = &avx512_bf16::gemm_kernels;
+  supported.push_back(kernels);
+  if (!may_use_tiles()) return supported;
+  kernels.name = "amx_bf16";
+  kernels.gemm = &amx_bf16::gemm_kernels;
+  supported.push_back(kernels);
 #endif
   return supported;
 }

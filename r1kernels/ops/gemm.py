@@ -74,6 +74,18 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
     return out
 
 
+def add_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
+    """out[ids[t]] += factors[t] * rows[t] for all t, in a fixed order.
+
+    Args:
+        out: (V, H), float32 or float64. ids: (N,). factors: (N,), dtype of out. rows: (N, H).
+    """
+    if route(rows) == "native":
+        torch.ops.r1kernels.add_rows.default(out, ids, factors, rows)
+    else:
+        out.index_put_((ids,), factors[:, None] * rows, accumulate=True)
+
+
 def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     if chosen == "copies":
         _copies(a, b, out, accumulate)

@@ -37,7 +37,7 @@ def finished_gradients(
         if not needed:
             results.append(None)
         elif name == "weight" and into is not None:
-            _add(into, grad, factor)
+            _write(grad, factor, into, True)
             results.append(None)
         else:
             shape, dtype = wanted
@@ -68,11 +68,11 @@ def _blocks(grad: Tensor) -> list[slice]:
     return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
 
 
-def _fused(grad: Tensor, factor: Tensor | None, out: Tensor) -> bool:
-    """Whether one kernel reads, multiplies, converts and writes. It is used where the host cannot read the factor."""
-    if factor is None or torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
+def _fused(grad: Tensor, out: Tensor) -> bool:
+    """Whether one kernel reads, multiplies, converts and writes, without a value of the factor on the host."""
+    if torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
         return False
-    if _library.choose(grad.device.type, grad.dtype).implementation in ("cpu", "reference"):
+    if _library.choose(grad.device.type, grad.dtype).implementation == "reference":
         return False
     return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
 
@@ -84,29 +84,23 @@ def graph_is_kept() -> bool:
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if grad.dtype == dtype and not graph_is_kept():
-        value = _known(factor)
-        if value is not None:  # the sum itself becomes the gradient
-            return grad if value == 1 else grad.mul_(value)
-        if _fused(grad, factor, grad):
-            torch.ops.r1kernels.scaled.default(grad, factor, grad, False)
-            return grad
-    result = _library.empty(*grad.shape, dtype=dtype, device=grad.device)
-    if _fused(grad, factor, result):
-        torch.ops.r1kernels.scaled.default(grad, factor, result, False)
-        return result
-    for rows in _blocks(grad):
-        result[rows] = _product(grad[rows], factor)
+    in_place = grad.dtype == dtype and not graph_is_kept()
+    if in_place and _known(factor) == 1:  # the sum itself becomes the gradient
+        return grad
+    result = grad if in_place else _library.empty(*grad.shape, dtype=dtype, device=grad.device)
+    _write(grad, factor, result, False)
     return result
 
 
-def _add(into: Tensor, grad: Tensor, factor: Tensor | None) -> None:
-    value = _known(factor)
-    if value is not None and into.dtype == grad.dtype:
-        into.add_(grad, alpha=value)
-        return
-    if _fused(grad, factor, into):
-        torch.ops.r1kernels.scaled.default(grad, factor, into, True)
+def _write(grad: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
+    """out = or += grad * factor."""
+    if _fused(grad, out):
+        factor = torch.ones((), device=grad.device) if factor is None else factor
+        torch.ops.r1kernels.scaled.default(grad, factor, out, accumulate)
         return
     for rows in _blocks(grad):
-        into[rows] += _product(grad[rows], factor)
+        value = _product(grad[rows], factor)
+        if accumulate:
+            out[rows] += value
+        else:
+            out[rows] = value

@@ -19,7 +19,7 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
-from r1kernels.ops.gemm import matmul
+from r1kernels.ops.gemm import add_rows, matmul
 
 
 class Budget(NamedTuple):
@@ -314,10 +314,9 @@ class Walk:
         if len(ids) == 0:
             return
         lost = (exact - grad_logits.gather(-1, ids[:, None]).squeeze(-1)).to(self.accumulator)
-        # index_put_ adds in a fixed order on every device.
         if self.needs.weight:
-            self._grad_weight.index_put_((ids,), lost[:, None] * hidden, accumulate=True)
-        if self.needs.bias:
+            add_rows(self._grad_weight, ids, lost, hidden)
+        if self.needs.bias:  # index_put_ adds in a fixed order on every device
             self._grad_bias.index_put_((ids,), lost, accumulate=True)
 
     def narrow(self, logits: Tensor) -> Tensor:

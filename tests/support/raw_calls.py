@@ -78,6 +78,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "group_advantages": lambda: (tokens(), torch.tensor([0, 0, 1, 1, 2, 2]), 2, 0, 1, 1e-4),
     "kl_estimate": lambda: (tokens(), tokens() + 1, 3),
     "scaled": lambda: (matrix(N, V), torch.tensor(2.0), torch.zeros(N, V), True),
+    "add_rows": lambda: (torch.zeros(V, H), ids(), tokens(), matrix(N, H)),
     "gemm_f32": lambda: (matrix(N, H), matrix(H, V), torch.zeros(N, V), True),
     "divergence": lambda: (matrix(N, V), matrix(N, V) + 1, mask(), 2, 0.3, 1.0),
     "divergence_backward": lambda: (
