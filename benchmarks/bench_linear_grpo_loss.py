@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, quietly
+from conftest import SMALL, BusyProcess, quietly
 from torch import Tensor
 
 import r1kernels
@@ -72,10 +72,29 @@ def ours(batch: HeadBatch, **options: Any) -> Tensor:
 def eager(batch: HeadBatch) -> Tensor:
     """What a trainer writes by hand."""
     log_p = F.linear(batch.hidden, batch.weight).float().log_softmax(-1)
-    logprobs = log_p.gather(-1, batch.token_ids.unsqueeze(-1)).squeeze(-1)
+    return of_logprobs(log_p.gather(-1, batch.token_ids.unsqueeze(-1)).squeeze(-1), batch)
+
+
+def of_logprobs(logprobs: Tensor, batch: HeadBatch) -> Tensor:
     ratio = (logprobs - batch.old_logprobs).exp()
     advantages = batch.advantages.reshape(len(ratio), -1)
     return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean(1).mean()
+
+
+def trl() -> Callable[[HeadBatch], Tensor] | None:
+    """The head of TRL's trainers: log-probs and entropy of tiles of the logits, which backward computes again."""
+    kernels = quietly(lambda: __import__("trl.kernels", fromlist=["kernels"]))
+    if kernels is None:
+        return None
+
+    def loss(batch: HeadBatch) -> Tensor:
+        logprobs, *_ = kernels.ChunkedLogProbFunction.apply(
+            batch.hidden.flatten(0, 1), batch.weight, None, batch.token_ids.flatten(), 1.0, 32_768, None, 1.0,
+            ("entropy",),
+        )
+        return of_logprobs(logprobs.view_as(batch.token_ids), batch)
+
+    return loss
 
 
 def liger() -> Callable[[HeadBatch], Tensor] | None:
@@ -172,6 +191,9 @@ def bench_linear_grpo_loss(shape: str, in_turns: Callable[..., object]) -> None:
     }
     if batch.token_ids.numel() * batch.weight.shape[0] * 4 <= EAGER_BYTES:
         pairs["torch eager"] = (eager, batch)
+        pairs["torch.compile"] = (torch.compile(eager), batch)
+    if (peer := trl()) is not None:
+        pairs["TRL 1.16, chunked head"] = (peer, batch)
     if (peer := liger()) is not None:
         pairs["Liger 0.8.5, not compiled"] = (peer, batch)
     candidates: dict[str, Callable[[], object]] = {}
@@ -179,8 +201,44 @@ def bench_linear_grpo_loss(shape: str, in_turns: Callable[..., object]) -> None:
         check(loss, part)
         candidates[name] = step(loss, part)
     candidates["three bare bfloat16 products"] = products(batch)
-    slow = {"torch eager": 2, "Liger 0.8.5, not compiled": 2}
+    slow = {name: 2 for name in ("TRL 1.16, chunked head", "Liger 0.8.5, not compiled")}
     in_turns(candidates, op="linear_grpo_loss", shape=shape, rounds=7, slow=slow)
+
+
+def bench_linear_cross_entropy(in_turns: Callable[..., object]) -> None:
+    """Supervised fine-tuning: PyTorch's own head is the peer."""
+    name, shape = next(iter(HEADS.items()))
+    batch = make_batch(shape)
+
+    def eager_loss(batch: HeadBatch) -> Tensor:
+        return F.cross_entropy(F.linear(batch.hidden, batch.weight).float().flatten(0, 1), batch.token_ids.flatten())
+
+    losses: dict[str, Callable[[HeadBatch], Tensor]] = {
+        "r1kernels": lambda batch: r1kernels.linear_cross_entropy(batch.hidden, batch.weight, batch.token_ids),
+        "torch eager": eager_loss,
+        "torch.compile": torch.compile(eager_loss),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        losses["torch linear_cross_entropy"] = lambda batch: F.linear_cross_entropy(
+            batch.hidden.flatten(0, 1), batch.weight, batch.token_ids.flatten()
+        )
+    exact = gradients(eager_loss, batch)
+    for loss in losses.values():
+        for found, expected in zip(gradients(loss, batch), exact, strict=True):
+            assert (found - expected).norm() <= 0.03 * expected.norm()
+    in_turns({name: step(loss, batch) for name, loss in losses.items()}, op="linear_cross_entropy", shape=name, rounds=7)
+
+
+def bench_beside_a_busy_process(in_turns: Callable[..., object]) -> None:
+    """One other process computes on one of the cores: how much longer does a step take?"""
+    name, shape = next(iter(HEADS.items()))
+    batch = make_batch(shape)
+    with BusyProcess() as busy:
+        candidates = {}
+        for label, loss in {"r1kernels": ours, "torch eager": eager}.items():
+            candidates[label] = step(loss, batch)
+            candidates[f"{label}, beside a busy process"] = busy.beside(step(loss, batch))
+        in_turns(candidates, op="linear_grpo_loss_busy", shape=name, rounds=7)
 
 
 def bench_growth(in_turns: Callable[..., list[dict[str, Any]]], benchmark: Any) -> None:

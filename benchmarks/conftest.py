@@ -7,7 +7,10 @@ import functools
 import gc
 import os
 import re
+import signal
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -57,11 +60,37 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
         return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text()).group(1)) * 1024
 
     gc.collect()
+    r1kernels.release_workspace()
     ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier would be re-used unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = read("VmRSS")
     run()
     return read("VmHWM") - before
+
+
+class BusyProcess:
+    """Another process that computes without a pause at the lowest priority, as data loaders and verifiers do, while a
+    candidate made by `beside` runs."""
+
+    def __init__(self) -> None:
+        self.child = subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"])
+        time.sleep(0.5)
+        self.child.send_signal(signal.SIGSTOP)
+
+    def beside(self, run: Callable[[], object]) -> Callable[[], None]:
+        def both() -> None:
+            self.child.send_signal(signal.SIGCONT)
+            run()
+            self.child.send_signal(signal.SIGSTOP)
+
+        return both
+
+    def __enter__(self) -> BusyProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
 
 
 class Batch(NamedTuple):

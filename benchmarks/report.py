@@ -58,7 +58,7 @@ def save(results: list[dict]) -> Path:
 
 GROWTH = "linear_grpo_loss_growth"
 # Those of README, in its order; every result is in the files.
-ORDER = ("token_stats", "linear_grpo_loss")
+ORDER = ("token_stats", "linear_grpo_loss", "linear_cross_entropy", "linear_grpo_loss_busy")
 
 
 def _time(seconds: float) -> str:
