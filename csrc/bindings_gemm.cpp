@@ -33,33 +33,44 @@ r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
   return {matrix.data_ptr(), outer_stride, k_stride};
 }
 
-// How the result is cut into blocks.  The cut changes no bits: it only weighs the cost of packing, which falls with
-// the size of a block, against threads without work.
+// Elements along k whose products are summed apart.  Threads share the groups of long sums, and the sums of groups are
+// added in order: the bits of the result depend on k alone.
+constexpr int64_t kGroup = 8192;
+
+// How the result is cut into blocks.  The cut changes no bits.
 struct Cut {
   int64_t rows, columns;  // of a block
 
   int64_t blocks(const r1k::Gemm& gemm) const { return ceil_div(gemm.rows, rows) * ceil_div(gemm.columns, columns); }
 };
 
-Cut cut(const r1k::Gemm& gemm, const r1k::GemmTile& tile, int64_t threads) {
+// The cut that ends first.  A block costs its multiplications and the packing of both operands, which is repeated in
+// every block of a row or column; and threads that are done wait for the last block.  `groups` are computed at a time.
+Cut cut(const r1k::Gemm& gemm, const r1k::GemmTile& tile, int64_t groups, int64_t threads) {
   constexpr int64_t kMaxRows = 2048;         // 4 to 8 MiB of result
   constexpr double kWorthAThread = 1 << 20;  // multiplications: some 10 microseconds
+  // Of the last block, the share that threads wait for: they rarely start together, and one may be kept waiting.
+  constexpr double kWaiting = 0.25;
   const double work = static_cast<double>(gemm.rows) * gemm.columns * gemm.k;
-  const int64_t useful_threads = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
-  int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, tile.max_block_columns);
-  for (;;) {
-    const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts), tile.rows) * tile.rows,
-                        ceil_div(ceil_div(gemm.columns, column_cuts), tile.columns) * tile.columns};
-    const int64_t blocks = result.blocks(gemm);
-    const bool balanced = blocks >= 4 * useful_threads || blocks % useful_threads == 0;
-    const bool rows_left = result.rows > tile.rows, columns_left = result.columns > tile.columns;
-    if (balanced || !(rows_left || columns_left)) return result;
-    if (columns_left && (result.columns >= result.rows || !rows_left)) {
-      ++column_cuts;
-    } else {
-      ++row_cuts;
+  const int64_t useful = std::max<int64_t>(1, std::min<double>(threads, work / kWorthAThread));
+  const int64_t row_cuts = ceil_div(gemm.rows, kMaxRows), column_cuts = ceil_div(gemm.columns, tile.max_block_columns);
+  Cut best = {};
+  double best_cost = 0;
+  for (int64_t r : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
+    for (int64_t c : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
+      const Cut result = {ceil_div(ceil_div(gemm.rows, row_cuts * r), tile.rows) * tile.rows,
+                          ceil_div(ceil_div(gemm.columns, column_cuts * c), tile.columns) * tile.columns};
+      const double block = static_cast<double>(result.rows) * result.columns +
+                           static_cast<double>(tile.pack_cost) * (result.rows + result.columns);
+      const double rounds = static_cast<double>(ceil_div(result.blocks(gemm) * groups, useful));
+      const double cost = block * (rounds + (useful > 1 ? kWaiting : 0));
+      if (best.rows == 0 || cost < best_cost) {
+        best = result;
+        best_cost = cost;
+      }
     }
   }
+  return best;
 }
 
 // Memory for packed operands, a few MiB for each thread of a product at most, as blocks are bounded.  It is kept for the
@@ -116,6 +127,74 @@ Workspaces& workspaces() {
   return *all;
 }
 
+// Products of one shape, at the same time.
+void multiply(const std::vector<r1k::Gemm>& gemms) {
+  const r1k::Gemm& first = gemms.front();
+  const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
+  const Cut size = cut(first, kernels.tile(first.dtype), gemms.size(), torch::stable::get_num_threads());
+  const int64_t row_blocks = ceil_div(first.rows, size.rows), blocks = size.blocks(first);
+  const int64_t bytes = kernels.workspace_bytes(first, size.rows, size.columns);
+  parallel_parts(blocks * static_cast<int64_t>(gemms.size()), [&](const auto& next) {
+    Workspaces::Workspace workspace = workspaces().take(bytes);
+    for (int64_t part = next(); part >= 0; part = next()) {
+      const int64_t block = part % blocks;
+      const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
+      kernels.block(gemms[part / blocks],
+                    {row, std::min(row + size.rows, first.rows), column, std::min(column + size.columns, first.columns)},
+                    workspace.get());
+    }
+    workspaces().give_back(std::move(workspace));
+  });
+}
+
+// The elements along k from `begin` to `end` alone.
+r1k::GemmOperand slice(const r1k::GemmOperand& operand, r1k::DType dtype, int64_t begin) {
+  r1k::GemmOperand part = operand;
+  part.data = static_cast<const char*>(operand.data) + begin * operand.k_stride * r1k::size_of(dtype);
+  return part;
+}
+
+// A long sum in groups along k: as many at a time as memory allows, each to memory of its own, added in order.
+void multiply_in_groups(const r1k::Gemm& gemm, int64_t groups) {
+  constexpr int64_t kMemory = 64 << 20;
+  const int64_t size = gemm.rows * gemm.columns;
+  const int64_t together =
+      std::clamp<int64_t>(kMemory / (size * static_cast<int64_t>(sizeof(float))), 1, groups);
+  Workspaces::Workspace memory = workspaces().take(together * size * static_cast<int64_t>(sizeof(float)));
+  float* const sums = static_cast<float*>(memory.get());
+  for (int64_t first = 0; first < groups; first += together) {
+    const int64_t count = std::min(together, groups - first);
+    std::vector<r1k::Gemm> parts;
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t begin = (first + g) * kGroup;
+      r1k::Gemm part = gemm;
+      part.a = slice(gemm.a, gemm.dtype, begin);
+      part.b = slice(gemm.b, gemm.dtype, begin);
+      part.k = std::min(kGroup, gemm.k - begin);
+      part.out = sums + g * size;
+      part.out_stride = gemm.columns;
+      part.accumulate = false;
+      parts.push_back(part);
+    }
+    multiply(parts);
+    const bool add = gemm.accumulate || first > 0;
+    parallel_ranges(gemm.rows, std::max<int64_t>(1, (1 << 15) / gemm.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* const out = gemm.out + r * gemm.out_stride;
+        for (int64_t g = 0; g < count; ++g) {
+          const float* const sum = sums + g * size + r * gemm.columns;
+          if (g == 0 && !add) {
+            std::memcpy(out, sum, gemm.columns * sizeof(float));
+          } else {
+            for (int64_t c = 0; c < gemm.columns; ++c) out[c] += sum[c];
+          }
+        }
+      }
+    });
+  }
+  workspaces().give_back(std::move(memory));
+}
+
 void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
   R1K_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2, "a, b and out must be matrices, got ", a.dim(), ", ",
             b.dim(), " and ", out.dim(), " dimensions");
@@ -150,20 +229,12 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     return;
   }
 
-  const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(gemm, kernels.tile(gemm.dtype), torch::stable::get_num_threads());
-  const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
-  const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
-  parallel_parts(blocks, [&](const auto& next) {
-    Workspaces::Workspace workspace = workspaces().take(bytes);
-    for (int64_t block = next(); block >= 0; block = next()) {
-      const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
-      kernels.block(gemm,
-                    {row, std::min(row + size.rows, gemm.rows), column, std::min(column + size.columns, gemm.columns)},
-                    workspace.get());
-    }
-    workspaces().give_back(std::move(workspace));
-  });
+  const int64_t groups = ceil_div(gemm.k, kGroup);
+  if (groups == 1) {
+    multiply({gemm});
+  } else {
+    multiply_in_groups(gemm, groups);
+  }
 }
 
 }  // namespace

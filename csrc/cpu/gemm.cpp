@@ -182,9 +182,9 @@ void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
 
 GemmTile tile_size([[maybe_unused]] DType dtype) {
 #if defined(__AMX_BF16__)
-  if (dtype == DType::bfloat16) return {amx::kSquare, amx::kSquare, amx::kBlockColumns};
+  if (dtype == DType::bfloat16) return {amx::kSquare, amx::kSquare, amx::kBlockColumns, 300};
 #endif
-  return {kTileRows, kTileColumns, 1024};
+  return {kTileRows, kTileColumns, 1024, 30};
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ struct GemmBlock {
 struct GemmTile {
   int64_t rows, columns;      // blocks that are multiples of these waste nothing
   int64_t max_block_columns;  // the largest number of columns of b that fit a cache when packed
+  int64_t pack_cost;          // of an element, in multiplications
 };
 
 struct GemmKernels {
