@@ -24,7 +24,7 @@ r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
   const int64_t k_stride = matrix.size(1 - outer) == 1 ? 1 : matrix.stride(1 - outer);
   R1K_CHECK(matrix.numel() == 0 || outer_stride == 1 || k_stride == 1, name, " has strides (", matrix.stride(0), ", ",
             matrix.stride(1), "), expected one of them to be 1");
-  return {matrix.data_ptr(), outer_stride, k_stride};
+  return {dtype_of(matrix, name), matrix.data_ptr(), outer_stride, k_stride};
 }
 
 // How the result is cut into blocks.  The cut changes no bits: it only weighs the cost of packing, which falls with
@@ -87,23 +87,18 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
   R1K_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), "a is (", a.size(0), ", ",
             a.size(1), "), b is (", b.size(0), ", ", b.size(1), ") and out is (", out.size(0), ", ", out.size(1),
             "), expected (M, K), (K, N) and (M, N)");
-  R1K_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
   R1K_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
   R1K_CHECK((out.stride(1) == 1 || out.size(1) <= 1) && (out.stride(0) >= out.size(1) || out.size(0) <= 1),
             "out has strides (", out.stride(0), ", ", out.stride(1),
             "), expected columns of stride 1 and rows that do not overlap");
   r1k::Gemm gemm;
-  switch (a.scalar_type()) {
-    case ScalarType::Float: gemm.dtype = r1k::DType::float32; break;
-    case ScalarType::BFloat16: gemm.dtype = r1k::DType::bfloat16; break;
-    case ScalarType::Half: gemm.dtype = r1k::DType::float16; break;
-    default: R1K_CHECK(false, "a and b must be float32, bfloat16 or float16");
-  }
   gemm.rows = a.size(0);
   gemm.columns = b.size(1);
   gemm.k = a.size(1);
   gemm.a = operand(a, "a", 0);
   gemm.b = operand(b, "b", 1);
+  R1K_CHECK(gemm.a.dtype == gemm.b.dtype || gemm.a.dtype == r1k::DType::float32 || gemm.b.dtype == r1k::DType::float32,
+            "a and b are bfloat16 and float16, expected one dtype, or float32 beside a 16-bit dtype");
   gemm.out = static_cast<float*>(out.data_ptr());
   gemm.out_stride = out.stride(0);
   gemm.accumulate = accumulate;
@@ -120,7 +115,7 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
     prefer_huge_pages(gemm.out, ((gemm.rows - 1) * gemm.out_stride + gemm.columns) * int64_t{sizeof(float)});
   }
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(gemm, kernels.tile(gemm.dtype), torch::stable::get_num_threads());
+  const Cut size = cut(gemm, kernels.tile(gemm), torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(gemm.rows, size.rows), blocks = size.blocks(gemm);
   const int64_t bytes = kernels.workspace_bytes(gemm, size.rows, size.columns);
   // Blocks go to whoever is free: a thread that was kept waiting does not keep the others.

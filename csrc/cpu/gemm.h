@@ -9,13 +9,14 @@ namespace r1k {
 
 // One operand: `outer` is the dimension it gives the result, rows of a or columns of b.  One stride is 1.
 struct GemmOperand {
+  DType dtype;
   const void* data;
   int64_t outer_stride;
   int64_t k_stride;
 };
 
+// Both operands have one dtype, or one of them is float32 and the other a 16-bit one.
 struct Gemm {
-  DType dtype;
   int64_t rows, columns, k;
   GemmOperand a, b;
   float* out;
@@ -37,7 +38,7 @@ struct GemmKernels {
   // Computes one block, sequentially.  `workspace` is aligned to 64 bytes.
   void (*block)(const Gemm&, const GemmBlock&, void* workspace);
   int64_t (*workspace_bytes)(const Gemm&, int64_t rows, int64_t columns);
-  GemmTile (*tile)(DType);
+  GemmTile (*tile)(const Gemm&);
 };
 
 }  // namespace r1k
