@@ -98,7 +98,8 @@ _declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (T
 # out = or += grad * factor (0-d), 0 where grad is 0; out may be grad. For devices where reading the factor would cost a
 # synchronisation.
 _declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
-# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits depend only on its row and column.
+# out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
+# bits depend only on its row and column.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.

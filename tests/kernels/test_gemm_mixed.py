@@ -1,4 +1,4 @@
-"""The matrix product of a float32 operand and a 16-bit one: exactness, its error, the same bits, infinities and limits."""
+"""The matrix product of a float32 operand and a 16-bit one: exactness, error, the same bits, infinities, limits."""
 
 import math
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from gemm_cases import (
     random_matrix,
     running,
     same_on_tiles,
+    wide,
 )
 from torch import Tensor
 
@@ -215,12 +216,6 @@ def test_emulated_tiles_with_infinities_and_denormals(pair: Pair) -> None:
     for part in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(part(got), part(expected))
     same_on_tiles(a, b, None, got)
-
-
-def wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """What the library of a GPU does."""
-    assert a.dtype == b.dtype == torch.bfloat16
-    out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
 
 @pytest.mark.parametrize(

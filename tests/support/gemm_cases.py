@@ -68,6 +68,13 @@ def check(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
     testing.assert_within(product(a, b, out), exact, roundings * testing.EPS32 / 2 * terms + k * TINY)
 
 
+def wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """What the library of a GPU computes: `gemm._wide` on the CPU, whose library has no such product."""
+    assert a.dtype == b.dtype == torch.bfloat16
+    product = a.float() @ b.float()
+    out.copy_(out + product if accumulate else product)
+
+
 @functools.cache
 def emulated_tiles() -> list[ModuleType]:
     return list(host_module.load(TILES, sorted((host_module.ROOT / "csrc" / "cpu").glob("*.h"))).values())
