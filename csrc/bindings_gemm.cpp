@@ -81,7 +81,7 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
+void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate, bool coarse) {
   R1K_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2, "a, b and out must be matrices, got ", a.dim(), ", ",
             b.dim(), " and ", out.dim(), " dimensions");
   R1K_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), "a is (", a.size(0), ", ",
@@ -102,6 +102,7 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
   gemm.out = static_cast<float*>(out.data_ptr());
   gemm.out_stride = out.stride(0);
   gemm.accumulate = accumulate;
+  gemm.coarse = coarse;
   if (gemm.rows == 0 || gemm.columns == 0) return;
   if (gemm.k == 0) {
     for (int64_t r = 0; r < gemm.rows && !accumulate; ++r) {

@@ -99,8 +99,8 @@ _declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (T
 # synchronisation.
 _declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
-# bits depend only on its row and column.
-_declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
+# bits depend only on its row and column. coarse: 16 bits of float32 operands are enough.
+_declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool coarse=False) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
 _declare(
@@ -235,7 +235,7 @@ def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_fake("gemm_f32")
-def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def _(*_: Any) -> None:
     return None
 
 

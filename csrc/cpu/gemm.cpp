@@ -167,7 +167,8 @@ using BFloat16Lanes = FloatLanes<BFloat16>;
 #if defined(__AMX_BF16__)
 bool on_tiles(const Gemm& gemm) {
   const DType a = gemm.a.dtype, b = gemm.b.dtype;
-  return (a == DType::bfloat16 && b != DType::float16) || (b == DType::bfloat16 && a == DType::float32);
+  if (a == DType::float16 || b == DType::float16) return false;
+  return a == DType::bfloat16 || b == DType::bfloat16 || gemm.coarse;
 }
 #endif
 

@@ -22,6 +22,7 @@ struct Gemm {
   float* out;
   int64_t out_stride;
   bool accumulate;  // out += a b instead of out = a b
+  bool coarse;      // 16 bits of float32 operands are enough
 };
 
 // A rectangle of the result.

@@ -4,7 +4,8 @@
 // of every sum follows from k alone.
 //
 // A float32 operand beside a bfloat16 one is packed as three bfloat16 parts, whose sum it is (gemm_amx_pack.h), and the
-// products of the parts are added, those of the small parts first.
+// products of the parts are added, those of the small parts first.  Of two float32 operands, where a coarse product is
+// enough, two parts each are multiplied, but not the small ones with each other: an error below 2^-16 of each term.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +61,20 @@ inline void write_rows(const float (*sums)[kSquare], float* out, int64_t out_str
   }
 }
 
+// Which parts are multiplied, in order, and whether their tiles must be loaded.
+struct Product {
+  int left, right;
+  bool load_left, load_right;
+};
+template <int kLeftParts, int kRightParts>
+constexpr Product kProducts[] = {{0, 0, true, true}};
+template <>
+constexpr Product kProducts<3, 1>[] = {{2, 0, true, true}, {1, 0, true, false}, {0, 0, true, true}};
+template <>
+constexpr Product kProducts<1, 3>[] = {{0, 2, true, true}, {0, 1, false, true}, {0, 0, true, true}};
+template <>
+constexpr Product kProducts<2, 2>[] = {{1, 0, true, true}, {0, 1, true, true}, {0, 0, false, true}};
+
 // The panels of two times 16 rows or columns.  `finite` are the same without infinities.
 struct Panels {
   const char* part[2];
@@ -74,22 +89,20 @@ void square(const Panels& a, const Panels& b, int64_t depth, float* out, int64_t
   R1K_TILE_ZERO(1);
   R1K_TILE_ZERO(2);
   R1K_TILE_ZERO(3);
-  constexpr int kMostParts = kLeftParts > kRightParts ? kLeftParts : kRightParts;
   for (int64_t k = 0; k < depth; k += kDepth) {
 #pragma GCC unroll 3
-    for (int part = kMostParts - 1; part >= 0; --part) {
-      // The second and third parts may be 0, and 0 * inf would be NaN: the other operand has its finite panels there,
-      // whose tiles stay in registers from the third part to the second.
-      const char* const* const left = part > 0 && kLeftParts == 1 ? a.finite : a.part;
-      const char* const* const right = part > 0 && kRightParts == 1 ? b.finite : b.part;
-      const int64_t left_at = (k / kDepth * kLeftParts + (kLeftParts > 1 ? part : 0)) * kTileBytes;
-      const int64_t right_at = (k / kDepth * kRightParts + (kRightParts > 1 ? part : 0)) * kTileBytes;
-      if (kLeftParts > 1 || part != 1) R1K_TILE_LOAD(4, left[0] + left_at, 64);
-      if (kRightParts > 1 || part != 1) R1K_TILE_LOAD(6, right[0] + right_at, 64);
+    for (const Product& parts : kProducts<kLeftParts, kRightParts>) {
+      // A small part may be 0, and 0 * inf would be NaN: an operand that is not split has its finite panels there.
+      const char* const* const left = kLeftParts == 1 && parts.right > 0 ? a.finite : a.part;
+      const char* const* const right = kRightParts == 1 && parts.left > 0 ? b.finite : b.part;
+      const int64_t left_at = (k / kDepth * kLeftParts + parts.left) * kTileBytes;
+      const int64_t right_at = (k / kDepth * kRightParts + parts.right) * kTileBytes;
+      if (parts.load_left) R1K_TILE_LOAD(4, left[0] + left_at, 64);
+      if (parts.load_right) R1K_TILE_LOAD(6, right[0] + right_at, 64);
       R1K_TILE_MULTIPLY_ADD(0, 4, 6);
-      if (kRightParts > 1 || part != 1) R1K_TILE_LOAD(7, right[1] + right_at, 64);
+      if (parts.load_right) R1K_TILE_LOAD(7, right[1] + right_at, 64);
       R1K_TILE_MULTIPLY_ADD(1, 4, 7);
-      if (kLeftParts > 1 || part != 1) R1K_TILE_LOAD(5, left[1] + left_at, 64);
+      if (parts.load_left) R1K_TILE_LOAD(5, left[1] + left_at, 64);
       R1K_TILE_MULTIPLY_ADD(2, 5, 6);
       R1K_TILE_MULTIPLY_ADD(3, 5, 7);
     }
@@ -189,28 +202,31 @@ void block_of(const Gemm& gemm, const GemmBlock& block, char* workspace) {
 #endif
 }
 
-template <typename Left, typename Right>
-int64_t bytes_of(const Gemm& gemm, int64_t rows, int64_t columns) {
-  using Sizes = Layout<Left::kParts, Right::kParts>;
-  return Sizes(rows, columns, min(gemm.k, Sizes::kDepthOfSlice)).bytes;
+// Calls `run` with how the operands are packed: both are bfloat16, or one is and the other float32, or both float32.
+template <typename Run>
+auto with_parts(const Gemm& gemm, Run run) {
+  const bool wide_a = gemm.a.dtype == DType::float32, wide_b = gemm.b.dtype == DType::float32;
+  if (wide_a && wide_b) return run(Split<2>{}, Split<2>{});
+  if (wide_a) return run(Split<3>{}, Whole{});
+  if (wide_b) return run(Whole{}, Split<3>{});
+  return run(Whole{}, Whole{});
 }
 
 inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
-  if (gemm.a.dtype == DType::float32) return bytes_of<Thirds, Whole>(gemm, rows, columns);
-  if (gemm.b.dtype == DType::float32) return bytes_of<Whole, Thirds>(gemm, rows, columns);
-  return bytes_of<Whole, Whole>(gemm, rows, columns);
+  return with_parts(gemm, [&](auto left, auto right) {
+    using Sizes = Layout<decltype(left)::kParts, decltype(right)::kParts>;
+    return Sizes(rows, columns, min(gemm.k, Sizes::kDepthOfSlice)).bytes;
+  });
 }
 
 inline GemmTile tile_size(const Gemm& gemm) {
   return {kSquare, kSquare, gemm.b.dtype == DType::float32 ? kSplitBlockColumns : kBlockColumns};
 }
 
-// Operands are bfloat16, or one is and the other float32.
 inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
-  char* const memory = static_cast<char*>(workspace);
-  if (gemm.a.dtype == DType::float32) return block_of<Thirds, Whole>(gemm, block, memory);
-  if (gemm.b.dtype == DType::float32) return block_of<Whole, Thirds>(gemm, block, memory);
-  return block_of<Whole, Whole>(gemm, block, memory);
+  with_parts(gemm, [&](auto left, auto right) {
+    block_of<decltype(left), decltype(right)>(gemm, block, static_cast<char*>(workspace));
+  });
 }
 
 }  // namespace amx

@@ -63,34 +63,36 @@ struct Whole {
   }
 };
 
-// A float32 operand as the sum of three bfloat16 parts, in three tiles that follow each other.  Each part is what is
-// left, cut off after 8 bits: so the 24 bits of a float32 are kept, no part overflows, and all have its sign.  Of inf
-// and NaN the first part is inf or NaN and the others are 0.  Tiles take denormal parts as 0: of an element below 2^-102
-// some last bits are lost, which are below 2^-126.
-struct Thirds {
+// A float32 operand as the sum of bfloat16 parts, in tiles that follow each other.  Each part is what is left, cut off
+// after 8 bits: so three parts keep the 24 bits of a float32, no part overflows, and all have its sign.  Of inf and NaN
+// the first part is inf or NaN and the others are 0.  Tiles take denormal parts as 0: of an element below 2^-102 some
+// last bits are lost, which are below 2^-126.  Two parts are rounded to nearest: what they leave out has either sign, so
+// that a sum of many terms does not drift.
+template <int kCount>
+struct Split {
   using Element = float;
-  static constexpr int kParts = 3;
+  static constexpr int kParts = kCount;
 
   static void along(const float* from, char* to) {
     typedef uint16_t Words __attribute__((vector_size(64)));
     constexpr Words kHighHalves = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    Row first[3], second[3];
+    Row first[kCount], second[kCount];
     split(from, first);
     split(from + 16, second);
 #pragma GCC unroll 3
-    for (int part = 0; part < 3; ++part) {
+    for (int part = 0; part < kCount; ++part) {
       const Words halves = __builtin_shuffle((Words)first[part], (Words)second[part], kHighHalves);
       std::memcpy(to + part * kTileBytes, &halves, sizeof(halves));
     }
   }
 
   static void across(const float* even, const float* odd, char* to) {
-    Row low[3], high[3];
+    Row low[kCount], high[kCount];
     split(even, low);
     split(odd, high);
 #pragma GCC unroll 3
-    for (int part = 0; part < 3; ++part) {
+    for (int part = 0; part < kCount; ++part) {
       const Row mixed = low[part] >> 16 | high[part];
       std::memcpy(to + part * kTileBytes, &mixed, sizeof(mixed));
     }
@@ -98,16 +100,24 @@ struct Thirds {
 
  private:
   // 16 elements: each part in the upper halves of its lanes, whose lower halves are 0.
-  static void split(const float* from, Row (&parts)[3]) {
+  static void split(const float* from, Row (&parts)[kCount]) {
     typedef float Floats __attribute__((vector_size(64)));
     Row x;
     std::memcpy(&x, from, sizeof(x));
     const Row magnitude = x & 0x7fffffffu;
     const Row finite = (Row)(magnitude < 0x7f800000u);
     parts[0] = (x & 0xffff0000u) | ((Row)(magnitude > 0x7f800000u) & 0x00400000u);  // a NaN may not become inf
+    if constexpr (kCount == 2) {
+      const Row nearest = (Row)(magnitude < 0x7f7f8000u);  // above, it would be inf
+      parts[0] = (nearest & (x + 0x8000u) & 0xffff0000u) | (~nearest & parts[0]);
+    }
     x = (Row)((Floats)x - (Floats)parts[0]) & finite;  // exact, as the next difference
-    parts[1] = x & 0xffff0000u;
-    parts[2] = (Row)((Floats)x - (Floats)parts[1]) & 0xffff0000u;
+    if constexpr (kCount == 2) {
+      parts[1] = (x + 0x8000u) & 0xffff0000u;
+    } else {
+      parts[1] = x & 0xffff0000u;
+      parts[2] = (Row)((Floats)x - (Floats)parts[1]) & 0xffff0000u;
+    }
   }
 };
 

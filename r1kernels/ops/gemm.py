@@ -3,7 +3,8 @@
     out = a @ b   or   out += a @ b;   a (M, K), b (K, N), out (M, N) float32 (float64 from float64)
 
 The logits of a language model lose three digits when a 16-bit product rounds them. So every product here keeps its
-float32 sums. No route rounds an operand, also not a float32 operand beside a 16-bit one.
+float32 sums. No route rounds an operand, also not a float32 operand beside a 16-bit one, unless a coarse product is
+enough.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def _keeps_accumulators(device: torch.device) -> bool:
     return True
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch_invariant: bool = False) -> Tensor:
+def matmul(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch_invariant: bool = False,
+    coarse: bool = False,
+) -> Tensor:
     """out = a @ b, or out += a @ b, in float32.
 
     Args:
@@ -71,10 +75,12 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch
             each is 1.
         out: (M, N), float32 (float64 from float64), adjacent columns.
         batch_invariant: the bits of a row of out depend only on that row of a (and on b).
+        coarse: 16 bits of float32 operands are enough, because the caller rounds the result to 16 bits or fewer. An
+            infinity may become NaN.
     """
     chosen = route(a, b)
     if chosen == "native":
-        torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate)
+        torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate, coarse)
     elif chosen == "parts":
         _parts(a, b, out, accumulate, _by_fixed_rows if batch_invariant else _product)
     elif batch_invariant:

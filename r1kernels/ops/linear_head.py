@@ -302,8 +302,8 @@ class Walk:
         grad_lora_hidden = None
         if lora_hidden is not None and (needs.hidden or needs.lora_a):
             grad_lora_hidden = self._product(grad_logits, head.lora_b.t()).to(self.dtype)
-        if needs.hidden:
-            grad_hidden = self._product(grad_logits, head.weight)
+        if needs.hidden:  # in bfloat16, its rounding hides what a coarse product leaves out
+            grad_hidden = self._product(grad_logits, head.weight, coarse=self.dtype == torch.bfloat16)
             if grad_lora_hidden is not None:
                 matmul(grad_lora_hidden, head.lora_a.t(), grad_hidden, accumulate=True)
             write_rows(self._grad_hidden, chunk.write, rows, grad_hidden)
@@ -318,9 +318,9 @@ class Walk:
         if needs.bias:
             self._grad_bias += grad_logits.sum(0, dtype=self.accumulator)
 
-    def _product(self, a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
+    def _product(self, a: Tensor, b: Tensor, **how: bool) -> Tensor:
         out = _library.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
-        return matmul(a, b, out, batch_invariant=batch_invariant)
+        return matmul(a, b, out, **how)
 
     def _accumulated(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None:

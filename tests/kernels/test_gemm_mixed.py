@@ -175,6 +175,33 @@ def test_the_largest_numbers(isa: str) -> None:
     assert torch.equal(product(b.t(), a.t()), expected.expand(3, 4))
 
 
+# ---- two float32 operands where a coarse product is enough ------------------------------------------------
+
+
+def test_a_coarse_product_keeps_16_bits(isa: str) -> None:
+    """Without a drift, and the same bits for a row and a column anywhere."""
+    a, b = matrices((WIDE, WIDE), 130, 2000, 345)
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    whole = product(a, b, coarse=True)
+    testing.assert_within(whole, exact, 2.0**-16 * terms)
+    assert (((whole - exact) * exact).sum() / exact.square().sum()).abs() <= 1e-7
+    part = product(lay_out(a[100:101], "column"), lay_out(b[:, 300:310], "column"), coarse=True)
+    assert same_bits(part[0], whole[100, 300:310])
+    out = random_matrix(130, 345, WIDE, 3)
+    testing.assert_within(product(a, b, out, coarse=True), exact + out, 2.0**-16 * (terms + out.abs()))
+    half = b.bfloat16()
+    assert same_bits(product(a, half, coarse=True), product(a, half))  # other operands are multiplied as ever
+
+
+def test_a_coarse_product_of_special_numbers(isa: str) -> None:
+    large = LARGEST * (1 - 2.0**-16)  # more than the largest bfloat16
+    a = torch.tensor([[large, 0], [large, -large], [large, large], [math.nan, 1], [math.inf, 1]])
+    got = product(a, torch.ones(2, 3), coarse=True)
+    expected = torch.tensor([large, 0, math.inf])[:, None].expand(3, 3)
+    torch.testing.assert_close(got[:3], expected, rtol=2.0**-16, atol=0)
+    assert got[3].isnan().all() and not got[4].isfinite().any()
+
+
 # ---- the operator, tiles and other routes -----------------------------------------------------------------
 
 
@@ -189,7 +216,7 @@ def test_empty_dimensions_and_opcheck(pair: Pair) -> None:
     torch.library.opcheck(gemm_f32, (a, b, torch.zeros(5, 6), True))
 
 
-@pytest.mark.parametrize("pair", ON_TILES)
+@pytest.mark.parametrize("pair", [*ON_TILES, (WIDE, WIDE)])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (33, 31, 47), (130, 33, 20), (5, 1025, 3), (3, 40, 530)])
 def test_emulated_tiles(pair: Pair, m: int, k: int, n: int) -> None:
     a, b = matrices(pair, m, k, n)
@@ -197,7 +224,8 @@ def test_emulated_tiles(pair: Pair, m: int, k: int, n: int) -> None:
     for layouts in BOTH_LAYOUTS:
         left, right = lay_out(a, layouts[0]), lay_out(b, layouts[1])
         got = emulated_product(left, right)
-        testing.assert_within(got, exact, (k + 2) * testing.EPS32 / 2 * terms)
+        coarse = 2.0**-16 if pair == (WIDE, WIDE) else 0
+        testing.assert_within(got, exact, ((k + 2) * testing.EPS32 / 2 + coarse) * terms)
         same_on_tiles(left, right, None, got)
     out = random_matrix(m, n, WIDE, 3)
     same_on_tiles(a, b, out, emulated_product(a, b, out))
