@@ -30,7 +30,7 @@ r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
   const int64_t k_stride = matrix.size(1 - outer) == 1 ? 1 : matrix.stride(1 - outer);
   R1K_CHECK(matrix.numel() == 0 || outer_stride == 1 || k_stride == 1, name, " has strides (", matrix.stride(0), ", ",
             matrix.stride(1), "), expected one of them to be 1");
-  return {matrix.data_ptr(), outer_stride, k_stride};
+  return {dtype_of(matrix, name), matrix.data_ptr(), outer_stride, k_stride};
 }
 
 // Elements along k whose products are summed apart.  Threads share the groups of long sums, and the sums of groups are
@@ -131,7 +131,7 @@ Workspaces& workspaces() {
 void multiply(const std::vector<r1k::Gemm>& gemms) {
   const r1k::Gemm& first = gemms.front();
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(first, kernels.tile(first.dtype), gemms.size(), torch::stable::get_num_threads());
+  const Cut size = cut(first, kernels.tile(first), gemms.size(), torch::stable::get_num_threads());
   const int64_t row_blocks = ceil_div(first.rows, size.rows), blocks = size.blocks(first);
   const int64_t bytes = kernels.workspace_bytes(first, size.rows, size.columns);
   parallel_parts(blocks * static_cast<int64_t>(gemms.size()), [&](const auto& next) {
@@ -147,10 +147,10 @@ void multiply(const std::vector<r1k::Gemm>& gemms) {
   });
 }
 
-// The elements along k from `begin` to `end` alone.
-r1k::GemmOperand slice(const r1k::GemmOperand& operand, r1k::DType dtype, int64_t begin) {
+// Without the elements along k before `begin`.
+r1k::GemmOperand from_k(const r1k::GemmOperand& operand, int64_t begin) {
   r1k::GemmOperand part = operand;
-  part.data = static_cast<const char*>(operand.data) + begin * operand.k_stride * r1k::size_of(dtype);
+  part.data = static_cast<const char*>(operand.data) + begin * operand.k_stride * r1k::size_of(operand.dtype);
   return part;
 }
 
@@ -168,8 +168,8 @@ void multiply_in_groups(const r1k::Gemm& gemm, int64_t groups) {
     for (int64_t g = 0; g < count; ++g) {
       const int64_t begin = (first + g) * kGroup;
       r1k::Gemm part = gemm;
-      part.a = slice(gemm.a, gemm.dtype, begin);
-      part.b = slice(gemm.b, gemm.dtype, begin);
+      part.a = from_k(gemm.a, begin);
+      part.b = from_k(gemm.b, begin);
       part.k = std::min(kGroup, gemm.k - begin);
       part.out = sums + g * size;
       part.out_stride = gemm.columns;
@@ -195,32 +195,28 @@ void multiply_in_groups(const r1k::Gemm& gemm, int64_t groups) {
   workspaces().give_back(std::move(memory));
 }
 
-void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate) {
+void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate, bool coarse) {
   R1K_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2, "a, b and out must be matrices, got ", a.dim(), ", ",
             b.dim(), " and ", out.dim(), " dimensions");
   R1K_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1), "a is (", a.size(0), ", ",
             a.size(1), "), b is (", b.size(0), ", ", b.size(1), ") and out is (", out.size(0), ", ", out.size(1),
             "), expected (M, K), (K, N) and (M, N)");
-  R1K_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have the same dtype");
   R1K_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
   R1K_CHECK((out.stride(1) == 1 || out.size(1) <= 1) && (out.stride(0) >= out.size(1) || out.size(0) <= 1),
             "out has strides (", out.stride(0), ", ", out.stride(1),
             "), expected columns of stride 1 and rows that do not overlap");
   r1k::Gemm gemm;
-  switch (a.scalar_type()) {
-    case ScalarType::Float: gemm.dtype = r1k::DType::float32; break;
-    case ScalarType::BFloat16: gemm.dtype = r1k::DType::bfloat16; break;
-    case ScalarType::Half: gemm.dtype = r1k::DType::float16; break;
-    default: R1K_CHECK(false, "a and b must be float32, bfloat16 or float16");
-  }
   gemm.rows = a.size(0);
   gemm.columns = b.size(1);
   gemm.k = a.size(1);
   gemm.a = operand(a, "a", 0);
   gemm.b = operand(b, "b", 1);
+  R1K_CHECK(gemm.a.dtype == gemm.b.dtype || gemm.a.dtype == r1k::DType::float32 || gemm.b.dtype == r1k::DType::float32,
+            "a and b are bfloat16 and float16, expected one dtype, or float32 beside a 16-bit dtype");
   gemm.out = static_cast<float*>(out.data_ptr());
   gemm.out_stride = out.stride(0);
   gemm.accumulate = accumulate;
+  gemm.coarse = coarse;
   if (gemm.rows == 0 || gemm.columns == 0) return;
   if (gemm.k == 0) {
     for (int64_t r = 0; r < gemm.rows && !accumulate; ++r) {

@@ -35,25 +35,38 @@ PUBLIC_OPS = {
 PRODUCTS = {
     "native": "our kernel",
     "out_dtype": "the device's library, float32 result",
+    "parts": "the device's library, float32 in three bfloat16 parts",
     "copies": "torch, float32 copies block by block",
     "torch": "torch",
 }
 
-# What a CPU multiplies bfloat16 with, by instruction set; the others convert it to float32.
-BFLOAT16_UNITS = {"avx512_bf16": ", bfloat16 dot-product instructions", "amx_bf16": ", matrix tiles (AMX)"}
+PAIRS = {
+    (torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.float16, torch.float16): "fp16",
+    (torch.float32, torch.float32): "fp32",
+    (torch.bfloat16, torch.float32): "bf16 with fp32",
+    (torch.float16, torch.float32): "fp16 with fp32",
+}
+
+# What a CPU multiplies bfloat16 with, by instruction set and pair; the others convert it to float32.
+UNITS = {
+    ("avx512_bf16", "bf16"): ", bfloat16 dot-product instructions",
+    ("amx_bf16", "bf16"): ", matrix tiles (AMX)",
+    ("amx_bf16", "bf16 with fp32"): ", matrix tiles (AMX), float32 in three bfloat16 parts",
+}
 
 
 def _products() -> list[str]:
     """How the linear_* functions multiply matrices of each dtype."""
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-            if _library.explain(device, dtype).implementation == "error":
+        for dtypes, name in PAIRS.items():
+            if _library.explain(device, dtypes[0]).implementation == "error":
                 continue  # the lines above show the error
-            chosen = route(torch.empty(0, dtype=dtype, device=device))
+            chosen = route(*(torch.empty(0, dtype=dtype, device=device) for dtype in dtypes))
             how = PRODUCTS[chosen]
-            if chosen == "native" and dtype == torch.bfloat16:
-                how += BFLOAT16_UNITS.get(_library.extension.cpu_isa(), "")
+            if chosen == "native":
+                how += UNITS.get((_library.extension.cpu_isa(), name), "")
             lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
     return lines
 

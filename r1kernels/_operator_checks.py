@@ -180,6 +180,8 @@ def _linear_statistics(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (N, H) and (V, H)"
         )
     check.placed("weight", weight)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight has dtype {weight.dtype}, expected {hidden.dtype} like hidden")
     count = len(hidden)
     check.flat(hidden.dtype, len(weight), bias=bias)
     check.flat(torch.int64, count, token_ids=token_ids)

@@ -100,8 +100,9 @@ _declare("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int estimator) -> (T
 _declare("scaled(Tensor grad, Tensor factor, Tensor(a!) out, bool accumulate) -> ()")
 # out (V, H) float32: out[ids[t]] += factors[t] rows[t], in the order of t. ids (N,), factors (N,) float32, rows (N, H).
 _declare("add_rows(Tensor(a!) out, Tensor ids, Tensor factors, Tensor rows) -> ()")
-# out (M, N) fp32 = or += a (M, K) @ b (K, N), both of one dtype; an entry's bits depend only on its row and column.
-_declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()")
+# out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
+# bits depend only on its row and column. coarse: 16 bits of float32 operands are enough.
+_declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool coarse=False) -> ()")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
 _declare(
@@ -236,7 +237,7 @@ def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_fake("gemm_f32")
-def _(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def _(*_: Any) -> None:
     return None
 
 

@@ -5,6 +5,8 @@
 
 #include "gemm.h"
 
+#include <type_traits>
+
 #include "gemm_pack.h"
 #include "isa.h"
 #if defined(__AMX_BF16__)
@@ -33,7 +35,7 @@ constexpr int64_t kRightNear = 1200 << 10;       // bytes of right panels that c
 constexpr int64_t kRun = 64;  // steps along k summed in one chain
 
 // sum_k a[k][r] b[k][c] of kRows x kTileColumns lanes; the first `columns` of them reach `out`.
-template <typename Lanes, int kRows>
+template <typename Product, int kRows>
 void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, int64_t out_stride, int64_t columns,
           bool add) {
 #pragma GCC unroll 16
@@ -54,7 +56,7 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, int64
       for (int r = 0; r < kRows; ++r) {
         const VecU left = VecU{} + a[r];
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Lanes::multiply_add(left, right[v], sum[r][v]);
+        for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Product::multiply_add(left, right[v], sum[r][v]);
       }
     }
     if (steps <= kRun) break;
@@ -92,12 +94,12 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, int64
 
 using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, int64_t, bool);
 
-template <typename Lanes, int kRows = kTileRows>
+template <typename Product, int kRows = kTileRows>
 Tile tile_of(int64_t rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of<Lanes, kRows - 1>(rows);
+    if (rows < kRows) return tile_of<Product, kRows - 1>(rows);
   }
-  return tile<Lanes, kRows>;
+  return tile<Product, kRows>;
 }
 
 int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -111,29 +113,32 @@ int64_t packed_right(int64_t columns, int64_t steps) {
   return tiles(columns, kTileColumns) * panel_stride<kTileColumns>(steps);
 }
 
-template <typename Lanes>
+// The elements of a and of b may differ in type; packed they are lanes of one kind.
+template <typename Left, typename Right>
 void block_of(const Gemm& gemm, const GemmBlock& block, uint32_t* workspace) {
-  using T = typename Lanes::Element;
-  constexpr int64_t kSlice = Lanes::kSteps * Lanes::kDepth;
-  const T* const a = static_cast<const T*>(gemm.a.data);
-  const T* const b = static_cast<const T*>(gemm.b.data);
+  using Product = typename Left::Product;
+  static_assert(std::is_same_v<Product, typename Right::Product>);
+  static_assert(Left::kDepth == Right::kDepth && Left::kSteps == Right::kSteps);
+  constexpr int64_t kSlice = Left::kSteps * Left::kDepth;
+  const auto* const a = static_cast<const typename Left::Element*>(gemm.a.data);
+  const auto* const b = static_cast<const typename Right::Element*>(gemm.b.data);
   for (int64_t k = 0; k < gemm.k; k += kSlice) {
     const int64_t depth = min(kSlice, gemm.k - k);
-    const int64_t steps = (depth + Lanes::kDepth - 1) / Lanes::kDepth;
+    const int64_t steps = (depth + Left::kDepth - 1) / Left::kDepth;
     const bool add = gemm.accumulate || k > 0;
     uint32_t* const left = workspace;
     uint32_t* const right = workspace + packed_left(block.row_end - block.row_begin, steps);
     const int64_t left_stride = panel_stride<kTileRows>(steps), right_stride = panel_stride<kTileColumns>(steps);
     const int64_t right_bytes = packed_right(block.column_end - block.column_begin, steps) * sizeof(uint32_t);
-    pack<Lanes, kTileColumns>(b + k * gemm.b.k_stride + block.column_begin * gemm.b.outer_stride, gemm.b.outer_stride,
+    pack<Right, kTileColumns>(b + k * gemm.b.k_stride + block.column_begin * gemm.b.outer_stride, gemm.b.outer_stride,
                               gemm.b.k_stride, block.column_end - block.column_begin,
                               gemm.columns - block.column_begin, depth, right);
     for (int64_t row_begin = block.row_begin; row_begin < block.row_end; row_begin += kPackedRows) {
       const int64_t row_end = min(row_begin + kPackedRows, block.row_end);
-      pack<Lanes, kTileRows>(a + k * gemm.a.k_stride + row_begin * gemm.a.outer_stride, gemm.a.outer_stride,
-                             gemm.a.k_stride, row_end - row_begin, gemm.rows - row_begin, depth, left);
+      pack<Left, kTileRows>(a + k * gemm.a.k_stride + row_begin * gemm.a.outer_stride, gemm.a.outer_stride,
+                            gemm.a.k_stride, row_end - row_begin, gemm.rows - row_begin, depth, left);
       const auto compute = [&](int64_t r, int64_t c) {
-        tile_of<Lanes>(row_end - r)(left + (r - row_begin) / kTileRows * left_stride,
+        tile_of<Product>(row_end - r)(left + (r - row_begin) / kTileRows * left_stride,
                                     right + (c - block.column_begin) / kTileColumns * right_stride, steps,
                                     gemm.out + r * gemm.out_stride + c, gemm.out_stride,
                                     min(kTileColumns, block.column_end - c), add);
@@ -159,30 +164,49 @@ using BFloat16Lanes = BFloat16Pairs;
 using BFloat16Lanes = FloatLanes<BFloat16>;
 #endif
 
+#if defined(__AMX_BF16__)
+bool on_tiles(const Gemm& gemm) {
+  const DType a = gemm.a.dtype, b = gemm.b.dtype;
+  if (a == DType::float16 || b == DType::float16) return false;
+  return a == DType::bfloat16 || b == DType::bfloat16 || gemm.coarse;
+}
+#endif
+
 int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
 #if defined(__AMX_BF16__)
-  if (gemm.dtype == DType::bfloat16) return amx::workspace_bytes(gemm, rows, columns);
+  if (on_tiles(gemm)) return amx::workspace_bytes(gemm, rows, columns);
 #endif
-  const int64_t steps =
-      min(gemm.k, gemm.dtype == DType::bfloat16 ? BFloat16Lanes::kSteps : FloatLanes<float>::kSteps);
+  const bool pairs = gemm.a.dtype == DType::bfloat16 && gemm.b.dtype == DType::bfloat16;
+  const int64_t steps = min(gemm.k, pairs ? BFloat16Lanes::kSteps : FloatLanes<float>::kSteps);
   return (packed_left(rows, steps) + packed_right(columns, steps)) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
 #if defined(__AMX_BF16__)
-  if (gemm.dtype == DType::bfloat16) return amx::block(gemm, block, workspace);
+  if (on_tiles(gemm)) return amx::block(gemm, block, workspace);
 #endif
   uint32_t* const lanes = static_cast<uint32_t*>(workspace);
-  switch (gemm.dtype) {
-    case DType::float32: return block_of<FloatLanes<float>>(gemm, block, lanes);
-    case DType::bfloat16: return block_of<BFloat16Lanes>(gemm, block, lanes);
-    case DType::float16: return block_of<FloatLanes<Float16>>(gemm, block, lanes);
+  using Float32 = FloatLanes<float>;
+  switch (gemm.a.dtype) {
+    case DType::float32:
+      switch (gemm.b.dtype) {
+        case DType::float32: return block_of<Float32, Float32>(gemm, block, lanes);
+        case DType::bfloat16: return block_of<Float32, FloatLanes<BFloat16>>(gemm, block, lanes);
+        case DType::float16: return block_of<Float32, FloatLanes<Float16>>(gemm, block, lanes);
+      }
+      return;
+    case DType::bfloat16:
+      if (gemm.b.dtype == DType::float32) return block_of<FloatLanes<BFloat16>, Float32>(gemm, block, lanes);
+      return block_of<BFloat16Lanes, BFloat16Lanes>(gemm, block, lanes);
+    case DType::float16:
+      if (gemm.b.dtype == DType::float32) return block_of<FloatLanes<Float16>, Float32>(gemm, block, lanes);
+      return block_of<FloatLanes<Float16>, FloatLanes<Float16>>(gemm, block, lanes);
   }
 }
 
-GemmTile tile_size([[maybe_unused]] DType dtype) {
+GemmTile tile_size([[maybe_unused]] const Gemm& gemm) {
 #if defined(__AMX_BF16__)
-  if (dtype == DType::bfloat16) return {amx::kSquare, amx::kSquare, amx::kBlockColumns, 300};
+  if (on_tiles(gemm)) return amx::tile_size(gemm);
 #endif
   return {kTileRows, kTileColumns, 1024, 30};
 }

@@ -9,18 +9,20 @@ namespace r1k {
 
 // One operand: `outer` is the dimension it gives the result, rows of a or columns of b.  One stride is 1.
 struct GemmOperand {
+  DType dtype;
   const void* data;
   int64_t outer_stride;
   int64_t k_stride;
 };
 
+// Both operands have one dtype, or one of them is float32 and the other a 16-bit one.
 struct Gemm {
-  DType dtype;
   int64_t rows, columns, k;
   GemmOperand a, b;
   float* out;
   int64_t out_stride;
   bool accumulate;  // out += a b instead of out = a b
+  bool coarse;      // 16 bits of float32 operands are enough
 };
 
 // A rectangle of the result.
@@ -38,7 +40,7 @@ struct GemmKernels {
   // Computes one block, sequentially.  `workspace` is aligned to 64 bytes.
   void (*block)(const Gemm&, const GemmBlock&, void* workspace);
   int64_t (*workspace_bytes)(const Gemm&, int64_t rows, int64_t columns);
-  GemmTile (*tile)(DType);
+  GemmTile (*tile)(const Gemm&);
 };
 
 }  // namespace r1k

@@ -2,6 +2,10 @@
 // and a 32 x 16 tile to 16 x 16 sums.  Slices of both operands along k are packed into panels of such tiles; a square
 // of 2 x 2 tiles of the result is summed over a slice in registers and then added to memory.  As in gemm.cpp, the order
 // of every sum follows from k alone.
+//
+// A float32 operand beside a bfloat16 one is packed as three bfloat16 parts, whose sum it is (gemm_amx_pack.h), and the
+// products of the parts are added, those of the small parts first.  Of two float32 operands, where a coarse product is
+// enough, two parts each are multiplied, but not the small ones with each other: an error below 2^-16 of each term.
 #pragma once
 
 #include <cstdint>
@@ -12,123 +16,22 @@
 #endif
 
 #include "gemm.h"
+#include "gemm_amx_pack.h"
 #include "tiles.h"
 
 namespace r1k {
 namespace R1K_ISA {
 namespace amx {
 
-constexpr int64_t kSide = 16;        // rows or columns of the result in a tile
-constexpr int64_t kDepth = 32;       // elements along k in a tile
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kSquare = 2 * kSide;
-
-// Elements along k in a slice.  In registers the products of 32 elements are one term, so a chain has 32 terms.
-constexpr int64_t kSlice = 1024;
-// Packed, the columns of a block take at most 1 MiB, and these rows 256 KiB. Both stay in the L2 cache.
-constexpr int64_t kBlockColumns = 512;
+// Elements along k in a slice.  In registers the products of 32 elements are one term, so a chain has 32 terms, or 48
+// with an operand in three parts.
+template <int kParts>
+constexpr int64_t kSlice = kParts == 1 ? 1024 : 512;
+// Packed, the columns of a block take at most 1 MiB, and these rows 384 KiB. Both stay in the L2 cache.
+constexpr int64_t kBlockColumns = 512, kSplitBlockColumns = 320;
 constexpr int64_t kPackedRows = 128;
 
-// A stride that is no power of two keeps panels out of each other's cache sets.
-inline int64_t panel_stride(int64_t depth) { return (depth + kDepth - 1) / kDepth * kTileBytes + 64; }
-
-inline int64_t panel_count(int64_t outers) { return (outers + kSide - 1) / kSide; }
-
-typedef uint32_t Row __attribute__((vector_size(64)));  // of a tile: 16 pairs of bfloat16 that are neighbours along k
-typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef float Sums __attribute__((vector_size(64)));
-
-// Transposes the 16 x 16 pairs of a tile, in four rounds of interleaving rows that lie 8 apart.
-inline void transpose(char* tile) {
-  constexpr Row kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  constexpr Row kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  Row x[16], y[16];
-  std::memcpy(x, tile, sizeof(x));
-#pragma GCC unroll 4
-  for (int round = 0; round < 4; ++round) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      y[2 * k] = __builtin_shuffle(x[k], x[k + 8], kLow);
-      y[2 * k + 1] = __builtin_shuffle(x[k], x[k + 8], kHigh);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) x[k] = y[k];
-  }
-  std::memcpy(tile, x, sizeof(x));
-}
-
-// Elements that are contiguous along k: each row of the operand is a row of tiles.
-inline void pack_rows(const uint16_t* from, int64_t outer_stride, int64_t count, int64_t depth, bool transposed,
-                      char* to) {
-  for (int64_t begin = 0; begin < count; begin += kSide, to += panel_stride(depth)) {
-    const int64_t outers = count - begin < kSide ? count - begin : kSide;
-    char* tile = to;
-    for (int64_t k = 0; k < depth; k += kDepth, tile += kTileBytes) {
-      const uint16_t* row = from + begin * outer_stride + k;
-      if (outers == kSide && k + kDepth <= depth) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kSide; ++r) std::memcpy(tile + r * 64, row + r * outer_stride, 64);
-      } else {
-        const int64_t bytes = (depth - k < kDepth ? depth - k : kDepth) * 2;
-        std::memset(tile, 0, kTileBytes);
-        for (int64_t r = 0; r < outers; ++r) std::memcpy(tile + r * 64, row + r * outer_stride, bytes);
-      }
-      if (transposed) transpose(tile);
-    }
-  }
-}
-
-// Rows k and k + 1 of the operand, contiguous across k, become one row of a tile.
-inline void interleave(const uint16_t* even, const uint16_t* odd, char* to) {
-  Halves x, y;
-  std::memcpy(&x, even, sizeof(x));
-  std::memcpy(&y, odd, sizeof(y));
-  const Row mixed = __builtin_convertvector(x, Row) | __builtin_convertvector(y, Row) << 16;
-  std::memcpy(to, &mixed, sizeof(mixed));
-}
-
-// Elements that are contiguous across k.  All panels are filled side by side, so that memory is read in long runs.
-inline void pack_pairs(const uint16_t* from, int64_t k_stride, int64_t count, int64_t depth, bool transposed,
-                       char* to) {
-  const int64_t stride = panel_stride(depth), whole = count / kSide, rest = count % kSide;
-  for (int64_t begin = 0; begin < depth; begin += kDepth, to += kTileBytes) {
-    for (int64_t k = begin; k < begin + kDepth; k += 2) {
-      const uint16_t* even = from + k * k_stride;
-      char* row = to + (k - begin) * 32;
-      const bool both = k + 2 <= depth;
-      if (both) {
-        for (int64_t panel = 0; panel < whole; ++panel, even += kSide, row += stride) {
-          // Runs are too short for the processor to foresee the next rows: these are fetched four pairs before.
-          __builtin_prefetch(even + 8 * k_stride);
-          __builtin_prefetch(even + 9 * k_stride);
-          interleave(even, even + k_stride, row);
-        }
-        if (rest == 0) continue;
-      }
-      for (int64_t panel = both ? whole : 0; panel * kSide < count; ++panel, even += kSide, row += stride) {
-        const int64_t outers = panel < whole ? kSide : rest;
-        uint16_t edge[2][kSide] = {};
-        for (int64_t d = 0; d < 2 && k + d < depth; ++d) std::memcpy(edge[d], even + d * k_stride, outers * 2);
-        interleave(edge[0], edge[1], row);
-      }
-    }
-    if (!transposed) continue;
-    for (int64_t panel = 0; panel * kSide < count; ++panel) transpose(to + panel * stride);
-  }
-}
-
-// `depth` elements along k of the rows (columns) from `begin` to `end` as tiles, panel after panel.  What is missing in
-// the last tiles is 0 along k; across k it is never stored.
-inline void pack(const GemmOperand& operand, int64_t k, int64_t depth, int64_t begin, int64_t end, bool is_left,
-                 char* to) {
-  const uint16_t* from =
-      static_cast<const uint16_t*>(operand.data) + k * operand.k_stride + begin * operand.outer_stride;
-  if (operand.k_stride == 1) {
-    pack_rows(from, operand.outer_stride, end - begin, depth, !is_left, to);
-  } else {
-    pack_pairs(from, operand.k_stride, end - begin, depth, is_left, to);
-  }
-}
 
 enum class Write { set, add, stream };  // stream: set, past the caches
 
@@ -158,23 +61,51 @@ inline void write_rows(const float (*sums)[kSquare], float* out, int64_t out_str
   }
 }
 
+// Which parts are multiplied, in order, and whether their tiles must be loaded.
+struct Product {
+  int left, right;
+  bool load_left, load_right;
+};
+template <int kLeftParts, int kRightParts>
+constexpr Product kProducts[] = {{0, 0, true, true}};
+template <>
+constexpr Product kProducts<3, 1>[] = {{2, 0, true, true}, {1, 0, true, false}, {0, 0, true, true}};
+template <>
+constexpr Product kProducts<1, 3>[] = {{0, 2, true, true}, {0, 1, false, true}, {0, 0, true, true}};
+template <>
+constexpr Product kProducts<2, 2>[] = {{1, 0, true, true}, {0, 1, true, true}, {0, 0, false, true}};
+
+// The panels of two times 16 rows or columns.  `finite` are the same without infinities.
+struct Panels {
+  const char* part[2];
+  const char* finite[2];
+};
+
 // A square of the result, or what is left of one at the edges; there the second panel may be the first again.
-inline void square(const char* a0, const char* a1, const char* b0, const char* b1, int64_t depth, float* out,
-                   int64_t out_stride, int64_t rows, int64_t columns, Write write) {
+template <int kLeftParts, int kRightParts>
+void square(const Panels& a, const Panels& b, int64_t depth, float* out, int64_t out_stride, int64_t rows,
+            int64_t columns, Write write) {
   R1K_TILE_ZERO(0);
   R1K_TILE_ZERO(1);
   R1K_TILE_ZERO(2);
   R1K_TILE_ZERO(3);
   for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t at = k / kDepth * kTileBytes;
-    R1K_TILE_LOAD(4, a0 + at, 64);
-    R1K_TILE_LOAD(6, b0 + at, 64);
-    R1K_TILE_MULTIPLY_ADD(0, 4, 6);
-    R1K_TILE_LOAD(7, b1 + at, 64);
-    R1K_TILE_MULTIPLY_ADD(1, 4, 7);
-    R1K_TILE_LOAD(5, a1 + at, 64);
-    R1K_TILE_MULTIPLY_ADD(2, 5, 6);
-    R1K_TILE_MULTIPLY_ADD(3, 5, 7);
+#pragma GCC unroll 3
+    for (const Product& parts : kProducts<kLeftParts, kRightParts>) {
+      // A small part may be 0, and 0 * inf would be NaN: an operand that is not split has its finite panels there.
+      const char* const* const left = kLeftParts == 1 && parts.right > 0 ? a.finite : a.part;
+      const char* const* const right = kRightParts == 1 && parts.left > 0 ? b.finite : b.part;
+      const int64_t left_at = (k / kDepth * kLeftParts + parts.left) * kTileBytes;
+      const int64_t right_at = (k / kDepth * kRightParts + parts.right) * kTileBytes;
+      if (parts.load_left) R1K_TILE_LOAD(4, left[0] + left_at, 64);
+      if (parts.load_right) R1K_TILE_LOAD(6, right[0] + right_at, 64);
+      R1K_TILE_MULTIPLY_ADD(0, 4, 6);
+      if (parts.load_right) R1K_TILE_LOAD(7, right[1] + right_at, 64);
+      R1K_TILE_MULTIPLY_ADD(1, 4, 7);
+      if (parts.load_left) R1K_TILE_LOAD(5, left[1] + left_at, 64);
+      R1K_TILE_MULTIPLY_ADD(2, 5, 6);
+      R1K_TILE_MULTIPLY_ADD(3, 5, 7);
+    }
   }
   if (rows == kSquare && columns == kSquare && write == Write::set) {
     const int64_t stride = out_stride * static_cast<int64_t>(sizeof(float));
@@ -194,43 +125,74 @@ inline void square(const char* a0, const char* a1, const char* b0, const char* b
 
 inline int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 
-inline int64_t packed_left(int64_t rows, int64_t depth) {
-  return panel_count(min(rows, kPackedRows)) * panel_stride(depth);
-}
+// The workspace: packed rows, packed columns, and two panels without infinities.
+template <int kLeftParts, int kRightParts>
+struct Layout {
+  static constexpr int64_t kDepthOfSlice = kSlice<(kLeftParts > kRightParts ? kLeftParts : kRightParts)>;
 
-inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
-  const int64_t depth = min(gemm.k, kSlice);
-  return packed_left(rows, depth) + panel_count(columns) * panel_stride(depth);
-}
+  int64_t left_stride, right_stride, right, finite, bytes;
+
+  Layout(int64_t rows, int64_t columns, int64_t depth)
+      : left_stride(panel_stride(depth, kLeftParts)),
+        right_stride(panel_stride(depth, kRightParts)),
+        right(panel_count(min(rows, kPackedRows)) * left_stride),
+        finite(right + panel_count(columns) * right_stride),
+        bytes(finite + (kLeftParts != kRightParts ? 2 * panel_stride(depth, 1) : 0)) {}
+};
 
 // Whether the result is beyond the caches, written once, and in whole lines.
-inline bool may_stream(const Gemm& gemm) {
+inline bool may_stream(const Gemm& gemm, int64_t slice) {
   constexpr int64_t kBeyondCaches = (32 << 20) / sizeof(float);
-  return gemm.k <= kSlice && gemm.rows * gemm.columns >= kBeyondCaches && gemm.out_stride % kSide == 0 &&
+  return gemm.k <= slice && gemm.rows * gemm.columns >= kBeyondCaches && gemm.out_stride % kSide == 0 &&
          reinterpret_cast<uintptr_t>(gemm.out) % 64 == 0;
 }
 
-inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
+// The two panels from `first`, the second only if there are so many rows or columns.
+inline Panels panels(const char* first, int64_t stride, int64_t outers, bool infinite, char* finite) {
+  const char* const second = outers > kSide ? first + stride : first;
+  Panels result = {{first, second}, {first, second}};
+  if (infinite) {
+    for (int panel = 0; panel < 2; ++panel, finite += stride) {
+      copy_finite(result.part[panel], stride, finite);
+      result.finite[panel] = finite;
+    }
+    __asm__ volatile("" ::: "memory");
+  }
+  return result;
+}
+
+template <typename Left, typename Right>
+void block_of(const Gemm& gemm, const GemmBlock& block, char* workspace) {
+  using Sizes = Layout<Left::kParts, Right::kParts>;
   const tiles::InUse in_use;
-  for (int64_t k = 0; k < gemm.k; k += kSlice) {
-    const int64_t depth = min(kSlice, gemm.k - k), stride = panel_stride(depth);
+  for (int64_t k = 0; k < gemm.k; k += Sizes::kDepthOfSlice) {
+    const int64_t depth = min(Sizes::kDepthOfSlice, gemm.k - k);
+    const Sizes sizes(block.row_end - block.row_begin, block.column_end - block.column_begin, depth);
     // A line of a large result would be read for nothing before it is written.
-    const Write write = gemm.accumulate || k > 0 ? Write::add : may_stream(gemm) ? Write::stream : Write::set;
-    char* const left = static_cast<char*>(workspace);
-    char* const right = left + packed_left(block.row_end - block.row_begin, depth);
-    pack(gemm.b, k, depth, block.column_begin, block.column_end, false, right);
+    const Write write =
+        gemm.accumulate || k > 0 ? Write::add : may_stream(gemm, Sizes::kDepthOfSlice) ? Write::stream : Write::set;
+    char* const left = workspace;
+    char* const right = workspace + sizes.right;
+    char* const finite = workspace + sizes.finite;
+    pack<Right>(gemm.b, k, depth, block.column_begin, block.column_end, false, right);
+    const bool infinite_right =
+        Left::kParts > Right::kParts && has_infinity(right, sizes.finite - sizes.right);
     for (int64_t row_begin = block.row_begin; row_begin < block.row_end; row_begin += kPackedRows) {
       const int64_t row_end = min(row_begin + kPackedRows, block.row_end);
-      pack(gemm.a, k, depth, row_begin, row_end, true, left);
+      pack<Left>(gemm.a, k, depth, row_begin, row_end, true, left);
+      const bool infinite_left =
+          Right::kParts > Left::kParts && has_infinity(left, panel_count(row_end - row_begin) * sizes.left_stride);
       __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
       for (int64_t r = row_begin; r < row_end; r += kSquare) {
         const int64_t rows = min(kSquare, row_end - r);
-        const char* const a = left + (r - row_begin) / kSide * stride;
+        const Panels a = panels(left + (r - row_begin) / kSide * sizes.left_stride, sizes.left_stride, rows,
+                                infinite_left, finite);
         for (int64_t c = block.column_begin; c < block.column_end; c += kSquare) {
           const int64_t columns = min(kSquare, block.column_end - c);
-          const char* const b = right + (c - block.column_begin) / kSide * stride;
-          square(a, rows > kSide ? a + stride : a, b, columns > kSide ? b + stride : b, depth,
-                 gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows, columns, write);
+          const Panels b = panels(right + (c - block.column_begin) / kSide * sizes.right_stride, sizes.right_stride,
+                                  columns, infinite_right, finite);
+          square<Left::kParts, Right::kParts>(a, b, depth, gemm.out + r * gemm.out_stride + c, gemm.out_stride, rows,
+                                              columns, write);
         }
       }
     }
@@ -238,6 +200,33 @@ inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
 #if defined(__AVX512F__)
   _mm_sfence();  // streamed writes, before other threads read them
 #endif
+}
+
+// Calls `run` with how the operands are packed: both are bfloat16, or one is and the other float32, or both float32.
+template <typename Run>
+auto with_parts(const Gemm& gemm, Run run) {
+  const bool wide_a = gemm.a.dtype == DType::float32, wide_b = gemm.b.dtype == DType::float32;
+  if (wide_a && wide_b) return run(Split<2>{}, Split<2>{});
+  if (wide_a) return run(Split<3>{}, Whole{});
+  if (wide_b) return run(Whole{}, Split<3>{});
+  return run(Whole{}, Whole{});
+}
+
+inline int64_t workspace_bytes(const Gemm& gemm, int64_t rows, int64_t columns) {
+  return with_parts(gemm, [&](auto left, auto right) {
+    using Sizes = Layout<decltype(left)::kParts, decltype(right)::kParts>;
+    return Sizes(rows, columns, min(gemm.k, Sizes::kDepthOfSlice)).bytes;
+  });
+}
+
+inline GemmTile tile_size(const Gemm& gemm) {
+  return {kSquare, kSquare, gemm.b.dtype == DType::float32 ? kSplitBlockColumns : kBlockColumns, 300};
+}
+
+inline void block(const Gemm& gemm, const GemmBlock& block, void* workspace) {
+  with_parts(gemm, [&](auto left, auto right) {
+    block_of<decltype(left), decltype(right)>(gemm, block, static_cast<char*>(workspace));
+  });
 }
 
 }  // namespace amx

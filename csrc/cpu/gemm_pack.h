@@ -11,24 +11,29 @@
 namespace r1k {
 namespace R1K_ISA {
 
+struct FloatProduct {
+  static VecF multiply_add(VecU a, VecU b, VecF sum) {
+    return R1K_ISA::multiply_add(bit_cast<VecF>(a), bit_cast<VecF>(b), sum);
+  }
+};
+
 // Elements of any type, one per lane, as float.
 template <typename T>
 struct FloatLanes {
   using Element = T;
+  using Product = FloatProduct;
   static constexpr int kDepth = 1;        // elements along k in a lane
   static constexpr int64_t kSteps = 256;  // lanes along k in a slice
 
   static VecU load_along_k(const T* from) { return bit_cast<VecU>(load(from)); }
   static VecU load_across(const T* from, int64_t) { return bit_cast<VecU>(load(from)); }
-  static VecF multiply_add(VecU a, VecU b, VecF sum) {
-    return R1K_ISA::multiply_add(bit_cast<VecF>(a), bit_cast<VecF>(b), sum);
-  }
 };
 
 #if defined(__AVX512BF16__)
 // vdpbf16ps adds two products to each lane of an fp32 sum.  It takes denormal inputs, and denormal results, as 0.
 struct BFloat16Pairs {
   using Element = BFloat16;
+  using Product = BFloat16Pairs;
   static constexpr int kDepth = 2;
   static constexpr int64_t kSteps = 512;  // at twice the speed, half the visits to the result
 

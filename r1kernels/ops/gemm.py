@@ -3,7 +3,8 @@
     out = a @ b   or   out += a @ b;   a (M, K), b (K, N), out (M, N) float32 (float64 from float64)
 
 The logits of a language model lose three digits when a 16-bit product rounds them. So every product here keeps its
-float32 sums. No route rounds an operand.
+float32 sums. No route rounds an operand, also not a float32 operand beside a 16-bit one, unless a coarse product is
+enough.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,22 +22,29 @@ from r1kernels import _library
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Side of the blocks that are copied in float32: 16 MiB of each operand at most.
 _BLOCK = 2048
+# Blocks of a float32 operand that are split in bfloat16 parts: along K, so that sums are seldom read again, and across
+# it. Together with their parts they take 200 MiB at most.
+_SPLIT_DEPTH, _SPLIT_WIDTH = 8192, 1024
 # Rows of a product whose shape never changes, for libraries that choose an algorithm by shape.
 _INVARIANT_ROWS = 128
 
 
-def route(tensor: Tensor) -> str:
-    """How products of matrices like `tensor` are computed. Only this function decides it.
+def route(a: Tensor, b: Tensor | None = None) -> str:
+    """How products of matrices like `a` and `b` (default: like `a`) are computed. Only this function decides it.
 
     "native": our kernel; the bits of an entry depend only on its row and its column. "out_dtype": the library of an
-    accelerator, which keeps its float32 sums. "copies": float32 copies, block by block. "torch": the operands are
+    accelerator, which keeps its float32 sums. "parts": the same for bfloat16 beside float32, of which three bfloat16
+    parts are multiplied. "copies": float32 copies of 16-bit operands, block by block. "torch": both operands are
     float32 or float64 already.
     """
-    if _library.choose(tensor.device.type, tensor.dtype).implementation == "cpu":
+    dtypes = {a.dtype} if b is None else {a.dtype, b.dtype}
+    if _library.choose(a.device.type, a.dtype).implementation == "cpu":
         return "native"
-    if tensor.dtype not in HALF_DTYPES:
+    if not dtypes.intersection(HALF_DTYPES):
         return "torch"
-    return "out_dtype" if tensor.device.type == "cuda" and _keeps_accumulators(tensor.device) else "copies"
+    if dtypes == {torch.float16, torch.float32} or a.device.type != "cuda" or not _keeps_accumulators(a.device):
+        return "copies"
+    return "out_dtype" if len(dtypes) == 1 else "parts"
 
 
 @functools.cache
@@ -44,8 +52,8 @@ def _keeps_accumulators(device: torch.device) -> bool:
     """Whether the device's library gives float32 results of 16-bit products, in place too. It is tried once."""
     a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
     try:
-        torch.mm(a, a, out_dtype=torch.float32, out=out)
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+        _wide(a, a, out, False)
+        _wide(a, a, out, True)
     except (RuntimeError, TypeError) as error:  # NotImplementedError is one
         warnings.warn(
             f"r1kernels multiplies float32 copies on {device}, which is slow: torch {torch.__version__} has no 16-bit "
@@ -56,17 +64,25 @@ def _keeps_accumulators(device: torch.device) -> bool:
     return True
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch_invariant: bool = False) -> Tensor:
+def matmul(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, batch_invariant: bool = False,
+    coarse: bool = False,
+) -> Tensor:
     """out = a @ b, or out += a @ b, in float32.
 
     Args:
-        a, b: (M, K), (K, N), of one dtype; one of the strides of each is 1.
+        a, b: (M, K), (K, N), of one dtype, or one float32 and the other bfloat16 or float16; one of the strides of
+            each is 1.
         out: (M, N), float32 (float64 from float64), adjacent columns.
         batch_invariant: the bits of a row of out depend only on that row of a (and on b).
+        coarse: 16 bits of float32 operands are enough, because the caller rounds the result to 16 bits or fewer. An
+            infinity may become NaN.
     """
-    chosen = route(a)
+    chosen = route(a, b)
     if chosen == "native":
-        torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate)
+        torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate, coarse)
+    elif chosen == "parts":
+        _parts(a, b, out, accumulate, _by_fixed_rows if batch_invariant else _product)
     elif batch_invariant:
         _by_fixed_rows(chosen, a, b, out, accumulate)
     else:
@@ -90,14 +106,19 @@ def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -
     if chosen == "copies":
         _copies(a, b, out, accumulate)
     elif chosen == "out_dtype":
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        _wide(a, b, out, accumulate)
     elif accumulate:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
+
+
+def _wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """The product of 16-bit operands with a float32 result, by the device's library."""
+    if accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _by_fixed_rows(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -116,15 +137,44 @@ def _by_fixed_rows(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: b
             target.copy_(product[: len(rows)])
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + _BLOCK, size)) for begin in range(0, size, _BLOCK))
+def _blocks(size: int, side: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + side, size)) for begin in range(0, size, side))
 
 
 def _copies(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """Computes the product in blocks with small float32 copies. Each element is summed over K in ascending order."""
     if not accumulate:
         out.zero_()
-    for k, m in itertools.product(_blocks(a.shape[1]), _blocks(a.shape[0])):
+    for k, m in itertools.product(_blocks(a.shape[1], _BLOCK), _blocks(a.shape[0], _BLOCK)):
         a_block = a[m, k].float()
-        for n in _blocks(b.shape[1]):
+        for n in _blocks(b.shape[1], _BLOCK):
             out[m, n].addmm_(a_block, b[k, n].float())
+
+
+def _parts(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, product: Callable[..., None]) -> None:
+    """Splits the float32 operand in bfloat16 parts, block by block, and adds their products, the smallest parts first.
+    Parts may be 0, so an infinity of the bfloat16 operand can give NaN."""
+    if not accumulate:
+        out.zero_()
+    split_a = a.dtype == torch.float32
+    size = a.shape[0] if split_a else b.shape[1]
+    for k, outer in itertools.product(_blocks(a.shape[1], _SPLIT_DEPTH), _blocks(size, _SPLIT_WIDTH)):
+        for part in _thirds(a[outer, k] if split_a else b[k, outer]):
+            if split_a:
+                product("out_dtype", part, b[k], out[outer], True)
+            else:
+                product("out_dtype", a[:, k], part, out[:, outer], True)
+
+
+def _thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bfloat16 parts whose sum is x, the smallest first. Each is what is left, cut off after 8 bits, so that no
+    part overflows."""
+
+    def cut(value: Tensor) -> Tensor:
+        return (value.view(torch.int32) & -65536).view(torch.float32)
+
+    finite = x.isfinite()
+    first = torch.where(finite, cut(x), x)
+    rest = torch.where(finite, x - first, 0)
+    second = cut(rest)
+    return (rest - second).bfloat16(), second.bfloat16(), first.bfloat16()

@@ -31,7 +31,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., H), as in `linear_token_logprobs`. Row t scores target t: shift before the call.
-        weight: (V, H), dtype of hidden.
+        weight: (V, H), dtype as in `linear_token_logprobs`.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`. Rows of ignored targets are not computed.
         reduction: "mean", "sum" or "none". With "none" the gradients depend on those of the losses, so backward
             computes the logits again.

@@ -162,9 +162,9 @@ def linear_distillation_loss(
 
     Args:
         student_hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
-        student_weight: (V, H), dtype of student_hidden.
+        student_weight: (V, H), dtype as in `linear_token_logprobs`.
         teacher_hidden: (..., H'), one row for each of student_hidden; any of these dtypes and any width.
-        teacher_weight: (V, H'), dtype of teacher_hidden. Constants: the teacher gets no gradient.
+        teacher_weight: (V, H'), dtype as in `linear_token_logprobs`. Constants: the teacher gets no gradient.
         teacher_token_ids, teacher_logprobs: (..., K), a top-k teacher instead; as in `distillation_loss`.
         mask: (...), True or nonzero = counts. Rows where it is False are not computed, and may hold anything.
         divergence, beta, normalizer: as in `distillation_loss`.

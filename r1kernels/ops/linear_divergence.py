@@ -14,7 +14,8 @@ from torch import Tensor
 
 from r1kernels.ops import divergence, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
-from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk, select_rows
+from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk
+from r1kernels.ops.linear_rows import select_rows
 from r1kernels.ops.linear_token_stats import no_autocast
 from r1kernels.ops.topk_divergence import Teacher
 

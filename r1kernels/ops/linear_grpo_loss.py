@@ -245,7 +245,7 @@ def linear_grpo_loss(
 
     Args:
         hidden: (B, T, H), or packed (N, H) with `cu_seqlens`; as in `linear_token_logprobs`. Row t scores token t.
-        weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
+        weight: (V, H), dtype as in `linear_token_logprobs`: the lm_head, or the embedding it is tied to.
         token_ids: (B, T) or (N,), int64 or int32, in [0, V); behind the mask they may hold anything.
         measure_all: also compute the log-probs of tokens whose loss is known to be 0, so that the metrics include
             them. Otherwise, if the objective has neither a KL nor an entropy term, tokens of advantage (or importance
@@ -268,7 +268,7 @@ def linear_grpo_loss(
 
     Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, the gradient of hidden, and 64 bytes a
     token (without the memory that a callable uses); on a GPU, at most 0.4 `chunk_bytes` more for the d logits of
-    clipped objectives.
+    clipped objectives, or 0.8 if hidden or weight is float32.
 
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.

@@ -20,6 +20,7 @@ from r1kernels import _library
 from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 from r1kernels.ops.gemm import add_rows, matmul
+from r1kernels.ops.linear_rows import Rows, Selection, write_rows
 
 
 class Budget(NamedTuple):
@@ -43,7 +44,8 @@ class Head(NamedTuple):
     """Everything between hidden states and the scores of tokens, checked.
 
     Attributes:
-        weight: (V, H). bias: (V,) or None. lora_a, lora_b: (H, R) and (R, V), or None.
+        weight: (V, H), in the dtype of hidden, or one is float32 and the other has 16 bits. bias: (V,) or None.
+        lora_a, lora_b: (H, R) and (R, V), or None.
         token_ids: (N,) int64. temperatures: (N,) float32 or None; they multiply `temperature`.
         softcap: 0 for none. logits_dtype: dtype of a chunk's logits: float32 (float64), or the dtype of hidden.
         rows: rows of a chunk. capacity: the largest number of active rows, -1 for no limit.
@@ -84,42 +86,6 @@ class Needs(NamedTuple):
     lora_b: bool
 
 
-class Selection(NamedTuple):
-    """The active rows. `index` (R,) is ascending, or None for all N. With a capacity, `valid` (R,) says which entries
-    of index are rows; the other entries are N."""
-
-    index: Tensor | None
-    valid: Tensor | None
-
-
-ALL_ROWS = Selection(None, None)
-
-
-def select_rows(wanted: Tensor | None, count: int, capacity: int) -> Selection:
-    """The rows of `count` where `wanted` (N,) is True. This costs one synchronisation, or none with a capacity.
-
-    More rows than the capacity raise an error: immediately on a CPU, on a device at its next synchronisation.
-    """
-    if wanted is None:
-        _check_capacity(count, capacity)
-    if wanted is None or count == 0:
-        return ALL_ROWS
-    if capacity < 0:
-        index = wanted.nonzero().squeeze(-1)
-        return ALL_ROWS if len(index) == count else Selection(index, None)
-    if values_are_free(wanted):
-        _check_capacity(int(wanted.sum()), capacity)
-    else:
-        torch._assert_async(wanted.sum() <= capacity, "r1kernels: there are more active tokens than capacity allows")
-    index = torch.nonzero_static(wanted, size=min(capacity, count), fill_value=count).squeeze(-1)
-    return Selection(index, index < count)
-
-
-def _check_capacity(count: int, capacity: int) -> None:
-    if 0 <= capacity < count:
-        raise ValueError(f"capacity ({capacity}) is smaller than the number of active tokens ({count})")
-
-
 def row_bytes(vocab: int, hidden: int, logits_dtype: torch.dtype) -> int:
     """The memory that one row of a chunk needs: its logits, and float32 and 16-bit copies of width H."""
     return vocab * logits_dtype.itemsize + 2 * hidden * accumulator_dtype(logits_dtype).itemsize
@@ -151,11 +117,13 @@ class Walk:
         self.head, self.selection = head, selection
         self.needs = needs or Needs(False, False, False, False, False)
         self.count = head.token_ids.numel()
-        self.source = _Rows(hidden)
+        self.source = Rows(hidden)
         self.total = self.count if selection.index is None else len(selection.index)
         self.device = hidden.device
         self.accumulator = accumulator_dtype(hidden.dtype)
         self.dtype = hidden.dtype
+        # Of d logits. Who keeps one of the two in float32 does not want 16-bit values between them.
+        self.grad_dtype = self.dtype if head.weight.dtype == self.dtype else self.accumulator
         vocab, width = head.weight.shape
         # Rows of padding write to one extra row, which is cut off at the end.
         self.padded = self.count + (selection.valid is not None)
@@ -265,7 +233,7 @@ class Walk:
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
         exact = None
-        if self.dtype != self.accumulator and (self.needs.weight or self.needs.bias):
+        if self.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias):
             exact = token_stats.target_gradient(
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
                 head.softcap,
@@ -302,7 +270,7 @@ class Walk:
         up in place, it could overwrite a row that another program has not read yet."""
         if self._moved is None or len(self._moved) < count:
             self._moved = None
-            self._moved = self._empty_logits(count, self.dtype)
+            self._moved = self._empty_logits(count, self.grad_dtype)
         return self._moved[:count]
 
     def _add_rounding(self, chunk: Chunk, grad_logits: Tensor, exact: Tensor, rows: Tensor | None) -> None:
@@ -320,8 +288,8 @@ class Walk:
             self._grad_bias.index_put_((ids,), lost, accumulate=True)
 
     def narrow(self, logits: Tensor) -> Tensor:
-        """(n, V) in the dtype of hidden. Each row starts where the memory of its row of logits starts."""
-        return logits if logits.dtype == self.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
+        """Memory for d logits (n, V). Each row starts where the memory of its row of logits starts."""
+        return logits if logits.dtype == self.grad_dtype else logits.view(self.grad_dtype)[:, : logits.shape[1]]
 
     def add_gradients(self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None) -> None:
         """The products with d logits (R, V): `rows` (R,) of the chunk, or all of it."""
@@ -333,11 +301,11 @@ class Walk:
         grad_lora_hidden = None
         if lora_hidden is not None and (needs.hidden or needs.lora_a):
             grad_lora_hidden = self._product(grad_logits, head.lora_b.t()).to(self.dtype)
-        if needs.hidden:
-            grad_hidden = self._product(grad_logits, head.weight)
+        if needs.hidden:  # in bfloat16, its rounding hides what a coarse product leaves out
+            grad_hidden = self._product(grad_logits, head.weight, coarse=self.dtype == torch.bfloat16)
             if grad_lora_hidden is not None:
                 matmul(grad_lora_hidden, head.lora_a.t(), grad_hidden, accumulate=True)
-            _write(self._grad_hidden, chunk.write, rows, grad_hidden)
+            write_rows(self._grad_hidden, chunk.write, rows, grad_hidden)
         if len(grad_logits) == 0:
             return
         if needs.weight:
@@ -349,9 +317,9 @@ class Walk:
         if needs.bias:
             self._grad_bias += grad_logits.sum(0, dtype=self.accumulator)
 
-    def _product(self, a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
+    def _product(self, a: Tensor, b: Tensor, **how: bool) -> Tensor:
         out = _library.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
-        return matmul(a, b, out, batch_invariant=batch_invariant)
+        return matmul(a, b, out, **how)
 
     def _accumulated(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None:
@@ -380,44 +348,3 @@ class Walk:
 def _adjacent(matrix: Tensor | None) -> Tensor | None:
     """The matrix, or a copy if neither its rows nor its columns are contiguous: products need one of the two."""
     return matrix if matrix is None or 1 in matrix.stride() else matrix.contiguous()
-
-
-def _write(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
-    """out[where] = value; with `rows`, value at these rows of `where` and 0 at the other rows."""
-    if rows is None:
-        out[where] = value if isinstance(where, slice) else value.to(out.dtype)  # a slice converts as it copies
-        return
-    if isinstance(where, slice):
-        out[where] = 0
-        where = torch.arange(where.start, where.stop, device=rows.device)
-    out[where[rows]] = value.to(out.dtype)
-
-
-class _Rows:
-    """Rows of (..., H) by their flat number. If no view can flatten the tensor, they are copied chunk by chunk."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden, self.count = hidden, hidden.shape[:-1].numel()
-        try:
-            self.flat = hidden.view(-1, hidden.shape[-1])
-        except RuntimeError:
-            self.flat = None
-
-    @property
-    def is_view(self) -> bool:
-        """Whether all rows can be read without a copy, each with contiguous entries."""
-        return self.flat is not None and self.flat.stride(-1) == 1
-
-    def take(self, rows: Tensor | slice) -> Tensor:
-        if self.flat is not None:
-            taken = self.flat[rows]
-            return taken if taken.stride(-1) == 1 else taken.contiguous()
-        if isinstance(rows, slice):
-            if rows.stop - rows.start == self.count:
-                return self.hidden.reshape(self.count, -1)
-            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        index = []
-        for size in reversed(self.hidden.shape[1:-1]):  # torch.unravel_index copies the sizes from the host
-            index.insert(0, rows % size)
-            rows = rows // size
-        return self.hidden[(rows, *index)]

@@ -22,22 +22,32 @@ from r1kernels.ops._checks import (
 )
 from r1kernels.ops.linear_head import CPU_BUDGET, GPU_BUDGET, Head, row_bytes
 
+# Dtypes of the weight, by that of hidden states.
+WEIGHT_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float64: (torch.float64,),
+}
+
 
 class LinearOptions(TypedDict, total=False):
     """Keywords of the `linear_*` functions, all optional.
 
     Attributes:
-        bias: (V,), added to the logits.
-        lora: (A (H, R), B (R, V)), a low-rank adapter next to a frozen weight: hidden @ A @ B is added to the logits.
-            Multiply A or B by its scaling factor.
+        bias: (V,), in the dtype of hidden or of the weight, added to the logits.
+        lora: (A (H, R), B (R, V)), in the dtype of hidden, a low-rank adapter next to a frozen weight: hidden @ A @ B
+            is added to the logits. Multiply A or B by its scaling factor.
         logit_scale: Python number > 0 that multiplies the logits.
         softcap: Python number c > 0: the scaled logits u become c tanh(u / c).
         temperature: Python number > 0, or a tensor with one value per token (a constant: no gradient). It divides the
             logits. Use the temperature with which the tokens were sampled.
-        logits_dtype: torch.float32 (default), or the dtype of hidden, to reproduce an engine that rounds its logits.
+        logits_dtype: torch.float32 (default), or the dtype of hidden and weight, to reproduce an engine that rounds its
+            logits.
         chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. The default
-            is the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. If a product
-            multiplies float32 copies of 16-bit operands (bfloat16 with AMX), they take at most 48 MiB more.
+            is the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. If a product needs
+            copies of its operands (`python -m r1kernels` says which), they take at most 48 MiB more, or 200 MiB for
+            bfloat16 beside float32 on a GPU.
         capacity: the largest number of active tokens (mask and zero advantages decide which tokens are active). The
             shapes of all work then do not depend on the tensors' values, and there is no synchronisation with the
             device, so a call can be captured in a CUDA graph. More active tokens raise an error: on a CPU
@@ -123,10 +133,10 @@ def prepare(
     vocab, width = weight.shape
     if vocab == 0:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
-    if weight.dtype != hidden.dtype:
+    if weight.dtype not in (allowed := WEIGHT_DTYPES[hidden.dtype]):
         raise TypeError(
-            f"{names.weight} has dtype {weight.dtype}, expected {hidden.dtype} like {names.hidden}: convert one of "
-            f"them (under autocast, {names.weight}.to({names.hidden}.dtype))"
+            f"{names.weight} has dtype {weight.dtype}, expected {' or '.join(str(dtype) for dtype in allowed)} with "
+            f"{names.hidden} of {hidden.dtype}: convert one of them"
         )
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
@@ -135,11 +145,15 @@ def prepare(
     if bias is not None:
         check_floating(f"{names.options}bias", bias, hidden)
         check_shape(f"{names.options}bias", bias, (vocab,), f"one entry for each row of {names.weight}")
-        _check_dtype(f"{names.options}bias", bias, hidden, names.hidden)
+        if bias.dtype not in (hidden.dtype, weight.dtype):
+            raise TypeError(
+                f"{names.options}bias has dtype {bias.dtype}, expected {hidden.dtype} like {names.hidden}"
+                + ("" if weight.dtype == hidden.dtype else f" or {weight.dtype} like {names.weight}")
+            )
     lora_a, lora_b = _lora(options.get("lora"), hidden, weight, names)
     temperature, temperatures = _temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
-    logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden)
+    logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden, weight)
     invariant = options.get("batch_invariant", False)
     if not isinstance(invariant, bool):
         raise TypeError(f"batch_invariant is {invariant!r}, expected True or False")
@@ -180,11 +194,6 @@ def with_tensors(
     return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
-def _check_dtype(name: str, value: Tensor, hidden: Tensor, like: str) -> None:
-    if value.dtype != hidden.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {hidden.dtype} like {like}")
-
-
 def _lora(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tuple[Tensor | None, Tensor | None]:
     if lora is None:
         return None, None
@@ -193,7 +202,8 @@ def _lora(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tuple[Tens
     a, b = lora
     for name, matrix in ((f"{names.options}lora A", a), (f"{names.options}lora B", b)):
         check_floating(name, matrix, hidden)
-        _check_dtype(name, matrix, hidden, names.hidden)
+        if matrix.dtype != hidden.dtype:
+            raise TypeError(f"{name} has dtype {matrix.dtype}, expected {hidden.dtype} like {names.hidden}")
     vocab, width = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != width or b.shape[1] != vocab or a.shape[1] != b.shape[0]:
         raise ValueError(
@@ -222,12 +232,13 @@ def _temperature(value: Any, ids: Tensor, mask: Tensor | None) -> tuple[float, T
     return 1.0, value.contiguous()
 
 
-def _logits_dtype(value: Any, hidden: Tensor) -> torch.dtype:
+def _logits_dtype(value: Any, hidden: Tensor, weight: Tensor) -> torch.dtype:
     full = accumulator_dtype(hidden.dtype)
     if value is None or value == full:
         return full
-    if value != hidden.dtype:
-        choices = f"{full}" if full == hidden.dtype else f"{full}, or {hidden.dtype} like hidden"
+    if value != hidden.dtype or value != weight.dtype:
+        rounded = hidden.dtype != full and weight.dtype == hidden.dtype
+        choices = f"{full}, or {hidden.dtype} like hidden" if rounded else f"{full}"
         raise ValueError(f"logits_dtype is {value}, expected {choices}")
     return value
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.ops.gemm import HALF_DTYPES
-from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk, select_rows
+from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk
+from r1kernels.ops.linear_rows import select_rows
 
 
 def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,9 +30,10 @@ def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[T
 
 def fused(head: Head, hidden: Tensor) -> bool:
     """Whether one kernel computes the statistics from hidden states and weight, without logits: on GPUs, for 16-bit
-    heads with contiguous rows. Adapters and rounded logits need the walk over chunks."""
+    heads with contiguous rows. Adapters, rounded logits and a weight in another dtype need the walk over chunks."""
     return (
         hidden.dtype in HALF_DTYPES
+        and head.weight.dtype == hidden.dtype
         and head.logits_dtype == torch.float32
         and head.lora_a is None
         and head.weight.stride(1) == 1

@@ -117,7 +117,9 @@ def linear_token_logprobs(
     Args:
         hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides: `hidden[:, :-1]`
             is not copied. Row t scores token t: shift before the call.
-        weight: (V, H), dtype of hidden: the lm_head, or the embedding it is tied to.
+        weight: (V, H): the lm_head, or the embedding it is tied to. It has the dtype of hidden, or one of the two is
+            float32 and the other bfloat16 or float16. Then only the gradients of 16-bit tensors are rounded, but
+            products take several times as long. Under autocast, `weight.to(hidden.dtype)` avoids that.
         token_ids: (...), int64 or int32, in [0, V).
         mask: (...), True or nonzero = counts. Tokens where it is False are not computed, give 0, may hold anything.
         **options: the keywords of `LinearOptions`.

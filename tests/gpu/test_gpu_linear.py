@@ -70,6 +70,18 @@ def test_log_probs_and_entropy(options: str, dtype: torch.dtype) -> None:
             ("hidden", "weight", "bias"), sums=True, near=LOGITS)
 
 
+@pytest.mark.parametrize("dtypes", [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32),
+])
+@pytest.mark.parametrize("options", ["plain", "chunks", "batch_invariant"])
+def test_hidden_states_and_weight_of_two_dtypes(options: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Which products multiply in parts or copies."""
+    inputs = inputs_of(torch.float32)
+    inputs |= {name: inputs[name].to(dtype) for name, dtype in zip(("hidden", "weight"), dtypes, strict=True)}
+    compare(lambda **given: r1kernels.linear_token_logprobs_and_entropy(**given, **OPTIONS[options]), inputs,
+            ("hidden", "weight"), sums=True, near=LOGITS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_without_gradients_the_values_are_as_exact(dtype: torch.dtype) -> None:
     inputs = inputs_of(dtype)

@@ -1,16 +1,27 @@
 """The matrix product with an fp32 result: exactness, its error budget, the same bits however it is cut, edges."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
-import host_module
 import numpy as np
 import pytest
 import torch
 from backends import host_code
+from gemm_cases import (
+    DTYPES,
+    ISAS,
+    LAYOUTS,
+    TINY,
+    check,
+    emulated_product,
+    gemm_f32,
+    lay_out,
+    product,
+    random_matrix,
+    running,
+    same_on_tiles,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,56 +32,12 @@ from r1kernels.ops import gemm
 
 pytestmark = host_code
 
-ISAS = _library.extension.cpu_isas() if _library.extension else []
-DTYPES = list(_library.NATIVE_DTYPES)
-LAYOUTS = ["row", "column"]
-TINY = torch.finfo(torch.float32).tiny
-gemm_f32 = torch.ops.r1kernels.gemm_f32
-
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test with each set of CPU instructions that this processor has."""
-    in_use = _library.extension.cpu_isa()
-    _library.extension.use_cpu_isa(request.param)
-    yield request.param
-    _library.extension.use_cpu_isa(in_use)
-
-
-def lay_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same values with rows or columns contiguous, a few elements apart, and NaN everywhere around them."""
-    values = matrix if layout == "row" else matrix.t()
-    around = torch.full((values.shape[0] + 2, values.shape[1] + 9), math.nan, dtype=matrix.dtype)
-    inside = around[1:-1, 3:-6]
-    inside.copy_(values)
-    return inside if layout == "row" else inside.t()
-
-
-def random_matrix(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(rows, columns, generator=testing.generator(seed)).to(dtype)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b by the kernel, or added to a copy of `out`; what lies around the result must not change."""
-    around = torch.full((a.shape[0] + 2, b.shape[1] + 7), 12345.0)
-    inside = around[1:-1, 3:-4]
-    if out is not None:
-        inside.copy_(out)
-    gemm_f32(a, b, inside, out is not None)
-    result = inside.clone()
-    inside.fill_(12345.0)
-    assert (around == 12345.0).all()
-    return result
-
-
-def check(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
-    """Two roundings of fp32 for each of at most 1024 products of a slice, one for each slice and one for `out`."""
-    k = a.shape[1]
-    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    if out is not None:
-        exact, terms = exact + out, terms + out.abs()
-    roundings = min(2 * k, 2048) + math.ceil(k / 256) + 1
-    testing.assert_within(product(a, b, out), exact, roundings * testing.EPS32 / 2 * terms + k * TINY)
+    with running(request.param):
+        yield request.param
 
 
 # ---- values -----------------------------------------------------------------------------------------------
@@ -269,8 +236,9 @@ A, B, OUT = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
         (A[0], B, OUT, "must be matrices, got 1, 2 and 2"),
         (A, B[:3], OUT, r"a is \(3, 4\), b is \(3, 5\)"),
         (A, B, OUT[:2], r"out is \(2, 5\), expected \(M, K\), \(K, N\) and \(M, N\)"),
-        (A, B.bfloat16(), OUT, "a and b must have the same dtype"),
-        (A.double(), B.double(), OUT, "a and b must be float32, bfloat16 or float16"),
+        (A.half(), B.bfloat16(), OUT, "a and b are bfloat16 and float16, expected one dtype, or float32 beside"),
+        (A.double(), B.double(), OUT, "a must be float32, bfloat16 or float16"),
+        (A, B.double(), OUT, "b must be float32, bfloat16 or float16"),
         (A, B, OUT.double(), "out must be float32"),
         (torch.zeros(6, 8)[::2, ::2], B, OUT, r"a has strides \(16, 2\), expected one of them to be 1"),
         (A, torch.zeros(8, 10)[::2, ::2], OUT, r"b has strides \(20, 2\), expected one of them to be 1"),
@@ -304,46 +272,6 @@ def test_bfloat16_instructions_are_used_where_they_are() -> None:
 
 
 # ---- matrix tiles, emulated -------------------------------------------------------------------------------
-
-TILES = Path(__file__).parents[1] / "support" / "emulated_tiles.cpp"
-
-
-@functools.cache
-def emulated_tiles() -> list[ModuleType]:
-    return list(host_module.load(TILES, sorted((host_module.ROOT / "csrc" / "cpu").glob("*.h"))).values())
-
-
-def emulated_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, or added to `out`, by every variant of the module, with the same bits."""
-    results = []
-    for module in emulated_tiles():
-        around = torch.full((a.shape[0] + 2, b.shape[1] + 7), 12345.0)
-        inside = around[1:-1, 3:-4]
-        if out is not None:
-            inside.copy_(out)
-        module.multiply(
-            a.shape[0], b.shape[1], a.shape[1], a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()[::-1],
-            inside.data_ptr(), inside.stride(0), out is not None,
-        )
-        results.append(inside.clone())
-        inside.fill_(12345.0)
-        assert (around == 12345.0).all()
-    assert all(torch.equal(results[0].view(torch.int32), result.view(torch.int32)) for result in results)
-    return results[0]
-
-
-def same_on_tiles(a: Tensor, b: Tensor, out: Tensor | None, got: Tensor) -> None:
-    """Where the processor has tiles, they give the bits of the emulation; a NaN may have any bits."""
-    if "amx_bf16" not in ISAS:
-        return
-    in_use = _library.extension.cpu_isa()
-    _library.extension.use_cpu_isa("amx_bf16")
-    expected = product(a, b, out)
-    _library.extension.use_cpu_isa(in_use)
-    numbers = ~expected.isnan()
-    assert torch.equal(numbers, ~got.isnan())
-    assert torch.equal(got.view(torch.int32)[numbers], expected.view(torch.int32)[numbers])
-
 
 @pytest.mark.parametrize(
     ("m", "k", "n"),

@@ -40,7 +40,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
                      r"teacher_hidden has shape \(3, 2, 6\), expected \(2, 3, H\): one row"),
     "teacher 0-d": (ValueError, FULL | {"teacher_hidden": torch.tensor(1.0)}, r"teacher_hidden has shape \(\), expect"),
     "teacher H": (ValueError, FULL | {"teacher_weight": torch.zeros(5, 7)}, "teacher_hidden has .* teacher_weight .*H"),
-    "teacher dtypes": (TypeError, FULL | {"teacher_weight": torch.zeros(5, 6).half()}, "teacher_weight .*teacher_hidd"),
+    "teacher dtypes": (TypeError, FULL | {"teacher_weight": torch.zeros(5, 6).double()}, "teacher_weight .*teacher_hi"),
     "teacher device": (ValueError, FULL | {"teacher_hidden": torch.zeros(2, 3, 6, device="meta")},
                        "teacher_hidden is on meta, expected cpu"),
     "vocabularies": (ValueError, FULL | {"teacher_weight": torch.zeros(7, 6)},

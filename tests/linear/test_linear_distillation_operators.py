@@ -14,12 +14,14 @@ from r1kernels import linear_distillation_loss, testing
 
 pytestmark = without_cuda_kernels
 
+FP32_HEAD = (torch.bfloat16, torch.float32)
+
 
 @registration_only
 @pytest.mark.parametrize("k", [None, 5])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype: torch.dtype, k: int | None) -> None:
-    case = Case("everything", "everything", k, dtype=dtype, lead=(6,))
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [*((dtype, dtype) for dtype in DTYPES), FP32_HEAD])
+def test_opcheck(dtype: torch.dtype, weight_dtype: torch.dtype, k: int | None) -> None:
+    case = Case("everything", "everything", k, dtype=dtype, lead=(6,), weight_dtypes=(weight_dtype, weight_dtype))
     s, t = case.student, case.teacher
     head = (
         s["hidden"], s["weight"], s["bias"], *s["lora"], torch.zeros(6, dtype=torch.int64), None, 0.8,

@@ -179,7 +179,7 @@ def test_batch_invariant_log_probs(route: str, head: str, monkeypatch: pytest.Mo
     if route == "native" and not hasattr(torch.ops.r1kernels, "gemm_f32"):
         pytest.skip("the native product is not built")
     if route != "native":
-        monkeypatch.setattr(gemm, "route", lambda tensor: route)
+        monkeypatch.setattr(gemm, "route", lambda *_: route)
     case = cases.make(head, 300, width=96, vocab=517, dtype=dtype)
 
     def run(index: Any, rows: int = 1000, **more: Any) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ def test_threads_change_no_bit_of_what_is_summed_by_row(on_threads: Callable[[in
 
 @contextlib.contextmanager
 def routed(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
-    monkeypatch.setattr(gemm, "route", lambda tensor: name)
+    monkeypatch.setattr(gemm, "route", lambda *_: name)
     yield
     monkeypatch.undo()
 

@@ -29,9 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # ---- opcheck ------------------------------------------------------------------------------------------------
 
 
-def head_arguments(full: bool, dtype: torch.dtype, capacity: int, n: int = 6) -> tuple[Any, ...]:
+def head_arguments(full: bool, dtypes: tuple[torch.dtype, torch.dtype], capacity: int, n: int = 6) -> tuple[Any, ...]:
     """hidden and the fields of a head, in the order of the schema."""
-    case = cases.make("everything" if full else "plain", n, dtype=dtype)
+    case = cases.make("everything" if full else "plain", n, dtype=dtypes[0], weight_dtype=dtypes[1])
     a, b = case.get("lora", (None, None))
     return (
         case["hidden"], case["weight"], case.get("bias"), a, b, case["token_ids"], case.get("temperature"), 1.0,
@@ -43,10 +43,15 @@ MASK = torch.tensor([True, True, False, True, True, False])
 
 
 @registration_only
-@pytest.mark.parametrize(("full", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(("full", "dtypes"), [
+    (False, (torch.float32, torch.float32)), (True, (torch.bfloat16, torch.bfloat16)),
+    (True, (torch.bfloat16, torch.float32)), (False, (torch.float32, torch.float16)),
+])
 @pytest.mark.parametrize(("mask", "capacity"), [(None, -1), (MASK, 5)])
-def test_opcheck(full: bool, dtype: torch.dtype, mask: Tensor | None, capacity: int) -> None:
-    arguments = head_arguments(full, dtype, capacity)
+def test_opcheck(
+    full: bool, dtypes: tuple[torch.dtype, torch.dtype], mask: Tensor | None, capacity: int
+) -> None:
+    arguments = head_arguments(full, dtypes, capacity)
     torch.library.opcheck(torch.ops.r1kernels.linear_token_stats, (*arguments, mask))
     _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, mask)
     g = torch.ones(6) if mask is None else mask.float()
@@ -175,14 +180,20 @@ def test_compile_with_a_capacity() -> None:
 @shapes_only
 @pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 @pytest.mark.parametrize(
-    ("device", "dtype"),
-    # The float64 policy loss is plain PyTorch, which cannot index fakes of a device that torch was built without.
-    [*((device, dtype) for device in ("cpu", "meta", "cuda") for dtype in DTYPES), ("cpu", torch.float64)],
+    ("device", "dtype", "weight_dtype"),
+    [
+        *((device, dtype, dtype) for device in ("cpu", "meta", "cuda") for dtype in DTYPES),
+        *((device, torch.bfloat16, torch.float32) for device in ("cpu", "meta", "cuda")),
+        # The float64 policy loss is plain PyTorch, which cannot index fakes of a device that torch was built without.
+        ("cpu", torch.float64, torch.float64),
+    ],
 )
-def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, dtype: torch.dtype) -> None:
+def test_fakes_have_the_shapes_and_dtypes_of_results(
+    device: str, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
     with FakeTensorMode():
         hidden = torch.empty(2, 5, 8, dtype=dtype, device=device).narrow(1, 0, 4)
-        weight = torch.empty(17, 8, dtype=dtype, device=device)
+        weight = torch.empty(17, 8, dtype=weight_dtype, device=device)
         ids = torch.zeros(2, 4, dtype=torch.int64, device=device)
         lora = (torch.empty(8, 3, dtype=dtype, device=device), torch.empty(3, 17, dtype=dtype, device=device))
         leaves = [hidden, weight, *lora]
@@ -197,7 +208,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, dtype: torch.d
         if device != "cuda":
             for value in ((logprobs + entropy).sum(), loss, nll):
                 for leaf, grad in zip(leaves, torch.autograd.grad(value, leaves), strict=True):
-                    assert (grad.shape, grad.dtype, grad.device) == (leaf.shape, dtype, leaf.device)
+                    assert (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert logprobs.shape == entropy.shape == (2, 4)
     for value in (logprobs, entropy, loss, nll, *metrics.values()):

@@ -37,6 +37,7 @@ def matrices(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.zeros(a), torch.zeros(b)
 
 
+BF16_HIDDEN = {"hidden": torch.zeros(2, 3, 12).bfloat16()}  # beside a float32 weight
 BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown keyword": ({"chunk_size": 3}, TypeError, "unknown keyword 'chunk_size', expected one of bias, lora"),
     "no hidden": ({"hidden": None}, TypeError, "hidden is a NoneType, expected a torch.Tensor"),
@@ -47,8 +48,12 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight (1, V, H)": ({"weight": torch.zeros(1, 37, 12)}, ValueError, r"weight has shape \(1, 37, 12\), expected 2"),
     "weight transposed": ({"weight": torch.zeros(12, 37)}, ValueError, r"\(12, 37\), expected the same H"),
     "no vocabulary": ({"weight": torch.zeros(0, 12)}, ValueError, r"weight has shape \(0, 12\), expected V >= 1"),
-    "dtype of weight": ({"weight": torch.zeros(37, 12).bfloat16()}, TypeError,
-                        "weight has dtype torch.bfloat16, expected torch.float32 like hidden"),
+    "dtype of weight": ({"weight": torch.zeros(37, 12).double()}, TypeError,
+                        "weight has dtype torch.float64, expected torch.float32 or .* with hidden of torch.float32"),
+    "float32 weight": ({"hidden": torch.zeros(2, 3, 12).double()}, TypeError,
+                       "weight has dtype torch.float32, expected torch.float64 with hidden of torch.float64"),
+    "two 16-bit dtypes": ({"hidden": torch.zeros(2, 3, 12).bfloat16(), "weight": torch.zeros(37, 12).half()},
+                          TypeError, "weight has dtype torch.float16, expected torch.bfloat16 or torch.float32 with"),
     "integer weight": ({"weight": torch.zeros(37, 12).long()}, TypeError, "weight has dtype torch.int64, expected"),
     "device of weight": ({"weight": torch.zeros(37, 12, device="meta")}, ValueError, "weight is on meta, expected cpu"),
     "ids shape": ({"token_ids": torch.zeros(6).long()}, ValueError, r"token_ids has shape \(6,\)|hidden has shape"),
@@ -59,6 +64,8 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias length": ({"bias": torch.zeros(36)}, ValueError, r"bias has shape \(36,\), expected \(37,\): one entry for"),
     "bias (1, V)": ({"bias": torch.zeros(1, 37)}, ValueError, r"bias has shape \(1, 37\), expected \(37,\)"),
     "bias dtype": ({"bias": torch.zeros(37).double()}, TypeError, "bias has dtype torch.float64, expected torch.f"),
+    "bias of neither dtype": (BF16_HIDDEN | {"bias": torch.zeros(37).half()}, TypeError,
+                              "bias has dtype torch.float16, expected torch.bfloat16 like hidden or torch.float32"),
     "bias list": ({"bias": [0.0] * 37}, TypeError, "bias is a list, expected a torch.Tensor"),
     "bias device": ({"bias": torch.zeros(37, device="meta")}, ValueError, "bias is on meta, expected cpu"),
     "lora tensor": ({"lora": torch.zeros(12, 37)}, TypeError, "lora is a Tensor, expected a pair"),
@@ -89,6 +96,10 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperatures 0-d": ({"temperature": torch.tensor(1.0)}, ValueError, r"temperature has shape \(\), expected"),
     "temperatures int": ({"temperature": torch.ones(2, 3).long()}, TypeError, "temperature has dtype torch.int64"),
     "logits_dtype": ({"logits_dtype": torch.float16}, ValueError, "logits_dtype is torch.float16, expected"),
+    "logits_dtype of hidden alone": (BF16_HIDDEN | {"logits_dtype": torch.bfloat16}, ValueError,
+                                     "logits_dtype is torch.bfloat16, expected torch.float32"),
+    "lora of the weight's dtype": (BF16_HIDDEN | {"lora": matrices((12, 3), (3, 37))}, TypeError,
+                                   "lora A has dtype torch.float32, expected torch.bfloat16 like hidden"),
     "logits_dtype str": ({"logits_dtype": "bfloat16"}, ValueError, "logits_dtype is bfloat16, expected torch.float32"),
     "budget 0": ({"chunk_bytes": 0}, ValueError, f"chunk_bytes is 0, expected at least {ROW}: one row of a vocabulary"),
     "budget < 0": ({"chunk_bytes": -1}, ValueError, f"chunk_bytes is -1, expected at least {ROW}"),

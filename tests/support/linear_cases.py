@@ -49,17 +49,17 @@ def product_workspace(rows: int, vocab: int, width: int, dtype: torch.dtype) -> 
 
 def make(
     head: str = "plain", *lead: int, width: int = 12, vocab: int = 37, dtype: torch.dtype = torch.float32,
-    seed: int = 0, scale: float = 2.0,
+    weight_dtype: torch.dtype | None = None, seed: int = 0, scale: float = 2.0,
 ) -> dict[str, Any]:
     """hidden, weight, token_ids and the options of a head; logits have a standard deviation of about `scale`."""
     rng = testing.generator(seed)
 
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=rng) * size).to(dtype)
+    def normal(*shape: int, size: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, generator=rng) * size).to(to)
 
     case: dict[str, Any] = {
         "hidden": normal(*lead, width),
-        "weight": normal(vocab, width, size=scale / math.sqrt(max(width, 1))),
+        "weight": normal(vocab, width, size=scale / math.sqrt(max(width, 1)), to=weight_dtype or dtype),
         "token_ids": testing.random_ids(*lead, vocab=vocab, seed=seed),
     }
     wanted = HEADS[head]

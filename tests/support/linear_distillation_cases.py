@@ -22,12 +22,14 @@ class Case:
         self, student: str = "plain", teacher: str = "plain", k: int | None = None, kind: str = "forward_kl",
         dtype: torch.dtype = torch.float32, teacher_dtype: torch.dtype | None = None, lead: tuple[int, ...] = (3, 5),
         temperature: float = 0.8, mask: Tensor | None = None, vocab: int = 37, width: int = 12,
+        weight_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
     ) -> None:
         self.student, self.teacher = (
             {n: v for n, v in case.items() if n not in ("token_ids", "temperature")}
             for case in (
-                cases.make(student, *lead, dtype=dtype, vocab=vocab, width=width),
-                cases.make(teacher, *lead, dtype=teacher_dtype or dtype, width=9, seed=3, vocab=vocab),
+                cases.make(student, *lead, dtype=dtype, vocab=vocab, width=width, weight_dtype=weight_dtypes[0]),
+                cases.make(teacher, *lead, dtype=teacher_dtype or dtype, width=9, seed=3, vocab=vocab,
+                           weight_dtype=weight_dtypes[1]),
             )
         )
         self.settings = {"divergence": kind, "beta": 0.3, "temperature": temperature, "mask": mask}

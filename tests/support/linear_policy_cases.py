@@ -17,10 +17,10 @@ HEAD_KEYWORDS = ("hidden", "weight", "token_ids", "bias", "lora", "logit_scale",
 
 def make(
     head: str = "plain", extra: str = "plain", dtype: torch.dtype = torch.float32, seed: int = 0, width: int = 12,
-    vocab: int = 37,
+    vocab: int = 37, weight_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `linear_grpo_loss`: 5 sequences of 7 tokens, stored log-probs near those of the head."""
-    case = cases.make(head, 5, 7, width=width, vocab=vocab, dtype=dtype, seed=seed)
+    case = cases.make(head, 5, 7, width=width, vocab=vocab, dtype=dtype, weight_dtype=weight_dtype, seed=seed)
     policy = with_extras(extra, seed)
     shift = cases.exact(case).logprobs - policy.pop("logprobs")
     del policy["entropy"]
