@@ -10,6 +10,9 @@ namespace {
 
 using namespace r1k::bindings;
 
+// Entries: about a millisecond.  To wait for a thread of less work costs more where other processes compute.
+constexpr int64_t kWorthAThread = 1 << 20;
+
 void scaled(Tensor grad, Tensor factor, Tensor out, bool accumulate) {
   R1K_CHECK(grad.is_contiguous(), "grad must be contiguous");
   R1K_CHECK(out.is_contiguous(), "out must be contiguous");
@@ -22,10 +25,10 @@ void scaled(Tensor grad, Tensor factor, Tensor out, bool accumulate) {
   args.out_dtype = dtype_of(out, "out");
   args.accumulate = accumulate;
   const int64_t count = grad.numel();
-  constexpr int64_t kBeyondCaches = 32 << 20, kGrain = 1 << 17;
+  constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = !accumulate && args.out != args.grad && count * r1k::size_of(args.out_dtype) >= kBeyondCaches;
   const auto run = r1k::active_kernels()->accumulate->scaled;
-  parallel_ranges(count, kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_ranges(count, kWorthAThread, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 void add_rows(Tensor out, Tensor ids, Tensor factors, Tensor rows) {
@@ -46,9 +49,9 @@ void add_rows(Tensor out, Tensor ids, Tensor factors, Tensor rows) {
               out.size(0), ")");
   }
   // Threads share columns, so that rows of one id are added in order.
-  constexpr int64_t kGrain = 256;
+  const int64_t grain = std::max<int64_t>(kWorthAThread / std::max<int64_t>(args.count, 1) / 64 * 64, 64);
   const auto run = r1k::active_kernels()->accumulate->add_rows;
-  parallel_ranges(out.size(1), kGrain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_ranges(out.size(1), grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 }  // namespace

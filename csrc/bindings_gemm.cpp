@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -35,7 +36,7 @@ r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
 
 // Elements along k whose products are summed apart.  Threads share the groups of long sums, and the sums of groups are
 // added in order: the bits of the result depend on k alone.
-constexpr int64_t kGroup = 8192;
+constexpr int64_t kGroup = 4096;
 
 // How the result is cut into blocks.  The cut changes no bits.
 struct Cut {
@@ -127,21 +128,43 @@ Workspaces& workspaces() {
   return *all;
 }
 
-// Products of one shape, at the same time.
-void multiply(const std::vector<r1k::Gemm>& gemms) {
+// Products of one shape at the same time, block by block.  finished(block) is called when a block of all of them is done.
+// The last blocks are cut in parts, so that no thread waits long for another.
+template <typename Finished>
+void multiply(const std::vector<r1k::Gemm>& gemms, const Finished& finished) {
+  constexpr int64_t kParts = 4;
   const r1k::Gemm& first = gemms.front();
   const r1k::GemmKernels& kernels = *r1k::active_kernels()->gemm;
-  const Cut size = cut(first, kernels.tile(first), gemms.size(), torch::stable::get_num_threads());
-  const int64_t row_blocks = ceil_div(first.rows, size.rows), blocks = size.blocks(first);
+  const r1k::GemmTile tile = kernels.tile(first);
+  const int64_t threads = torch::stable::get_num_threads(), groups = static_cast<int64_t>(gemms.size());
+  const Cut size = cut(first, tile, groups, threads);
+  const int64_t row_blocks = ceil_div(first.rows, size.rows), blocks = size.blocks(first), all = blocks * groups;
+  const int64_t part_rows = ceil_div(ceil_div(size.rows, kParts), tile.rows) * tile.rows;
+  const int64_t in_parts = threads > 1 ? std::min(all, threads) : 0, whole = all - in_parts;
   const int64_t bytes = kernels.workspace_bytes(first, size.rows, size.columns);
-  parallel_parts(blocks * static_cast<int64_t>(gemms.size()), [&](const auto& next) {
+  std::vector<std::atomic<int64_t>> left(blocks);
+  for (std::atomic<int64_t>& rows : left) rows = groups * size.rows;
+  parallel_parts(whole + in_parts * kParts, [&](const auto& next) {
     Workspaces::Workspace workspace = workspaces().take(bytes);
-    for (int64_t part = next(); part >= 0; part = next()) {
-      const int64_t block = part % blocks;
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t index = task < whole ? task : whole + (task - whole) / kParts;
+      const int64_t block = index % blocks;
       const int64_t row = block % row_blocks * size.rows, column = block / row_blocks * size.columns;
-      kernels.block(gemms[part / blocks],
-                    {row, std::min(row + size.rows, first.rows), column, std::min(column + size.columns, first.columns)},
-                    workspace.get());
+      r1k::GemmBlock place = {row, std::min(row + size.rows, first.rows), column,
+                              std::min(column + size.columns, first.columns)};
+      int64_t done = size.rows;
+      if (task >= whole) {
+        const int64_t begin = std::min((task - whole) % kParts * part_rows, size.rows);
+        const int64_t end = std::min(begin + part_rows, size.rows);
+        done = end - begin;
+        place.row_begin = std::min(row + begin, place.row_end);
+        place.row_end = std::min(row + end, place.row_end);
+      }
+      if (place.row_begin < place.row_end) kernels.block(gemms[index / blocks], place, workspace.get());
+      if (left[block].fetch_sub(done, std::memory_order_acq_rel) == done && done > 0) {
+        finished(r1k::GemmBlock{row, std::min(row + size.rows, first.rows), column,
+                                std::min(column + size.columns, first.columns)});
+      }
     }
     workspaces().give_back(std::move(workspace));
   });
@@ -176,17 +199,17 @@ void multiply_in_groups(const r1k::Gemm& gemm, int64_t groups) {
       part.accumulate = false;
       parts.push_back(part);
     }
-    multiply(parts);
     const bool add = gemm.accumulate || first > 0;
-    parallel_ranges(gemm.rows, std::max<int64_t>(1, (1 << 15) / gemm.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        float* const out = gemm.out + r * gemm.out_stride;
+    multiply(parts, [&](const r1k::GemmBlock& block) {
+      const int64_t columns = block.column_end - block.column_begin;
+      for (int64_t r = block.row_begin; r < block.row_end; ++r) {
+        float* const out = gemm.out + r * gemm.out_stride + block.column_begin;
         for (int64_t g = 0; g < count; ++g) {
-          const float* const sum = sums + g * size + r * gemm.columns;
+          const float* const sum = sums + g * size + r * gemm.columns + block.column_begin;
           if (g == 0 && !add) {
-            std::memcpy(out, sum, gemm.columns * sizeof(float));
+            std::memcpy(out, sum, columns * sizeof(float));
           } else {
-            for (int64_t c = 0; c < gemm.columns; ++c) out[c] += sum[c];
+            for (int64_t c = 0; c < columns; ++c) out[c] += sum[c];
           }
         }
       }
@@ -227,7 +250,7 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate, bool coarse) {
 
   const int64_t groups = ceil_div(gemm.k, kGroup);
   if (groups == 1) {
-    multiply({gemm});
+    multiply({gemm}, [](const r1k::GemmBlock&) {});
   } else {
     multiply_in_groups(gemm, groups);
   }
