@@ -73,7 +73,9 @@ class BusyProcess:
     candidate made by `beside` runs."""
 
     def __init__(self) -> None:
-        self.child = subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"], start_new_session=True)
+        # In a session of its own, because Linux shares processors between sessions before it looks at priorities.
+        command = ["nice", "-n", "19", sys.executable, "-c", "while True: pass"]
+        self.child = subprocess.Popen(command, start_new_session=True)
         time.sleep(0.5)
         self.child.send_signal(signal.SIGSTOP)
 

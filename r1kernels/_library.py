@@ -56,7 +56,7 @@ _GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty for results and buffers that may be large. On a CPU they get memory that was kept from other calls."""
+    """torch.empty for results and buffers that may be large. On a CPU they get memory that earlier calls gave back."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=device)
     result = torch.empty(0, dtype=dtype)

@@ -67,7 +67,8 @@ def test_logarithms_are_within_a_few_roundings(isa: str, tmp_path: Path) -> None
     source.write_text(PROGRAM)
     flags = FLAGS[isa] if platform.machine().lower() in ("x86_64", "amd64") else []
     subprocess.run(
-        ["g++", "-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", *flags, f"-DR1K_ISA={isa}", f"-I{CSRC}", source, "-o", program],
+        ["g++", "-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", *flags, f"-DR1K_ISA={isa}", f"-I{CSRC}",
+         source, "-o", program],
         check=True,
     )
     log, gap, of_inf, of_nan = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
