@@ -34,9 +34,9 @@ r1k::GemmOperand operand(const Tensor& matrix, const char* name, int outer) {
   return {dtype_of(matrix, name), matrix.data_ptr(), outer_stride, k_stride};
 }
 
-// Elements along k whose products are summed apart.  Threads share the groups of long sums, and the sums of groups are
-// added in order: the bits of the result depend on k alone.
-constexpr int64_t kGroup = 4096;
+// Elements along k whose products are summed apart where a sum is long, as one over the vocabulary is.  Threads share
+// the groups, and their sums are added in order: the bits of the result depend on k alone.
+constexpr int64_t kGroup = 4096, kLong = 16384;
 
 // How the result is cut into blocks.  The cut changes no bits.
 struct Cut {
@@ -248,7 +248,7 @@ void gemm_f32(Tensor a, Tensor b, Tensor out, bool accumulate, bool coarse) {
     return;
   }
 
-  const int64_t groups = ceil_div(gemm.k, kGroup);
+  const int64_t groups = gemm.k > kLong ? ceil_div(gemm.k, kGroup) : 1;
   if (groups == 1) {
     multiply({gemm}, [](const r1k::GemmBlock&) {});
   } else {

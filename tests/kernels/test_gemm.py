@@ -155,6 +155,36 @@ def test_threads_change_nothing(
         assert torch.equal(product(a, b, out), expected), f"{threads} threads"
 
 
+# Sums over more than 16,384 elements are made of groups of 4,096, which threads share.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_long_sums(isa: str, dtype: torch.dtype, on_threads: Callable[[int], None]) -> None:
+    a, b = random_matrix(37, 17_000, dtype, 1), random_matrix(41, 17_000, dtype, 2).t()
+    out = random_matrix(37, 41, torch.float32, 3)
+    added, expected = product(a, b, out), product(a, b)
+    check(a, b)
+    assert (added - (expected.double() + out)).abs().max() <= 5 * 2**-24 * (expected.abs() + out.abs()).max()
+    for threads in (2, 64):
+        on_threads(threads)
+        assert torch.equal(product(a, b, out), added), f"{threads} threads"
+        assert torch.equal(product(a, b), expected), f"{threads} threads"
+        assert torch.equal(product(a[5:6], b[:, 7:]), expected[5:6, 7:])  # other rows change nothing
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_groups_that_do_not_fit_in_memory_at_once(add: bool, on_threads: Callable[[int], None]) -> None:
+    """Of 5 groups of 13 MiB 4 are computed at a time. Every sum is an integer, and exact."""
+    on_threads(2)
+    k = 17_000
+    left, right = torch.arange(2_000) % 3, torch.arange(1_700) % 5
+    a = left[:, None].expand(-1, k).to(torch.bfloat16)
+    b = right[:, None].to(torch.bfloat16).expand(-1, k).contiguous().t()
+    out = torch.ones(2_000, 1_700)
+    gemm_f32(a.contiguous(), b, out, add)
+    assert torch.equal(out, (left[:, None] * right * k + add).float())
+
+
 # ---- NaN and inf ------------------------------------------------------------------------------------------
 
 
