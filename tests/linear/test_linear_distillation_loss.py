@@ -12,10 +12,9 @@ from backends import reference_only, slow_interpreted, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case, logits_of
 from torch import Tensor
 
-from r1kernels import DistillationLoss, backend, distillation_loss, testing
+from r1kernels import DistillationLoss, _memory, backend, distillation_loss, testing
 from r1kernels.ops import linear_head
 from r1kernels.ops.divergence import KINDS
-from r1kernels.ops.linear_head import row_bytes
 
 pytestmark = without_cuda_kernels
 
@@ -290,9 +289,9 @@ def allocations(function: Callable[[], Any]) -> tuple[int, int]:
 @pytest.mark.not_on("triton", reason="thousands of rows, and memory of the interpreter's own")
 @pytest.mark.parametrize("k", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory(dtype: torch.dtype, k: int | None) -> None:
-    """The budget, the gradients, that of the weight in float32 too, 64 bytes a token (top-k: and 26 (K + 1)), and what
-    the route of the products takes on this processor."""
+def test_memory(dtype: torch.dtype, k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget, the gradients, that of the weight in float32 too, and 64 bytes a token (top-k: and 26 (K + 1))."""
+    monkeypatch.setattr(_memory, "SMALLEST", 1 << 60)  # the profiler sees what PyTorch allocates
     n, vocab, width, budget = 8192, 1000, 8, 1 << 20
     case = Case(k=k, dtype=dtype, lead=(n,), vocab=vocab, width=width, kind="jsd", mask=torch.ones(n))
     leaves = {name: value.detach().requires_grad_() for name, value in cases.tensors(case.student).items()}
@@ -312,7 +311,4 @@ def test_memory(dtype: torch.dtype, k: int | None) -> None:
         grads += vocab * width * dtype.itemsize
     assert largest <= max(budget, 8 * n * (k or 0)) < 2 * n * vocab
     slack = 64 * n + (0 if k is None else 26 * (k + 1) * n)
-    row = row_bytes(vocab, width, torch.float32) + (row_bytes(vocab, 9, torch.float32) if k is None else 0)
-    workspace = cases.product_workspace(budget // row, vocab, width, dtype)
-    allowed = budget + grads + slack + workspace
-    assert peak <= allowed, f"{(peak - budget - grads - workspace) / n} bytes a token"
+    assert peak <= budget + grads + slack, f"{(peak - budget - grads) / n} bytes a token"

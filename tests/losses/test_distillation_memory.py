@@ -21,6 +21,7 @@ CHILD = """
 import ctypes, gc, json, re, sys
 from pathlib import Path
 import torch
+import r1kernels
 from r1kernels import distillation_loss, linear_distillation_loss
 
 o = json.loads(sys.argv[1])
@@ -47,12 +48,14 @@ loss_of = linear_distillation_loss if width else distillation_loss
 
 def measured(function):
     gc.collect()
+    r1kernels.release_workspace()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     result = function()
     peak = status("VmHWM") - before
     gc.collect()
+    r1kernels.release_workspace()
     ctypes.CDLL(None).malloc_trim(0)
     return result, peak, status("VmRSS") - before
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from r1kernels import testing
-from r1kernels.ops import gemm
 from r1kernels.ops.linear_head import row_bytes
 
 # Which keywords a head has; the tensors are made by `make`.
@@ -31,20 +30,6 @@ TENSORS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 def chunk_of(rows: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> int:
     """The budget that holds so many rows; the dtype is that of the logits."""
     return rows * row_bytes(vocab, width, dtype)
-
-
-def product_workspace(rows: int, vocab: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that a product of a chunk takes beside its operands and its result. The route of the processor decides.
-
-    Our own kernel packs blocks whose size does not depend on the operands. The route "copies" makes float32 copies of
-    one block of each operand, and a library may pack these once more in 16 bits, in tiles of at most 64 entries: 6
-    bytes for each entry of the two blocks.
-    """
-    if gemm.route(torch.empty(0, dtype=dtype)) != "copies":
-        return 0
-    r, v, h = (min(-(-size // 64) * 64, gemm._BLOCK) for size in (rows, vocab, width))
-    # Products of a chunk: logits (r, h) (h, v), gradient of hidden (r, v) (v, h), of the weight (v, r) (r, h).
-    return 6 * max(r * h + h * v, r * v + v * h, v * r + r * h)
 
 
 def make(
