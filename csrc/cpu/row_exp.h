@@ -40,10 +40,10 @@ class FlushSubnormals {
 
 // 2^(rest + exponent).
 struct Power {
-  VecF x;         // the entry, raised to the least whose power is not 0; minus the reference if that is subtracted
-  VecF rest;      // in [-0.5, 0.5]; if coarse, in [0, 1)
-  VecF exponent;  // an integer; if coarse, its part above the integer is `rest`
-  VecI underflow; // only without kHasScale: lanes (all ones) whose power is 0
+  VecF x;          // the entry, raised to the least whose power is not 0; minus the reference if that is subtracted
+  VecF rest;       // in [-0.5, 0.5]; if coarse, in [0, 1)
+  VecF exponent;   // an integer; if coarse, its part above the integer is `rest`
+  VecI underflow;  // only without kHasScale: lanes (all ones) whose power is 0
 };
 
 #if defined(__AVX512F__)
@@ -65,7 +65,7 @@ class RowExp {
     hi_ = broadcast(static_cast<float>(hi));
     lo_ = broadcast(static_cast<float>(log2e - hi));
     minus_shift_ = broadcast(static_cast<float>(-shift));
-    magic_and_shift_ = broadcast(static_cast<float>(kMagic + shift));
+    rounds_and_shift_ = broadcast(static_cast<float>(kRounds + shift));
     base_ = broadcast(base);
     floor_ = broadcast(static_cast<float>((shift - (kHasScale ? 300 : 126)) / log2e));
   }
@@ -82,9 +82,9 @@ class RowExp {
       return {x, above_integer(exponent), exponent, underflow};
     }
 #endif
-    const VecF shifted = multiply_add(x, hi_, kMagic);
-    const VecF rest = multiply_add(x, lo_, product_minus(x, hi_, shifted - kMagic));
-    return {x, rest, shifted - magic_and_shift_, underflow};
+    const VecF shifted = multiply_add(x, hi_, kRounds);
+    const VecF rest = multiply_add(x, lo_, product_minus(x, hi_, shifted - kRounds));
+    return {x, rest, shifted - rounds_and_shift_, underflow};
   }
 
   bool subtract;              // whether the reference, rounded, is subtracted from every entry
@@ -92,9 +92,7 @@ class RowExp {
   double scale, coarse_scale;
 
  private:
-  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-
-  VecF hi_, lo_, minus_shift_, magic_and_shift_, base_, floor_;
+  VecF hi_, lo_, minus_shift_, rounds_and_shift_, base_, floor_;
 };
 
 // Coefficients of 2^r on [0, 1), minimax with 2^0 = 1: 3e-6.
@@ -104,7 +102,7 @@ inline VecF times_power(VecF mantissa, const Power& power) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)mantissa, (__m512)power.exponent);
 #else
-  const VecI exponent = bit_cast<VecI>(power.exponent + 12582912.0f) + 127;
+  const VecI exponent = bit_cast<VecI>(power.exponent + kRounds) + 127;
   return power.underflow ? VecF{} : mantissa * bit_cast<VecF>(exponent << 23);
 #endif
 }

@@ -52,7 +52,8 @@ struct BlockSums {
 };
 
 // The maxima add 1 each and are counted apart: beside them the fp32 sum would lose the rest of the mass, and with it
-// 1 - p when one token holds nearly all of it.  Most blocks do not hold the maximum of the row so far.
+// 1 - p when one token holds nearly all of it.  Most blocks do not hold the maximum of the row so far.  Memory from
+// `next` on is fetched meanwhile, `step` bytes for every kUnroll vectors: it is the next block.
 template <bool kSubtract, bool kMaxima>
 BlockSums block_sums(const float* block, int padded, const RowExp& row_exp, float max, const char* next, int step) {
   const VecF top = broadcast(kSubtract ? 0.0f : max);

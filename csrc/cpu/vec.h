@@ -164,6 +164,8 @@ inline VecF larger(VecF a, VecF b) { return (VecF)_mm_max_ps((__m128)a, (__m128)
 inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
 #endif
 
+constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer
+
 inline float canonical(double x) { return x == x ? static_cast<float>(x) : __builtin_nanf(""); }
 
 template <typename T>
@@ -260,10 +262,9 @@ inline VecF exp2_fraction(VecF r) {
 // place, for any exponent.  NaN stays NaN.
 template <typename... Extra>
 inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
-  const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecI underflow = d < scale.limit;
-  const VecF shifted = multiply_add(d, scale.hi, magic);
-  const VecF rest = product_minus(d, scale.hi, shifted - magic);
+  const VecF shifted = multiply_add(d, scale.hi, kRounds);
+  const VecF rest = product_minus(d, scale.hi, shifted - kRounds);
   VecF r;
   if constexpr (sizeof...(extra) == 0) {
     r = multiply_add(d, scale.lo, rest);

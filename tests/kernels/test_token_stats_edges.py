@@ -86,6 +86,20 @@ def test_gradients_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype) -> 
     assert torch.equal(grad[:, 1], (-g / 2).to(dtype))
 
 
+@pytest.mark.not_on("triton", "cuda", reason="subnormal numbers cost nothing on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slope", [1.0, 1e-3])
+def test_no_gradient_is_subnormal(isa: str, dtype: torch.dtype, slope: float) -> None:
+    """A product that reads a subnormal number takes a hundred cycles. What is below 2^-126 becomes 0."""
+    logits = torch.linspace(0, -140, 4001).to(dtype).expand(2, -1).requires_grad_()
+    logprobs, entropy = token_logprobs_and_entropy(logits, torch.tensor([0, 5]))
+    (grad,) = torch.autograd.grad((logprobs, entropy), logits, (torch.tensor([slope, 0.0]), torch.tensor([0.0, slope])))
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((grad == 0) | (grad.abs() >= tiny)).all()
+    assert (grad[:, -300:] == 0).all() and (grad[:, 1:2000] != 0).all()
+    assert torch.tensor([tiny]).mul(0.5).item() > 0  # outside the kernels subnormal numbers remain
+
+
 # ---- sizes ------------------------------------------------------------------------------------------------
 
 
