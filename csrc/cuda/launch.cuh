@@ -39,13 +39,15 @@ struct LaunchConfig {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[3];
 
-  LaunchConfig(const Grid& grid, void* stream) {
+  // The runtime refuses to count clusters of a launch that does not say their size, even if that is 1.  Devices before
+  // sm_90 know no such attribute, so a launch of single blocks leaves it out.
+  LaunchConfig(const Grid& grid, void* stream, bool say_cluster = false) {
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = grid.shared;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    if (grid.cluster > 1) {
+    if (grid.cluster > 1 || say_cluster) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
@@ -75,7 +77,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Stream& strea
 template <typename... Parameters>
 int concurrent_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   allow_shared(kernel, grid.shared);
-  const LaunchConfig launch(grid, nullptr);
+  const LaunchConfig launch(grid, nullptr, true);
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &launch.config) != cudaSuccess) {
     cudaGetLastError();
