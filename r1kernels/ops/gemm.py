@@ -9,6 +9,7 @@ enough.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import warnings
@@ -81,12 +82,14 @@ def matmul(
     chosen = route(a, b)
     if chosen == "native":
         torch.ops.r1kernels.gemm_f32.default(a, b, out, accumulate, coarse)
-    elif chosen == "parts":
-        _parts(a, b, out, accumulate, _by_fixed_rows if batch_invariant else _product)
-    elif batch_invariant:
-        _by_fixed_rows(chosen, a, b, out, accumulate)
-    else:
-        _product(chosen, a, b, out, accumulate)
+        return out
+    with exact_float32():
+        if chosen == "parts":
+            _parts(a, b, out, accumulate, _by_fixed_rows if batch_invariant else _product)
+        elif batch_invariant:
+            _by_fixed_rows(chosen, a, b, out, accumulate)
+        else:
+            _product(chosen, a, b, out, accumulate)
     return out
 
 
@@ -100,6 +103,20 @@ def add_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
         torch.ops.r1kernels.add_rows.default(out, ids, factors, rows)
     else:
         out.index_put_((ids,), factors[:, None] * rows, accumulate=True)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """No product in here rounds float32 operands (to TF32 or bfloat16), whatever the process has asked PyTorch for."""
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
