@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.token_stats import row_blocks
 
@@ -97,7 +97,7 @@ class _Divergence(torch.autograd.Function):
         return value, student_entropy, teacher_entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, *statistics = ctx.saved_tensors
         grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library, objectives
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops.linear_gradients import graph_is_kept
 from r1kernels.ops.policy_loss import LossInputs, coefficients_of
 
@@ -78,7 +78,7 @@ class _GrpoStep(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_logits,) = ctx.saved_tensors
         # If the backward may run again, it must not change the stored gradient.

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
 from r1kernels.objectives import KL_ESTIMATORS
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
 
 
@@ -47,7 +47,7 @@ class _KlEstimate(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (slope,) = ctx.saved_tensors
         grad_logprobs = grad * slope

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import as_mask, check_floating
 from r1kernels.ops.distillation_loss import (
     DistillationLoss,
@@ -97,7 +97,7 @@ class _LinearDivergence(torch.autograd.Function):
         return loss, *metrics.values()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads, upstream = ctx.saved_tensors, grad_loss
         if not ctx.one_pass:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_head import Head, Needs
@@ -132,7 +132,7 @@ class _OnePass(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.needs, ctx.wanted, ctx.into)
         return *grads, *[None] * 6

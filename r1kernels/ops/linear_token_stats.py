@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import as_mask, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_head import Head, Needs
@@ -61,7 +61,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return logprobs, entropy.to(logprobs.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 8

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import policy_loss_reference
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
@@ -137,7 +137,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = ctx.saved_tensors
         grad_entropy = _scaled(grad_entropy, grad_loss) if ctx.with_entropy else None

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import (
     accumulator_dtype,
     check_floating,
@@ -59,7 +59,7 @@ class _TokenStats(torch.autograd.Function):
         return logprobs, entropy.float()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1kernels import _library
 from r1kernels.ops import divergence, token_stats
+from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 
 SCRATCH_BYTES = 8 << 20  # size of the copy of the logits of one chunk of rows; it should fit in the caches
@@ -254,7 +254,7 @@ class _TopKDivergence(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, token_ids, logprobs, weights, lse_rest = ctx.saved_tensors
         grad, teacher = grad.reshape(-1), Teacher(token_ids, logprobs)
