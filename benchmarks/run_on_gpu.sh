@@ -86,7 +86,7 @@ build() {
         export R1KERNELS_CUDA=${R1KERNELS_CUDA:-0}
     elif [ -z "${R1KERNELS_CUDA_ARCHS:-}" ]; then
         archs=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability()
-print({9: "90a", 10: "100a", 12: "120"}.get(a, f"{a}{b}"))') && export R1KERNELS_CUDA_ARCHS=$archs
+print({9: "90a", 10: "100", 12: "120"}.get(a, f"{a}{b}"))') && export R1KERNELS_CUDA_ARCHS=$archs
     fi
     command -v nvcc >/dev/null || export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
     exec timeout -k 5 240 "$PYTHON" setup.py -q build_ext --inplace

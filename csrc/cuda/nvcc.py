@@ -18,9 +18,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda"
 
-# Machine code for A100 and other sm_8x, H100, B200, RTX 50; PTX that a driver compiles for every later device. It is
-# Hopper's, not Ampere's, so that those have clusters and bulk copies as well.
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120", "compute_90")
+# Machine code for A100 and other sm_8x, H100, B200 and B300, RTX 50; PTX that a driver compiles for every later device.
+# It is Hopper's, not Ampere's, so that those have clusters and bulk copies as well. Code for sm_100a would not run on B300.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
 OLDEST = (12, 8)  # the first nvcc that knows all of them
 FLAGS = (
     "-O3", "-std=c++17", "-Icsrc", "-Xptxas=-v", "-Xfatbin=-compress-all",

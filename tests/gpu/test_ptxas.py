@@ -111,7 +111,7 @@ READS, WRITES = {WIDE_LOAD}, {WIDE_LOAD, WIDE_STORE}
 # The instructions of kernels (patterns of their names) and the architectures that have them. Kernels of any alignment
 # access one element at a time.
 EXPECTED: dict[tuple[str, str], tuple[list[str], set[str]]] = {
-    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100a"], {BULK_LOAD, BULK_STORE}),
+    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100"], {BULK_LOAD, BULK_STORE}),
     ("scaled.cu", r"scaled_kernel<\w+, \w+>"): (MACHINE_CODE, WRITES),
     ("token_stats.cu", r"segment_kernel<\w+, true>"): (MACHINE_CODE, READS),
     ("token_stats_backward.cu", r"gradient_kernel<\w+, \w+, true>"): (MACHINE_CODE, WRITES),
