@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda"
 
 # Machine code for A100 and other sm_8x, H100, B200 and B300, RTX 50; PTX that a driver compiles for every later device.
-# It is Hopper's, not Ampere's, so that those have clusters and bulk copies as well. Code for sm_100a would not run on B300.
+# It is Hopper's, not Ampere's, so that those have clusters and bulk copies as well. Code for sm_100a would not run on a
+# B300.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
 OLDEST = (12, 8)  # the first nvcc that knows all of them
 FLAGS = (
