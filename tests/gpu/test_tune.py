@@ -29,22 +29,28 @@ class FakeClock:
         return 0
 
 
-def module(times: dict[int, float], wrong: int | None = None, broken: int | None = None) -> Any:
-    """Kernels that take so long with each tile; 8 is in use."""
+def module(
+    times: dict[int, float], wrong: int | None = None, broken: int | None = None, exact: int | None = None
+) -> Any:
+    """Kernels that take so long with each tile; 8 is in use. One may be wrong, one fail, and one alone be exact."""
     made = SimpleNamespace(config=lambda *_: Tile(8), search_space=lambda device: [Tile(width) for width in times])
 
     def run() -> tuple[torch.Tensor, ...]:
         width = made.config((1, 2), torch.bfloat16, None).width
         if width == broken:
             raise RuntimeError("out of resource: shared memory")
-        return torch.tensor(times[width], dtype=torch.float16), torch.tensor(0.0 if width == wrong else 1.0)
+        error = 1.0 if width == wrong else 1e-3 if exact not in (None, width) else 0.0
+        return torch.tensor(times[width], dtype=torch.float16), torch.tensor(1.0 + error)
 
-    made.run = run
+    def truth() -> tuple[torch.Tensor, ...]:
+        return torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+
+    made.workload = tune.Workload(run, truth)
     return made
 
 
 def found(made: Any) -> int:
-    return tune.fastest(made, made.run, None, FakeClock())[0].width
+    return tune.fastest(made, made.workload, None, FakeClock())[0].width
 
 
 def test_the_fastest_tile_that_is_right_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +60,9 @@ def test_the_fastest_tile_that_is_right_wins(monkeypatch: pytest.MonkeyPatch) ->
     assert found(module(times)) == 4
     assert found(module(times, wrong=4)) == 16
     assert found(module(times, wrong=4, broken=16)) == 8
+    # A tile that differs from the one in use because it alone is exact is chosen.
+    assert found(module({4: 90.0, 8: 100.0}, exact=4)) == 4
+    assert found(module({4: 90.0, 8: 100.0}, exact=8)) == 8
     made = module(times)
     kept = made.config
     found(made)
