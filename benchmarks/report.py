@@ -113,7 +113,8 @@ def summary(results: list[dict]) -> str:
         parts.append(growth(by_op[GROWTH]))
     info = versions()
     parts.append(
-        f"Forward + backward: time, times that of r1kernels, peak extra memory. {info['device']} "
+        "Forward + backward: median time; how many times that of r1kernels (the median over rounds that time both, "
+        f"which is not the quotient of the medians); peak extra memory. {info['device']} "
         f"({info['instruction_set']}), torch {info['torch']}, bfloat16; medians of interleaved rounds; "
         "`make bench` measures yours."
     )

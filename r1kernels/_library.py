@@ -210,7 +210,8 @@ def release_workspace() -> None:
     """Gives the memory that CPU kernels keep between calls back to the system.
 
     Large results and buffers (1 MiB and more: chunks of logits, gradients of a head) are allocated from memory that
-    earlier calls no longer use. At most 4 GiB, or an eighth of the machine's memory if that is less, is kept.
+    earlier calls no longer use. At most 4 GiB, or an eighth of the machine's memory if that is less, is kept. What
+    matrix products keep for packed operands is freed, too.
     """
     _memory.release()
     if extension is not None:

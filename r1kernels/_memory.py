@@ -8,10 +8,12 @@ longer used is kept for the next call, up to `KEPT_BYTES`; `release_workspace` g
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import os
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,17 +25,29 @@ AVAILABLE = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 def _kept_bytes() -> int:
-    """4 GiB, or an eighth of the machine's memory if that is less."""
+    """4 GiB, or an eighth of the memory of the machine (or of its container) if that is less."""
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 1 << 30
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(4 << 30, memory // 8)
 
 
 KEPT_BYTES = _kept_bytes()
 _lock = threading.Lock()
-_kept: collections.deque[mmap.mmap] = collections.deque()  # free memory, that used last at the end
+_kept: collections.deque[mmap.mmap] = collections.deque()  # free memory, the most recently used last
+
+
+def _after_fork() -> None:
+    """In a child, a lock that another thread of the parent held would never be released."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -51,7 +65,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _take(size: int) -> mmap.mmap:
-    """Kept memory of at least `size` bytes, at most a quarter of which is in excess, or fresh memory."""
+    """Kept memory of at least `size` bytes and at most a third (or 2 MiB) more, or fresh memory."""
     needed = size + HUGE_PAGE  # for the start to be at a multiple
     with _lock:
         most = needed + max(size // 3, HUGE_PAGE)
@@ -68,6 +82,8 @@ def _take(size: int) -> mmap.mmap:
 
 def _keep(memory: mmap.mmap) -> None:
     """Called when a storage is freed, possibly while this thread holds the lock."""
+    if len(memory) > KEPT_BYTES:
+        return
     _kept.append(memory)
     if _lock.acquire(blocking=False):
         try:

@@ -15,6 +15,23 @@ namespace r1k {
 namespace R1K_ISA {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+
+// x - a and what fp32 rounds away of it (Knuth's two-sum).  16-bit inputs do not need the second part: their
+// outputs are rounded a thousand times more coarsely.
+template <bool kExact>
+struct Difference {
+  Difference(VecF x, VecF a) : value(x - a), error() {
+    if constexpr (kExact) {
+      const VecF bb = value - x;
+      const VecF lost = (x - (value - bb)) - (a + bb);
+      error = lost == lost ? lost : VecF{};  // inf - inf; a NaN in x stays in value
+    }
+  }
+  VecF value;
+  VecF error;
+};
+
 int load_rows(const RowView& view, int64_t row, int64_t begin, int count, float* block) {
   const int64_t offset = view.offset(row);
   switch (view.dtype) {

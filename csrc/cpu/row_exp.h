@@ -16,7 +16,7 @@ namespace r1k {
 namespace R1K_ISA {
 
 #if defined(__AVX512F__)
-constexpr bool kHasScale = true;  // instructions that take 2^n apart and multiply with it
+constexpr bool kHasScale = true;  // instructions for the part of x above an integer, and for a 2^x with any integer x
 #else
 constexpr bool kHasScale = false;
 #endif
@@ -102,7 +102,8 @@ inline VecF times_power(VecF mantissa, const Power& power) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)mantissa, (__m512)power.exponent);
 #else
-  const VecI exponent = bit_cast<VecI>(power.exponent + kRounds) + 127;
+  const VecF capped = power.exponent < 128.0f ? power.exponent : broadcast(128.0f);  // 2^128 is infinite
+  const VecI exponent = bit_cast<VecI>(capped + kRounds) + 127;
   return power.underflow ? VecF{} : mantissa * bit_cast<VecF>(exponent << 23);
 #endif
 }

@@ -16,7 +16,6 @@ constexpr int kBlock = 128 * kLanes;  // fp32: at most 8 KiB, a fraction of the 
 constexpr int kUnroll = 2;
 constexpr int kRun = 8 * kUnroll * kLanes;
 static_assert(kBlock % kRun == 0);
-constexpr double kLog2E = 1.4426950408889634;
 
 // Fills `block` with `count` elements of the row from `begin` and pads to whole vectors with -inf, which adds
 // nothing to any sum.  Returns the padded length.
@@ -30,21 +29,6 @@ int load_block(const T* row, int64_t stride, int64_t begin, int count, float* bl
   for (; k % (kUnroll * kLanes) != 0; ++k) block[k] = -INFINITY;
   return k;
 }
-
-// x - a and what fp32 rounds away of it (Knuth's two-sum).  16-bit inputs do not need the second part: their
-// outputs are rounded a thousand times more coarsely.
-template <bool kExact>
-struct Difference {
-  Difference(VecF x, VecF a) : value(x - a), error() {
-    if constexpr (kExact) {
-      const VecF bb = value - x;
-      const VecF lost = (x - (value - bb)) - (a + bb);
-      error = lost == lost ? lost : VecF{};  // inf - inf; a NaN in x stays in value
-    }
-  }
-  VecF value;
-  VecF error;
-};
 
 struct BlockSums {
   double sum, weighted;  // of v = e^{(x - max)/T} / scale and of v (x - max), without the maxima themselves

@@ -1,6 +1,6 @@
 // The two kernels that touch the vocabulary axis.  Forward: one read of a row gives its log-prob, log-sum-exp
 // and entropy.  Backward: one read and one write give d logits from two scalars per token.  Rows are cut into
-// blocks that stay in the L1 cache; a block is converted to fp32 once, so every dtype and stride shares the
+// blocks that stay in the L1 cache; what is loaded is converted to fp32, so every dtype and stride shares the
 // arithmetic below.  A row is always computed by one thread in one order: its bits do not depend on its batch.
 
 #include <cmath>
@@ -185,9 +185,14 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     const T* row = data + args.logits.offset(n);
     const RowGradient in = {g, eta, args.lse[n], args.entropy[n]};
     const double temperature = args.temperature.of(n);
-    // Without an entropy term g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent.
+    // Without an entropy term g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent, with
+    // a factor of at least 1, so that no power is beyond the range of a gradient that is within it.
     int exponent = 0;
-    const double factor = eta != 0 ? 1 : std::frexp(-g / temperature, &exponent);
+    double factor = 1;
+    if (eta == 0) {
+      factor = -g / temperature;
+      if (std::isfinite(factor)) factor = 2 * std::frexp(factor, &exponent), --exponent;
+    }
     const RowExp row_exp(in.lse * temperature, temperature, exponent);
     const auto run = (row_exp.subtract ? row_gradient_variant<T, Out, true>
                                        : row_gradient_variant<T, Out, false>)(eta != 0, args.softcap > 0);

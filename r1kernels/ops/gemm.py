@@ -3,7 +3,7 @@
     out = a @ b   or   out += a @ b;   a (M, K), b (K, N), out (M, N) float32 (float64 from float64)
 
 The logits of a language model lose three digits when a 16-bit product rounds them. So every product here keeps its
-float32 sums. No route rounds an operand, also not a float32 operand beside a 16-bit one, unless a coarse product is
+float32 sums. No route rounds an operand, not even a float32 operand next to a 16-bit one, unless a coarse product is
 enough.
 """
 

@@ -95,7 +95,7 @@ def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _write(grad: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
     """out = or += grad * factor."""
     if _fused(grad, out):
-        factor = torch.ones((), device=grad.device) if factor is None else factor
+        factor = torch.ones((), dtype=torch.float32, device=grad.device) if factor is None else factor
         torch.ops.r1kernels.scaled.default(grad, factor, out, accumulate)
         return
     for rows in _blocks(grad):

@@ -64,7 +64,7 @@ def write_rows(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: T
 def _convert(value: Tensor, out: Tensor) -> None:
     """out = value. Our kernel shares small work between fewer threads than PyTorch's copy does."""
     if _library.choose(value.device.type, value.dtype).implementation == "cpu" and out.is_contiguous():
-        torch.ops.r1kernels.scaled.default(value, torch.ones(()), out, False)
+        torch.ops.r1kernels.scaled.default(value, torch.ones((), dtype=torch.float32), out, False)
     else:
         out.copy_(value)
 

@@ -230,7 +230,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
         logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides: rows are read
             in place. -inf entries are allowed. Row t scores token t: shift before the call.
         token_ids: (...), int64 or int32, in [0, V).
-        temperature: Python number > 0.
+        temperature: Python number > 0. Gradients need |logit| / temperature < 1e10.
 
     Returns:
         (...), float32 (float64 for float64 logits), nats. Differentiable once with respect to logits; the

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -70,6 +71,25 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors.pop(0)
         assert kept() <= 40 * MIB
     assert _library.empty(16 * MIB, dtype=torch.uint8, device=CPU).data_ptr() == last  # the oldest goes first
+
+
+def test_memory_beyond_the_bound_does_not_push_out_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_memory, "KEPT_BYTES", 40 * MIB)
+    small, large = (_library.empty(size * MIB, dtype=torch.uint8, device=CPU) for size in (8, 64))
+    del small
+    before = kept()
+    del large
+    assert kept() == before > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_does_not_wait_for_a_lock_of_its_parent() -> None:
+    code = (
+        "import os, torch\nfrom r1kernels import _library, _memory\n_memory._lock.acquire()\npid = os.fork()\n"
+        "if pid == 0:\n    _library.empty(1 << 22, dtype=torch.uint8, device=torch.device('cpu'))\n    os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_release_workspace_keeps_nothing() -> None:

@@ -100,6 +100,19 @@ def test_no_gradient_is_subnormal(isa: str, dtype: torch.dtype, slope: float) ->
     assert torch.tensor([tiny]).mul(0.5).item() > 0  # outside the kernels subnormal numbers remain
 
 
+@pytest.mark.not_on("triton", "cuda", reason="powers of two are taken apart on CPUs only")
+def test_gradients_near_the_largest_float32(isa: str) -> None:
+    """Within its range a gradient is finite, whatever the slope; beyond it is infinite, and never wraps around."""
+    def gradient(logits: list[float], slope: float, temperature: float = 1.0) -> Tensor:
+        source = torch.tensor([logits], requires_grad=True)
+        logprobs = token_logprobs(source, torch.tensor([0]), temperature=temperature)
+        return torch.autograd.grad(logprobs, source, torch.tensor([slope]))[0][0]
+
+    largest = gradient([-10.0, 3.0, -3.0], 3e38)
+    assert torch.allclose(largest.double(), 3e38 * torch.tensor([1.0, -0.997525, -0.002473]).double(), rtol=1e-3)
+    assert gradient([3.0, -3.0, 3.0], 1e38, 1e-3).tolist()[2] == -math.inf
+
+
 # ---- sizes ------------------------------------------------------------------------------------------------
 
 

@@ -160,3 +160,24 @@ def test_bad_input(name: str, implementation: str) -> None:
     changes, error, message = BAD_INPUTS[name]
     with pytest.raises(error, match=message):
         linear_cross_entropy(**(batch() | changes))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_pytorch_does_not_matter(default: torch.dtype) -> None:
+    """Programs that load a model set it."""
+    ids = testing.random_ids(8, vocab=40)
+    hidden, weight = testing.random_logits(8, 16).bfloat16(), testing.random_logits(40, 16).bfloat16()
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with backend(testing.KERNELS):
+            loss = linear_cross_entropy(*leaves, ids) + linear_token_logprobs(*leaves, ids).sum().float()
+            return torch.autograd.grad(loss, leaves)
+
+    expected, before = gradients(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        found = gradients()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
