@@ -230,7 +230,7 @@ def bench_linear_cross_entropy(in_turns: Callable[..., object]) -> None:
     in_turns(candidates, op="linear_cross_entropy", shape=shape, rounds=7)
 
 
-def bench_beside_a_busy_process(in_turns: Callable[..., object]) -> None:
+def bench_with_a_busy_process(in_turns: Callable[..., object]) -> None:
     """One other process computes on one of the cores: how much longer does a step take?"""
     name, shape = next(iter(HEADS.items()))
     batch = make_batch(shape)
@@ -238,7 +238,7 @@ def bench_beside_a_busy_process(in_turns: Callable[..., object]) -> None:
         candidates = {}
         for label, loss in {"r1kernels": ours, "torch eager": eager}.items():
             candidates[label] = step(loss, batch)
-            candidates[f"{label}, beside a busy process"] = busy.beside(step(loss, batch))
+            candidates[f"{label}, with another process busy"] = busy.beside(step(loss, batch))
         in_turns(candidates, op="linear_grpo_loss_busy", shape=name, rounds=7)
 
 

@@ -34,9 +34,9 @@ def route(a: Tensor, b: Tensor | None = None) -> str:
     """How products of matrices like `a` and `b` (default: like `a`) are computed. Only this function decides it.
 
     "native": our kernel; the bits of an entry depend only on its row and its column. "out_dtype": the library of an
-    accelerator, which keeps its float32 sums. "parts": the same for bfloat16 beside float32, of which three bfloat16
-    parts are multiplied. "copies": float32 copies of 16-bit operands, block by block. "torch": both operands are
-    float32 or float64 already.
+    accelerator, which keeps its float32 sums. "parts": the same for bfloat16 with float32, which is split into three
+    bfloat16 parts. "copies": float32 copies of 16-bit operands, block by block. "torch": both operands are float32 or
+    float64 already.
     """
     dtypes = {a.dtype} if b is None else {a.dtype, b.dtype}
     if _library.choose(a.device.type, a.dtype).implementation == "cpu":

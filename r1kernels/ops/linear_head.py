@@ -122,7 +122,7 @@ class Walk:
         self.device = hidden.device
         self.accumulator = accumulator_dtype(hidden.dtype)
         self.dtype = hidden.dtype
-        # Of d logits. Who keeps one of the two in float32 does not want 16-bit values between them.
+        # Of d logits. If hidden or weight is float32, d logits stay float32, too.
         self.grad_dtype = self.dtype if head.weight.dtype == self.dtype else self.accumulator
         vocab, width = head.weight.shape
         # Rows of padding write to one extra row, which is cut off at the end.

@@ -48,7 +48,7 @@ class LinearOptions(TypedDict, total=False):
             the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. On a CPU, products take
             a few MiB more for each thread, and 64 MiB (or the float32 gradient of a chunk's hidden states, if that is
             larger) for sums over the vocabulary. If a product needs copies of its operands (`python -m r1kernels` says
-            which), they take at most 48 MiB more, or 200 MiB for bfloat16 beside float32 on a GPU.
+            which), they take at most 48 MiB more, or 200 MiB for bfloat16 with float32 on a GPU.
         capacity: the largest number of active tokens (mask and zero advantages decide which tokens are active). The
             shapes of all work then do not depend on the tensors' values, and there is no synchronisation with the
             device, so a call can be captured in a CUDA graph. More active tokens raise an error: on a CPU
