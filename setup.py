@@ -22,8 +22,7 @@ import nvcc
 
 TORCH = Path(torch.__file__).parent
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-COMMON_FLAGS += ["-ffp-contract=off"]  # the sources say where a product and a sum are fused
-COMMON_FLAGS += ["-isystem", str(TORCH / "include")]  # system headers: their warnings are not ours
+COMMON_FLAGS += ["-ffp-contract=off", "-isystem", str(TORCH / "include")]  # sources fuse products and sums themselves
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
     ("Py_LIMITED_API", "0x030a0000"),
@@ -38,7 +37,6 @@ X86_ISAS = {
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
 PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats")]
-# What has its own kernels for bfloat16 there.
 WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CUDA_BINDINGS = [

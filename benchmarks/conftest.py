@@ -73,7 +73,7 @@ class BusyProcess:
     candidate made by `beside` runs."""
 
     def __init__(self) -> None:
-        # In a session of its own, because Linux shares processors between sessions before it looks at priorities.
+        # It gets a new session: Linux first divides processors between sessions, and only then looks at priorities.
         command = ["nice", "-n", "19", sys.executable, "-c", "while True: pass"]
         self.child = subprocess.Popen(command, start_new_session=True)
         time.sleep(0.5)

@@ -42,7 +42,7 @@ class Workload(NamedTuple):
 
 Place = tuple[torch.dtype, int, Callable[[], Workload]]  # dtype, size (vocabulary or tokens), what makes the workload
 SECONDS_EACH = 1.0
-ROUNDINGS = 4  # a tile may be less exact than the one in use by so many, as sums in another order are
+ROUNDINGS = 4  # how much less exact than the tile in use another tile may be: its sums have another order
 
 
 def _logits_places(setting: Setting, make: Callable[[Setting, Logits, torch.dtype], Workload]) -> Iterator[Place]:

@@ -10,7 +10,8 @@ namespace {
 
 using namespace r1k::bindings;
 
-// Entries: about a millisecond.  To wait for a thread of less work costs more where other processes compute.
+// Entries: about a millisecond of work.  If other processes are running, waiting for a second thread can take longer
+// than less work than this.
 constexpr int64_t kWorthAThread = 1 << 20;
 
 void scaled(Tensor grad, Tensor factor, Tensor out, bool accumulate) {

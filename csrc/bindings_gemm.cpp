@@ -98,19 +98,23 @@ class Workspaces {
     std::unique_ptr<void, Delete> memory_;
   };
 
+  // The smallest that is large enough.  If all are too small, the largest of them makes room for a new one.
   Workspace take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (!free_.empty()) {
-      Workspace last = std::move(free_.back());
-      free_.pop_back();
-      if (last.bytes() >= bytes) return last;  // one that is too small makes room for a larger one
-    }
-    return Workspace(bytes);
+    auto found = std::find_if(free_.begin(), free_.end(), [&](const Workspace& w) { return w.bytes() >= bytes; });
+    const bool fits = found != free_.end();
+    if (!fits && free_.empty()) return Workspace(bytes);
+    if (!fits) --found;
+    Workspace taken = std::move(*found);
+    free_.erase(found);
+    return fits ? std::move(taken) : Workspace(bytes);
   }
 
   void give_back(Workspace workspace) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(std::move(workspace));
+    const auto place = std::find_if(free_.begin(), free_.end(),
+                                    [&](const Workspace& w) { return w.bytes() >= workspace.bytes(); });
+    free_.insert(place, std::move(workspace));
   }
 
   void release() {
@@ -120,7 +124,7 @@ class Workspaces {
 
  private:
   std::mutex mutex_;
-  std::vector<Workspace> free_;
+  std::vector<Workspace> free_;  // the smallest first
 };
 
 Workspaces& workspaces() {
@@ -129,7 +133,7 @@ Workspaces& workspaces() {
 }
 
 // Products of one shape at the same time, block by block.  finished(block) is called when a block of all of them is done.
-// The last blocks are cut in parts, so that no thread waits long for another.
+// The last blocks are cut into parts, so that no thread waits long for another.
 template <typename Finished>
 void multiply(const std::vector<r1k::Gemm>& gemms, const Finished& finished) {
   constexpr int64_t kParts = 4;
@@ -177,7 +181,8 @@ r1k::GemmOperand from_k(const r1k::GemmOperand& operand, int64_t begin) {
   return part;
 }
 
-// A long sum in groups along k: as many at a time as memory allows, each to memory of its own, added in order.
+// A long sum, in groups along k.  As many groups as memory allows are computed at the same time, each in a separate
+// buffer; then they are added in order.
 void multiply_in_groups(const r1k::Gemm& gemm, int64_t groups) {
   constexpr int64_t kMemory = 64 << 20;
   const int64_t size = gemm.rows * gemm.columns;

@@ -147,7 +147,7 @@ inline bool may_stream(const Gemm& gemm, int64_t slice) {
          reinterpret_cast<uintptr_t>(gemm.out) % 64 == 0;
 }
 
-// The two panels from `first`, the second only if there are so many rows or columns.
+// Two panels, from `first` on.  With at most 16 rows or columns there is only one, and it stands for both.
 inline Panels panels(const char* first, int64_t stride, int64_t outers, bool infinite, char* finite) {
   const char* const second = outers > kSide ? first + stride : first;
   Panels result = {{first, second}, {first, second}};
