@@ -1,13 +1,14 @@
 """`python -m gpu GROUP --out DIR`: measures a group of cases, or checks all of them at small sizes.
 
-A case that was started and never ended (a time-out, a fault on the device) is not started again, so the same command
-goes on behind it. Exit status 75: the device was lost to this process, run the command again.
+The report is written after each case. The same command goes on where the last one ended (`gpu.progress`). Exit status:
+75, the device was lost to this process, run the command again; 124, out of time; 1, a candidate of ours failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 
 import r1kernels
-from gpu import bars, ceilings, measure, records, report
-from gpu.cases import GROUPS
-from gpu.setting import COPY, OURS, Case, Setting, head_shape, logits_shapes
-from gpu.timing import clock_of
+from gpu import bars, ceilings, launches, measure, records, report
+from gpu.cases import GROUPS, LEAN
+from gpu.progress import Progress
+from gpu.setting import COPY, OURS, Case, LeftOut, Setting, head_shape, logits_shapes
+from gpu.timing import Clock, clock_of
 from r1kernels import _library
 
-TRY_AGAIN = 75
+FAILED, TRY_AGAIN, OUT_OF_TIME = 1, 75, 124
 SECONDS_EACH = 1.5  # of timing for a case
 DEFAULT_CEILINGS: measure.Ceilings = {}
 
@@ -39,16 +41,17 @@ def known_ceilings(folder: Path) -> measure.Ceilings:
 
 
 def group_cases(group: str, setting: Setting, broken: Callable[[str, Exception], None]) -> Iterator[Case]:
-    """The cases of a group. A module that cannot make its inputs is told to `broken`, and the next one goes on."""
-    for module in (ceilings,) if group == "ceilings" else GROUPS[group]:
-        cases = module.cases(setting)
+    """The cases of a group. If a module cannot make its inputs, `broken` is told, and the next module follows."""
+    setting = setting._replace(lean=group in LEAN)
+    for make in GROUPS[group]:
+        cases = make(setting)
         while True:
             try:
                 case = next(cases)
             except StopIteration:
                 break
             except Exception as error:
-                broken(module.__name__.rpartition(".")[2], error)
+                broken(make.__module__.rpartition(".")[2], error)
                 break
             yield case
             del case
@@ -66,44 +69,72 @@ def show(rows: list[measure.Row]) -> None:
 def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     clock, environment = clock_of(setting.device), records.environment(setting.device)
+    environment["host_time_hidden_us"] = clock.hides_us
     records.append(folder, "run", environment)
     hash_ = environment["kernels"]
-    begun = {
-        tuple(record["key"]) for record in records.of_kind(records.read(folder), "started")
-        if record["kernels"] == hash_
-    }
+    progress = Progress(folder, group, hash_)
+    status = 0
 
     def broken(module: str, error: Exception) -> None:
+        nonlocal status
+        status = FAILED
         print(f"{module}: {measure.failure(error)}", flush=True)
         row = {"op": module, "case": "inputs", "shape": "", "dtype": "", "candidate": OURS}
         records.append(folder, "result", {**row, "error": measure.failure(error), "kernels": hash_})
 
     for case in group_cases(group, setting, broken):
-        if case.key in begun:
+        if not progress.is_due(case.key):
             continue
         if time.monotonic() > deadline:
-            print(f"out of time before {', '.join(case.key)}")
-            return 0
+            print(f"out of time before {', '.join(case.key)}", flush=True)
+            return OUT_OF_TIME
         print(", ".join(case.key), flush=True)
-        records.append(folder, "started", {"key": case.key, "kernels": hash_})
-        each = 0.02 if setting.small else SECONDS_EACH
-        rows, lost = measure.run(case, clock, each, known_ceilings(folder))
+        progress.append("started", case.key)
+        rows, lost = attempt(case, progress, clock, setting, folder)
         for row in rows:
             records.append(folder, "result", {**row, "kernels": hash_})
         show(rows)
         if lost is not None:
-            print(f"the device was lost: {measure.failure(lost)}")
+            print(f"the device was lost: {measure.failure(lost)}", flush=True)
             return TRY_AGAIN
+        failed = any(is_failure(row) for row in rows)
+        progress.append("finished", case.key, failed=failed)
+        status = FAILED if failed else status
+        write_report(folder, setting, plotted=False)
         del case
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
-    return 0
+    return status
+
+
+def attempt(
+    case: Case, progress: Progress, clock: Clock, setting: Setting, folder: Path
+) -> tuple[list[measure.Row], BaseException | None]:
+    try:
+        return measure.run(
+            case, clock, 0.02 if setting.small else SECONDS_EACH, known_ceilings(folder),
+            left_out=progress.suspects(case.key),
+            begin=lambda candidate: progress.append("checking", case.key, candidate=candidate),
+        )
+    except SystemExit:  # SIGTERM
+        progress.append("stopped", case.key)
+        raise
+
+
+def is_failure(row: measure.Row) -> bool:
+    """Peers may fail, and ours may leave out what a device cannot do."""
+    return row["candidate"].startswith(OURS) and not row.get("error", "left out").startswith("left out")
+
+
+def write_report(folder: Path, setting: Setting, plotted: bool) -> list[bars.Bar]:
+    return report.write(folder, str(logits_shapes(setting)[0]), str(head_shape(setting)), plotted)
 
 
 def check_all(setting: Setting) -> int:
     """Every case of ours at small shapes, against float64."""
     wrong: list[str] = []
+    seen: set[tuple[str, ...]] = set()
 
     def broken(module: str, error: Exception) -> None:
         wrong.append(module)
@@ -112,11 +143,14 @@ def check_all(setting: Setting) -> int:
     for group in GROUPS:
         for case in group_cases(group, setting, broken):
             for name, candidate in case.candidates.items():
-                if not name.startswith(OURS):
+                if not name.startswith(OURS) or (*case.key, name) in seen:
                     continue
+                seen.add((*case.key, name))
                 try:
                     candidate.check()
                     told = "right"
+                except LeftOut as error:
+                    told = measure.failure(error)
                 except Exception as error:
                     told = f"WRONG: {measure.failure(error)}"
                     wrong.append(case.op)
@@ -130,15 +164,9 @@ def told_of_cuda(setting: Setting) -> None:
         print(f"without the CUDA kernels: {_library.cuda_missing(setting.device.type)}", flush=True)
 
 
-def print_bars(folder: Path, setting: Setting) -> None:
-    rows = records.latest(records.of_kind(records.read(folder), "result"))
-    for bar in bars.evaluate(rows, str(logits_shapes(setting)[0]), str(head_shape(setting))):
-        print(bar)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
-    parser.add_argument("group", choices=["check", "ceilings", *GROUPS, "report"])
+    parser.add_argument("group", choices=["check", "launches", *GROUPS, "report"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=3600, help="start no case after so many")
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal, with --small")
@@ -146,22 +174,24 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OUT_OF_TIME))
     device = torch.device(given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, given.small, not given.no_compile)
     if given.group == "report":
-        report.write(given.out, str(logits_shapes(setting)[0]), str(head_shape(setting)))
+        for bar in write_report(given.out, setting, plotted=True):
+            print(bar)
         return 0
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda is not available; --device cpu --small rehearses", file=sys.stderr)
         return 2
     told_of_cuda(setting)
     with r1kernels.backend(given.backend or ("triton" if device.type == "cuda" else "auto")):
+        if given.group == "launches":
+            return launches.run(setting, given.out)
         if given.group == "check":
             return check_all(setting._replace(small=True, compiled=False))
-        status = run_group(given.group, setting, given.out, given.seconds)
-    print_bars(given.out, setting)
-    return status
+        return run_group(given.group, setting, given.out, given.seconds)
 
 
 if __name__ == "__main__":

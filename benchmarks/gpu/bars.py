@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from gpu.setting import COPY, CUDA, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS
+from gpu.setting import CUDA, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS
 from gpu.step import IN_PLACE, STEP
 
 Row = dict[str, Any]
-MAIN, HEAD = "8192 x 151936", "N 8192, H 4096, V 151936"
+MAIN, SHORT, HEAD = "8192 x 151936", "8192 x 32000", "N 8192, H 4096, V 151936"
+STEP_CASES = ("every token", "prompts and padding masked")
 POLICY = "policy_loss + group_advantages"
 POLICY_SHAPES = ("64 x 512 tokens", "8 x 512 tokens")
 # Of the fused step: shape, share of the copy's bandwidth.
@@ -17,6 +19,7 @@ STEP_SHARES = {
     "256 x 151936": 0.8, "8192 x 32000": 0.85, "8192 x 50257": 0.85, "8192 x 100352": 0.85, "8192 x 128256": 0.85,
     MAIN: 0.85, "8192 x 262144": 0.85,
 }
+HEAD_CASES = (("all tokens active", 1.10), ("60 % clipped", 0.65), ("60 % known inactive", 0.65))
 GIB = 2**30
 MEAN_ERROR, LARGEST_ERROR = 1e-6, 2e-5  # of log-probs, in nats
 
@@ -41,12 +44,12 @@ class Bar(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return {None: "unmeasured", True: "met", False: "missed"}[self.met]
+        return {None: "not measured", True: "met", False: "missed"}[self.met]
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
         value = "-" if self.value is None else f"{self.value:.4g}"
-        return f"{self.verdict:<10}  {self.name}: {value} ({sign} {self.limit:g} {self.unit})"
+        return f"{self.verdict:<12}  {self.name}: {value} ({sign} {f'{self.limit:g} {self.unit}'.strip()})"
 
 
 class Rows:
@@ -68,24 +71,23 @@ class Rows:
         return self.ratio(self.field(place, "median_us"), self.field(place, "median_us", PRODUCTS))
 
 
-def evaluate(rows: list[Row], main: str = MAIN, head: str = HEAD) -> list[Bar]:
-    return list(_bars(Rows(rows), main, head))
+def evaluate(rows: list[Row], main: str = MAIN, head: str = HEAD, launches: Sequence[Row] = ()) -> list[Bar]:
+    """The bars in the order in which `run_on_gpu.sh` measures them."""
+    return list(_bars(Rows(rows), main, head, launches))
 
 
-def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
+def _bars(rows: Rows, main: str, head: str, launches: Sequence[Row]) -> Iterator[Bar]:
+    yield from _of_launches(launches)
+    yield from _of_token_stats(rows, main)
+    yield from _of_step(rows, main)
+    yield from _of_heads(rows, head)
     statistics, gradient = ("token_stats", "statistics", main), ("token_stats", "gradient", main)
-    in_place = ("token_stats", "gradient in place", main)
-    for name, place in (
-        ("statistics (log-prob + entropy)", statistics), ("gradient", gradient), ("gradient in place", in_place),
-    ):
-        yield Bar(f"{name}, share of the copy's bandwidth", place, rows.field(place, "share_of_copy"), 0.9, True, "")
     both = ("grpo_loss", "forward + backward", main)
     parts = rows.field(statistics, "median_us"), rows.field(gradient, "median_us")
     yield Bar(
         "grpo_loss forward + backward, times statistics + gradient", both,
         rows.ratio(rows.field(both, "median_us"), *parts), 1.1, False, "x",
     )
-    yield from _of_step(rows, main)
     for tokens, shape, limit, candidate in (("32k", POLICY_SHAPES[0], 30, OURS), ("4k", POLICY_SHAPES[1], 12, CUDA)):
         policy = (POLICY, "forward, graph", shape)
         yield Bar(
@@ -107,12 +109,43 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
         for name, field, limit in (("mean", "mean_error", MEAN_ERROR), ("largest", "largest_error", LARGEST_ERROR)):
             value = rows.field(fused, field, candidate)
             yield Bar(f"log-probs' {name} error against float64{told}", fused, value, limit, False, "nats", candidate)
-    for case, limit in (("all tokens active", 1.10), ("60 % known inactive", 0.65), ("60 % clipped", 0.65)):
-        place = ("linear_grpo_loss", case, head)
+
+
+def _of_launches(launches: Sequence[Row]) -> Iterator[Bar]:
+    fused = {(row["vocab"], row["dtype"]): row["fused"] for row in launches}
+    for vocab in (32_000, 151_936):
+        found = fused.get((vocab, "bfloat16"))
+        yield Bar(f"V = {vocab:,} launches step_kernel (1: yes, 0: no)", ("launch", "", str(vocab)),
+                  None if found is None else float(found), 1, True, "")
+
+
+def _of_token_stats(rows: Rows, main: str) -> Iterator[Bar]:
+    for case, shape, candidate in itertools.product(
+        ("statistics", "gradient", "gradient in place"), (main, SHORT), (OURS, CUDA)
+    ):
+        if case == "gradient in place" and shape == SHORT:
+            continue  # not a case
+        place = ("token_stats", case, shape)
         yield Bar(
-            f"linear_grpo_loss, {case}, times the three bare products", place, rows.of_products(place), limit, False,
-            "x",
+            f"{case}, {shape}{'' if candidate == OURS else ' (cuda)'}, share of the copy's bandwidth", place,
+            rows.field(place, "share_of_copy", candidate), 0.9, True, "", candidate,
         )
+
+
+def _of_heads(rows: Rows, head: str) -> Iterator[Bar]:
+    for op, case, limit in (
+        ("linear_policy_head", "GRPO with an entropy bonus", 1.10),
+        ("linear_cross_entropy", "forward + backward", 1.05),
+        *(("linear_grpo_loss", case, limit) for case, limit in HEAD_CASES),
+    ):
+        place = (op, case, head)
+        yield Bar(f"{op}, {case}, times the three bare products", place, rows.of_products(place), limit, False, "x")
+    dense = rows.field(("linear_grpo_loss", HEAD_CASES[0][0], head), "median_us")
+    for case, limit in HEAD_CASES:
+        place = ("linear_grpo_loss", case, head)
+        if limit < 1:
+            value = rows.ratio(rows.field(place, "median_us"), dense)
+            yield Bar(f"linear_grpo_loss, {case}, times all tokens active", place, value, limit, False, "x")
         beyond = rows.field(place, "beyond_bytes")
         yield Bar(
             f"linear_grpo_loss, {case}, memory beyond inputs, gradients and an fp32 dW", place,
@@ -121,12 +154,17 @@ def _bars(rows: Rows, main: str, head: str) -> Iterator[Bar]:
 
 
 def _of_step(rows: Rows, main: str) -> Iterator[Bar]:
-    """A copy of the logits is one read and one write of them. The two kernels: those that are faster together."""
-    place = ("grpo_loss", "forward + backward", main)
-    for candidate in (STEP, IN_PLACE):
-        value = rows.ratio(rows.field(place, "median_us", candidate), rows.field(place, "median_us", COPY))
+    """The least that can be moved: one read of the logits whose tokens count, one write of the gradient, at the speed
+    of a copy. The two kernels: those that are faster together."""
+    for case, shape, candidate in itertools.product(STEP_CASES, (main, SHORT), (STEP, IN_PLACE)):
+        place = ("fused step", case, shape)
+        share = rows.field(place, "share_of_copy", candidate)
         told = " in place" if candidate == IN_PLACE else ""
-        yield Bar(f"fused GRPO step{told}, times a copy of the logits", place, value, 1.15, False, "x", candidate)
+        yield Bar(
+            f"fused GRPO step{told}, {shape}, {case}, times one read and one write", place,
+            None if not share else 1 / share, 1.15, False, "x", candidate,
+        )
+    place = ("grpo_loss", "forward + backward", main)
     both = [
         [rows.field(("token_stats", case, main), "median_us", candidate) for case in ("statistics", "gradient")]
         for candidate in (OURS, CUDA)

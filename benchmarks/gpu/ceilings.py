@@ -1,4 +1,4 @@
-"""What the device can do: a copy of a large tensor, and the three bare products of a head.
+"""What the device can do: a copy of a large tensor, the three bare products of a head, and its weight gradient by rows.
 
 Datasheets promise more; shares are of these two.
 """
@@ -6,12 +6,14 @@ Datasheets promise more; shares are of these two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from gpu.inputs import make_head, normal
 from gpu.setting import COPY, Candidate, Case, Setting, head_shape
 from gpu.timing import Timed
+from r1kernels.ops import gemm
 
 PRODUCTS = ("h W^T", "dlogits W", "dlogits^T h")
 
@@ -44,6 +46,26 @@ def product_cases(setting: Setting) -> Iterator[Case]:
         "ceiling", "bfloat16 products", str(shape), hidden.dtype, candidates,
         flop=2 * shape.tokens * shape.width * shape.vocab,
     )
+
+
+def weight_gradient_cases(setting: Setting) -> Iterator[Case]:
+    """dW of few and of many rows: added to a float32 sum, which is read and written, or rounded to 16 bits at once."""
+    shape = head_shape(setting)
+    for rows in (16, 64) if setting.small else (820, 2048, 8192):
+        hidden = normal(rows, shape.width, device=setting.device, dtype=torch.bfloat16)
+        grad_logits = normal(rows, shape.vocab, device=setting.device, dtype=torch.bfloat16, seed=1)
+        total = torch.zeros(shape.vocab, shape.width, device=setting.device)
+        rounded = torch.empty_like(total, dtype=torch.bfloat16)
+        candidates = {
+            "addmm to a float32 sum": partial(gemm.matmul, grad_logits.T, hidden, total, accumulate=True),
+            "mm to float32": partial(gemm.matmul, grad_logits.T, hidden, total),
+            "mm to bfloat16": partial(torch.mm, grad_logits.T, hidden, out=rounded),
+        }
+        yield Case(
+            "ceiling", "weight gradient", str(shape._replace(tokens=rows)), hidden.dtype,
+            {name: Candidate(Timed(run)) for name, run in candidates.items()},
+            flop=2 * rows * shape.width * shape.vocab,
+        )
 
 
 def cases(setting: Setting) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -9,28 +10,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CLIP = 0.2
+ENTROPY_COEF = 0.01
 
 
 def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def logprobs_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(
+    logits: Tensor, token_ids: Tensor, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     log_p = wide(logits).log_softmax(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_p.exp() * log_p).sum(-1)
     return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def policy_loss(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+def policy_loss(
+    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The mean over sequences of the mean over their tokens that count."""
     ratio = (logprobs - old_logprobs).exp()
     advantages = advantages.reshape(len(ratio), -1)
-    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean(1).mean()
+    terms = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    if mask is None:
+        return terms.mean(1).mean()
+    return (torch.where(mask, terms, 0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def grpo_loss(logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+def grpo_loss(
+    logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor, mask: Tensor | None = None
+) -> Tensor:
     logprobs, _ = logprobs_and_entropy(logits, token_ids)
-    return policy_loss(logprobs, advantages, old_logprobs)
+    return policy_loss(logprobs, advantages, old_logprobs, mask)
+
+
+def packed_grpo_loss(
+    logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """Sequences without padding, one after the other."""
+    bounds = cu_seqlens.tolist()
+    losses = [
+        grpo_loss(*(value[None, begin:end] for value in (logits, token_ids)), advantages[i : i + 1],
+                  old_logprobs[None, begin:end])
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds))
+    ]
+    return torch.stack(losses).mean()
+
+
+def linear_policy_loss(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor
+) -> Tensor:
+    """With an entropy bonus."""
+    logprobs, entropy = logprobs_and_entropy(F.linear(hidden, weight), token_ids, entropy_gradient=True)
+    return policy_loss(logprobs, advantages, old_logprobs) - ENTROPY_COEF * entropy.mean()
 
 
 def linear_grpo_loss(

@@ -62,6 +62,27 @@ def sequences(count: int) -> tuple[int, int]:
     return count // length, length
 
 
+def completion_mask(count: int, length: int, device: torch.device) -> Tensor:
+    """(B, T) of a batch of RL: in each row a prompt, a completion of random length, which counts, and padding. About
+    65 % of the tokens count, whatever the seed: lengths are evenly spaced, in random order."""
+
+    def shuffled(low: float, high: float, seed: int) -> Tensor:
+        order = torch.randperm(count, generator=generator(device, seed), device=device)
+        return torch.linspace(low, high, count, device=device)[order]
+
+    prompt = (length * shuffled(0.05, 0.15, 6)).long()
+    completion = ((length - prompt) * shuffled(0.44, 1.0, 7)).ceil().long()
+    place = torch.arange(length, device=device)
+    return (place >= prompt[:, None]) & (place < (prompt + completion)[:, None])
+
+
+def packed_bounds(tokens: int, count: int, device: torch.device) -> Tensor:
+    """cu_seqlens of so many sequences of random lengths that fill all tokens."""
+    spaced = torch.linspace(0.2, 1.8, count)[torch.randperm(count, generator=torch.Generator().manual_seed(8))]
+    bounds = (spaced.cumsum(0) * (tokens / spaced.sum())).round().long()
+    return torch.cat([bounds.new_zeros(1), bounds]).to(device)
+
+
 def alternating(count: int, device: torch.device) -> Tensor:
     """Advantages of both signs, none near 0."""
     sign = torch.tensor([1.0, -1.0], device=device).repeat(count)[:count]

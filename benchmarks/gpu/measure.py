@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from gpu.setting import COPY, PRODUCTS, Candidate, Case
-from gpu.timing import Clock, Measured, Timed, in_turns
+from gpu.setting import COPY, PRODUCTS, Candidate, Case, LeftOut
+from gpu.timing import GRAPH_CALLS, Clock, Measured, Timed, in_turns
 
 Row = dict[str, Any]
 Ceilings = dict[str, float]  # "copy": bytes per second, "gemm": flop per second
@@ -20,7 +21,8 @@ class DeviceLost(RuntimeError):
 
 def failure(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    name = "left out" if isinstance(error, LeftOut) else type(error).__name__
+    return f"{name}: {lines[0] if lines else ''}"[:300]
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -38,13 +40,24 @@ def _ready(candidate: Candidate, clock: Clock) -> tuple[Timed, Row]:
     return timed, measured if isinstance(measured, dict) else {}
 
 
-def run(case: Case, clock: Clock, seconds: float, ceilings: Ceilings) -> tuple[list[Row], BaseException | None]:
-    """(a row for each candidate, what the device was lost by). A candidate that fails has an error for numbers."""
+def run(
+    case: Case, clock: Clock, seconds: float, ceilings: Ceilings, *, left_out: dict[str, str] | None = None,
+    begin: Callable[[str], None] = lambda name: None,
+) -> tuple[list[Row], BaseException | None]:
+    """(a row for each candidate, the error that lost the device). A candidate that fails has an error for numbers.
+
+    Args:
+        left_out: candidates that do not run, with the reason.
+        begin: is told the name of each candidate before its check, which may never end, and "" before the timing.
+    """
     ready: dict[str, Timed] = {}
     extra: dict[str, Row] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, str] = {name: f"left out: {reason}" for name, reason in (left_out or {}).items()}
     lost: BaseException | None = None
     for name, candidate in case.candidates.items():
+        if name in failed:
+            continue
+        begin(name)
         try:
             ready[name], extra[name] = _ready(candidate, clock)
         except Exception as error:
@@ -57,12 +70,14 @@ def run(case: Case, clock: Clock, seconds: float, ceilings: Ceilings) -> tuple[l
             torch.cuda.empty_cache()
     measured: dict[str, Measured] = {}
     if lost is None and ready:
+        begin("")
         try:
             measured = in_turns(ready, clock, seconds)
         except Exception as error:
             failed |= dict.fromkeys(ready, failure(error))
             lost = error if _is_lost(error) else None
-    return [*rows(case, measured, extra, ceilings), *(_failed(case, *item) for item in failed.items())], lost
+    judged = rows(case, measured, extra, ceilings, getattr(clock, "hides_us", None))
+    return [*judged, *(_failed(case, *item) for item in failed.items())], lost
 
 
 def _failed(case: Case, name: str, error: str) -> Row:
@@ -100,7 +115,9 @@ def _logits_bytes(case: Case) -> int:
     return 2 * tokens * vocab
 
 
-def rows(case: Case, measured: dict[str, Measured], extra: dict[str, Row], ceilings: Ceilings) -> list[Row]:
+def rows(
+    case: Case, measured: dict[str, Measured], extra: dict[str, Row], ceilings: Ceilings, hides_us: float | None = None
+) -> list[Row]:
     ceilings = in_case(case, measured, ceilings)
     # What multiplies matrices is measured by products, all else by the copy.
     ceiling = "gemm" if case.op.startswith("linear") else "copy"
@@ -115,6 +132,8 @@ def rows(case: Case, measured: dict[str, Measured], extra: dict[str, Row], ceili
         result.append({
             **_place(case, name),
             **each._asdict(),
+            "timing": f"CUDA graph of {GRAPH_CALLS} calls" if case.candidates[name].graph else "one call",
+            "host_hidden": None if None in (hides_us, each.host_us) else each.host_us < hides_us,
             "bytes": moved,
             "bytes_per_s": rate,
             "share_of_copy": rate / ceilings["copy"] if rate and "copy" in ceilings else None,
@@ -126,5 +145,3 @@ def rows(case: Case, measured: dict[str, Measured], extra: dict[str, Row], ceili
             **extra.get(name, {}),
         })
     return result
-
-

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu import bars, records
+from gpu import bars, launches, published, records
 from gpu.setting import COPY, OURS, PRODUCTS, quietly
+from gpu.timing import GRAPH_CALLS
 
 Row = dict[str, Any]
+STAGES = "stages.tsv"
 
 
 def _time(row: Row) -> str:
@@ -24,6 +27,10 @@ def _share(row: Row, name: str) -> str:
 def _memory(row: Row) -> str:
     peak = row.get("peak_extra_bytes")
     return "" if peak is None else f"{peak / 2**20:,.0f} MiB"
+
+
+def _host(row: Row) -> str:
+    return f", host {row['host_us']:.0f} us" if row.get("host_hidden") is False else ""
 
 
 def _ratio(row: Row, ours: Row | None) -> str:
@@ -47,25 +54,42 @@ def table(rows: list[Row]) -> str:
             continue
         base = ours.get((row["case"], row["shape"], row["dtype"]))
         lines.append(
-            f"{place}| {_time(row)} | {_ratio(row, base)} | {_share(row, 'share_of_copy')} "
+            f"{place}| {_time(row)}{_host(row)} | {_ratio(row, base)} | {_share(row, 'share_of_copy')} "
             f"| {_share(row, 'share_of_gemm')} | {_memory(row)} |"
         )
     return "\n".join(lines)
 
 
-def markdown(header: Row, rows: list[Row], goals: list[bars.Bar]) -> str:
+def stages(folder: Path) -> list[str]:
+    """What `run_on_gpu.sh` wrote about its stages, in the order of their ends: a later command replaces a line."""
+    path = folder / STAGES
+    lines = [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
+    latest = {parts[0]: parts for parts in lines if len(parts) == 4}
+    return [f"* {name}: {status}, {seconds} s (command {number})" for name, status, seconds, number in latest.values()]
+
+
+def markdown(
+    header: Row, rows: list[Row], goals: list[bars.Bar], launched: Sequence[Row] = (), ended: Sequence[str] = ()
+) -> str:
     parts = [f"# r1kernels on {header.get('device', 'an unknown device')}"]
     parts.append("\n".join(f"* {name}: {value}" for name, value in header.items() if name != "device"))
     parts.append("## Bars\n\n| bar | measured | goal | |\n|---|---:|---:|---|\n" + "\n".join(
         f"| {bar.name} | {'' if bar.value is None else f'{bar.value:.4g}'} "
         f"| {'>=' if bar.at_least else '<='} {bar.limit:g} {bar.unit} | {bar.verdict} |" for bar in goals
     ))
+    if launched:
+        parts.append("## Launches of the fused step\n\n" + "\n".join(f"* {launches.sentence(row)}" for row in launched))
+    if ended:
+        parts.append("## Stages\n\n" + "\n".join(ended))
+    parts.append(f"## Published figures\n\n{published.table(rows)}")
     for op in dict.fromkeys(row["op"] for row in rows):
         parts.append(f"## {op}\n\n{table([row for row in rows if row['op'] == op])}")
     parts.append(
-        "Medians of rounds in which all candidates took turns, each after a flush of the cache; shares are of a copy "
-        "(bytes read and written) and of bare bfloat16 products measured in the same run. No candidate has a number "
-        "whose results were not checked against float64 first."
+        "Medians of rounds in which all candidates took turns, each after a read of 1 GiB that flushes the cache. The "
+        "host queues a call meanwhile: its time is in no number, unless a row says that the host takes longer. Cases "
+        f"named \"graph\" replay a CUDA graph of {GRAPH_CALLS} calls. Shares are of a copy (bytes read and written) "
+        "and of bare bfloat16 products measured in the same run. No candidate has a number whose results were not "
+        "checked against float64 first."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -131,19 +155,33 @@ def plot(rows: list[Row], title: str, path: Path) -> bool:
     return True
 
 
-def write(folder: Path, main: str = bars.MAIN, head: str = bars.HEAD) -> None:
-    """Everything that can be said of the lines there are: of the kernels of the last run alone."""
+def write(
+    folder: Path, main: str = bars.MAIN, head: str = bars.HEAD, plotted: bool = True
+) -> list[bars.Bar]:
+    """Writes the results of the kernels of the last run, each file under another name first, and returns the bars."""
     lines = records.read(folder)
     header = (records.of_kind(lines, "run") or [{}])[-1]
     results = [row for row in records.of_kind(lines, "result") if row["kernels"] == header.get("kernels")]
     results = records.latest(results)
-    goals = bars.evaluate(results, main, head)
+    launched = [
+        row for row in records.of_kind(lines, "launch") if row["kernels_hash"] == header.get("kernels")
+    ]
+    launched = list({(row["vocab"], row["dtype"]): row for row in launched}.values())
+    goals = bars.evaluate(results, main, head, launched)
     rows = [{name: value for name, value in row.items() if name != "kernels"} for row in bars.mark(results, goals)]
     judged = [{**goal._asdict(), "met": goal.met} for goal in goals]
-    (folder / "results.json").write_text(json.dumps({**header, "bars": judged, "results": rows}, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(header, rows, goals))
-    title = f"{header.get('device', '')}, r1kernels {header.get('r1kernels', '')}"
-    plotted = plot(rows, title, folder / "roofline.png")
-    for goal in goals:
-        print(goal)
-    print(f"results.json, report.md{', roofline.png' if plotted else ' (no matplotlib: no plots)'} in {folder}")
+    result = {**header, "bars": judged, "launches": launched, "results": rows}
+    replace(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    replace(folder / "report.md", markdown(header, rows, goals, launched, stages(folder)))
+    if plotted:
+        title = f"{header.get('device', '')}, r1kernels {header.get('r1kernels', '')}"
+        drawn = plot(rows, title, folder / "roofline.png")
+        print(f"results.json, report.md{', roofline.png' if drawn else ' (no matplotlib: no plots)'} in {folder}")
+    return goals
+
+
+def replace(path: Path, text: str) -> None:
+    """A command that is killed meanwhile leaves the older file."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)

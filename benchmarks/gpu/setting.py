@@ -21,11 +21,12 @@ FLOAT32_PRODUCT = "float32 product, exact log-softmax"
 
 
 class Setting(NamedTuple):
-    """`small`: shapes so small that a CPU rehearses them in seconds."""
+    """`small`: shapes so small that a CPU rehearses them in seconds. `lean`: only our kernels and the ceilings."""
 
     device: torch.device
     small: bool = False
     compiled: bool = True  # torch.compile takes part
+    lean: bool = False
 
     @property
     def cuda(self) -> str:
@@ -38,6 +39,11 @@ class Setting(NamedTuple):
     def gpu_operators(self) -> bool:
         """Whether operators that only GPUs have can run."""
         return self.device.type == "cuda" or _library.EMULATED
+
+    @property
+    def fused_step(self) -> bool:
+        """Whether the fused step can run."""
+        return self.gpu_operators and bool(self.cuda)
 
 
 class Candidate(NamedTuple):
@@ -143,17 +149,47 @@ def head_shape(setting: Setting) -> Head:
     return Head(64, 32, 1_031) if setting.small else Head(8192, 4096, 151_936)
 
 
+def policy_head_shapes(setting: Setting) -> list[Head]:
+    """That of the bars, and that of the figure that Liger published."""
+    return [head_shape(setting), Head(32, 128, 1_024) if setting.small else Head(8192, 4096, 131_072)]
+
+
+def cross_entropy_head_shapes(setting: Setting) -> list[Head]:
+    """That of the bars, and that of the figures that QuACK and Liger published."""
+    return [head_shape(setting), Head(32, 128, 1_024) if setting.small else Head(2048, 4096, 128_256)]
+
+
+class LeftOut(RuntimeError):
+    """A candidate does not take part. The message says why."""
+
+
 def quietly(load: Callable[[], Any]) -> Any | None:
-    """A peer, or None where it cannot be imported, for whatever reason; its warnings are not ours to raise."""
+    """What `load` gives, or None if it fails. Its warnings are not ours to raise."""
+    try:
+        return _without_warnings(load)
+    except Exception:
+        return None
+
+
+def _without_warnings(load: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return load()
-        except Exception:
-            return None
+        return load()
 
 
-def peers(**loaders: Callable[[], Any]) -> dict[str, Any]:
-    """Those that can be imported, by name ("_" stands for a space)."""
-    loaded = {name.replace("_", " "): quietly(load) for name, load in loaders.items()}
-    return {name: peer for name, peer in loaded.items() if peer is not None}
+def peers(setting: Setting, loaders: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Functions of other libraries by name. One that cannot be loaded raises `LeftOut` when it is called, so that the
+    reason is in the results."""
+    return {} if setting.lean else {name: _peer(load) for name, load in loaders.items()}
+
+
+def _peer(load: Callable[[], Any]) -> Any:
+    try:
+        return _without_warnings(load)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise LeftOut(reason)
+
+    return missing

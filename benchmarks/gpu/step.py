@@ -14,7 +14,13 @@ from gpu.setting import CUDA
 from r1kernels import Objective, objectives
 
 STEP, IN_PLACE = f"{CUDA}, operator", f"{CUDA}, operator, in place"
+CLUSTERS = (1, 2, 4, 8)
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "mask", "cu_seqlens", "importance_weights", "normalizer")
+
+
+def tile_of(cluster: int) -> list[int]:
+    """What the operator's `tile` is for rows that are cut into so many blocks. Empty: the library chooses."""
+    return [cluster]
 
 
 def step(

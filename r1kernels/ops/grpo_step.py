@@ -11,6 +11,7 @@ The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implement
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,23 +22,42 @@ from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops.linear_gradients import graph_is_kept
 from r1kernels.ops.policy_loss import LossInputs, coefficients_of
 
+DTYPES = (torch.float32, torch.bfloat16)
+# Every reason for which separate kernels compute the step, in the order in which they are tried. In float16, small
+# gradients would be rounded to 0 before a loss scale can save them.
+REASONS: dict[str, Callable[[Tensor, LossInputs], bool]] = {
+    "no gradient is wanted": lambda logits, inputs: not (logits.requires_grad and torch.is_grad_enabled()),
+    "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
+    "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
+    "the ratio is of sequences": lambda logits, inputs: inputs.objective.ratio != "token",
+    "logits are neither float32 nor bfloat16": lambda logits, inputs: logits.dtype not in DTYPES,
+    "no GPU kernel serves the logits": lambda logits, inputs: _library.select(logits) not in ("cuda", "triton"),
+    "the CUDA kernel is not available, not requested, or not measured to be faster": (
+        lambda logits, inputs: _library.gpu_kernels("grpo_step", logits) != "cuda"
+    ),
+}
+# The operator itself finds this out. It then reads the logits twice.
+PASSES = (
+    "a row does not fit into the shared memory of a cluster", "the GPU has no clusters",
+    "logits and their gradient are not aligned alike within 16 bytes",
+)
+
+
+def why_not(logits: Tensor, inputs: LossInputs) -> str:
+    """Why the fused step does not serve a call; empty if it does."""
+    return next((reason for reason, holds in REASONS.items() if holds(logits, inputs)), "")
+
 
 def serves(logits: Tensor, inputs: LossInputs) -> bool:
-    """Whether one kernel computes the whole step: a gradient is wanted, tokens are independent, and it is faster.
+    """Whether one kernel computes the whole step: a gradient is wanted, tokens are independent, and it is faster."""
+    return not why_not(logits, inputs)
 
-    It is never used in float16, whose small gradients would be rounded to 0 before a loss scale can save them.
-    """
-    objective = inputs.objective
-    return (
-        logits.requires_grad
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not callable(objective.surrogate)
-        and objective.ratio == "token"
-        and logits.dtype in (torch.float32, torch.bfloat16)
-        and _library.select(logits) in ("cuda", "triton")
-        and _library.gpu_kernels("grpo_step", logits) == "cuda"
-    )
+
+def chosen_tile(logits: Tensor) -> list[int] | None:
+    """How the operator cuts the rows of logits, [blocks of a cluster]; empty if it works in passes, None if this build
+    cannot tell. The gradient is taken to be contiguous, as that of the loss is."""
+    tell = getattr(torch.ops.r1kernels_cuda, "grpo_step_tile", None)
+    return None if tell is None else [int(value) for value in tell(logits)]
 
 
 def _kernel(

@@ -14,7 +14,8 @@ import pytest
 import torch
 from gpu import bars, sanitize
 from gpu.cases import of_group
-from gpu.setting import COPY, CUDA, OURS, Candidate, Setting, by_cuda, with_cuda
+from gpu.cases.grpo_loss import ALL, MASKED
+from gpu.setting import CUDA, OURS, Candidate, Setting, by_cuda, with_cuda
 from gpu.step import IN_PLACE, STEP
 from gpu.timing import Timed
 from test_benchmarks_gpu import row
@@ -54,7 +55,7 @@ def test_without_these_kernels_there_is_no_column(monkeypatch: pytest.MonkeyPatc
     assert setting.cuda == "" and with_cuda(candidates, setting) == candidates
 
 
-@pytest.mark.parametrize("group, op", [("logits", "token_stats"), ("logits", bars.POLICY), ("step", "grpo_loss")])
+@pytest.mark.parametrize("group, op", [("kernels", "token_stats"), ("losses", bars.POLICY), ("losses", "grpo_loss")])
 def test_both_columns_stand_beside_each_other(group: str, op: str) -> None:
     cases = [case for case in of_group(group, SMALL) if case.op == op]
     assert cases and all({OURS, CUDA} <= set(case.candidates) for case in cases)
@@ -76,8 +77,9 @@ def measured() -> list[dict[str, Any]]:
         row("token_stats", "gradient", main, CUDA, median_us=1300),
         row("grpo_loss", LOSS, main, median_us=2200), row("grpo_loss", LOSS, main, CUDA, median_us=1330),
         row("grpo_loss", LOSS, main, STEP, median_us=1300, share_of_copy=0.9),
-        row("grpo_loss", LOSS, main, IN_PLACE, median_us=1500, share_of_copy=0.8),
-        row("grpo_loss", LOSS, main, COPY, median_us=1200),
+        row("fused step", ALL, main, STEP, median_us=1300, share_of_copy=0.9),
+        row("fused step", ALL, main, IN_PLACE, median_us=1500, share_of_copy=0.8),
+        row("fused step", MASKED, bars.SHORT, STEP, median_us=1100, share_of_copy=0.85),
         row("grpo_loss", LOSS, main, STEP, "float32", median_us=1, share_of_copy=2.0),
         row("grpo_loss", LOSS, "256 x 151936", STEP, median_us=50, share_of_copy=0.81),
         row("grpo_loss", LOSS, "8192 x 50257", STEP, median_us=50, share_of_copy=0.84),
@@ -90,13 +92,32 @@ def test_bars_of_the_fused_step() -> None:
     found = {bar.name: (bar.value, bar.verdict) for bar in bars.evaluate(measured()) if bar.candidate.startswith(CUDA)}
     step = "fused GRPO step"
     share = "share of the copy's bandwidth"
+    least = "times one read and one write"
     assert found == {
-        f"{step}, times a copy of the logits": (pytest.approx(1300 / 1200), "met"),
-        f"{step} in place, times a copy of the logits": (pytest.approx(1.25), "missed"),
+        f"{step}, {bars.MAIN}, {ALL}, {least}": (pytest.approx(1 / 0.9), "met"),
+        f"{step} in place, {bars.MAIN}, {ALL}, {least}": (pytest.approx(1.25), "missed"),
+        f"{step}, {bars.SHORT}, {MASKED}, {least}": (pytest.approx(1 / 0.85), "missed"),
+        **{
+            f"{step}{how}, {shape}, {rows}, {least}": (None, "not measured")
+            for how, shape, rows in (
+                ("", bars.MAIN, MASKED), (" in place", bars.MAIN, MASKED), (" in place", bars.SHORT, MASKED),
+                ("", bars.SHORT, ALL), (" in place", bars.SHORT, ALL),
+            )
+        },
         f"{step}, times faster than statistics + gradient": (pytest.approx(1950 / 1300), "met"),
         f"{step}, 256 x 151936, {share}": (0.81, "met"), f"{step}, 8192 x 50257, {share}": (0.84, "missed"),
         f"{step}, {bars.MAIN}, {share}": (0.9, "met"),
-        **{f"{step}, 8192 x {vocab}, {share}": (None, "unmeasured") for vocab in (32_000, 100_352, 128_256, 262_144)},
+        **{
+            f"{step}, 8192 x {vocab}, {share}": (None, "not measured")
+            for vocab in (32_000, 100_352, 128_256, 262_144)
+        },
+        **{
+            f"{case}, {shape} (cuda), {share}": (None, "not measured")
+            for case, shape in (
+                ("statistics", bars.MAIN), ("statistics", bars.SHORT), ("gradient", bars.MAIN),
+                ("gradient", bars.SHORT), ("gradient in place", bars.MAIN),
+            )
+        },
         "policy loss + advantages at 4k tokens (cuda)": (11.5, "met"),
     }
 

@@ -1,13 +1,8 @@
-"""The benchmarks of a GPU where there is none: timing with a clock of our own, rows, bars, report, and the command."""
+"""The benchmarks of a GPU where there is none: timing with a clock of our own, inputs, rows, bars, and the report."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,21 +11,27 @@ from typing import Any
 import pytest
 import torch
 from gpu import __main__ as command
-from gpu import bars, measure, records, report, sanitize, timing
-from gpu.setting import COPY, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS, Candidate, Case, Setting
+from gpu import bars, inputs, measure, records, report, sanitize, timing
+from gpu.cases import grpo_loss
+from gpu.losses import gradients
+from gpu.progress import Progress
+from gpu.setting import COPY, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS, Candidate, Case, LeftOut, Logits, Setting, peers
 from gpu.timing import Timed
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
 SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
 HASH = "5678"
 
 
 class FakeClock:
-    """A run returns the microseconds it took."""
+    """A run returns the microseconds it took. The host needs a tenth to queue it."""
+
+    host_us: float | None = None
+    hides_us = 20.0
 
     def microseconds(self, run: Callable[[], object]) -> float:
-        return float(run())
+        taken = float(run())
+        self.host_us = taken / 10
+        return taken
 
     def peak_extra_bytes(self, run: Callable[[], object]) -> int:
         return 100
@@ -92,10 +93,63 @@ def test_the_device_clock_converts_milliseconds(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
-    monkeypatch.setattr(timing.torch, "empty", lambda size, **_: SimpleNamespace(zero_=lambda: calls.append("flush")))
+    sizes: list[int] = []
+
+    def zeros(size: int, dtype: torch.dtype, **_: Any) -> SimpleNamespace:
+        sizes.append(size * dtype.itemsize)
+        return SimpleNamespace(sum=lambda: calls.append("flush"))
+
+    monkeypatch.setattr(timing.torch, "zeros", zeros)
     clock = timing.DeviceClock(torch.device("cpu"))
+    assert sizes == [1 << 30] and clock.hides_us == 1500
+    assert calls[:4] == ["record", "flush", "record", "wait"]
+    calls.clear()
     assert clock.microseconds(lambda: calls.append("run")) == 1500
-    assert calls == ["flush", "record", "run", "record", "wait"]
+    assert calls == ["flush", "record", "run", "record", "wait"] and 0 <= clock.host_us < 1e6
+
+
+def test_rows_tell_whether_the_hosts_time_is_in_their_numbers() -> None:
+    given = {OURS: Candidate(taking(100)), "slow": Candidate(taking(300)), "graph": Candidate(taking(100), graph=True)}
+    rows, _ = measure.run(case(given), FakeClock(), 0, {})
+    told = {row["candidate"]: (row["timing"], row["host_us"], row["host_hidden"]) for row in rows}
+    assert told == {
+        OURS: ("one call", 10, True), "slow": ("one call", 30, False), "graph": ("CUDA graph of 10 calls", 100, False),
+    }
+
+
+# ---- inputs -------------------------------------------------------------------------------------------------
+
+
+def test_masks_have_prompts_completions_and_padding() -> None:
+    mask = inputs.completion_mask(16, 512, torch.device("cpu"))
+    assert 0.6 < mask.float().mean() < 0.7
+    for row in mask.tolist():
+        prompt = row.index(True)
+        length = row.count(True)
+        assert prompt > 0 and row[prompt : prompt + length] == [True] * length
+    assert len({row.count(True) for row in mask.tolist()}) > 8
+
+
+def test_packed_sequences_fill_all_tokens() -> None:
+    bounds = inputs.packed_bounds(8192, 16, torch.device("cpu"))
+    lengths = bounds.diff()
+    assert bounds[0] == 0 and bounds[-1] == 8192 and len(lengths) == 16
+    assert (lengths > 0).all() and lengths.max() > 4 * lengths.min()
+
+
+@pytest.mark.parametrize("rows", [grpo_loss.ALL, grpo_loss.MASKED, grpo_loss.PACKED])
+def test_problems_of_all_rows_agree_with_their_parts(rows: str) -> None:
+    """In float64, the loss of a problem is the mean of those of its sequences."""
+    problem, plain = grpo_loss.make_problem(Logits(64, 1_031), SMALL, torch.float32, rows)
+    problem = problem.double()
+    parts = [float(gradients(plain, problem.part(slice(i, i + 1)))[0]) for i in range(problem.count)]
+    assert float(gradients(plain, problem)[0]) == pytest.approx(sum(parts) / len(parts), rel=1e-9)
+
+
+def test_the_bytes_of_a_masked_step_are_those_of_tokens_that_count() -> None:
+    problem, _ = grpo_loss.make_problem(Logits(64, 1_031), SMALL, torch.bfloat16, grpo_loss.MASKED)
+    counted = int(problem.inputs["mask"].sum())
+    assert 0 < counted < 64 and grpo_loss.moved_bytes(problem) == 2 * 1_031 * (counted + 64)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------
@@ -183,6 +237,8 @@ def measured_rows() -> list[dict[str, Any]]:
         row(bars.POLICY, "forward, graph", "64 x 512 tokens", dtype="float32", median_us=29),
         row("linear_statistics", "log-prob + entropy", head, median_us=16e3, share_of_gemm=0.8, mean_error=5e-7,
             largest_error=3e-5, peak_extra_bytes=1000, logits_bytes=10**6),
+        row("linear_policy_head", "GRPO with an entropy bonus", head, median_us=45e3),
+        row("linear_policy_head", "GRPO with an entropy bonus", head, PRODUCTS, median_us=40e3),
         row("linear_statistics", "log-prob + entropy", head, FLUSHED, median_us=19e3, mean_error=9e-7,
             largest_error=5e-6),
         row(linear, "all tokens active", head, median_us=44e3, beyond_bytes=2**30),
@@ -194,12 +250,25 @@ def measured_rows() -> list[dict[str, Any]]:
 
 
 def test_bars_by_name() -> None:
-    verdicts = {bar.name: bar.verdict for bar in bars.evaluate(measured_rows()) if bar.candidate in (
-        OURS, FLUSHED, FLOAT32_PRODUCT)}
+    launches = [
+        {"vocab": 32_000, "dtype": "bfloat16", "fused": True}, {"vocab": 151_936, "dtype": "bfloat16", "fused": False},
+        {"vocab": 32_000, "dtype": "float32", "fused": False},
+    ]
+    verdicts = {
+        bar.name: bar.verdict for bar in bars.evaluate(measured_rows(), launches=launches)
+        if bar.candidate in (OURS, FLUSHED, FLOAT32_PRODUCT)
+    }
+    share = "share of the copy's bandwidth"
     assert verdicts == {
-        "statistics (log-prob + entropy), share of the copy's bandwidth": "met",
-        "gradient, share of the copy's bandwidth": "missed",
-        "gradient in place, share of the copy's bandwidth": "unmeasured",
+        "V = 32,000 launches step_kernel (1: yes, 0: no)": "met",
+        "V = 151,936 launches step_kernel (1: yes, 0: no)": "missed",
+        f"statistics, {bars.MAIN}, {share}": "met", f"statistics, {bars.SHORT}, {share}": "not measured",
+        f"gradient, {bars.MAIN}, {share}": "missed", f"gradient, {bars.SHORT}, {share}": "not measured",
+        f"gradient in place, {bars.MAIN}, {share}": "not measured",
+        "linear_policy_head, GRPO with an entropy bonus, times the three bare products": "missed",
+        "linear_cross_entropy, forward + backward, times the three bare products": "not measured",
+        "linear_grpo_loss, 60 % clipped, times all tokens active": "met",
+        "linear_grpo_loss, 60 % known inactive, times all tokens active": "not measured",
         "grpo_loss forward + backward, times statistics + gradient": "met",
         "policy loss + advantages at 32k tokens": "met",
         "fused linear statistics, share of the measured product rate": "met",
@@ -208,19 +277,19 @@ def test_bars_by_name() -> None:
         "log-probs' largest error against float64": "missed",
         f"log-probs' mean error against float64 ({FLUSHED})": "met",
         f"log-probs' largest error against float64 ({FLUSHED})": "met",
-        f"log-probs' mean error against float64 ({FLOAT32_PRODUCT})": "unmeasured",
-        f"log-probs' largest error against float64 ({FLOAT32_PRODUCT})": "unmeasured",
+        f"log-probs' mean error against float64 ({FLOAT32_PRODUCT})": "not measured",
+        f"log-probs' largest error against float64 ({FLOAT32_PRODUCT})": "not measured",
         "linear_grpo_loss, all tokens active, times the three bare products": "met",
         "linear_grpo_loss, all tokens active, memory beyond inputs, gradients and an fp32 dW": "met",
-        "linear_grpo_loss, 60 % known inactive, times the three bare products": "unmeasured",
-        "linear_grpo_loss, 60 % known inactive, memory beyond inputs, gradients and an fp32 dW": "unmeasured",
+        "linear_grpo_loss, 60 % known inactive, times the three bare products": "not measured",
+        "linear_grpo_loss, 60 % known inactive, memory beyond inputs, gradients and an fp32 dW": "not measured",
         "linear_grpo_loss, 60 % clipped, times the three bare products": "missed",
         "linear_grpo_loss, 60 % clipped, memory beyond inputs, gradients and an fp32 dW": "missed",
     }
 
 
 def test_nothing_measured_meets_no_bar() -> None:
-    assert {bar.verdict for bar in bars.evaluate([])} == {"unmeasured"}
+    assert {bar.verdict for bar in bars.evaluate([])} == {"not measured"}
 
 
 def test_rows_carry_the_bars_that_judge_them() -> None:
@@ -249,12 +318,12 @@ def test_the_report_tells_of_the_last_kernels_only(tmp_path: Path, capsys: pytes
     text = (tmp_path / "report.md").read_text()
     assert "older" not in text and "OutOfMemoryError: no / memory" in text
     assert "| statistics | 8192 x 151936 | bfloat16 | r1kernels | 600.0 us | 1.00 x | 95 % |" in text
-    assert "missed      gradient" in capsys.readouterr().out
+    assert "roofline.png" in capsys.readouterr().out
 
 
 def test_a_report_of_nothing_is_a_report(tmp_path: Path) -> None:
     report.write(tmp_path)
-    assert "unmeasured" in (tmp_path / "report.md").read_text()
+    assert "not measured" in (tmp_path / "report.md").read_text()
 
 
 # ---- groups of cases, on the CPU ------------------------------------------------------------------------------
@@ -266,21 +335,52 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "environment", lambda device: environment(device, lambda: HASH))
 
 
-def test_a_case_that_was_begun_is_not_begun_again(
-    tmp_path: Path, hashed: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_case_is_not_begun_again(tmp_path: Path, hashed: None) -> None:
     first = next(iter(command.group_cases("ceilings", SMALL, lambda *_: None)))
-    records.append(tmp_path, "started", {"key": first.key, "kernels": HASH})
+    progress = Progress(tmp_path, "ceilings", HASH)
+    progress.append("started", first.key)
+    progress.append("finished", first.key, failed=False)
     assert command.run_group("ceilings", SMALL, tmp_path, 60) == 0
     rows = records.of_kind(records.read(tmp_path), "result")
     assert {row["candidate"] for row in rows} == {"h W^T", "dlogits W", "dlogits^T h"}
     assert all(row["kernels"] == HASH and row["median_us"] > 0 for row in rows)
     assert command.known_ceilings(tmp_path)["gemm"] > 0
+    # The report is there without another command.
+    assert "bfloat16 products" in (tmp_path / "report.md").read_text()
 
 
 def test_out_of_time_starts_nothing(tmp_path: Path, hashed: None) -> None:
-    assert command.run_group("ceilings", SMALL, tmp_path, -1) == 0
+    assert command.run_group("ceilings", SMALL, tmp_path, -1) == command.OUT_OF_TIME
     assert records.of_kind(records.read(tmp_path), "started") == []
+
+
+def test_a_group_that_is_stopped_goes_on_with_the_next_command(
+    tmp_path: Path, hashed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM raises SystemExit, here while a peer is checked. Nobody is to blame, and every candidate runs again."""
+    def stop() -> None:
+        raise SystemExit(command.OUT_OF_TIME)
+
+    stopping = case({OURS: Candidate(Timed(lambda: None)), "peer": Candidate(Timed(lambda: None), stop)})
+    monkeypatch.setitem(command.GROUPS, "rest", (lambda setting: iter([stopping]),))
+    with pytest.raises(SystemExit):
+        command.run_group("rest", SMALL, tmp_path, 60)
+    monkeypatch.setitem(command.GROUPS, "rest", (lambda setting: iter([stopping._replace(
+        candidates={name: Candidate(Timed(lambda: None)) for name in (OURS, "peer")})]),))
+    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
+    assert records.of_kind(records.read(tmp_path), "result") == []
+    monkeypatch.setenv("R1KERNELS_GPU_COMMAND", "2")
+    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
+    assert {row["candidate"] for row in records.of_kind(records.read(tmp_path), "result")} == {OURS, "peer"}
+
+
+def test_a_peer_that_cannot_be_loaded_says_why() -> None:
+    found = peers(SMALL, {"absent": lambda: __import__("no_such_library")})
+    with pytest.raises(LeftOut, match="No module named 'no_such_library'"):
+        found["absent"](hidden=1)
+    rows, _ = measure.run(case({"absent": Candidate(taking(1), found["absent"])}), FakeClock(), 0, {})
+    assert rows[0]["error"] == "left out: ModuleNotFoundError: No module named 'no_such_library'"
+    assert peers(SMALL._replace(lean=True), {"absent": dict}) == {}
 
 
 def test_inputs_that_cannot_be_made_are_an_error_row(
@@ -290,8 +390,9 @@ def test_inputs_that_cannot_be_made_are_an_error_row(
         raise RuntimeError("no room")
         yield
 
-    monkeypatch.setitem(command.GROUPS, "rest", (SimpleNamespace(__name__="gpu.cases.full", cases=cases),))
-    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
+    monkeypatch.setattr(cases, "__module__", "gpu.cases.full")
+    monkeypatch.setitem(command.GROUPS, "rest", (cases,))
+    assert command.run_group("rest", SMALL, tmp_path, 60) == command.FAILED
     (found,) = records.of_kind(records.read(tmp_path), "result")
     assert found["op"] == "full" and found["error"] == "RuntimeError: no room"
 
@@ -303,63 +404,3 @@ def test_every_case_is_right_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_sanitizer_runs_every_operation() -> None:
     assert sanitize.run(torch.device("cpu")) >= 15
-
-
-# ---- the command ----------------------------------------------------------------------------------------------
-
-STUB = """#!/bin/sh
-echo "$@" >>"$CALLS"
-case "$*" in
-*"$FAILS"*) exit 1 ;;
-*"$SLEEPS"*) exec sleep 60 ;;
-esac
-"""
-
-
-@pytest.fixture
-def stub(tmp_path: Path) -> dict[str, str]:
-    """An environment whose PYTHON writes down what it is asked for."""
-    path = tmp_path / "python"
-    path.write_text(STUB)
-    path.chmod(0o755)
-    return {**os.environ, "PYTHON": str(path), "CALLS": str(tmp_path / "calls"), "FAILS": "none", "SLEEPS": "none"}
-
-
-def calls(environment: dict[str, str]) -> list[str]:
-    return Path(environment["CALLS"]).read_text().splitlines()
-
-
-def test_the_stages_fit_into_nine_minutes() -> None:
-    text = SCRIPT.read_text()
-    stages = re.search(r"STAGES=\((.*)\)", text).group(1).split()
-    seconds = dict(re.findall(r"\[([\w-]+)\]=(\d+)", text))
-    assert set(seconds) == set(stages) and set(command.GROUPS) < set(stages)
-    assert sum(map(int, seconds.values())) + int(re.search(r"REPORT=(\d+)", text).group(1)) <= 540
-
-
-def test_chosen_stages_run_and_a_failure_is_told(tmp_path: Path, stub: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    completed = subprocess.run(
-        [SCRIPT, out, "check", "logits"], env=stub | {"FAILS": "gpu check"}, capture_output=True, text=True, timeout=60
-    )
-    assert completed.returncode == 1 and "1 stages failed: check" in completed.stdout
-    assert [line.split()[:3] for line in calls(stub)] == [["-m", "gpu", name] for name in ("check", "logits", "report")]
-    assert "== logits: done" in (out / "log.txt").read_text()
-
-
-def test_an_interrupted_run_still_reports(tmp_path: Path, stub: dict[str, str]) -> None:
-    process = subprocess.Popen(
-        [SCRIPT, tmp_path / "out", "ceilings", "rest"], env=stub | {"SLEEPS": "gpu ceilings"}, stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not Path(stub["CALLS"]).exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=30)
-    assert process.returncode == 1 and "interrupted" in told
-    assert [line.split()[2] for line in calls(stub)] == ["ceilings", "report"]
-
-
-def test_an_unknown_stage_is_refused(tmp_path: Path, stub: dict[str, str]) -> None:
-    completed = subprocess.run([SCRIPT, tmp_path, "walk"], env=stub, capture_output=True, text=True)
-    assert completed.returncode == 2 and "unknown stage walk" in completed.stderr

@@ -22,6 +22,8 @@ class Tile(NamedTuple):
 
 
 class FakeClock:
+    host_us = None
+
     def microseconds(self, run: Any) -> float:
         return float(run()[0])
 

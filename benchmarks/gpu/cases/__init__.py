@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from gpu import ceilings
 from gpu.cases import (
     cross_entropy,
     distillation_loss,
@@ -11,6 +12,7 @@ from gpu.cases import (
     linear_cross_entropy,
     linear_distillation_loss,
     linear_grpo_loss,
+    linear_policy_head,
     linear_statistics,
     policy_loss,
     step_tiles,
@@ -18,15 +20,23 @@ from gpu.cases import (
 )
 from gpu.setting import Case, Setting
 
-GROUPS = {
-    "logits": (token_stats, policy_loss),
-    "step": (grpo_loss,),
-    "linear": (linear_statistics, linear_grpo_loss),
-    "step-tiles": (step_tiles,),
-    "rest": (distillation_loss, cross_entropy, linear_cross_entropy, linear_distillation_loss),
+Cases = Callable[[Setting], Iterator[Case]]
+
+# The groups from "kernels" to "head" are what the first minutes on a device are for: only ours and the ceilings.
+LEAN = ("kernels", "step", "head")
+GROUPS: dict[str, tuple[Cases, ...]] = {
+    "ceilings": (ceilings.cases,),
+    "kernels": (token_stats.cases,),
+    "step": (step_tiles.cases,),
+    "head": (linear_grpo_loss.cases, ceilings.weight_gradient_cases),
+    "peers": (linear_policy_head.cases, linear_cross_entropy.cases),
+    "losses": (grpo_loss.cases, policy_loss.cases),
+    "logits": (token_stats.cases, cross_entropy.cases),
+    "scoring": (linear_statistics.cases, linear_grpo_loss.cases),
+    "rest": (distillation_loss.cases, linear_distillation_loss.cases),
 }
 
 
 def of_group(group: str, setting: Setting) -> Iterator[Case]:
-    for module in GROUPS[group]:
-        yield from module.cases(setting)
+    for cases in GROUPS[group]:
+        yield from cases(setting._replace(lean=group in LEAN))

@@ -11,7 +11,7 @@ import r1kernels
 from gpu import eager
 from gpu.cases.token_stats import GRADIENT_FLOP, STATISTICS_FLOP
 from gpu.inputs import make_logits, uniform_ids
-from gpu.losses import LossFunction, Problem, loss_case, with_compiled
+from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Setting, logits_shapes, peers
 
 
@@ -31,8 +31,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         targets = uniform_ids(shape.tokens, shape.vocab, setting.device)
         problem = Problem({"logits": logits, "targets": targets}, leaves=("logits",), rows=("logits", "targets"))
         functions = {
-            OURS: ours, **with_compiled(eager.cross_entropy, setting.compiled),
-            **peers(**{"Liger_(copies_the_logits)": _liger}),
+            OURS: ours, **with_eager(eager.cross_entropy, setting, compiled=True),
+            **peers(setting, {"Liger (copies the logits)": _liger}),
         }
         yield loss_case(
             "cross_entropy", "forward + backward", shape, logits.dtype, problem, functions, eager.cross_entropy, few=8,

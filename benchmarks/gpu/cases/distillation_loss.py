@@ -11,7 +11,7 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.inputs import make_logits
-from gpu.losses import LossFunction, Problem, loss_case, with_compiled
+from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Logits, Setting, peers
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -39,8 +39,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         plain = partial(eager.distillation_loss, divergence=kind)
         functions = {
             OURS: partial(ours, divergence=kind),
-            **with_compiled(plain, setting.compiled and kind == "forward_kl"),
-            **(peers(Liger=_liger) if kind == "jsd" else {}),
+            **with_eager(plain, setting, kind == "forward_kl"),
+            **(peers(setting, {"Liger": _liger}) if kind == "jsd" else {}),
         }
         yield loss_case(
             "distillation_loss", kind, shape, student.dtype, problem, functions, plain, few=8,

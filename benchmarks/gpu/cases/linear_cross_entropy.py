@@ -9,9 +9,10 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.cases.linear_grpo_loss import bare_products
+from gpu.heads import CROSS_ENTROPY_HEADS
 from gpu.inputs import make_head, sampled_ids
-from gpu.losses import LossFunction, Problem, loss_case, with_compiled
-from gpu.setting import OURS, PRODUCTS, Candidate, Case, Setting, head_shape, peers
+from gpu.losses import Problem, loss_case, with_eager
+from gpu.setting import OURS, PRODUCTS, Candidate, Case, Setting, cross_entropy_head_shapes, peers
 from gpu.timing import Timed
 
 
@@ -19,22 +20,19 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return r1kernels.linear_cross_entropy(hidden, weight, targets)
 
 
-def _liger() -> LossFunction:
-    functional = __import__("liger_kernel.transformers.functional", fromlist=["functional"])
-    return lambda hidden, weight, targets: functional.liger_fused_linear_cross_entropy(hidden, weight, targets)
-
-
 def cases(setting: Setting) -> Iterator[Case]:
-    shape = head_shape(setting)
-    hidden, weight = make_head(shape, setting.device)
-    problem = Problem(
-        {"hidden": hidden, "weight": weight, "targets": sampled_ids(hidden, weight)},
-        leaves=("hidden", "weight"), rows=("hidden", "targets"),
-    )
-    functions = {OURS: ours, **with_compiled(eager.linear_cross_entropy, False), **peers(Liger=_liger)}
-    yield loss_case(
-        "linear_cross_entropy", "forward + backward", shape, hidden.dtype, problem, functions,
-        eager.linear_cross_entropy, few=16, extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
-        flop=6 * shape.tokens * shape.width * shape.vocab, bytes=3 * (hidden.nbytes + weight.nbytes),
-        inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),
-    )
+    for shape in cross_entropy_head_shapes(setting):
+        hidden, weight = make_head(shape, setting.device)
+        problem = Problem(
+            {"hidden": hidden, "weight": weight, "targets": sampled_ids(hidden, weight)},
+            leaves=("hidden", "weight"), rows=("hidden", "targets"),
+        )
+        functions = {
+            OURS: ours, **peers(setting, CROSS_ENTROPY_HEADS), **with_eager(eager.linear_cross_entropy, setting),
+        }
+        yield loss_case(
+            "linear_cross_entropy", "forward + backward", shape, hidden.dtype, problem, functions,
+            eager.linear_cross_entropy, few=16, extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
+            flop=6 * shape.tokens * shape.width * shape.vocab, bytes=3 * (hidden.nbytes + weight.nbytes),
+            inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),
+        )

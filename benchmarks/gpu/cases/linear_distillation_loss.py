@@ -10,7 +10,7 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.inputs import make_head
-from gpu.losses import LossFunction, Problem, loss_case, with_compiled
+from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Head, Setting, peers
 
 SHARED = 0.7  # of the student's hidden states in the teacher's
@@ -46,8 +46,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     for kind in ("forward_kl", "jsd"):
         plain = partial(eager.linear_distillation_loss, divergence=kind)
         functions = {
-            OURS: partial(ours, divergence=kind), **with_compiled(plain, False),
-            **(peers(Liger=_liger) if kind == "jsd" else {}),
+            OURS: partial(ours, divergence=kind), **with_eager(plain, setting),
+            **(peers(setting, {"Liger": _liger}) if kind == "jsd" else {}),
         }
         yield loss_case(
             "linear_distillation_loss", kind, shape, hidden.dtype, problem, functions, plain, few=16,

@@ -10,7 +10,7 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.inputs import NEAR, alternating, generator, make_head, noise_like, sampled_ids, sequences
-from gpu.losses import LossFunction, Problem, loss_case, with_compiled
+from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, PRODUCTS, Candidate, Case, Head, Setting, head_shape, peers
 from gpu.timing import Timed
 
@@ -48,7 +48,7 @@ def bare_products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
 
 
 def problems(shape: Head, setting: Setting) -> Iterator[tuple[str, Problem]]:
-    """With every token active; with 40 %, the others of advantage 0; with 40 %, the others clipped."""
+    """With every token active; with 40 %, the others clipped; with 40 %, the others of advantage 0."""
     b, t = sequences(shape.tokens)
     hidden, weight = make_head(shape, setting.device)
     ids = sampled_ids(hidden, weight)
@@ -67,7 +67,7 @@ def problems(shape: Head, setting: Setting) -> Iterator[tuple[str, Problem]]:
     # A log-ratio of 0.5 in the direction of the advantage is beyond the bound.
     far = torch.where(idle, logprobs - 0.5 * per_token.sign(), near)
     for case, changed in (
-        (ALL, {}), (KNOWN, {"advantages": torch.where(idle, 0.0, per_token)}), (CLIPPED, {"old_logprobs": far}),
+        (ALL, {}), (CLIPPED, {"old_logprobs": far}), (KNOWN, {"advantages": torch.where(idle, 0.0, per_token)}),
     ):
         yield case, Problem(inputs | changed, leaves=("hidden", "weight"), rows=rows)
 
@@ -90,7 +90,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         hidden, weight = problem.inputs["hidden"], problem.inputs["weight"]
         functions = {OURS: ours}
         if case == ALL:
-            functions |= with_compiled(eager.linear_grpo_loss, setting.compiled) | peers(Liger=_liger)
+            functions |= peers(setting, {"Liger": _liger}) | with_eager(eager.linear_grpo_loss, setting, compiled=True)
         yield loss_case(
             "linear_grpo_loss", case, shape, hidden.dtype, problem, functions, eager.linear_grpo_loss, few=1,
             extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},

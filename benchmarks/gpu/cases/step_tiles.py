@@ -1,63 +1,70 @@
-"""The fused GRPO step by every tile: [blocks of a cluster, warps of a block, vectors of a chunk]."""
+"""The fused GRPO step by its operator: by clusters of every size, with and without a mask."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gpu.cases.grpo_loss import make_problem
+from gpu.cases.grpo_loss import ALL, FLOP, MASKED, by_operator, copy_of, make_problem, moved_bytes
 from gpu.losses import compare
-from gpu.setting import CUDA, Candidate, Case, Logits, Setting, logits_shapes
-from gpu.step import STEP, step
+from gpu.setting import COPY, CUDA, Candidate, Case, LeftOut, Logits, Setting, logits_shapes
+from gpu.step import CLUSTERS, step, tile_of
 from gpu.timing import Timed
 
-Tile = tuple[int, int, int]
-CLUSTERS, WARPS, CHUNKS = (1, 2, 4, 8), (8, 12, 15), (64, 128, 256)
+OP = "fused step"
 
 
-def space(setting: Setting) -> list[Tile]:
-    return [(1, 2, 32), (2, 1, 64)] if setting.small else list(itertools.product(CLUSTERS, WARPS, CHUNKS))
-
-
-def shapes(setting: Setting) -> Iterator[tuple[Logits, torch.dtype]]:
+def shapes(setting: Setting) -> list[tuple[Logits, torch.dtype]]:
+    """Short rows first: one block may hold them."""
+    if setting.small:
+        return [(logits_shapes(setting)[0], torch.bfloat16)]
     main = logits_shapes(setting)[0]
-    vocabularies = [main.vocab] if setting.small else [main.vocab, 262_144, 32_000]
-    for vocab in vocabularies:
-        yield Logits(main.tokens, vocab), torch.bfloat16
-    yield Logits(main.tokens // 2, main.vocab), torch.float32
+    return [(Logits(main.tokens, 32_000), torch.bfloat16), (main, torch.bfloat16),
+            (Logits(main.tokens // 2, main.vocab), torch.float32)]
 
 
-def check(inputs: dict[str, Tensor], tile: Tile, expected: list[Tensor], out: Tensor) -> None:
-    """Against what the kernel's own choice gives, which `grpo_loss` compares with float64: the first and last rows."""
-    for what, found, true in zip(("loss", "gradient"), _ends(inputs, tile, out), expected, strict=True):
-        compare(what, found, true, 4 * torch.finfo(true.dtype).eps)
-
-
-def _ends(inputs: dict[str, Tensor], tile: tuple[int, ...], out: Tensor) -> list[Tensor]:
+def _ends(inputs: dict[str, Tensor], tile: list[int], out: Tensor) -> list[Tensor]:
+    """The loss, and the gradients of the first and the last sequence."""
     loss, *_, grad = step(inputs, tile=tile, out=out)
-    return [loss, torch.stack([grad[0, 0], grad[-1, -1]])]
+    return [loss, grad[0].clone(), grad[-1].clone()]
+
+
+def check(inputs: dict[str, Tensor], tile: list[int], out: Tensor, expected: list[Tensor]) -> None:
+    """Against what the kernel's own choice gives, which is itself compared with float64."""
+    if not expected:
+        expected += _ends(inputs, [], out)
+    try:
+        found = _ends(inputs, tile, out)
+    except RuntimeError as error:
+        if "does not fit" not in str(error):
+            raise
+        raise LeftOut(str(error).splitlines()[0]) from None
+    for what, value, true in zip(("loss", "first gradient", "last gradient"), found, expected, strict=True):
+        compare(what, value, true, 4 * torch.finfo(true.dtype).eps)
+
+
+def case(setting: Setting, shape: Logits, dtype: torch.dtype, rows: str) -> Case:
+    problem, plain = make_problem(shape, setting, dtype, rows)
+    logits = problem.inputs["logits"]
+    candidates = {COPY: copy_of(logits), **by_operator(problem, plain)}
+    out, expected = torch.empty_like(logits), []
+    for cluster in CLUSTERS:
+        tile = tile_of(cluster)
+        timed = Timed(partial(step, problem.inputs, tile=tile, out=out))
+        name = f"{CUDA}, cluster of {cluster}"
+        candidates[name] = Candidate(timed, partial(check, problem.inputs, tile, out, expected))
+    return Case(
+        OP, rows, str(shape), dtype, candidates, bytes=moved_bytes(problem), flop=FLOP * logits.numel(),
+        inherent_bytes=logits.nbytes,
+    )
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    if not setting.gpu_operators or not setting.cuda:
+    if not setting.fused_step:
         return
     for shape, dtype in shapes(setting):
-        inputs = make_problem(shape, setting, dtype).inputs
-        out = torch.empty_like(inputs["logits"])
-        expected = _ends(inputs, (), out)
-        candidates = {STEP: Candidate(Timed(partial(step, inputs, out=out)))}
-        for tile in space(setting):
-            try:
-                step(inputs, tile=tile, out=out)
-            except RuntimeError as error:
-                if "does not fit" not in str(error):
-                    raise
-                continue
-            name = f"{CUDA}, tile {tile[0]} x {tile[1]} x {tile[2]}"
-            timed = Timed(partial(step, inputs, tile=tile, out=out))
-            candidates[name] = Candidate(timed, partial(check, inputs, tile, expected, out))
-        yield Case("step tiles", "blocks x warps x vectors", str(shape), dtype, candidates, bytes=2 * out.nbytes)
+        for rows in (ALL, MASKED):
+            yield case(setting, shape, dtype, rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.inputs import make_logits, noise_like, uniform_ids
-from gpu.losses import COMPILED, PEER_TOLERANCE, compare, distance
+from gpu.losses import PEER_TOLERANCE, compare, distance, with_eager
 from gpu.setting import COPY, OURS, Candidate, Case, Logits, Setting, logits_shapes, peers, with_cuda
 from gpu.timing import Timed
 from r1kernels.ops import token_stats
@@ -28,13 +28,9 @@ def _trl() -> Function:
     return lambda logits, ids: utils.selective_log_softmax_and_entropy(logits, ids, entropy_requires_grad=False)
 
 
-def _functions(compiled: bool) -> dict[str, Function]:
-    functions: dict[str, Function] = {
-        OURS: r1kernels.token_logprobs_and_entropy, "torch eager": eager.logprobs_and_entropy,
-    }
-    if compiled:
-        functions[COMPILED] = torch.compile(eager.logprobs_and_entropy, dynamic=False)
-    return functions | peers(TRL=_trl)
+def _functions(setting: Setting, main: bool) -> dict[str, Function]:
+    plain = with_eager(eager.logprobs_and_entropy, setting, compiled=main)
+    return {OURS: r1kernels.token_logprobs_and_entropy, **plain, **peers(setting, {"TRL": _trl})}
 
 
 def _edges(count: int) -> Tensor:
@@ -81,7 +77,7 @@ def forward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor) -
 
     candidates = {
         name: Candidate(Timed(partial(run, function)), partial(check_statistics, name, function, logits, ids))
-        for name, function in _functions(setting.compiled and shape.main).items()
+        for name, function in _functions(setting, shape.main).items()
     }
     candidates = with_cuda(candidates, setting)
     target = torch.empty_like(logits)
@@ -103,7 +99,7 @@ def backward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor, 
 
         return Candidate(Timed(run), partial(check_gradient, name, run, logits, ids, g, logits.dtype))
 
-    functions = _functions(setting.compiled and shape.main)
+    functions = _functions(setting, shape.main)
     candidates = with_cuda({name: candidate(name, function) for name, function in functions.items()}, setting)
     target = torch.empty_like(logits)
     candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
@@ -143,7 +139,8 @@ def in_place_case(
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for shape in logits_shapes(setting):
+    shapes = [shape for shape in logits_shapes(setting) if not setting.lean or shape.main or shape.vocab < 50_000]
+    for shape in shapes:
         logits = make_logits(shape, torch.bfloat16, setting.device)
         ids = uniform_ids(shape.tokens, shape.vocab, setting.device)
         g = 1 + noise_like(ids, 0.1)
