@@ -20,6 +20,8 @@ import torch
 
 import r1kernels
 from r1kernels import _choice, _library
+from r1kernels._schemas import CUDA_OPERATORS
+from r1kernels.ops import grpo_step
 from r1kernels.ops.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
 
@@ -69,6 +71,18 @@ def _products() -> list[str]:
                 how += UNITS.get((_library.extension.cpu_isa(), name), "")
             lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
     return lines
+
+
+def _kernels() -> list[str]:
+    """The kernels of each operation on any device, and every reason for which others serve a call."""
+    lines = ["kernels      C++ on CPUs, Triton on GPUs; plain PyTorch for float64, and where these are missing"]
+    for op in _library.OPS:
+        cuda = "where it was measured to be faster, or without Triton" if op in CUDA_OPERATORS else "has no kernel"
+        lines.append(f"{op:<18}CUDA {cuda}")
+    lines.append(f"{'grpo_step':<18}CUDA alone, for grpo_loss of logits; token_stats and policy_loss serve a call if")
+    lines += [f"{'':<20}{reason}" for reason in grpo_step.REASONS]
+    lines.append(f"{'':<18}it reads the logits twice if")
+    return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES]
 
 
 def _triton() -> str:
@@ -204,6 +218,7 @@ def report() -> str:
             lines.append(f"{'':<54}{_faster_in_cuda(torch.cuda.get_device_name(0))}")
     lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
+    lines += ["", *_kernels()]
     lines += _results()
     if importlib.util.find_spec("transformers") is None:
         lines += ["", "trainer      transformers is missing: pip install 'r1kernels[train]'"]

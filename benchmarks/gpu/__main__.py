@@ -60,10 +60,10 @@ def group_cases(group: str, setting: Setting, broken: Callable[[str, Exception],
 def show(rows: list[measure.Row]) -> None:
     for row in rows:
         told = row.get("error") or (
-            f"{row['median_us']:>12.1f} us  +- {row['spread_us']:.1f}"
+            f"{row['median_us']:>10.1f} us  +- {row['spread_us']:.1f}"
             + "".join(f"  {row[name]:.3f} {name}" for name in ("share_of_copy", "share_of_gemm") if row[name])
         )
-        print(f"  {row['candidate']:<26}{told}", flush=True)
+        print(f"  {row['candidate']:<36}{told}", flush=True)
 
 
 def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int:

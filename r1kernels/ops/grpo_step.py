@@ -45,7 +45,10 @@ PASSES = (
 
 def why_not(logits: Tensor, inputs: LossInputs) -> str:
     """Why the fused step does not serve a call; empty if it does."""
-    return next((reason for reason, holds in REASONS.items() if holds(logits, inputs)), "")
+    for reason, holds in REASONS.items():
+        if holds(logits, inputs):
+            return reason
+    return ""
 
 
 def serves(logits: Tensor, inputs: LossInputs) -> bool:

@@ -12,6 +12,8 @@ import torch
 
 from r1kernels import __main__, _library
 from r1kernels.__main__ import PUBLIC_OPS, report
+from r1kernels._schemas import CUDA_OPERATORS
+from r1kernels.ops import grpo_step
 
 
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +51,14 @@ def test_report_names_versions_instruction_set_and_every_operation() -> None:
     for op in _library.OPS:
         assert f"{op:<18}cpu     fp32 bf16 fp16  cpu" in text
     assert set(PUBLIC_OPS) == set(_library.OPS)
+
+
+def test_the_page_names_every_reason_for_another_kernel() -> None:
+    lines = [line.strip() for line in report().splitlines()]
+    assert all(reason in lines for reason in (*grpo_step.REASONS, *grpo_step.PASSES))
+    told = {line.split()[0]: line for line in lines if " CUDA " in line}
+    for op in _library.OPS:
+        assert ("has no kernel" in told[op]) == (op not in CUDA_OPERATORS)
 
 
 def test_a_request_by_environment_is_shown() -> None:

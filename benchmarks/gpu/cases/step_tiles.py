@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from gpu.cases.grpo_loss import ALL, FLOP, MASKED, by_operator, copy_of, make_problem, moved_bytes
-from gpu.losses import compare
+from gpu.losses import LOSS_ROUNDINGS, compare
 from gpu.setting import COPY, CUDA, Candidate, Case, LeftOut, Logits, Setting, logits_shapes
 from gpu.step import CLUSTERS, step, tile_of
 from gpu.timing import Timed
 
 OP = "fused step"
+ROUNDINGS = 4  # by which two ways to cut a row may differ: their sums have another order
 
 
 def shapes(setting: Setting) -> list[tuple[Logits, torch.dtype]]:
@@ -43,7 +44,8 @@ def check(inputs: dict[str, Tensor], tile: list[int], out: Tensor, expected: lis
             raise
         raise LeftOut(str(error).splitlines()[0]) from None
     for what, value, true in zip(("loss", "first gradient", "last gradient"), found, expected, strict=True):
-        compare(what, value, true, 4 * torch.finfo(true.dtype).eps)
+        roundings = ROUNDINGS * LOSS_ROUNDINGS if what == "loss" else ROUNDINGS
+        compare(what, value, true, roundings * torch.finfo(true.dtype).eps)
 
 
 def case(setting: Setting, shape: Logits, dtype: torch.dtype, rows: str) -> Case:

@@ -1,0 +1,67 @@
+"""Which calls the fused step serves, and what is said about the others, on a machine without a GPU."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from r1kernels import _library, objectives
+from r1kernels.ops import grpo_step, policy_loss
+
+
+@pytest.fixture
+def call() -> tuple[torch.Tensor, Any]:
+    """What `grpo_loss` asks about: logits that want a gradient, and checked inputs."""
+    logits = torch.zeros(1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    inputs = policy_loss.check_inputs(
+        logits, (1, 2), torch.ones(1), tokens="token_ids", old_logprobs=None, ref_logprobs=None, mask=None,
+        cu_seqlens=None, importance_weights=None, normalizer=None, objective=objectives.grpo(), dtype=torch.float32,
+    )
+    return logits, inputs
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CUDA kernels served tensors of the CPU."""
+    monkeypatch.setattr(_library, "select", lambda tensor: "triton")
+    monkeypatch.setattr(_library, "gpu_kernels", lambda operator, like: "cuda")
+
+
+def test_the_fused_step_serves_what_no_reason_forbids(call: tuple[torch.Tensor, Any], on_gpu: None) -> None:
+    assert grpo_step.why_not(*call) == "" and grpo_step.serves(*call)
+
+
+@pytest.mark.parametrize("reason", grpo_step.REASONS)
+def test_the_fused_step_says_why_it_does_not_serve(
+    reason: str, call: tuple[torch.Tensor, Any], on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, inputs = call
+    if "gradient" in reason:
+        logits = logits.detach()
+    elif "compile" in reason:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif "callable" in reason:
+        inputs = inputs._replace(objective=dataclasses.replace(inputs.objective, surrogate=lambda *_: logits))
+    elif "sequences" in reason:
+        inputs = inputs._replace(objective=objectives.gspo())
+    elif "float32" in reason:
+        logits = logits.detach().half().requires_grad_()
+    elif "no GPU" in reason:
+        monkeypatch.setattr(_library, "select", lambda tensor: "reference")
+    else:
+        monkeypatch.setattr(_library, "gpu_kernels", lambda operator, like: "triton")
+    assert grpo_step.why_not(logits, inputs) == reason and not grpo_step.serves(logits, inputs)
+
+
+def test_the_tile_of_the_fused_step_is_asked_of_its_operator(
+    call: tuple[torch.Tensor, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = SimpleNamespace(r1kernels_cuda=SimpleNamespace())
+    monkeypatch.setattr(grpo_step, "torch", SimpleNamespace(ops=operators))
+    assert grpo_step.chosen_tile(call[0]) is None
+    operators.r1kernels_cuda.grpo_step_tile = lambda logits: torch.tensor([4])
+    assert grpo_step.chosen_tile(call[0]) == [4]
+    operators.r1kernels_cuda.grpo_step_tile = lambda logits: []
+    assert grpo_step.chosen_tile(call[0]) == []
