@@ -167,14 +167,19 @@ built() {
     "$PYTHON" -m r1kernels >>"$LOG" 2>&1
 }
 
-# install_peers FOLDER: QuACK recognises other packages by a folder of the name site-packages.
+# install_peers FOLDER: one by one, for a wheel that does not fit this Python stops the others of its command. QuACK
+# recognises other packages by a folder of the name site-packages.
 install_peers() {
-    local archive
+    local file status=0
     mkdir -p "$1"
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --find-links "$PEERS" --target "$1" "$PEERS"/*.whl
-    for archive in "$PEERS"/*.tar.xz; do
-        [ ! -e "$archive" ] || tar -xJf "$archive" -C "$1"
+    for file in "$PEERS"/*.whl; do
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --find-links "$PEERS" --target "$1" "$file" ||
+            status=1
     done
+    for file in "$PEERS"/*.tar.xz; do
+        [ ! -e "$file" ] || tar -xJf "$file" -C "$1" || status=1
+    done
+    return "$status"
 }
 
 # with_peers: adds the folder and what its .pth files name.
@@ -200,7 +205,7 @@ tests() {
         echo "no pytest: tests left out" >>"$LOG"
         return 3
     fi
-    limited "$PYTHON" -m pytest -q -m gpu -W default -p no:cacheprovider "$@"
+    limited "$PYTHON" -m pytest -q -raP -m gpu -W default -p no:cacheprovider "$@"
 }
 
 others() { # tests of GPUs, less those of tests-step

@@ -42,12 +42,13 @@ def launched(run: Callable[[], object]) -> list[str]:
 def look(setting: Setting, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     inputs = make_problem(Logits(64 if setting.small else TOKENS, vocab), setting, dtype)[0].inputs
     found: dict[str, Any] = {"vocab": vocab, "dtype": name_of(dtype), "tile": grpo_step.chosen_tile(inputs["logits"])}
+    found["fused"] = None if found["tile"] is None else bool(found["tile"])
     if setting.device.type == "cuda":
         found["kernels"] = [name[:100] for name in launched(lambda: step(inputs))]
-        found["fused"] = any(KERNEL in name for name in found["kernels"])
+        if found["kernels"]:  # none where the profiler does not work
+            found["fused"] = any(KERNEL in name for name in found["kernels"])
     else:
         step(inputs)
-        found["fused"] = None if found["tile"] is None else bool(found["tile"])
     return found
 
 

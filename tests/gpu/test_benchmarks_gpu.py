@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import __main__ as command
-from gpu import bars, inputs, measure, records, report, sanitize, timing
+from gpu import bars, inputs, measure, records, report, timing
 from gpu.cases import grpo_loss
 from gpu.losses import gradients
-from gpu.progress import Progress
 from gpu.setting import COPY, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS, Candidate, Case, LeftOut, Logits, Setting, peers
 from gpu.timing import Timed
 
@@ -191,6 +189,15 @@ def test_memory_running_out_is_no_lost_device() -> None:
     assert error is None and {row["candidate"] for row in rows} == {OURS, "eager"}
 
 
+def test_a_peer_that_cannot_be_loaded_says_why() -> None:
+    found = peers(SMALL, {"absent": lambda: __import__("no_such_library")})
+    with pytest.raises(LeftOut, match="No module named 'no_such_library'"):
+        found["absent"](hidden=1)
+    rows, _ = measure.run(case({"absent": Candidate(taking(1), found["absent"])}), FakeClock(), 0, {})
+    assert rows[0]["error"] == "left out: ModuleNotFoundError: No module named 'no_such_library'"
+    assert peers(SMALL._replace(lean=True), {"absent": dict}) == {}
+
+
 def test_products_of_the_same_case_are_the_ceiling_of_a_head() -> None:
     given = Case(
         "linear_statistics", "log-prob + entropy", "N 8192, H 4096, V 151936", torch.bfloat16,
@@ -324,83 +331,3 @@ def test_the_report_tells_of_the_last_kernels_only(tmp_path: Path, capsys: pytes
 def test_a_report_of_nothing_is_a_report(tmp_path: Path) -> None:
     report.write(tmp_path)
     assert "not measured" in (tmp_path / "report.md").read_text()
-
-
-# ---- groups of cases, on the CPU ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = records.environment
-    monkeypatch.setattr(records, "environment", lambda device: environment(device, lambda: HASH))
-
-
-def test_a_finished_case_is_not_begun_again(tmp_path: Path, hashed: None) -> None:
-    first = next(iter(command.group_cases("ceilings", SMALL, lambda *_: None)))
-    progress = Progress(tmp_path, "ceilings", HASH)
-    progress.append("started", first.key)
-    progress.append("finished", first.key, failed=False)
-    assert command.run_group("ceilings", SMALL, tmp_path, 60) == 0
-    rows = records.of_kind(records.read(tmp_path), "result")
-    assert {row["candidate"] for row in rows} == {"h W^T", "dlogits W", "dlogits^T h"}
-    assert all(row["kernels"] == HASH and row["median_us"] > 0 for row in rows)
-    assert command.known_ceilings(tmp_path)["gemm"] > 0
-    # The report is there without another command.
-    assert "bfloat16 products" in (tmp_path / "report.md").read_text()
-
-
-def test_out_of_time_starts_nothing(tmp_path: Path, hashed: None) -> None:
-    assert command.run_group("ceilings", SMALL, tmp_path, -1) == command.OUT_OF_TIME
-    assert records.of_kind(records.read(tmp_path), "started") == []
-
-
-def test_a_group_that_is_stopped_goes_on_with_the_next_command(
-    tmp_path: Path, hashed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGTERM raises SystemExit, here while a peer is checked. Nobody is to blame, and every candidate runs again."""
-    def stop() -> None:
-        raise SystemExit(command.OUT_OF_TIME)
-
-    stopping = case({OURS: Candidate(Timed(lambda: None)), "peer": Candidate(Timed(lambda: None), stop)})
-    monkeypatch.setitem(command.GROUPS, "rest", (lambda setting: iter([stopping]),))
-    with pytest.raises(SystemExit):
-        command.run_group("rest", SMALL, tmp_path, 60)
-    monkeypatch.setitem(command.GROUPS, "rest", (lambda setting: iter([stopping._replace(
-        candidates={name: Candidate(Timed(lambda: None)) for name in (OURS, "peer")})]),))
-    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
-    assert records.of_kind(records.read(tmp_path), "result") == []
-    monkeypatch.setenv("R1KERNELS_GPU_COMMAND", "2")
-    assert command.run_group("rest", SMALL, tmp_path, 60) == 0
-    assert {row["candidate"] for row in records.of_kind(records.read(tmp_path), "result")} == {OURS, "peer"}
-
-
-def test_a_peer_that_cannot_be_loaded_says_why() -> None:
-    found = peers(SMALL, {"absent": lambda: __import__("no_such_library")})
-    with pytest.raises(LeftOut, match="No module named 'no_such_library'"):
-        found["absent"](hidden=1)
-    rows, _ = measure.run(case({"absent": Candidate(taking(1), found["absent"])}), FakeClock(), 0, {})
-    assert rows[0]["error"] == "left out: ModuleNotFoundError: No module named 'no_such_library'"
-    assert peers(SMALL._replace(lean=True), {"absent": dict}) == {}
-
-
-def test_inputs_that_cannot_be_made_are_an_error_row(
-    tmp_path: Path, hashed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cases(setting: Setting) -> Any:
-        raise RuntimeError("no room")
-        yield
-
-    monkeypatch.setattr(cases, "__module__", "gpu.cases.full")
-    monkeypatch.setitem(command.GROUPS, "rest", (cases,))
-    assert command.run_group("rest", SMALL, tmp_path, 60) == command.FAILED
-    (found,) = records.of_kind(records.read(tmp_path), "result")
-    assert found["op"] == "full" and found["error"] == "RuntimeError: no room"
-
-
-def test_every_case_is_right_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.check_all(SMALL) == 0
-    assert "all right" in capsys.readouterr().out
-
-
-def test_the_sanitizer_runs_every_operation() -> None:
-    assert sanitize.run(torch.device("cpu")) >= 15

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from gpu.step import loss_by_operator, step
+from gpu import launches
+from gpu.step import CLUSTERS, loss_by_operator, step, tile_of
 from gpu_cases import (
     DEVICE,
     LOGITS,
@@ -28,6 +28,7 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels import _library, objectives
+from r1kernels.ops import grpo_step
 
 NO_KERNEL = "a rehearsal without the emulator: a CPU has no kernel of the fused step"
 pytestmark = [*needs_gpu, pytest.mark.skipif(REHEARSAL and not _library.EMULATED, reason=NO_KERNEL)]
@@ -35,7 +36,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REAL, ALIGNED = size(151_936, 1_031), size(151_936, 1_032)
 B, T = size(8, 2), size(64, 3)
 REPEATS = size(100, 3)
-TILES = list(itertools.product((1, 2, 4, 8), (1, 8, 15), (64, 256)))
 
 
 @pytest.fixture(autouse=True)
@@ -83,16 +83,36 @@ def test_loss_and_gradient(vocab: int, dtype: torch.dtype) -> None:
     assert_right(inputs_of(dtype, vocab))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_every_tile_that_fits(tile: tuple[int, int, int]) -> None:
-    inputs = inputs_of()
-    try:
-        step(inputs, tile=tile)
-    except RuntimeError as error:
-        if "does not fit" not in str(error):
-            raise
-        pytest.skip(f"a row does not fit: {error}".splitlines()[0])
-    assert_right(inputs, tile=tile)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [size(4_096, 256), size(32_000, 512), REAL])
+def test_every_cluster_that_fits(vocab: int, dtype: torch.dtype) -> None:
+    inputs = inputs_of(dtype, vocab)
+    right = []
+    for cluster in CLUSTERS:
+        try:
+            step(inputs, tile=tile_of(cluster))
+        except RuntimeError as error:
+            if "does not fit" not in str(error):
+                raise
+            continue
+        assert_right(inputs, tile=tile_of(cluster))
+        right.append(cluster)
+    print(f"clusters that hold a row of {vocab} {dtype}: {right} of {CLUSTERS}")
+    assert right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [size(32_000, 512), REAL])
+def test_the_operator_launches_its_own_kernel(vocab: int, dtype: torch.dtype) -> None:
+    """And does not work in passes, which give the same results from two reads of the logits."""
+    inputs = inputs_of(dtype, vocab)
+    tile = grpo_step.chosen_tile(inputs["logits"])
+    if not REHEARSAL:
+        kernels = launches.launched(lambda: step(inputs))
+        assert any(launches.KERNEL in name for name in kernels), kernels
+    elif tile is None:
+        pytest.skip("this build has no operator that tells the tile")
+    assert tile != []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
