@@ -111,7 +111,7 @@ __device__ void load_edges(const Part<D>& part, const unsigned char* row, unsign
 
 // ---- sums ---------------------------------------------------------------------------------------------------
 
-constexpr int kSumVectors = 2;  // that a thread adds up at a time
+constexpr int kSumVectors = 4;  // that a thread adds up at a time
 
 template <typename D>
 __device__ __forceinline__ void unpack_at(unsigned char* data, int v, float* x) {

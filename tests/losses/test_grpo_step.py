@@ -5,9 +5,11 @@ The seed decides in which order threads, copies and blocks take turns. `test_cud
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from r1kernels import Objective, _library, objectives, testing
 
@@ -127,6 +129,42 @@ def test_devices_without_clusters(major: int) -> None:
     check(batch(torch.bfloat16, 1003), objectives.grpo(entropy_coef=0.01))
     with pytest.raises(RuntimeError, match="a row does not fit a cluster of 2 blocks on this device"):
         step(batch(torch.bfloat16, 1003), objectives.grpo(), (2,))
+
+
+KIB = 1 << 10
+UNFUSED = {"none": 0, "device": 1, "layout": 2, "length": 3}
+
+
+def tile_of(vocab: int, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[int, ...]:
+    """(blocks of a cluster, blocks for which a processor has the shared memory, why the step is not fused)."""
+    logits = torch.empty(2, vocab, dtype=dtype)
+    cluster, blocks, clusters, unfused = torch.ops.r1kernels_cuda.grpo_step_tile(logits, layout(torch.empty_like(logits)))
+    assert (clusters > 0) == (unfused == UNFUSED["none"])
+    return cluster, blocks, unfused
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "cluster", "blocks"),
+    [
+        (32_000, torch.bfloat16, 1, 3), (50_257, torch.bfloat16, 2, 4), (128_256, torch.bfloat16, 4, 3),
+        (151_936, torch.bfloat16, 8, 5), (262_144, torch.bfloat16, 8, 3), (32_000, torch.float32, 2, 3),
+        (128_256, torch.float32, 8, 3), (151_936, torch.float32, 8, 2),
+    ],
+)
+def test_several_rows_share_a_processor(vocab: int, dtype: torch.dtype, cluster: int, blocks: int) -> None:
+    """On an H200: blocks of other rows hide what a block waits for, and at least 32 KiB are on their way."""
+    device(processors=132)
+    assert tile_of(vocab, dtype) == (cluster, blocks, UNFUSED["none"])
+    assert blocks >= 2 and blocks * vocab * dtype.itemsize / cluster >= 32 * KIB
+
+
+def test_why_a_step_is_not_fused() -> None:
+    device(processors=132)
+    assert tile_of(262_144, torch.float32)[2] == UNFUSED["length"]
+    assert tile_of(1003, torch.bfloat16, lambda x: x.t().contiguous().t())[2] == UNFUSED["layout"]
+    for major in (8, 12):
+        device(major=major)
+        assert tile_of(1003, torch.bfloat16)[2] == UNFUSED["device"]
 
 
 def test_a_row_that_no_cluster_can_hold() -> None:
