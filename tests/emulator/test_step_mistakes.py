@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import cuda_emulation
 import pytest
@@ -47,7 +46,8 @@ MISTAKES = {
     ),
     "logits that have not arrived": ("grpo_step.cu", "  barrier_wait(&shared.arrived, 0);\n", "", RACE),
     "sums that are not waited for": (
-        "grpo_step.cu", "    barrier_wait_cluster(&shared.published, 0);", "    //", f"{RACE}|before it ends|which has ended",
+        "grpo_step.cu", "    barrier_wait_cluster(&shared.published, 0);", "    //",
+        f"{RACE}|before it ends|which has ended",
     ),
     "a wait for the own block": (
         "grpo_step.cu", "barrier_wait_cluster(&shared.published, 0)", "barrier_wait(&shared.published, 0)",

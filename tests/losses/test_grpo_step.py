@@ -138,7 +138,8 @@ UNFUSED = {"none": 0, "device": 1, "layout": 2, "length": 3}
 def tile_of(vocab: int, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[int, ...]:
     """(blocks of a cluster, blocks for which a processor has the shared memory, why the step is not fused)."""
     logits = torch.empty(2, vocab, dtype=dtype)
-    cluster, blocks, clusters, unfused = torch.ops.r1kernels_cuda.grpo_step_tile(logits, layout(torch.empty_like(logits)))
+    out = layout(torch.empty_like(logits))
+    cluster, blocks, clusters, unfused = torch.ops.r1kernels_cuda.grpo_step_tile(logits, out)
     assert (clusters > 0) == (unfused == UNFUSED["none"])
     return cluster, blocks, unfused
 

@@ -78,7 +78,8 @@ def _changed(source: Path, texts: Mapping[str, str], watched: bool) -> Path:
     (folder / "cuda").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / "cuda" / name).write_text(text, encoding="utf-8")
-    return _compile(folder / "cuda" / source.name, ["-O1", f"-iquote{folder}", *(WATCHED if watched else [])], _headers())
+    flags = ["-O1", f"-iquote{folder}", *(WATCHED if watched else [])]
+    return _compile(folder / "cuda" / source.name, flags, _headers())
 
 
 def library_of(source: Path, watched: bool = True) -> ctypes.CDLL:
