@@ -64,8 +64,8 @@ _declare(
     "float tau_neg, float kl_coef, float entropy_coef, float max_length, int[] tile, Tensor(a!) grad_logits) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-# How it chooses for logits and grad_logits: blocks of a cluster, blocks for which a multiprocessor has the shared memory,
-# clusters that the device runs at once, and why separate passes take the fused kernel's place (0: they do not).
+# How it chooses for logits and grad_logits: blocks of a cluster, blocks for which a multiprocessor has the shared
+# memory, clusters that the device runs at once, and why separate passes replace the fused kernel (0: they do not).
 _CUDA_LIBRARY.define("grpo_step_tile(Tensor logits, Tensor grad_logits) -> (int, int, int, int)")
 # The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
 # on every device, over its products and its two vocabulary kernels.
