@@ -33,7 +33,7 @@ __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
 }
 // Makes initialised barriers known to the other blocks of the cluster and to bulk copies.
 __device__ __forceinline__ void fence_barrier_init() {
-  R1K_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  R1K_SM90(asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory"));
 }
 // Arrives, and lets the phase wait for `bytes` of bulk copies as well.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes) {
