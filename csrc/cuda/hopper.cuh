@@ -1,6 +1,6 @@
-// What clusters of blocks are for, sm_90 and later: bulk copies from global to shared memory that complete on a barrier,
-// and blocks that write to each other's shared memory.  Kernels that use these names are launched only where they exist;
-// on older targets they compile to a trap.
+// What clusters of blocks are for, sm_90 and later: bulk copies from global to shared memory that complete on a
+// barrier, and blocks that write to each other's shared memory.  Kernels that use these names are launched only where
+// they exist; on older targets they compile to a trap.
 #pragma once
 
 #include "cuda/device.cuh"
