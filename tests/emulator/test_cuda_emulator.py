@@ -240,6 +240,11 @@ def test_mistakes_that_some_orders_show_without_watching(unwatched: Kernels, nam
     assert sum(outcome != "right" for outcome in found) >= 3, found
 
 
+def test_a_load_into_a_slot_that_others_still_read_is_a_race(kernels: Kernels) -> None:
+    found = outcomes(kernels, lambda: kernels.double_chunks("refills_too_early"))
+    assert any(re.search(f"a bulk_load of block .*{AND}a read by thread", outcome) for outcome in found), found
+
+
 def test_a_deadlock_names_what_everybody_waits_for(kernels: Kernels) -> None:
     # Barrier k of block k lacks an arrival. Blocks run together, or one at a time, and then the first is stuck.
     waits = re.compile(
