@@ -3,8 +3,8 @@
 // Kernels compiled with -fsanitize=thread call a function at each access to memory; races.cpp defines those functions,
 // and the sanitizer's own library is not linked.  Two accesses to the same two bytes, one of them a write, of which
 // neither thread knows that the other's is over (clocks.h), are a race.  A bulk copy takes part like another thread:
-// it is over for those who have waited for its barrier.  It may not write where a thread of the block has stored, as the
-// two need a fence and kernels have none for it.  Without that flag nothing here is called.
+// it is over for those who have waited for its barrier.  It may not write where a thread of the block has stored, as
+// the two need a fence and kernels have none for it.  Without that flag nothing here is called.
 #pragma once
 
 #include <array>
