@@ -216,8 +216,8 @@ R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double 
 
 // ---- the gradient ------------------------------------------------------------------------------------------
 
-// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor.  With
-// kExact log p + H = (x - pivot)/T + offset with a pivot of its own, because the two cancel where p is near e^{-H}.
+// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor.
+// With kExact log p + H = (x - pivot)/T + offset with another pivot, because the two cancel where p is near e^{-H}.
 struct RowGradient {
   Scale scale;
   float anchor, anchor_rest;

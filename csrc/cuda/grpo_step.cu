@@ -178,8 +178,9 @@ StepTile step_tile(const RowView& logits, const RowView& out, int cluster, const
                  : !same_vectors(logits, out)                   ? Unfused::layout
                                                                 : Unfused::none;
   if (best.unfused != Unfused::none) return best;
+  const int first = cluster > 0 ? cluster : 1, last = cluster > 0 ? cluster : kMaxCluster;
   const int least = cluster > 0 ? 1 : 2;  // blocks of a processor: one alone waits for its logits with nothing to do
-  for (int size = cluster > 0 ? cluster : 1; size <= (cluster > 0 ? cluster : kMaxCluster) && best.blocks < 3; size *= 2) {
+  for (int size = first; size <= last && best.blocks < 3; size *= 2) {
     const StepTile tile = tile_of(logits, size, properties);
     if (tile.blocks >= least && tile.blocks > best.blocks) best = tile;
   }

@@ -92,9 +92,10 @@ __device__ __forceinline__ typename D::Storage* entries_at(unsigned char* data) 
 // By one thread: asks for the vectors that hold nothing but this row.
 template <typename D>
 __device__ void load_part(const Part<D>& part, const unsigned char* row, unsigned char* data, Barrier* arrived) {
-  const int begin = part.whole_begin(), count = part.whole_end() - begin;
-  barrier_expect(arrived, static_cast<uint32_t>(count) * kVec);
-  if (count > 0) bulk_load(data + begin * kVec, part.of(row) + begin * kVec, static_cast<uint32_t>(count) * kVec, arrived);
+  const int begin = part.whole_begin() * kVec;
+  const uint32_t bytes = static_cast<uint32_t>(part.whole_end() * kVec - begin);
+  barrier_expect(arrived, bytes);
+  if (bytes > 0) bulk_load(data + begin, part.of(row) + begin, bytes, arrived);
 }
 
 // By one warp: the row's other entries, and -inf, which adds nothing, in place of those of other rows.

@@ -168,12 +168,6 @@ __global__ void convert(const float* x, float* out, int vectors) {
   }
 }
 
-__global__ void shuffle_many(float* out, int times) {
-  float sum = static_cast<float>(threadIdx.x);
-  for (int k = 0; k < times; ++k) sum += shuffle_xor(sum, 1 + k % (kWarp - 1));
-  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
-}
-
 // ---- for ctypes: the text of an error, or "" ---------------------------------------------------------------
 
 template <typename F>
@@ -237,10 +231,6 @@ EXPORT run_convert(const float* x, float* out, int count, int dtype) {
     if (dtype == 1) launch(convert<BFloat16>, Grid{1, 64}, stream, x, out, count / 8);
     if (dtype == 2) launch(convert<Float16>, Grid{1, 64}, stream, x, out, count / 8);
   });
-}
-
-EXPORT run_shuffle_many(float* out, int threads, int times) {
-  return message_of([=](const Stream& stream) { launch(shuffle_many, Grid{1, threads}, stream, out, times); });
 }
 
 extern "C" __attribute__((visibility("default"))) int clusters_at_once(int cluster, int64_t shared) {
