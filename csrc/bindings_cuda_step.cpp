@@ -10,6 +10,29 @@ namespace {
 
 using namespace r1k::bindings;
 
+void check_tile(const std::vector<int64_t>& tile) {
+  R1K_CHECK(tile.empty() || (tile.size() == 1 && tile[0] > 0 && tile[0] <= 8 && (tile[0] & (tile[0] - 1)) == 0),
+            "tile must be [blocks of a cluster], which is 1, 2, 4 or 8, or empty");
+}
+
+// What was asked for must be possible; what the library chooses may be separate passes.
+r1k::gpu::StepTile chosen_tile(const r1k::RowView& logits, const r1k::RowView& out, const std::vector<int64_t>& tile,
+                               const r1k::gpu::Stream& stream) {
+  const int cluster = tile.empty() ? 0 : static_cast<int>(tile[0]);
+  const r1k::gpu::StepTile chosen = r1k::gpu::step_tile(logits, out, cluster, stream);
+  R1K_CHECK(tile.empty() || chosen.unfused == r1k::gpu::Unfused::none, "a row does not fit a cluster of ", cluster,
+            " blocks on this device");
+  return chosen;
+}
+
+// Blocks of a cluster, blocks for which a processor has the shared memory, clusters at once, why the step is not fused.
+std::tuple<int64_t, int64_t, int64_t, int64_t> grpo_step_tile(Tensor logits, Tensor grad_logits) {
+  check_device(logits, "grad_logits", grad_logits);
+  const OnStream on(logits);
+  const r1k::gpu::StepTile tile = r1k::gpu::step_tile(merged_rows(logits), merged_rows(grad_logits), 0, on.stream);
+  return {tile.cluster, tile.blocks, tile.clusters, static_cast<int64_t>(tile.unfused)};
+}
+
 // Two reads of the logits, for rows or devices that the fused kernel cannot take.
 void run_passes(r1k::gpu::GrpoStepArgs& args, const Tensor& logits, const r1k::gpu::Stream& stream) {
   const int64_t count = args.policy.tokens;
@@ -47,9 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
   R1K_CHECK(grad_logits.stride(grad_logits.dim() - 1) == 1 || grad_logits.size(grad_logits.dim() - 1) <= 1,
             "grad_logits must have adjacent entries over the vocabulary");
   check_device(logits, "grad_logits", grad_logits);
-  R1K_CHECK(tile.empty() || (tile.size() == 3 && tile[0] > 0 && tile[0] <= 8 && tile[1] > 0 && tile[1] <= 15 &&
-                             tile[2] > 0 && tile[2] <= 4096),
-            "tile must be [blocks of a cluster, warps, vectors of a chunk] within [8, 15, 4096]");
+  check_tile(tile);
 
   r1k::gpu::GrpoStepArgs args;
   args.logits = merged_rows(logits);
@@ -72,19 +93,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_step(
   args.policy.metrics = static_cast<float*>(metrics.data_ptr());
 
   const OnStream on(logits);
-  const r1k::gpu::StepTile chosen = r1k::gpu::step_tile(args, tile, on.stream);
-  R1K_CHECK(tile.empty() || chosen.clusters > 0, "a row does not fit tile [", tile[0], ", ", tile[1], ", ", tile[2],
-            "] on this device");
-  if (chosen.clusters == 0) {
+  const r1k::gpu::StepTile chosen = chosen_tile(args.logits, args.out, tile, on.stream);
+  if (chosen.unfused != r1k::gpu::Unfused::none) {
     run_passes(args, logits, on.stream);
   } else {
-    const int64_t doubles = static_cast<int64_t>(r1k::gpu::step_scratch(chosen) / sizeof(double));
-    const Tensor scratch = empty(logits, {doubles}, ScalarType::Double);
-    r1k::gpu::launch_grpo_step(args, chosen, scratch.data_ptr(), on.stream);
+    check_grid(count, args.logits.vocab);
+    const Tensor scratch = empty(logits, {r1k::gpu::step_scratch(args)}, ScalarType::Double);
+    r1k::gpu::launch_grpo_step(args, chosen, static_cast<double*>(scratch.data_ptr()), on.stream);
   }
   return {loss, metrics, logprobs, entropy};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(r1kernels_cuda, R1K_CUDA_KEY, m) { m.impl("grpo_step", TORCH_BOX(&grpo_step)); }
+STABLE_TORCH_LIBRARY_IMPL(r1kernels_cuda, R1K_CUDA_KEY, m) {
+  m.impl("grpo_step", TORCH_BOX(&grpo_step));
+  m.impl("grpo_step_tile", TORCH_BOX(&grpo_step_tile));
+}

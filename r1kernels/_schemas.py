@@ -56,7 +56,7 @@ _declare(
 )
 # The whole step of a policy loss with a ratio per token. grad_logits (..., V), which may be the logits, becomes
 # dloss/dlogits; -> loss (), metrics (METRICS,), log-prob and entropy (float32), each (...). tile: how the kernel splits
-# a row, [blocks of a cluster, warps of a block, vectors of a chunk]; if it is empty, the kernel chooses.
+# a row, [blocks of a cluster]; if it is empty, the kernel chooses.
 _declare(
     "grpo_step(Tensor logits, Tensor token_ids, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, float temperature, "
@@ -64,6 +64,9 @@ _declare(
     "float tau_neg, float kl_coef, float entropy_coef, float max_length, int[] tile, Tensor(a!) grad_logits) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+# How it chooses for logits and grad_logits: blocks of a cluster, blocks for which a multiprocessor has the shared
+# memory, clusters that the device runs at once, and why separate passes replace the fused kernel (0: they do not).
+_CUDA_LIBRARY.define("grpo_step_tile(Tensor logits, Tensor grad_logits) -> (int, int, int, int)")
 # The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
 # on every device, over its products and its two vocabulary kernels.
 _HEAD = (

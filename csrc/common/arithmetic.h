@@ -25,6 +25,17 @@ R1K_HOST_DEVICE float exp2_fast(float x) {
 #endif
 }
 
+// The larger one, or NaN where one of them is.
+R1K_HOST_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 // Rounded once each, never contracted into something else.
 R1K_HOST_DEVICE float product(float a, float b) {
 #if defined(__CUDA_ARCH__)

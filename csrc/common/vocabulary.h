@@ -216,13 +216,14 @@ R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double 
 
 // ---- the gradient ------------------------------------------------------------------------------------------
 
-// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and
-// log p + H = (x - pivot)/T + offset with a pivot of its own, because the two cancel where p is near e^{-H}.
+// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor.
+// With kExact log p + H = (x - pivot)/T + offset with another pivot, because the two cancel where p is near e^{-H}.
 struct RowGradient {
   Scale scale;
   float anchor, anchor_rest;
   float minus_g, minus_g_rest;
   float minus_eta, pivot, offset, slope;
+  float entropy;
 };
 
 R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temperature, double g, double eta) {
@@ -238,27 +239,28 @@ R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temp
   row.minus_g_rest = static_cast<float>(-g * inv_t - row.minus_g);
   row.minus_eta = static_cast<float>(-eta * inv_t);
   row.slope = static_cast<float>(inv_t);
+  row.entropy = static_cast<float>(entropy);
   return row;
 }
 
 // -(g + eta (log p + H)) p / T of an entry that is not the token's own.
 template <bool kExact, bool kEntropy>
 R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
-  float lost = row.anchor_rest, d;
-  if (kExact) {
-    const Difference exact = exact_difference(x, row.anchor, row.scale);
-    d = exact.d;
-    lost += exact.lost;
-  } else {
-    d = x - row.anchor;
+  if (!kExact) {  // rounded to 16 bits by the caller
+    constexpr float kZero = -200;  // 2^-200 is 0, and 0 times the logarithm must be
+    float log2_p = std::fma(x - row.anchor, row.scale.c, row.anchor_rest);
+    if (kEntropy) log2_p = max_or_nan(log2_p, kZero);
+    const float log_p_plus_h = std::fma(log2_p, static_cast<float>(kLn2), row.entropy);
+    return exp2_fast(log2_p) * (kEntropy ? std::fma(row.minus_eta, log_p_plus_h, row.minus_g) : row.minus_g);
   }
-  const float p = exp2_of_product<kExact>(d, row.scale, lost);
+  const Difference exact = exact_difference(x, row.anchor, row.scale);
+  const float p = exp2_of_product<true>(exact.d, row.scale, row.anchor_rest + exact.lost);
   float slope = row.minus_g;
   if (kEntropy) {
     const float log_p_plus_h = std::fma(p == 0 ? 0.0f : x - row.pivot, row.slope, row.offset);  // 0 * (-inf) = 0
     slope = std::fma(row.minus_eta, log_p_plus_h, slope);
   }
-  return kExact ? std::fma(p, slope, p * row.minus_g_rest) : p * slope;  // rounded once: the rest is less than that
+  return std::fma(p, slope, p * row.minus_g_rest);  // rounded once: the rest is less than that
 }
 
 // (g (1 - p) - eta p (log p + H)) / T of the token itself.

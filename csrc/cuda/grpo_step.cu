@@ -1,10 +1,9 @@
-// The fused GRPO step: statistics, objective and d logits with one read and one write of the logits.  A row lies in
-// the shared memory of a cluster of blocks from the moment it arrives until its gradient has left: bulk copies bring it
-// in chunks, each warp adds up its part, every block merges all parts of the row and works out the token's loss by
-// itself, and the warps turn their parts into the gradient where they lie.
+// The fused GRPO step: statistics, objective and d logits with one read and one write of the logits.
 //
-// Each warp has a ring of chunks of its own, so warps wait for each other only once a row, for the merged sums; while
-// these are worked out, by a warp of their own, the others add up the next row.
+// A cluster of blocks takes a row and each of its blocks a part: one bulk copy brings the part into shared memory, the
+// block adds it up, tells the sums to all blocks of the cluster, works out the token's loss by itself, and writes the
+// gradient of its part.  A block waits for its logits and for its cluster; what hides this are the blocks of other rows
+// on the same processor, so the parts are small enough for several.
 
 #include "cuda/grpo_step.h"
 
@@ -15,97 +14,104 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/step_part.cuh"
-#include "cuda/step_plan.cuh"
+#include "cuda/step_token.cuh"
 
 namespace r1k {
 namespace gpu {
 namespace {
 
-// ---- kernels -----------------------------------------------------------------------------------------------
+struct Step {
+  GrpoStepArgs args;
+  Scale scale;
+  int cluster, part;
+  const double* weights;  // of each sequence, or of all
+};
+
+// ---- kernels ------------------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kStepThreads) weigh_kernel(const __grid_constant__ PolicyLossArgs args,
+                                                             double* weights) {
+  let_next_kernel_start();
+  const double weight = weight_of(args, blockIdx.x, reinterpret_cast<int64_t*>(dynamic_shared()));
+  if (threadIdx.x == 0) weights[blockIdx.x] = weight;
+}
+
+// Blocks whose registers fit into a processor.
+template <typename D>
+constexpr int kStepBlocks = D::kExact ? 3 : 5;
 
 template <typename D>
-__global__ void __launch_bounds__((kMaxWarps + 1) * kWarp, 1)
-    step_kernel(const __grid_constant__ Step step, PolicySums* partials) {
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks<D>) step_kernel(const __grid_constant__ Step step) {
   if (!kClusters) return;
-  const StepTile& tile = step.tile;
+  const GrpoStepArgs& args = step.args;
+  const int64_t n = blockIdx.x / static_cast<unsigned>(step.cluster);
+  const unsigned char* const row = start_of(args.logits, n);
+  unsigned char* const out = start_of(args.out, n);
+  const Part<D> part(row, args.logits.vocab, cluster_rank(), step.part);
+  if (args.policy.mask != nullptr && !args.policy.mask[n]) {
+    clear_part(part, out);
+    if (cluster_rank() == 0 && threadIdx.x == 0) args.logprobs[n] = args.entropy[n] = 0;
+    return;
+  }
+
   StepShared& shared = *reinterpret_cast<StepShared*>(dynamic_shared());
-  const int64_t cluster = blockIdx.x / tile.cluster, clusters = gridDim.x / tile.cluster;
+  unsigned char* const data = dynamic_shared() + kLogitsOffset;
+  const int parts = step.cluster * kStepWarps;
   if (threadIdx.x == 0) {
-    for (int k = 0; k < kDepth; ++k) {
-      barrier_init(&shared.published[k], 1);
-      barrier_init(&shared.planned[k], 1);
-    }
-    Barrier* const full = reinterpret_cast<Barrier*>(&shared + 1);
-    for (int k = 0; k < tile.warps * tile.slots; ++k) barrier_init(full + k, 1);
+    barrier_init(&shared.arrived, 1);
+    barrier_init(&shared.published, 1);
     fence_barrier_init();
+    load_part(part, row, data, &shared.arrived);
+    barrier_expect(&shared.published, parts * sizeof(shared.sums[0]) + sizeof(shared.own));
   }
-  sync_cluster();
-  let_next_kernel_start();
+  if (warp_id() == 1) load_edges(part, row, data);
+  if (warp_id() == 0) {
+    const TokenInputs inputs = read_token(args, n, step.weights);
+    if (lane_id() == 0) shared.inputs = inputs;
+  }
+  sync_cluster();  // every block has its barriers
 
-  if (warp_id() == tile.warps) {
-    plan_rows<D>(step, shared, cluster, clusters, partials);
+  // The token's own entry is left out of the sums.  One warp reads this vector, before and after.
+  const int own_entry = part.entry_of(shared.inputs.id);
+  const bool owns = own_entry >= 0 && own_entry / D::kPerVec % kStepThreads / kWarp == warp_id();
+  barrier_wait(&shared.arrived, 0);
+  float own = 0;
+  if (owns) {
+    typename D::Storage* const entry = entries_at<D>(data) + own_entry;
+    own = D::load(entry);
+    sync_warp();
+    if (lane_id() == 0) D::store(entry, -INFINITY);
+    sync_warp();
+  }
+  const RowSums sums = sum_part<D>(data, part.count(), step.scale);
+  const int block = lane_id();
+  if (block < step.cluster) {
+    float* const place = shared.sums[cluster_rank() * kStepWarps + warp_id()];
+    remote_send4(place, block, sums.top, sums.rest, sums.weighted, sums.count, &shared.published);
+    if (owns) remote_send(&shared.own, block, own, &shared.published);
+  }
+  if (warp_id() == 0) {
+    barrier_wait_cluster(&shared.published, 0);  // no block writes to this one any more: it may leave when it is done
+    plan_row<D>(args, shared, n, parts);
+  }
+  sync_block();
+
+  const RowPlan plan = shared.plan;
+  if (plan.kind == RowKind::policy) {
+    write_part<D>(part, data, out, [&](float x) { return entry_gradient<D::kExact, false>(x, plan.row); });
+  } else if (plan.kind == RowKind::policy_and_entropy) {
+    write_part<D>(part, data, out, [&](float x) { return entry_gradient<D::kExact, true>(x, plan.row); });
   } else {
-    PartWarp<D> warp(step, shared, cluster, clusters);
-    warp.fill();
-    warp.clear_masked(cluster, clusters);
-    const int64_t* const ids = step.args.token_ids;
-    RowWalk ahead(step.args.policy.mask, step.args.policy.tokens, cluster, clusters), walk = ahead;
-    int64_t row = ahead.next(), id = row >= 0 ? ids[row] : 0, summed = 0, q = 0;
-    for (int64_t n = walk.next(); n >= 0; n = walk.next(), ++q) {
-      while (row >= 0 && summed <= q + tile.lookahead) {
-        const int64_t next = ahead.next(), next_id = next >= 0 ? ids[next] : 0;  // asked for long before it is needed
-        warp.publish_sums(row, id, summed++);
-        row = next;
-        id = next_id;
-      }
-      warp.write_gradient(n, q);
-    }
-    warp.settle();
+    clear_part(part, out);
   }
-  sync_cluster();  // no block leaves while others may write to it
+  if (own_entry < 0) return;
+  sync_block();  // its vector has been written
+  if (threadIdx.x == 0) D::store(entries_at<D>(part.of(out)) + own_entry, plan.own);
 }
 
-__device__ __forceinline__ PolicySums shuffled(const PolicySums& sums, int mask) {
-  PolicySums other;
-  other.loss = shuffle_xor(sums.loss, mask);
-  other.surrogate = shuffle_xor(sums.surrogate, mask);
-  other.kl = shuffle_xor(sums.kl, mask);
-  other.entropy = shuffle_xor(sums.entropy, mask);
-  other.ratio = shuffle_xor(sums.ratio, mask);
-  other.approx_kl = shuffle_xor(sums.approx_kl, mask);
-  other.ratio_min = shuffle_xor(sums.ratio_min, mask);
-  other.ratio_max = shuffle_xor(sums.ratio_max, mask);
-  other.tokens = shuffle_xor(sums.tokens, mask);
-  other.clip_low = shuffle_xor(sums.clip_low, mask);
-  other.clip_high = shuffle_xor(sums.clip_high, mask);
-  other.capped = shuffle_xor(sums.capped, mask);
-  other.active = shuffle_xor(sums.active, mask);
-  other.nonfinite = shuffle_xor(sums.nonfinite, mask);
-  return other;
-}
+// ---- how a row is cut ---------------------------------------------------------------------------------------
 
-// The sums of all blocks, in order -> loss and metrics; and what no single row can see is looked at.
-__global__ void __launch_bounds__(kWarp) finish_kernel(const __grid_constant__ PolicyLossArgs args,
-                                                       const PolicySums* partials, int64_t count) {
-  wait_for_previous_kernel();
-  if (args.normalizer != nullptr) {
-    R1K_DEVICE_CHECK(*args.normalizer > 0 && *args.normalizer < INFINITY,
-                     "r1kernels: normalizer must be a positive finite number");
-  }
-  if (args.cu_seqlens != nullptr) {
-    R1K_DEVICE_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.sequences] == args.tokens,
-                     "r1kernels: cu_seqlens must run from 0 to N");
-    for (int64_t s = lane_id(); s < args.sequences; s += kWarp) {
-      R1K_DEVICE_CHECK(args.cu_seqlens[s] <= args.cu_seqlens[s + 1], "r1kernels: cu_seqlens must not descend");
-    }
-  }
-  PolicySums total;
-  for (int64_t k = lane_id(); k < count; k += kWarp) total.merge(partials[k]);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) total.merge(shuffled(total, mask));
-  if (lane_id() == 0) finish(total, args.sequences, args.loss, args.metrics);
-}
-
-using StepKernel = void (*)(Step, PolicySums*);
+using StepKernel = void (*)(Step);
 
 StepKernel kernel_for(DType dtype) {
   switch (dtype) {
@@ -116,23 +122,22 @@ StepKernel kernel_for(DType dtype) {
   return nullptr;
 }
 
-Grid grid_of(const StepTile& tile, int64_t clusters) {
-  Grid grid = {clusters * tile.cluster, (tile.warps + 1) * kWarp};
+Grid grid_of(const StepTile& tile, int64_t rows) {
+  Grid grid = {rows * tile.cluster, kStepThreads};
   grid.shared = tile.shared;
   grid.cluster = tile.cluster;
   return grid;
 }
 
-// The runtime works it out anew each time it is asked.
+// The runtime works it out anew each time it is asked.  -1: it refuses.
 int clusters_at_once(DType dtype, const StepTile& tile, const Stream& stream) {
   static std::mutex mutex;
-  static std::map<std::tuple<Properties, DType, int, int, size_t>, int> known;
-  const std::tuple key(stream.properties, dtype, tile.cluster, tile.warps, tile.shared);
+  static std::map<std::tuple<Properties, DType, int, size_t>, int> known;
+  const std::tuple key(stream.properties, dtype, tile.cluster, tile.shared);
   const std::lock_guard lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  const int clusters = concurrent_clusters(kernel_for(dtype), grid_of(tile, 1));
-  return clusters < 0 ? 0 : known[key] = clusters;  // an error may be gone the next time
+  return known[key] = concurrent_clusters(kernel_for(dtype), grid_of(tile, 1));
 }
 
 // Whether gradients can leave the way logits came: adjacent entries, rows that start alike within 16 bytes.
@@ -149,65 +154,61 @@ bool same_vectors(const RowView& a, const RowView& b) {
   return true;
 }
 
+constexpr size_t kReserved = 1024;  // bytes of shared memory that the system takes for each block
+
+StepTile tile_of(const RowView& logits, int cluster, const Properties& properties) {
+  const int64_t spare = aligned16(logits) ? 0 : kVec - 1;  // a row may start late in its first vector
+  const int64_t vectors = (logits.vocab * size_of(logits.dtype) + spare + kVec - 1) / kVec;
+  StepTile tile = {};
+  tile.cluster = cluster;
+  const int64_t part = (vectors + cluster - 1) / cluster;
+  tile.shared = kLogitsOffset + static_cast<size_t>(part) * kVec;
+  if (tile.shared > properties.shared_per_block) return tile;
+  tile.part = static_cast<int>(part);
+  tile.blocks = static_cast<int>((properties.shared_per_block + kReserved) / (tile.shared + kReserved));
+  return tile;
+}
+
 }  // namespace
 
-StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted, const Stream& stream) {
-  StepTile tile = {};
-  const bool has_clusters = stream.properties.major >= 9 && stream.properties.major < 12;
-  const int64_t row_bytes = args.logits.vocab * size_of(args.logits.dtype);
-  if (!has_clusters || row_bytes > (int64_t{1} << 30) || !same_vectors(args.logits, args.out)) return tile;
-  const int64_t spare = aligned16(args.logits) ? 0 : kVec - 1;  // a row may start late in its first vector
-  const int vectors = static_cast<int>((row_bytes + spare + kVec - 1) / kVec);
-  const auto fit = [&](int cluster, int warps, int chunk) {
-    tile.cluster = cluster;
-    tile.warps = warps;
-    const int parts = cluster * warps;
-    tile.part = (vectors + parts - 1) / parts;
-    tile.chunk = chunk;
-    tile.chunks = (tile.part + chunk - 1) / chunk;
-    const size_t taken = sizeof(StepShared) + 128;
-    const size_t free = stream.properties.shared_per_block > taken ? stream.properties.shared_per_block - taken : 0;
-    const int64_t most = 4 * static_cast<int64_t>(tile.chunks);  // more rows than that in a ring serve nothing
-    tile.slots = static_cast<int>(
-        std::min<int64_t>(most, free / (warps * (static_cast<size_t>(chunk) * kVec + sizeof(Barrier)))));
-    tile.lookahead = tile.slots >= 2 * tile.chunks ? 1 : 0;
-    tile.shared = rings_offset(tile) + static_cast<size_t>(warps) * tile.slots * chunk * kVec;
-    return tile.slots >= tile.chunks;
-  };
-  if (!wanted.empty()) {
-    if (fit(static_cast<int>(wanted[0]), static_cast<int>(wanted[1]), static_cast<int>(wanted[2]))) {
-      tile.clusters = clusters_at_once(args.logits.dtype, tile, stream);
-    }
-    return tile;
-  }
-  // The fewest blocks that hold two rows and some of a third, in chunks that leave little of the rings unused; else the
-  // most there can be.
+StepTile step_tile(const RowView& logits, const RowView& out, int cluster, const Stream& stream) {
+  const Properties& properties = stream.properties;
   StepTile best = {};
-  const int warps = std::clamp(vectors / kGroup, 1, kMaxWarps);
-  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-    StepTile roomiest = {};
-    for (int chunk = 6 * kWarp; chunk >= 2 * kWarp; chunk -= kWarp) {
-      if (!fit(cluster, warps, chunk)) continue;
-      const auto rows = [](const StepTile& t) { return t.chunks > 0 ? static_cast<double>(t.slots) / t.chunks : 0.0; };
-      if (rows(tile) > rows(roomiest)) roomiest = tile;
-    }
-    if (roomiest.chunks == 0) continue;
-    roomiest.clusters = clusters_at_once(args.logits.dtype, roomiest, stream);
-    if (roomiest.clusters > 0) best = roomiest;
-    if (roomiest.slots > 2 * roomiest.chunks) break;
+  best.unfused = properties.major < 9 || properties.major >= 12 ? Unfused::device
+                 : !same_vectors(logits, out)                   ? Unfused::layout
+                                                                : Unfused::none;
+  if (best.unfused != Unfused::none) return best;
+  const int first = cluster > 0 ? cluster : 1, last = cluster > 0 ? cluster : kMaxCluster;
+  const int least = cluster > 0 ? 1 : 2;  // blocks of a processor: one alone waits for its logits with nothing to do
+  for (int size = first; size <= last && best.blocks < 3; size *= 2) {
+    const StepTile tile = tile_of(logits, size, properties);
+    if (tile.blocks >= least && tile.blocks > best.blocks) best = tile;
   }
+  if (best.blocks == 0) {
+    best.unfused = Unfused::length;
+    return best;
+  }
+  best.clusters = clusters_at_once(logits.dtype, best, stream);
+  if (best.clusters <= 0) best.unfused = Unfused::refused;
   return best;
 }
 
-size_t step_scratch(const StepTile& tile) { return sizeof(PolicySums) * tile.clusters * tile.cluster; }
+int64_t step_scratch(const GrpoStepArgs& args) {
+  return std::max<int64_t>(args.policy.sequences, 1) + policy_loss_scratch(args.policy);
+}
 
-void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scratch, const Stream& stream) {
-  auto* const partials = static_cast<PolicySums*>(scratch);
-  const int64_t clusters = std::min<int64_t>(tile.clusters, args.policy.tokens);
-  launch(kernel_for(args.logits.dtype), grid_of(tile, clusters), stream, Step{args, tile}, partials);
-  Grid last = {1, kWarp};
-  last.overlap = true;
-  launch(finish_kernel, last, stream, args.policy, partials, clusters * tile.cluster);
+void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, double* scratch, const Stream& stream) {
+  const bool of_sequences = args.policy.objective.aggregate == Aggregate::sequence_mean;
+  double* const weights = scratch;
+  launch(weigh_kernel, {of_sequences ? args.policy.sequences : 1, kStepThreads, kStepWarps * sizeof(int64_t)}, stream,
+         args.policy, weights);
+  Grid grid = grid_of(tile, args.policy.tokens);
+  grid.overlap = true;
+  launch(kernel_for(args.logits.dtype), grid, stream,
+         Step{args, scale_of(args.temperature), tile.cluster, tile.part, weights});
+  PolicyLossArgs loss = args.policy;
+  loss.scratch = scratch + std::max<int64_t>(args.policy.sequences, 1);
+  launch_policy_loss(loss, stream);
 }
 
 }  // namespace gpu

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "common/row_view.h"
 #include "cuda/policy_loss.h"
@@ -22,27 +21,33 @@ struct GrpoStepArgs {
   float* entropy;            // [N]
 };
 
-// How the rows of a launch are cut.  A row belongs to the blocks of one cluster; each of their warps keeps its part of
-// the row, and what fits of the next ones, in a ring of chunks in shared memory.
-struct StepTile {
-  int cluster;    // blocks
-  int warps;      // that hold logits; one more in each block does the arithmetic of tokens
-  int chunk;      // vectors of 16 bytes
-  int slots;      // chunks of a ring
-  int chunks;     // of a warp's part of a row
-  int part;       // vectors of a warp's part
-  int lookahead;  // rows whose sums are taken before the gradient of the one before: 1, or 0 where rings are short
-  int clusters;   // that run at once; 0: the row does not fit, or the device has no clusters
-  size_t shared;  // bytes of a block
+// Why a row goes through separate passes, which read the logits twice, and not through the fused kernel.  The numbers
+// are those of r1kernels.ops.grpo_step.
+enum class Unfused : int {
+  none = 0,
+  device = 1,   // it has no clusters of blocks
+  layout = 2,   // gradients do not lie as the logits do
+  length = 3,   // fewer than two rows' parts fit into a processor's shared memory
+  refused = 4,  // the CUDA runtime does not launch such clusters
 };
 
-// `wanted` is {cluster, warps, chunk}, or empty.
-StepTile step_tile(const GrpoStepArgs& args, const std::vector<int64_t>& wanted, const Stream& stream);
+// How a row is cut: a cluster of blocks takes it, each block a part.
+struct StepTile {
+  int cluster;         // blocks
+  int part;            // vectors of 16 bytes of a block's part
+  size_t shared;       // bytes of a block
+  int blocks;          // for which a processor has the shared memory
+  int clusters;        // that the device runs at once
+  Unfused unfused;
+};
 
-// Bytes of scratch memory, aligned to 8.
-size_t step_scratch(const StepTile& tile);
+// `cluster` is 1, 2, 4 or 8, or 0: the smallest with three blocks on a processor, or else the one with most.
+StepTile step_tile(const RowView& logits, const RowView& out, int cluster, const Stream& stream);
 
-void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, void* scratch, const Stream& stream);
+// Doubles of scratch memory.
+int64_t step_scratch(const GrpoStepArgs& args);
+
+void launch_grpo_step(const GrpoStepArgs& args, const StepTile& tile, double* scratch, const Stream& stream);
 
 }  // namespace gpu
 }  // namespace r1k

@@ -1,4 +1,4 @@
-// What clusters of blocks are for, sm_90 and later: bulk copies between global and shared memory that complete on a
+// What clusters of blocks are for, sm_90 and later: bulk copies from global to shared memory that complete on a
 // barrier, and blocks that write to each other's shared memory.  Kernels that use these names are launched only where
 // they exist; on older targets they compile to a trap.
 #pragma once
@@ -33,16 +33,13 @@ __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
 }
 // Makes initialised barriers known to the other blocks of the cluster and to bulk copies.
 __device__ __forceinline__ void fence_barrier_init() {
-  R1K_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  R1K_SM90(asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory"));
 }
 // Arrives, and lets the phase wait for `bytes` of bulk copies as well.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes) {
   R1K_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                         "r"(bytes)
                         : "memory"));
-}
-__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
-  R1K_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"));
 }
 // Waits for the end of the phase of this parity (0, 1, 0, ...).
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
@@ -74,29 +71,6 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
                             shared_address(shared)),
                         "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
                         : "memory"));
-}
-// What this thread stores since its last commit_stores is one group.
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  R1K_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                            __cvta_generic_to_global(global)),
-                        "r"(shared_address(shared)), "r"(bytes)
-                        : "memory"));
-}
-__device__ __forceinline__ void commit_stores() {
-  R1K_SM90(asm volatile("cp.async.bulk.commit_group;" ::: "memory"));
-}
-// Until all but the thread's last `kPending` groups have left shared memory.
-template <int kPending>
-__device__ __forceinline__ void wait_stores_read() {
-  R1K_SM90(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"));
-}
-// Until all of the thread's groups are in global memory.
-__device__ __forceinline__ void wait_stores_done() {
-  R1K_SM90(asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"));
-}
-// Shared memory that ordinary stores of this thread have written may be read by bulk copies.
-__device__ __forceinline__ void fence_for_bulk() {
-  R1K_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
 }
 
 // ---- clusters ----------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ __device__ __forceinline__ PolicySums tile_of(const PolicyLossArgs& args, const 
     token.weight = weight;
     PolicyGradient gradient = {0, 0};
     if (there) gradient = add_token(sums, args.objective, token, plan.slopes, slope);
-    args.grad_logprobs[t] = gradient.g;
+    if (args.grad_logprobs != nullptr) args.grad_logprobs[t] = gradient.g;
     if (args.grad_entropy != nullptr) args.grad_entropy[t] = gradient.eta;
   }
   return sums;

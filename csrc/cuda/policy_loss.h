@@ -13,7 +13,7 @@ namespace gpu {
 struct PolicyLossArgs : PolicyLossInputs {
   float* loss;                // []
   float* metrics;             // [kMetricCount]
-  float* grad_logprobs;       // [N]
+  float* grad_logprobs;       // [N], or null: only the loss and its metrics
   float* grad_entropy;        // [N] or null (entropy_coef = 0)
   double* scratch;            // [policy_loss_scratch(args)]
 };

@@ -105,13 +105,13 @@ def instructions(compiled: nvcc.Object, arch: str) -> dict[str, str]:
     return {names[symbol]: code for symbol, code in zip(parts[::2], parts[1::2], strict=True)}
 
 
-BULK_LOAD, BULK_STORE = r"\bUBLKCP\.S\.G\b", r"\bUBLKCP\.G\.S\b"
+BULK_LOAD = r"\bUBLKCP\.S\.G\b"
 WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
 READS, WRITES = {WIDE_LOAD}, {WIDE_LOAD, WIDE_STORE}
 # The instructions of kernels (patterns of their names) and the architectures that have them. Kernels of any alignment
 # access one element at a time.
 EXPECTED: dict[tuple[str, str], tuple[list[str], set[str]]] = {
-    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100"], {BULK_LOAD, BULK_STORE}),
+    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100"], {BULK_LOAD, WIDE_STORE}),
     ("scaled.cu", r"scaled_kernel<\w+, \w+>"): (MACHINE_CODE, WRITES),
     ("token_stats.cu", r"segment_kernel<\w+, true>"): (MACHINE_CODE, READS),
     ("token_stats_backward.cu", r"gradient_kernel<\w+, \w+, true>"): (MACHINE_CODE, WRITES),

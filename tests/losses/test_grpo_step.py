@@ -5,9 +5,11 @@ The seed decides in which order threads, copies and blocks take turns. `test_cud
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from r1kernels import Objective, _library, objectives, testing
 
@@ -28,7 +30,7 @@ def hopper() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
-    check(batch(dtype, 300), Objective(**OF_TOKENS[name], **EVERYTHING), tile=(2, 2, 32), temperature=0.7)
+    check(batch(dtype, 300), Objective(**OF_TOKENS[name], **EVERYTHING), tile=(2,), temperature=0.7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,34 +47,31 @@ def test_vocabularies_of_real_models(vocab: int, dtype: torch.dtype) -> None:
     check(batch(dtype, vocab, (1, 3)), objectives.r1())
 
 
-@pytest.mark.parametrize("slots", [4, 6, 9, 16])
-def test_rings_that_hold_less_than_two_rows_and_more(slots: int) -> None:
-    """Rows of four chunks: a ring of one row, of one and a half, of two and a little, of four."""
-    chunk = 32 * 16 + 8  # with its barrier
-    device(shared=slots * chunk + (9 << 10))
+def test_rows_of_many_events() -> None:
+    """Masked and counted rows side by side, in every order that the emulator knows."""
     inputs = batch(torch.bfloat16, 4 * 32 * 8 - 3, (3, 6)) | {"mask": testing.random_ids(3, 6, vocab=4) > 0}
     for order in range(10):
         seed(order)
-        check(inputs, objectives.r1(), tile=(1, 1, 32))
+        check(inputs, objectives.r1(), tile=(4,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_order_of_events(dtype: torch.dtype) -> None:
     inputs = batch(dtype, 1003) | {"mask": testing.random_ids(5, 7, vocab=3) > 0}
-    first = step(inputs, objectives.r1(), (4, 2, 32))
+    first = step(inputs, objectives.r1(), (4,))
     for order in range(2, 60):
         seed(order)
-        for got, expected in zip(step(inputs, objectives.r1(), (4, 2, 32)), first, strict=True):
+        for got, expected in zip(step(inputs, objectives.r1(), (4,)), first, strict=True):
             assert torch.equal(got, expected)
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     inputs = batch(torch.bfloat16, 1000)
     objective = objectives.reinforce()
-    whole = step(inputs | {"normalizer": torch.tensor(1.0)}, objective, (2, 2, 32))
+    whole = step(inputs | {"normalizer": torch.tensor(1.0)}, objective, (2,))
     for n in range(5):
         alone = {k: v[n : n + 1] for k, v in inputs.items()} | {"normalizer": torch.tensor(1.0)}
-        for got, expected in zip(step(alone, objective, (2, 2, 32))[2:], whole[2:], strict=True):
+        for got, expected in zip(step(alone, objective, (2,))[2:], whole[2:], strict=True):
             assert torch.equal(got[0], expected[n])
 
 
@@ -120,7 +119,7 @@ def test_neighbours_are_left_alone() -> None:
     wide = torch.full((2, 3, 1010), 7.0, dtype=torch.bfloat16)
     wide[..., 3:1006] = inputs["logits"]
     view = wide[..., 3:1006]
-    step(inputs | {"logits": view}, objectives.grpo(), (2, 2, 32), out=view)
+    step(inputs | {"logits": view}, objectives.grpo(), (2,), out=view)
     assert (wide[..., :3] == 7).all() and (wide[..., 1006:] == 7).all()
 
 
@@ -128,8 +127,45 @@ def test_neighbours_are_left_alone() -> None:
 def test_devices_without_clusters(major: int) -> None:
     device(major=major, shared=99 << 10)
     check(batch(torch.bfloat16, 1003), objectives.grpo(entropy_coef=0.01))
-    with pytest.raises(RuntimeError, match=r"a row does not fit tile \[2, 2, 32\] on this device"):
-        step(batch(torch.bfloat16, 1003), objectives.grpo(), (2, 2, 32))
+    with pytest.raises(RuntimeError, match="a row does not fit a cluster of 2 blocks on this device"):
+        step(batch(torch.bfloat16, 1003), objectives.grpo(), (2,))
+
+
+KIB = 1 << 10
+UNFUSED = {"none": 0, "device": 1, "layout": 2, "length": 3}
+
+
+def tile_of(vocab: int, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[int, ...]:
+    """(blocks of a cluster, blocks for which a processor has the shared memory, why the step is not fused)."""
+    logits = torch.empty(2, vocab, dtype=dtype)
+    out = layout(torch.empty_like(logits))
+    cluster, blocks, clusters, unfused = torch.ops.r1kernels_cuda.grpo_step_tile(logits, out)
+    assert (clusters > 0) == (unfused == UNFUSED["none"])
+    return cluster, blocks, unfused
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "cluster", "blocks"),
+    [
+        (32_000, torch.bfloat16, 1, 3), (50_257, torch.bfloat16, 2, 4), (128_256, torch.bfloat16, 4, 3),
+        (151_936, torch.bfloat16, 8, 5), (262_144, torch.bfloat16, 8, 3), (32_000, torch.float32, 2, 3),
+        (128_256, torch.float32, 8, 3), (151_936, torch.float32, 8, 2),
+    ],
+)
+def test_several_rows_share_a_processor(vocab: int, dtype: torch.dtype, cluster: int, blocks: int) -> None:
+    """On an H200: blocks of other rows hide what a block waits for, and at least 32 KiB are on their way."""
+    device(processors=132)
+    assert tile_of(vocab, dtype) == (cluster, blocks, UNFUSED["none"])
+    assert blocks >= 2 and blocks * vocab * dtype.itemsize / cluster >= 32 * KIB
+
+
+def test_why_a_step_is_not_fused() -> None:
+    device(processors=132)
+    assert tile_of(262_144, torch.float32)[2] == UNFUSED["length"]
+    assert tile_of(1003, torch.bfloat16, lambda x: x.t().contiguous().t())[2] == UNFUSED["layout"]
+    for major in (8, 12):
+        device(major=major)
+        assert tile_of(1003, torch.bfloat16)[2] == UNFUSED["device"]
 
 
 def test_a_row_that_no_cluster_can_hold() -> None:
@@ -151,10 +187,10 @@ def test_packed_masked_and_weighted(name: str) -> None:
     packed["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     check(packed, objective)
     for shape in (packed["token_ids"].shape,):
-        check(packed | {"mask": testing.random_ids(*shape, vocab=3) > 0}, objective, tile=(2, 1, 32))
+        check(packed | {"mask": testing.random_ids(*shape, vocab=3) > 0}, objective, tile=(2,))
     mask = keep & (testing.random_ids(5, 7, vocab=3) > 0)
     poisoned = {k: testing.poisoned(v, mask) if v.shape[:2] == mask.shape else v for k, v in padded.items()}
-    check(poisoned | {"mask": mask}, objective, tile=(2, 2, 32))
+    check(poisoned | {"mask": mask}, objective, tile=(2,))
 
 
 def test_many_short_sequences_and_one_long() -> None:
@@ -180,7 +216,7 @@ def test_no_tokens(shape: tuple[int, int]) -> None:
     assert loss == 0 and metrics[0] == 0 and metrics[1] == shape[0]
 
 
-@pytest.mark.parametrize(("vocab", "tile"), [(1, ()), (2, ()), (7, ()), (70, (4, 2, 32)), (2003, (4, 7, 32))])
+@pytest.mark.parametrize(("vocab", "tile"), [(1, ()), (2, ()), (7, ()), (70, (4,)), (2003, (4,))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masked_rows_of_few_vectors(vocab: int, tile: tuple[int, ...], dtype: torch.dtype) -> None:
     """Some parts are empty; the first vector of a row may be its last."""
@@ -192,7 +228,7 @@ def test_masked_rows_of_few_vectors(vocab: int, tile: tuple[int, ...], dtype: to
 def test_all_masked() -> None:
     inputs = batch(torch.bfloat16, 300) | {"mask": torch.zeros(5, 7, dtype=torch.bool)}
     inputs["logits"].fill_(math.nan)
-    loss, metrics, logprobs, entropy, grad = step(inputs, objectives.dapo(), (2, 2, 32))
+    loss, metrics, logprobs, entropy, grad = step(inputs, objectives.dapo(), (2,))
     assert loss == 0 and metrics[0] == 0 and not logprobs.any() and not entropy.any() and not grad.any()
 
 
@@ -218,7 +254,7 @@ def test_minus_infinity_is_an_entry_like_any_other(dtype: torch.dtype) -> None:
 def test_a_row_that_is_no_distribution_stays_alone(bad: float, dtype: torch.dtype) -> None:
     inputs = batch(dtype, 1003)
     inputs["logits"][1, 2, 500] = bad
-    _, _, logprobs, entropy, grad = step(inputs, objectives.reinforce(), (2, 2, 32))
+    _, _, logprobs, entropy, grad = step(inputs, objectives.reinforce(), (2,))
     sick = torch.zeros(5, 7, dtype=torch.bool)
     sick[1, 2] = True
     assert torch.equal(logprobs.isnan(), sick) and torch.equal(entropy.isnan(), sick)
@@ -229,7 +265,7 @@ def test_equal_logits_do_not_drift() -> None:
     for dtype in DTYPES:
         inputs = batch(dtype, 100_003, (1, 1))
         inputs["logits"].fill_(0.5)
-        _, _, logprobs, entropy, _ = step(inputs, objectives.grpo(), (2, 2, 64))
+        _, _, logprobs, entropy, _ = step(inputs, objectives.grpo(), (2,))
         torch.testing.assert_close(-logprobs, entropy, rtol=2e-7, atol=0)
         assert abs(float(entropy) - math.log(100_003)) < 1e-6 * math.log(100_003)
 
@@ -240,5 +276,5 @@ def test_a_confident_token_keeps_its_relative_accuracy() -> None:
         inputs["logits"].fill_(0.0)
         inputs["token_ids"].fill_(500)
         inputs["logits"][..., 500] = 25.0
-        logprob = step(inputs, objectives.grpo(), (2, 2, 32))[2]
+        logprob = step(inputs, objectives.grpo(), (2,))[2]
         assert abs(float(logprob) / -math.log1p(1002 * math.exp(-25.0)) - 1) < 1e-5

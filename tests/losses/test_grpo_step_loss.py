@@ -32,10 +32,10 @@ def test_an_id_outside_the_vocabulary(value: int) -> None:
     inputs = batch(torch.bfloat16, 300)
     inputs["token_ids"][1, 2] = value
     with pytest.raises(RuntimeError, match="token_ids holds an id outside"):
-        step(inputs, objectives.grpo(), (2, 2, 32))
+        step(inputs, objectives.grpo(), (2,))
     inputs["mask"] = torch.ones(5, 7, dtype=torch.bool)
     inputs["mask"][1, 2] = False
-    step(inputs, objectives.grpo(), (2, 2, 32))
+    step(inputs, objectives.grpo(), (2,))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_wrong_values(wrong: dict[str, Tensor], message: str) -> None:
     inputs = {k: v.flatten(0, 1) if v.dim() > 1 else v[:2] for k, v in batch(torch.bfloat16, 300).items()}
     inputs |= {"cu_seqlens": torch.tensor([0, 3, 35]), "mask": torch.ones(35, dtype=torch.bool)} | wrong
     with pytest.raises(RuntimeError, match=message):
-        step(inputs, objectives.grpo(), (2, 2, 32))
+        step(inputs, objectives.grpo(), (2,))
 
 
 # ---- grpo_loss ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,16 +71,28 @@ def _kernels(sources: Iterable[Path], watched: bool) -> list[Path]:
     return _objects(sources, ["-O1", *(WATCHED if watched else [])])
 
 
+def _changed(source: Path, texts: Mapping[str, str], watched: bool) -> Path:
+    """An object of a source over other texts of some files, its own among them."""
+    key = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:16]
+    folder = BUILD / f"changed-{key}"
+    (folder / "cuda").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / "cuda" / name).write_text(text, encoding="utf-8")
+    flags = ["-O1", f"-iquote{folder}", *(WATCHED if watched else [])]
+    return _compile(folder / "cuda" / source.name, flags, _headers())
+
+
 def library_of(source: Path, watched: bool = True) -> ctypes.CDLL:
     """A library of one source of kernels, with what it exports (extern "C", default visibility)."""
     return ctypes.CDLL(str(_link([*_kernels([source], watched), *emulator()], ["-ldl"], source.stem)))
 
 
-def operators(watched: bool = True) -> Path:
+def operators(watched: bool = True, changed: Mapping[str, str] | None = None) -> Path:
     """The library that registers all kernels for the CPU: torch.ops.load_library takes it.
 
     Args:
         watched: notices accesses to memory that nothing orders; kernels take about three times as long.
+        changed: {name of a file in csrc/cuda: another text for it}, for the .cu files among them.
     """
     import torch
 
@@ -90,8 +102,12 @@ def operators(watched: bool = True) -> Path:
         ["-O1", "-DR1K_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(folder / "include")],
     )
     sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in NOT_EMULATED]
+    kernels = _kernels(sources, watched)
+    if changed:
+        kernels = [_changed(source, changed, watched) if source.name in changed else path
+                   for source, path in zip(sources, kernels, strict=True)]
     libraries = [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    return _link([*bindings, *_kernels(sources, watched), *emulator()], libraries, "r1kernels_cuda")
+    return _link([*bindings, *kernels, *emulator()], libraries, "r1kernels_cuda")
 
 
 if __name__ == "__main__":

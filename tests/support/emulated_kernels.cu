@@ -13,10 +13,9 @@ namespace {
 // The names are those of test_cuda_emulator.MISTAKES, in order.
 enum Mistake {
   kNone, kNoSyncBlock, kDivergentShuffle, kLanesThatLeave, kDifferentOperations, kPastTheEnd, kMisaligned16,
-  kNoWait, kArrivesTooEarly, kNoFence, kNoBarrierFence, kMisalignedCopy, kCopyPastTheEnd, kArrivesTwice, kNoExpect,
-  kNoWaitForReads, kNoCommit, kRefillsTooEarly, kNoInit, kOverwritesBarrier, kOneDoesNotArrive, kNoSyncAtStart,
-  kLeavesEarly, kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks, kReadsPastTheEnd,
-  kOneDoesNotFence, kNoWaitForKernel
+  kNoWait, kNoBarrierFence, kMisalignedCopy, kCopyPastTheEnd, kArrivesTwice, kNoExpect, kRefillsTooEarly,
+  kLoadsOverStores, kNoInit, kOverwritesBarrier, kOneDoesNotArrive, kNoSyncAtStart, kLeavesEarly,
+  kWaitsForItsBlockOnly, kNoSyncGrid, kLeavesGrid, kChecks, kReadsPastTheEnd, kNoWaitForKernel
 };
 
 // ---- a sum over the block, from warps through shared memory ------------------------------------------------
@@ -44,13 +43,13 @@ __global__ void __launch_bounds__(1024) sum_blocks(const float* x, float* out, i
   R1K_DEVICE_CHECK(mistake != kChecks || blockIdx.x != 1, "block 1 is not welcome");
 }
 
-// ---- twice the input, through a ring of slots: one warp loads and stores, the others work ------------------
+// ---- twice the input, through a ring of slots --------------------------------------------------------------
 
 constexpr int kSlots = 3, kSlotFloats = 64;
 
 struct Ring {
   alignas(128) float slot[kSlots][kSlotFloats];
-  Barrier full[kSlots], empty[kSlots];
+  Barrier full[kSlots];
 };
 
 // chunks [begin, end) of kSlotFloats belong to a block.
@@ -58,53 +57,38 @@ __global__ void __launch_bounds__(1024) double_chunks(const float* x, float* out
   Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared());
   const int begin = static_cast<int>(int64_t{chunks} * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(int64_t{chunks} * (blockIdx.x + 1) / gridDim.x);
-  const int workers = static_cast<int>(blockDim.x) - kWarp;
-  if (threadIdx.x == 0 && mistake != kNoInit) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (thread == 0 && mistake != kNoInit) {
     for (int k = 0; k < kSlots; ++k) {
-      barrier_init(&ring.full[k], 1);
-      barrier_init(&ring.empty[k], workers);
+      // By mistake barrier k of block k waits for two arrivals, of which one never comes.
+      barrier_init(&ring.full[k], mistake == kOneDoesNotArrive && static_cast<int>(blockIdx.x) == k ? 2 : 1);
     }
     if (mistake != kNoBarrierFence) fence_barrier_init();
+    if (mistake == kOverwritesBarrier) ring.slot[kSlots][0] = 0;
   }
   sync_block();
-  if (mistake == kOverwritesBarrier && threadIdx.x == 0) ring.slot[kSlots][0] = 0;
-  sync_block();
-  if (threadIdx.x == 0) {
-    // Chunk k is loaded into slot k % kSlots once chunk k - kSlots has been read from it.
-    const auto load = [&](int k) {
-      float* const slot = ring.slot[k % kSlots];
-      const uint32_t bytes = kSlotFloats * sizeof(float);
-      if (mistake != kNoExpect) {
-        barrier_expect(&ring.full[k % kSlots], bytes);
-      } else {
-        barrier_arrive(&ring.full[k % kSlots]);
-      }
-      const int shift = mistake == kMisalignedCopy ? 2 : mistake == kCopyPastTheEnd ? 4096 : 0;
-      bulk_load(slot + shift, x + int64_t{begin + k} * kSlotFloats, bytes, &ring.full[k % kSlots]);
-    };
-    const int count = end - begin;
-    for (int k = 0; k < kSlots && k < count; ++k) load(k);
-    for (int k = 0; k < count; ++k) {
-      barrier_wait(&ring.empty[k % kSlots], k / kSlots % 2);
-      bulk_store(out + int64_t{begin + k} * kSlotFloats, ring.slot[k % kSlots], kSlotFloats * sizeof(float));
-      if (mistake != kNoCommit) commit_stores();
-      if (k + kSlots < count) {
-        if (mistake != kRefillsTooEarly) wait_stores_read<0>();
-        load(k + kSlots);
-      }
+  // Chunk k is loaded into slot k % kSlots once all threads have read chunk k - kSlots from it.
+  const auto load = [&](int k) {
+    if (thread != 0 || k >= end - begin) return;
+    float* const slot = ring.slot[k % kSlots];
+    Barrier* const full = &ring.full[k % kSlots];
+    const uint32_t bytes = kSlotFloats * sizeof(float);
+    if (mistake == kLoadsOverStores) slot[0] = 0;
+    barrier_expect(full, mistake == kNoExpect ? 0 : bytes);
+    if (mistake == kArrivesTwice) barrier_expect(full, 0);
+    const int shift = mistake == kMisalignedCopy ? 2 : mistake == kCopyPastTheEnd ? 4096 : 0;
+    bulk_load(slot + shift, x + int64_t{begin + k} * kSlotFloats, bytes, full);
+  };
+  for (int k = 0; k < kSlots; ++k) load(k);
+  for (int k = 0; k < end - begin; ++k) {
+    if (mistake == kLeavesEarly && k == end - begin - 1) return;
+    if (mistake != kNoWait) barrier_wait(&ring.full[k % kSlots], k / kSlots % 2);
+    for (int j = thread; j < kSlotFloats; j += threads) {
+      out[int64_t{begin + k} * kSlotFloats + j] = 2 * ring.slot[k % kSlots][j];
     }
-    if (mistake != kNoWaitForReads) wait_stores_read<0>();
-  } else if (warp_id() > 0) {
-    const int worker = static_cast<int>(threadIdx.x) - kWarp;
-    for (int k = 0; k < end - begin; ++k) {
-      Barrier* const empty = &ring.empty[k % kSlots];
-      if (mistake != kNoWait) barrier_wait(&ring.full[k % kSlots], k / kSlots % 2);
-      if (mistake == kArrivesTooEarly) barrier_arrive(empty);
-      for (int j = worker; j < kSlotFloats; j += workers) ring.slot[k % kSlots][j] *= 2;
-      if (mistake != kNoFence && (mistake != kOneDoesNotFence || worker > 0)) fence_for_bulk();
-      if (mistake != kArrivesTooEarly && (mistake != kOneDoesNotArrive || worker > 0)) barrier_arrive(empty);
-      if (mistake == kArrivesTwice && worker == 0) barrier_arrive(empty);
-    }
+    if (mistake == kRefillsTooEarly) load(k + kSlots);
+    sync_block();
+    if (mistake != kRefillsTooEarly) load(k + kSlots);
   }
 }
 
@@ -184,12 +168,6 @@ __global__ void convert(const float* x, float* out, int vectors) {
   }
 }
 
-__global__ void shuffle_many(float* out, int times) {
-  float sum = static_cast<float>(threadIdx.x);
-  for (int k = 0; k < times; ++k) sum += shuffle_xor(sum, 1 + k % (kWarp - 1));
-  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
-}
-
 // ---- for ctypes: the text of an error, or "" ---------------------------------------------------------------
 
 template <typename F>
@@ -253,10 +231,6 @@ EXPORT run_convert(const float* x, float* out, int count, int dtype) {
     if (dtype == 1) launch(convert<BFloat16>, Grid{1, 64}, stream, x, out, count / 8);
     if (dtype == 2) launch(convert<Float16>, Grid{1, 64}, stream, x, out, count / 8);
   });
-}
-
-EXPORT run_shuffle_many(float* out, int threads, int times) {
-  return message_of([=](const Stream& stream) { launch(shuffle_many, Grid{1, threads}, stream, out, times); });
 }
 
 extern "C" __attribute__((visibility("default"))) int clusters_at_once(int cluster, int64_t shared) {

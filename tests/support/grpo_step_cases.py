@@ -15,8 +15,8 @@ EMULATOR = ctypes.CDLL(os.environ["R1KERNELS_CUDA_EMULATOR"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.01}
 OF_TOKENS = {name: fields for name, fields in OBJECTIVES.items() if fields.get("ratio", "token") == "token"}
-# [blocks of a cluster, warps of a block, vectors of a chunk]
-TILES = [(1, 1, 32), (2, 3, 64), (4, 2, 32), (4, 1, 96)]
+# [blocks of a cluster]
+TILES = [(1,), (2,), (4,), (8,)]
 METRICS = (
     "tokens", "sequences", "surrogate_loss", "kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "approx_kl",
     "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_cap_fraction", "active_fraction",

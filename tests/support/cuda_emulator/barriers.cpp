@@ -13,16 +13,6 @@ constexpr int64_t kMostBytes = (1 << 20) - 1;  // a barrier counts so far
 constexpr int kMostArrivals = (1 << 20) - 1;
 constexpr uint64_t kMark = 0x5ba441e45ba441e4u;
 
-void arrive(Block& block, uint64_t* barrier, BarrierState& state) {
-  if (state.pending == 0) {
-    fail("more than " + std::to_string(state.count) + " arrivals in a phase of the barrier at " +
-         block.place_of(barrier));
-  }
-  if (races.watched) give(machine.self().past, state.arrived);
-  --state.pending;
-  end_phase_if_complete(state);
-}
-
 Block& peer(const char* what, const void* p, size_t bytes, int rank) {
   need_hopper(what);
   machine.maybe_yield();
@@ -110,15 +100,13 @@ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   Block& block = *machine.self().block;
   BarrierState& state = state_of(block, barrier, "barrier_expect");
   expect_bytes(block, barrier, state, bytes);
-  arrive(block, barrier, state);
-  machine.maybe_yield();
-}
-
-void barrier_arrive(uint64_t* barrier) {
-  need_hopper("barrier_arrive");
-  machine.maybe_yield();
-  Block& block = *machine.self().block;
-  arrive(block, barrier, state_of(block, barrier, "barrier_arrive"));
+  if (state.pending == 0) {
+    fail("more than " + std::to_string(state.count) + " arrivals in a phase of the barrier at " +
+         block.place_of(barrier));
+  }
+  if (races.watched) give(machine.self().past, state.arrived);
+  --state.pending;
+  end_phase_if_complete(state);
   machine.maybe_yield();
 }
 

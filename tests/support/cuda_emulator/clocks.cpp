@@ -20,9 +20,6 @@ void put_own(Numbers& numbers, const Past& past) {
   put(numbers, places.operations(past.thread / kLanes), past.operations);
   put(numbers, places.previous(), past.previous);
   put(numbers, places.step(past.thread), past.step);
-  put(numbers, places.fenced(past.thread), past.fenced);
-  put(numbers, places.stores_read(past.thread), past.stores_read);
-  put(numbers, places.stores_done(past.thread), past.stores_done);
 }
 
 void merge(Numbers& numbers, const Numbers& others) {
@@ -41,7 +38,7 @@ void begin_clocks(int threads_of_block, int blocks_of_cluster) {
 
 void begin_past(Past& past, int rank, int thread) {
   static const Knowledge nothing = std::make_shared<Numbers>();
-  past = {rank * places.threads_of_block + thread, 1, 0, 0, 0, 0, 0, nothing};
+  past = {rank * places.threads_of_block + thread, 1, 0, 0, nothing};
 }
 
 void meet(const std::vector<Fiber*>& fibers) {
@@ -91,8 +88,6 @@ void take(Past& past, const Knowledge& known) {
   sums[oldest++ % 16] = {past.known, known, both};
   past.known = both;
 }
-
-void fence(Past& past) { past.fenced = past.step++; }
 
 Knowledge end_phase(Gathering& gathering, uint32_t barrier, uint64_t phases) {
   if (!gathering.numbers) gathering.numbers = std::make_shared<Numbers>();

@@ -25,12 +25,9 @@ struct Places {
   uint32_t threads_of_block, threads, warps;
 
   uint32_t step(uint32_t thread) const { return thread; }
-  uint32_t fenced(uint32_t thread) const { return threads + thread; }           // steps before a fence_for_bulk
-  uint32_t stores_read(uint32_t thread) const { return 2 * threads + thread; }  // groups that have left shared memory
-  uint32_t stores_done(uint32_t thread) const { return 3 * threads + thread; }  // that are in global memory
-  uint32_t operations(uint32_t warp) const { return 4 * threads + warp; }       // shuffles and ballots
-  uint32_t previous() const { return 4 * threads + warps; }  // 1: the kernels before this one have ended
-  uint32_t phases(uint32_t barrier) const { return 4 * threads + warps + 1 + barrier; }  // that are over
+  uint32_t operations(uint32_t warp) const { return threads + warp; }  // shuffles and ballots
+  uint32_t previous() const { return threads + warps; }                // 1: the kernels before this one have ended
+  uint32_t phases(uint32_t barrier) const { return threads + warps + 1 + barrier; }  // that are over
 };
 extern Places places;  // of the launch
 
@@ -38,20 +35,11 @@ inline uint32_t number(const Numbers& numbers, uint32_t where) { return where < 
 
 struct Past {
   uint32_t thread;  // in the cluster
-  uint32_t step, fenced, stores_read, stores_done, operations, previous;
+  uint32_t step, operations, previous;
   Knowledge known;  // of the others
 
   bool knows_step(uint32_t of, uint32_t at_least) const {
     return of == thread || number(*known, places.step(of)) >= at_least;
-  }
-  bool knows_fence(uint32_t of, uint32_t at_least) const {
-    return (of == thread ? fenced : number(*known, places.fenced(of))) >= at_least;
-  }
-  bool knows_stores_read(uint32_t of, uint32_t at_least) const {
-    return (of == thread ? stores_read : number(*known, places.stores_read(of))) >= at_least;
-  }
-  bool knows_stores_done(uint32_t of, uint32_t at_least) const {
-    return (of == thread ? stores_done : number(*known, places.stores_done(of))) >= at_least;
   }
   bool knows_operations_of(uint32_t of, uint32_t more_than) const {  // of its warp
     return (of / 32 == thread / 32 ? operations : number(*known, places.operations(of / 32))) > more_than;
@@ -75,7 +63,6 @@ void begin_past(Past& past, int rank, int thread);
 void meet(const std::vector<Fiber*>& fibers);  // all know what any of them knows
 void give(Past& past, Gathering& gathering);
 void take(Past& past, const Knowledge& known);
-void fence(Past& past);
 // What those that wait for the end of a phase take.
 Knowledge end_phase(Gathering& gathering, uint32_t barrier, uint64_t phases);
 

@@ -18,12 +18,12 @@
 //   * lanes that are missing where a whole warp is needed;
 //   * a barrier that is used before its initialisation or without its fence, overwritten, arrived at too often, or
 //     whose phase passes a thread that waits for it;
-//   * bulk copies of a wrong alignment, over one another, of data that no fence has made known to them, or that a block
-//     does not wait for before it ends;
+//   * bulk copies of a wrong alignment, over one another or over a thread's stores, or that a block does not wait for
+//     before it ends;
 //   * accesses to the shared memory of a block that has not begun or has ended.
 //
 // Wrong numbers come from everything that is read too early: fresh shared memory and the target of a copy in flight
-// are all ones, NaN in every floating-point type, and copies read and write as late as they may.
+// are all ones, NaN in every floating-point type, and copies take place as late as they may.
 //
 // Not emulated: the order in which a GPU's memory shows stores to threads that nothing orders (they are races here),
 // time, and the bounds of global memory.
@@ -82,15 +82,9 @@ unsigned ballot(bool predicate);
 void barrier_init(uint64_t* barrier, int arrivals);
 void fence_barrier_init();
 void barrier_expect(uint64_t* barrier, uint32_t bytes);
-void barrier_arrive(uint64_t* barrier);
 void barrier_wait(uint64_t* barrier, int parity, bool of_cluster);
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
-void bulk_store(void* global, const void* shared, uint32_t bytes);
-void commit_stores();
-void wait_stores_read(int pending);
-void wait_stores_done();
-void fence_for_bulk();
 
 int cluster_rank();
 int cluster_blocks();

@@ -47,7 +47,6 @@ void enter_fiber() {
     thrown = std::string("a kernel throws: ") + error.what();
   }
   if (!thrown.empty()) machine.fail(thrown);
-  check_stores_waited(machine.self());
   machine.self().at = At::ended;
   machine.suspend();
 }
@@ -163,8 +162,6 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
   block.shared = reinterpret_cast<unsigned char*>(begin);
   for (size_t k = 0; k < kGuard; ++k) block.shared[shape.shared + k] = guard_byte(k);
   std::memset(block.shared, kPoison, shape.shared);
-  block.known.assign((shape.shared + 15) / 16 * 16, kPoison);
-  block.known_at.assign(block.known.size() / 16, 0);
 
   if (races.watched) block.cells = std::vector<Cell>((shape.shared + 15) / 16);
 
@@ -187,8 +184,6 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
     fiber->warp = &warp;
     fiber->thread = thread;
     fiber->level = spread_ == 1 ? random() % kLevels : spread_ == 2 ? level_of_warp : level_of_block;
-    fiber->open = nullptr;
-    fiber->groups.clear();
     begin_past(fiber->past, rank, thread);
     prepare(fiber->context, fiber->stack, enter_fiber);
     block.fibers.push_back(fiber);
@@ -232,7 +227,7 @@ void Machine::end_block(Block& block) {
   }
   if (races.watched) races.end_block(block);
   for (const Copy& copy : copies) {
-    if (copy.block == &block && copy.kind == Copy::load) {
+    if (copy.block == &block) {
       fail("block " + std::to_string(block.index) + " has ended before a bulk load into its shared memory, offset " +
            std::to_string(copy.shared - block.shared));
     }
@@ -340,7 +335,6 @@ void Machine::run(const LaunchShape& launch_shape, const Properties& launch_prop
         resume(*fiber);
         Unit* unit = fiber->block->unit;
         if (unit->meeting.alive == 0 && !shape.cooperative) {
-          // Copies still write, from memory of their own, what blocks have stored.
           const auto ended = std::find_if(units_.begin(), units_.end(), [&](auto& u) { return u.get() == unit; });
           units_.erase(ended);
         }

@@ -26,8 +26,7 @@ struct Fiber;
 
 // Where a fiber is while it does not run.
 enum class At : uint8_t {
-  ready, sync_block, sync_warp, shuffle_xor, shuffle_from, ballot, sync_grid, sync_cluster, barrier_wait, stores_read,
-  stores_done, ended
+  ready, sync_block, sync_warp, shuffle_xor, shuffle_from, ballot, sync_grid, sync_cluster, barrier_wait, ended
 };
 
 // All threads of a block, cluster or grid that have not ended; those that wait for the others.
@@ -58,23 +57,14 @@ struct BarrierState {
   Knowledge released;  // by the phases that are over
 };
 
-// Bulk stores that one thread has committed together.
-struct StoreGroup {
-  uint32_t number;  // of the thread's, from 1
-  int copies = 0, unread = 0, unwritten = 0;
-  bool waited = false;  // for its reads
-};
-
+// A bulk load on its way.
 struct Copy {
-  enum Kind { load, store_read, store_write } kind;
   Block* block;
   unsigned char* shared;
-  unsigned char* global;
+  const unsigned char* global;
   uint32_t bytes;
-  uint64_t* barrier = nullptr;
-  std::shared_ptr<StoreGroup> group;
-  Fiber* fiber = nullptr;           // of a store: who may wait for it
-  std::vector<unsigned char> data;  // taken already: by a load at once, or by a store
+  uint64_t* barrier;
+  std::vector<unsigned char> data;  // where it was read at once
 };
 
 struct Fiber {
@@ -86,12 +76,9 @@ struct Fiber {
   int level;  // higher ones run first, mostly
   At at;
   uint64_t value;  // given to a warp's operation, and what it gives back
-  int argument;    // of a shuffle; parity of a wait; groups that may remain
+  int argument;    // of a shuffle; parity of a wait
   uint64_t* barrier;
-  uint64_t phase;
   Past past;
-  std::shared_ptr<StoreGroup> open;                  // not committed yet
-  std::vector<std::shared_ptr<StoreGroup>> groups;   // committed, oldest first
 };
 
 struct Unit {
@@ -111,10 +98,6 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Fiber*> fibers;
   std::unordered_map<uint64_t*, BarrierState> barriers;
-  // What bulk copies know of shared memory, and the number of fences when they learnt it, for each 16 bytes.
-  std::vector<unsigned char> known;
-  std::vector<uint32_t> known_at;
-  uint32_t fences = 0;
   // Where kernels are watched: what has been done to shared memory, by whom from outside, by loads for which barriers;
   // and what the threads know that have ended.
   std::vector<Cell> cells;
@@ -193,7 +176,6 @@ void expect_bytes(Block& block, uint64_t* barrier, BarrierState& state, int64_t 
 void end_phase_if_complete(BarrierState& state);
 // Of copies.cpp.
 void complete_one_copy();
-void check_stores_waited(const Fiber& fiber);
 
 }  // namespace emulator
 }  // namespace gpu

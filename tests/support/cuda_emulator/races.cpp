@@ -24,7 +24,6 @@ std::string name_of(const Access& access, bool write) {
   std::string name;
   switch (access.kind) {
     case Access::load: name = "a bulk_load of block " + std::to_string(access.block); break;
-    case Access::store: name = "a bulk_store of " + thread_name(access.who, access.block); break;
     default: name = std::string(write ? "a write" : "a read") + " by " + thread_name(access.who, access.block);
   }
   const std::string line = access.code == 0 ? "" : line_of(reinterpret_cast<const char*>(&races) + access.code);
@@ -58,9 +57,6 @@ bool Races::over(const Access& access, bool was_read) const {
   const Past& past = fiber.past;
   switch (access.kind) {
     case Access::load: return past.knows_phase(access.who, access.when);
-    case Access::store:
-      return was_read ? past.knows_stores_read(access.who, access.when)
-                      : past.knows_stores_done(access.who, access.when);
     default:
       return past.knows_step(access.who, access.when) ||
              (was_read && past.knows_operations_of(access.who, access.operations));
@@ -108,14 +104,6 @@ void Races::add_read(History& history, const Access& access) {
   }
 }
 
-// Bulk copies do not see ordinary stores by themselves.
-void Races::check_fenced(const Access& write, const Access& copy, Place place) const {
-  if (write.kind != Access::ordinary || place.block == nullptr || write.era < era_) return;
-  if (machine.self().past.knows_fence(write.who, write.when)) return;
-  machine.fail(std::string(copy.kind == Access::load ? "bulk_load" : "bulk_store") + " and " + name_of(place) +
-               ": no fence_for_bulk after " + emulator::name_of(write, true));
-}
-
 void Races::look(History& history, Place place, const Access& access, bool writes) {
   const auto check = [&](const Access& other, bool wrote) {
     if (over(other, !wrote)) return;
@@ -126,7 +114,10 @@ void Races::look(History& history, Place place, const Access& access, bool write
                           : emulator::name_of(other, wrote)));
   };
   check(history.write, true);
-  if (access.kind != Access::ordinary) check_fenced(history.write, access, place);
+  if (access.kind == Access::load && history.write.kind == Access::ordinary && place.block != nullptr) {
+    machine.fail("bulk_load into " + name_of(place) + " after " + emulator::name_of(history.write, true) +
+                 ": without a fence a bulk copy is not ordered after a thread's stores");
+  }
   if (!writes) {
     add_read(history, access);
     return;
@@ -220,12 +211,6 @@ void Races::load(Block& block, const void* shared, const void* global, uint32_t 
   block.loads[barrier] = copy.when;
   look({reinterpret_cast<uintptr_t>(global), nullptr}, bytes, copy, false);
   look({reinterpret_cast<uintptr_t>(shared), &block}, bytes, copy, true);
-}
-
-void Races::store(Block& block, const void* global, const void* shared, uint32_t bytes, uint32_t group) {
-  const Access copy = access(Access::store, machine.self().past.thread, group, nullptr);
-  look({reinterpret_cast<uintptr_t>(shared), &block}, bytes, copy, false);
-  look({reinterpret_cast<uintptr_t>(global), nullptr}, bytes, copy, true);
 }
 
 void Races::end_block(const Block& block) {

@@ -2,9 +2,9 @@
 //
 // Kernels compiled with -fsanitize=thread call a function at each access to memory; races.cpp defines those functions,
 // and the sanitizer's own library is not linked.  Two accesses to the same two bytes, one of them a write, of which
-// neither thread knows that the other's is over (clocks.h), are a race.  Bulk copies take part as threads of their own:
-// a load is over for those who have waited for its barrier, a store for its thread when that has waited, and neither
-// may meet ordinary stores that their thread has not fenced.  Without that flag nothing here is called.
+// neither thread knows that the other's is over (clocks.h), are a race.  A bulk copy takes part like another thread:
+// it is over for those who have waited for its barrier.  It may not write where a thread of the block has stored, as
+// the two need a fence and kernels have none for it.  Without that flag nothing here is called.
 #pragma once
 
 #include <array>
@@ -24,10 +24,10 @@ struct Block;
 struct Fiber;
 
 struct Access {
-  enum Kind : uint32_t { none, ordinary, load, store };  // the last two: of bulk copies
+  enum Kind : uint32_t { none, ordinary, load };  // the last: of a bulk copy
   Kind kind : 2;
   uint32_t who : 30;    // thread of the cluster; of a load, its barrier
-  uint32_t when;        // step; of a load, the phase's number from 1, of a store that of its group
+  uint32_t when;        // step; of a load, the phase's number from 1
   uint32_t operations;  // of the warp until then
   uint32_t block;       // that it comes from
   uint32_t era;         // sync_grid begins another, and so does a launch
@@ -62,7 +62,6 @@ class Races {
   void touch_remote(Block& block, const void* p, size_t bytes);
   void touch_barrier(const Access& initialised, const std::string& barrier);
   void load(Block& block, const void* shared, const void* global, uint32_t bytes, uint32_t barrier, uint64_t phase);
-  void store(Block& block, const void* global, const void* shared, uint32_t bytes, uint32_t group);
   void visit(Block& block, const char* what);  // of another block of the cluster
   Access access(Access::Kind kind, uint32_t who, uint32_t when, const void* code) const;
 
@@ -79,7 +78,6 @@ class Races {
   void look(Cell& cell, Place place, size_t bytes, const Access& access, bool writes);
   void look(History& history, Place place, const Access& access, bool writes);
   void add_read(History& history, const Access& access);
-  void check_fenced(const Access& write, const Access& copy, Place place) const;
   Cell& cell(Place place);
   std::string name_of(Place place) const;
 

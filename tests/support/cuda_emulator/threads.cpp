@@ -19,8 +19,6 @@ const char* name_of(At at) {
     case At::sync_grid: return "sync_grid";
     case At::sync_cluster: return "sync_cluster";
     case At::barrier_wait: return "barrier_wait";
-    case At::stores_read: return "wait_stores_read";
-    case At::stores_done: return "wait_stores_done";
     case At::ended: return "its end";
   }
   return "";

@@ -15,7 +15,6 @@ using Barrier = uint64_t;
 inline void barrier_init(Barrier* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() { emulator::fence_barrier_init(); }
 inline void barrier_expect(Barrier* barrier, uint32_t bytes) { emulator::barrier_expect(barrier, bytes); }
-inline void barrier_arrive(Barrier* barrier) { emulator::barrier_arrive(barrier); }
 inline void barrier_wait(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity, false); }
 inline void barrier_wait_cluster(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity, true); }
 
@@ -24,16 +23,6 @@ inline void barrier_wait_cluster(Barrier* barrier, int parity) { emulator::barri
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   emulator::bulk_load(shared, global, bytes, barrier);
 }
-inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  emulator::bulk_store(global, shared, bytes);
-}
-inline void commit_stores() { emulator::commit_stores(); }
-template <int kPending>
-void wait_stores_read() {
-  emulator::wait_stores_read(kPending);
-}
-inline void wait_stores_done() { emulator::wait_stores_done(); }
-inline void fence_for_bulk() { emulator::fence_for_bulk(); }
 
 // ---- clusters ----------------------------------------------------------------------------------------------
 
