@@ -82,7 +82,7 @@ def _kernels() -> list[str]:
     lines.append(f"{'grpo_step':<18}CUDA alone, for grpo_loss of logits; token_stats and policy_loss serve a call if")
     lines += [f"{'':<20}{reason}" for reason in grpo_step.REASONS]
     lines.append(f"{'':<18}it reads the logits twice if")
-    return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES]
+    return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]
 
 
 def _triton() -> str:

@@ -41,8 +41,8 @@ def launched(run: Callable[[], object]) -> list[str]:
 
 def look(setting: Setting, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     inputs = make_problem(Logits(64 if setting.small else TOKENS, vocab), setting, dtype)[0].inputs
-    found: dict[str, Any] = {"vocab": vocab, "dtype": name_of(dtype), "tile": grpo_step.chosen_tile(inputs["logits"])}
-    found["fused"] = None if found["tile"] is None else bool(found["tile"])
+    tile = grpo_step.chosen_tile(inputs["logits"])
+    found: dict[str, Any] = {"vocab": vocab, "dtype": name_of(dtype), **tile._asdict(), "fused": not tile.passes}
     if setting.device.type == "cuda":
         found["kernels"] = [name[:100] for name in launched(lambda: step(inputs))]
         if found["kernels"]:  # none where the profiler does not work
@@ -54,14 +54,15 @@ def look(setting: Setting, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def sentence(found: dict[str, Any]) -> str:
     place = f"V = {found['vocab']}, {found['dtype']}"
-    tile = "" if not found.get("tile") else f", tile {found['tile']}"
     if found.get("error"):
         return f"{place}: {found['error']}"
-    if found["fused"]:
-        return f"{place}: launches {KERNEL}{tile}"
-    if found["fused"] is None:
-        return f"{place}: no way to tell which kernel ran"
-    return f"{place}: DOES NOT launch {KERNEL}, it works in passes: {', '.join(found.get('kernels', ()))}"
+    kernels = ", ".join(found.get("kernels", ()))
+    if not found["fused"]:
+        return f"{place}: DOES NOT launch {KERNEL}: {found['passes'] or 'no reason is given'}; it launches {kernels}"
+    return (
+        f"{place}: launches {KERNEL} by clusters of {found['cluster']}, {found['blocks']} blocks a processor, "
+        f"{found['clusters']} clusters at once{'' if kernels else ' (the profiler saw no kernel)'}"
+    )
 
 
 def run(setting: Setting, folder: Path) -> int:

@@ -12,7 +12,7 @@ The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implement
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,25 @@ REASONS: dict[str, Callable[[Tensor, LossInputs], bool]] = {
         lambda logits, inputs: _library.gpu_kernels("grpo_step", logits) != "cuda"
     ),
 }
-# The operator itself finds this out. It then reads the logits twice.
-PASSES = (
-    "a row does not fit into the shared memory of a cluster", "the GPU has no clusters",
-    "logits and their gradient are not aligned alike within 16 bytes",
-)
+# The operator itself finds these out, by the numbers of `Unfused` in csrc/cuda/grpo_step.h. Separate passes then read
+# the logits twice.
+PASSES = {
+    1: "the GPU has no clusters of blocks",
+    2: "the gradient does not lie as the logits do, aligned alike within 16 bytes",
+    3: "a row is too long for the shared memory of a cluster",
+    4: "the CUDA runtime does not launch such clusters",
+}
+
+
+class Tile(NamedTuple):
+    """How the operator cuts a row: `cluster` blocks take it, a processor has the shared memory of `blocks` blocks, and
+    the device runs so many `clusters` at once. `passes` says why separate passes replace the fused kernel; it is empty
+    if they do not."""
+
+    cluster: int
+    blocks: int
+    clusters: int
+    passes: str
 
 
 def why_not(logits: Tensor, inputs: LossInputs) -> str:
@@ -56,11 +70,12 @@ def serves(logits: Tensor, inputs: LossInputs) -> bool:
     return not why_not(logits, inputs)
 
 
-def chosen_tile(logits: Tensor) -> list[int] | None:
-    """How the operator cuts the rows of logits, [blocks of a cluster]; empty if it works in passes, None if this build
-    cannot tell. The gradient is taken to be contiguous, as that of the loss is."""
-    tell = getattr(torch.ops.r1kernels_cuda, "grpo_step_tile", None)
-    return None if tell is None else [int(value) for value in tell(logits)]
+def chosen_tile(logits: Tensor, grad_logits: Tensor | None = None) -> Tile:
+    """How the operator serves logits on a GPU. The gradient is contiguous unless another one is given."""
+    if grad_logits is None:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    *sizes, unfused = torch.ops.r1kernels_cuda.grpo_step_tile.default(logits, grad_logits)
+    return Tile(*sizes, PASSES.get(unfused, f"reason {unfused}") if unfused else "")
 
 
 def _kernel(

@@ -14,6 +14,8 @@ from gpu.progress import Progress
 from gpu.setting import OURS, Candidate, Case, Setting
 from gpu.timing import Timed
 
+from r1kernels.ops import grpo_step
+
 SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
 HASH = "5678"
 
@@ -100,7 +102,9 @@ def test_passes_in_place_of_the_fused_kernel_are_said_aloud(
 ) -> None:
     def look(setting: Setting, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
         kernel = "statistics_kernel" if vocab in slow else "void r1k::step_kernel<BFloat16>"
-        return {"vocab": vocab, "dtype": str(dtype)[6:], "tile": [], "kernels": [kernel], "fused": vocab not in slow}
+        tile = grpo_step.Tile(2, 3, 198, "too long" if vocab in slow else "")
+        place = {"vocab": vocab, "dtype": str(dtype)[6:], "kernels": [kernel]}
+        return {**place, **tile._asdict(), "fused": not tile.passes}
 
     monkeypatch.setattr(Setting, "fused_step", True)
     monkeypatch.setattr(launches, "look", look)
@@ -108,7 +112,7 @@ def test_passes_in_place_of_the_fused_kernel_are_said_aloud(
     assert launches.run(SMALL._replace(small=False), tmp_path) == status
     said = capsys.readouterr().out
     assert ("V = 32000, bfloat16: launches step_kernel" in said) == (32_000 not in slow)
-    assert said.count("DOES NOT launch step_kernel") == sum(
+    assert said.count("DOES NOT launch step_kernel: too long; it launches statistics_kernel") == sum(
         vocab in slow for vocab, _ in launches.shapes(SMALL._replace(small=False))
     )
     records.append(tmp_path, "run", {"device": "NVIDIA X", "kernels": HASH})

@@ -1,6 +1,8 @@
 """Which calls the fused step serves, and what is said about the others, on a machine without a GPU."""
 
 import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,13 +57,19 @@ def test_the_fused_step_says_why_it_does_not_serve(
     assert grpo_step.why_not(logits, inputs) == reason and not grpo_step.serves(logits, inputs)
 
 
-def test_the_tile_of_the_fused_step_is_asked_of_its_operator(
-    call: tuple[torch.Tensor, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operators = SimpleNamespace(r1kernels_cuda=SimpleNamespace())
-    monkeypatch.setattr(grpo_step, "torch", SimpleNamespace(ops=operators))
-    assert grpo_step.chosen_tile(call[0]) is None
-    operators.r1kernels_cuda.grpo_step_tile = lambda logits: torch.tensor([4])
-    assert grpo_step.chosen_tile(call[0]) == [4]
-    operators.r1kernels_cuda.grpo_step_tile = lambda logits: []
-    assert grpo_step.chosen_tile(call[0]) == []
+def test_every_reason_of_the_operator_has_a_text() -> None:
+    """The numbers are those of an enumeration in C++."""
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "grpo_step.h").read_text()
+    enumeration = re.search(r"enum class Unfused : int \{(.*?)\};", header, re.DOTALL).group(1)
+    assert {int(number) for number in re.findall(r"\w+ = (\d+),", enumeration)} == {0, *grpo_step.PASSES}
+
+
+@pytest.mark.parametrize("unfused", [0, *grpo_step.PASSES])
+def test_the_operator_tells_its_tile(unfused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tile(logits: torch.Tensor, grad_logits: torch.Tensor) -> tuple[int, int, int, int]:
+        assert grad_logits.shape == logits.shape and grad_logits.is_contiguous()
+        return 4, 3, 99, unfused
+
+    operators = SimpleNamespace(r1kernels_cuda=SimpleNamespace(grpo_step_tile=SimpleNamespace(default=tile)))
+    monkeypatch.setattr(grpo_step, "torch", SimpleNamespace(ops=operators, empty=torch.empty))
+    assert grpo_step.chosen_tile(torch.zeros(2, 8).T) == (4, 3, 99, grpo_step.PASSES.get(unfused, ""))
