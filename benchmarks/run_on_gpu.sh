@@ -141,7 +141,7 @@ built_elsewhere() {
         "$PYTHON" -c 'import torch, r1kernels._C' 2>/dev/null
     else
         [ -n "${R1KERNELS_PREBUILT:-}" ] &&
-            "$PYTHON" -c 'import sys; from r1kernels import _library as x; sys.exit(x.cuda_missing("cuda"))'
+            "$PYTHON" -c 'from r1kernels import _library; raise SystemExit(_library.cuda_missing("cuda") or 0)'
     fi
 }
 

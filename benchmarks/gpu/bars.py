@@ -67,8 +67,8 @@ class Rows:
     def ratio(self, above: float | None, *below: float | None) -> float | None:
         return None if above is None or None in below else above / sum(below)
 
-    def of_products(self, place: tuple[str, str, str]) -> float | None:
-        return self.ratio(self.field(place, "median_us"), self.field(place, "median_us", PRODUCTS))
+    def of_products(self, place: tuple[str, str, str], candidate: str) -> float | None:
+        return self.ratio(self.field(place, "median_us", candidate), self.field(place, "median_us", PRODUCTS))
 
 
 def evaluate(rows: list[Row], main: str = MAIN, head: str = HEAD, launches: Sequence[Row] = ()) -> list[Bar]:
@@ -139,7 +139,9 @@ def _of_heads(rows: Rows, head: str) -> Iterator[Bar]:
         *(("linear_grpo_loss", case, limit) for case, limit in HEAD_CASES),
     ):
         place = (op, case, head)
-        yield Bar(f"{op}, {case}, times the three bare products", place, rows.of_products(place), limit, False, "x")
+        for candidate, told in ((OURS, ""), (CUDA, " (cuda)")):
+            value = rows.of_products(place, candidate)
+            yield Bar(f"{op}, {case}{told}, times the three bare products", place, value, limit, False, "x", candidate)
     dense = rows.field(("linear_grpo_loss", HEAD_CASES[0][0], head), "median_us")
     for case, limit in HEAD_CASES:
         place = ("linear_grpo_loss", case, head)

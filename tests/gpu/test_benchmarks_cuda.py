@@ -15,7 +15,7 @@ import torch
 from gpu import bars, sanitize
 from gpu.cases import of_group
 from gpu.cases.grpo_loss import ALL, MASKED
-from gpu.setting import CUDA, OURS, Candidate, Setting, by_cuda, with_cuda
+from gpu.setting import CUDA, OURS, PRODUCTS, Candidate, Setting, by_cuda, with_cuda
 from gpu.step import IN_PLACE, STEP
 from gpu.timing import Timed
 from test_benchmarks_gpu import row
@@ -83,6 +83,8 @@ def measured() -> list[dict[str, Any]]:
         row("grpo_loss", LOSS, main, STEP, "float32", median_us=1, share_of_copy=2.0),
         row("grpo_loss", LOSS, "256 x 151936", STEP, median_us=50, share_of_copy=0.81),
         row("grpo_loss", LOSS, "8192 x 50257", STEP, median_us=50, share_of_copy=0.84),
+        row("linear_grpo_loss", "60 % clipped", bars.HEAD, CUDA, median_us=24e3),
+        row("linear_grpo_loss", "60 % clipped", bars.HEAD, PRODUCTS, median_us=40e3),
         row(bars.POLICY, "forward, graph", "8 x 512 tokens", CUDA, "float32", median_us=11.5),
         row(bars.POLICY, "forward, graph", "8 x 512 tokens", OURS, "float32", median_us=19),
     ]
@@ -116,6 +118,14 @@ def test_bars_of_the_fused_step() -> None:
             for case, shape in (
                 ("statistics", bars.MAIN), ("statistics", bars.SHORT), ("gradient", bars.MAIN),
                 ("gradient", bars.SHORT), ("gradient in place", bars.MAIN),
+            )
+        },
+        "linear_grpo_loss, 60 % clipped (cuda), times the three bare products": (pytest.approx(0.6), "met"),
+        **{
+            f"{place} (cuda), times the three bare products": (None, "not measured")
+            for place in (
+                "linear_policy_head, GRPO with an entropy bonus", "linear_cross_entropy, forward + backward",
+                "linear_grpo_loss, all tokens active", "linear_grpo_loss, 60 % known inactive",
             )
         },
         "policy loss + advantages at 4k tokens (cuda)": (11.5, "met"),

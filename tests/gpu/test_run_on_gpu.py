@@ -133,6 +133,18 @@ def test_bad_arguments_are_refused(tmp_path: Path, stub: dict[str, str], argumen
     assert completed.returncode == 2 and said in completed.stderr
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_an_extension_that_was_built_elsewhere_is_used_if_it_serves(
+    serves: bool, tmp_path: Path, stub: dict[str, str]
+) -> None:
+    stub["R1KERNELS_GPU_REHEARSAL"] = ""
+    run(tmp_path / "out", "ceilings", **stub | {
+        "R1KERNELS_PREBUILT": "1", "R1KERNELS_CUDA_ARCHS": "90a", "FAILS": "none" if serves else "cuda_missing",
+    })
+    built = [line for line in Path(stub["CALLS"]).read_text().splitlines() if line.startswith("setup.py")]
+    assert built == ([] if serves else ["setup.py -q build_ext --inplace"])
+
+
 def test_peers_come_from_a_folder(tmp_path: Path, stub: dict[str, str]) -> None:
     """Wheels by pip, and archives of unpacked wheels; the folder's name is what QuACK looks for."""
     wheels = tmp_path / "wheels"

@@ -32,7 +32,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         }
         yield loss_case(
             "linear_cross_entropy", "forward + backward", shape, hidden.dtype, problem, functions,
-            eager.linear_cross_entropy, few=16, extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
+            eager.linear_cross_entropy, few=16, cuda=setting,
+            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
             flop=6 * shape.tokens * shape.width * shape.vocab, bytes=3 * (hidden.nbytes + weight.nbytes),
             inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),
         )

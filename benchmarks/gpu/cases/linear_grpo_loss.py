@@ -93,7 +93,7 @@ def cases(setting: Setting) -> Iterator[Case]:
             functions |= peers(setting, {"Liger": _liger}) | with_eager(eager.linear_grpo_loss, setting, compiled=True)
         yield loss_case(
             "linear_grpo_loss", case, shape, hidden.dtype, problem, functions, eager.linear_grpo_loss, few=1,
-            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
+            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))}, cuda=setting,
             flop=6 * shape.tokens * shape.width * shape.vocab,
             bytes=3 * (hidden.nbytes + weight.nbytes),
             inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),

@@ -70,7 +70,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         }
         yield loss_case(
             "linear_policy_head", ENTROPY, shape, hidden.dtype, problem, functions, eager.linear_policy_loss, few=1,
-            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))},
+            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))}, cuda=setting,
             flop=6 * shape.tokens * shape.width * shape.vocab,
             bytes=3 * (hidden.nbytes + weight.nbytes),
             inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),
