@@ -27,8 +27,8 @@ STAGES=(
     peers losses tests memcheck logits scoring check rest tune
 )
 declare -A SHARE=(
-    [ceilings]=10 [launches]=15 [kernels]=40 [step]=45 [head]=45 [tests-step]=35 [racecheck]=25
-    [peers]=100 [losses]=45 [tests]=55 [memcheck]=25 [logits]=40 [scoring]=25 [check]=15 [rest]=20 [tune]=15
+    [ceilings]=15 [launches]=15 [kernels]=40 [step]=45 [head]=45 [tests-step]=35 [racecheck]=25
+    [peers]=100 [losses]=45 [tests]=50 [memcheck]=25 [logits]=40 [scoring]=25 [check]=15 [rest]=20 [tune]=15
 )
 REPORT=15 BUILD=300
 WITHOUT_EXTENSION=" ceilings head " # these run while it is built
