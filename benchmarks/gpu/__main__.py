@@ -73,7 +73,7 @@ def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int
     records.append(folder, "run", environment)
     hash_ = environment["kernels"]
     progress = Progress(folder, group, hash_)
-    status = 0
+    status, seen = 0, 0
 
     def broken(module: str, error: Exception) -> None:
         nonlocal status
@@ -83,6 +83,7 @@ def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int
         records.append(folder, "result", {**row, "error": measure.failure(error), "kernels": hash_})
 
     for case in group_cases(group, setting, broken):
+        seen += 1
         if not progress.is_due(case.key):
             continue
         if time.monotonic() > deadline:
@@ -105,6 +106,9 @@ def run_group(group: str, setting: Setting, folder: Path, seconds: float) -> int
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
+    if not seen and setting.device.type == "cuda":
+        print(f"{group}: no case can run here", flush=True)
+        return FAILED
     return status
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gpu import __main__ as command
-from gpu import launches, records, report, sanitize
+from gpu import launches, records, report, sanitize, timing
 from gpu.progress import Progress
 from gpu.setting import OURS, Candidate, Case, Setting
 from gpu.timing import Timed
@@ -94,6 +94,17 @@ def test_the_sanitizer_runs_every_operation() -> None:
 def test_without_the_kernels_nothing_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launches.run(SMALL, tmp_path) == 0
     assert "nothing is launched" in capsys.readouterr().out and records.read(tmp_path) == []
+
+
+def test_a_gpu_without_the_kernels_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage is then tried again by the next command."""
+    on_gpu = SMALL._replace(device=torch.device("cuda"))
+    monkeypatch.setattr(Setting, "fused_step", False)
+    monkeypatch.setattr(command, "clock_of", lambda device: timing.HostClock())
+    monkeypatch.setattr(records, "environment", lambda device: {"kernels": HASH})
+    assert launches.run(on_gpu, tmp_path) == 1
+    assert command.run_group("step", on_gpu, tmp_path, 60) == command.FAILED
+    assert command.run_group("step", SMALL, tmp_path, 60) == 0
 
 
 @pytest.mark.parametrize("slow, status", [(set(), 0), ({32_000}, 1), ({262_144}, 0)])
