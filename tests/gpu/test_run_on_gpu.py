@@ -105,11 +105,11 @@ def test_the_next_command_begins_with_what_failed_and_repeats_nothing(tmp_path: 
     assert ran.index("launches") < ran.index("kernels") < ran.index("step") < ran.index("head") < ran.index("peers")
     (out / "results.jsonl").write_text('{"kind": "run"}\n')
     state = out / "stages.tsv"
-    known = [line for line in state.read_text().splitlines() if not line.startswith("ceilings")]
+    known = [line for line in state.read_text().splitlines() if not line.startswith("rest")]
     state.write_text("\n".join([*known, "tune\tcut off\t0\t1", "kernels\tout of time\t40\t1"]) + "\n")
     Path(stub["CALLS"]).unlink()
     run(later, "--resume", out, **stub)
-    assert calls(stub) == ["kernels", "peers", "tune", "ceilings", "report"]
+    assert calls(stub) == ["kernels", "peers", "tune", "rest", "report"]
     assert (later / "results.jsonl").read_text() == '{"kind": "run"}\n'
     assert statuses(later)["peers"] == "done"
     Path(stub["CALLS"]).unlink()
