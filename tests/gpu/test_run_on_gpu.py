@@ -102,7 +102,7 @@ def test_the_next_command_begins_with_what_failed_and_repeats_nothing(tmp_path: 
     out, later = tmp_path / "out", tmp_path / "later"
     assert run(out, **stub | {"FAILS": "gpu peers"}).returncode == 1
     ran = calls(stub)
-    assert ran.index("launches") < ran.index("kernels") < ran.index("step") < ran.index("head") < ran.index("peers")
+    assert ran.index("launches") < ran.index("kernels") < ran.index("step") < ran.index("peers")
     (out / "results.jsonl").write_text('{"kind": "run"}\n')
     state = out / "stages.tsv"
     known = [line for line in state.read_text().splitlines() if not line.startswith("rest")]
@@ -201,6 +201,13 @@ def test_a_peer_that_ended_an_attempt_is_left_out_of_the_next(attempt: Callable[
     assert found.is_due(KEY) and found.suspects(KEY) == {"a peer": progress.ENDED}
     again = attempt(1, COPY)
     assert not again.is_due(KEY) and set(again.suspects(KEY)) == {"a peer"}
+
+
+@pytest.mark.parametrize("end", [{"end": "finished", "failed": True}, {"end": "stopped"}])
+def test_a_peer_is_not_left_out_for_an_attempt_that_was_closed(
+    end: dict[str, Any], attempt: Callable[..., Progress]
+) -> None:
+    assert attempt(1, "a peer", **end).suspects(KEY) == {}
 
 
 def test_other_kernels_and_groups_are_others(attempt: Callable[..., Progress], tmp_path: Path) -> None:
