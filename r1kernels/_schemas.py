@@ -72,7 +72,7 @@ _CUDA_LIBRARY.define("grpo_step_tile(Tensor logits, Tensor grad_logits) -> (int,
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
     "Tensor? temperatures, float temperature, float logit_scale, float softcap, ScalarType logits_dtype, int rows, "
-    "int capacity, bool batch_invariant"
+    "int gradient_rows, int capacity, bool batch_invariant"
 )
 # Gradients of hidden (N, H), weight (V, H), bias (V,), lora_a (H, R) and lora_b (R, V); (0,) unless needed.
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
@@ -268,7 +268,7 @@ def _(*_: Any) -> None:
 
 @_fake("linear_divergence")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    ids, teacher_hidden = args[4], args[14]
+    ids, teacher_hidden = args[4], args[15]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
     measured = hidden.new_empty(
         (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import values_are_free
-from r1kernels.ops.linear_head import Needs
+from r1kernels.ops.linear_types import Needs
 from r1kernels.ops.token_stats import row_blocks
 
 Shape = tuple[torch.Size, torch.dtype]

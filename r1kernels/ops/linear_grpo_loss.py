@@ -23,10 +23,10 @@ from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_one_pass
 from r1kernels.ops.linear_token_stats import linear_token_stats, no_autocast
+from r1kernels.ops.linear_types import Head, Needs
 from r1kernels.ops.policy_loss import (
     CustomObjective,
     LossInputs,

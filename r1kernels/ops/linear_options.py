@@ -20,7 +20,15 @@ from r1kernels.ops._checks import (
     ids_int64,
     values_are_free,
 )
-from r1kernels.ops.linear_head import CPU_BUDGET, GPU_BUDGET, Head, row_bytes
+from r1kernels.ops.linear_budget import (
+    CPU_BUDGET,
+    GPU_BUDGET,
+    BufferRows,
+    gathers,
+    row_bytes,
+    rows_of_budget,
+)
+from r1kernels.ops.linear_types import Head
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -166,6 +174,14 @@ def prepare(
             f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
             "1e30 (logits are fp32)"
         )
+    full = accumulator_dtype(hidden.dtype)
+    buffers = _buffers(
+        options.get("chunk_bytes"),
+        vocab,
+        row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
+        row_bytes(vocab, width, hidden.dtype if weight.dtype == hidden.dtype else full),
+        gathers(hidden.device.type, hidden.dtype),
+    )
     head = Head(
         weight=None,
         bias=None,
@@ -177,10 +193,8 @@ def prepare(
         logit_scale=scale,
         softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
-        rows=_rows(
-            options.get("chunk_bytes"), hidden.device.type, vocab,
-            row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
-        ),
+        rows=buffers.logits,
+        gradient_rows=buffers.gradient,
         capacity=_capacity(options.get("capacity")),
         batch_invariant=invariant,
     )
@@ -244,16 +258,18 @@ def _logits_dtype(value: Any, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return value
 
 
-def _rows(budget: Any, device_type: str, vocab: int, each: int) -> int:
+def _buffers(budget: Any, vocab: int, each: int, gradient: int, gathered: bool) -> BufferRows:
+    """Rows of the buffers, which need `each` and `gradient` bytes a row."""
+    gradient = gradient if gathered else 0
     if budget is None:
-        default = CPU_BUDGET if device_type == "cpu" else GPU_BUDGET
-        return min(default.rows, max(1, default.chunk_bytes // each))
+        default = GPU_BUDGET if gathered else CPU_BUDGET
+        return rows_of_budget(default.chunk_bytes, each, gradient, default.rows)
     if isinstance(budget, bool) or not hasattr(budget, "__index__"):
         raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
     budget = operator.index(budget)
     if budget < each:
         raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
-    return budget // each
+    return rows_of_budget(budget, each, gradient)
 
 
 def _capacity(value: Any) -> int:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.ops.gemm import HALF_DTYPES
-from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk
+from r1kernels.ops.linear_head import Walk
 from r1kernels.ops.linear_rows import select_rows
+from r1kernels.ops.linear_types import Chunk, Head, Needs
 
 
 def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,9 +17,9 @@ from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import as_mask, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_backward, run_statistics
+from r1kernels.ops.linear_types import Head, Needs
 
 
 def no_autocast(hidden: Tensor) -> Any:

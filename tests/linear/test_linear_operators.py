@@ -29,13 +29,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # ---- opcheck ------------------------------------------------------------------------------------------------
 
 
-def head_arguments(full: bool, dtypes: tuple[torch.dtype, torch.dtype], capacity: int, n: int = 6) -> tuple[Any, ...]:
+def head_arguments(
+    full: bool, dtypes: tuple[torch.dtype, torch.dtype], capacity: int, n: int = 6, gradient_rows: int = 0
+) -> tuple[Any, ...]:
     """hidden and the fields of a head, in the order of the schema."""
     case = cases.make("everything" if full else "plain", n, dtype=dtypes[0], weight_dtype=dtypes[1])
     a, b = case.get("lora", (None, None))
     return (
         case["hidden"], case["weight"], case.get("bias"), a, b, case["token_ids"], case.get("temperature"), 1.0,
-        case.get("logit_scale", 1.0), case.get("softcap", 0.0), torch.float32, 4, capacity, False,
+        case.get("logit_scale", 1.0), case.get("softcap", 0.0), torch.float32, 4, gradient_rows, capacity, False,
     )
 
 

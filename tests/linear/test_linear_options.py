@@ -20,7 +20,7 @@ from r1kernels import (
     testing,
 )
 from r1kernels.ops import linear_options
-from r1kernels.ops.linear_head import row_bytes
+from r1kernels.ops.linear_budget import row_bytes
 
 # ---- bad input ------------------------------------------------------------------------------------------------
 
