@@ -58,9 +58,9 @@ def test_opcheck(
     _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, mask)
     g = torch.ones(6) if mask is None else mask.float()
     for needs in ([True, True, full, full, full], [True, False, False, False, False]):
-        for upstream in ((g, None), (g, g)):
+        for upstream, dtype in (((g, None), torch.float32), ((g, g), torch.bfloat16)):
             torch.library.opcheck(
-                torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, needs)
+                torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, dtype, needs)
             )
         tokens = (torch.ones(6), torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), 0, 2)
         coefficients = [0.2, 0.2, float("inf"), 1.0, 1.05, 0.1, 0.01]
