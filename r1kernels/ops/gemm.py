@@ -112,8 +112,9 @@ def has_rounded_sums(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def add_rounded(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out += a @ b in 16 bits: a float32 sum, out among its terms, that is rounded once. See `has_rounded_sums`."""
-    with exact_float32(), _float32_sums():
-        return torch.addmm(out, a, b, out=out)
+    with _float32_sums():
+        _narrow(a, b, out)
+    return out
 
 
 def place_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
@@ -181,6 +182,11 @@ def _wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _narrow(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b in 16 bits, by the device's library, which rounds a float32 sum when it writes `out`."""
+    torch.addmm(out, a, b, out=out)
 
 
 def _by_fixed_rows(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
