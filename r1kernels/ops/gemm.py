@@ -124,13 +124,13 @@ def place_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
     Args:
         out: (V, H), 16 bits. ids: (N,), N > 0. factors: (N,) float32. rows: (N, H).
     """
-    ids, order = ids.sort(stable=True)
-    position = torch.arange(len(ids), device=ids.device)
-    # The position of the first entry of the same id, where its sum is.
-    first = torch.where(torch.nn.functional.pad(ids[1:] != ids[:-1], (1, 0), value=True), position, 0).cummax(0).values
+    ascending, order = ids.sort(stable=True)
+    new = torch.nn.functional.pad(ascending[1:] != ascending[:-1], (1, 0), value=True)
+    first = torch.where(new, torch.arange(len(ids), device=ids.device), 0).cummax(0).values
+    place = torch.empty_like(order).scatter_(0, order, order[first])  # the first t with the same id, where its sum is
     sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    sums.index_put_((first,), factors[order, None] * rows[order], accumulate=True)
-    out[ids] = sums.to(out.dtype)[first]
+    sums.index_put_((place,), factors[:, None] * rows, accumulate=True)
+    out[ids] = sums.to(out.dtype)[place]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 r"""Divergence of a student from a teacher, both given by hidden states, in one walk over row chunks.
 
-Student's and teacher's logits -> divergence -> d logits in the memory of the student's -> products with W and h. The
-student takes 3 units of 2 N H V floating-point operations, the teacher takes 1, and there are two buffers of vocabulary
-width. A top-k teacher needs neither its unit nor its buffer.
+Student's and teacher's logits -> divergence -> d logits -> products with W and h. The student takes 3 units of 2 N H V
+floating-point operations, the teacher takes 1, and each has a buffer of vocabulary width. A top-k teacher needs neither
+its unit nor its buffer. On a CPU, d logits take the memory of the student's logits.
 """
 
 from __future__ import annotations

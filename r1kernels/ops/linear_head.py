@@ -3,8 +3,9 @@ r"""The language-model head in row chunks: logits of a few rows at a time, used 
     x = h W^T + h A B + b,  u = scale x,  v = cap tanh(u / cap) (or u),  z = v / T
 
 Every loss from hidden states is the same walk over chunks: product -> statistics -> two scalars per token ->
-d logits in place -> products with W and h. The logits of one chunk are the only buffer of vocabulary width, and the
-later products leave out rows without a gradient.
+d logits -> products with W and h. The logits of one chunk are the only buffer of vocabulary width on a CPU, and the
+later products leave out rows without a gradient. On a GPU, d logits have a second buffer, which takes those of several
+chunks (`r1kernels.ops.linear_sums`).
 """
 
 from __future__ import annotations
@@ -147,11 +148,6 @@ class Walk:
         if chunk.valid is not None:
             g = torch.where(chunk.valid, g, 0)
             eta = None if eta is None else torch.where(chunk.valid, eta, 0)
-        rows = self._active_rows(g, eta, sparse)
-        count = len(g) if rows is None else len(rows)
-        if count == 0:
-            sums.leave_out(chunk)
-            return
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
         exact = None
@@ -160,6 +156,11 @@ class Walk:
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
                 head.softcap,
             )
+        rows = self._active_rows(g, eta, sparse)  # last, because the device waits after a synchronisation
+        count = len(g) if rows is None else len(rows)
+        if count == 0:
+            sums.leave_out(chunk)
+            return
         grad_logits = token_stats.gradient_into(
             sums.memory(chunk.logits, count),
             chunk.logits,

@@ -52,8 +52,9 @@ class LinearOptions(TypedDict, total=False):
             logits. Use the temperature with which the tokens were sampled.
         logits_dtype: torch.float32 (default), or the dtype of hidden and weight, to reproduce an engine that rounds its
             logits.
-        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. The default is
-            the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. On a CPU, products take
+        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. On a GPU, it
+            includes memory for d logits of several chunks, which are multiplied at once. The default is the memory of
+            1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows of both kinds, at most 1.94 GiB. On a CPU, products take
             a few MiB more for each thread, and 64 MiB (or the float32 gradient of a chunk's hidden states, if that is
             larger) for sums over the vocabulary. If a product needs copies of its operands (`python -m r1kernels` says
             which), they take at most 48 MiB more, or 200 MiB for bfloat16 with float32 on a GPU.

@@ -134,7 +134,8 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, 48 bytes a token, and the gradients; the weight's gradient is float32.
+    Memory: `chunk_bytes`, 48 bytes a token, the gradients, and the weight's in float32. On a GPU, it is not needed in
+    float32 if hidden and weight have the same 16-bit dtype and all d logits fit in `chunk_bytes`.
 
     Equivalent to: `token_logprobs(hidden.float() @ weight.float().T, token_ids)`
     """

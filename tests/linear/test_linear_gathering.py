@@ -385,8 +385,8 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
         walk.gradients()
     assert products.weight == products.hidden == [4096] * (active // 4096)
     assert [buffer.dtype for buffer in buffers] == [torch.float32, torch.bfloat16]
-    # Of a buffer's rows: hidden states, their copy side by side, and the float32 gradient of hidden.
-    copies = 4096 * width * (2 + 2 + 4)
+    # Of a buffer's rows: hidden states, and two float32 matrices in `place_rows`.
+    copies = 4096 * width * (2 + 4 + 4)
     used = sum(buffer.untyped_storage().nbytes() for buffer in buffers) + copies
     assert used < linear_options.GPU_BUDGET.chunk_bytes < 2 << 30
 
