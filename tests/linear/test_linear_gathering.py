@@ -261,8 +261,7 @@ def test_a_single_product_writes_16_bits(dtype: torch.dtype, monkeypatch: pytest
 @host_code
 @pytest.mark.usefixtures("gathering", "narrow")
 def test_what_must_be_a_float32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums that a factor multiplies later, that are added to other memory, that have a wider dtype, or that have
-    several products."""
+    """Sums that a factor multiplies later, that are added to other memory or that have a wider dtype."""
     case, g, _ = logprob_case(torch.bfloat16)
     products = Products(monkeypatch)
     ids = case.pop("token_ids")
@@ -276,11 +275,25 @@ def test_what_must_be_a_float32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     weight.grad_dtype = torch.float32
     run()
     assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, into)
-    g[BUFFER] = 1
-    run()
     case["hidden"] = case["hidden"].float()
     run()
-    assert products.weight == [BUFFER] * 4 + [1] + [BUFFER, 1] and not products.rounded
+    assert products.weight == [BUFFER] * 4 and not products.rounded
+
+
+@host_code
+@pytest.mark.usefixtures("gathering", "narrow")
+def test_several_products_have_a_float32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, g, _ = logprob_case(torch.bfloat16)
+    g[BUFFER] = 1
+    products = Products(monkeypatch)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = case["weight"].clone().requires_grad_()
+        weight.grad_dtype = dtype
+        (linear_token_logprobs(**case | {"weight": weight}) * g.float()).sum().backward()
+        results.append(weight.grad)
+    assert torch.equal(results[0], results[1].bfloat16())
+    assert products.weight == [BUFFER, 1] * 2 and not products.rounded
 
 
 @host_code

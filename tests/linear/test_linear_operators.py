@@ -70,6 +70,18 @@ def test_opcheck(
 
 
 @registration_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_with_a_gradient_buffer(dtype: torch.dtype) -> None:
+    arguments = head_arguments(True, (torch.bfloat16, torch.bfloat16), 5, gradient_rows=5)
+    g = MASK.float()
+    with backend("reference"):
+        _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, MASK)
+        torch.library.opcheck(
+            torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, g, None, dtype, [True] * 5)
+        )
+
+
+@registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [None, [0, 2, 3]])
 def test_opcheck_of_the_gradient_in_given_memory(dtype: torch.dtype, rows: list[int] | None) -> None:
