@@ -54,7 +54,7 @@ class GradientSums:
         self.grad_dtype = dtype if head.weight.dtype == dtype else self.accumulator
         self.weight_dtype = weight_dtype or self.accumulator
         vocab, width = head.weight.shape
-        self._rows = min(total, head.gradient_rows)
+        self._rows = min(total, max(head.gradient_rows, head.rows))  # of the buffer, in which every chunk fits
         self._buffer: Tensor | None = None
         self._parts: list[_Part] = []
         self._grad_logits: Tensor | None = None  # of the parts
@@ -81,7 +81,7 @@ class GradientSums:
         if not self.gathers:
             return logits if logits.dtype == self.grad_dtype else logits.view(self.grad_dtype)[:, : logits.shape[1]]
         if self._buffer is None:
-            self._buffer = empty_rows(max(self._rows, count), self.head.weight.shape[0], self.grad_dtype, self.device)
+            self._buffer = empty_rows(self._rows, self.head.weight.shape[0], self.grad_dtype, self.device)
         begin = self._filled
         if begin + count > len(self._buffer):
             self._multiply(last=False)
