@@ -3,7 +3,6 @@
 On a CPU the walk is told to do what it does on a GPU, with small buffers.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,63 +11,27 @@ import linear_policy_cases as policy
 import pytest
 import torch
 from backends import host_code, reference_only, without_cuda_kernels
+from gathering_cases import BUFFER, CHUNK, TOKENS, VOCAB, WIDTH, Products, as_on_a_gpu
 from linear_distillation_cases import Case
-from torch import Tensor
 
 from r1kernels import (
     Objective,
     backend,
     linear_cross_entropy,
     linear_grpo_loss,
-    linear_token_logprobs,
     linear_token_logprobs_and_entropy,
     testing,
 )
-from r1kernels.ops import gemm, linear_head, linear_options, linear_sums
+from r1kernels.ops import linear_head, linear_options
 from r1kernels.ops.linear_budget import BufferRows, row_bytes, rows_of_budget
 from r1kernels.ops.linear_rows import ALL_ROWS
 from r1kernels.ops.linear_types import Head, Needs
-
-TOKENS, VOCAB, WIDTH = 24, 37, 12
-CHUNK, BUFFER = 3, 9
-
-
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: BufferRows) -> contextlib.AbstractContextManager[None]:
-    monkeypatch.setattr(linear_options, "gathers", lambda *_: True)
-    monkeypatch.setattr(linear_options, "rows_of_budget", lambda *_: rows)
-    monkeypatch.setattr(linear_head, "runs_on_gpu", lambda *_: True)
-    return backend("reference") if testing.KERNELS == "cpu" else contextlib.nullcontext()
 
 
 @pytest.fixture
 def gathering(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with as_on_a_gpu(monkeypatch, BufferRows(CHUNK, BUFFER)):
         yield
-
-
-class Products:
-    """Rows of the products that give the gradients of hidden and of the weight, in their order, and what wrote dW."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int] = (VOCAB, WIDTH)) -> None:
-        self.hidden: list[int] = []
-        self.weight: list[int] = []
-        self.rounded: list[int] = []
-        matmul, add_rounded = linear_sums.matmul, linear_sums.add_rounded
-
-        def counted(a: Tensor, b: Tensor, out: Tensor, **how: bool) -> Tensor:
-            if out.shape == shape:
-                self.weight.append(a.shape[1])
-            elif b.shape == shape:
-                self.hidden.append(a.shape[0])
-            return matmul(a, b, out, **how)
-
-        def counted_rounded(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-            self.weight.append(a.shape[1])
-            self.rounded.append(a.shape[1])
-            return add_rounded(a, b, out)
-
-        monkeypatch.setattr(linear_sums, "matmul", counted)
-        monkeypatch.setattr(linear_sums, "add_rounded", counted_rounded)
 
 
 def clipped_case(active: list[int], head: str = "plain", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -210,137 +173,6 @@ def test_16_bits_are_as_exact_as_in_place(
         gathered = errors()
     for name, error in gathered.items():
         assert error <= 1.1 * in_place[name], (name, gathered, in_place)
-
-
-# ---- the weight's gradient in 16 bits ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of 16 bits as on a GPU: with a float32 result, or rounded once."""
-
-    def wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-        product = a.float() @ b.float()
-        out.copy_(out + product if accumulate else product)
-
-    route = gemm.route
-    monkeypatch.setattr(gemm, "route", lambda a, b=None: (
-        "out_dtype" if a.dtype in gemm.HALF_DTYPES and (b is None or b.dtype == a.dtype) else route(a, b)
-    ))
-    monkeypatch.setattr(gemm, "_wide", wide)
-    monkeypatch.setattr(gemm, "_narrow", lambda a, b, out: out.copy_(out.float() + a.float() @ b.float()))
-
-
-def logprob_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, cases.Exact]:
-    case = cases.make("bias", TOKENS, width=WIDTH, vocab=VOCAB, dtype=dtype)
-    case["token_ids"] = case["token_ids"] % 5  # most ids are those of several tokens
-    g = cases.weights_of(TOKENS)[0]
-    g[BUFFER:] = 0
-    return case, g, cases.exact(case, g)
-
-
-@host_code
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("gathering", "narrow")
-def test_a_single_product_writes_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No float32 sum of the weight's size, and no other rounding than that of the float32 sum: the two differ in
-    entries next to the middle between two numbers only."""
-    case, g, expected = logprob_case(dtype)
-    loss = lambda logprobs: (logprobs * g.float()).sum()  # noqa: E731
-    products = Products(monkeypatch)
-    _, grads = cases.gradients(linear_token_logprobs, case, loss)
-    assert products.rounded == products.weight == [BUFFER] and grads["weight"].dtype == dtype
-    monkeypatch.setattr(linear_sums, "has_rounded_sums", lambda *_: False)
-    _, sums = cases.gradients(linear_token_logprobs, case, loss)
-    assert products.rounded == [BUFFER] and products.weight == [BUFFER, BUFFER]
-    assert torch.equal(grads["hidden"], sums["hidden"])
-    differ = grads["weight"] != sums["weight"]
-    assert differ.double().mean() < 0.02
-    ours, theirs = ((x["weight"].double() - expected.grads["weight"]).norm() for x in (grads, sums))
-    assert ours <= 1.01 * theirs
-
-
-@host_code
-@pytest.mark.usefixtures("gathering", "narrow")
-def test_what_must_be_a_float32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums that a factor multiplies later, that are added to other memory or that have a wider dtype."""
-    case, g, _ = logprob_case(torch.bfloat16)
-    products = Products(monkeypatch)
-    ids = case.pop("token_ids")
-    cases.gradients(linear_cross_entropy, case, lambda loss: loss / 3, targets=ids.masked_fill(g == 0, -100))
-    assert products.weight == [BUFFER]
-    weight = case["weight"].clone().requires_grad_()
-    into = torch.zeros(VOCAB, WIDTH)
-    run = lambda **more: (linear_token_logprobs(  # noqa: E731
-        **case | {"weight": weight}, token_ids=ids, **more) * g.float()).sum().backward()
-    run(grad_accumulation_into=into)
-    weight.grad_dtype = torch.float32
-    run()
-    assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, into)
-    case["hidden"] = case["hidden"].float()
-    run()
-    assert products.weight == [BUFFER] * 4 and not products.rounded
-
-
-@host_code
-@pytest.mark.usefixtures("gathering", "narrow")
-def test_several_products_have_a_float32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, g, _ = logprob_case(torch.bfloat16)
-    g[BUFFER] = 1
-    products = Products(monkeypatch)
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        weight = case["weight"].clone().requires_grad_()
-        weight.grad_dtype = dtype
-        (linear_token_logprobs(**case | {"weight": weight}) * g.float()).sum().backward()
-        results.append(weight.grad)
-    assert torch.equal(results[0], results[1].bfloat16())
-    assert products.weight == [BUFFER, 1] * 2 and not products.rounded
-
-
-@host_code
-@pytest.mark.usefixtures("gathering", "narrow")
-def test_the_errors_of_the_tokens_entries_are_among_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, g, expected = logprob_case(torch.bfloat16)
-    placed = []
-    place = linear_sums.place_rows
-    for change in (place, lambda *_: placed.append(1)):
-        monkeypatch.setattr(linear_sums, "place_rows", change)
-        _, grads = cases.gradients(linear_token_logprobs, case, lambda logprobs: (logprobs * g.float()).sum())
-        rounding = testing.rounding(expected.grads["weight"], torch.bfloat16)
-        beyond = ((grads["weight"].double() - expected.grads["weight"]).abs() - rounding).clamp(min=0)[:5].sum()
-        placed.append(float(beyond))
-    assert placed[1] == 1 and placed[0] < 0.5 * placed[2], placed
-
-
-@host_code
-def test_sums_of_rows_are_rounded_once_and_others_stay() -> None:
-    rng = testing.generator(0)
-    ids = torch.randint(0, 4, (50,), generator=rng) * 2
-    factors, rows = torch.randn(50, generator=rng), torch.randn(50, 3, generator=rng).bfloat16()
-    out = torch.full((8, 3), 7.0, dtype=torch.bfloat16)
-    gemm.place_rows(out, ids, factors, rows)
-    exact = torch.zeros(8, 3, dtype=torch.float64).index_add_(0, ids, factors.double()[:, None] * rows.double())
-    testing.assert_within(out[::2], exact[::2], 1.01 * testing.rounding(exact[::2], torch.bfloat16))
-    assert (out[1::2] == 7).all()
-
-
-@host_code
-def test_rounded_sums_use_no_16_bit_parts_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction",
-             "allow_fp16_accumulation")
-    before, seen = [getattr(matmul, name) for name in names], []
-    monkeypatch.setattr(gemm, "_narrow", lambda *_: seen.append([getattr(matmul, name) for name in names]))
-    try:
-        for asked in (True, False):
-            for name in names:
-                setattr(matmul, name, asked)
-            gemm.add_rounded(*[torch.zeros(2, 2, dtype=torch.bfloat16)] * 3)
-            assert seen[-1] == [False] * 3 and [getattr(matmul, name) for name in names] == [asked] * 3
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
 
 
 # ---- sizes of the buffers ---------------------------------------------------------------------------------------
