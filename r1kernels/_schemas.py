@@ -72,11 +72,12 @@ _CUDA_LIBRARY.define("grpo_step_tile(Tensor logits, Tensor grad_logits) -> (int,
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
     "Tensor? temperatures, float temperature, float logit_scale, float softcap, ScalarType logits_dtype, int rows, "
-    "int capacity, bool batch_invariant"
+    "int gradient_rows, int capacity, bool batch_invariant"
 )
-# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_a (H, R) and lora_b (R, V); (0,) unless needed.
+# Gradients of hidden (N, H), weight (V, H), bias (V,), lora_a (H, R) and lora_b (R, V); (0,) unless needed. That of
+# hidden has its dtype, the others are float32.
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-# -> log-prob, log-sum-exp and entropy (float64), each (N,).
+# -> log-prob, log-sum-exp and entropy (float64), each (N,). In the backward, the weight's gradient has `weight_dtype`.
 _declare(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
 # The same from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
 _declare(
@@ -85,7 +86,7 @@ _declare(
 )
 _declare(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    f"bool[] needs) -> ({_HEAD_GRADIENTS})"
+    f"ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
@@ -188,12 +189,14 @@ def _per_token(token_ids: Tensor, hidden: Tensor) -> Tensor:
     return hidden.new_empty(token_ids.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
 
-def _head_gradients(hidden: Tensor, head: tuple[Any, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+def _head_gradients(
+    hidden: Tensor, head: tuple[Any, ...], needs: list[bool], weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     weight, bias, lora_a, lora_b, token_ids = head[:5]
     accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     whole = (
         lambda: hidden.new_empty((token_ids.numel(), weight.shape[1])),
-        lambda: weight.new_empty(weight.shape, dtype=accumulator),
+        lambda: weight.new_empty(weight.shape, dtype=weight_dtype or accumulator),
         lambda: bias.new_empty(bias.shape, dtype=accumulator),
         lambda: lora_a.new_empty(lora_a.shape, dtype=accumulator),
         lambda: lora_b.new_empty(lora_b.shape, dtype=accumulator),
@@ -220,7 +223,7 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @_fake("linear_token_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _head_gradients(hidden, args, args[-1])
+    return _head_gradients(hidden, args, args[-1], args[-2])
 
 
 @_fake("linear_policy_gradient")
@@ -268,7 +271,7 @@ def _(*_: Any) -> None:
 
 @_fake("linear_divergence")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    ids, teacher_hidden = args[4], args[14]
+    ids, teacher_hidden = args[4], args[15]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
     measured = hidden.new_empty(
         (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32

@@ -217,41 +217,44 @@ R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double 
 // ---- the gradient ------------------------------------------------------------------------------------------
 
 // What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor.
-// With kExact log p + H = (x - pivot)/T + offset with another pivot, because the two cancel where p is near e^{-H}.
+// log p and H cancel where x is near the pivot, (lse - H) T.  With kExact their sum is therefore (x - pivot)/T + offset;
+// else it is log2 p + offset, in units of log 2 that minus_eta has, and the offset is made such that this is as exact at
+// the pivot.
 struct RowGradient {
   Scale scale;
   float anchor, anchor_rest;
   float minus_g, minus_g_rest;
   float minus_eta, pivot, offset, slope;
-  float entropy;
+
+  R1K_HOST_DEVICE float rounded_log2_p(float x) const { return std::fma(x - anchor, scale.c, anchor_rest); }
 };
 
+template <bool kExact>
 R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temperature, double g, double eta) {
   const double inv_t = 1 / temperature;
   const double scale = inv_t * kLog2E;
+  const double pivot = (lse - entropy) * temperature;
   RowGradient row;
   row.scale = scale_of(temperature);
   row.anchor = static_cast<float>(lse * temperature);
   row.anchor_rest = static_cast<float>((row.anchor - lse * temperature) * scale);
-  row.pivot = static_cast<float>((lse - entropy) * temperature);
-  row.offset = static_cast<float>((row.pivot - (lse - entropy) * temperature) * inv_t);
+  row.pivot = static_cast<float>(pivot);
+  row.offset = kExact ? static_cast<float>((row.pivot - pivot) * inv_t)
+                      : static_cast<float>((row.pivot - pivot) * scale - row.rounded_log2_p(row.pivot));
   row.minus_g = static_cast<float>(-g * inv_t);
   row.minus_g_rest = static_cast<float>(-g * inv_t - row.minus_g);
-  row.minus_eta = static_cast<float>(-eta * inv_t);
+  row.minus_eta = static_cast<float>(-eta * inv_t * (kExact ? 1 : kLn2));
   row.slope = static_cast<float>(inv_t);
-  row.entropy = static_cast<float>(entropy);
   return row;
 }
 
 // -(g + eta (log p + H)) p / T of an entry that is not the token's own.
 template <bool kExact, bool kEntropy>
 R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
-  if (!kExact) {  // rounded to 16 bits by the caller
+  if (!kExact) {
     constexpr float kZero = -200;  // 2^-200 is 0, and 0 times the logarithm must be
-    float log2_p = std::fma(x - row.anchor, row.scale.c, row.anchor_rest);
-    if (kEntropy) log2_p = max_or_nan(log2_p, kZero);
-    const float log_p_plus_h = std::fma(log2_p, static_cast<float>(kLn2), row.entropy);
-    return exp2_fast(log2_p) * (kEntropy ? std::fma(row.minus_eta, log_p_plus_h, row.minus_g) : row.minus_g);
+    const float log2_p = kEntropy ? max_or_nan(row.rounded_log2_p(x), kZero) : row.rounded_log2_p(x);
+    return exp2_fast(log2_p) * (kEntropy ? std::fma(row.minus_eta, log2_p + row.offset, row.minus_g) : row.minus_g);
   }
   const Difference exact = exact_difference(x, row.anchor, row.scale);
   const float p = exp2_of_product<true>(exact.d, row.scale, row.anchor_rest + exact.lost);

@@ -141,7 +141,7 @@ __device__ void plan_row(const GrpoStepArgs& args, StepShared& shared, int64_t n
   const PolicyGradient gradient = add_token(unused, args.policy.objective, token);
   if (lane_id() != 0) return;
   RowPlan& plan = shared.plan;
-  plan.row = row_gradient(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
+  plan.row = row_gradient<D::kExact>(row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
   plan.own = own_gradient<D::kExact>(shared.own, row.lse, row.entropy, args.temperature, gradient.g, gradient.eta);
   plan.kind = gradient.eta != 0 ? RowKind::policy_and_entropy : gradient.g != 0 ? RowKind::policy : RowKind::zero;
   if (cluster_rank() == 0) {

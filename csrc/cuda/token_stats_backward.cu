@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const Part<In, Out> part = {row + begin * stride, out + begin, stride, static_cast<int>(left),
                               args.narrower_in_place};
-  const RowGradient numbers = row_gradient(lse, entropy, temperature, g, eta);
+  const RowGradient numbers = row_gradient<kExact>(lse, entropy, temperature, g, eta);
   if (args.inv_softcap > 0) {
     walk<In, Out, kVector>(part, EntryGradient<kExact, true, true>{numbers, args.inv_softcap});
   } else if (eta != 0) {

@@ -105,6 +105,52 @@ def add_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
         out.index_put_((ids,), factors[:, None] * rows, accumulate=True)
 
 
+def has_rounded_sums(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `add_rounded` computes products of matrices like `a` and `b` with a result of `dtype`."""
+    return a.dtype == b.dtype == dtype and dtype in HALF_DTYPES and route(a, b) == "out_dtype"
+
+
+def add_rounded(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out += a @ b in 16 bits: a float32 sum, out among its terms, that is rounded once. See `has_rounded_sums`."""
+    with _float32_sums():
+        _narrow(a, b, out)
+    return out
+
+
+def place_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
+    """out[i] = sum of factors[t] * rows[t] over all t with ids[t] == i, each sum in float32 and rounded once; other
+    rows are left as they are. Shapes depend on no value, so there is no synchronisation.
+
+    Args:
+        out: (V, H), 16 bits. ids: (N,), N > 0. factors: (N,) float32. rows: (N, H).
+    """
+    ascending, order = ids.sort(stable=True)
+    new = torch.nn.functional.pad(ascending[1:] != ascending[:-1], (1, 0), value=True)
+    first = torch.where(new, torch.arange(len(ids), device=ids.device), 0).cummax(0).values
+    place = torch.empty_like(order).scatter_(0, order, order[first])  # the first t with the same id, where its sum is
+    sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    sums.index_put_((place,), factors[:, None] * rows, accumulate=True)
+    out[ids] = sums.to(out.dtype)[place]
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Libraries add up 16-bit products in float32, parts of a sum too, whatever the process has asked PyTorch for."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in names]
+    accumulation = matmul.allow_fp16_accumulation
+    try:
+        matmul.allow_fp16_accumulation = False
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = accumulation
+        for name, (allowed, split_k) in zip(names, before, strict=True):
+            setattr(matmul, name, allowed if split_k is None else (allowed, split_k))
+
+
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """No product in here rounds float32 operands (to TF32 or bfloat16), whatever the process has asked PyTorch for."""
@@ -136,6 +182,11 @@ def _wide(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _narrow(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b in 16 bits, by the device's library, which rounds a float32 sum when it writes `out`."""
+    torch.addmm(out, a, b, out=out)
 
 
 def _by_fixed_rows(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -26,10 +26,11 @@ from r1kernels.ops.distillation_loss import (
     shape_text,
 )
 from r1kernels.ops.divergence import KINDS
+from r1kernels.ops.linear_budget import row_bytes
 from r1kernels.ops.linear_divergence import LinearTeacher, measures
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_head import Head, Needs, row_bytes
 from r1kernels.ops.linear_options import LinearOptions, Names, prepare, with_tensors
+from r1kernels.ops.linear_types import Head, Needs
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.

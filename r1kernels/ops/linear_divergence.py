@@ -1,8 +1,8 @@
 r"""Divergence of a student from a teacher, both given by hidden states, in one walk over row chunks.
 
-Student's and teacher's logits -> divergence -> d logits in the memory of the student's -> products with W and h. The
-student takes 3 units of 2 N H V floating-point operations, the teacher takes 1, and there are two buffers of vocabulary
-width. A top-k teacher needs neither its unit nor its buffer.
+Student's and teacher's logits -> divergence -> d logits -> products with W and h. The student takes 3 units of 2 N H V
+floating-point operations, the teacher takes 1, and each has a buffer of vocabulary width. A top-k teacher needs neither
+its unit nor its buffer. On a CPU, d logits take the memory of the student's logits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from r1kernels.ops import divergence, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
-from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk
+from r1kernels.ops.linear_head import Walk
 from r1kernels.ops.linear_rows import select_rows
 from r1kernels.ops.linear_token_stats import no_autocast
+from r1kernels.ops.linear_types import Chunk, Head, Needs
 from r1kernels.ops.topk_divergence import Teacher
 
 
@@ -135,7 +136,8 @@ def run_divergence(
         grad = (factor.to(walk.accumulator) * head.kernel_scale).repeat(len(chunk.logits))
         if chunk.valid is not None:
             grad = torch.where(chunk.valid, grad, 0)
-        walk.add_gradients(chunk, part.gradient_into(walk.narrow(chunk.logits), grad), None)
+        grad_logits = part.gradient_into(walk.sums.memory(chunk.logits, len(grad)), grad)
+        walk.sums.add(chunk, grad_logits, None, None)
     return measured[:, : walk.count].contiguous(), *walk.gradients()
 
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import values_are_free
-from r1kernels.ops.linear_head import Needs
+from r1kernels.ops.linear_types import Needs
 from r1kernels.ops.token_stats import row_blocks
 
 Shape = tuple[torch.Size, torch.dtype]
@@ -31,7 +31,7 @@ def finished_gradients(
     into: Tensor | None,
 ) -> list[Tensor | None]:
     """The gradients of (hidden, weight, bias, lora_a, lora_b): grads * factor in the wanted dtype and shape. If `into`
-    is given, the weight's gradient is added to it instead."""
+    is given, the weight's gradient is added to it instead. Without a factor, this backward has computed `grads`."""
     results: list[Tensor | None] = []
     for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
         if not needed:
@@ -83,7 +83,18 @@ def graph_is_kept() -> bool:
     return True if ask is None or torch.compiler.is_compiling() else ask()
 
 
+def rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in a dtype: itself, or rounded once."""
+    if grad.dtype == dtype:
+        return grad
+    result = _library.empty(*grad.shape, dtype=dtype, device=grad.device)
+    _write(grad, None, result, False)
+    return result
+
+
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if factor is None:
+        return rounded(grad, dtype)
     in_place = grad.dtype == dtype and not graph_is_kept()
     if in_place and _known(factor) == 1:  # the sum itself becomes the gradient
         return grad

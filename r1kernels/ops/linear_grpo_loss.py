@@ -1,7 +1,7 @@
 r"""GRPO and related losses from hidden states and the weight of the head.
 
 With a ratio per token, the slope of a token's loss depends only on that token's log-prob. Then one walk over the chunks
-does everything: product -> statistics -> slopes -> d logits in place -> two products. It takes 3 units of 2 N H V
+does everything: product -> statistics -> slopes -> d logits -> two products. It takes 3 units of 2 N H V
 floating-point operations. If only a share k of the tokens has a gradient, it takes 1 + 2 k units, or 3 k if the other
 tokens are known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables
 and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics of all tokens,
@@ -23,10 +23,10 @@ from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_one_pass
 from r1kernels.ops.linear_token_stats import linear_token_stats, no_autocast
+from r1kernels.ops.linear_types import Head, Needs
 from r1kernels.ops.policy_loss import (
     CustomObjective,
     LossInputs,
@@ -256,8 +256,8 @@ def linear_grpo_loss(
     The other arguments are those of `policy_loss`. The backward products leave out tokens whose gradient is exactly 0;
     `metrics["active_fraction"]` is the share of the other tokens among the counted ones. On a GPU, a call with a mask,
     or one that may skip advantages of 0, counts its active tokens, which is one synchronisation. A clipped objective
-    without KL and entropy terms also synchronises once a chunk to count the tokens whose bound holds; if they are a
-    quarter or more, the products leave them out. With `capacity` there is no synchronisation of either kind.
+    without KL and entropy terms also synchronises once a chunk to find the tokens whose bound holds. With `capacity`
+    there is no synchronisation of either kind, and the products include these tokens.
 
     Returns:
         `PolicyLoss(loss, metrics)`, with the metric `measured_tokens` and those of `policy_loss`. Gradients are
@@ -267,8 +267,7 @@ def linear_grpo_loss(
         TypeError, ValueError: naming the argument, its value and the expectation.
 
     Memory: `chunk_bytes`, the weight's gradient in float32 and in its own dtype, the gradient of hidden, and 64 bytes a
-    token (without the memory that a callable uses); on a GPU, at most 0.4 `chunk_bytes` more for the d logits of
-    clipped objectives, or 0.8 if hidden or weight is float32.
+    token (without the memory that a callable uses).
 
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.

@@ -20,7 +20,15 @@ from r1kernels.ops._checks import (
     ids_int64,
     values_are_free,
 )
-from r1kernels.ops.linear_head import CPU_BUDGET, GPU_BUDGET, Head, row_bytes
+from r1kernels.ops.linear_budget import (
+    CPU_BUDGET,
+    GPU_BUDGET,
+    BufferRows,
+    gathers,
+    row_bytes,
+    rows_of_budget,
+)
+from r1kernels.ops.linear_types import Head
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -44,8 +52,9 @@ class LinearOptions(TypedDict, total=False):
             logits. Use the temperature with which the tokens were sampled.
         logits_dtype: torch.float32 (default), or the dtype of hidden and weight, to reproduce an engine that rounds its
             logits.
-        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. The default is
-            the memory of 1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows, at most 1.25 GiB. On a CPU, products take
+        chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. On a GPU, it
+            includes memory for d logits of several chunks, which are multiplied at once. The default is the memory of
+            1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows of both kinds, at most 1.94 GiB. On a CPU, products take
             a few MiB more for each thread, and 64 MiB (or the float32 gradient of a chunk's hidden states, if that is
             larger) for sums over the vocabulary. If a product needs copies of its operands (`python -m r1kernels` says
             which), they take at most 48 MiB more, or 200 MiB for bfloat16 with float32 on a GPU.
@@ -166,6 +175,14 @@ def prepare(
             f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
             "1e30 (logits are fp32)"
         )
+    full = accumulator_dtype(hidden.dtype)
+    buffers = _buffers(
+        options.get("chunk_bytes"),
+        vocab,
+        row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
+        row_bytes(vocab, width, hidden.dtype if weight.dtype == hidden.dtype else full),
+        gathers(hidden.device.type, hidden.dtype),
+    )
     head = Head(
         weight=None,
         bias=None,
@@ -177,10 +194,8 @@ def prepare(
         logit_scale=scale,
         softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
-        rows=_rows(
-            options.get("chunk_bytes"), hidden.device.type, vocab,
-            row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
-        ),
+        rows=buffers.logits,
+        gradient_rows=buffers.gradient,
         capacity=_capacity(options.get("capacity")),
         batch_invariant=invariant,
     )
@@ -244,16 +259,18 @@ def _logits_dtype(value: Any, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return value
 
 
-def _rows(budget: Any, device_type: str, vocab: int, each: int) -> int:
+def _buffers(budget: Any, vocab: int, each: int, gradient: int, gathered: bool) -> BufferRows:
+    """Rows of the buffers, which need `each` and `gradient` bytes a row."""
+    gradient = gradient if gathered else 0
     if budget is None:
-        default = CPU_BUDGET if device_type == "cpu" else GPU_BUDGET
-        return min(default.rows, max(1, default.chunk_bytes // each))
+        default = GPU_BUDGET if gathered else CPU_BUDGET
+        return rows_of_budget(default.chunk_bytes, each, gradient, default.rows)
     if isinstance(budget, bool) or not hasattr(budget, "__index__"):
         raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
     budget = operator.index(budget)
     if budget < each:
         raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
-    return budget // each
+    return rows_of_budget(budget, each, gradient)
 
 
 def _capacity(value: Any) -> int:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.ops.gemm import HALF_DTYPES
-from r1kernels.ops.linear_head import Chunk, Head, Needs, Walk
+from r1kernels.ops.linear_gradients import rounded
+from r1kernels.ops.linear_head import Walk
 from r1kernels.ops.linear_rows import select_rows
+from r1kernels.ops.linear_types import Chunk, Head, Needs
 
 
 def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,17 +51,22 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
 
 
 def run_backward(
-    head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, needs: Needs
+    head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None,
+    weight_dtype: torch.dtype, needs: Needs,
 ) -> tuple[Tensor, ...]:
-    """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient."""
+    """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient.
+
+    No factor follows, so the weight's gradient is rounded here to `weight_dtype`: once, from its float32 sum.
+    """
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs)
+    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs, weight_dtype)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)
-    return walk.gradients()
+    grad_hidden, grad_weight, *others = walk.gradients()
+    return grad_hidden, rounded(grad_weight, weight_dtype) if needs.weight else grad_weight, *others
 
 
 Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]

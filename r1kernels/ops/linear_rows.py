@@ -47,18 +47,12 @@ def _check_capacity(count: int, capacity: int) -> None:
         raise ValueError(f"capacity ({capacity}) is smaller than the number of active tokens ({count})")
 
 
-def write_rows(out: Tensor, where: Tensor | slice, rows: Tensor | None, value: Tensor) -> None:
-    """out[where] = value; with `rows`, value at these rows of `where` and 0 at the other rows."""
-    if rows is None:
-        if isinstance(where, slice):
-            _convert(value, out[where])
-        else:
-            out[where] = value.to(out.dtype)
-        return
+def write_rows(out: Tensor, where: Tensor | slice, value: Tensor) -> None:
+    """out[where] = value, converted."""
     if isinstance(where, slice):
-        out[where] = 0
-        where = torch.arange(where.start, where.stop, device=rows.device)
-    out[where[rows]] = value.to(out.dtype)
+        _convert(value, out[where])
+    else:
+        out[where] = value.to(out.dtype)
 
 
 def _convert(value: Tensor, out: Tensor) -> None:

@@ -15,11 +15,11 @@ from typing_extensions import Unpack
 
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
-from r1kernels.ops._checks import as_mask, check_tensor
+from r1kernels.ops._checks import accumulator_dtype, as_mask, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_head import Head, Needs
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_backward, run_statistics
+from r1kernels.ops.linear_types import Head, Needs
 
 
 def no_autocast(hidden: Tensor) -> Any:
@@ -36,9 +36,9 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("r1kernels::linear_token_stats_backward", "CompositeExplicitAutograd")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *head, lse, entropy, grad_logprobs, grad_entropy, needs = args
+    head, given, needs = Head(*args[: len(Head._fields)]), args[len(Head._fields) : -1], Needs(*args[-1])
     with no_autocast(hidden):
-        return run_backward(Head(*head), hidden, lse, entropy, grad_logprobs, grad_entropy, Needs(*needs))
+        return run_backward(head, hidden, *given, needs)
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -69,6 +69,8 @@ class _LinearTokenStats(torch.autograd.Function):
         hidden, *others = tensors
         head = with_tensors(ctx.head._replace(token_ids=token_ids, temperatures=temperatures), *others)
         needs = Needs(*ctx.needs_input_grad[:5])
+        # What is added to other memory is not rounded before.
+        weight_dtype = ctx.wanted[1][1] if ctx.into is None else accumulator_dtype(hidden.dtype)
         grads = torch.ops.r1kernels.linear_token_stats_backward.default(
             hidden,
             *head,
@@ -76,6 +78,7 @@ class _LinearTokenStats(torch.autograd.Function):
             entropy,
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
+            weight_dtype,
             list(needs),
         )
         return *finished_gradients(grads, None, needs, ctx.wanted, ctx.into), None, None, None
@@ -131,7 +134,8 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: `chunk_bytes`, 48 bytes a token, and the gradients; the weight's gradient is float32.
+    Memory: `chunk_bytes`, 48 bytes a token, the gradients, and the weight's in float32. On a GPU, it is not needed in
+    float32 if hidden and weight have the same 16-bit dtype and all d logits fit in `chunk_bytes`.
 
     Equivalent to: `token_logprobs(hidden.float() @ weight.float().T, token_ids)`
     """

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels import objectives, testing
+from r1kernels.ops import gemm
 
 pytestmark = needs_gpu
 B, T = size(4, 3), size(256, 7)
@@ -113,6 +114,20 @@ def test_precision_at_the_size_of_a_model() -> None:
         rounding = testing.rounding(wanted, torch.float32)
         assert error.mean() <= 2 * (allowed.mean() + rounding.mean()), (float(error.mean()), float(allowed.mean()))
         assert error.max() <= 2 * (allowed.max() + rounding.max()), (float(error.max()), float(allowed.max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_16_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    """The weight's gradient by one product: the device's library adds up in float32, what is in memory before, too."""
+    tokens, width, vocab = size(4096, 16), size(1024, 24), size(4099, 31)
+    a, b = on_device(vocab, tokens, seed=1, dtype=dtype), on_device(tokens, width, seed=2, dtype=dtype)
+    if not gemm.has_rounded_sums(a, b, dtype):
+        pytest.skip("products of 16 bits have no float32 sum here, so none is written in 16 bits")
+    before = on_device(vocab, width, seed=3, dtype=dtype)
+    exact = a.double() @ b.double() + before.double()
+    terms = a.double().abs() @ b.double().abs() + before.double().abs()
+    found = gemm.add_rounded(a, b, before.clone())
+    testing.assert_within(found, exact, testing.rounding(exact, dtype) + 1e-6 * terms)
 
 
 @pytest.mark.parametrize("preset", ["grpo", "kl and entropy", "gspo"])

@@ -57,7 +57,8 @@ def entry_error(
     lines: Any, x: np.ndarray, temperature: float, g: np.ndarray, eta: np.ndarray, power_error: float
 ) -> np.ndarray:
     """Of p: the anchor's difference, its product with c, and c. Of the factor: g and eta; the pivot's difference and
-    its product with 1/T, whose sizes are those of x - pivot; their sum; what the offset cannot hold of the pivot."""
+    its product with 1/T, whose sizes are those of x - pivot; their sum; what the offset cannot hold of the pivot. Where
+    results are rounded to 16 bits: log2 p of the entry and of the pivot instead."""
     gradient, p, log_p, lse, entropy = gradients_of(x, temperature, g, eta)
     g, eta, lse, entropy = (np.abs(value)[:, None] for value in (g, eta, lse, entropy))
     y = np.where(p == 0, 0, -log_p * LOG2E)
@@ -67,7 +68,9 @@ def entry_error(
     else:
         of_p = power_error + 3 * U * LN2 * y
     from_pivot = np.where(p == 0, 0, np.abs(log_p + entropy)) + 2 * U * (lse + entropy)
-    of_factor = (0 if is_exact(lines) else U) * g + eta * (6 * U * from_pivot + U * U * (lse + entropy))
+    of_factor = eta * (6 * U * from_pivot + U * U * (lse + entropy))
+    if not is_exact(lines):
+        of_factor += U * g + eta * 3 * U * (y * LN2 + entropy)
     sizes = np.abs(gradient) * temperature / np.where(p == 0, 1, p)
     subnormal = 2 * LEAST * (1 + (g + eta * 200) / temperature)
     return p / temperature * ((of_p + 4 * U) * sizes + (1 + of_p) * of_factor) + subnormal

@@ -10,25 +10,24 @@ from policy_cases import OBJECTIVES
 from torch import Tensor
 
 from r1kernels import Objective, backend, linear_cross_entropy, linear_grpo_loss, linear_token_logprobs, testing
-from r1kernels.ops import linear_head
+from r1kernels.ops import linear_head, linear_sums
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows that enter the products: "forward" those of logits, "backward" those of d logits."""
     rows = {"forward": 0, "backward": 0}
-    logits, add = linear_head.Walk._logits, linear_head.Walk.add_gradients
+    logits, add = linear_head.Walk._logits, linear_sums.GradientSums.add
 
     def counted_logits(self: Any, chunk: Any) -> None:
         rows["forward"] += len(chunk.hidden)
         logits(self, chunk)
 
-    def counted_add(self: Any, chunk: Any, grad_logits: Tensor, index: Tensor | None) -> None:
+    def counted_add(self: Any, chunk: Any, grad_logits: Tensor, *others: Tensor | None) -> None:
         rows["backward"] += len(grad_logits)
-        add(self, chunk, grad_logits, index)
+        add(self, chunk, grad_logits, *others)
 
-    monkeypatch.setattr(linear_head, "COMPACTION_SHARE", 1.0)  # on a GPU too, every row that is still
     monkeypatch.setattr(linear_head.Walk, "_logits", counted_logits)
-    monkeypatch.setattr(linear_head.Walk, "add_gradients", counted_add)
+    monkeypatch.setattr(linear_sums.GradientSums, "add", counted_add)
     return rows
 
 

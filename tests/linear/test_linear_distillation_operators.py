@@ -25,7 +25,7 @@ def test_opcheck(dtype: torch.dtype, weight_dtype: torch.dtype, k: int | None) -
     s, t = case.student, case.teacher
     head = (
         s["hidden"], s["weight"], s["bias"], *s["lora"], torch.zeros(6, dtype=torch.int64), None, 0.8,
-        s["logit_scale"], s["softcap"], torch.float32, 4,
+        s["logit_scale"], s["softcap"], torch.float32, 4, 0,
     )
     full = (t["hidden"], t["weight"], t["bias"], *t["lora"], t["logit_scale"], t["softcap"], None, None)
     topk = (None, None, None, None, None, 1.0, 0.0, *case.given.values())

@@ -29,13 +29,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # ---- opcheck ------------------------------------------------------------------------------------------------
 
 
-def head_arguments(full: bool, dtypes: tuple[torch.dtype, torch.dtype], capacity: int, n: int = 6) -> tuple[Any, ...]:
+def head_arguments(
+    full: bool, dtypes: tuple[torch.dtype, torch.dtype], capacity: int, n: int = 6, gradient_rows: int = 0
+) -> tuple[Any, ...]:
     """hidden and the fields of a head, in the order of the schema."""
     case = cases.make("everything" if full else "plain", n, dtype=dtypes[0], weight_dtype=dtypes[1])
     a, b = case.get("lora", (None, None))
     return (
         case["hidden"], case["weight"], case.get("bias"), a, b, case["token_ids"], case.get("temperature"), 1.0,
-        case.get("logit_scale", 1.0), case.get("softcap", 0.0), torch.float32, 4, capacity, False,
+        case.get("logit_scale", 1.0), case.get("softcap", 0.0), torch.float32, 4, gradient_rows, capacity, False,
     )
 
 
@@ -56,14 +58,26 @@ def test_opcheck(
     _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, mask)
     g = torch.ones(6) if mask is None else mask.float()
     for needs in ([True, True, full, full, full], [True, False, False, False, False]):
-        for upstream in ((g, None), (g, g)):
+        for upstream, dtype in (((g, None), torch.float32), ((g, g), torch.bfloat16)):
             torch.library.opcheck(
-                torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, needs)
+                torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, dtype, needs)
             )
         tokens = (torch.ones(6), torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), 0, 2)
         coefficients = [0.2, 0.2, float("inf"), 1.0, 1.05, 0.1, 0.01]
         torch.library.opcheck(
             torch.ops.r1kernels.linear_policy_gradient, (*arguments, mask, *tokens, coefficients, needs)
+        )
+
+
+@registration_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_with_a_gradient_buffer(dtype: torch.dtype) -> None:
+    arguments = head_arguments(True, (torch.bfloat16, torch.bfloat16), 5, gradient_rows=5)
+    g = MASK.float()
+    with backend("reference"):
+        _, lse, entropy = torch.ops.r1kernels.linear_token_stats(*arguments, MASK)
+        torch.library.opcheck(
+            torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, g, None, dtype, [True] * 5)
         )
 
 

@@ -19,8 +19,6 @@ from r1kernels import (
     objectives,
     testing,
 )
-from r1kernels.ops import linear_options
-from r1kernels.ops.linear_head import row_bytes
 
 # ---- bad input ------------------------------------------------------------------------------------------------
 
@@ -330,11 +328,3 @@ def test_temperature_over_scale_has_a_range() -> None:
 @pytest.mark.parametrize("function", [linear_token_logprobs, linear_grpo_loss, linear_cross_entropy])
 def test_type_hints_can_be_read(function: Callable[..., object]) -> None:
     assert "options" in typing.get_type_hints(function)
-
-
-@pytest.mark.parametrize(
-    ("device", "vocab", "rows"),
-    [("cpu", 32_000, 1024), ("cuda", 32_000, 4096), ("cpu", 10**7, 26), ("cuda", 10**7, 33)],
-)
-def test_chunks_nobody_asked_for(device: str, vocab: int, rows: int) -> None:
-    assert linear_options._rows(None, device, vocab, row_bytes(vocab, 4096, torch.float32)) == rows

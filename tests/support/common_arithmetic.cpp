@@ -104,7 +104,7 @@ py::array_t<RowStatistics> statistics(const Array<float>& x, const Array<int64_t
 
 template <bool kExact>
 float gradient_of(bool with_entropy, float x, double lse, double entropy, double temperature, double g, double eta) {
-  const RowGradient row = row_gradient(lse, entropy, temperature, g, eta);
+  const RowGradient row = row_gradient<kExact>(lse, entropy, temperature, g, eta);
   return with_entropy ? entry_gradient<kExact, true>(x, row) : entry_gradient<kExact, false>(x, row);
 }
 

@@ -52,7 +52,7 @@ def statistics() -> tuple[Tensor, Tensor]:
 def head(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return (
         matrix(N, H, dtype), matrix(V, H, dtype), matrix(1, V, dtype)[0], matrix(H, R, dtype), matrix(R, V, dtype),
-        ids(), tokens().abs() + 1, 1.0, 1.0, 0.0, torch.float32, 4, -1, False,
+        ids(), tokens().abs() + 1, 1.0, 1.0, 0.0, torch.float32, 4, 0, -1, False,
     )
 
 
@@ -90,7 +90,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         0.0, False,
     ),
     "linear_token_stats": lambda: (*head(), mask()),
-    "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), [True] * 5),
+    "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), torch.float32, [True] * 5),
     "linear_policy_gradient": lambda: (
         *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         [0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01], [True] * 5,

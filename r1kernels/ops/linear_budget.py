@@ -1,0 +1,70 @@
+"""How many rows the buffers of a head hold: logits of one chunk, and d logits of several chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from r1kernels import _library
+from r1kernels.ops._checks import accumulator_dtype
+
+
+class Budget(NamedTuple):
+    """The default size of the buffers: at most this many rows in each, and this much memory together."""
+
+    rows: int
+    chunk_bytes: int
+
+
+class BufferRows(NamedTuple):
+    """Rows of logits in a chunk, and of d logits in the gradient buffer (0: they replace the logits of their chunk)."""
+
+    logits: int
+    gradient: int
+
+
+# Every product of the weight's gradient reads and writes its float32 sum. On a CPU this takes about 45 / rows of the
+# time of the products, and larger chunks would only add page faults. On a GPU, products are faster in relation to
+# memory. There, d logits of several chunks are gathered in 16 bits, and their products have 4,096 rows.
+CPU_BUDGET, GPU_BUDGET = Budget(1024, 1 << 30), Budget(4096, 31 << 26)
+# With a small budget, the gradient buffer has this many times the rows of a chunk.
+GRADIENT_CHUNKS = 4
+
+
+def row_bytes(vocab: int, hidden: int, dtype: torch.dtype) -> int:
+    """The memory for one row of logits, or of d logits: V entries, and float32 and 16-bit copies of width H."""
+    return vocab * dtype.itemsize + 2 * hidden * accumulator_dtype(dtype).itemsize
+
+
+def runs_on_gpu(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether kernels of a GPU compute d logits. Their programs run in any order, so they cannot move rows up in the
+    memory of the logits: a row could be overwritten before it is read."""
+    return _library.choose(device_type, dtype).implementation not in ("cpu", "reference")
+
+
+def gathers(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether d logits of several chunks are multiplied together: on every device except a CPU."""
+    return device_type != "cpu" or runs_on_gpu(device_type, dtype)
+
+
+def rows_of_budget(chunk_bytes: int, logits_bytes: int, gradient_bytes: int, most: int | None = None) -> BufferRows:
+    """The rows for which `chunk_bytes` suffice.
+
+    Args:
+        logits_bytes, gradient_bytes: memory for a row of logits and of the gradient buffer; 0 for no such buffer.
+        most: the largest number of rows in a buffer.
+    """
+
+    def bounded(rows: int) -> int:
+        return rows if most is None else min(rows, most)
+
+    fewest = max(1, chunk_bytes // logits_bytes)
+    if gradient_bytes == 0:
+        return BufferRows(bounded(fewest), 0)
+    rows = max(1, chunk_bytes // (logits_bytes + GRADIENT_CHUNKS * gradient_bytes))
+    gradient = bounded((chunk_bytes - rows * logits_bytes) // gradient_bytes)
+    rows = bounded((chunk_bytes - gradient * gradient_bytes) // logits_bytes)
+    if gradient < max(rows, 1):  # the budget is about one row
+        return BufferRows(bounded(fewest), 0)
+    return BufferRows(rows, gradient)
