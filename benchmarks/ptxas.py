@@ -1,5 +1,7 @@
 """What each CUDA kernel takes of each kind of device: registers, spills, stack, shared memory. No GPU is needed.
 
+For sm_90 the table also has how many instructions an entry takes in the main loops.
+
     python benchmarks/ptxas.py benchmarks/results/ptxas.json
 """
 
@@ -7,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "csrc" / "cuda")]
 import nvcc  # noqa: E402
 
 from r1kernels.__main__ import cuda_sources_hash  # noqa: E402
+from r1kernels.triton import sass  # noqa: E402
 
 Row = dict[str, Any]
+LOOPS_OF = "sm_90a"
+# How many entries a thread takes each time round the main loops of a kernel: (source, pattern of its name) -> entries.
+# A kernel without a line here is not counted.
+ENTRIES = {
+    ("token_stats.cu", r"segment_kernel<\w*Float16, \w+>"): 32,
+    ("token_stats.cu", r"segment_kernel<\w+32, \w+>"): 16,
+    ("token_stats_backward.cu", r"gradient_kernel<\w*Float16, \w+, true>"): 32,
+    ("token_stats_backward.cu", r"gradient_kernel<(\w+, \w+, false|Float32, \w+, true)>"): 16,
+}
 
 
 def readable(symbols: Iterable[str]) -> dict[str, str]:
@@ -68,9 +82,42 @@ def rows_of(objects: Iterable[nvcc.Object]) -> list[Row]:
     return sorted(rows, key=lambda row: (row["source"], row["kernel"], nvcc.ARCHITECTURES.index(row["arch"])))
 
 
+def loops_of(compiled: nvcc.Object) -> dict[str, list[float]]:
+    """Instructions of an entry in each main loop of the kernels in `ENTRIES`."""
+    wanted = {pattern: count for (source, pattern), count in ENTRIES.items() if source == compiled.source.name}
+    if not wanted:
+        return {}
+    found = {}
+    for symbol, code in machine_code(compiled).items():
+        name = readable([symbol])[symbol]
+        for pattern, entries in wanted.items():
+            if re.fullmatch(pattern, name):
+                found[f"{compiled.source.name} {name}"] = [loop.of_an_entry for loop in sass.loops(code, entries)]
+    return dict(sorted(found.items()))
+
+
+def machine_code(compiled: nvcc.Object) -> dict[str, list[sass.Instruction]]:
+    """The instructions of each kernel of an object for `LOOPS_OF`."""
+    program = sass.tool("cuobjdump")
+    if program is None:
+        raise FileNotFoundError("cuobjdump was not found on PATH, in CUDA_HOME or in Triton's package")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [program, "-xelf", "all", "-arch", LOOPS_OF, str(compiled.path)]
+        environment = {**os.environ, "PATH": f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        found: dict[str, list[sass.Instruction]] = {}
+        for cubin in sorted(Path(folder).glob(f"*{LOOPS_OF}*.cubin")):
+            found |= sass.machine_code(cubin)
+    return found
+
+
 def table(compiler: nvcc.Nvcc) -> dict[str, Any]:
-    rows = rows_of(nvcc.compile_all(compiler, nvcc.ARCHITECTURES))
-    return {"nvcc": compiler.version, "cuda_sources": cuda_sources_hash(ROOT), "rows": rows}
+    objects = nvcc.compile_all(compiler, nvcc.ARCHITECTURES)
+    loops = {name: counts for compiled in objects for name, counts in loops_of(compiled).items()}
+    return {
+        "nvcc": compiler.version, "cuda_sources": cuda_sources_hash(ROOT), "loops": dict(sorted(loops.items())),
+        "rows": rows_of(objects),
+    }
 
 
 def dumps(table: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& 
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
-                                               double temperature, MaybeTensor temperatures) {
+                                               double temperature, MaybeTensor temperatures, bool /*exact*/) {
   const std::vector<int64_t> sizes = leading_sizes(logits);
   const int64_t count = token_ids.numel();
   Tensor logprobs = empty(logits, sizes, ScalarType::Float);

@@ -10,7 +10,7 @@ namespace {
 using namespace r1k::bindings;
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask, double temperature,
-                                               MaybeTensor temperatures) {
+                                               MaybeTensor temperatures, bool exact) {
   const std::vector<int64_t> sizes = leading_sizes(logits);
   const int64_t count = token_ids.numel();
   Tensor logprobs = empty(logits, sizes, ScalarType::Float);
@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   r1k::gpu::TokenStats args;
   args.logits = merged_rows(logits);
   args.count = count;
+  args.exact = exact;
   check_grid(count, args.logits.vocab);
   args.token_ids = device_ints(logits, token_ids, "token_ids", count);
   args.mask = device_bools(logits, mask, "mask", count);

@@ -64,7 +64,8 @@ def sequences_of(cu_seqlens: Tensor) -> int:
 
 
 def _token_stats(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None = None
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None = None,
+    exact: bool = True,
 ) -> None:
     check = _Arguments(logits)
     check.rows(logits=logits)

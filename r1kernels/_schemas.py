@@ -29,10 +29,11 @@ def _declare(schema: str) -> None:
 
 
 # (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
-# `temperatures` (...) float32 multiply `temperature`.
+# `temperatures` (...) float32 multiply `temperature`. exact=False: float32 logits are products of 16-bit operands, so a
+# kernel may take their exponents as it does those of 16-bit logits, with one rounding each.
 _declare(
-    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures=None, "
+    "bool exact=True) -> (Tensor, Tensor, Tensor)"
 )
 # d logits (..., V) from dL/dlogprob and dL/dentropy (...); rows where both are 0 are not read and give 0.
 _declare(

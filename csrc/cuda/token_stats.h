@@ -30,6 +30,7 @@ struct TokenStats {
   float* logprobs;           // [N]
   double* lse;               // [N]
   double* entropy;           // [N]
+  bool exact = true;         // false: float32 logits are products of 16-bit operands, so their powers need less care
 };
 
 // N times the number of segments is below 2^31.

@@ -133,7 +133,8 @@ class Walk:
     def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(log-prob, log-sum-exp float64, entropy float64), each (n,)."""
         return token_stats.statistics(
-            chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures
+            chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures,
+            exact=self.dtype.itemsize > 2 and self.head.weight.dtype.itemsize > 2,
         )
 
     def backward(

@@ -82,14 +82,16 @@ class _TokenStats(torch.autograd.Function):
 
 
 def statistics(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob float32, log-sum-exp float64, entropy float64), each (N,), from (N, V) logits of any dtype.
 
-    `temperatures` (N,) multiply `temperature`. Rows where `mask` is False are not read and give 0.
+    `temperatures` (N,) multiply `temperature`. Rows where `mask` is False are not read and give 0. exact=False: float32
+    logits are products of 16-bit operands, and kernels of a GPU may take fewer instructions for each.
     """
     if _library.select(logits) != "reference":
-        return torch.ops.r1kernels.token_stats.default(logits, token_ids, mask, temperature, temperatures)
+        return torch.ops.r1kernels.token_stats.default(logits, token_ids, mask, temperature, temperatures, exact)
     results = [token_ids.new_empty(token_ids.shape, dtype=torch.float64) for _ in range(3)]
     for rows in row_blocks(logits):
         z, ids = _scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]

@@ -1,6 +1,11 @@
 """Every kernel compiled ahead of time for every kind of device, and what came of it. No GPU is needed.
 
-    python -m r1kernels.triton.aot benchmarks/results/aot.json
+    python -m r1kernels.triton.aot benchmarks/results/aot
+
+writes FOLDER/triton-<version>.json, of the Triton that is installed. For another one, put it in front:
+
+    pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0
+    PYTHONPATH=/tmp/triton-3.6.0 python -m r1kernels.triton.aot benchmarks/results/aot
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import json
 import multiprocessing
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from r1kernels.triton.common import Device, Variant
+from r1kernels.triton import sass
+from r1kernels.triton.common import COMPILE_OPTIONS, Device, Variant
 from r1kernels.triton.sources import kernel_sources, kernel_sources_hash
 
 # A100, H100, B200, RTX 5090, MI300X.
@@ -62,7 +69,9 @@ class Compiled(NamedTuple):
     """One kernel's compilation: registers and stack (bytes) of a thread, shared memory (bytes) of a program.
 
     `spills` are stores and loads in bytes a thread (sm_*), or vector and scalar registers (gfx*). `tensor_memory` is
-    in columns, which sm_100 alone has. `instructions` are those that a variant can expect: places in the code.
+    in columns, which sm_100 alone has. `instructions` are those that a variant can expect: places in the code. `loops`
+    are the instructions of an entry in each main loop (`Variant.loop`) of NVIDIA kernels. `sums` are the layouts of
+    tensors before they are reduced, which say what a thread adds and in what order: the bits of sums depend on them.
     """
 
     registers: int
@@ -71,6 +80,8 @@ class Compiled(NamedTuple):
     shared: int
     tensor_memory: int
     instructions: dict[str, int]
+    loops: list[float]
+    sums: list[str]
 
 
 def target(device: Device) -> GPUTarget:
@@ -80,7 +91,7 @@ def target(device: Device) -> GPUTarget:
 
 def options(variant: Variant) -> dict[str, Any]:
     """What `launch` and Triton's own launcher compile with."""
-    return {"num_stages": 1, **variant.options, "debug": bool(variant.kernel.debug)}
+    return {"num_stages": 1, **COMPILE_OPTIONS, **variant.options, "debug": bool(variant.kernel.debug)}
 
 
 def signature(variant: Variant) -> dict[str, str]:
@@ -109,7 +120,34 @@ def compile_variant(variant: Variant, device: Device) -> Compiled:
     patterns = {**patterns, "matrix": MATRIX[device.arch]}
     instructions = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Compiled(**resources, shared=compiled.metadata.shared, tensor_memory=columns, instructions=instructions)
+    loops = []
+    if variant.loop is not None and "cubin" in compiled.asm:
+        loops = _instructions_of_an_entry(compiled.asm["cubin"], variant.loop.entries)
+    return Compiled(
+        **resources, shared=compiled.metadata.shared, tensor_memory=columns, instructions=instructions, loops=loops,
+        sums=_reduced_layouts(compiled.asm["ttgir"]) if variant.loop is not None else [],
+    )
+
+
+def _instructions_of_an_entry(cubin: bytes, entries: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        (code,) = sass.machine_code(path).values()
+    return [loop.of_an_entry for loop in sass.loops(code, entries)]
+
+
+def _reduced_layouts(ttgir: str) -> list[str]:
+    """"256x32 over 1: #ttg.blocked<...>" of every reduction, once each."""
+    layouts = dict(re.findall(r"^(#\w+) = (#.+)$", ttgir, re.MULTILINE))
+    reductions = re.findall(
+        r'"tt\.reduce"\(.*?axis = (\d).*?^\s*\}\) : \(tensor<([\dx]+)x\w+, (#[^)]+)>\) ->', ttgir,
+        re.MULTILINE | re.DOTALL,
+    )
+    return sorted({
+        f"{shape} over {axis}: " + re.sub(r"#\w+(?!\.|\w)", lambda name: layouts.get(name[0], name[0]), layout)
+        for axis, shape, layout in reductions
+    })
 
 
 def _nvidia_resources(log: str) -> dict[str, Any]:
@@ -175,7 +213,12 @@ def heading(task: Task) -> tuple[Variant, dict[str, Any]]:
     variants = variants_of(task.module, DEVICES[task.arch])
     variant, (kernel, label) = variants[task.index], labels(variants)[task.index]
     name = f"{variant.kernel.__module__.rpartition('.')[2]}.{kernel}"
-    return variant, {"kernel": name, "variant": label, "arch": task.arch, "expects": list(variant.expects)}
+    threads = variant.options["num_warps"] * DEVICES[task.arch].warp
+    entries, loads = variant.loop or (0, 0)
+    return variant, {
+        "kernel": name, "variant": label, "arch": task.arch, "expects": list(variant.expects), "threads": threads,
+        "entries": entries, "loads": loads,
+    }
 
 
 def row_of(task: Task) -> dict[str, Any]:
@@ -211,6 +254,27 @@ def table(modules: Iterable[str], workers: int = WORKERS) -> dict[str, Any]:
     }
 
 
+# Of one multiprocessor: warps, registers, bytes of shared memory; a block takes 1 KiB of the latter for itself.
+PROCESSORS = {
+    "sm_80": (64, 65536, 167936), "sm_90": (64, 65536, 233472), "sm_100": (64, 65536, 233472),
+    "sm_120": (48, 65536, 102400),
+}
+
+
+def resident_warps(row: dict[str, Any]) -> int:
+    """How many warps of a kernel an NVIDIA multiprocessor holds, by registers, shared memory and threads."""
+    warps, registers, shared = PROCESSORS[row["arch"]]
+    of_block = row["threads"] // 32
+    registers_of_warp = -(-row["registers"] // 8) * 8 * 32
+    blocks = min(warps, registers // registers_of_warp) // of_block
+    return min(blocks, 32, shared // (row["shared"] + 1024)) * of_block
+
+
+def bytes_in_flight(row: dict[str, Any]) -> int:
+    """Bytes of loads that a multiprocessor can wait for at a time."""
+    return resident_warps(row) * 32 * row["loads"]
+
+
 def dumps(table: dict[str, Any]) -> str:
     """JSON with a line for each row, so that a change of one is a change of one line."""
     head = json.dumps({name: value for name, value in table.items() if name != "rows"}, indent=1)
@@ -220,13 +284,14 @@ def dumps(table: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m r1kernels.triton.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the table as JSON")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="where triton-<version>.json is written")
     parser.add_argument("--also", nargs="*", default=[], metavar="MODULE", help="further modules with `variants`")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
     arguments = parser.parse_args()
     started = time.perf_counter()
     result = table([*kernel_modules(), *arguments.also], arguments.workers)
-    arguments.out.write_text(dumps(result), encoding="utf-8")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"triton-{triton.__version__}.json").write_text(dumps(result), encoding="utf-8")
     failed = [row for row in result["rows"] if "error" in row]
     print(f"{len(result['rows'])} compilations, {len(failed)} failed, in {time.perf_counter() - started:.0f} s")
     for row in failed:

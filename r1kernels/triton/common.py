@@ -100,11 +100,22 @@ def device_of(tensor: Tensor) -> Device:
     return device_of_index(tensor.device.index)
 
 
+class Loop(NamedTuple):
+    """What a thread of a memory-bound kernel does each time round its main loop.
+
+    entries: of the vocabulary. loads: bytes that it asks for before it needs the first of them.
+    """
+
+    entries: int
+    loads: int
+
+
 class Variant(NamedTuple):
     """One compilation of a kernel: `signature` has the types of the runtime arguments (`POINTERS`, "i64", "fp64"; an
     absent tensor is a constant None), `constants` the others, `options` num_warps and num_stages.
 
-    `expects` are instructions it must have: "wide_loads", "wide_stores" (16 bytes), "matrix" (tensor cores).
+    `expects` are instructions it must have: "wide_loads", "wide_stores" (16 bytes), "matrix" (tensor cores). `loop` is
+    that of a kernel whose time is to be that of its memory.
     """
 
     kernel: Any
@@ -112,6 +123,12 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     expects: tuple[str, ...] = ()
+    loop: Loop | None = None
+
+
+# What every kernel is compiled with. Without fusion, the default from Triton 3.10 on, products and sums are two
+# instructions.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(
@@ -126,7 +143,7 @@ def launch(
             kernel[grid](*arguments, **constants)
         return
     with torch.cuda.device(like.device):
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **COMPILE_OPTIONS)
 
 
 # ---- rows of a tensor (..., V) ----------------------------------------------------------------------------
@@ -189,14 +206,34 @@ def row_offset(n, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def entries(row, at, cols, vocab_stride, LAYOUT: tl.constexpr):
-    """Pointers to the entries at + cols of a row; `at` is a multiple of a tile."""
+def entries(start, at, cols, vocab_stride, LAYOUT: tl.constexpr):
+    """Pointers to the entries at + cols (32 bits) from `start` on; `at` is a multiple of a tile."""
     if LAYOUT == ALIGNED:
-        return tl.multiple_of(row + at, 16) + cols
+        return tl.multiple_of(start + at, 16) + cols
     elif LAYOUT == UNIT_STRIDE:
-        return row + at + cols
+        return start + at + cols
     else:
-        return row + at * vocab_stride + cols * vocab_stride
+        return start + at.to(tl.int64) * vocab_stride + cols * vocab_stride
+
+
+@triton.jit
+def word_entries(start, at, cols):
+    """Pointers to the pairs of 16-bit entries at + 2 cols from an ALIGNED `start` on."""
+    return tl.multiple_of((start + at).to(tl.pointer_type(tl.int32), bitcast=True), 16) + cols
+
+
+@triton.jit
+def widened(words):
+    """float32 (M, 2 K) of pairs of bfloat16 (M, K): two instructions a pair, where the compiler takes three."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), (words.shape[0], words.shape[1] * 2))
+
+
+@triton.jit
+def is_entry(cols, at, VEC: tl.constexpr):
+    """cols == at. Where an entry is in its vector the compiler knows: this takes a register a vector, not an entry."""
+    return (cols // VEC == at // VEC) & (cols % VEC == at % VEC)
 
 
 # ---- arithmetic of single numbers -------------------------------------------------------------------------
@@ -206,6 +243,15 @@ def entries(row, at, cols, vocab_stride, LAYOUT: tl.constexpr):
 def wide(value):
     """A number given to the kernel (a Python float under the interpreter) as a float64 scalar."""
     return tl.full((), value, tl.float64)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a b + c, rounded once."""
+    if UPCAST:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
 
 
 @triton.jit

@@ -24,7 +24,18 @@ import triton
 from torch import Tensor
 
 from r1kernels.triton import token_stats
-from r1kernels.triton.common import POINTERS, Device, Rows, Variant, device_of, launch, optional, rows_of, signature
+from r1kernels.triton.common import (
+    POINTERS,
+    Device,
+    Loop,
+    Rows,
+    Variant,
+    device_of,
+    launch,
+    optional,
+    rows_of,
+    signature,
+)
 from r1kernels.triton.divergence_kernels import (
     gradient_kernel,
     merge_statistics_kernel,
@@ -117,9 +128,11 @@ def divergence(
     masking = optional(mask, torch.bool, no_token)
 
     grid, merge_grid = (p.count * segments,), (triton.cdiv(p.count, MERGE_ROWS),)
-    for rows, part in zip((p, q), statistics, strict=True):
-        token_stats.launch_segments(rows, no_token, masking, optional(None, torch.float32, no_token), temperature, part)
-    exact = (int(tensor.dtype == torch.float32) for tensor in (student, teacher))
+    one_temperature = optional(None, torch.float32, no_token)
+    exact = [
+        int(token_stats.launch_segments(rows, no_token, masking, one_temperature, temperature, part))
+        for rows, part in zip((p, q), statistics, strict=True)
+    ]
     launch(
         merge_statistics_kernel, merge_grid, student, statistics, *exact, *masking, temperature, beta, lse_student,
         lse_teacher, student_entropy, teacher_entropy, constants, p.count, read, **MERGE,
@@ -218,10 +231,18 @@ def divergence_backward(
 # ---- every compilation ----------------------------------------------------------------------------------------
 
 
-def _variant(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], *expects: str) -> Variant:
+def _variant(
+    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], *expects: str, loop: Loop | None = None
+) -> Variant:
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps"), "num_stages": 1}
-    return Variant(kernel, signature(kernel, **pointers), constants, options, expects)
+    return Variant(kernel, signature(kernel, **pointers), constants, options, expects, loop)
+
+
+def _loop(constants: dict[str, Any], logits: torch.dtype, device: Device) -> Loop:
+    """Of a kernel that reads two tensors of a dtype."""
+    entries = constants["LANES"] * constants["UNROLL"] // (constants["num_warps"] * device.warp)
+    return Loop(entries, 2 * entries * logits.itemsize)
 
 
 def variants(device: Device) -> Iterator[Variant]:
@@ -239,10 +260,14 @@ def variants(device: Device) -> Iterator[Variant]:
         pointers = {"first": data, "second": data, "mask": "*i1", "constants": "*fp32", "partials": "*fp32"}
         for chosen, jsd in itertools.product(configs(dtype or torch.float32, device), (False, True)):
             constants = {"SEGMENT": SEGMENT, "JSD": jsd} | _constants(chosen, dtype, dtype, device)
-            yield _variant(terms_kernel, constants, pointers, *(["wide_loads"] if dtype else []))
+            # The terms of jsd take 60 instructions an entry, longer than their loads.
+            loop = None if dtype is None or jsd else _loop(constants, dtype, device)
+            yield _variant(terms_kernel, constants, pointers, *(["wide_loads"] if dtype else []), loop=loop)
     for logits, result in (*GRADIENTS, (None, None)):
         data, gradient = (BYTES if dtype is None else POINTERS[dtype] for dtype in (logits, result))
         pointers = {"student": data, "teacher": data, "out": gradient, "constants": "*fp32"}
         for chosen in configs(logits or torch.float32, device):
+            constants = _constants(chosen, logits, result, device)
             expects = ["wide_loads", "wide_stores"] if logits else []
-            yield _variant(gradient_kernel, _constants(chosen, logits, result, device), pointers, *expects)
+            loop = None if logits is None else _loop(constants, logits, device)
+            yield _variant(gradient_kernel, constants, pointers, *expects, loop=loop)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r1kernels.triton.common import LN2, LOG2E, LOWEST, kernel, wide
+from r1kernels.triton.common import kernel, wide
 from r1kernels.triton.divergence_fast import fast_constants, gradient_fast, jsd_fast, kl_fast
 from r1kernels.triton.divergence_math import (
     CONSTANTS,
@@ -21,37 +21,9 @@ from r1kernels.triton.divergence_math import (
     store_constants,
 )
 from r1kernels.triton.entries import load_tiles, load_wide, row_start, store_tile, store_wide, whole_tiles
+from r1kernels.triton.token_stats_kernels import row_statistics
 
 # ---- statistics of both rows ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _merged(partials, n, counts, count, segments, t, exact):
-    """Log-sum-exp and entropy of rows n in float64."""
-    plane = segments * count
-    c = 1 / t * LOG2E
-    if exact == 0:
-        c = c.to(tl.float32).to(tl.float64)  # what the segments were summed with
-    top = tl.full(n.shape, LOWEST, tl.float32)
-    for s in range(0, segments):
-        top = tl.maximum(top, tl.load(partials + s * count + n, mask=counts, other=0))
-    total = tl.zeros(n.shape, tl.float64)
-    weighted = tl.zeros(n.shape, tl.float64)
-    for s in range(0, segments):
-        at = partials + s * count + n
-        shift = tl.load(at, mask=counts, other=0).to(tl.float64) - top.to(tl.float64)
-        factor = tl.exp2(shift * c)
-        part = tl.load(at + plane, mask=counts, other=0).to(tl.float64)
-        part += tl.load(at + 3 * plane, mask=counts, other=0).to(tl.float64)
-        part_weighted = tl.load(at + 2 * plane, mask=counts, other=0).to(tl.float64)
-        total += factor * part
-        weighted += tl.where(factor == 0, 0.0, factor * (part_weighted + shift * part))
-    mean = weighted / total  # sum_j p_j (x_j - top)
-    log_total = tl.log(total)
-    # The sums are those of a temperature that is log2(e) / c: a rounding away, and the logarithm's slope is the mean.
-    beyond = tl.where(total == 0, 0.0, (1 / t - c * LN2) * mean)
-    lse = top.to(tl.float64) / t + (log_total + beyond)
-    return lse, log_total - mean * c * LN2
 
 
 @kernel
@@ -67,8 +39,10 @@ def merge_statistics_kernel(
     if masked != 0:
         counts = keep & tl.load(mask + n, mask=keep, other=0).to(tl.int1)
     t = wide(temperature)
-    lse_p, entropy_p = _merged(partials, n, counts, count, segments, t, exact_student)
-    lse_q, entropy_q = _merged(partials + 4 * segments * count, n, counts, count, segments, t, exact_teacher)
+    no_logit = tl.full((BLOCK,), float("-inf"), tl.float64)  # the segments leave none out
+    _, lse_p, entropy_p = row_statistics(partials, no_logit, n, counts, count, segments, t, exact_student)
+    of_teacher = partials + 4 * segments * count
+    _, lse_q, entropy_q = row_statistics(of_teacher, no_logit, n, counts, count, segments, t, exact_teacher)
     zero = wide(0.0)
     store_constants(constants, n, counts, lse_p, lse_q, t, wide(beta), zero, zero, zero)
     tl.store(lse_student + n, tl.where(counts, lse_p, 0.0), mask=keep)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # All others hold kernels or what kernels share; the tables (*.json) choose tiles.
-NOT_KERNELS = ("__init__.py", "aot.py", "sources.py")
+NOT_KERNELS = ("__init__.py", "aot.py", "sass.py", "sources.py")
 
 
 def kernel_sources() -> list[Path]:

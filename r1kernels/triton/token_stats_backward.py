@@ -29,6 +29,8 @@ from r1kernels.triton.common import (
     difference_error,
     entries,
     expm1,
+    fma,
+    is_entry,
     kernel,
     launch,
     optional,
@@ -36,35 +38,87 @@ from r1kernels.triton.common import (
     row_offset,
     rows_of,
     signature,
+    widened,
+    word_entries,
 )
-from r1kernels.triton.token_stats import DTYPES, LAYOUTS, SEGMENT, config, configs, exp2_of_product, temperature_of
+from r1kernels.triton.token_stats import DTYPES, LAYOUTS, SEGMENT, config, configs, loop_of
+from r1kernels.triton.token_stats_kernels import exp2_of_product, temperature_of
 
 
 @triton.jit
-def tile_gradient(
-    x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
-    EXACT: tl.constexpr,
-):
-    """-(g + eta (log p_j + H)) p_j / T of a tile.
+def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+    """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`.
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
     """
-    lost = anchor_rest
+    c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap = numbers
     if EXACT:
         lowest = anchor - 1000.0 / c  # as in `below`
         x = tl.where(x < lowest, lowest, x)
         d = x - anchor
-        lost += difference_error(x, anchor, d) * c
+        p = exp2_of_product(d, c, c_rest, anchor_rest + difference_error(x, anchor, d) * c)
     else:
-        d = x - anchor
-    p = exp2_of_product(d, c, c_rest, lost, EXACT)
-    log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
-    gradient = p * (minus_g + minus_eta * log_p_plus_h)
+        p = tl.exp2(fma(x - anchor, c, anchor_rest))
+    factor = minus_g
+    if ENTROPY:
+        log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
+        factor += minus_eta * log_p_plus_h
+    gradient = p * factor
     if EXACT:
         gradient += p * minus_g_rest
-    tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
-    return gradient * ((1.0 - tanh) * (1.0 + tanh))
+    if SOFTCAP:
+        tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
+        gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))
+    return gradient
+
+
+@triton.jit
+def walk(
+    start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    VEC: tl.constexpr, LAYOUT: tl.constexpr, EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Writes the gradient of `size` entries; `own` is that of the entry `own_at`."""
+    dtype: tl.constexpr = out_start.dtype.element_ty
+    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
+    TILE: tl.constexpr = LANES * UNROLL
+    full = size // TILE * TILE
+    for at in range(0, full, TILE):
+        if (LAYOUT == ALIGNED) & (start.dtype.element_ty == tl.bfloat16):
+            words = tl.arange(0, UNROLL)[:, None] * (LANES // 2) + tl.arange(0, LANES // 2)[None, :]
+            x = widened(tl.load(word_entries(start, at, words)))
+        else:
+            x = tl.load(entries(start, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        if (own_at >= at) & (own_at < at + TILE):
+            gradient = tl.where(is_entry(cols, own_at - at, VEC), own, gradient)
+        if WHOLE_ROW:
+            tl.debug_barrier()  # every thread has read this tile, and those before it
+        tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), rounded(gradient, dtype))
+    if full < size:
+        inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
+        x = tl.load(entries(start, full, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        if own_at >= full:
+            gradient = tl.where(is_entry(cols, own_at - full, VEC), own, gradient)
+        if LAYOUT == ALIGNED:
+            few = tl.load(start + last, mask=last < size, other=0).to(tl.float32)
+            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP))
+        if WHOLE_ROW:
+            tl.debug_barrier()
+        tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
+        if LAYOUT == ALIGNED:
+            tl.store(out_start + last, rounded(few, dtype), mask=last < size)
+
+
+@triton.jit
+def last_entries(size, full, cols, LANES: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which entries of the last tile are there, and with ALIGNED, where that is in whole vectors, the few others."""
+    inside = cols < size - full
+    if LAYOUT == ALIGNED:
+        inside = cols < tl.multiple_of((size - full) // VEC * VEC, VEC)
+    return inside, size // VEC * VEC + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
@@ -102,29 +156,25 @@ def gradient_kernel(
     TILE: tl.constexpr = LANES * UNROLL
     cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     begin = segment * SEGMENT
-    end = vocab
+    size = (vocab - begin).to(tl.int32)
     if not WHOLE_ROW:
-        end = tl.minimum(begin + SEGMENT, vocab)
-    full_end = begin + (end - begin) // TILE * TILE
-    left = (end - full_end).to(tl.int32)
-    inside = cols < left
-    if LAYOUT == ALIGNED:  # all but the last few entries, in whole vectors
-        inside = cols < tl.multiple_of(left // VEC * VEC, VEC)
-    last = end // VEC * VEC + tl.arange(0, LANES)[None, :]
+        size = tl.minimum(vocab - begin, SEGMENT).to(tl.int32)
+    start, out_start = row + begin * vocab_stride, out_row + begin
 
-    dtype: tl.constexpr = out.dtype.element_ty
     g = tl.load(grad_logprobs + n)
     eta = g * 0
     if with_entropy != 0:
         eta = tl.load(grad_entropy + n)
     if (g == 0) & (eta == 0):  # masked or clipped: the row is not read, so nothing in it can matter
-        zeros = tl.zeros((UNROLL, LANES), dtype)
-        for at in range(begin, full_end, TILE):
-            tl.store(entries(out_row, at, cols, 1, OUT_LAYOUT), zeros)
-        if full_end < end:
-            tl.store(entries(out_row, full_end, cols, 1, OUT_LAYOUT), zeros, mask=inside)
+        zeros = tl.zeros((UNROLL, LANES), out.dtype.element_ty)
+        full = size // TILE * TILE
+        for at in range(0, full, TILE):
+            tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
+        if full < size:
+            inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
+            tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
             if LAYOUT == ALIGNED:
-                tl.store(out_row + last, tl.zeros((1, LANES), dtype), mask=last < end)
+                tl.store(out_start + last, tl.zeros((1, LANES), out.dtype.element_ty), mask=last < size)
         return
 
     target = tl.minimum(tl.maximum(tl.load(token_ids + n), 0), vocab - 1)  # the forward looked: nothing outside is read
@@ -145,39 +195,26 @@ def gradient_kernel(
     own = own_gradient(
         tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap
     )
+    own_at = tl.where((target >= begin) & (target < begin + size), target - begin, -1).to(tl.int32)
     tl.debug_barrier()  # every thread has read the token's logit
-
-    for at in range(begin, full_end, TILE):
-        x = tl.load(entries(row, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
-        gradient = tile_gradient(
-            x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
-            EXACT,
+    numbers = (
+        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+    )
+    if inv_softcap != 0:
+        walk(
+            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
+            WHOLE_ROW, True, True,
         )
-        if (target >= at) & (target < at + TILE):
-            gradient = tl.where(cols == (target - at).to(tl.int32), own, gradient)
-        if WHOLE_ROW:
-            tl.debug_barrier()  # every thread has read this tile, and those before it
-        tl.store(entries(out_row, at, cols, 1, OUT_LAYOUT), rounded(gradient, dtype))
-    if full_end < end:
-        x = tl.load(entries(row, full_end, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
-        gradient = tile_gradient(
-            x, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
-            EXACT,
+    elif eta != 0:
+        walk(
+            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
+            WHOLE_ROW, True, False,
         )
-        if target >= full_end:
-            gradient = tl.where(cols == (target - full_end).to(tl.int32), own, gradient)
-        if LAYOUT == ALIGNED:
-            few = tl.load(row + last, mask=last < end, other=0).to(tl.float32)
-            few = tile_gradient(
-                few, c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope,
-                inv_softcap, EXACT,
-            )
-            few = tl.where(last == target, own, few)
-        if WHOLE_ROW:
-            tl.debug_barrier()
-        tl.store(entries(out_row, full_end, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
-        if LAYOUT == ALIGNED:
-            tl.store(out_row + last, rounded(few, dtype), mask=last < end)
+    else:
+        walk(
+            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
+            WHOLE_ROW, False, False,
+        )
 
 
 # ---- launching ---------------------------------------------------------------------------------------------
@@ -221,6 +258,8 @@ def _gradient(
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(grad_entropy)
     whole = out.dtype.itemsize < logits.dtype.itemsize
+    if whole and source.vocab >= 2**31:
+        raise ValueError(f"logits has {source.vocab} entries a row, expected fewer than 2^31 for a narrower out")
     layout = source.layout
     if layout == ALIGNED.value and target.layout != layout:
         layout = UNIT_STRIDE.value
@@ -231,7 +270,7 @@ def _gradient(
         *optional(grad_entropy, torch.float32, token_ids), *optional(temperatures, torch.float32, token_ids),
         temperature, 1 / softcap if softcap > 0 else 0.0, *optional(rows, torch.int64, token_ids), source.vocab,
         segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
-        **chosen.constants(logits.dtype, device, layout),
+        **chosen.gradient_constants(logits.dtype, device, layout),
     )
 
 
@@ -242,6 +281,7 @@ def variants(device: Device) -> Iterator[Variant]:
             options = {"num_warps": chosen.num_warps, "num_stages": 1}
             narrower = DTYPES if dtype == torch.float32 else (dtype,)
             for narrow, layout in itertools.product(narrower, LAYOUTS):
+                constants = chosen.gradient_constants(dtype, device, layout)
                 yield Variant(
                     gradient_kernel,
                     signature(
@@ -250,8 +290,9 @@ def variants(device: Device) -> Iterator[Variant]:
                     ),
                     {
                         "SEGMENT": SEGMENT, "EXACT": narrow == torch.float32,
-                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **chosen.constants(dtype, device, layout),
+                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **constants,
                     },
                     options,
                     ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),
+                    loop_of(constants["UNROLL"], dtype),
                 )

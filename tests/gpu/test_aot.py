@@ -21,10 +21,17 @@ from r1kernels.triton import aot, sources
 
 ROOT = Path(r1kernels.__file__).parents[1]
 SUPPORT = Path(__file__).parents[1] / "support"
-COMMITTED = ROOT / "benchmarks" / "results" / "aot.json"
-REFRESH = "python -m r1kernels.triton.aot benchmarks/results/aot.json"
+FOLDER = ROOT / "benchmarks" / "results" / "aot"
+OLDEST, NEWEST = "3.6.0", "3.9.0"  # the Triton that is supported
+REFRESH = "python -m r1kernels.triton.aot benchmarks/results/aot, with each Triton"
 ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 Row = dict[str, Any]
+
+
+def committed_table(version: str) -> dict[str, Any]:
+    """The one of this version of Triton, or for one without a table the newest."""
+    path = FOLDER / f"triton-{version}.json"
+    return json.loads((path if path.exists() else FOLDER / f"triton-{NEWEST}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     environment |= {
         "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1",
     }
-    committed = json.loads(COMMITTED.read_text())
+    committed = committed_table(aot.triton.__version__)
     how = "sample" if committed["triton"] == aot.triton.__version__ else "full"
     how = "full" if request.config.getoption("--full") else how
     command = (sys.executable, str(SUPPORT / "aot_rows.py"), str(folder / "rows.json"), how)
@@ -161,19 +168,38 @@ def test_faults_are_found(table: dict[str, Any], arch: str) -> None:
     assert "incompatible dimensions" in faulty["wrong_kernel"]["error"]
 
 
-# ---- the committed table ----------------------------------------------------------------------------------
+# ---- the committed tables ---------------------------------------------------------------------------------
+
+versions = pytest.mark.parametrize("version", [OLDEST, NEWEST])
 
 
-def test_the_committed_table_is_of_these_kernels() -> None:
-    assert COMMITTED.exists(), f"there is no table: {REFRESH}"
-    committed = json.loads(COMMITTED.read_text())
+def test_there_are_tables_of_the_oldest_and_the_newest_triton() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"triton-{version}.json" for version in (OLDEST, NEWEST)}
+    assert f"\ntriton=={NEWEST}\n" in (ROOT / "constraints.txt").read_text()
+
+
+@versions
+def test_a_committed_table_is_of_these_kernels(version: str) -> None:
+    committed = committed_table(version)
+    assert committed["triton"] == version
     assert committed["sources"] == sources.kernel_sources_hash(), f"kernels have changed: {REFRESH}"
-    assert not [row for row in committed["rows"] if "error" in row]
     assert {row["kernel"] for row in committed["rows"]} == declared()
+    for check in (failure, excess, lacking):
+        for arch in ARCHES:
+            assert not (wrong := listed(committed["rows"], arch, check, committed)), wrong
+
+
+@versions
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_nothing_is_spilled(version: str, arch: str) -> None:
+    committed = committed_table(version)
+    assert not (wrong := listed(committed["rows"], arch, spilling, committed)), wrong
 
 
 def test_what_is_compiled_is_what_the_table_says(table: dict[str, Any]) -> None:
-    committed = {key_of(row): row for row in json.loads(COMMITTED.read_text())["rows"]}
+    if table["triton"] != aot.triton.__version__:
+        pytest.skip(f"there is no table of Triton {aot.triton.__version__}")
+    committed = {key_of(row): row for row in committed_table(table["triton"])["rows"]}
     assert len(table["fresh"]) >= 20
     for key, row in table["fresh"].items():
         assert row == committed[key], f"{REFRESH}"

@@ -157,6 +157,20 @@ def test_strides_and_alignment_change_no_bit_of_the_values(kind: str) -> None:
     logits = _strided(kind)
     ids = ids_of(*logits.shape[:-1], vocab=logits.shape[-1])
     compare(both, {"logits": logits, "token_ids": ids}, ("logits",), near=LOGITS)
+    vocab = logits.shape[-1]
+    aligned = torch.empty(*logits.shape[:-1], -(-vocab // 16) * 16, dtype=logits.dtype, device=DEVICE)[..., :vocab]
+    aligned.copy_(logits)
+    for found, expected in zip(both(logits, ids), both(aligned, ids), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_row_alone_has_the_bits_of_a_row_among_others() -> None:
+    """Only one row of eight starts at a multiple of 16 bytes, but one row alone does."""
+    logits, ids = logits_of(9, size(32_001, 77)), ids_of(9, vocab=size(32_001, 77))
+    whole = both(logits, ids)
+    for n in range(9):
+        for found, expected in zip(both(logits[n], ids[n]), whole, strict=True):
+            assert torch.equal(found, expected[n])
 
 
 def test_more_than_2_to_the_31_entries() -> None:

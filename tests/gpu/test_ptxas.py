@@ -3,11 +3,9 @@
 No GPU is needed for that. `python benchmarks/ptxas.py` writes the table that is committed.
 """
 
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 
 import r1kernels
 from r1kernels.__main__ import cuda_sources_hash
+from r1kernels.triton import sass
 
 ROOT = Path(r1kernels.__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "ptxas.json"
@@ -77,22 +76,40 @@ def test_the_committed_table_is_of_these_kernels(rows: list[Row]) -> None:
 
 # ---- instructions -------------------------------------------------------------------------------------------
 
-
-def cuobjdump() -> str | None:
-    """The one on PATH, that of the toolkit, or that of Triton's package."""
-    places = [os.environ.get("PATH", ""), str(COMPILER.toolkit / "bin") if COMPILER else ""]
-    if triton := importlib.util.find_spec("triton"):
-        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    return shutil.which("cuobjdump", path=os.pathsep.join(places))
-
-
 needs_cuobjdump = pytest.mark.skipif(
-    COMPILER is None or cuobjdump() is None, reason=WITHOUT or "cuobjdump was not found; Triton's package has one"
+    COMPILER is None or sass.tool("cuobjdump") is None,
+    reason=WITHOUT or "cuobjdump was not found; Triton's package has one",
 )
 
 
+@needs_cuobjdump
+def test_the_committed_counts_are_of_these_kernels(objects: list[nvcc.Object]) -> None:
+    committed = json.loads(COMMITTED.read_text())
+    if committed["nvcc"] != COMPILER.version:
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}, this is {COMPILER.version}")
+    counted = {name: counts for compiled in objects for name, counts in ptxas.loops_of(compiled).items()}
+    assert committed["loops"] == counted, f"kernels compile to something else: {REFRESH}"
+
+
+# Kernels, the most instructions that an entry may take on sm_90, and in how many of their loops.
+LIMITS = [
+    (r"token_stats.cu segment_kernel<(BFloat16|Float16|Product32), true>", 10, 1),
+    (r"token_stats_backward.cu gradient_kernel<\w+, \w*Float16, true>", 8, 1),  # of a policy loss
+    (r"token_stats_backward.cu gradient_kernel<\w+, \w*Float16, true>", 12, 2),  # with entropy
+]
+
+
+@pytest.mark.parametrize("name, limit, loops", LIMITS)
+def test_main_loops_take_few_instructions(name: str, limit: float, loops: int) -> None:
+    table = json.loads(COMMITTED.read_text())["loops"]
+    counts = {kernel: counted for kernel, counted in table.items() if re.fullmatch(name, kernel)}
+    assert counts
+    for kernel, of_an_entry in counts.items():
+        assert sum(count <= limit for count in of_an_entry) >= loops, (kernel, of_an_entry)
+
+
 def dump(compiled: nvcc.Object, *options: str) -> str:
-    tool = Path(cuobjdump())
+    tool = Path(sass.tool("cuobjdump"))
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
     command = [str(tool), *options, str(compiled.path)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

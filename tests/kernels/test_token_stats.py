@@ -83,6 +83,22 @@ def test_values_and_gradients(dtype: torch.dtype, vocab: int, scale: float) -> N
             testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g_used, eta_used))
 
 
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("scale, offset", [(0.1, 0.0), (4.0, 0.0), (16.0, 0.0), (4.0, 1e4), (4.0, -1e7)])
+def test_statistics_of_products_of_16_bit_operands(vocab: int, scale: float, offset: float) -> None:
+    """Float32 logits with exact=False: one rounding a power, within the same bar."""
+    logits = testing.random_logits(6, vocab, scale=scale, seed=vocab) + offset
+    logits[1, : vocab // 2] = -torch.inf
+    ids = testing.random_ids(6, vocab=vocab)
+    ids[0], ids[1] = logits[0].argmax(), vocab - 1
+    exact = testing.token_stats(logits, ids)
+    with backend(testing.KERNELS):
+        logprobs, lse, entropy = token_stats.statistics(logits, ids, None, 1.0, None, exact=False)
+    testing.assert_within(logprobs, exact.logprobs, BAR)
+    testing.assert_within(entropy.float(), exact.entropy, BAR)
+    testing.assert_within(lse, logits.double().logsumexp(-1), BAR)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 0.7, 2.5, 1e4])
 def test_temperatures(dtype: torch.dtype, temperature: float) -> None:

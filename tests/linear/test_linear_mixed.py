@@ -7,7 +7,7 @@ import linear_cases as cases
 import linear_policy_cases as policy
 import pytest
 import torch
-from backends import compiles, slow_interpreted, slow_on_gpu_kernels, without_cuda_kernels
+from backends import compiles, host_code, slow_interpreted, slow_on_gpu_kernels, without_cuda_kernels
 from gemm_cases import wide
 from linear_distillation_cases import MASK, Case
 from torch import Tensor
@@ -21,7 +21,7 @@ from r1kernels import (
     objectives,
     testing,
 )
-from r1kernels.ops import gemm
+from r1kernels.ops import gemm, token_stats
 
 WIDE = torch.float32
 HALVES = (torch.bfloat16, torch.float16)
@@ -193,6 +193,26 @@ def test_autocast_changes_no_bit(implementation: str) -> None:
         inside, inside_grads = policy.run(inputs)
     assert torch.equal(result.loss, inside.loss)
     assert all(torch.equal(grad, inside_grads[name]) for name, grad in grads.items())
+
+
+@host_code
+@pytest.mark.parametrize(
+    "pair, exact",
+    [((WIDE, WIDE), True), ((torch.bfloat16, torch.bfloat16), False), ((WIDE, torch.float16), False),
+     ((torch.bfloat16, WIDE), False)],
+)
+def test_only_products_of_float32_ask_for_exact_statistics(
+    pair: Pair, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, statistics = [], token_stats.statistics
+
+    def noting(*arguments: Any, exact: bool) -> tuple[Tensor, ...]:
+        asked.append(exact)
+        return statistics(*arguments, exact=exact)
+
+    monkeypatch.setattr(token_stats, "statistics", noting)
+    policy.run(policy.make("plain", "holes", pair[0], weight_dtype=pair[1]))
+    assert asked and set(asked) == {exact}
 
 
 @compiles

@@ -129,7 +129,7 @@ def token_stats(draw: Draw) -> tuple[Any, ...]:
     tokens = shape[:-1]
     return (
         draw.rows(shape, dtype), ids(*tokens), draw.maybe(mask(*tokens)), draw.number(0.1, 3.0),
-        draw.maybe(floats(*tokens)),
+        draw.maybe(floats(*tokens)), draw.choice((True, False)),
     )
 
 
@@ -323,7 +323,8 @@ class Notes:
     def launch(self, kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **keywords: Any) -> None:
         if 0 not in grid:
             assert all(isinstance(size, int) and size > 0 for size in grid), grid
-            self.keys.add(key_of_launch(self.device, kernel, arguments, {"num_stages": 1, **keywords}))
+            options = {"num_stages": 1, **common.COMPILE_OPTIONS, **keywords}
+            self.keys.add(key_of_launch(self.device, kernel, arguments, options))
 
     def of(self, launcher: str, draws: Iterator[Draw]) -> set[str]:
         """The keys of all launches for some calls of a launcher."""
