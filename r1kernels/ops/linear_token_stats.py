@@ -69,7 +69,8 @@ class _LinearTokenStats(torch.autograd.Function):
         hidden, *others = tensors
         head = with_tensors(ctx.head._replace(token_ids=token_ids, temperatures=temperatures), *others)
         needs = Needs(*ctx.needs_input_grad[:5])
-        grads = torch.ops.r1kernels.linear_token_stats_backward.default(
+        grads = _library.run(
+            torch.ops.r1kernels.linear_token_stats_backward.default,
             hidden,
             *head,
             lse,
