@@ -44,8 +44,8 @@ wheel: $(VENV)/base.stamp
 	$(SAY_CUDA)
 	rm -rf build/wheel build/lib* build/bdist*
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' \
-	  --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
 	@ls -l $(DIST)/*.whl
 
 # The wheel beside two versions of torch, in new environments: 5 GB; not in CI.

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_serves_every_python_and_many_linuxes(wheel: Path) -> None:
-    assert re.fullmatch(r"r1kernels-[\d.]+-cp310-abi3-(manylinux_2_\d+_[^.]+\.)*manylinux_2_28_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"r1kernels-[\d.]+-cp310-abi3-manylinux_2_28_\w+\.whl", wheel.name)
     assert wheel.stat().st_size < LARGEST
 
 
