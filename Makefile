@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-real bench wheel FORCE
+.PHONY: build demo test test-real test-wheel bench wheel FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -37,14 +37,20 @@ bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(BIN)/python benchmarks/report.py build/benchmark.json
 
-# For every Linux whose libc is no older than this one's. torch's libraries come with torch, CUDA's runtime is linked in.
+# For every Linux with glibc 2.28 or newer, as torch's own wheels; auditwheel refuses another one. torch's libraries come
+# with torch, CUDA's runtime is linked in.
+wheel: export R1KERNELS_CUDA_ARCHS ?= wheel
 wheel: $(VENV)/base.stamp
 	$(SAY_CUDA)
 	rm -rf build/wheel build/lib* build/bdist*
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	  --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
 	@ls -l $(DIST)/*.whl
+
+# The wheel beside two versions of torch, in new environments: 5 GB; not in CI.
+test-wheel: wheel
+	$(BIN)/python tests/real/load_wheel.py $(DIST)/*.whl
 
 build: $(VENV)/build.stamp
 

@@ -17,7 +17,8 @@ import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
+sys.path.extend(str(Path(__file__).resolve().parent / folder) for folder in ("csrc", "csrc/cuda"))
+import glibc
 import nvcc
 
 TORCH = Path(torch.__file__).parent
@@ -39,12 +40,8 @@ X86_ISAS = {
 PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats")]
 WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-CUDA_BINDINGS = [
-    "csrc/bindings_cuda.cpp",
-    "csrc/bindings_cuda_pointwise.cpp",
-    "csrc/bindings_cuda_policy.cpp",
-    "csrc/bindings_cuda_step.cpp",
-]
+CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_policy.cpp"]
+CUDA_BINDINGS += ["csrc/bindings_cuda_step.cpp"]
 
 
 class BuildExt(build_ext):
@@ -61,9 +58,9 @@ class BuildExt(build_ext):
         else:
             ext.define_macros.append(("R1K_CUDA", None))
             ext.sources += CUDA_BINDINGS
-            # Calls of the runtime are its own: torch may have brought another.
-            ext.extra_link_args += [str(nvcc.runtime_library(compiler)), "-Wl,--exclude-libs,ALL"]
-            ext.extra_link_args += ["-lrt", "-lpthread", "-ldl"]
+            ext.extra_link_args += [str(nvcc.runtime_library(compiler))]
+        stubs = glibc.stubs(Path("build/glibc"), self.compiler.compiler_so[0])
+        ext.extra_link_args += [*stubs, "-lrt", "-lpthread", "-ldl"]
         if IS_X86:
             ext.define_macros.append(("R1K_X86", None))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -100,14 +97,17 @@ extension = Extension(
         "csrc/bindings_cpu.cpp",
         "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",
+        "csrc/compatibility.cpp",
         "csrc/cuda_methods.cpp",
         "csrc/cpu/group_advantages.cpp",
         "csrc/cpu/policy_loss.cpp",
         *PER_ISA,
     ],
     library_dirs=[str(TORCH / "lib")],
-    # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use.
-    extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"],
+    # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use. Nothing but PyInit__C is
+    # exported: torch may have brought another CUDA runtime.
+    extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed",
+                     "-Wl,--version-script=csrc/exports.map"],
     define_macros=list(MACROS),
     py_limited_api=True,
     language="c++",  # what links it

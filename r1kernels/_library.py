@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _choice, _memory
 from r1kernels._operator_checks import CHECKS
-from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE
+from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE, TRACED
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
@@ -319,10 +319,13 @@ def select(tensor: Tensor, operator: str | None = None) -> str:
     return choice.implementation
 
 
+# ---- how an operator is run -------------------------------------------------------------------------------
+
+
 def call(op: Any, *args: Any) -> Any:
     """Runs an operator. A bad value that a kernel finds raises ValueError, as the checks in Python do."""
     if torch.compiler.is_compiling():
-        return op(*args)
+        return run(op, *args)
     try:
         return op(*args)
     except RuntimeError as error:
@@ -331,3 +334,36 @@ def call(op: Any, *args: Any) -> Any:
         if marker not in message:
             raise
         raise ValueError(message[message.index(marker) + len(marker) :]) from None
+
+
+def run(op: Any, *args: Any) -> Any:
+    """Runs an operator in a backward, or in a graph: one graph serves all values of a number that changes."""
+    if not torch.compiler.is_compiling():
+        return op(*args)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    at = [i for i, value in enumerate(args) if isinstance(value, float) and not has_static_value(value)]
+    if not at:
+        return op(*args)
+    values = [as_tensor(args[i], torch.float64, torch.device("cpu")) for i in at]
+    args = tuple(1.0 if i in at else value for i, value in enumerate(args))
+    return getattr(torch.ops.r1kernels, f"{op._opname}_traced").default(at, values, *args)
+
+
+def as_tensor(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor, without a synchronisation."""
+    if torch.compiler.is_compiling():  # a graph keeps a number as a variable in products, and not in torch.full
+        return (torch.ones((), dtype=torch.float64, device=device) * number).to(dtype)
+    return torch.full((), number, dtype=dtype, device=device)
+
+
+def _traced(name: str) -> Callable[..., Any]:
+    def run(at: list[int], values: list[Tensor], *args: Any) -> Any:
+        numbers = dict(zip(at, (value.item() for value in values), strict=True))
+        return getattr(torch.ops.r1kernels, name).default(*(numbers.get(i, arg) for i, arg in enumerate(args)))
+
+    return run
+
+
+for _name in TRACED:
+    LIBRARY.impl(f"{_name}_traced", _traced(_name), "CompositeExplicitAutograd")

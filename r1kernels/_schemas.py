@@ -7,6 +7,7 @@ CUDA C++ are also registered under the same schemas in the namespace `r1kernels_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,20 @@ CUDA_OPERATORS = (
     "token_stats", "token_stats_backward", "token_stats_backward_out", "grpo_step", "policy_loss", "group_advantages",
     "kl_estimate", "scaled",
 )
+# A compiled graph holds a float argument as a constant, so every value would need its own graph. An operator with float
+# arguments therefore has a variant `<name>_traced`, for numbers that change between calls: `values` are tensors (0-d,
+# float64, on the CPU) that replace the arguments at the positions `at`. A CUDA graph would freeze what it reads.
+TRACED: list[str] = []
 
 
 def _declare(schema: str) -> None:
     LIBRARY.define(schema)
-    if schema.partition("(")[0] in CUDA_OPERATORS:
+    name, _, rest = schema.partition("(")
+    if name in CUDA_OPERATORS:
         _CUDA_LIBRARY.define(schema)
+    if re.search(r"\bfloat ", rest):
+        TRACED.append(name)
+        LIBRARY.define(f"{name}_traced(int[] at, Tensor[] values, {rest}", tags=(torch.Tag.cudagraph_unsafe,))
 
 
 # (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
@@ -92,7 +101,8 @@ _declare(
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float[] coefficients, bool[] needs) "
+    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float clip_low, float clip_high, "
+    "float ratio_cap, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool[] needs) "
     f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
 )
 _declare(
@@ -136,6 +146,8 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         torch.library.register_fake(f"{NAMESPACE}::{name}")(function)
         if name in CUDA_OPERATORS:
             torch.library.register_fake(f"{CUDA_NAMESPACE}::{name}")(function)
+        if name in TRACED:
+            torch.library.register_fake(f"{NAMESPACE}::{name}_traced")(lambda at, values, *args: function(*args))
         return function
 
     return register

@@ -22,6 +22,9 @@ OBJECTS = ROOT / "build" / "cuda"
 # It is Hopper's, not Ampere's, so that those have clusters and bulk copies as well. Code for sm_100a would not run on a
 # B300.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
+# A wheel also has code for sm_86 (RTX 30, A40), where that of sm_80 runs too. For these kernels, sm_89 would give the
+# same code as sm_86, and sm_100f (B200 and B300) the same as sm_100.
+WHEEL_ARCHITECTURES = ("sm_80", "sm_86", *ARCHITECTURES[1:])
 OLDEST = (12, 8)  # the first nvcc that knows all of them
 FLAGS = (
     "-O3", "-std=c++17", "-Icsrc", "-Xptxas=-v", "-Xfatbin=-compress-all",
@@ -87,8 +90,12 @@ def _output(*command: str) -> str:
 
 
 def architectures() -> tuple[str, ...]:
-    """Those of R1KERNELS_CUDA_ARCHS ("90a", "80 compute_90"), which saves time while kernels are written; or all."""
-    names = re.split(r"[\s,;]+", os.environ.get("R1KERNELS_CUDA_ARCHS", "").strip())
+    """Those of R1KERNELS_CUDA_ARCHS ("90a", "80 compute_90"), which saves time while kernels are written; or all.
+    "wheel" stands for those of a wheel."""
+    asked = os.environ.get("R1KERNELS_CUDA_ARCHS", "").strip()
+    if asked == "wheel":
+        return WHEEL_ARCHITECTURES
+    names = re.split(r"[\s,;]+", asked)
     chosen = tuple(name if "_" in name else f"sm_{name}" for name in names if name) or ARCHITECTURES
     for name in chosen:
         if not re.fullmatch(r"(sm|compute)_\d+[af]?", name):

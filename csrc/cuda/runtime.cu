@@ -64,7 +64,8 @@ std::string ask(int index, Properties& properties) {
                          std::to_string(properties.minor) + ", ";
   if (properties.major < 8) return is + "expected sm_80 or newer; R1KERNELS_BACKEND=reference runs plain PyTorch";
   return is + "for which this build has no code (" + architectures() +
-         "); build it without R1KERNELS_CUDA_ARCHS, or use R1KERNELS_BACKEND=triton";
+         "); build it with R1KERNELS_CUDA_ARCHS=" + std::to_string(properties.major) +
+         std::to_string(properties.minor) + ", or use R1KERNELS_BACKEND=triton";
 }
 
 const Device& device_at(int index) {

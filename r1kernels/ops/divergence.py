@@ -25,6 +25,14 @@ from r1kernels.ops.token_stats import row_blocks
 KINDS = ("forward_kl", "reverse_kl", "jsd")  # in the order of `enum Divergence` in csrc/cpu/divergence.h
 
 
+def _logs(beta: float, like: Tensor) -> tuple[Any, Any]:
+    """log beta and log(1 - beta), as tensors in a compiled graph, where they have to be variables."""
+    if not torch.compiler.is_compiling():
+        return math.log(beta), math.log1p(-beta)
+    variable = _library.as_tensor(beta, torch.float64, like.device)
+    return variable.log(), torch.log1p(-variable)
+
+
 def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     """Divergence over the last dimension, differentiable with respect to log_p.
 
@@ -40,9 +48,8 @@ def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor
         value = torch.where(no_p, 0, p * (finite_p - finite_q)).sum(-1)
         return torch.where((~no_p & no_q).any(-1), torch.inf, value)
     nowhere = no_p & no_q  # logaddexp(-inf, -inf) has no gradient
-    log_m = torch.logaddexp(
-        torch.where(nowhere, 0, log_q) + math.log(beta), torch.where(nowhere, 0, log_p) + math.log1p(-beta)
-    )
+    of_q, of_p = _logs(beta, log_p)
+    log_m = torch.logaddexp(torch.where(nowhere, 0, log_q) + of_q, torch.where(nowhere, 0, log_p) + of_p)
     of_teacher = torch.where(no_q, 0, q * (finite_q - log_m)).sum(-1)
     of_student = torch.where(no_p, 0, p * (finite_p - log_m)).sum(-1)
     return beta * of_teacher + (1 - beta) * of_student
@@ -55,7 +62,8 @@ def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor
         return p - log_q.exp()
     log_other = log_q
     if kind == "jsd":
-        log_other = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        of_q, of_p = _logs(beta, log_p)
+        log_other = torch.logaddexp(log_q + of_q, log_p + of_p)
     # 0 * inf = 0; an infinite reverse KL has gradient 0, as in `of_log_probs`.
     infinite = ((log_p > -torch.inf) & (log_other == -torch.inf)).any(-1, keepdim=True)
     log_ratio = torch.where((p == 0) | infinite, 0, log_p - log_other)
@@ -101,8 +109,9 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, *statistics = ctx.saved_tensors
         grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
-        torch.ops.r1kernels.divergence_backward.default(
-            student, *statistics, grad.contiguous(), *ctx.arguments, grad_student
+        _library.run(
+            torch.ops.r1kernels.divergence_backward.default, student, *statistics, grad.contiguous(), *ctx.arguments,
+            grad_student,
         )
         return grad_student, None, None, None, None, None
 

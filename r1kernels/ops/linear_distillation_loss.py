@@ -63,7 +63,7 @@ def _factor(head: Head, mask: Tensor | None, normalizer: Tensor | float | None) 
         normalizer = max(ids.numel(), 1) if mask is None else mask.sum().double().clamp(min=1)
     if isinstance(normalizer, Tensor):
         return 1 / normalizer.to(ids.device, torch.float64)
-    return torch.full((), 1 / normalizer, dtype=torch.float64, device=ids.device)  # no copy from the host
+    return _library.as_tensor(1 / normalizer, torch.float64, ids.device)
 
 
 class _LinearDivergence(torch.autograd.Function):

@@ -32,6 +32,7 @@ from r1kernels.ops.policy_loss import (
     LossInputs,
     PolicyLoss,
     check_inputs,
+    coefficients_of,
     compute,
     evaluate,
     measure,
@@ -55,16 +56,12 @@ class TokenObjective(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the operator `linear_policy_gradient`."""
         o = self.objective
-        coefficients = [
-            o.clip_low, o.clip_high, math.inf if o.ratio_cap is None else o.ratio_cap, o.tau_pos, o.tau_neg,
-            o.kl_coef, o.entropy_coef,
-        ]
         surrogate, kl = objectives.SURROGATES.index(o.surrogate), objectives.KL_ESTIMATORS.index(o.kl)
-        return *self[:5], surrogate, kl, coefficients
+        return *self[:5], surrogate, kl, *coefficients_of(o)[:-1]
 
     @staticmethod
     def from_arguments(*arguments: Any) -> TokenObjective:
-        *tensors, surrogate, kl, coefficients = arguments
+        tensors, (surrogate, kl, *coefficients) = arguments[:5], arguments[5:]
         clip_low, clip_high, ratio_cap, tau_pos, tau_neg, kl_coef, entropy_coef = coefficients
         objective = Objective(
             surrogate=objectives.SURROGATES[surrogate], clip_low=clip_low, clip_high=clip_high,

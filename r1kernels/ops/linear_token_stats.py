@@ -71,7 +71,8 @@ class _LinearTokenStats(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:5])
         # What is added to other memory is not rounded before.
         weight_dtype = ctx.wanted[1][1] if ctx.into is None else accumulator_dtype(hidden.dtype)
-        grads = torch.ops.r1kernels.linear_token_stats_backward.default(
+        grads = _library.run(
+            torch.ops.r1kernels.linear_token_stats_backward.default,
             hidden,
             *head,
             lse,

@@ -166,7 +166,7 @@ def _checked_normalizer(normalizer: Any, logprobs: Tensor) -> Tensor | None:
         return None
     if not isinstance(normalizer, Tensor):
         number = check_number("normalizer", normalizer, minimum=0.0, strict=True)
-        return torch.full((), number, dtype=logprobs.dtype, device=logprobs.device)
+        return _library.as_tensor(number, logprobs.dtype, logprobs.device)
     if normalizer.device != logprobs.device:
         raise ValueError(f"normalizer is on {normalizer.device}, expected {logprobs.device} like logprobs")
     check_shape("normalizer", normalizer, (), "a 0-d tensor")

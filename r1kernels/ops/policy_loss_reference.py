@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1kernels import _library
 from r1kernels.objectives import Objective
 from r1kernels.ops import kl_estimate
 from r1kernels.ops._checks import values_are_free
@@ -85,13 +86,17 @@ class _Surrogate(NamedTuple):
 
 
 def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> _Surrogate:
+    def variable(number: float) -> float | Tensor:
+        """A tensor in a compiled graph, which keeps a number as a constant in `masked_fill` and `clamp`."""
+        return _library.as_tensor(number, logprobs.dtype, logprobs.device) if torch.compiler.is_compiling() else number
+
     ratio = log_ratio.detach().exp()
     nonzero = advantages != 0
     never = torch.zeros_like(nonzero)
-    high = 1 + objective.clip_high
+    high = variable(1 + objective.clip_high)
     if objective.surrogate == "clip":
-        low = 1 - objective.clip_low
-        cap = torch.inf if objective.ratio_cap is None else objective.ratio_cap
+        low = variable(1 - objective.clip_low)
+        cap = variable(torch.inf if objective.ratio_cap is None else objective.ratio_cap)
         clipped_high = (advantages > 0) & (ratio > high)
         clipped_low = (advantages < 0) & (ratio < low)
         capped = (advantages < 0) & (ratio > cap)
@@ -107,7 +112,8 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         loss = torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logprobs))
         return _Surrogate(loss, weight != 0, never, clipped, never)
     if objective.surrogate == "sapo":
-        tau = torch.full_like(ratio, objective.tau_neg).masked_fill(advantages > 0, objective.tau_pos)
+        tau = torch.ones_like(ratio) * variable(objective.tau_neg)
+        tau = tau.masked_fill(advantages > 0, variable(objective.tau_pos))
         gate = torch.sigmoid(tau * (log_ratio.clamp(max=80).exp() - 1))  # flat long before the clamp
         loss = torch.where(nonzero, -4 / tau * gate * advantages, 0)
         return _Surrogate(loss, nonzero & ((gate * (1 - gate)).detach() != 0), never, never, never)

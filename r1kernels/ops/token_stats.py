@@ -66,7 +66,8 @@ class _TokenStats(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
         logits, token_ids, lse, entropy = ctx.saved_tensors
-        grad_logits = torch.ops.r1kernels.token_stats_backward.default(
+        grad_logits = _library.run(
+            torch.ops.r1kernels.token_stats_backward.default,
             logits,
             token_ids,
             lse,
@@ -91,7 +92,9 @@ def statistics(
     logits are products of 16-bit operands, and kernels of a GPU may take fewer instructions for each.
     """
     if _library.select(logits) != "reference":
-        return torch.ops.r1kernels.token_stats.default(logits, token_ids, mask, temperature, temperatures, exact)
+        return _library.run(
+            torch.ops.r1kernels.token_stats.default, logits, token_ids, mask, temperature, temperatures, exact
+        )
     results = [token_ids.new_empty(token_ids.shape, dtype=torch.float64) for _ in range(3)]
     for rows in row_blocks(logits):
         z, ids = _scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]
@@ -133,8 +136,9 @@ def gradient_into(
     """
     result = out if rows is None else out[: len(rows)]
     if _library.select(logits) != "reference":
-        torch.ops.r1kernels.token_stats_backward_out.default(
-            logits, token_ids, lse, entropy, g, eta, temperature, temperatures, softcap, rows, out
+        _library.run(
+            torch.ops.r1kernels.token_stats_backward_out.default, logits, token_ids, lse, entropy, g, eta, temperature,
+            temperatures, softcap, rows, out,
         )
         return result
     for block in row_blocks(result):

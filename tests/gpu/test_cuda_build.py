@@ -92,6 +92,9 @@ def test_architectures_can_be_restricted(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("R1KERNELS_CUDA_ARCHS", "90a; compute_90")
     assert nvcc.architectures() == ("sm_90a", "compute_90")
     assert "-gencode=arch=compute_90a,code=sm_90a" in nvcc.flags(nvcc.architectures())
+    monkeypatch.setenv("R1KERNELS_CUDA_ARCHS", "wheel")
+    assert nvcc.architectures() == nvcc.WHEEL_ARCHITECTURES
+    assert set(nvcc.ARCHITECTURES) < set(nvcc.WHEEL_ARCHITECTURES)
     monkeypatch.setenv("R1KERNELS_CUDA_ARCHS", "9.0")
     with pytest.raises(ValueError, match=r"R1KERNELS_CUDA_ARCHS has 'sm_9\.0', expected names as sm_80"):
         nvcc.architectures()
@@ -252,10 +255,15 @@ def test_an_extension_without_cuda_says_so(without: Any) -> None:
         ("sm_90a", (9, 0), True), ("sm_100a", (10, 0), True), ("sm_100a", (10, 3), False), ("sm_120", (12, 1), True),
         ("compute_90", (10, 3), True), ("compute_90", (12, 0), True), ("compute_90", (8, 9), False),
         ("compute_90a", (10, 0), False), ("", (9, 0), False),
-        *((" ".join(nvcc.ARCHITECTURES), capability, served) for capability, served in (
-            ((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((10, 3), True),
-            ((11, 0), True), ((12, 0), True), ((12, 1), True), ((13, 0), True),
-        )),
+        ("sm_100f", (10, 0), True), ("sm_100f", (10, 3), True), ("sm_100f", (11, 0), False),
+        ("sm_103f", (10, 0), False), ("compute_100f", (10, 3), True), ("compute_100f", (12, 0), False),
+        ("sm_87", (8, 7), True), ("sm_87", (8, 9), False), ("compute_80", (8, 7), True), ("sm_100", (10, 1), False),
+        *((" ".join(names), capability, served)
+          for names in (nvcc.ARCHITECTURES, nvcc.WHEEL_ARCHITECTURES)
+          for capability, served in (
+              ((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 7), False), ((8, 9), True), ((9, 0), True),
+              ((10, 0), True), ((10, 3), True), ((11, 0), True), ((12, 0), True), ((12, 1), True), ((13, 0), True),
+          )),
     ],
 )
 def test_which_devices_a_build_serves(
