@@ -28,9 +28,12 @@ from r1kernels.triton import sass  # noqa: E402
 
 Row = dict[str, Any]
 LOOPS_OF = "sm_90a"
-# How many entries a thread takes each time round the main loops of a kernel: (source, pattern of its name) -> entries.
-# A kernel without a line here is not counted.
-ENTRIES = {
+# How many entries a thread takes each time round the main loops of a kernel: (source, pattern of its name) -> entries,
+# of each loop if they differ. A kernel without a line here is not counted.
+ENTRIES: dict[tuple[str, str], int | tuple[int, ...]] = {
+    # Sums, those of the last vectors, gradients with entropy in the loss and without.
+    ("grpo_step.cu", r"step_kernel<\w*Float16>"): (32, 8, 16, 16),
+    ("grpo_step.cu", r"step_kernel<Float32>"): (16, 4, 8, 8),
     ("token_stats.cu", r"segment_kernel<\w*Float16, \w+>"): 32,
     ("token_stats.cu", r"segment_kernel<\w+32, \w+>"): 16,
     ("token_stats_backward.cu", r"gradient_kernel<\w*Float16, \w+, true>"): 32,
@@ -92,8 +95,17 @@ def loops_of(compiled: nvcc.Object) -> dict[str, list[float]]:
         name = readable([symbol])[symbol]
         for pattern, entries in wanted.items():
             if re.fullmatch(pattern, name):
-                found[f"{compiled.source.name} {name}"] = [loop.of_an_entry for loop in sass.loops(code, entries)]
+                found[f"{compiled.source.name} {name}"] = _counted(code, entries)
     return dict(sorted(found.items()))
+
+
+def _counted(code: list[sass.Instruction], entries: int | tuple[int, ...]) -> list[float]:
+    if isinstance(entries, int):
+        return [loop.of_an_entry for loop in sass.loops(code, entries)]
+    loops = sass.loops(code, min(entries))
+    if len(loops) != len(entries):
+        raise RuntimeError(f"a kernel has {len(loops)} main loops, expected {len(entries)}")
+    return [loop._replace(entries=count).of_an_entry for loop, count in zip(loops, entries, strict=True)]
 
 
 def machine_code(compiled: nvcc.Object) -> dict[str, list[sass.Instruction]]:

@@ -108,6 +108,13 @@ def test_main_loops_take_few_instructions(name: str, limit: float, loops: int) -
         assert sum(count <= limit for count in of_an_entry) >= loops, (kernel, of_an_entry)
 
 
+@pytest.mark.parametrize("dtype", ["BFloat16", "Float16"])
+def test_the_fused_step_takes_few_instructions(dtype: str) -> None:
+    """At most 18 for the sums and the gradient of an entry together, with and without entropy in the loss."""
+    sums, last, with_entropy, policy = json.loads(COMMITTED.read_text())["loops"][f"grpo_step.cu step_kernel<{dtype}>"]
+    assert policy < with_entropy and sums + with_entropy <= 18 and last + with_entropy <= 20.5
+
+
 def dump(compiled: nvcc.Object, *options: str) -> str:
     tool = Path(sass.tool("cuobjdump"))
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
