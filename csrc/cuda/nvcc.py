@@ -22,7 +22,7 @@ OBJECTS = ROOT / "build" / "cuda"
 # It is Hopper's, not Ampere's, so that those have clusters and bulk copies as well. Code for sm_100a would not run on a
 # B300.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
-# A wheel also has code for sm_86 (RTX 30, A40), where that of sm_80 runs too. For these kernels, sm_89 would give the
+# A wheel also has code for sm_86 (RTX 30, A40), where that of sm_80 runs too. For these kernels, sm_89 gives nearly the
 # same code as sm_86, and sm_100f (B200 and B300) the same as sm_100.
 WHEEL_ARCHITECTURES = ("sm_80", "sm_86", *ARCHITECTURES[1:])
 OLDEST = (12, 8)  # the first nvcc that knows all of them

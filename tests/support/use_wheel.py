@@ -37,7 +37,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             results = []
             for implementation in ("cpu", "reference"):
-                leaves = [value.to(dtype).requires_grad_() for value in inputs]
+                leaves = [value.clone().to(dtype).requires_grad_() for value in inputs]
                 with r1kernels.backend(implementation):
                     loss = loss_of(*leaves)
                     loss.backward()
