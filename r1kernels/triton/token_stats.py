@@ -55,10 +55,10 @@ class Config(NamedTuple):
         }
 
     def gradient_constants(self, dtype: torch.dtype, device: Device, layout: int) -> dict[str, int]:
-        """Those of the gradient, which needs registers for results too: half of the vectors, for more programs."""
+        """Those of the gradient, which needs registers for results too: two vectors at most, for more programs."""
         vec = 16 // dtype.itemsize
         return {
-            "LANES": self.num_warps * device.warp * vec, "UNROLL": max(self.unroll // 2, 1), "VEC": vec,
+            "LANES": self.num_warps * device.warp * vec, "UNROLL": min(self.unroll, 2), "VEC": vec,
             "LAYOUT": layout,
         }
 

@@ -171,7 +171,7 @@ def below(x, top, c, c_rest):
     return d, exp2_of_product(d, c, c_rest, difference_error(x, top, d) * c)
 
 
-# What rounding of top c would matter from here on.
+# From here on, what float32 rounds off top c would matter.
 FAR_EXPONENT = tl.constexpr(1048576.0)
 
 

@@ -77,8 +77,14 @@ def failure(row: Row, table: dict[str, Any]) -> str:
     return row.get("error", "")
 
 
+# Bytes that a kernel may spill. Triton 3.9 needs more than the 127 registers that a tile of 128 x 256 leaves a thread; it
+# moves most of the others out before a tile's products begin, and back after they end.
+TOLERATED = {("3.9.0", "linear_statistics_kernels.tiles_kernel"): 512}
+
+
 def spilling(row: Row, table: dict[str, Any]) -> str:
-    spills = {kind: amount for kind, amount in row.get("spills", {}).items() if amount}
+    most = TOLERATED.get((table["triton"], row["kernel"]), 0)
+    spills = {kind: amount for kind, amount in row.get("spills", {}).items() if amount > most}
     return f"spills {spills} with {row['registers']} registers" if spills else ""
 
 
