@@ -231,6 +231,12 @@ def widened(words):
 
 
 @triton.jit
+def only_if(flag, mask):
+    """The mask, or nothing where `flag` is 0; the interpreter would make integers of `mask & (flag != 0)`."""
+    return tl.where(mask, flag, 0) != 0
+
+
+@triton.jit
 def is_entry(cols, at, VEC: tl.constexpr):
     """cols == at. Where an entry is in its vector the compiler knows: this takes a register a vector, not an entry."""
     return (cols // VEC == at // VEC) & (cols % VEC == at % VEC)

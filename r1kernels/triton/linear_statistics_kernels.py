@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r1kernels.triton.common import LN2, LOG2E, LOWEST, UPCAST, checking_kernel, expm1, kernel, wide
+from r1kernels.triton.common import LN2, LOG2E, LOWEST, UPCAST, checking_kernel, expm1, kernel, only_if, wide
 
 # ---- a tile ------------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def _tanh(x):
 @triton.jit
 def _temperature(temperature, temperatures, many, n, counts):
     """T of tokens n in float64."""
-    own = tl.load(temperatures + n, mask=counts & (many != 0), other=1.0)
+    own = tl.load(temperatures + n, mask=only_if(many, counts), other=1.0)
     return wide(temperature) * own.to(tl.float64)
 
 
@@ -93,7 +93,7 @@ def tiles_kernel(
 
     n = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     counts = n < count
-    counts = counts & (tl.load(mask + n, mask=counts & (masked != 0), other=1) != 0)
+    counts = counts & (tl.load(mask + n, mask=only_if(masked, counts), other=1) != 0)
     if tl.max(counts.to(tl.int32), 0) == 0:
         return
     target = tl.load(token_ids + n, mask=counts, other=-1)
@@ -158,7 +158,7 @@ def tiles_kernel(
                     top, total, weighted = _add_tile(product, top, total, weighted, c)
             else:
                 cols = first_col + tl.arange(0, BLOCK_N)
-                b = tl.load(bias + cols, mask=(cols < vocab) & (biased != 0), other=0.0).to(tl.float32)
+                b = tl.load(bias + cols, mask=only_if(biased, cols < vocab), other=0.0).to(tl.float32)
                 x = product + b[None, :]
                 if softcap > 0:
                     x = softcap * _tanh(x * (scale / softcap))
@@ -190,7 +190,7 @@ def merge_kernel(
     """The splits of BLOCK rows and their tokens' own logits -> log-prob, log-sum-exp, entropy."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = n < count
-    counts = keep & (tl.load(mask + n, mask=keep & (masked != 0), other=1) != 0)
+    counts = keep & (tl.load(mask + n, mask=only_if(masked, keep), other=1) != 0)
     target = tl.load(token_ids + n, mask=counts, other=0)
     known = (target >= 0) & (target < vocab)
     tl.device_assert(known, "r1kernels: token_ids holds an id outside [0, V)")

@@ -77,8 +77,8 @@ def failure(row: Row, table: dict[str, Any]) -> str:
     return row.get("error", "")
 
 
-# Bytes that a kernel may spill. Triton 3.9 needs more than the 127 registers that a tile of 128 x 256 leaves a thread; it
-# moves most of the others out before a tile's products begin, and back after they end.
+# Bytes that a kernel may spill. Triton 3.9 needs more than the 127 registers that a tile of 128 x 256 leaves a thread:
+# it moves most of the others out before a tile's products begin and back after they end.
 TOLERATED = {("3.9.0", "linear_statistics_kernels.tiles_kernel"): 512}
 
 
