@@ -79,9 +79,9 @@ def _kernels() -> list[str]:
     for op in _library.OPS:
         cuda = "where it was measured to be faster, or without Triton" if op in CUDA_OPERATORS else "has no kernel"
         lines.append(f"{op:<18}CUDA {cuda}")
-    lines.append(f"{'grpo_step':<18}CUDA alone, for grpo_loss of logits; token_stats and policy_loss serve a call if")
+    lines.append(f"{'grpo_step':<18}only in CUDA, for grpo_loss from logits; token_stats and policy_loss are used instead if")
     lines += [f"{'':<20}{reason}" for reason in grpo_step.REASONS]
-    lines.append(f"{'':<18}it reads the logits twice if")
+    lines.append(f"{'':<18}the CUDA operator reads the logits twice if")
     return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]
 
 
@@ -144,7 +144,7 @@ def cuda_sources_hash(root: Path) -> str:
     """Sixteen digits of the SHA-256 of the names and texts of all sources of the CUDA kernels."""
     digest = hashlib.sha256()
     folders = (root / "csrc" / "common", root / "csrc" / "cuda")
-    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
+    for path in sorted(path for folder in folders for path in folder.glob("*.*") if path.suffix != ".py"):
         digest.update(f"{path.relative_to(root).as_posix()}\n{path.read_text(encoding='utf-8')}\0".encode())
     return digest.hexdigest()[:16]
 

@@ -12,8 +12,8 @@ inline bool is_jetson(long capability) { return capability == 87 || capability =
 
 // Whether one of `architectures` ("sm_80 sm_90a compute_90") has code for a device of this compute capability. Machine
 // code runs on later devices of its generation, and so do features of a family ("f"); features of one architecture ("a")
-// run on that alone. The driver compiles other PTX for any later device. Jetsons run
-// only their own machine code, and no other device runs it: 8.7 is Orin, 10.1 was Thor before CUDA 13.
+// run on that alone. The driver compiles other PTX for any later device. Jetsons run only their own machine code, and no
+// other device runs it: 8.7 is Orin, 10.1 was Thor before CUDA 13.
 inline bool serves(const std::string& architectures, int major, int minor) {
   const long capability = 10 * major + minor;
   std::istringstream names(architectures);

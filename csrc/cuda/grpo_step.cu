@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<D>) step_kernel(cons
   if (args.policy.mask != nullptr && !args.policy.mask[n]) {
     clear_part(part, out);
     if (cluster_rank() == 0 && threadIdx.x == 0) args.logprobs[n] = args.entropy[n] = 0;
+    if (threadIdx.x == 0) wait_for_previous_kernel();  // or it might still run when this kernel has ended
     return;
   }
 
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<D>) step_kernel(cons
     const TokenInputs inputs = read_token(args, n, step.weights);
     if (lane_id() == 0) shared.inputs = inputs;
   }
-  sync_cluster();  // every block has its barriers
+  arrive_cluster();  // this block has its barriers
+  sync_block();
 
   // The token's own entry is left out of the sums.  One warp reads this vector, before and after.
   const int own_entry = part.entry_of(shared.inputs.id);
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<D>) step_kernel(cons
   }
   const RowSums sums = sum_part<D>(data, part.count(), step.scale);
   const int block = lane_id();
+  wait_cluster();  // every block has its barriers
   if (block < step.cluster) {
     float* const place = shared.sums[cluster_rank() * kStepWarps + warp_id()];
     remote_send4(place, block, sums.top, sums.rest, sums.weighted, sums.count, &shared.published);

@@ -25,8 +25,8 @@ struct GrpoStepArgs {
 // are those of r1kernels.ops.grpo_step.
 enum class Unfused : int {
   none = 0,
-  device = 1,   // it has no clusters of blocks
-  layout = 2,   // gradients do not lie as the logits do
+  device = 1,   // it has no clusters of blocks, or little shared memory
+  layout = 2,   // logits and gradients differ in memory layout, or in alignment to 16 bytes
   length = 3,   // fewer than two rows' parts fit into a processor's shared memory
   refused = 4,  // the CUDA runtime does not launch such clusters
 };
@@ -37,7 +37,7 @@ struct StepTile {
   int part;            // vectors of 16 bytes of a block's part
   size_t shared;       // bytes of a block
   int blocks;          // for which a processor has the shared memory
-  int clusters;        // that the device runs at once
+  int clusters;        // that the device can run at the same time
   Unfused unfused;
 };
 

@@ -1,6 +1,6 @@
 // What clusters of blocks are for, sm_90 and later: bulk copies from global to shared memory that complete on a
-// barrier, and blocks that write to each other's shared memory.  Kernels that use these names are launched only where
-// they exist; on older targets they compile to a trap.
+// barrier, and blocks that write to each other's shared memory.  Only devices that have these
+// instructions run such kernels; for other targets they compile to a trap.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -85,7 +85,15 @@ __device__ __forceinline__ int cluster_blocks() {
   R1K_SM90(asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks)));
   return static_cast<int>(blocks);
 }
-// All threads of all blocks of the cluster; what they wrote before is visible after.
+// All threads of all blocks of the cluster arrive, and wait later until all have.  What they wrote before is not visible
+// after, but for initialised barriers.
+__device__ __forceinline__ void arrive_cluster() {
+  R1K_SM90(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"));
+}
+__device__ __forceinline__ void wait_cluster() {
+  R1K_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"));
+}
+// The same at once; what they wrote before is visible after.
 __device__ __forceinline__ void sync_cluster() {
   R1K_SM90(asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"));
 }

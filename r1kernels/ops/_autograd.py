@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class _Once(torch.autograd.Function):
-    """The same gradients; a backward through them is an error."""
+    """The gradients after the first `count` tensors; a backward through them is an error."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
@@ -25,11 +25,20 @@ class _Once(torch.autograd.Function):
         )
 
 
+def origin_of(*inputs: Tensor | None) -> Tensor | None:
+    """An empty tensor whose graph leads to the inputs, for functions that do not keep their inputs' memory."""
+    wanted = [value for value in inputs if value is not None and value.requires_grad]
+    if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return torch.cat([value.narrow(-1, 0, 0).reshape(0).float() for value in wanted])
+
+
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd function whose result has no derivative.
 
     With `create_graph=True` the gradients then refuse a backward through them, whatever they are multiplied with.
-    PyTorch's own `once_differentiable` lets them pass as constants where the gradient of the loss is one.
+    PyTorch's own `once_differentiable` lets them pass as constants where the gradient of the loss is one. The function
+    saves its differentiable inputs, or `origin_of` them: else functional.hessian would find no path to them and give 0.
     """
 
     @functools.wraps(backward)
@@ -39,8 +48,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return results
         tensors = results if isinstance(results, tuple) else (results,)
-        anchor = torch.empty(0, requires_grad=True)
-        guarded = _Once.apply(anchor, *tensors)
+        origins = [saved for saved in ctx.saved_tensors if saved is not None and saved.requires_grad]
+        guarded = _Once.apply(len(origins), *origins, *tensors)
         return guarded if isinstance(results, tuple) else guarded[0]
 
     return run

@@ -9,7 +9,6 @@ enough.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import warnings
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import _library
+from r1kernels.ops.precision import exact_float32, float32_sums
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Side of the blocks that are copied in float32: 16 MiB of each operand at most.
@@ -112,7 +112,7 @@ def has_rounded_sums(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def add_rounded(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out += a @ b in 16 bits: a float32 sum, out among its terms, that is rounded once. See `has_rounded_sums`."""
-    with _float32_sums():
+    with float32_sums():
         _narrow(a, b, out)
     return out
 
@@ -133,43 +133,12 @@ def place_rows(out: Tensor, ids: Tensor, factors: Tensor, rows: Tensor) -> None:
     out[ids] = sums.to(out.dtype)[place]
 
 
-@contextlib.contextmanager
-def _float32_sums() -> Iterator[None]:
-    """Libraries add up 16-bit products in float32, parts of a sum too, whatever the process has asked PyTorch for."""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in names]
-    accumulation = matmul.allow_fp16_accumulation
-    try:
-        matmul.allow_fp16_accumulation = False
-        for name in names:
-            setattr(matmul, name, False)
-        yield
-    finally:
-        matmul.allow_fp16_accumulation = accumulation
-        for name, (allowed, split_k) in zip(names, before, strict=True):
-            setattr(matmul, name, allowed if split_k is None else (allowed, split_k))
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """No product in here rounds float32 operands (to TF32 or bfloat16), whatever the process has asked PyTorch for."""
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
 def _product(chosen: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     if chosen == "copies":
         _copies(a, b, out, accumulate)
     elif chosen == "out_dtype":
-        _wide(a, b, out, accumulate)
+        with float32_sums():
+            _wide(a, b, out, accumulate)
     elif accumulate:
         out.addmm_(a, b)
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import _library, objectives
-from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops.linear_gradients import graph_is_kept
 from r1kernels.ops.policy_loss import LossInputs, coefficients_of
 
@@ -39,9 +39,9 @@ REASONS: dict[str, Callable[[Tensor, LossInputs], bool]] = {
 # The operator itself finds these out, by the numbers of `Unfused` in csrc/cuda/grpo_step.h. Separate passes then read
 # the logits twice.
 PASSES = {
-    1: "the GPU has no clusters of blocks",
-    2: "the gradient does not lie as the logits do, aligned alike within 16 bytes",
-    3: "a row is too long for the shared memory of a cluster",
+    1: "the GPU has no clusters of blocks, or little shared memory (compute capability below 9, and 12)",
+    2: "logits and gradient differ in memory layout or in alignment to 16 bytes",
+    3: "a row is so long that a multiprocessor cannot hold two blocks of it",
     4: "the CUDA runtime does not launch such clusters",
 }
 
@@ -107,25 +107,25 @@ def _kernel(
 class _GrpoStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float
+        ctx: Any, logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float, origin: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         loss, metrics, _, _ = _kernel(logits, token_ids, inputs, temperature, grad_logits)
-        ctx.save_for_backward(grad_logits)
+        ctx.save_for_backward(grad_logits, origin)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_logits,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logits, _ = ctx.saved_tensors
         # If the backward may run again, it must not change the stored gradient.
         out = torch.empty_like(grad_logits) if graph_is_kept() else grad_logits
         # Only this version of `scaled` checks the factor first: a factor of 1 costs only the launch.
         torch.ops.r1kernels_cuda.scaled.default(grad_logits, grad_loss, out, False)
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 def grpo_step(logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float) -> tuple[Tensor, Tensor]:
     """(loss, metrics) of checked inputs; the loss is differentiable with respect to logits."""
-    return _GrpoStep.apply(logits, token_ids, inputs, temperature)
+    return _GrpoStep.apply(logits, token_ids, inputs, temperature, origin_of(logits))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.objectives import KL_ESTIMATORS
-from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
 
 
@@ -41,17 +41,19 @@ def reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    def forward(
+        ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, estimator: int, origin: Tensor | None
+    ) -> Tensor:
         kl, slope = torch.ops.r1kernels.kl_estimate.default(logprobs, ref_logprobs, estimator)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(slope, origin)
         return kl
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (slope,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        slope, _ = ctx.saved_tensors
         grad_logprobs = grad * slope
-        return grad_logprobs, -grad_logprobs, None  # the estimate depends only on the difference
+        return grad_logprobs, -grad_logprobs, None, None  # the estimate depends only on the difference
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -85,5 +87,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
         dtype = accumulator_dtype(logprobs.dtype)
         return reference(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
     return _KlEstimate.apply(
-        logprobs.float().contiguous(), ref_logprobs.float().contiguous(), KL_ESTIMATORS.index(estimator) + 1
+        logprobs.float().contiguous(), ref_logprobs.float().contiguous(), KL_ESTIMATORS.index(estimator) + 1,
+        origin_of(logprobs, ref_logprobs),
     )

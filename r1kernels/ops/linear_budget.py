@@ -26,7 +26,7 @@ class BufferRows(NamedTuple):
 
 # Every product of the weight's gradient reads and writes its float32 sum. On a CPU this takes about 45 / rows of the
 # time of the products, and larger chunks would only add page faults. On a GPU, products are faster in relation to
-# memory. There, d logits of several chunks are gathered in 16 bits, and their products have 4,096 rows.
+# memory. There, d logits of several chunks are gathered, and their products have up to 4,096 rows.
 CPU_BUDGET, GPU_BUDGET = Budget(1024, 1 << 30), Budget(4096, 31 << 26)
 # With a small budget, the gradient buffer has this many times the rows of a chunk.
 GRADIENT_CHUNKS = 4

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from r1kernels import _library
-from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import as_mask, check_floating
 from r1kernels.ops.distillation_loss import (
     DistillationLoss,
@@ -77,6 +77,7 @@ class _LinearDivergence(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None, teacher: LinearTeacher,
         normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
+        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
@@ -87,7 +88,7 @@ class _LinearDivergence(torch.autograd.Function):
         value, *rows = measured.unbind(0)
         loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
         if one_pass:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*grads, origin)
         elif two_phases:
             tensors = [value for value in teacher if not isinstance(value, float)]
             ctx.save_for_backward(*inputs, head.token_ids, mask, factor, *tensors)
@@ -100,9 +101,11 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads, upstream = ctx.saved_tensors, grad_loss
-        if not ctx.one_pass:
-            inputs, (token_ids, mask, factor), teacher = grads[:5], grads[5:8], grads[8:]
+        saved, upstream = ctx.saved_tensors, grad_loss
+        if ctx.one_pass:
+            *grads, _ = saved
+        else:
+            inputs, (token_ids, mask, factor), teacher = saved[:5], saved[5:8], saved[8:]
             head, kind, beta = ctx.arguments
             _, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
@@ -110,7 +113,7 @@ class _LinearDivergence(torch.autograd.Function):
                 ctx.needs,
             )
             upstream = None
-        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 9
+        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 10
 
 
 def _full_teacher(
@@ -222,6 +225,7 @@ def linear_distillation_loss(
     loss, *metrics = _LinearDivergence.apply(
         *inputs.tensors, inputs.into, head, None if mask is None else mask.reshape(-1), teacher, normalizer,
         KINDS.index(kind), beta, inputs.one_pass, inputs.wanted and not inputs.one_pass,
+        origin_of(*inputs.tensors),
     )
     named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")
     return DistillationLoss(loss, dict(zip(named, metrics, strict=True)))

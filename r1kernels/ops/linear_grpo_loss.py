@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
-from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
@@ -108,7 +108,7 @@ class _OnePass(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
-        whole: LossInputs, shape: tuple[int, ...],
+        whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
@@ -121,7 +121,7 @@ class _OnePass(torch.autograd.Function):
             list(needs),
         )
         loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads, origin)
         ctx.needs = needs
         ctx.wanted = gradient_shapes(inputs)
         ctx.into = into
@@ -131,8 +131,8 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.needs, ctx.wanted, ctx.into)
-        return *grads, *[None] * 6
+        *grads, _ = ctx.saved_tensors
+        return *finished_gradients(grads, grad_loss, ctx.needs, ctx.wanted, ctx.into), *[None] * 7
 
 
 def one_pass_sum(
@@ -142,7 +142,9 @@ def one_pass_sum(
     tokens = TokenObjective(weights, advantages, None, None, None, objective)
     batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
     whole = LossInputs(batch, weights.new_ones(()), objective)
-    return _OnePass.apply(*inputs.tensors, inputs.into, head, wanted, tokens, whole, tuple(wanted.shape))[0]
+    return _OnePass.apply(
+        *inputs.tensors, inputs.into, head, wanted, tokens, whole, tuple(wanted.shape), origin_of(*inputs.tensors)
+    )[0]
 
 
 # ---- which tokens are computed, and their weights ---------------------------------------------------------
@@ -293,7 +295,8 @@ def linear_grpo_loss(
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
     if plan.tokens is not None and given.objective.ratio == "token" and inputs.one_pass:
         loss, metrics = _OnePass.apply(
-            *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape
+            *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape,
+            origin_of(*inputs.tensors),
         )
         metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)
     else:

@@ -54,7 +54,8 @@ class LinearOptions(TypedDict, total=False):
             logits.
         chunk_bytes: memory for the logits of one chunk, which sets how many rows are computed at a time. On a GPU, it
             includes memory for d logits of several chunks, which are multiplied at once. The default is the memory of
-            1,024 rows, at most 1 GiB; on a GPU, of 4,096 rows of both kinds, at most 1.94 GiB. On a CPU, products take
+            1,024 rows, at most 1 GiB; on a GPU, of up to 4,096 rows of logits and as many of d logits, at most 1.94 GiB
+            together. On a CPU, products take
             a few MiB more for each thread, and 64 MiB (or the float32 gradient of a chunk's hidden states, if that is
             larger) for sums over the vocabulary. If a product needs copies of its operands (`python -m r1kernels` says
             which), they take at most 48 MiB more, or 200 MiB for bfloat16 with float32 on a GPU.

@@ -19,7 +19,7 @@ from torch import Tensor
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import policy_loss_reference
-from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
@@ -128,10 +128,10 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logprobs: Tensor, entropy: Tensor | None, batch: PolicyBatch, normalizer: Tensor | None,
-        objective: Objective,
+        objective: Objective, origin: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         loss, grad_logprobs, grad_entropy, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
-        ctx.save_for_backward(grad_logprobs, grad_entropy)
+        ctx.save_for_backward(grad_logprobs, grad_entropy, origin)
         ctx.with_entropy = objective.entropy_coef != 0
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
@@ -139,9 +139,9 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy, _ = ctx.saved_tensors
         grad_entropy = _scaled(grad_entropy, grad_loss) if ctx.with_entropy else None
-        return _scaled(grad_logprobs, grad_loss), grad_entropy, None, None, None
+        return _scaled(grad_logprobs, grad_loss), grad_entropy, None, None, None, None
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -261,7 +261,8 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
         )
     else:
         loss, metrics = _PolicyLoss.apply(
-            logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective
+            logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective,
+            origin_of(logprobs, entropy),
         )
     return named(loss, metrics, inputs, entropy=entropy is not None)
 

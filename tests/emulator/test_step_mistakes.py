@@ -41,8 +41,12 @@ RACE = "race in (shared|global) memory"
 MISTAKES = {
     "none": ("grpo_step.cu", "  sync_block();\n", "  sync_block();\n", "nothing was noticed"),
     "blocks that have not begun": (
-        "grpo_step.cu", "  sync_cluster();  //", "  sync_block();  //",
+        "grpo_step.cu", "  wait_cluster();  //", "  //",
         "has begun|may not have begun|uninit|which has ended",
+    ),
+    "a block that does not tell that it has begun": ("grpo_step.cu", "  arrive_cluster();  //", "  //", "arrive_cluster"),
+    "a token that has not been read": (
+        "grpo_step.cu", "has its barriers\n  sync_block();\n", "has its barriers\n", RACE,
     ),
     "logits that have not arrived": ("grpo_step.cu", "  barrier_wait(&shared.arrived, 0);\n", "", RACE),
     "sums that are not waited for": (

@@ -38,7 +38,7 @@ def committed_table(version: str) -> dict[str, Any]:
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the kernels compile to, those of `faulty_kernels` as well.
 
-    The committed table has all rows, and it is of these kernels (`test_the_committed_table_is_of_these_kernels`). So by
+    The committed table has all rows, and it is of these kernels (`test_a_committed_table_is_of_these_kernels`). So by
     default a sample is compiled, which must give the committed rows again. `--full` compiles all kernels, and so does
     any run with another Triton than that of the table.
     """
@@ -79,11 +79,13 @@ def failure(row: Row, table: dict[str, Any]) -> str:
 
 # Bytes that a kernel may spill. Triton 3.9 needs more than the 127 registers that a tile of 128 x 256 leaves a thread:
 # it moves most of the others out before a tile's products begin and back after they end.
-TOLERATED = {("3.9.0", "linear_statistics_kernels.tiles_kernel"): 512}
+TOLERATED = {("3.9.0", "linear_statistics_kernels.tiles_kernel", "BLOCK_N=256"): 512}
 
 
 def spilling(row: Row, table: dict[str, Any]) -> str:
-    most = TOLERATED.get((table["triton"], row["kernel"]), 0)
+    found = [most for (version, kernel, word), most in TOLERATED.items()
+             if (version, kernel) == (table["triton"], row["kernel"]) and word in row["variant"].split()]
+    most = max(found, default=0)
     spills = {kind: amount for kind, amount in row.get("spills", {}).items() if amount > most}
     return f"spills {spills} with {row['registers']} registers" if spills else ""
 
@@ -111,7 +113,7 @@ def test_every_kernel_compiles(table: dict[str, Any], rows: list[Row], arch: str
     assert not (wrong := listed(rows, arch, failure, table)), wrong
 
 
-def test_nothing_is_spilled_on_sm_90(table: dict[str, Any], rows: list[Row]) -> None:
+def test_little_is_spilled_on_sm_90(table: dict[str, Any], rows: list[Row]) -> None:
     for arch in ARCHES:
         print(listed(rows, arch, spilling, table))
     assert not (wrong := listed(rows, "sm_90", spilling, table)), wrong
@@ -197,7 +199,7 @@ def test_a_committed_table_is_of_these_kernels(version: str) -> None:
 
 @versions
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_nothing_is_spilled(version: str, arch: str) -> None:
+def test_little_is_spilled(version: str, arch: str) -> None:
     committed = committed_table(version)
     assert not (wrong := listed(committed["rows"], arch, spilling, committed)), wrong
 

@@ -103,7 +103,7 @@ def test_the_device_clock_converts_milliseconds(monkeypatch: pytest.MonkeyPatch)
     assert calls[:4] == ["record", "flush", "record", "wait"]
     calls.clear()
     assert clock.microseconds(lambda: calls.append("run")) == 1500
-    assert calls == ["flush", "record", "run", "record", "wait"] and 0 <= clock.host_us < 1e6
+    assert calls == ["flush", "record", "run", "record", "wait"] and clock.host_us >= 0
 
 
 def test_rows_tell_whether_the_hosts_time_is_in_their_numbers() -> None:

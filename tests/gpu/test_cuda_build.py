@@ -1,5 +1,6 @@
 """How the CUDA kernels are built, and what the extension says of them. No GPU is needed for that."""
 
+import ast
 import importlib.machinery
 import importlib.util
 import os
@@ -270,3 +271,13 @@ def test_which_devices_a_build_serves(
     without: Any, architectures: str, capability: tuple[int, int], served: bool
 ) -> None:
     assert without.serves(architectures, *capability) is served
+
+
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)], ids="{0[0]}.{0[1]}".format
+)
+def test_the_gpu_script_builds_for_its_device(without: Any, capability: tuple[int, int]) -> None:
+    script = (ROOT / "benchmarks" / "run_on_gpu.sh").read_text()
+    [named] = re.findall(r"print\(({.+?})\.get\(a, ", script)
+    target = ast.literal_eval(named).get(capability[0], "{}{1}".format(*capability))
+    assert without.serves(f"sm_{target}", *capability)

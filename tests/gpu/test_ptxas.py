@@ -130,12 +130,18 @@ def instructions(compiled: nvcc.Object, arch: str) -> dict[str, str]:
 
 
 BULK_LOAD = r"\bUBLKCP\.S\.G\b"
+# What hopper.cuh says to a cluster, which the emulator replaces: fences, stores to other blocks, barriers, waits.
+CLUSTER = {
+    r"\bFENCE\.VIEW\.ASYNC\b", r"\bSTAS\.128\b", r"\bSTAS\b(?!\.)", r"\bUCGABAR_ARV\b", r"\bUCGABAR_WAIT\b",
+    r"\bACQBULK\b", r"\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b",
+}
 WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
 READS, WRITES = {WIDE_LOAD}, {WIDE_LOAD, WIDE_STORE}
 # The instructions of kernels (patterns of their names) and the architectures that have them. Kernels of any alignment
 # access one element at a time.
 EXPECTED: dict[tuple[str, str], tuple[list[str], set[str]]] = {
-    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100"], {BULK_LOAD, WIDE_STORE}),
+    ("grpo_step.cu", r"step_kernel<\w+>"): (["sm_90a", "sm_100"], {BULK_LOAD, WIDE_STORE, *CLUSTER}),
+    ("grpo_step.cu", "weigh_kernel"): (["sm_90a", "sm_100"], {r"\bPREEXIT\b"}),
     ("scaled.cu", r"scaled_kernel<\w+, \w+>"): (MACHINE_CODE, WRITES),
     ("token_stats.cu", r"segment_kernel<\w+, true>"): (MACHINE_CODE, READS),
     ("token_stats_backward.cu", r"gradient_kernel<\w+, \w+, true>"): (MACHINE_CODE, WRITES),

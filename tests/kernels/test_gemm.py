@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from r1kernels import _library, testing
-from r1kernels.ops import gemm
+from r1kernels.ops import gemm, precision
 
 pytestmark = host_code
 
@@ -379,3 +379,33 @@ def test_products_of_float32_are_not_rounded_to_tf32(
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+
+
+def test_a_thread_that_is_done_leaves_the_precision_to_the_others() -> None:
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        first, second = precision.exact_float32(), precision.exact_float32()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert setting.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before
+
+
+def test_a_general_setting_still_reaches_products_afterwards() -> None:
+    general, setting = torch.backends.fp32_precision, torch.backends.cuda.matmul
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with precision.exact_float32():
+            assert setting.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert setting.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "tf32"
+        assert setting.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = general

@@ -1,4 +1,4 @@
-"""One compiled graph serves all values of a temperature, a normalizer or a number of an objective."""
+"""At most two compiled graphs serve all values of a temperature, a normalizer or a number of an objective."""
 
 from collections.abc import Callable
 from typing import Any

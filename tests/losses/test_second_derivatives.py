@@ -33,3 +33,15 @@ def test_a_gradient_penalty_is_refused(name: str) -> None:
         assert torch.equal(grad, expected)
         with pytest.raises(RuntimeError, match="not differentiable twice"):
             (loss + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_hessian_is_refused(name: str) -> None:
+    """Not 0: there is a path from the gradient to the logits."""
+    with r1kernels.backend(testing.KERNELS), pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.autograd.functional.hessian(LOSSES[name], LOGITS)
+
+
+def test_an_estimate_of_kl_is_not_differentiable_twice() -> None:
+    with r1kernels.backend(testing.KERNELS), pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.autograd.functional.hessian(lambda x: r1kernels.kl_estimate(x, torch.zeros(5)).sum(), torch.ones(5))

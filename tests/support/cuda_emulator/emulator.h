@@ -75,6 +75,8 @@ void sync_block();
 void sync_warp();
 void sync_grid();
 void sync_cluster();
+void arrive_cluster();
+void wait_cluster();
 uint64_t shuffle_xor(uint64_t value, int mask);
 uint64_t shuffle_from(uint64_t value, int lane);
 unsigned ballot(bool predicate);

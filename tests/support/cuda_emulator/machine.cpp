@@ -184,6 +184,7 @@ void Machine::begin_block(Unit& unit, int64_t index, int rank) {
     fiber->warp = &warp;
     fiber->thread = thread;
     fiber->level = spread_ == 1 ? random() % kLevels : spread_ == 2 ? level_of_warp : level_of_block;
+    fiber->arrived = false;
     begin_past(fiber->past, rank, thread);
     prepare(fiber->context, fiber->stack, enter_fiber);
     block.fibers.push_back(fiber);

@@ -78,6 +78,7 @@ struct Fiber {
   uint64_t value;  // given to a warp's operation, and what it gives back
   int argument;    // of a shuffle; parity of a wait
   uint64_t* barrier;
+  bool arrived;    // at the barrier of its cluster, for which it does not wait yet
   Past past;
 };
 

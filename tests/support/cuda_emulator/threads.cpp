@@ -114,6 +114,17 @@ void sync_cluster() {
   need_hopper("sync_cluster");
   meet(machine.self().block->unit->meeting, At::sync_cluster);
 }
+// The barrier that a thread waits at needs all threads to wait, which is more than a device asks for: all have arrived.
+void arrive_cluster() {
+  need_hopper("arrive_cluster");
+  if (machine.self().arrived) fail("arrive_cluster twice without wait_cluster");
+  machine.self().arrived = true;
+}
+void wait_cluster() {
+  if (!machine.self().arrived) fail("wait_cluster without arrive_cluster");
+  machine.self().arrived = false;
+  sync_cluster();
+}
 void sync_grid() {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative");
   if (machine.grid.alive != machine.shape.blocks * machine.shape.threads) fail("sync_grid after the end of a thread");

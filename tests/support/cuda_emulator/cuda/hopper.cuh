@@ -29,6 +29,8 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier*
 inline int cluster_rank() { return emulator::cluster_rank(); }
 inline int cluster_blocks() { return emulator::cluster_blocks(); }
 inline void sync_cluster() { emulator::sync_cluster(); }
+inline void arrive_cluster() { emulator::arrive_cluster(); }
+inline void wait_cluster() { emulator::wait_cluster(); }
 inline void remote_send(float* p, int rank, float value, Barrier* barrier) {
   emulator::remote_send(p, rank, &value, sizeof(value), barrier);
 }
