@@ -79,7 +79,7 @@ def _kernels() -> list[str]:
     for op in _library.OPS:
         cuda = "where it was measured to be faster, or without Triton" if op in CUDA_OPERATORS else "has no kernel"
         lines.append(f"{op:<18}CUDA {cuda}")
-    lines.append(f"{'grpo_step':<18}only in CUDA, for grpo_loss from logits; token_stats and policy_loss are used instead if")
+    lines.append(f"{'grpo_step':<18}only in CUDA, for grpo_loss from logits. token_stats and policy_loss are used if")
     lines += [f"{'':<20}{reason}" for reason in grpo_step.REASONS]
     lines.append(f"{'':<18}the CUDA operator reads the logits twice if")
     return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]

@@ -44,7 +44,7 @@ MISTAKES = {
         "grpo_step.cu", "  wait_cluster();  //", "  //",
         "has begun|may not have begun|uninit|which has ended",
     ),
-    "a block that does not tell that it has begun": ("grpo_step.cu", "  arrive_cluster();  //", "  //", "arrive_cluster"),
+    "a block that does not arrive": ("grpo_step.cu", "  arrive_cluster();  //", "  //", "arrive_cluster"),
     "a token that has not been read": (
         "grpo_step.cu", "has its barriers\n  sync_block();\n", "has its barriers\n", RACE,
     ),

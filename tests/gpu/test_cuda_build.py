@@ -279,5 +279,5 @@ def test_which_devices_a_build_serves(
 def test_the_gpu_script_builds_for_its_device(without: Any, capability: tuple[int, int]) -> None:
     script = (ROOT / "benchmarks" / "run_on_gpu.sh").read_text()
     [named] = re.findall(r"print\(({.+?})\.get\(a, ", script)
-    target = ast.literal_eval(named).get(capability[0], "{}{1}".format(*capability))
+    target = ast.literal_eval(named).get(capability[0], "{}{}".format(*capability))
     assert without.serves(f"sm_{target}", *capability)
