@@ -46,7 +46,7 @@ MISTAKES = {
     ),
     "a block that does not arrive": ("grpo_step.cu", "  arrive_cluster();  //", "  //", "arrive_cluster"),
     "a token that has not been read": (
-        "grpo_step.cu", "has its barriers\n  sync_block();\n", "has its barriers\n", RACE,
+        "grpo_step.cu", "has its barriers\n  sync_block();\n", "has its barriers\n", f"{RACE}|uninitialised",
     ),
     "logits that have not arrived": ("grpo_step.cu", "  barrier_wait(&shared.arrived, 0);\n", "", RACE),
     "sums that are not waited for": (
