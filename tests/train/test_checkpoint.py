@@ -213,12 +213,20 @@ start = time.monotonic()
 save(0)
 pace = time.monotonic() - start
 number, interrupted = 0, 0
+
+def saved():
+    names = [entry.name for entry in (run / "checkpoints").iterdir()]
+    return max(int(name[5:]) for name in names if name.startswith("step-"))
+
 for _ in range(12):
+    wanted = number + draw.randrange(3)
     child = os.fork()
     if child == 0:
         for step in range(number + 1, 10**6):
             save(step)
-    time.sleep(draw.uniform(0, 3 * pace))
+    while saved() < wanted:  # on a busy machine, too
+        time.sleep(pace / 10)
+    time.sleep(draw.uniform(0, pace))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     path = latest_checkpoint(run)
