@@ -170,12 +170,17 @@ def target_gradient(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float,
+    owned: Tensor | None = None,
 ) -> Tensor:
-    """For each row, the entry of its token in the result of `gradient_into` (N,), in float64 and not rounded."""
+    """For each row, the entry of its token in the gradient (N,), in float64 and not rounded. Where `owned` is False,
+    the id is a substitute: the gradient of the entry of another token."""
     x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
     t = temperature if temperatures is None else temperature * temperatures.double()
     logprobs = (x / t - lse).clamp(max=0)
-    grad = -g.double() * torch.expm1(logprobs)
+    ahead = torch.expm1(logprobs)  # p - 1[j = y]
+    if owned is not None:
+        ahead = torch.where(owned, ahead, logprobs.exp())
+    grad = -g.double() * ahead
     if eta is not None:
         surprise = torch.where(logprobs == -torch.inf, 0, logprobs) + entropy
         grad = grad - eta.double() * logprobs.exp() * surprise
@@ -183,6 +188,15 @@ def target_gradient(
         grad = grad * (1 - (x / softcap).square())
     inactive = g == 0 if eta is None else (g == 0) & (eta == 0)
     return torch.where(inactive, 0, grad / t)
+
+
+def unrounded(
+    logprobs: Tensor, lse: Tensor, logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None
+) -> Tensor:
+    """The log-probs (N,) in float64, from those that `statistics` rounds. Near 0, z_y - lse would be less exact."""
+    x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
+    t = temperature if temperatures is None else temperature * temperatures.double()
+    return torch.where(logprobs < -0.5, x / t - lse, logprobs.double())
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:

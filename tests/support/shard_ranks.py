@@ -1,0 +1,271 @@
+"""Four ranks, which compute heads whose vocabulary is sharded over two, three and four of them.
+
+    python shard_ranks.py DIRECTORY
+
+saves the results of each as DIRECTORY/RANK.pt; the tests compare them with one process. One process imports torch, and
+the ranks are forks of it, because the import takes longer than all that they compute.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import linear_cases as cases
+import torch
+from torch import Tensor
+
+from r1kernels import (
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_token_logprobs_and_entropy,
+    objectives,
+    testing,
+)
+
+WORLD, SECONDS = 4, 150
+# Rows of each rank.
+SPLITS = {2: (600, 400), 3: (400, 350, 250), 4: (400, 0, 350, 250)}
+VOCAB, WIDTH, LEAD = 1000, 24, (4, 6)
+OPTIONS = {"chunk_bytes": cases.chunk_of(7, 400, WIDTH)}
+DTYPES = {
+    "float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32 head": (torch.bfloat16, torch.float32), "float16": (torch.float16, torch.float16),
+}
+
+
+def make(head: str, dtypes: str = "float32", vocab: int = VOCAB) -> dict[str, Any]:
+    dtype, weight_dtype = DTYPES[dtypes]
+    return cases.make(head, *LEAD, width=WIDTH, vocab=vocab, dtype=dtype, weight_dtype=weight_dtype)
+
+
+def mask() -> Tensor:
+    return testing.random_ids(*LEAD, vocab=4, seed=3) > 0
+
+
+def shard_of(case: dict[str, Any], sizes: tuple[int, ...], rank: int) -> dict[str, Any]:
+    """The case with the rows of one rank."""
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    part = case | {"weight": case["weight"][rows]}
+    if "bias" in case:
+        part["bias"] = case["bias"][rows]
+    if "lora" in case:
+        part["lora"] = (case["lora"][0], case["lora"][1][:, rows])
+    return part
+
+
+# ---- the calls, of one process and of a rank alike --------------------------------------------------------
+
+
+def statistics(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    g, eta = cases.weights_of(*LEAD)
+    (logprobs, entropy), grads = cases.gradients(
+        linear_token_logprobs_and_entropy, case,
+        lambda result: (g.to(result[0].dtype) * result[0] + eta.to(result[1].dtype) * result[1]).sum(),
+        mask=mask(), **options,
+    )
+    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **grads}
+
+
+def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any) -> dict[str, Tensor]:
+    rng = testing.generator(5)
+    advantages = torch.randn(LEAD[0], generator=rng)
+    advantages[1] = 0
+    old = -7 + torch.randn(LEAD, generator=rng)
+    result, grads = cases.gradients(
+        linear_grpo_loss, case, lambda result: 2 * result.loss, advantages=advantages, old_logprobs=old,
+        ref_logprobs=old + 0.1, mask=mask(), objective=objective, **options,
+    )
+    return {"loss": result.loss.detach(), **{f"metric {k}": v for k, v in result.metrics.items()}, **grads}
+
+
+def cross_entropy(case: dict[str, Any], reduction: str, **options: Any) -> dict[str, Tensor]:
+    case = case | {"targets": torch.where(mask(), case["token_ids"], -100)}
+    del case["token_ids"]
+    loss, grads = cases.gradients(
+        linear_cross_entropy, case, lambda loss: loss.square().sum(), reduction=reduction, **options
+    )
+    return {"loss": loss.detach(), **grads}
+
+
+def padded(sizes: tuple[int, ...], rank: int | None) -> dict[str, Any]:
+    """Rows from 790 on are padding that must not be read."""
+    case = make("everything", vocab=sum(sizes))
+    case["token_ids"] = case["token_ids"] % 790
+    for value in (case["weight"], case["bias"], case["lora"][1].t()):
+        value[790:] = torch.nan
+    return case if rank is None else shard_of(case, sizes, rank)
+
+
+def no_logits_in_a_shard() -> dict[str, Any]:
+    """All logits of one shard of three are -inf, and one token has nearly all of the probability."""
+    case = make("bias")
+    case["bias"][400:750] = -torch.inf
+    case["bias"][7] = 60
+    case["token_ids"][0] = 7
+    case["token_ids"][1] = case["token_ids"][1].clamp(max=399)
+    return case
+
+
+def accumulated(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    weight = case["weight"].detach().requires_grad_()
+    into = torch.ones(weight.shape)
+    case = case | {"weight": weight, "grad_accumulation_into": into}
+    linear_cross_entropy(**{"targets" if k == "token_ids" else k: v for k, v in case.items()}, **options).backward()
+    assert weight.grad is None
+    return {"weight": into}
+
+
+CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, Any]], dict[str, Any]]] = {
+    **{f"statistics {head}, {dtypes}": (statistics, lambda h=head, d=dtypes: make(h, d), OPTIONS)
+       for head in ("plain", "everything") for dtypes in DTYPES},
+    **{f"policy {name}, {dtypes}": (policy, lambda d=dtypes: make("scale and temperatures", d),
+                                    OPTIONS | {"objective": objective})
+       for dtypes in ("float32", "bfloat16")
+       for name, objective in {
+           "one pass": objectives.grpo(kl_coef=0.1, entropy_coef=0.02), "sparse": objectives.dapo(),
+           "two phases": objectives.gspo(),
+       }.items()},
+    "policy capacity": (policy, lambda: make("plain"), OPTIONS | {"objective": objectives.dapo(), "capacity": 22}),
+    **{f"cross entropy {reduction}": (cross_entropy, lambda: make("softcap"), OPTIONS | {"reduction": reduction})
+       for reduction in ("mean", "none")},
+    "rounded logits": (statistics, lambda: make("bias", "bfloat16"), OPTIONS | {"logits_dtype": torch.bfloat16}),
+    "no logits in a shard": (statistics, no_logits_in_a_shard, {}),
+    "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
+}
+
+
+# ---- a rank -----------------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Counts what a rank gives to collectives: (name, bytes) of each."""
+
+    def __enter__(self) -> list[tuple[str, int]]:
+        sent: list[tuple[str, int]] = []
+        self.saved = {name: getattr(torch.distributed, name) for name in ("all_gather", "all_reduce")}
+
+        def counting(name: str) -> Callable[..., Any]:
+            def run(*args: Any, **keywords: Any) -> Any:
+                value = args[1 if name == "all_gather" else 0]
+                sent.append((name, value.numel() * value.element_size()))
+                return self.saved[name](*args, **keywords)
+
+            return run
+
+        for name in self.saved:
+            setattr(torch.distributed, name, counting(name))
+        return sent
+
+    def __exit__(self, *_: Any) -> None:
+        for name, function in self.saved.items():
+            setattr(torch.distributed, name, function)
+
+
+def bad_calls(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments of `statistics` on which rank 1 of two disagrees with rank 0."""
+    good = shard_of(make("everything"), SPLITS[2], rank)
+    yield "tokens", good | ({"hidden": good["hidden"][:3], "token_ids": good["token_ids"][:3],
+                             "temperature": good["temperature"][:3]} if rank else {})
+    yield "vocab_size", good | {"vocab_size": 990 + rank}
+    yield "vocab_size too large", good | {"vocab_size": 1001}
+    yield "temperature", good | {"temperature": 1.0 + rank}
+    yield "ids", good | {"token_ids": good["token_ids"].roll(rank) // (1 + rank)}
+    yield "softcap", good | {"softcap": 5.0 + rank}
+    yield "refused", good | ({"softcap": -1.0} if rank else {})
+    yield "width", good | ({"weight": good["weight"][:, 1:]} if rank else {})
+    yield "id out of range", good | {"token_ids": torch.where(good["token_ids"] == good["token_ids"][0, 0], 1000,
+                                                              good["token_ids"])}
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for world, group in groups.items():
+        if rank >= world:
+            continue
+        for name, (function, make_case, options) in CALLS.items():
+            part = shard_of(make_case(), SPLITS[world], rank)
+            results[f"{name}, {world}"] = function(part, process_group=group, **options)
+        rows = (400,) * world
+        results[f"padded, {world}"] = statistics(padded(rows, rank), process_group=group, vocab_size=790)
+        for vocab in (40, VOCAB):
+            sizes = (vocab - 8 * (world - 1), *(8,) * (world - 1))
+            part = shard_of(make("lora", vocab=vocab), sizes, rank)
+            for name, function in (("statistics", statistics), ("policy", policy)):
+                options = {"objective": objectives.grpo(kl_coef=0.1)} if name == "policy" else {}
+                chunks = cases.chunk_of(7, max(sizes), WIDTH)
+                with Traffic() as sent:
+                    function(part, process_group=group, chunk_bytes=chunks, **options)
+                results[f"traffic {name}, {vocab}, {world}"] = sent
+    if rank < 2:
+        for name, arguments in bad_calls(rank):
+            call = linear_token_logprobs_and_entropy
+            results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
+        part = shard_of(make("plain"), SPLITS[2], rank)
+        results["works after errors"] = statistics(part, process_group=groups[2])
+    return results
+
+
+def main(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=WORLD,
+        timeout=datetime.timedelta(seconds=SECONDS),
+    )
+    groups = {world: torch.distributed.new_group(list(range(world))) for world in SPLITS}
+    torch.save(results_of(rank, groups), directory / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def fork_ranks(directory: Path) -> None:
+    """Runs all ranks. One that fails, and the time limit, end the others."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=main, args=(rank, directory)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + SECONDS
+    while running := [process for process in processes if process.exitcode is None]:
+        connection.wait([process.sentinel for process in running], max(end - time.monotonic(), 0))
+        if time.monotonic() >= end or any(process.exitcode for process in processes):
+            break
+    for process in processes:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
+
+
+def run_ranks(directory: Path) -> list[dict[str, Any]]:
+    """The results of all ranks."""
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parents[2], Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+    completed = subprocess.run(
+        [sys.executable, "-W", "error", __file__, str(directory)], env=environment, capture_output=True, text=True,
+        timeout=2 * SECONDS,
+    )
+    if completed.returncode:
+        raise RuntimeError((completed.stdout + completed.stderr)[-6000:])
+    return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
+
+
+if __name__ == "__main__":
+    fork_ranks(Path(sys.argv[1]))
