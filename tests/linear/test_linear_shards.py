@@ -140,6 +140,22 @@ def test_the_group_works_after_errors(ranks: Results) -> None:
     assert "works after errors" in ranks[0] and "works after errors" in ranks[1]
 
 
+# ---- data parallelism -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", shard_ranks.OBJECTIVES)
+def test_a_global_normalizer_gives_the_gradient_of_one_process(name: str, world: int, ranks: Results) -> None:
+    objective = shard_ranks.OBJECTIVES[name]
+    alone = shard_ranks.policy(shard_ranks.make("plain"), objective)  # of twice the loss
+    for results in ranks[:world]:
+        together = results[f"data parallel {name}, {world}"]
+        assert_like_one_process(
+            {"loss": together["loss"], "weight": together["weight"]},
+            {"loss": alone["loss"], "weight": alone["weight"] / 2},
+        )
+
+
 # ---- without a process group ----------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Four ranks, which compute heads whose vocabulary is sharded over two, three and four of them.
+"""Four ranks, which compute heads whose vocabulary, or whose batch, is split over two, three and four of them.
 
     python shard_ranks.py DIRECTORY
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import (
+    global_normalizer,
     linear_cross_entropy,
     linear_grpo_loss,
     linear_token_logprobs_and_entropy,
@@ -75,14 +76,18 @@ def statistics(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **grads}
 
 
-def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any) -> dict[str, Tensor]:
+def batch() -> dict[str, Tensor]:
+    """What a policy loss needs of the tokens."""
     rng = testing.generator(5)
     advantages = torch.randn(LEAD[0], generator=rng)
     advantages[1] = 0
     old = -7 + torch.randn(LEAD, generator=rng)
+    return {"advantages": advantages, "old_logprobs": old, "ref_logprobs": old + 0.1, "mask": mask()}
+
+
+def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any) -> dict[str, Tensor]:
     result, grads = cases.gradients(
-        linear_grpo_loss, case, lambda result: 2 * result.loss, advantages=advantages, old_logprobs=old,
-        ref_logprobs=old + 0.1, mask=mask(), objective=objective, **options,
+        linear_grpo_loss, case, lambda result: 2 * result.loss, objective=objective, **batch(), **options
     )
     return {"loss": result.loss.detach(), **{f"metric {k}": v for k, v in result.metrics.items()}, **grads}
 
@@ -141,6 +146,34 @@ CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, 
     "no logits in a shard": (statistics, no_logits_in_a_shard, {}),
     "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
 }
+
+
+# ---- data parallelism -------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "token mean": objectives.dapo(kl_coef=0.1), "sequence mean": objectives.gspo(),
+    "constant": objectives.dr_grpo(max_length=10),
+}
+
+
+def data_parallel(rank: int, world: int, group: Any, objective: objectives.Objective) -> dict[str, Tensor]:
+    """Every rank has some sequences, and takes them one by one. The gradients are added up."""
+    case, tokens = make("plain"), batch()
+    mine = [slice(row, row + 1) for row in range(rank, LEAD[0], world)]
+    normalizer = global_normalizer([tokens["mask"][rows] for rows in mine], objective, group)
+    total = torch.zeros(())
+    weight = case["weight"].requires_grad_()
+    for rows in mine:
+        loss = linear_grpo_loss(
+            case["hidden"][rows], weight, case["token_ids"][rows], objective=objective, normalizer=normalizer,
+            **{name: value[rows] for name, value in tokens.items()},
+        ).loss
+        loss.backward()
+        total += loss.detach()
+    for value in (weight.grad, total):
+        if group is not None:
+            torch.distributed.all_reduce(value, group=group)
+    return {"loss": total, "weight": weight.grad, "normalizer": normalizer}
 
 
 # ---- a rank -----------------------------------------------------------------------------------------------
@@ -202,6 +235,8 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, (function, make_case, options) in CALLS.items():
             part = shard_of(make_case(), SPLITS[world], rank)
             results[f"{name}, {world}"] = function(part, process_group=group, **options)
+        for name, objective in OBJECTIVES.items():
+            results[f"data parallel {name}, {world}"] = data_parallel(rank, world, group, objective)
         rows = (400,) * world
         results[f"padded, {world}"] = statistics(padded(rows, rank), process_group=group, vocab_size=790)
         for vocab in (40, VOCAB):
