@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
-    from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
+    from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
 
 __version__ = "0.1.0"
 
@@ -48,8 +48,8 @@ _MODULES = {
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
     "policy_loss": "r1kernels.ops.policy_loss",
     "release_workspace": "r1kernels._library",
-    "token_logprobs": "r1kernels.ops.token_stats",
-    "token_logprobs_and_entropy": "r1kernels.ops.token_stats",
+    "token_logprobs": "r1kernels.ops.token_logprobs",
+    "token_logprobs_and_entropy": "r1kernels.ops.token_logprobs",
 }
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from r1kernels.ops._checks import (
     check_tensor,
     values_are_free,
 )
-from r1kernels.ops.linear_budget import CPU_BUDGET, GPU_BUDGET, BufferRows, rows_of_budget
 from r1kernels.ops.linear_types import Names
 
 
@@ -68,20 +66,6 @@ def dtype_of_logits(value: Any, hidden: Tensor, weight: Tensor) -> torch.dtype:
         choices = f"{full}, or {hidden.dtype} like hidden" if rounded else f"{full}"
         raise ValueError(f"logits_dtype is {value}, expected {choices}")
     return value
-
-
-def buffer_rows(budget: Any, vocab: int, each: int, gradient: int, gathered: bool) -> BufferRows:
-    """Rows of the buffers, which need `each` and `gradient` bytes a row."""
-    gradient = gradient if gathered else 0
-    if budget is None:
-        default = GPU_BUDGET if gathered else CPU_BUDGET
-        return rows_of_budget(default.chunk_bytes, each, gradient, default.rows)
-    if isinstance(budget, bool) or not hasattr(budget, "__index__"):
-        raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
-    budget = operator.index(budget)
-    if budget < each:
-        raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
-    return rows_of_budget(budget, each, gradient)
 
 
 def checked_capacity(value: Any) -> int:

@@ -16,17 +16,16 @@ from r1kernels.ops._checks import (
     check_shape,
     ids_int64,
 )
-from r1kernels.ops.linear_budget import gathers, row_bytes
+from r1kernels.ops.linear_budget import buffer_rows, gathers, row_bytes
 from r1kernels.ops.linear_checks import (
     accumulation_target,
-    buffer_rows,
     checked_capacity,
     dtype_of_logits,
     lora_matrices,
     token_temperature,
 )
 from r1kernels.ops.linear_types import Head, Names
-from r1kernels.ops.shards import Facts, Shard, agreed_layout, checked_group, layout_of, refusals
+from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -149,8 +148,7 @@ def prepare(
     for name in options:
         if name not in LinearOptions.__annotations__:
             raise TypeError(f"unknown keyword {name!r}, expected one of {', '.join(LinearOptions.__annotations__)}")
-    vocab_size = options.get("vocab_size")
-    group = checked_group(options.get("process_group"), vocab_size)
+    group, vocab_size = Split(options.get("process_group"), options.get("vocab_size")).checked()
     with refusals(group, hidden):
         inputs, head = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
     vocab, width = weight.shape

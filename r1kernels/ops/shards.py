@@ -74,19 +74,29 @@ class Layout(NamedTuple):
 # ---- agreement of the ranks -------------------------------------------------------------------------------
 
 
-def checked_group(group: Any, vocab_size: Any) -> Any:
-    """The process group, or None if it has one rank."""
-    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1):
-        raise ValueError(f"vocab_size is {vocab_size!r}, expected a positive integer")
-    if group is None:
-        return None
-    distributed = torch.distributed
-    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"process_group is {group!r}, expected a torch.distributed.ProcessGroup of which this rank is "
-                        "a member")
-    if torch.compiler.is_compiling():
-        raise ValueError("process_group is given in code that torch.compile traces, expected a call outside of it")
-    return group if distributed.get_world_size(group) > 1 else None
+class Split(NamedTuple):
+    """The two keywords, as they were given."""
+
+    process_group: Any
+    vocab_size: Any
+
+    def checked(self) -> tuple[Any, int | None]:
+        """(the process group, or None if it has one rank; vocab_size)."""
+        group, size = self
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"vocab_size is {size!r}, expected a positive integer")
+        if group is None:
+            return None, size
+        distributed = torch.distributed
+        if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+            raise TypeError(f"process_group is {group!r}, expected a torch.distributed.ProcessGroup of which this rank "
+                            "is a member")
+        if torch.compiler.is_compiling():
+            raise ValueError("process_group is given in code that torch.compile traces, expected a call outside of it")
+        return group if distributed.get_world_size(group) > 1 else None, size
+
+
+NOT_SHARDED = Split(None, None)
 
 
 @contextlib.contextmanager

@@ -215,10 +215,10 @@ def _scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures
     return x / _row_temperatures(x, rows, temperature, temperatures)
 
 
-def checked(logits: Any, token_ids: Any, temperature: Any) -> tuple[Tensor, float]:
+def checked(logits: Any, token_ids: Any, temperature: Any, sharded: bool = False) -> tuple[Tensor, float]:
     """Contiguous int64 ids, and the temperature."""
     check_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not sharded):
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
     token_ids = ids_int64("token_ids", token_ids, logits)
     check_shape("token_ids", token_ids, logits.shape[:-1], "logits (..., V) score token_ids (...)")
@@ -239,46 +239,3 @@ def token_stats(
     if _library.select(logits) == "reference":
         return reference(logits, token_ids, mask, temperature)
     return _TokenStats.apply(logits, token_ids, mask, temperature)
-
-
-def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Log-probability of each token under softmax(logits / temperature).
-
-    l = z_y - log sum_j e^{z_j},  z = logits / temperature
-
-    Args:
-        logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides: rows are read
-            in place. -inf entries are allowed. Row t scores token t: shift before the call.
-        token_ids: (...), int64 or int32, in [0, V).
-        temperature: Python number > 0. Gradients need |logit| / temperature < 1e10.
-
-    Returns:
-        (...), float32 (float64 for float64 logits), nats. Differentiable once with respect to logits; the
-        gradient has the dtype of logits.
-
-    Raises:
-        TypeError: wrong dtype. ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
-
-    Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of
-    vocabulary width.
-
-    Equivalent to: `(logits.float() / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`
-    """
-    return token_stats(logits, token_ids, temperature=temperature)[0]
-
-
-def token_logprobs_and_entropy(
-    logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    r"""Log-probability of each token and entropy of each row, in one read of the logits.
-
-    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
-
-    Args, errors and memory are those of `token_logprobs`.
-
-    Returns:
-        (logprobs, entropy), each (...), float32, nats.
-
-    Equivalent to: `token_logprobs` and `torch.distributions.Categorical(logits=logits / temperature).entropy()`
-    """
-    return token_stats(logits, token_ids, temperature=temperature)

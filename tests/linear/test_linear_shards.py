@@ -16,6 +16,7 @@ from r1kernels.ops.shards import layout_of, merge
 
 WORLDS = list(SPLITS)
 TOKENS = LEAD[0] * LEAD[1]
+SHARDED = {"weight": 0, "bias": 0, "lora_b": 1, "logits": -1}  # gradients of a rank's own rows, along this axis
 Results = list[dict[str, Any]]
 
 pytestmark = slow_on_gpu_kernels
@@ -33,8 +34,8 @@ def joined(ranks: Results, name: str, world: int) -> dict[str, Tensor]:
     parts = [results[f"{name}, {world}"] for results in ranks[:world]]
     result = {}
     for key, first in parts[0].items():
-        if key in ("weight", "bias", "lora_b"):
-            result[key] = torch.cat([part[key] for part in parts], 1 if key == "lora_b" else 0)
+        if key in SHARDED:
+            result[key] = torch.cat([part[key] for part in parts], SHARDED[key])
         else:
             result[key] = first
             for part in parts[1:]:
@@ -50,7 +51,7 @@ def assert_like_one_process(together: dict[str, Tensor], alone: dict[str, Tensor
         got, size = together[key], value.double().abs()
         assert (got.shape, got.dtype) == (value.shape, value.dtype), key
         budget = 1e-6 * size.clamp(min=1)
-        if key in cases.TENSORS:
+        if key in (*cases.TENSORS, "logits"):
             eps = torch.finfo(value.dtype).eps
             # That of A is made from 16-bit numbers in one process, and from float32 ones in several.
             largest = size.max() if key == "lora_a" else size.amax(-1, keepdim=True) / 2
@@ -98,6 +99,17 @@ def test_padding_counts_for_nothing(world: int, ranks: Results) -> None:
     padded = shard_ranks.statistics(whole, vocab_size=790)
     assert torch.equal(padded["logprobs"], alone["logprobs"])
     assert torch.equal(padded["weight"][:790], alone["weight"]) and not padded["weight"][790:].any()
+
+
+@pytest.mark.parametrize("world", [3, 4])  # with four, the last shard is padding only
+def test_padding_of_logits_counts_for_nothing(world: int, ranks: Results) -> None:
+    rows = (400,) * world
+    alone = shard_ranks.from_logits(shard_ranks.make_logits(torch.bfloat16), "statistics")
+    padded = shard_ranks.from_logits(shard_ranks.padded_logits(rows), "statistics", vocab_size=shard_ranks.VOCAB)
+    for result in (padded, joined(ranks, "padded logits", world)):
+        kept, cut = result["logits"].split([shard_ranks.VOCAB, sum(rows) - shard_ranks.VOCAB], -1)
+        assert not cut.any()
+        assert_like_one_process(result | {"logits": kept}, alone)
 
 
 @pytest.mark.parametrize("world", WORLDS)

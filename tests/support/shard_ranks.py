@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from r1kernels import (
+    cross_entropy,
     global_normalizer,
+    grpo_loss,
     linear_cross_entropy,
     linear_grpo_loss,
     linear_token_logprobs_and_entropy,
     objectives,
     testing,
+    token_logprobs_and_entropy,
 )
 
 WORLD, SECONDS = 4, 150
@@ -55,11 +58,11 @@ def mask() -> Tensor:
 def shard_of(case: dict[str, Any], sizes: tuple[int, ...], rank: int) -> dict[str, Any]:
     """The case with the rows of one rank."""
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    part = case | {"weight": case["weight"][rows]}
-    if "bias" in case:
-        part["bias"] = case["bias"][rows]
+    part = case | {name: case[name][rows] for name in ("weight", "bias") if name in case}
     if "lora" in case:
         part["lora"] = (case["lora"][0], case["lora"][1][:, rows])
+    if "logits" in case:
+        part["logits"] = case["logits"][..., rows]
     return part
 
 
@@ -92,7 +95,7 @@ def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any
     return {"loss": result.loss.detach(), **{f"metric {k}": v for k, v in result.metrics.items()}, **grads}
 
 
-def cross_entropy(case: dict[str, Any], reduction: str, **options: Any) -> dict[str, Tensor]:
+def linear_nll(case: dict[str, Any], reduction: str, **options: Any) -> dict[str, Tensor]:
     case = case | {"targets": torch.where(mask(), case["token_ids"], -100)}
     del case["token_ids"]
     loss, grads = cases.gradients(
@@ -129,6 +132,34 @@ def accumulated(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     return {"weight": into}
 
 
+def make_logits(dtype: torch.dtype) -> dict[str, Any]:
+    ids = testing.random_ids(*LEAD, vocab=VOCAB)
+    return {"logits": testing.random_logits(*LEAD, VOCAB, dtype=dtype), "token_ids": ids}
+
+
+def padded_logits(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """The entries from VOCAB on are padding."""
+    case = make_logits(torch.bfloat16)
+    return case | {"logits": torch.nn.functional.pad(case["logits"], (0, sum(sizes) - VOCAB), value=torch.nan)}
+
+
+def from_logits(case: dict[str, Any], what: str, **options: Any) -> dict[str, Tensor]:
+    logits = case["logits"].detach().requires_grad_()
+    ids = case["token_ids"]
+    if what == "statistics":
+        g, eta = (value.float() for value in cases.weights_of(*LEAD))
+        logprobs, entropy = token_logprobs_and_entropy(logits, ids, temperature=0.7, **options)
+        results, loss = {"logprobs": logprobs, "entropy": entropy}, (g * logprobs + eta * entropy).sum()
+    elif what == "policy":
+        loss, metrics = grpo_loss(logits, ids, objective=objectives.grpo(entropy_coef=0.1), **batch(), **options)
+        results = {"loss": loss, **{f"metric {name}": value for name, value in metrics.items()}}
+    else:
+        loss = cross_entropy(logits, torch.where(mask(), ids, -100), **options)
+        results = {"loss": loss}
+    loss.backward()
+    return {**{name: value.detach() for name, value in results.items()}, "logits": logits.grad}
+
+
 CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, Any]], dict[str, Any]]] = {
     **{f"statistics {head}, {dtypes}": (statistics, lambda h=head, d=dtypes: make(h, d), OPTIONS)
        for head in ("plain", "everything") for dtypes in DTYPES},
@@ -140,10 +171,13 @@ CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, 
            "two phases": objectives.gspo(),
        }.items()},
     "policy capacity": (policy, lambda: make("plain"), OPTIONS | {"objective": objectives.dapo(), "capacity": 22}),
-    **{f"cross entropy {reduction}": (cross_entropy, lambda: make("softcap"), OPTIONS | {"reduction": reduction})
+    **{f"cross entropy {reduction}": (linear_nll, lambda: make("softcap"), OPTIONS | {"reduction": reduction})
        for reduction in ("mean", "none")},
     "rounded logits": (statistics, lambda: make("bias", "bfloat16"), OPTIONS | {"logits_dtype": torch.bfloat16}),
     "no logits in a shard": (statistics, no_logits_in_a_shard, {}),
+    **{f"logits {what}, {name}": (from_logits, lambda d=dtype: make_logits(d), {"what": what})
+       for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+       for what in ("statistics", "policy", "cross entropy")},
     "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
 }
 
@@ -238,6 +272,11 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, objective in OBJECTIVES.items():
             results[f"data parallel {name}, {world}"] = data_parallel(rank, world, group, objective)
         rows = (400,) * world
+        if sum(rows) > VOCAB:
+            padding = shard_of(padded_logits(rows), rows, rank)
+            results[f"padded logits, {world}"] = from_logits(
+                padding, "statistics", process_group=group, vocab_size=VOCAB
+            )
         results[f"padded, {world}"] = statistics(padded(rows, rank), process_group=group, vocab_size=790)
         for vocab in (40, VOCAB):
             sizes = (vocab - 8 * (world - 1), *(8,) * (world - 1))
