@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import values_are_free
-
 
 class Facts(NamedTuple):
     """What must be the same on all ranks. Numbers are compared as they are, tensors (0-d, int64) on the device, and
@@ -117,7 +115,8 @@ def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> 
     for the device. Later calls compare there, and a disagreement is an error at the next synchronisation.
     """
     numbers = [rows, *map(_number, facts)]
-    if device.type == "cpu":
+    free = reads_are_free(device)
+    if free:
         header = torch.tensor([int(value) for value in numbers])
     else:
         header = torch.stack([
@@ -128,11 +127,11 @@ def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> 
     known = _known_sizes.setdefault(group, {})
     key = (rows, facts.vocab_size, facts.width, device)
     rank = torch.distributed.get_rank(group)
-    if device.type == "cpu" or key not in known:
+    if free or key not in known:
         headers = gathered.tolist()
         _compare(headers, facts, rank)
         sizes = tuple(header[0] for header in headers)
-        if device.type != "cpu":
+        if not free:
             known[key] = sizes, torch.tensor(sizes, device=device)
     else:
         sizes, on_device = known[key]
@@ -142,8 +141,14 @@ def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> 
     return layout_of(sizes, None if facts.vocab_size < 0 else facts.vocab_size, group, rank)
 
 
-# For each group, the sizes of the shards on a device, on the host and there, by what this rank knows without asking.
+# For each group, the sizes of shards that a first call has read, on the host and on the device. A rank knows the keys
+# before it reads.
 _known_sizes: weakref.WeakKeyDictionary[Any, dict[Any, tuple[tuple[int, ...], Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host may read a tensor without waiting for a device."""
+    return device.type == "cpu"
 
 
 def _number(fact: Any) -> int | Tensor:
@@ -200,7 +205,7 @@ class Shard:
     def __init__(self, layout: Layout, token_ids: Tensor, mask: Tensor | None) -> None:
         self.layout = layout
         ids, sizes = token_ids.reshape(-1), layout.sizes
-        if not values_are_free(ids):
+        if not reads_are_free(ids.device):
             inside = (ids >= 0) & (ids < layout.vocab)
             torch._assert_async(
                 (inside if mask is None else inside | ~mask.reshape(-1)).all(),

@@ -12,6 +12,7 @@ from shard_ranks import CALLS, LEAD, SPLITS, WIDTH
 from torch import Tensor
 
 from r1kernels import linear_distillation_loss, linear_token_logprobs, linear_token_logprobs_and_entropy, testing
+from r1kernels.ops import shards
 from r1kernels.ops.shards import layout_of, merge
 
 WORLDS = list(SPLITS)
@@ -152,6 +153,14 @@ def test_the_group_works_after_errors(ranks: Results) -> None:
     assert "works after errors" in ranks[0] and "works after errors" in ranks[1]
 
 
+def test_devices_compare_their_arguments_without_the_host(ranks: Results) -> None:
+    alone = shard_ranks.statistics(shard_ranks.make("plain"))
+    for call in ("first", "second"):
+        assert_like_one_process(joined(ranks, f"on a device {call}", 2), alone)
+    for results in ranks[:2]:
+        assert "RuntimeError: r1kernels: the ranks of process_group disagree" in results["error on a device"]
+
+
 # ---- data parallelism -----------------------------------------------------------------------------------------
 
 
@@ -184,6 +193,19 @@ def test_merging_keeps_small_log_probs_and_entropies() -> None:
     merged, _, merged_entropy = merge(logprob, lse, entropy, torch.tensor([0]))
     torch.testing.assert_close(merged[0], -powers[1:].sum(), rtol=1e-12, atol=0)
     torch.testing.assert_close(merged_entropy[0], surprise[1:].sum(), rtol=1e-12, atol=0)
+
+
+@host_code
+def test_ids_out_of_range_are_found_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "reads_are_free", lambda device: False)
+    layout, ids = shards.Layout(None, 1, (4, 0, 3)), torch.tensor([0, 3, 4, 6, 99])
+    mask = ids < 99
+    shard = shards.Shard(layout._replace(rank=2), ids, mask)
+    assert shard.owner.tolist()[:4] == [0, 0, 2, 2]
+    assert shard.owned.tolist() == [False, False, True, True, False]
+    assert shard.ids[2:4].tolist() == [0, 2] and (shard.ids >= 0).all() and (shard.ids < 3).all()
+    with pytest.raises(RuntimeError, match="a token id is out of range"):
+        shards.Shard(layout, ids, None)
 
 
 @host_code

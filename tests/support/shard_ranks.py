@@ -34,6 +34,7 @@ from r1kernels import (
     testing,
     token_logprobs_and_entropy,
 )
+from r1kernels.ops import shards
 
 WORLD, SECONDS = 4, 150
 # Rows of each rank.
@@ -253,10 +254,19 @@ def bad_calls(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
                                                               good["token_ids"])}
 
 
+def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
+    """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
+    shards.reads_are_free = lambda device: False
+    results = {f"on a device {call}, 2": statistics(part, process_group=group) for call in ("first", "second")}
+    one_less = part | ({"token_ids": part["token_ids"][1:], "hidden": part["hidden"][1:]} if rank else {})
+    error = error_of(lambda: linear_token_logprobs_and_entropy(**one_less, process_group=group))
+    return results | {"error on a device": error}
+
+
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -293,6 +303,7 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])
+        results |= as_on_a_device(rank, part, groups[2])
     return results
 
 
