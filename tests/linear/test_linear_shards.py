@@ -84,6 +84,33 @@ def test_gradients_are_within_the_budget_of_float64(world: int, ranks: Results) 
         cases.assert_gradients(grads, expected, slack + (torch.finfo(dtype).eps if narrow else 0))
 
 
+def error(grad: Tensor, exact: Tensor) -> float:
+    return float((grad.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"])
+def test_parts_of_sums_over_ranks_are_not_rounded(dtypes: str, world: int, ranks: Results) -> None:
+    function, make_case, options = CALLS[f"statistics plain, {dtypes}"]
+    together, alone = joined(ranks, f"statistics plain, {dtypes}", world), function(make_case(), **options)
+    # The same float32 sums up to their order, rounded once: they are seldom rounded apart.
+    assert (together["hidden"] == alone["hidden"]).double().mean() > 0.97
+    # In the gradient of A, one process rounds a product in the middle.
+    function, make_case, options = CALLS[f"statistics everything, {dtypes}"]
+    together, alone = joined(ranks, f"statistics everything, {dtypes}", world), function(make_case(), **options)
+    g, eta = (value * shard_ranks.mask() for value in cases.weights_of(*LEAD))
+    exact = cases.exact(make_case(), g, eta).grads["lora_a"]
+    assert error(together["lora_a"], exact) <= error(alone["lora_a"], exact)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_log_probs_near_0_keep_their_relative_accuracy(world: int, ranks: Results) -> None:
+    together = joined(ranks, "no logits in a shard", world)["logprobs"][0]
+    alone = shard_ranks.statistics(shard_ranks.no_logits_in_a_shard())["logprobs"][0]
+    assert (alone > -1e-8).all() and (alone < 0).any()
+    testing.assert_within(together, alone, 1e-6 * alone.double().abs())
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_padding_counts_for_nothing(world: int, ranks: Results) -> None:
     rows = (400,) * world
