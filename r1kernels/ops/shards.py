@@ -222,11 +222,15 @@ class Shard:
         self, logprob: Tensor, lse: Tensor, entropy: Tensor, rows: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The statistics (n,), float64, of some tokens over the whole vocabulary, from those of this rank's rows."""
+        if logprob.numel() == 0:  # on all ranks
+            return logprob.double(), lse, entropy
         logprob, lse, entropy = _gathered(self.layout.group, torch.stack([logprob.double(), lse, entropy])).unbind(1)
         return merge(logprob, lse, entropy, self.owner[rows])
 
     def add_up(self, value: Tensor) -> None:
         """Replaces the value of each rank by their sum."""
+        if value.numel() == 0:  # on all ranks
+            return
         torch.distributed.all_reduce(value, group=self.layout.group)
 
 

@@ -303,6 +303,11 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])
+        nothing = part | {"hidden": part["hidden"][:0], "token_ids": part["token_ids"][:0]}
+        (logprobs, _), grads = cases.gradients(
+            linear_token_logprobs_and_entropy, nothing, lambda result: result[0].sum(), process_group=groups[2]
+        )
+        results["no tokens"] = {"logprobs": logprobs.detach(), **grads}
         results |= as_on_a_device(rank, part, groups[2])
     return results
 
