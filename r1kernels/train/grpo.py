@@ -29,6 +29,7 @@ from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import PARTS, columns, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
+from r1kernels.train.precision import AdamW
 from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
@@ -58,10 +59,11 @@ class GRPOTrainer:
             self.sampler = VLLMSampler(settings.sampler, self.tokenizer, end_tokens(self.model, self.tokenizer),
                                        device=self.model.device, check=stage.interrupt.check)
         self.reward_models = {
-            item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
+            item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
+                                    dtype=recipe.dtype)
             for item in settings.preference}
         self.objective = settings.objective.build()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = AdamW(self.model, recipe.dtype, lr=settings.learning_rate, weight_decay=0.0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
         own = settings.advantages
         try:
@@ -255,8 +257,9 @@ class GRPOTrainer:
         if self.rollout is not None:
             state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.timing
         number = self.step * self.settings.updates + len(self.updates)
-        save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
-                        keep=self.stage.recipe.checkpoint.keep)
+        with self.optimizer.float32_model():
+            save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
+                            keep=self.stage.recipe.checkpoint.keep)
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:

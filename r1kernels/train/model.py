@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import r1kernels
 from r1kernels.train.errors import ConfigError
+from r1kernels.train.precision import round_parameters
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on a CPU
 # Fields of configurations that multiply the logits (Cohere, Falcon-H1), divide them (Granite, MiniCPM3; HyperCLOVA X
@@ -56,8 +57,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
-    """The model in float32, for evaluation, with a LoRA adapter merged. `overrides`: fields of the configuration."""
+def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
+               overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
+    """The model for evaluation, with a LoRA adapter merged in float32. `overrides`: fields of the configuration."""
     base = _base_of(path)
     with _naming(f"{_named(path)} cannot be loaded"):
         model = transformers.AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32, **overrides)
@@ -68,7 +70,7 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
             model = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     model = align(model.to(device)).eval()
     check_head(model)
-    return model
+    return round_parameters(model, dtype)
 
 
 def max_positions(path: str | Path, overrides: Mapping[str, Any] = {}) -> int | None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from r1kernels import Objective, objectives
+from r1kernels import Objective, has_fast_bf16, objectives
 from r1kernels.train.errors import ConfigError
 
 
@@ -344,6 +345,8 @@ class Recipe(Settings):
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1, le=4096)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
+    precision: Literal["bf16", "fp32"] | None = setting(
+        "numbers that models compute with; trained weights are float32 in any case; null: bf16 where it is fast", None)
     template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)
     import_from: list[str] = setting("directories of modules for import paths, relative to the recipe", [])
@@ -353,6 +356,12 @@ class Recipe(Settings):
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard"]] = setting("where else metrics are shown", [])
     stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name", min_length=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute with on the device of the run."""
+        fast = has_fast_bf16(self.device) if self.precision is None else self.precision == "bf16"
+        return torch.bfloat16 if fast else torch.float32
 
     @property
     def eval_problems(self) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards import Judge, Scorer, sandbox
@@ -43,17 +44,20 @@ class Stage:
         verify_checkpoint(checkpoint)
         return checkpoint / MODEL
 
-    def load_model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model of a stage in evaluation mode, on the run's device, and its tokenizer."""
+    def load_model(
+        self, name: str, dtype: torch.dtype | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model of a stage in evaluation mode, on the run's device and in its precision, and its tokenizer."""
         path, overrides = self.model_path(name), getattr(self.recipe.stages[name], "overrides", {})
-        return load_model(path, device=self.recipe.device, overrides=overrides), load_tokenizer(path)
+        model = load_model(path, device=self.recipe.device, dtype=dtype or self.recipe.dtype, overrides=overrides)
+        return model, load_tokenizer(path)
 
     def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-        """The model, its tokenizer and the state of the last checkpoint; or the model to start from and no state."""
+        """The model in float32, its tokenizer and the state of the last checkpoint; or what to start from, and no state."""
         if path := latest_checkpoint(self.directory):
             model_dir, state = load_checkpoint(path)
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
-        return *self.load_model(self.settings.model), {}
+        return *self.load_model(self.settings.model, torch.float32), {}
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
         return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)

@@ -43,6 +43,7 @@ from r1kernels.train.supervised import (
 
 RECIPE = """
 run_dir: {directory}/run
+precision: fp32
 threads: 1
 template: chat
 data:
@@ -216,6 +217,7 @@ def test_a_tokenizer_that_appends_its_end_token_teaches_the_same(home, whole, tm
 
 PRETRAIN = """
 run_dir: {directory}/run
+precision: fp32
 import_from: ["{examples}"]
 data: {{sums: {{kind: function, function: "tiny_world:sums"}}}}
 checkpoint: {{supervised_every: 6, keep: 1}}
