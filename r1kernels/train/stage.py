@@ -53,7 +53,7 @@ class Stage:
         return model, load_tokenizer(path)
 
     def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-        """The model in float32, its tokenizer and the state of the last checkpoint; or what to start from, and no state."""
+        """The float32 model, its tokenizer and the state of the last checkpoint; without one, those to start from."""
         if path := latest_checkpoint(self.directory):
             model_dir, state = load_checkpoint(path)
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
