@@ -49,6 +49,7 @@ class GRPOTrainer:
         settings, recipe = stage.settings, stage.recipe
         model, self.tokenizer, state = stage.start()
         self.model = model.eval()  # dropout would make the first ratio differ from 1
+        stage.enable_checkpointing(self.model)
         self.template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}

@@ -347,6 +347,8 @@ class Recipe(Settings):
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
     precision: Literal["bf16", "fp32"] | None = setting(
         "numbers that models compute with; trained weights are float32 in any case; null: bf16 where it is fast", None)
+    gradient_checkpointing: bool = setting(
+        "keep only the inputs of layers for the backward, and compute the rest again: less memory, more time", False)
     template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)
     import_from: list[str] = setting("directories of modules for import paths, relative to the recipe", [])

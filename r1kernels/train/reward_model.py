@@ -23,7 +23,7 @@ from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.data import Pair, Template, load_pairs
 from r1kernels.train.errors import ConfigError, DataError
-from r1kernels.train.model import align, load_tokenizer
+from r1kernels.train.model import align, checkpointing, load_tokenizer
 from r1kernels.train.precision import round_parameters
 from r1kernels.train.rng import permutation
 from r1kernels.train.rollout import prompt_tokens
@@ -93,7 +93,8 @@ class RewardModel:
         """The scores (B,) of some rows of tokens."""
         pad, tensors = self.tokenizer.pad_token_id, [torch.tensor(row) for row in rows]
         ids = pad_sequence(tensors, batch_first=True, padding_value=pad).to(self.model.device)
-        return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0].float()
+        with checkpointing(self.model):
+            return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0].float()
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from r1kernels.train import data
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupt
 from r1kernels.train.log import Console
-from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
+from r1kernels.train.model import check_device, enable_checkpointing, load_model, load_tokenizer, max_positions
 from r1kernels.train.recipe import Function, Recipe
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
@@ -58,6 +58,11 @@ class Stage:
             model_dir, state = load_checkpoint(path)
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
         return *self.load_model(self.settings.model, torch.float32), {}
+
+    def enable_checkpointing(self, model: PreTrainedModel) -> None:
+        """Turns gradient checkpointing on if the recipe says so."""
+        if self.recipe.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
         return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)

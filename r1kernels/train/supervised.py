@@ -197,6 +197,7 @@ def train(
     """
     (model, tokenizer, state), settings, done = start, stage.settings, 0
     model.eval()  # dropout would draw random numbers
+    stage.enable_checkpointing(model)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if getattr(settings, "window", 0) > most:
         raise ConfigError(f"'window' is {settings.window}, but the model supports at most {most} positions")

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import r1kernels
 from r1kernels.train.errors import TrainingError
-from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.model import checkpointed_layers, head_of, hidden_states
 from r1kernels.train.recipe import Importance
 from r1kernels.train.rollout import Tokens
 
@@ -35,7 +35,9 @@ def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": (attention.cumsum(-1) - 1).clamp(min=0)}
     prompts, copies = torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)
-    hidden = None if len(prompts) == len(ids) else _with_shared_prompts(model, inputs, width, copies)
+    # A checkpointed layer fills no cache.
+    apart = len(prompts) == len(ids) or bool(checkpointed_layers(model))
+    hidden = None if apart else _with_shared_prompts(model, inputs, width, copies)
     return hidden_states(model, **inputs)[:, width - 1 :] if hidden is None else hidden
 
 

@@ -167,12 +167,12 @@ def test_one_token_needs_the_prompt_alone(rollout, model):
     torch.testing.assert_close(completion_hidden_states(model, first), completion_hidden_states(model, rollout)[:, :1])
 
 
-@pytest.mark.parametrize("changes", [{"sliding_window": 4}, {"sliding_window": None}], ids=["forgets", "keeps no cache"])
-def test_prompts_are_shared_only_by_layers_that_keep_all_tokens(rollout, tokenizer, changes, monkeypatch):
+@pytest.mark.parametrize("window", [4, None], ids=["forgets", "keeps no cache"])
+def test_prompts_are_shared_only_by_layers_that_keep_all_tokens(rollout, tokenizer, window, monkeypatch):
     config = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, **changes)
+                           num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, sliding_window=window)
     model = AutoModelForCausalLM.from_config(config).eval()
-    if changes["sliding_window"] is None:
+    if window is None:
         forward = model.model.forward
         monkeypatch.setattr(model.model, "forward", lambda past_key_values=None, **inputs: forward(**inputs))
     found = completion_hidden_states(model, rollout)
