@@ -29,6 +29,7 @@ from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import PARTS, columns, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
+from r1kernels.train.lora import AdapterReference, adapter_state, mergeable
 from r1kernels.train.precision import AdamW
 from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
@@ -65,7 +66,10 @@ class GRPOTrainer:
             for item in settings.preference}
         self.objective = settings.objective.build()
         self.optimizer = AdamW(self.model, recipe.dtype, lr=settings.learning_rate, weight_decay=0.0)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
+        self.reference: Any = None
+        if self.objective.kl_coef:
+            self.reference = (AdapterReference(self.model) if settings.lora
+                              else copy.deepcopy(self.model).requires_grad_(False))
         own = settings.advantages
         try:
             self.advantages = own.load()(self, **own.options) if own else None
@@ -125,9 +129,11 @@ class GRPOTrainer:
         self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {completions.texts[0][:600]!r}")
         with self.timed("logprobs"):
             batches = [batch for minibatch in self.minibatches(0) for batch in minibatch]
-            old_logprobs, ref_logprobs = (
-                None if model is None else completion_logprobs(model, kept, batches, settings.temperature)
-                for model in (self.model, self.reference))
+            old_logprobs, ref_logprobs = completion_logprobs(self.model, kept, batches, settings.temperature), None
+            if self.reference is not None:
+                shared = isinstance(self.reference, AdapterReference)
+                with self.reference.in_place() if shared else contextlib.nullcontext(self.reference) as model:
+                    ref_logprobs = completion_logprobs(model, kept, batches, settings.temperature)
             weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
             if self.advantages is None:
                 advantages, learned = r1kernels.group_advantages(
@@ -259,8 +265,8 @@ class GRPOTrainer:
             state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.timing
         number = self.step * self.settings.updates + len(self.updates)
         with self.optimizer.float32_model():
-            save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
-                            keep=self.stage.recipe.checkpoint.keep)
+            save_checkpoint(self.stage.directory, number, model=mergeable(self.model), tokenizer=self.tokenizer,
+                            state=state | adapter_state(self.model), keep=self.stage.recipe.checkpoint.keep)
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:

@@ -206,6 +206,15 @@ class Filters(Settings):
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
 
 
+class Lora(Settings):
+    """Adapters of low rank (LoRA, by peft), trained in place of the weights. Checkpoints hold the merged weights."""
+    r: int = setting("rank", 16, ge=1)
+    alpha: float = setting("the adapters' product is multiplied by alpha / r", 32.0, gt=0)
+    target_modules: list[str] = setting(
+        "names of the layers that get an adapter; not the output layer",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1)
+
+
 class StageSettings(Settings):
     name: Name = Field(description="the key of the stage in `stages`; names its directory", exclude=True)
 
@@ -246,6 +255,7 @@ class SFT(Training):
     kind: Literal["sft"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
     window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
+    lora: Lora | None = setting("train adapters; null trains all weights", None)
 
 
 class Distill(SFT):
@@ -286,6 +296,7 @@ class GRPO(StageSettings):
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
+    lora: Lora | None = setting("train adapters; null trains all weights", None)
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(

@@ -17,6 +17,7 @@ from r1kernels.train import data
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupt
 from r1kernels.train.log import Console
+from r1kernels.train.lora import add_adapters, check_peft
 from r1kernels.train.model import check_device, enable_checkpointing, load_model, load_tokenizer, max_positions
 from r1kernels.train.recipe import Function, Recipe
 
@@ -54,10 +55,15 @@ class Stage:
 
     def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
         """The float32 model, its tokenizer and the state of the last checkpoint; without one, those to start from."""
-        if path := latest_checkpoint(self.directory):
-            model_dir, state = load_checkpoint(path)
+        path, adapters = latest_checkpoint(self.directory), getattr(self.settings, "lora", None)
+        model_dir, state = load_checkpoint(path) if path else (None, {})
+        if model_dir and not adapters:
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
-        return *self.load_model(self.settings.model, torch.float32), {}
+        model, tokenizer = self.load_model(self.settings.model, torch.float32)
+        if adapters:
+            add_adapters(model, adapters, self.recipe.seed)
+            model.load_state_dict(state.pop("adapters", {}), strict=False)
+        return model, load_tokenizer(model_dir) if model_dir else tokenizer, state
 
     def enable_checkpointing(self, model: PreTrainedModel) -> None:
         """Turns gradient checkpointing on if the recipe says so."""
@@ -89,6 +95,8 @@ class Stage:
         for value in vars(self.settings).values():
             if isinstance(value, Function):
                 value.load()
+        if getattr(self.settings, "lora", None):
+            check_peft()
         if self.settings.kind == "grpo":
             self.settings.objective.build()
             self.scorer(self.settings.rewards).close()

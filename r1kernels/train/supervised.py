@@ -24,6 +24,7 @@ import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import METRICS, StepLog, read_lines
+from r1kernels.train.lora import adapter_state, mergeable
 from r1kernels.train.model import head_of, hidden_states
 from r1kernels.train.precision import AdamW
 from r1kernels.train.rng import permutation, torch_seeded
@@ -207,8 +208,9 @@ def train(
 
     def save() -> None:
         with optimizer.float32_model():
-            save_checkpoint(stage.directory, done, model=model, tokenizer=tokenizer, keep=stage.recipe.checkpoint.keep,
-                            state={"step": done, "optimizer": optimizer.state_dict()})
+            save_checkpoint(stage.directory, done, model=mergeable(model), tokenizer=tokenizer,
+                            keep=stage.recipe.checkpoint.keep,
+                            state={"step": done, "optimizer": optimizer.state_dict(), **adapter_state(model)})
 
     with StepLog(stage, first_step=done) as log:
         while done < steps:

@@ -112,6 +112,18 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_pat
     assert run_sft(stage_at(home, tmp_path, interrupt=StopAt(0, Killed))) == whole[0]
 
 
+@pytest.mark.parametrize("options", [["precision=bf16"], ["gradient_checkpointing=true"],
+                                     ["stages.cold.lora={r: 2, alpha: 8}", "precision=bf16"]], ids=str)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_so_it_is_in_bf16_with_checkpointed_layers_and_with_adapters(home, tmp_path, options):
+    if "lora" in options[0]:
+        pytest.importorskip("peft", reason="adapters need the package peft")
+    stage = stage_at(home, tmp_path / "whole", *options)
+    whole, cut = (run_sft(stage), outcome(stage)), tmp_path / "cut"
+    assert whole[0]["loss"] < 0.95 * whole[0]["loss_first"]
+    same_after_stops(run_sft, lambda stop: stage_at(home, cut, *options, interrupt=stop), whole, 12, Killed)
+
+
 @pytest.fixture
 def parts(home):
     model, tokenizer = load_model(home / "model"), load_tokenizer(home / "model")
