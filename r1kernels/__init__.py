@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from r1kernels.objectives import Objective
     from r1kernels.ops.cross_entropy import cross_entropy
     from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
+    from r1kernels.ops.global_normalizer import global_normalizer
     from r1kernels.ops.group_advantages import group_advantages
     from r1kernels.ops.grpo_loss import grpo_loss
     from r1kernels.ops.kl_estimate import kl_estimate
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
-    from r1kernels.ops.token_stats import token_logprobs, token_logprobs_and_entropy
+    from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
 
 __version__ = "0.1.0"
 
@@ -36,18 +37,21 @@ _MODULES = {
     "backend": "r1kernels._library",
     "cross_entropy": "r1kernels.ops.cross_entropy",
     "distillation_loss": "r1kernels.ops.distillation_loss",
+    "global_normalizer": "r1kernels.ops.global_normalizer",
     "group_advantages": "r1kernels.ops.group_advantages",
     "grpo_loss": "r1kernels.ops.grpo_loss",
+    "has_fast_bf16": "r1kernels._library",
     "kl_estimate": "r1kernels.ops.kl_estimate",
     "linear_cross_entropy": "r1kernels.ops.linear_cross_entropy",
     "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
     "linear_grpo_loss": "r1kernels.ops.linear_grpo_loss",
+    "linear_logits": "r1kernels.ops.linear_logits",
     "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
     "policy_loss": "r1kernels.ops.policy_loss",
     "release_workspace": "r1kernels._library",
-    "token_logprobs": "r1kernels.ops.token_stats",
-    "token_logprobs_and_entropy": "r1kernels.ops.token_stats",
+    "token_logprobs": "r1kernels.ops.token_logprobs",
+    "token_logprobs_and_entropy": "r1kernels.ops.token_logprobs",
 }
 
 __all__ = [
@@ -60,12 +64,15 @@ __all__ = [
     "backend",
     "cross_entropy",
     "distillation_loss",
+    "global_normalizer",
     "group_advantages",
     "grpo_loss",
+    "has_fast_bf16",
     "kl_estimate",
     "linear_cross_entropy",
     "linear_distillation_loss",
     "linear_grpo_loss",
+    "linear_logits",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "objectives",

@@ -218,6 +218,22 @@ def release_workspace() -> None:
         extension.release_workspace()
 
 
+def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether products of bfloat16 matrices are several times faster than those of float32 matrices.
+
+    Args:
+        device: a CPU, which needs AMX or AVX-512 with bfloat16; or a GPU, which needs matrix units for bfloat16 (NVIDIA
+            from compute capability 8.0, any that ROCm serves).
+
+    Returns:
+        True or False; False for other devices, for an absent GPU, and for a CPU without the compiled extension.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and extension is not None and extension.cpu_isa() in ("amx_bf16", "avx512_bf16")
+
+
 # ---- which implementation serves a call -------------------------------------------------------------------
 
 

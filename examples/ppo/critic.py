@@ -54,9 +54,9 @@ class Critic(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.base_model = copy.deepcopy(model.base_model)
+        self.base_model = copy.deepcopy(model.base_model).float()  # AdamW needs float32 weights
         weight = head_of(model)["weight"]
-        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.eval()

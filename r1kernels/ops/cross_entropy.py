@@ -9,7 +9,8 @@ from torch import Tensor
 
 from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import check_normalizer
-from r1kernels.ops.token_stats import token_stats
+from r1kernels.ops.shards import Split
+from r1kernels.ops.token_logprobs import logprobs_and_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -22,6 +23,8 @@ def cross_entropy(
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of targets under softmax(logits / temperature).
 
@@ -32,6 +35,7 @@ def cross_entropy(
         targets: (...), int64 or int32, in [0, V) or `ignore_index`. Rows of ignored targets are not read.
         reduction: "mean", "sum" or "none".
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
+        process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
 
     Returns:
         0-d, or (...) for "none"; float32, nats. Ignored targets give 0; if all targets are ignored, the mean is 0
@@ -50,7 +54,8 @@ def cross_entropy(
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
     mask = targets != ignore_index
     # token_stats gives 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
-    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature), 0)
+    split = Split(process_group, vocab_size)
+    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature, split), 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -58,9 +63,9 @@ def cross_entropy(
     return losses.sum() / denominator(mask, normalizer, losses.dtype)
 
 
-def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split) -> Tensor:
     try:
-        return token_stats(logits, targets, mask, temperature)[0]
+        return logprobs_and_entropy(logits, targets, mask, temperature, split)[0]
     except ValueError as error:  # the argument is called targets here
         raise ValueError(str(error).replace("token_ids", "targets")) from None
 

@@ -6,6 +6,7 @@ the width of the vocabulary.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from r1kernels import objectives
@@ -13,7 +14,9 @@ from r1kernels.objectives import Objective
 from r1kernels.ops import grpo_step
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
 from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute, named
-from r1kernels.ops.token_stats import checked, token_stats
+from r1kernels.ops.shards import NOT_SHARDED, Split
+from r1kernels.ops.token_logprobs import logprobs_and_entropy
+from r1kernels.ops.token_stats import checked
 
 
 def grpo_loss(
@@ -29,6 +32,8 @@ def grpo_loss(
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
     objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> PolicyLoss:
     r"""Policy-gradient loss from logits: the drop-in for log_softmax, gather, entropy, ratio, clip and KL.
 
@@ -41,6 +46,7 @@ def grpo_loss(
             gradient into a second tensor of full width. -inf entries are allowed.
         token_ids: (B, T) or (N,), int64 or int32, in [0, V); behind the mask they may hold anything.
         temperature: Python number > 0; use the temperature with which the tokens were sampled.
+        process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
 
     The other arguments are those of `policy_loss`. Masked rows of logits are never read.
 
@@ -77,9 +83,10 @@ def grpo_loss(
         objective=objective,
         dtype=accumulator_dtype(logits.dtype),
     )
-    if grpo_step.serves(logits, inputs):
+    split = Split(process_group, vocab_size)
+    if split == NOT_SHARDED and grpo_step.serves(logits, inputs):
         ids, temperature = checked(logits, token_ids, temperature)
         loss, metrics = grpo_step.grpo_step(logits, ids, inputs, temperature)
         return named(loss, metrics, inputs, entropy=True)
-    logprobs, entropy = token_stats(logits, token_ids, inputs.batch.mask, temperature)
+    logprobs, entropy = logprobs_and_entropy(logits, token_ids, inputs.batch.mask, temperature, split)
     return compute(logprobs, entropy, inputs)

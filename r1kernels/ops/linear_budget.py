@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,3 +69,17 @@ def rows_of_budget(chunk_bytes: int, logits_bytes: int, gradient_bytes: int, mos
     if gradient < max(rows, 1):  # the budget is about one row
         return BufferRows(bounded(fewest), 0)
     return BufferRows(rows, gradient)
+
+
+def buffer_rows(budget: Any, vocab: int, each: int, gradient: int, gathered: bool) -> BufferRows:
+    """Rows of the buffers for the keyword `chunk_bytes`; they need `each` and `gradient` bytes a row."""
+    gradient = gradient if gathered else 0
+    if budget is None:
+        default = GPU_BUDGET if gathered else CPU_BUDGET
+        return rows_of_budget(default.chunk_bytes, each, gradient, default.rows)
+    if isinstance(budget, bool) or not hasattr(budget, "__index__"):
+        raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
+    budget = operator.index(budget)
+    if budget < each:
+        raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
+    return rows_of_budget(budget, each, gradient)

@@ -53,7 +53,8 @@ def linear_cross_entropy(
     targets = ids_int64("targets", targets, hidden)
     check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")
     mask = targets != ignore_index
-    inputs, head = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask)
+    inputs, head = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask,
+                           function=f"linear_cross_entropy with reduction {reduction}")
     wanted = mask.reshape(-1)
     dtype = accumulator_dtype(hidden.dtype)
     if reduction == "none" or not inputs.one_pass:

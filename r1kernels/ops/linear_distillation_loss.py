@@ -29,8 +29,8 @@ from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear_budget import row_bytes
 from r1kernels.ops.linear_divergence import LinearTeacher, measures
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_options import LinearOptions, Names, prepare, with_tensors
-from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.linear_options import LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear_types import Head, Names, Needs
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
@@ -192,6 +192,9 @@ def linear_distillation_loss(
     teacher_hidden.float() @ teacher_weight.float().T)`
     Source: as in `distillation_loss`.
     """
+    for name in ("process_group", "vocab_size"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is given, expected None: distillation has no sharded or padded vocabularies")
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
     check_teacher_kind(
         {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}, teacher_token_ids, teacher_logprobs

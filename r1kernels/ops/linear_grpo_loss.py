@@ -39,6 +39,7 @@ from r1kernels.ops.policy_loss import (
     named_metrics,
 )
 from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
+from r1kernels.ops.shards import Shard
 
 # ---- the one-pass operator --------------------------------------------------------------------------------
 
@@ -107,19 +108,21 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, head: Head, wanted: Tensor | None, tokens: TokenObjective,
-        whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, wanted: Tensor | None,
+        tokens: TokenObjective, whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
-        logprobs, entropy, *grads = _library.call(
-            torch.ops.r1kernels.linear_policy_gradient.default,
-            hidden,
-            *with_tensors(head, *inputs[1:]),
-            wanted,
-            *tokens.arguments(),
-            list(needs),
-        )
+        full = with_tensors(head, *inputs[1:])
+        if shard is None:
+            operator = torch.ops.r1kernels.linear_policy_gradient.default
+            results = _library.call(operator, hidden, *full, wanted, *tokens.arguments(), list(needs))
+        else:
+            with no_autocast(hidden):
+                results = run_one_pass(
+                    full, hidden, wanted, tokens.slopes, needs, sparse=tokens.sparse, shard=shard
+                )
+        logprobs, entropy, *grads = results
         loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads, origin)
         ctx.needs = needs
@@ -132,7 +135,7 @@ class _OnePass(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *grads, _ = ctx.saved_tensors
-        return *finished_gradients(grads, grad_loss, ctx.needs, ctx.wanted, ctx.into), *[None] * 7
+        return *finished_gradients(grads, grad_loss, ctx.needs, ctx.wanted, ctx.into), *[None] * 8
 
 
 def one_pass_sum(
@@ -143,7 +146,8 @@ def one_pass_sum(
     batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
     whole = LossInputs(batch, weights.new_ones(()), objective)
     return _OnePass.apply(
-        *inputs.tensors, inputs.into, head, wanted, tokens, whole, tuple(wanted.shape), origin_of(*inputs.tensors)
+        *inputs.tensors, inputs.into, inputs.shard, head, wanted, tokens, whole, tuple(wanted.shape),
+        origin_of(*inputs.tensors),
     )[0]
 
 
@@ -290,12 +294,16 @@ def linear_grpo_loss(
     )
     if not isinstance(measure_all, bool):
         raise TypeError(f"measure_all is {measure_all!r}, expected True or False")
-    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=given.batch.mask)
     plan = _plan(given, hidden, shape, measure_all)
+    in_one_pass = plan.tokens is not None and given.objective.ratio == "token"
+    inputs, head = prepare(
+        hidden, weight, token_ids, dict(options), mask=given.batch.mask, wanted=plan.wanted,
+        function=f"linear_grpo_loss in {'one pass' if in_one_pass else 'two phases'}",
+    )
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
-    if plan.tokens is not None and given.objective.ratio == "token" and inputs.one_pass:
+    if in_one_pass and inputs.one_pass:
         loss, metrics = _OnePass.apply(
-            *inputs.tensors, inputs.into, head, plan.wanted, plan.tokens, plan.inputs, shape,
+            *inputs.tensors, inputs.into, inputs.shard, head, plan.wanted, plan.tokens, plan.inputs, shape,
             origin_of(*inputs.tensors),
         )
         metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)

@@ -20,9 +20,11 @@ from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
 from r1kernels.ops.gemm import matmul
 from r1kernels.ops.linear_budget import runs_on_gpu
+from r1kernels.ops.linear_gradients import rounded
 from r1kernels.ops.linear_rows import Rows, Selection
 from r1kernels.ops.linear_sums import GradientSums, empty_rows
 from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.shards import Shard, correct_substitutes
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
@@ -35,16 +37,17 @@ class Walk:
         hidden: (..., H), any strides.
         needs: gradients to collect; None for statistics only.
         weight_dtype: see `GradientSums`.
+        shard: the weight has only this rank's rows of a vocabulary, and the head has the ids of the shard.
     """
 
     def __init__(
         self, head: Head, hidden: Tensor, selection: Selection, needs: Needs | None = None,
-        weight_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None, shard: Shard | None = None,
     ) -> None:
         head = head._replace(
             weight=_adjacent(head.weight), lora_a=_adjacent(head.lora_a), lora_b=_adjacent(head.lora_b)
         )
-        self.head, self.selection = head, selection
+        self.head, self.selection, self.shard = head, selection, shard
         self.needs = needs or Needs(False, False, False, False, False)
         self.count = head.token_ids.numel()
         self.source = Rows(hidden)
@@ -55,10 +58,16 @@ class Walk:
         # Rows of padding write to one extra row, which is cut off at the end.
         self.padded = self.count + (selection.valid is not None)
         self.sums = GradientSums(
-            head, self.needs, self.dtype, self.total, self.padded, selection.index is not None, weight_dtype
+            head, self.needs, self.dtype, self.total, self.padded, selection.index is not None, weight_dtype,
+            None if shard is None else self.accumulator,  # it is rounded after the sum over ranks
         )
         self._buffer: Tensor | None = None
         self.on_gpu = runs_on_gpu(hidden.device.type, hidden.dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this rank has no row of a sharded vocabulary."""
+        return self.head.weight.shape[0] == 0
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
         """Zeros for one result per token. Chunks write at `Chunk.write`, and `trim` cuts off the padding."""
@@ -112,10 +121,13 @@ class Walk:
             matmul(hidden, head.lora_a, lora_hidden, batch_invariant=head.batch_invariant)
             lora_hidden = lora_hidden.to(self.dtype)
         temperatures = None if head.temperatures is None else head.temperatures[rows]
-        return Chunk(rows, write, valid, hidden, lora_hidden, token_ids, temperatures, logits)
+        owned = None if self.shard is None else self.shard.owned[rows]
+        return Chunk(rows, write, valid, hidden, lora_hidden, token_ids, temperatures, logits, owned)
 
     def _logits(self, chunk: Chunk) -> None:
         head, logits = self.head, chunk.logits
+        if self.is_empty:
+            return
         if logits.dtype == self.accumulator:
             matmul(chunk.hidden, head.weight.t(), logits, batch_invariant=head.batch_invariant)
             if chunk.lora_hidden is not None:
@@ -131,11 +143,19 @@ class Walk:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
 
     def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-prob, log-sum-exp float64, entropy float64), each (n,)."""
-        return token_stats.statistics(
+        """(log-prob, log-sum-exp float64, entropy float64), each (n,), over the rows of the weight."""
+        if self.is_empty:
+            zeros = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
+            return zeros, torch.full_like(zeros, -torch.inf), zeros
+        logprobs, lse, entropy = token_stats.statistics(
             chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures,
             exact=self.dtype.itemsize > 2 and self.head.weight.dtype.itemsize > 2,
         )
+        if self.shard is not None:
+            logprobs = token_stats.unrounded(
+                logprobs, lse, chunk.logits, chunk.token_ids, self.head.kernel_temperature, chunk.temperatures
+            )
+        return logprobs, lse, entropy
 
     def backward(
         self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, *, sparse: bool
@@ -151,11 +171,15 @@ class Walk:
             eta = None if eta is None else torch.where(chunk.valid, eta, 0)
         if head.kernel_scale != 1.0:
             g, eta = g * head.kernel_scale, None if eta is None else eta * head.kernel_scale
+        if self.is_empty:
+            sums.leave_out(chunk)
+            return
         exact = None
-        if sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias):
+        loses_digits = sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
+        if loses_digits or chunk.owned is not None:
             exact = token_stats.target_gradient(
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
-                head.softcap,
+                head.softcap, chunk.owned,
             )
         rows = self._active_rows(g, eta, sparse)  # last, because the device waits after a synchronisation
         count = len(g) if rows is None else len(rows)
@@ -175,7 +199,10 @@ class Walk:
             softcap=head.softcap,
             rows=rows,
         )
-        sums.add(chunk, grad_logits, rows, exact)
+        if chunk.owned is not None:
+            taken = slice(None) if rows is None else rows
+            correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
+        sums.add(chunk, grad_logits, rows, exact if loses_digits else None)
 
     def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
         """Rows of a chunk that have a gradient, or None to take them all."""
@@ -189,9 +216,17 @@ class Walk:
         return rows if len(rows) < len(g) else None
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """`GradientSums.results`, with the gradient of hidden (N, H)."""
-        grad_hidden, *others = self.sums.results()
-        return self.trim(grad_hidden), *others
+        """`GradientSums.results`, with the gradient of hidden (N, H) in its dtype. With a shard, those of hidden and
+        lora_a are sums over all ranks, and the others belong to this rank's rows."""
+        grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b = self.sums.results()
+        grad_hidden = self.trim(grad_hidden)
+        if self.shard is not None:
+            if self.needs.hidden:
+                self.shard.add_up(grad_hidden)
+                grad_hidden = rounded(grad_hidden, self.dtype)
+            if self.needs.lora_a:
+                self.shard.add_up(grad_lora_a)
+        return grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b
 
 
 def _adjacent(matrix: Tensor | None) -> Tensor | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import (
@@ -16,19 +14,18 @@ from r1kernels.ops._checks import (
     check_ids_in_range,
     check_number,
     check_shape,
-    check_tensor,
     ids_int64,
-    values_are_free,
 )
-from r1kernels.ops.linear_budget import (
-    CPU_BUDGET,
-    GPU_BUDGET,
-    BufferRows,
-    gathers,
-    row_bytes,
-    rows_of_budget,
+from r1kernels.ops.linear_budget import buffer_rows, gathers, row_bytes
+from r1kernels.ops.linear_checks import (
+    accumulation_target,
+    checked_capacity,
+    dtype_of_logits,
+    lora_matrices,
+    token_temperature,
 )
-from r1kernels.ops.linear_types import Head
+from r1kernels.ops.linear_types import Head, Names
+from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -70,6 +67,14 @@ class LinearOptions(TypedDict, total=False):
         batch_invariant: the bits of a token's log-prob depend only on its hidden state: not on the batch, the size of
             a chunk or padding. With the compiled CPU kernels and float32 logits this is always true. Elsewhere, it
             computes products in blocks of 128 rows.
+        process_group: a `torch.distributed.ProcessGroup` over whose ranks the vocabulary is sharded: weight, bias, B of
+            lora and `grad_accumulation_into` have this rank's rows of the whole vocabulary, in the order of the ranks.
+            Shards may differ in size, and may be empty. All other arguments are the same on all ranks; token ids are
+            those of the whole vocabulary. Results, and the gradients of hidden and of A, have the same bits on all
+            ranks: they are complete. Ranks that disagree get an error: on a CPU immediately, on a device at the next
+            synchronisation. The first call with a size of the shards waits for the device. See docs/parallel.md.
+        vocab_size: V without padding. Rows of the weight (over all ranks) from this one on count for nothing: their
+            probability and their gradient are 0.
     """
 
     bias: Tensor | None
@@ -82,18 +87,13 @@ class LinearOptions(TypedDict, total=False):
     capacity: int | None
     grad_accumulation_into: Tensor | None
     batch_invariant: bool
-
-
-class Names(NamedTuple):
-    """The names of a head's arguments in error messages."""
-
-    hidden: str = "hidden"
-    weight: str = "weight"
-    options: str = ""  # before the name of an option
+    process_group: torch.distributed.ProcessGroup | None
+    vocab_size: int | None
 
 
 class Differentiable:
-    """The tensors of a head that may receive gradients, and the tensor that the weight's gradient is added to."""
+    """The tensors of a head that may receive gradients, the tensor that the weight's gradient is added to, and the
+    shard, if the vocabulary has several."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
@@ -101,6 +101,18 @@ class Differentiable:
     ) -> None:
         self.tensors = (hidden, weight, bias, lora_a, lora_b)
         self.into = into
+        self.shard: Shard | None = None
+
+    def keep_rows(self, count: int) -> None:
+        """Leaves out the rows of the weight that are padding. Their gradient is 0."""
+        hidden, weight, bias, lora_a, lora_b = self.tensors
+        if count == len(weight):
+            return
+        self.tensors = (
+            hidden, weight[:count], None if bias is None else bias[:count], lora_a,
+            None if lora_b is None else lora_b[:, :count],
+        )
+        self.into = None if self.into is None else self.into[:count]
 
     @property
     def wanted(self) -> bool:
@@ -120,8 +132,13 @@ class Differentiable:
 def prepare(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
     mask: Tensor | None = None, names: Names = Names(), extra_row_bytes: int = 0,  # noqa: B008 - frozen
+    wanted: Tensor | None = None, function: str = "",
 ) -> tuple[Differentiable, Head]:
     """Checks the arguments of a linear function.
+
+    Args:
+        wanted: (N,), the tokens that are computed, if they are not all that the mask counts.
+        function: its name, which must be the same on all ranks of a process group.
 
     Returns:
         The tensors that autograd sees, and the `Head` without them (see `with_tensors`).
@@ -132,6 +149,39 @@ def prepare(
     for name in options:
         if name not in LinearOptions.__annotations__:
             raise TypeError(f"unknown keyword {name!r}, expected one of {', '.join(LinearOptions.__annotations__)}")
+    group, vocab_size = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    with refusals(group, hidden):
+        inputs, head = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
+    vocab, width = weight.shape
+    largest, layout = vocab, None
+    if group is not None:
+        facts = _facts(inputs, head, options, mask if wanted is None else wanted, function)
+        layout = agreed_layout(group, vocab, facts, hidden.device)
+    elif vocab_size is not None:
+        layout = layout_of((vocab,), vocab_size)
+    if layout is not None:
+        inputs.keep_rows(layout.size)
+        vocab, largest = layout.vocab, max(layout.sizes)
+    check_ids_in_range(tokens, head.token_ids, vocab, None if mask is None else mask.reshape(-1))
+    if group is not None:
+        inputs.shard = Shard(layout, head.token_ids, mask)
+        head = head._replace(token_ids=inputs.shard.ids)
+    full = accumulator_dtype(hidden.dtype)
+    buffers = buffer_rows(
+        options.get("chunk_bytes"),
+        largest,
+        row_bytes(largest, width, head.logits_dtype) + extra_row_bytes,
+        row_bytes(largest, width, hidden.dtype if weight.dtype == hidden.dtype else full),
+        gathers(hidden.device.type, hidden.dtype),
+    )
+    return inputs, head._replace(rows=buffers.logits, gradient_rows=buffers.gradient)
+
+
+def _checked(
+    hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], tokens: str, mask: Tensor | None, names: Names,
+    sharded: bool,
+) -> tuple[Differentiable, Head]:
+    """The result of `prepare` as far as this rank alone knows it: without ranges of ids and sizes of buffers."""
     check_floating(names.hidden, hidden)
     check_floating(names.weight, weight, hidden)
     if weight.dim() != 2:
@@ -141,8 +191,8 @@ def prepare(
             f"{names.hidden} has shape {tuple(hidden.shape)} and {names.weight} (V, H) {tuple(weight.shape)}, expected "
             "the same H"
         )
-    vocab, width = weight.shape
-    if vocab == 0:
+    vocab = len(weight)
+    if vocab == 0 and not sharded:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
     if weight.dtype not in (allowed := WEIGHT_DTYPES[hidden.dtype]):
         raise TypeError(
@@ -151,7 +201,6 @@ def prepare(
         )
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
-    check_ids_in_range(tokens, ids, vocab, mask)
     bias = options.get("bias")
     if bias is not None:
         check_floating(f"{names.options}bias", bias, hidden)
@@ -161,10 +210,10 @@ def prepare(
                 f"{names.options}bias has dtype {bias.dtype}, expected {hidden.dtype} like {names.hidden}"
                 + ("" if weight.dtype == hidden.dtype else f" or {weight.dtype} like {names.weight}")
             )
-    lora_a, lora_b = _lora(options.get("lora"), hidden, weight, names)
-    temperature, temperatures = _temperature(options.get("temperature", 1.0), ids, mask)
+    lora_a, lora_b = lora_matrices(options.get("lora"), hidden, weight, names)
+    temperature, temperatures = token_temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
-    logits_dtype = _logits_dtype(options.get("logits_dtype"), hidden, weight)
+    logits_dtype = dtype_of_logits(options.get("logits_dtype"), hidden, weight)
     invariant = options.get("batch_invariant", False)
     if not isinstance(invariant, bool):
         raise TypeError(f"batch_invariant is {invariant!r}, expected True or False")
@@ -176,14 +225,6 @@ def prepare(
             f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
             "1e30 (logits are fp32)"
         )
-    full = accumulator_dtype(hidden.dtype)
-    buffers = _buffers(
-        options.get("chunk_bytes"),
-        vocab,
-        row_bytes(vocab, width, logits_dtype) + extra_row_bytes,
-        row_bytes(vocab, width, hidden.dtype if weight.dtype == hidden.dtype else full),
-        gathers(hidden.device.type, hidden.dtype),
-    )
     head = Head(
         weight=None,
         bias=None,
@@ -195,13 +236,31 @@ def prepare(
         logit_scale=scale,
         softcap=0.0 if softcap is None else check_number(f"{names.options}softcap", softcap, minimum=0.0, strict=True),
         logits_dtype=logits_dtype,
-        rows=buffers.logits,
-        gradient_rows=buffers.gradient,
-        capacity=_capacity(options.get("capacity")),
+        rows=0,
+        gradient_rows=0,
+        capacity=checked_capacity(options.get("capacity")),
         batch_invariant=invariant,
     )
-    into = _accumulation(options.get("grad_accumulation_into"), weight)
+    into = accumulation_target(options.get("grad_accumulation_into"), weight)
     return Differentiable(hidden, weight, bias, lora_a, lora_b, into), head
+
+
+def _facts(
+    inputs: Differentiable, head: Head, options: dict[str, Any], counted: Tensor | None, function: str
+) -> Facts:
+    """What the ranks of a process group must agree on."""
+    hidden, weight, bias, lora_a, _ = inputs.tensors
+    ids = head.token_ids
+    if counted is not None:
+        ids = torch.where(counted.reshape(-1), ids, 0)
+    count = ids.numel() if counted is None else counted.sum()
+    gradients = (inputs.one_pass, *(t is not None and t.requires_grad for t in (hidden, lora_a)))
+    return Facts(
+        function, head.token_ids.numel(), count, ids.sum(), weight.shape[1], options.get("vocab_size") or -1,
+        (hidden.dtype, weight.dtype), head.temperature, gradients,
+        (head.logit_scale, head.softcap, head.logits_dtype, head.capacity, head.batch_invariant,
+         head.temperatures is None, bias is None, lora_a is None, options.get("chunk_bytes")),
+    )
 
 
 def with_tensors(
@@ -209,96 +268,3 @@ def with_tensors(
 ) -> Head:
     """The head with its tensors. autograd passes them separately; the rest of a head is constant."""
     return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
-
-
-def _lora(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tuple[Tensor | None, Tensor | None]:
-    if lora is None:
-        return None, None
-    if not isinstance(lora, (tuple, list)) or len(lora) != 2:
-        raise TypeError(f"{names.options}lora is a {type(lora).__name__}, expected a pair (A (H, R), B (R, V))")
-    a, b = lora
-    for name, matrix in ((f"{names.options}lora A", a), (f"{names.options}lora B", b)):
-        check_floating(name, matrix, hidden)
-        if matrix.dtype != hidden.dtype:
-            raise TypeError(f"{name} has dtype {matrix.dtype}, expected {hidden.dtype} like {names.hidden}")
-    vocab, width = weight.shape
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != width or b.shape[1] != vocab or a.shape[1] != b.shape[0]:
-        raise ValueError(
-            f"{names.options}lora has shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (H, R) and (R, V) with "
-            f"H = {width} and V = {vocab}"
-        )
-    return a, b
-
-
-def _temperature(value: Any, ids: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
-    if not isinstance(value, Tensor):
-        number = check_number("temperature", value, minimum=0.0, strict=True)
-        if not 1e-30 < number < 1e30:
-            raise ValueError(f"temperature is {value!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
-        return number, None
-    check_floating("temperature", value, ids)
-    check_shape("temperature", value, ids.shape, "one per token")
-    value = value.detach().reshape(-1).float()
-    if mask is not None:
-        value = torch.where(mask.reshape(-1), value, 1)
-    if values_are_free(value):
-        bad = ~((value > 1e-30) & (value < 1e30))
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            raise ValueError(f"temperature[{at}] is {float(value[at])}, expected a number from 1e-30 to 1e30")
-    return 1.0, value.contiguous()
-
-
-def _logits_dtype(value: Any, hidden: Tensor, weight: Tensor) -> torch.dtype:
-    full = accumulator_dtype(hidden.dtype)
-    if value is None or value == full:
-        return full
-    if value != hidden.dtype or value != weight.dtype:
-        rounded = hidden.dtype != full and weight.dtype == hidden.dtype
-        choices = f"{full}, or {hidden.dtype} like hidden" if rounded else f"{full}"
-        raise ValueError(f"logits_dtype is {value}, expected {choices}")
-    return value
-
-
-def _buffers(budget: Any, vocab: int, each: int, gradient: int, gathered: bool) -> BufferRows:
-    """Rows of the buffers, which need `each` and `gradient` bytes a row."""
-    gradient = gradient if gathered else 0
-    if budget is None:
-        default = GPU_BUDGET if gathered else CPU_BUDGET
-        return rows_of_budget(default.chunk_bytes, each, gradient, default.rows)
-    if isinstance(budget, bool) or not hasattr(budget, "__index__"):
-        raise TypeError(f"chunk_bytes is {budget!r}, expected an integer")
-    budget = operator.index(budget)
-    if budget < each:
-        raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
-    return rows_of_budget(budget, each, gradient)
-
-
-def _capacity(value: Any) -> int:
-    if value is None:
-        return -1
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"capacity is {value!r}, expected a positive integer")
-    return value
-
-
-def _accumulation(into: Any, weight: Tensor) -> Tensor | None:
-    if into is None:
-        return None
-    check_tensor("grad_accumulation_into", into, weight)
-    check_shape("grad_accumulation_into", into, tuple(weight.shape), "the shape of weight")
-    choices = dict.fromkeys((accumulator_dtype(weight.dtype), weight.dtype))
-    if into.dtype not in choices:
-        raise TypeError(
-            f"grad_accumulation_into has dtype {into.dtype}, expected {' or '.join(str(choice) for choice in choices)}"
-        )
-    if not weight.requires_grad:
-        raise ValueError("grad_accumulation_into was given, but weight does not require grad")
-    if not weight.is_leaf:
-        raise ValueError("grad_accumulation_into was given, but weight is not a leaf tensor")
-    if any(size > 1 and stride == 0 for size, stride in zip(into.shape, into.stride(), strict=True)):
-        raise ValueError(f"grad_accumulation_into has strides {into.stride()}: it must not be an expanded tensor")
-    real = not torch.compiler.is_compiling() and not isinstance(into, FakeTensor)
-    if real and into.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-        raise ValueError("grad_accumulation_into must not share memory with weight")
-    return into

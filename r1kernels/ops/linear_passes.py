@@ -14,20 +14,30 @@ from r1kernels.ops.linear_gradients import rounded
 from r1kernels.ops.linear_head import Walk
 from r1kernels.ops.linear_rows import select_rows
 from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.shards import Shard
 
 
-def run_statistics(head: Head, hidden: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def run_statistics(
+    head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity))
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), shard=shard)
     results = (
-        walk.per_token(walk.accumulator), walk.per_token(torch.float64), walk.per_token(torch.float64)
+        walk.per_token(walk.accumulator if shard is None else torch.float64), walk.per_token(torch.float64),
+        walk.per_token(torch.float64),
     )
     without_logits = fused(walk.head, hidden)
     for chunk in walk.blocks() if without_logits else walk.chunks():
         values = _fused_statistics(walk.head, chunk) if without_logits else walk.statistics(chunk)
         for result, value in zip(results, values, strict=True):
             result[chunk.write] = value
-    return tuple(walk.trim(result) for result in results)
+    results = tuple(walk.trim(result) for result in results)
+    if shard is None:
+        return results
+    logprobs, lse, entropy = (
+        value if wanted is None else torch.where(wanted, value, 0) for value in shard.merged(*results)
+    )
+    return logprobs.to(walk.accumulator), lse, entropy
 
 
 def fused(head: Head, hidden: Tensor) -> bool:
@@ -39,6 +49,7 @@ def fused(head: Head, hidden: Tensor) -> bool:
         and head.logits_dtype == torch.float32
         and head.lora_a is None
         and head.weight.stride(1) == 1
+        and len(head.weight) > 0
         and _library.choose(hidden.device.type, hidden.dtype).implementation == "triton"
     )
 
@@ -52,7 +63,7 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
 
 def run_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None,
-    weight_dtype: torch.dtype, needs: Needs,
+    weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient.
 
@@ -61,7 +72,7 @@ def run_backward(
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs, weight_dtype)
+    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs, weight_dtype, shard)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)
@@ -73,21 +84,26 @@ Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def run_one_pass(
-    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs, *, sparse: bool
+    head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs, *, sparse: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """Log-probs, entropies and gradients in one walk, for losses whose slope at a token depends only on that token.
 
     Args:
         scalars: (rows, logprobs, entropy) of a chunk -> (g, eta), each (n,).
         sparse: whether g and eta of a token may be 0.
+        shard: all ranks take the same chunks, and exchange statistics once a chunk.
 
     Returns:
         (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
     """
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs)
+    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs, shard=shard)
     logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
     for chunk in walk.chunks():
         logprob, lse, entropy = walk.statistics(chunk)
+        if shard is not None:
+            logprob, lse, entropy = shard.merged(logprob, lse, entropy, chunk.rows)
+            logprob = logprob.to(walk.accumulator)
         logprobs[chunk.write], entropies[chunk.write] = logprob, entropy.to(walk.accumulator)
         g, eta = scalars(chunk.rows, logprob, entropy.to(walk.accumulator))
         walk.backward(chunk, lse, entropy, g, eta, sparse=sparse)

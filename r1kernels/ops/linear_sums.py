@@ -41,11 +41,12 @@ class GradientSums:
         gaps: whether some of them belong to no chunk.
         weight_dtype: the wanted dtype of the weight's gradient. A single product may write it, rounded once. If there
             are several, their sum is float32.
+        hidden_dtype: of the gradient of hidden, default `dtype`.
     """
 
     def __init__(
         self, head: Head, needs: Needs, dtype: torch.dtype, total: int, padded: int, gaps: bool,
-        weight_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None, hidden_dtype: torch.dtype | None = None,
     ) -> None:
         self.head, self.needs, self.dtype = head, needs, dtype
         self.device = head.token_ids.device
@@ -53,13 +54,15 @@ class GradientSums:
         # Of d logits. If hidden or weight is float32, d logits stay float32, too.
         self.grad_dtype = dtype if head.weight.dtype == dtype else self.accumulator
         self.weight_dtype = weight_dtype or self.accumulator
+        # Of d (h A). Parts of a sum over ranks are not rounded.
+        self.inner_dtype = hidden_dtype or dtype
         vocab, width = head.weight.shape
         self._rows = min(total, max(head.gradient_rows, head.rows))  # of the buffer, in which every chunk fits
         self._buffer: Tensor | None = None
         self._parts: list[_Part] = []
         self._grad_logits: Tensor | None = None  # of the parts
         self._hidden = (
-            _library.empty(padded, width, dtype=dtype, device=self.device) if needs.hidden else None
+            _library.empty(padded, width, dtype=hidden_dtype or dtype, device=self.device) if needs.hidden else None
         )
         if self._hidden is not None and gaps:
             self._hidden.zero_()
@@ -139,7 +142,7 @@ class GradientSums:
         self._parts, self._grad_logits = [], None
         grad_lora_hidden = None
         if head.lora_a is not None and (needs.hidden or needs.lora_a):
-            grad_lora_hidden = self._product(grad_logits, head.lora_b.t()).to(self.dtype)
+            grad_lora_hidden = self._product(grad_logits, head.lora_b.t()).to(self.inner_dtype)
         if needs.hidden:  # in bfloat16, its rounding hides what a coarse product leaves out
             grad_hidden = self._product(grad_logits, head.weight, coarse=self.dtype == torch.bfloat16)
             if grad_lora_hidden is not None:
@@ -184,7 +187,7 @@ class GradientSums:
         return matmul(a, b, total, accumulate=True)
 
     def results(self) -> tuple[Tensor, ...]:
-        """The gradients of (hidden, weight, bias, lora_a, lora_b). That of hidden (padded, H) has its dtype; the others
+        """The gradients of (hidden, weight, bias, lora_a, lora_b). That of hidden is (padded, H); the others
         are sums over tokens in float32, or the weight's in `weight_dtype`. A gradient that is not needed is (0,)."""
         self._multiply(last=True)
         self._buffer = None

@@ -20,6 +20,7 @@ from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_backward, run_statistics
 from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.shards import Shard
 
 
 def no_autocast(hidden: Tensor) -> Any:
@@ -45,18 +46,22 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         full = with_tensors(head, weight, bias, lora_a, lora_b)
-        logprobs, lse, entropy = _library.call(
-            torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
-        )
+        if shard is None:
+            logprobs, lse, entropy = _library.call(
+                torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
+            )
+        else:
+            with no_autocast(hidden):
+                logprobs, lse, entropy = run_statistics(full, hidden, mask, shard)
         ctx.save_for_backward(
             hidden, weight, bias, lora_a, lora_b, head.token_ids, head.temperatures, lse, entropy
         )
         ctx.head = head._replace(token_ids=None, temperatures=None)
         ctx.wanted = gradient_shapes((hidden, weight, bias, lora_a, lora_b))
-        ctx.into = into
+        ctx.into, ctx.shard = into, shard
         ctx.set_materialize_grads(False)
         return logprobs, entropy.to(logprobs.dtype)
 
@@ -64,25 +69,27 @@ class _LinearTokenStats(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
         hidden, *others = tensors
         head = with_tensors(ctx.head._replace(token_ids=token_ids, temperatures=temperatures), *others)
         needs = Needs(*ctx.needs_input_grad[:5])
         # What is added to other memory is not rounded before.
         weight_dtype = ctx.wanted[1][1] if ctx.into is None else accumulator_dtype(hidden.dtype)
-        grads = _library.run(
-            torch.ops.r1kernels.linear_token_stats_backward.default,
-            hidden,
-            *head,
+        given = (
             lse,
             entropy,
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
             weight_dtype,
-            list(needs),
         )
-        return *finished_gradients(grads, None, needs, ctx.wanted, ctx.into), None, None, None
+        if ctx.shard is None:
+            operator = torch.ops.r1kernels.linear_token_stats_backward.default
+            grads = _library.run(operator, hidden, *head, *given, list(needs))
+        else:
+            with no_autocast(hidden):
+                grads = run_backward(head, hidden, *given, needs, ctx.shard)
+        return *finished_gradients(grads, None, needs, ctx.wanted, ctx.into), *[None] * 4
 
 
 def linear_token_stats(inputs: Differentiable, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +97,7 @@ def linear_token_stats(inputs: Differentiable, head: Head, mask: Tensor | None) 
 
     Callers send gradient 0 to masked tokens.
     """
-    return _LinearTokenStats.apply(*inputs.tensors, inputs.into, head, mask)
+    return _LinearTokenStats.apply(*inputs.tensors, inputs.into, inputs.shard, head, mask)
 
 
 def _public(
@@ -98,7 +105,7 @@ def _public(
 ) -> tuple[Tensor, Tensor]:
     check_tensor("token_ids", token_ids)
     mask = as_mask(mask, token_ids, tuple(token_ids.shape))
-    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=mask)
+    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=mask, function="linear_token_logprobs")
     results = linear_token_stats(inputs, head, None if mask is None else mask.reshape(-1))
     if mask is not None:  # stops the gradient of masked tokens
         results = tuple(torch.where(mask.reshape(-1), value, 0) for value in results)

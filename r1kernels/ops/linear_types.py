@@ -46,6 +46,14 @@ class Head(NamedTuple):
         return self.logit_scale if self.softcap > 0 else 1.0
 
 
+class Names(NamedTuple):
+    """The names of a head's arguments in error messages."""
+
+    hidden: str = "hidden"
+    weight: str = "weight"
+    options: str = ""  # before the name of an option
+
+
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
@@ -65,3 +73,4 @@ class Chunk(NamedTuple):
     token_ids: Tensor
     temperatures: Tensor | None
     logits: Tensor  # (n, V) in the chunk buffer; (0, V) in `Walk.blocks`
+    owned: Tensor | None = None  # (n,), of a sharded vocabulary: whether the token is in this rank's rows

@@ -170,12 +170,17 @@ def target_gradient(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float,
+    owned: Tensor | None = None,
 ) -> Tensor:
-    """For each row, the entry of its token in the result of `gradient_into` (N,), in float64 and not rounded."""
+    """For each row, the entry of its token in the gradient (N,), in float64 and not rounded. Where `owned` is False,
+    the id is a substitute: the gradient of the entry of another token."""
     x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
     t = temperature if temperatures is None else temperature * temperatures.double()
     logprobs = (x / t - lse).clamp(max=0)
-    grad = -g.double() * torch.expm1(logprobs)
+    ahead = torch.expm1(logprobs)  # p - 1[j = y]
+    if owned is not None:
+        ahead = torch.where(owned, ahead, logprobs.exp())
+    grad = -g.double() * ahead
     if eta is not None:
         surprise = torch.where(logprobs == -torch.inf, 0, logprobs) + entropy
         grad = grad - eta.double() * logprobs.exp() * surprise
@@ -183,6 +188,15 @@ def target_gradient(
         grad = grad * (1 - (x / softcap).square())
     inactive = g == 0 if eta is None else (g == 0) & (eta == 0)
     return torch.where(inactive, 0, grad / t)
+
+
+def unrounded(
+    logprobs: Tensor, lse: Tensor, logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None
+) -> Tensor:
+    """The log-probs (N,) in float64, from those that `statistics` rounds. Near 0, z_y - lse would be less exact."""
+    x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
+    t = temperature if temperatures is None else temperature * temperatures.double()
+    return torch.where(logprobs < -0.5, x / t - lse, logprobs.double())
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:
@@ -201,10 +215,10 @@ def _scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures
     return x / _row_temperatures(x, rows, temperature, temperatures)
 
 
-def checked(logits: Any, token_ids: Any, temperature: Any) -> tuple[Tensor, float]:
+def checked(logits: Any, token_ids: Any, temperature: Any, sharded: bool = False) -> tuple[Tensor, float]:
     """Contiguous int64 ids, and the temperature."""
     check_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not sharded):
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
     token_ids = ids_int64("token_ids", token_ids, logits)
     check_shape("token_ids", token_ids, logits.shape[:-1], "logits (..., V) score token_ids (...)")
@@ -225,46 +239,3 @@ def token_stats(
     if _library.select(logits) == "reference":
         return reference(logits, token_ids, mask, temperature)
     return _TokenStats.apply(logits, token_ids, mask, temperature)
-
-
-def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Log-probability of each token under softmax(logits / temperature).
-
-    l = z_y - log sum_j e^{z_j},  z = logits / temperature
-
-    Args:
-        logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides: rows are read
-            in place. -inf entries are allowed. Row t scores token t: shift before the call.
-        token_ids: (...), int64 or int32, in [0, V).
-        temperature: Python number > 0. Gradients need |logit| / temperature < 1e10.
-
-    Returns:
-        (...), float32 (float64 for float64 logits), nats. Differentiable once with respect to logits; the
-        gradient has the dtype of logits.
-
-    Raises:
-        TypeError: wrong dtype. ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
-
-    Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of
-    vocabulary width.
-
-    Equivalent to: `(logits.float() / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`
-    """
-    return token_stats(logits, token_ids, temperature=temperature)[0]
-
-
-def token_logprobs_and_entropy(
-    logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    r"""Log-probability of each token and entropy of each row, in one read of the logits.
-
-    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
-
-    Args, errors and memory are those of `token_logprobs`.
-
-    Returns:
-        (logprobs, entropy), each (...), float32, nats.
-
-    Equivalent to: `token_logprobs` and `torch.distributions.Categorical(logits=logits / temperature).entropy()`
-    """
-    return token_stats(logits, token_ids, temperature=temperature)

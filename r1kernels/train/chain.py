@@ -68,6 +68,7 @@ class Chain:
         self.plan()  # raises before any work
         self._write()
         write_file(self.run_dir / CONFIG, dump_recipe(self.recipe))
+        console.say(f"device {self.recipe.device}, models compute in {self.recipe.dtype}")
         for number, (name, settings) in enumerate(self.recipe.stages.items(), start=1):
             interrupt.check()
             action, why = self._decide(name, set())
@@ -149,8 +150,8 @@ class Chain:
     def _inputs(self, settings: Any, names: Iterable[str]) -> dict[str, Any]:
         """Everything that a stage or an evaluation depends on, except the version, in the form of the manifest.
         `names` are the data sets and stages that it works on; their content counts."""
-        found = {key: getattr(self.recipe, key) for key in ("seed", "template", "open_think")}
-        found |= settings.model_dump(exclude={"every"})
+        found = {key: getattr(self.recipe, key) for key in ("seed", "gradient_checkpointing", "template", "open_think")}
+        found |= settings.model_dump(exclude={"every"}) | {"precision": str(self.recipe.dtype)}
         if getattr(settings, "kind", "eval") in ("grpo", "reject", "eval"):
             found["scoring"] = self.recipe.scoring.model_dump(exclude={"workers"})
         for name in names:

@@ -29,6 +29,8 @@ from r1kernels.train.data import Problem, whole_response
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.evaluate import PARTS, columns, evaluate, measured, reflective_words
 from r1kernels.train.log import StepLog
+from r1kernels.train.lora import AdapterReference, adapter_state, mergeable
+from r1kernels.train.precision import AdamW
 from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, torch_seeded
@@ -48,6 +50,7 @@ class GRPOTrainer:
         settings, recipe = stage.settings, stage.recipe
         model, self.tokenizer, state = stage.start()
         self.model = model.eval()  # dropout would make the first ratio differ from 1
+        stage.enable_checkpointing(self.model)
         self.template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
@@ -58,11 +61,15 @@ class GRPOTrainer:
             self.sampler = VLLMSampler(settings.sampler, self.tokenizer, end_tokens(self.model, self.tokenizer),
                                        device=self.model.device, check=stage.interrupt.check)
         self.reward_models = {
-            item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device)
+            item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
+                                    dtype=recipe.dtype)
             for item in settings.preference}
         self.objective = settings.objective.build()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.objective.kl_coef else None
+        self.optimizer = AdamW(self.model, recipe.dtype, lr=settings.learning_rate, weight_decay=0.0)
+        self.reference: Any = None
+        if self.objective.kl_coef:
+            self.reference = (AdapterReference(self.model) if settings.lora
+                              else copy.deepcopy(self.model).requires_grad_(False))
         own = settings.advantages
         try:
             self.advantages = own.load()(self, **own.options) if own else None
@@ -122,9 +129,11 @@ class GRPOTrainer:
         self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {completions.texts[0][:600]!r}")
         with self.timed("logprobs"):
             batches = [batch for minibatch in self.minibatches(0) for batch in minibatch]
-            old_logprobs, ref_logprobs = (
-                None if model is None else completion_logprobs(model, kept, batches, settings.temperature)
-                for model in (self.model, self.reference))
+            old_logprobs, ref_logprobs = completion_logprobs(self.model, kept, batches, settings.temperature), None
+            if self.reference is not None:
+                shared = isinstance(self.reference, AdapterReference)
+                with self.reference.in_place() if shared else contextlib.nullcontext(self.reference) as model:
+                    ref_logprobs = completion_logprobs(model, kept, batches, settings.temperature)
             weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
             if self.advantages is None:
                 advantages, learned = r1kernels.group_advantages(
@@ -255,8 +264,9 @@ class GRPOTrainer:
         if self.rollout is not None:
             state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.timing
         number = self.step * self.settings.updates + len(self.updates)
-        save_checkpoint(self.stage.directory, number, model=self.model, tokenizer=self.tokenizer, state=state,
-                        keep=self.stage.recipe.checkpoint.keep)
+        with self.optimizer.float32_model():
+            save_checkpoint(self.stage.directory, number, model=mergeable(self.model), tokenizer=self.tokenizer,
+                            state=state | adapter_state(self.model), keep=self.stage.recipe.checkpoint.keep)
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:

@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import r1kernels
 from r1kernels.train.errors import ConfigError
+from r1kernels.train.precision import round_parameters
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on a CPU
 # Fields of configurations that multiply the logits (Cohere, Falcon-H1), divide them (Granite, MiniCPM3; HyperCLOVA X
@@ -56,8 +57,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
-    """The model in float32, for evaluation, with a LoRA adapter merged. `overrides`: fields of the configuration."""
+def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
+               overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
+    """The model for evaluation, with a LoRA adapter merged in float32. `overrides`: fields of the configuration."""
     base = _base_of(path)
     with _naming(f"{_named(path)} cannot be loaded"):
         model = transformers.AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32, **overrides)
@@ -68,7 +70,7 @@ def load_model(path: str | Path, *, device: str = "cpu", overrides: Mapping[str,
             model = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     model = align(model.to(device)).eval()
     check_head(model)
-    return model
+    return round_parameters(model, dtype)
 
 
 def max_positions(path: str | Path, overrides: Mapping[str, Any] = {}) -> int | None:
@@ -88,7 +90,40 @@ def align(model: PreTrainedModel) -> PreTrainedModel:
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """The hidden states (B, T, H) that the head receives."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    with checkpointing(model):
+        return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that keep only their inputs for the backward, and compute again what is in them."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+@contextlib.contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Inside, these layers are checkpointed. Transformers does so in training mode, where a sampler has no cache."""
+    layers = checkpointed_layers(model) if torch.is_grad_enabled() else []
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Turns gradient checkpointing on. Raises ConfigError if the model has none, or drops out within its layers."""
+    family = type(model).__name__
+    with _naming(f"'gradient_checkpointing' is true, and {family} cannot do that"):
+        # The second is its name in earlier versions of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    hidden = hidden_states(model, input_ids=ids)
+    with torch.no_grad():
+        if not checkpointed_layers(model) or not torch.equal(hidden, hidden_states(model, input_ids=ids)):
+            raise ConfigError(f"'gradient_checkpointing' is true, but {family} has no such layers, or dropout in them")
 
 
 def head_of(model: PreTrainedModel) -> dict[str, Any]:

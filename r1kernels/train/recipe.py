@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from r1kernels import Objective, objectives
+from r1kernels import Objective, has_fast_bf16, objectives
 from r1kernels.train.errors import ConfigError
 
 
@@ -205,6 +206,15 @@ class Filters(Settings):
     ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
 
 
+class Lora(Settings):
+    """Adapters of low rank (LoRA, by peft), trained in place of the weights. Checkpoints hold the merged weights."""
+    r: int = setting("rank", 16, ge=1)
+    alpha: float = setting("the adapters' product is multiplied by alpha / r", 32.0, gt=0)
+    target_modules: list[str] = setting(
+        "names of the layers that get an adapter; not the output layer",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1)
+
+
 class StageSettings(Settings):
     name: Name = Field(description="the key of the stage in `stages`; names its directory", exclude=True)
 
@@ -245,6 +255,7 @@ class SFT(Training):
     kind: Literal["sft"]
     samples: SampleNames = setting("stages of kind `reject` and data sets with responses", min_length=1)
     window: int = setting("tokens of a row into which samples are packed; longer samples are left out", 32768, ge=1)
+    lora: Lora | None = setting("train adapters; null trains all weights", None)
 
 
 class Distill(SFT):
@@ -285,6 +296,7 @@ class GRPO(StageSettings):
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
+    lora: Lora | None = setting("train adapters; null trains all weights", None)
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting(
@@ -344,6 +356,10 @@ class Recipe(Settings):
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1, le=4096)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
+    precision: Literal["bf16", "fp32"] | None = setting(
+        "numbers that models compute with; trained weights are float32 in any case; null: bf16 where it is fast", None)
+    gradient_checkpointing: bool = setting(
+        "keep only the inputs of layers for the backward, and compute the rest again: less memory, more time", False)
     template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)
     import_from: list[str] = setting("directories of modules for import paths, relative to the recipe", [])
@@ -353,6 +369,12 @@ class Recipe(Settings):
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())
     trackers: list[Literal["tensorboard"]] = setting("where else metrics are shown", [])
     stages: dict[Name, Annotated[Stages, Field(discriminator="kind")]] = setting("the stages by name", min_length=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute with on the device of the run."""
+        fast = has_fast_bf16(self.device) if self.precision is None else self.precision == "bf16"
+        return torch.bfloat16 if fast else torch.float32
 
     @property
     def eval_problems(self) -> list[str]:

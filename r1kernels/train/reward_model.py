@@ -23,7 +23,8 @@ from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.data import Pair, Template, load_pairs
 from r1kernels.train.errors import ConfigError, DataError
-from r1kernels.train.model import align, load_tokenizer
+from r1kernels.train.model import align, checkpointing, load_tokenizer
+from r1kernels.train.precision import round_parameters
 from r1kernels.train.rng import permutation
 from r1kernels.train.rollout import prompt_tokens
 from r1kernels.train.stage import Stage
@@ -44,7 +45,8 @@ class RewardModel:
     """
 
     def __init__(self, path: str | Path, batch_size: int = 64, *, template: Literal["r1_zero", "chat"] = "r1_zero",
-                 device: torch.device | str = "cpu", new: Target | None = None) -> None:
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 new: Target | None = None) -> None:
         options = {"num_labels": 1} if new else {}
         try:
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
@@ -53,7 +55,11 @@ class RewardModel:
         head = getattr(model, "score", None)
         if type(head) is not torch.nn.Linear or head.out_features != 1:
             raise ConfigError(f"'{path}' is not a reward model; expected a linear layer 'score' with one output")
-        self.model, self.tokenizer = align(model.to(device)).eval(), load_tokenizer(path)
+        # Rewards of a group differ by less than bfloat16 rounds, so the head is float32.
+        head.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "score"}
+        self.model = round_parameters(align(model.to(device)).eval(), dtype)
+        self.tokenizer = load_tokenizer(path)
         self.template, self.batch_size = Template(template, self.tokenizer), batch_size
         if new:
             torch.nn.init.zeros_(head.weight)
@@ -87,7 +93,8 @@ class RewardModel:
         """The scores (B,) of some rows of tokens."""
         pad, tensors = self.tokenizer.pad_token_id, [torch.tensor(row) for row in rows]
         ids = pad_sequence(tensors, batch_first=True, padding_value=pad).to(self.model.device)
-        return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0].float()
+        with checkpointing(self.model):
+            return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0].float()
 
 
 def run(stage: Stage) -> dict[str, Any]:

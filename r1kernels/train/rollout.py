@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 from typing_extensions import Self
 
+import r1kernels
 from r1kernels.train.errors import ConfigError, TrainingError
+from r1kernels.train.model import head_of
 
 # Finished rows leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
+BLOCK = 128  # tokens whose probabilities are summed together
+SEARCHED = 8 * BLOCK  # tokens in which top-p looks first; sorting the whole vocabulary takes longer than the model
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,14 @@ class Collector:
 
 
 class TransformersSampler:
-    """Samples from a model in this process. `check` is called before every token; its exceptions end the rollout."""
+    """Samples from a model in this process. `check` is called before every token; its exceptions end the rollout.
+
+    It serves small models and tests, and is the fallback for large ones, whose engine is vLLM.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  check: Callable[[], None] = lambda: None) -> None:
         self.model, self.tokenizer, self.check = model, tokenizer, check
-        # Only the last row of a prompt's logits is used; all of them would take most of the memory.
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
         """One completion of each prompt.
@@ -96,10 +101,9 @@ class TransformersSampler:
         Random numbers come from torch's global generator. Those of a row depend only on its place.
         """
         found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer))
-        ids, mask = (part.to(self.model.device) for part in padded(found.prompts, self.tokenizer.pad_token_id, "left"))
-        for rows in torch.arange(len(prompts), device=ids.device).split(sampling.batch_size or len(prompts)):
-            self._generate(found, rows, ids[rows], mask[rows].long(), sampling)
-        done = found.completions(ids.device)
+        for rows in torch.arange(len(prompts)).split(sampling.batch_size or len(prompts)):
+            self._generate(found, rows.to(self.model.device), sampling)
+        done = found.completions(self.model.device)
         if not done.logprobs.isfinite().all():
             raise TrainingError(f"{type(self.model).__name__} gives log-probs that are not finite")
         return done
@@ -111,20 +115,30 @@ class TransformersSampler:
     def close(self) -> None: ...
 
     @torch.no_grad()
-    def _generate(self, found: Collector, rows: Tensor, inputs: Tensor, mask: Tensor, sampling: Sampling) -> None:
+    def _generate(self, found: Collector, rows: Tensor, sampling: Sampling) -> None:
         """Completes some rows. Those that have ended leave the batch; `generate` of transformers would keep them."""
-        count, width, place = len(rows), inputs.shape[1], torch.arange(len(rows), device=rows.device)
-        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
-        mask = F.pad(mask, (0, sampling.max_new_tokens), value=1)
+        count, place, head = len(rows), torch.arange(len(rows), device=rows.device), head_of(self.model)
+        # A prompt is read once, however many completions it gets.
+        prompts = [tuple(found.prompts[row]) for row in rows.tolist()]
+        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        copies = rows.new_tensor([distinct[prompt] for prompt in prompts])
+        inputs, mask = (part.to(rows.device) for part in padded(list(distinct), self.tokenizer.pad_token_id, "left"))
+        width, positions, cache = inputs.shape[1], (mask.cumsum(-1) - 1).clamp(min=0), None
+        mask = F.pad(mask.long(), (0, sampling.max_new_tokens), value=1)
         active, stops = torch.ones_like(rows, dtype=torch.bool), rows.new_tensor(found.stops)
         for step in range(sampling.max_new_tokens):
             self.check()
-            output = self.model(input_ids=inputs, attention_mask=mask[:, : width + step], position_ids=positions,
-                                past_key_values=cache, use_cache=True, **self._options)
-            cache = getattr(output, "past_key_values", None)
+            output = self.model.base_model(input_ids=inputs, attention_mask=mask[:, : width + step],
+                                           position_ids=positions, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[:, -1]
             if cache is None:
-                raise ConfigError(f"{type(self.model).__name__} keeps no key-value cache; sampling needs one")
-            scores = (output.logits[:, -1].float() / sampling.temperature).log_softmax(-1)
+                cache = growing(getattr(output, "past_key_values", None))
+                if cache is None:
+                    raise ConfigError(f"{type(self.model).__name__} keeps no key-value cache; sampling needs one")
+                if len(distinct) < count:
+                    cache.reorder_cache(copies)
+                    hidden, mask, positions = hidden[copies], mask[copies], positions[copies]
+            scores = r1kernels.linear_logits(hidden, temperature=sampling.temperature, **head)
             uniform = torch.rand(count, dtype=torch.float64, device=rows.device)[place]
             tokens, logprobs = draw(scores, uniform, sampling.top_p)
             for row, token, logprob in zip(*(part[active].tolist() for part in (rows, tokens, logprobs)), strict=True):
@@ -142,20 +156,78 @@ class TransformersSampler:
                     part[stay] for part in (rows, place, mask, inputs, positions, active))
 
 
-def draw(logprobs: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probs, where the cumulative distribution of logprobs (B, V) reaches uniform (B,).
+class GrowingLayer(DynamicLayer):
+    """Keys and values in memory with room for more tokens. `DynamicLayer` copies all of them at every token."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        vars(self).update(vars(layer))
+        self.room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        begin = self.keys.shape[-2]
+        end = begin + key_states.shape[-2]
+        if not self.room or end > self.room[0].shape[-2]:
+            old, size = (self.keys, self.values), end + max(64, end // 4)
+            self.room = [part.new_empty(*part.shape[:-2], size, part.shape[-1]) for part in old]
+            for room, part in zip(self.room, old, strict=True):
+                room[..., :begin, :] = part
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[..., begin:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.room = []
+
+
+def growing(cache: Any) -> Any:
+    """The cache with a `GrowingLayer` for every layer that keeps all tokens."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = GrowingLayer(layer)
+    return cache
+
+
+def draw(scores: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) and their log-probs, where the cumulative softmax of scores (B, V) reaches uniform (B,).
 
     Below 1, `top_p` leaves the likeliest tokens whose probabilities first reach it together, and shares 1 among them.
     """
-    probs, order = logprobs.double().exp(), torch.arange(logprobs.shape[-1], device=logprobs.device).expand_as(logprobs)
+    (count, size), order = scores.shape, None
+    highest, weights = scores.amax(-1, keepdim=True), scores.new_zeros(count, -(-size // BLOCK) * BLOCK)
+    torch.sub(scores, highest, out=weights[:, :size]).exp_()
     if top_p < 1:
-        probs, order = probs.sort(descending=True, stable=True)
-    cumulative, most = probs.cumsum(-1), probs.shape[-1] - 1  # clamped to it where the log-probs are NaN
-    last = torch.searchsorted(cumulative, top_p * cumulative[:, -1:]).clamp(max=most)
-    mass = cumulative.gather(-1, last)
-    place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).clamp(max=most)
-    tokens, share = order.gather(-1, place), mass / cumulative[:, -1:]
-    return tokens[:, 0], (logprobs.gather(-1, tokens) - share.log()).clamp(max=0).float()[:, 0]
+        weights, order = likeliest(weights, top_p)
+    # A token is found by its block: a cumulative sum of the whole vocabulary would take longer than a layer.
+    blocks = weights.view(count, -1, BLOCK)
+    cumulative = blocks.sum(-1).double().cumsum(-1)
+    mass = cumulative[:, -1:]
+    block = first_above(cumulative, uniform[:, None] * mass)
+    before = F.pad(cumulative, (1, 0)).gather(-1, block)
+    inside = blocks[torch.arange(count, device=block.device), block[:, 0]].double().cumsum(-1) + before
+    tokens = (block * BLOCK + first_above(inside, uniform[:, None] * mass)).clamp(max=size - 1)
+    tokens = tokens if order is None else order.gather(-1, tokens).clamp(max=size - 1)
+    return tokens[:, 0], (scores.gather(-1, tokens) - highest - mass.log()).clamp(max=0).float()[:, 0]
+
+
+def likeliest(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The largest weights (B, a multiple of `BLOCK`) in their order, 0 after those that first reach `top_p` of the sum,
+    and their places."""
+    needed = top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    for most in (SEARCHED, weights.shape[-1]):
+        largest, order = weights.topk(min(most, weights.shape[-1]))
+        cumulative = largest.double().cumsum(-1)
+        if bool((cumulative[:, -1:] >= needed).all()):
+            break
+    return largest.masked_fill(F.pad(cumulative[:, :-1], (1, 0)) >= needed, 0), order
+
+
+def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first places (B, 1) where cumulative sums (B, N) exceed a target (B, 1), which may be rounded up to all."""
+    last = cumulative[:, -1:]
+    target = target.minimum(last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)  # they may be NaN
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards import Judge, Scorer, sandbox
@@ -16,7 +17,8 @@ from r1kernels.train import data
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupt
 from r1kernels.train.log import Console
-from r1kernels.train.model import check_device, load_model, load_tokenizer, max_positions
+from r1kernels.train.lora import add_adapters, check_peft
+from r1kernels.train.model import check_device, enable_checkpointing, load_model, load_tokenizer, max_positions
 from r1kernels.train.recipe import Function, Recipe
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
@@ -43,17 +45,30 @@ class Stage:
         verify_checkpoint(checkpoint)
         return checkpoint / MODEL
 
-    def load_model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model of a stage in evaluation mode, on the run's device, and its tokenizer."""
+    def load_model(
+        self, name: str, dtype: torch.dtype | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model of a stage in evaluation mode, on the run's device and in its precision, and its tokenizer."""
         path, overrides = self.model_path(name), getattr(self.recipe.stages[name], "overrides", {})
-        return load_model(path, device=self.recipe.device, overrides=overrides), load_tokenizer(path)
+        model = load_model(path, device=self.recipe.device, dtype=dtype or self.recipe.dtype, overrides=overrides)
+        return model, load_tokenizer(path)
 
     def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-        """The model, its tokenizer and the state of the last checkpoint; or the model to start from and no state."""
-        if path := latest_checkpoint(self.directory):
-            model_dir, state = load_checkpoint(path)
+        """The float32 model, its tokenizer and the state of the last checkpoint; without one, those to start from."""
+        path, adapters = latest_checkpoint(self.directory), getattr(self.settings, "lora", None)
+        model_dir, state = load_checkpoint(path) if path else (None, {})
+        if model_dir and not adapters:
             return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
-        return *self.load_model(self.settings.model), {}
+        model, tokenizer = self.load_model(self.settings.model, torch.float32)
+        if adapters:
+            add_adapters(model, adapters, self.recipe.seed)
+            model.load_state_dict(state.pop("adapters", {}), strict=False)
+        return model, load_tokenizer(model_dir) if model_dir else tokenizer, state
+
+    def enable_checkpointing(self, model: PreTrainedModel) -> None:
+        """Turns gradient checkpointing on if the recipe says so."""
+        if self.recipe.gradient_checkpointing:
+            enable_checkpointing(model)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
         return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
@@ -80,6 +95,8 @@ class Stage:
         for value in vars(self.settings).values():
             if isinstance(value, Function):
                 value.load()
+        if getattr(self.settings, "lora", None):
+            check_peft()
         if self.settings.kind == "grpo":
             self.settings.objective.build()
             self.scorer(self.settings.rewards).close()

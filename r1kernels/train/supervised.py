@@ -24,7 +24,9 @@ import r1kernels
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import METRICS, StepLog, read_lines
+from r1kernels.train.lora import adapter_state, mergeable
 from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.precision import AdamW
 from r1kernels.train.rng import permutation, torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage
@@ -66,7 +68,7 @@ def run_pretrain(stage: Stage) -> Summary:
         warmup, decay = min(1.0, (step + 1) / 50), max(0.05, 1 - step / settings.steps)
         return settings.learning_rate * warmup * decay
 
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = AdamW(model, stage.recipe.dtype, betas=(0.9, 0.98), weight_decay=0.01)
     summary = train(stage, start, optimizer, settings.steps, learn, rate, grad_clip=1.0)
     return summary | {"parameters": model.num_parameters()}
 
@@ -180,14 +182,14 @@ def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, 
     order = [index for epoch in range(settings.epochs)
              for index in permutation(len(items), stage.recipe.seed, settings.name, "samples", epoch)]
     steps = math.ceil(len(order) / size)
-    optimizer = torch.optim.AdamW(start[0].parameters(), weight_decay=settings.weight_decay)
+    optimizer = AdamW(start[0], stage.recipe.dtype, weight_decay=settings.weight_decay)
     return train(stage, start, optimizer, steps,
                  lambda step: learn(step, [items[index] for index in order[step * size : (step + 1) * size]]),
                  partial(cosine, settings, steps), settings.grad_clip)
 
 
 def train(
-    stage: Stage, start: Start, optimizer: torch.optim.Optimizer, steps: int, learn: Callable[[int], Measures],
+    stage: Stage, start: Start, optimizer: AdamW, steps: int, learn: Callable[[int], Measures],
     rate: Callable[[int], float], grad_clip: float,
 ) -> Summary:
     """Makes the updates up to `steps`, with checkpoints between them and one at the end.
@@ -196,6 +198,7 @@ def train(
     """
     (model, tokenizer, state), settings, done = start, stage.settings, 0
     model.eval()  # dropout would draw random numbers
+    stage.enable_checkpointing(model)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if getattr(settings, "window", 0) > most:
         raise ConfigError(f"'window' is {settings.window}, but the model supports at most {most} positions")
@@ -204,8 +207,10 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
 
     def save() -> None:
-        save_checkpoint(stage.directory, done, model=model, tokenizer=tokenizer, keep=stage.recipe.checkpoint.keep,
-                        state={"step": done, "optimizer": optimizer.state_dict()})
+        with optimizer.float32_model():
+            save_checkpoint(stage.directory, done, model=mergeable(model), tokenizer=tokenizer,
+                            keep=stage.recipe.checkpoint.keep,
+                            state={"step": done, "optimizer": optimizer.state_dict(), **adapter_state(model)})
 
     with StepLog(stage, first_step=done) as log:
         while done < steps:
@@ -302,4 +307,5 @@ def keeps_apart(model: PreTrainedModel) -> bool:
     row = [Sample(ids[:6], 1), Sample(ids[6:], 1)]
     together, alone = (hidden_states(model, **collate([some], model.device)[0])[0, -6:] for some in (row, row[1:]))
     # The limit is far above rounding, and far below the effect of one sample on the next.
-    return bool((together - alone).abs().max() <= 1e-3 * alone.abs().max())
+    limit = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
+    return bool((together - alone).abs().max() <= limit * alone.abs().max())

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import r1kernels
 from r1kernels.train.errors import TrainingError
-from r1kernels.train.model import head_of, hidden_states
+from r1kernels.train.model import checkpointed_layers, head_of, hidden_states
 from r1kernels.train.recipe import Importance
 from r1kernels.train.rollout import Tokens
 
@@ -30,11 +31,36 @@ class Rollout(Tokens):
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
     """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
-    ids = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1)
+    ids, width = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1), batch.prompt_ids.shape[1]
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    hidden = hidden_states(model, input_ids=ids, attention_mask=attention, position_ids=positions)
-    return hidden[:, -batch.token_ids.shape[1] :]
+    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": (attention.cumsum(-1) - 1).clamp(min=0)}
+    prompts, copies = torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)
+    # A checkpointed layer fills no cache.
+    apart = len(prompts) == len(ids) or bool(checkpointed_layers(model))
+    hidden = None if apart else _with_shared_prompts(model, inputs, width, copies)
+    return hidden_states(model, **inputs)[:, width - 1 :] if hidden is None else hidden
+
+
+def _with_shared_prompts(
+    model: PreTrainedModel, inputs: dict[str, Tensor], width: int, copies: Tensor
+) -> Tensor | None:
+    """The same if row i has prompt number copies[i]. Keys and values of a prompt are computed once, and get the
+    gradients of all its completions. None for a model with layers that forget or mix tokens."""
+    cache = DynamicCache(config=model.base_model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    rows = torch.arange(len(copies), device=copies.device)
+    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, copies, rows, "amin")[: int(copies.max()) + 1]
+    prompts = {name: value[first, :width] for name, value in inputs.items()}
+    last = model.base_model(**prompts, past_key_values=cache, use_cache=True).last_hidden_state[copies, -1:]
+    if cache.get_seq_length() != width:  # the model keeps its state elsewhere
+        return None
+    if inputs["input_ids"].shape[1] == width:
+        return last
+    cache.reorder_cache(copies)
+    rest = {name: value if name == "attention_mask" else value[:, width:] for name, value in inputs.items()}
+    hidden = model.base_model(**rest, past_key_values=cache, use_cache=True).last_hidden_state
+    return torch.cat([last, hidden], dim=1)
 
 
 @torch.no_grad()

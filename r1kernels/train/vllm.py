@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError
 from r1kernels.train.errors import StorageError
+from r1kernels.train.lora import mergeable
 from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Collector, Completions, Sampling
 
@@ -74,7 +75,7 @@ class VLLMSampler:
         self.updates += 1
         target = self.weights_dir / f"weights-{self.updates:06d}"  # servers cache by name, so each has its own
         try:
-            model.save_pretrained(target)
+            mergeable(model).save_pretrained(target)
         except Exception as error:  # safetensors has its own errors
             raise StorageError(f"cannot save weights to {target}: {error!r}") from error
         load = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}

@@ -22,7 +22,7 @@ from r1kernels import (
     linear_token_logprobs_and_entropy,
     testing,
 )
-from r1kernels.ops import linear_head, linear_options
+from r1kernels.ops import linear_budget, linear_head
 from r1kernels.ops.linear_budget import BufferRows, row_bytes, rows_of_budget
 from r1kernels.ops.linear_rows import ALL_ROWS
 from r1kernels.ops.linear_types import Head, Needs
@@ -189,7 +189,7 @@ def test_16_bits_are_as_exact_as_in_place(
 )
 def test_buffers_nobody_asked_for(gathered: bool, vocab: int, dtype: torch.dtype, rows: tuple[int, int]) -> None:
     each = row_bytes(vocab, 4096, torch.float32)
-    assert linear_options._buffers(None, vocab, each, row_bytes(vocab, 4096, dtype), gathered) == rows
+    assert linear_budget.buffer_rows(None, vocab, each, row_bytes(vocab, 4096, dtype), gathered) == rows
 
 
 @pytest.mark.parametrize("each", [1, 3, 100])
@@ -217,7 +217,7 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     vocab, width, device = 151_936, 4096, torch.device("meta")
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     ids = empty(active, dtype=torch.int64)
-    rows = linear_options._buffers(
+    rows = linear_budget.buffer_rows(
         None, vocab, row_bytes(vocab, width, torch.float32), row_bytes(vocab, width, torch.bfloat16), True
     )
     head = Head(empty(vocab, width), None, None, None, ids, None, 1.0, 1.0, 0.0, torch.float32, *rows, -1, False)
@@ -235,7 +235,7 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     # Of a buffer's rows: hidden states, and two float32 matrices in `place_rows`.
     copies = 4096 * width * (2 + 4 + 4)
     used = sum(buffer.untyped_storage().nbytes() for buffer in buffers) + copies
-    assert used < linear_options.GPU_BUDGET.chunk_bytes < 2 << 30
+    assert used < linear_budget.GPU_BUDGET.chunk_bytes < 2 << 30
 
 
 def test_a_budget_of_one_row_multiplies_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from r1kernels import backend, testing
-from r1kernels.ops import linear_head, linear_options, linear_sums
+from r1kernels.ops import linear_budget, linear_head, linear_options, linear_sums
 from r1kernels.ops.linear_budget import BufferRows
 
 TOKENS, VOCAB, WIDTH = 24, 37, 12
@@ -17,7 +17,7 @@ CHUNK, BUFFER = 3, 9
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: BufferRows) -> contextlib.AbstractContextManager[None]:
     monkeypatch.setattr(linear_options, "gathers", lambda *_: True)
-    monkeypatch.setattr(linear_options, "rows_of_budget", lambda *_: rows)
+    monkeypatch.setattr(linear_budget, "rows_of_budget", lambda *_: rows)
     monkeypatch.setattr(linear_head, "runs_on_gpu", lambda *_: True)
     return backend("reference") if testing.KERNELS == "cpu" else contextlib.nullcontext()
 

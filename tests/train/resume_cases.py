@@ -21,6 +21,7 @@ from typing import Any
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = """
 run_dir: {run_dir}
+precision: fp32
 seed: 3
 threads: 1
 import_from: [{examples}, {here}]

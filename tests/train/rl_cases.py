@@ -23,6 +23,7 @@ TAGS = ("<think>", "</think>")
 
 RECIPE = """
 run_dir: {folder}/run
+precision: fp32
 seed: 3
 data:
   sums: {{kind: jsonl, path: {folder}/sums.jsonl, test_path: {folder}/sums.jsonl}}

@@ -42,7 +42,7 @@ class World:
             (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": question, "answer": "3"}) + "\n")
         new = {"kind": "pretrain", "architecture": {"function": "m:f"}, "corpus": {"function": "m:g"}}
         self.values: dict[str, Any] = {
-            "run_dir": str(self.run_dir),
+            "run_dir": str(self.run_dir), "precision": "fp32",
             "data": {"sums": {"kind": "jsonl", "path": str(tmp_path / "train.jsonl"),
                               "test_path": str(tmp_path / "test.jsonl")}},
             "stages": {

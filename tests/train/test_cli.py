@@ -33,7 +33,7 @@ RL = {"kind": "grpo", "model": "base", "problems": ["sums"], "steps": 2, "questi
       "minibatches": 2, "max_new_tokens": 4}
 SUMS = {"kind": "function", "function": "tiny_world:sums", "options": {"min_terms": 2, "max_terms": 3, "train_size": 8}}
 SETTINGS = {
-    "seed": 0, "threads": 1, "import_from": [str(ROOT / "examples")], "data": {"sums": SUMS},
+    "seed": 0, "threads": 1, "precision": "fp32", "import_from": [str(ROOT / "examples")], "data": {"sums": SUMS},
     "eval": {"every": 1, "questions": 2, "samples": 2, "max_new_tokens": 4}, "stages": {"base": BASE, "rl": RL},
 }
 

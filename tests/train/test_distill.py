@@ -17,6 +17,7 @@ from r1kernels.train.supervised import divergence_loss, encode, gradient, pack, 
 
 RECIPE = """
 run_dir: {directory}/run
+precision: fp32
 threads: 1
 template: chat
 data:

@@ -66,6 +66,7 @@ def test_the_file_is_a_data_set_of_pairs(selected, tmp_path):
     write_rows(tmp_path / "test.jsonl", [{"question": "Compute 9+9", "answer": "18"}])
     stage = stage_of(f"""
 run_dir: run
+precision: fp32
 data:
   pairs: {{kind: jsonl, path: {tmp_path}/pairs.jsonl, test_path: {tmp_path}/test.jsonl}}
 stages:

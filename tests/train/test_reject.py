@@ -19,6 +19,7 @@ from r1kernels.train.supervised import run_sft
 
 RECIPE = """
 run_dir: {directory}/run
+precision: fp32
 threads: 1
 template: chat
 data:

@@ -118,6 +118,7 @@ def test_what_is_no_reward_model_is_named(tmp_path):
 
 RECIPE = """
 run_dir: {directory}/run
+precision: fp32
 data:
   taste: {{kind: jsonl, path: {directory}/taste.jsonl}}
   questions: {{kind: jsonl, path: {directory}/questions.jsonl, test_path: {directory}/test.jsonl}}

@@ -43,6 +43,7 @@ from r1kernels.train.supervised import (
 
 RECIPE = """
 run_dir: {directory}/run
+precision: fp32
 threads: 1
 template: chat
 data:
@@ -109,6 +110,18 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_pat
     same_after_stops(run_sft, lambda stop: stage_at(home, tmp_path, interrupt=stop), whole[:2], checks, how)
     # A finished stage that runs again does nothing and says the same.
     assert run_sft(stage_at(home, tmp_path, interrupt=StopAt(0, Killed))) == whole[0]
+
+
+@pytest.mark.parametrize("options", [["precision=bf16"], ["gradient_checkpointing=true"],
+                                     ["stages.cold.lora={r: 2, alpha: 8}", "precision=bf16"]], ids=str)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_so_it_is_in_bf16_with_checkpointed_layers_and_with_adapters(home, tmp_path, options):
+    if "lora" in options[0]:
+        pytest.importorskip("peft", reason="adapters need the package peft")
+    stage = stage_at(home, tmp_path / "whole", *options)
+    whole, cut = (run_sft(stage), outcome(stage)), tmp_path / "cut"
+    assert whole[0]["loss"] < 0.95 * whole[0]["loss_first"]
+    same_after_stops(run_sft, lambda stop: stage_at(home, cut, *options, interrupt=stop), whole, 12, Killed)
 
 
 @pytest.fixture
@@ -216,6 +229,7 @@ def test_a_tokenizer_that_appends_its_end_token_teaches_the_same(home, whole, tm
 
 PRETRAIN = """
 run_dir: {directory}/run
+precision: fp32
 import_from: ["{examples}"]
 data: {{sums: {{kind: function, function: "tiny_world:sums"}}}}
 checkpoint: {{supervised_every: 6, keep: 1}}

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from rl_cases import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, MistralConfig
 
 import r1kernels
+from r1kernels.train import update
 from r1kernels.train.grpo import choose_groups
 from r1kernels.train.recipe import GRPO, Importance
 from r1kernels.train.rng import permutation, torch_seeded
@@ -144,6 +146,38 @@ def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
     (per_token.sum(-1) / rollout.mask.sum(-1)).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [12, 6])
+def test_a_prompt_is_read_once_and_gets_the_gradient_of_all_its_completions(rollout, model, monkeypatch, size):
+    old, read = logprobs(model, rollout, ROWS.split(size)), []
+    shifted, forward = dataclasses.replace(rollout, old_logprobs=old - 0.1), model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **inputs: read.append(inputs["input_ids"].shape)
+                        or forward(**inputs))
+    shared, metrics = gradient(model, shifted, r1kernels.objectives.grpo(), ROWS.split(size))
+    assert len(read) == 2 * len(ROWS.split(size)) and max(shape[0] for shape in read[::2]) == 3
+    monkeypatch.setattr(update, "_with_shared_prompts", lambda *given: None)
+    whole, expected = gradient(model, shifted, r1kernels.objectives.grpo(), ROWS.split(size))
+    torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-6)
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_one_token_needs_the_prompt_alone(rollout, model):
+    first = dataclasses.replace(rollout, token_ids=rollout.token_ids[:, :1], mask=rollout.mask[:, :1])
+    torch.testing.assert_close(completion_hidden_states(model, first), completion_hidden_states(model, rollout)[:, :1])
+
+
+@pytest.mark.parametrize("window", [4, None], ids=["forgets", "keeps no cache"])
+def test_prompts_are_shared_only_by_layers_that_keep_all_tokens(rollout, tokenizer, window, monkeypatch):
+    config = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, sliding_window=window)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if window is None:
+        forward = model.model.forward
+        monkeypatch.setattr(model.model, "forward", lambda past_key_values=None, **inputs: forward(**inputs))
+    found = completion_hidden_states(model, rollout)
+    monkeypatch.setattr(update, "_with_shared_prompts", lambda *given: None)
+    assert torch.equal(found, completion_hidden_states(model, rollout))
 
 
 def test_an_objective_may_be_a_function(rollout, model):

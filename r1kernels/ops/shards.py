@@ -1,0 +1,256 @@
+r"""Vocabularies that are sharded over the ranks of a process group.
+
+Each rank has its own rows of the vocabulary, in rank order. From its log-sum-exp lse_r, its entropy H_r and, on the
+owner of the token, the log-prob l_r among its own rows, with m = max_r lse_r:
+
+    lse = m + log sum_r e^{lse_r - m},  w_r = e^{lse_r - lse}
+    l = l_r + log w_r (of the owner),   H = sum_r w_r (H_r + lse - lse_r)
+
+One all-gather exchanges these three float64 numbers for each token. All ranks then do the same arithmetic in the same
+order, so their results have the same bits. With the global lse and H, the gradient kernel gives the gradient of a
+rank's own logits.
+
+The kernels expect a token in every row. A row whose token is in another shard gets a substitute, whose entry in
+d logits is corrected afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Facts(NamedTuple):
+    """What must be the same on all ranks. Numbers are compared as they are, tensors (0-d, int64) on the device, and
+    everything else by a checksum."""
+
+    function: str
+    tokens: int
+    counted: int | Tensor
+    ids: int | Tensor
+    width: int
+    vocab_size: int
+    dtypes: tuple[torch.dtype, ...]
+    temperature: float
+    gradients: tuple[bool, ...]
+    options: tuple[Any, ...]
+
+
+_NAMES = Facts(
+    "the function", "the number of tokens", "the number of counted tokens", "the sum of the token ids", "H",
+    "vocab_size", "the dtype", "temperature", "requires_grad", "another option",
+)
+_REFUSED = -1
+
+
+class Layout(NamedTuple):
+    """How a vocabulary is split: the rows of each rank without padding."""
+
+    group: Any
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def vocab(self) -> int:
+        return sum(self.sizes)
+
+
+# ---- agreement of the ranks -------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """The two keywords, as they were given."""
+
+    process_group: Any
+    vocab_size: Any
+
+    def checked(self) -> tuple[Any, int | None]:
+        """(the process group, or None if it has one rank; vocab_size)."""
+        group, size = self
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"vocab_size is {size!r}, expected a positive integer")
+        if group is None:
+            return None, size
+        distributed = torch.distributed
+        if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+            raise TypeError(f"process_group is {group!r}, expected a torch.distributed.ProcessGroup of which this rank "
+                            "is a member")
+        if torch.compiler.is_compiling():
+            raise ValueError("process_group is given in code that torch.compile traces, expected a call outside of it")
+        return group if distributed.get_world_size(group) > 1 else None, size
+
+
+NOT_SHARDED = Split(None, None)
+
+
+@contextlib.contextmanager
+def refusals(group: Any, like: Any) -> Iterator[None]:
+    """If the checks in this block fail, the other ranks get an error too, instead of waiting for this one."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        if group is not None and isinstance(like, Tensor):
+            _gathered(group, torch.full((1 + len(_NAMES),), _REFUSED, dtype=torch.int64, device=like.device))
+        raise
+
+
+def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> Layout:
+    """The layout of a vocabulary of which this rank has `rows` rows, and the check that all ranks make the same call.
+
+    On a CPU, a disagreement is an error on every rank. On another device, only the first call with these sizes waits
+    for the device. Later calls compare there, and a disagreement is an error at the next synchronisation.
+    """
+    numbers = [rows, *map(_number, facts)]
+    free = reads_are_free(device)
+    if free:
+        header = torch.tensor([int(value) for value in numbers])
+    else:
+        header = torch.stack([
+            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
+            for value in numbers
+        ])
+    gathered = _gathered(group, header)
+    known = _known_sizes.setdefault(group, {})
+    key = (rows, facts.vocab_size, facts.width, device)
+    rank = torch.distributed.get_rank(group)
+    if free or key not in known:
+        headers = gathered.tolist()
+        _compare(headers, facts, rank)
+        sizes = tuple(header[0] for header in headers)
+        if not free:
+            known[key] = sizes, torch.tensor(sizes, device=device)
+    else:
+        sizes, on_device = known[key]
+        same = (gathered[:, 1:] == header[1:]).all() & (gathered[:, 0] == on_device).all()
+        torch._assert_async(same, "r1kernels: the ranks of process_group disagree on their arguments, or a shard has "
+                                  "another size than in the first call")
+    return layout_of(sizes, None if facts.vocab_size < 0 else facts.vocab_size, group, rank)
+
+
+# For each group, the sizes of shards that a first call has read, on the host and on the device. A rank knows the keys
+# before it reads.
+_known_sizes: weakref.WeakKeyDictionary[Any, dict[Any, tuple[tuple[int, ...], Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host may read a tensor without waiting for a device."""
+    return device.type == "cpu"
+
+
+def _number(fact: Any) -> int | Tensor:
+    return fact if isinstance(fact, (int, Tensor)) else zlib.crc32(repr(fact).encode())
+
+
+def _compare(headers: list[list[int]], facts: Facts, rank: int) -> None:
+    for other, header in enumerate(headers):
+        if header[0] == _REFUSED:
+            raise ValueError(f"rank {other} of process_group raised an error about its arguments, expected valid "
+                             "arguments on all ranks")
+    for place, (name, fact) in enumerate(zip(_NAMES, facts, strict=True), start=1):
+        for other, header in enumerate(headers):
+            if header[place] == headers[rank][place]:
+                continue
+            here, there = headers[rank][place], header[place]
+            if not isinstance(fact, (int, Tensor)):
+                here, there = fact, "different"
+            elif name == "vocab_size":
+                here, there = (None if value < 0 else value for value in (here, there))
+            raise ValueError(f"{name} is {here} on rank {rank} of process_group and {there} on rank {other}, expected "
+                             "the same on all ranks")
+
+
+def layout_of(sizes: tuple[int, ...], vocab_size: int | None, group: Any = None, rank: int = 0) -> Layout:
+    """The layout of shards that have so many rows, with padding."""
+    if vocab_size is None:
+        vocab_size = sum(sizes)
+        if vocab_size == 0:
+            raise ValueError("the vocabulary has no rows on any rank, expected V >= 1")
+    elif vocab_size > sum(sizes):
+        raise ValueError(f"vocab_size is {vocab_size}, expected at most the number of rows on all ranks, {sum(sizes)}")
+    kept = (min(max(vocab_size - sum(sizes[:before]), 0), size) for before, size in enumerate(sizes))
+    return Layout(group, rank, tuple(kept))
+
+
+def _gathered(group: Any, value: Tensor) -> Tensor:
+    """(ranks, ...): the values of all ranks."""
+    out = value.new_empty(torch.distributed.get_world_size(group), *value.shape)
+    torch.distributed.all_gather(list(out.unbind(0)), value.contiguous(), group=group)
+    return out
+
+
+# ---- the tokens of a call ---------------------------------------------------------------------------------
+
+
+class Shard:
+    """The tokens of a call, flattened to (N,), as this rank sees them.
+
+    Attributes:
+        ids: ids among this rank's rows; a substitute where another rank has the token. owned: where this rank has it.
+    """
+
+    def __init__(self, layout: Layout, token_ids: Tensor, mask: Tensor | None) -> None:
+        self.layout = layout
+        ids, sizes = token_ids.reshape(-1), layout.sizes
+        if not reads_are_free(ids.device):
+            inside = (ids >= 0) & (ids < layout.vocab)
+            torch._assert_async(
+                (inside if mask is None else inside | ~mask.reshape(-1)).all(),
+                f"r1kernels: a token id is out of range, expected an id in [0, {layout.vocab})",
+            )
+        self.owner = torch.zeros_like(ids)
+        for rank in range(1, len(sizes)):
+            self.owner += ids >= sum(sizes[:rank])
+        self.owned = (ids >= layout.start) & (ids < layout.start + layout.size)
+        # Substitutes are spread over the rows, as ids are.
+        self.ids = torch.where(self.owned, ids - layout.start, ids.remainder(max(layout.size, 1)))
+
+    def merged(
+        self, logprob: Tensor, lse: Tensor, entropy: Tensor, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The statistics (n,), float64, of some tokens over the whole vocabulary, from those of this rank's rows."""
+        if logprob.numel() == 0:  # on all ranks
+            return logprob.double(), lse, entropy
+        logprob, lse, entropy = _gathered(self.layout.group, torch.stack([logprob.double(), lse, entropy])).unbind(1)
+        return merge(logprob, lse, entropy, self.owner[rows])
+
+    def add_up(self, value: Tensor) -> None:
+        """Replaces the value of each rank by their sum."""
+        if value.numel() == 0:  # on all ranks
+            return
+        torch.distributed.all_reduce(value, group=self.layout.group)
+
+
+def merge(logprob: Tensor, lse: Tensor, entropy: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob, log-sum-exp, entropy) (n,) from those of each rank (ranks, n); `owner` (n,) has the token."""
+    top, where = lse.max(0)
+    powers = (lse - top).exp()
+    # Without the largest term, which is 1: a log-prob near 0 keeps its relative accuracy.
+    total = torch.log1p(powers.scatter(0, where[None], 0).sum(0))
+    log_share = lse - top - total
+    nowhere = lse == -torch.inf  # all logits of the shard are -inf, or there are none
+    terms = log_share.exp() * (entropy - log_share)
+    own = owner[None]
+    merged = (logprob + log_share).gather(0, own).squeeze(0)
+    merged = torch.where(nowhere.gather(0, own).squeeze(0) & (top > -torch.inf), -torch.inf, merged)
+    return merged, top + total, torch.where(nowhere & (top > -torch.inf), 0, terms).sum(0)
+
+
+def correct_substitutes(grad_logits: Tensor, ids: Tensor, owned: Tensor, exact: Tensor) -> None:
+    """Sets the entries of substitute tokens in d logits (n, V) to `exact` (n,)."""
+    entries = ids[:, None]
+    values = torch.where(owned[:, None], grad_logits.gather(1, entries), exact[:, None].to(grad_logits.dtype))
+    grad_logits.scatter_(1, entries, values)

@@ -1,0 +1,169 @@
+r"""Log-probs and entropies from logits; those of a sharded or padded vocabulary, too.
+
+    l = z_y - lse,  H = -sum_j p_j log p_j,  z = logits / T
+
+The arithmetic is in `r1kernels.ops.token_stats`, and how ranks put their shards together in `r1kernels.ops.shards`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._checks import accumulator_dtype, check_ids_in_range
+from r1kernels.ops.shards import (
+    NOT_SHARDED,
+    Facts,
+    Layout,
+    Shard,
+    Split,
+    agreed_layout,
+    correct_substitutes,
+    layout_of,
+    refusals,
+)
+from r1kernels.ops.token_stats import checked, gradient_into, statistics, target_gradient, token_stats, unrounded
+
+
+class _SplitTokenStats(torch.autograd.Function):
+    """Statistics of logits (N, V). Their first `layout.size` entries count: all of the vocabulary, or a shard."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, layout: Layout,
+        shard: Shard | None,
+    ) -> tuple[Tensor, Tensor]:
+        counted = logits[:, : layout.size]
+        dtype = accumulator_dtype(logits.dtype)
+        if layout.size == 0:
+            logprobs = torch.zeros(token_ids.shape, dtype=torch.float64, device=logits.device)
+            lse, entropy = torch.full_like(logprobs, -torch.inf), logprobs
+        else:
+            logprobs, lse, entropy = statistics(counted, token_ids, mask, temperature, None)
+        if shard is not None:
+            if layout.size > 0:
+                logprobs = unrounded(logprobs, lse, counted, token_ids, temperature, None)
+            logprobs, lse, entropy = (
+                value if mask is None else torch.where(mask, value, 0)
+                for value in shard.merged(logprobs, lse, entropy)
+            )
+        ctx.save_for_backward(logits, token_ids, lse, entropy)
+        ctx.temperature, ctx.size, ctx.owned = temperature, layout.size, None if shard is None else shard.owned
+        ctx.set_materialize_grads(False)
+        return logprobs.to(dtype), entropy.to(dtype)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, g: Tensor | None, eta: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None and eta is None:
+            return (None,) * 6
+        logits, token_ids, lse, entropy = ctx.saved_tensors
+        grad_logits = _library.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+        grad_logits[:, ctx.size :] = 0
+        if ctx.size > 0:
+            g = torch.zeros_like(eta) if g is None else g.contiguous()
+            given = (logits[:, : ctx.size], token_ids, lse, entropy, g, None if eta is None else eta.contiguous())
+            out = gradient_into(
+                grad_logits[:, : ctx.size], *given, temperature=ctx.temperature, temperatures=None, softcap=0.0,
+                rows=None,
+            )
+            if ctx.owned is not None:
+                exact = target_gradient(*given, ctx.temperature, None, 0.0, ctx.owned)
+                correct_substitutes(out, token_ids, ctx.owned, exact)
+        return grad_logits, *[None] * 5
+
+
+def _split_token_stats(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split
+) -> tuple[Tensor, Tensor]:
+    group, vocab_size = split.checked()
+    with refusals(group, logits):
+        token_ids, temperature = checked(logits, token_ids, temperature, sharded=group is not None)
+    flat, shape = logits.reshape(token_ids.numel(), logits.shape[-1]), token_ids.shape
+    ids, mask = token_ids.reshape(-1), None if mask is None else mask.reshape(-1)
+    if group is None:
+        layout = layout_of((logits.shape[-1],), vocab_size)
+    else:
+        counted = ids if mask is None else torch.where(mask, ids, 0)
+        count = ids.numel() if mask is None else mask.sum()
+        facts = Facts(
+            "token_stats", ids.numel(), count, counted.sum(), 0, vocab_size or -1, (logits.dtype,), temperature, (), ()
+        )
+        layout = agreed_layout(group, logits.shape[-1], facts, logits.device)
+    check_ids_in_range("token_ids", ids, layout.vocab, mask)
+    shard = None if group is None else Shard(layout, ids, mask)
+    results = _SplitTokenStats.apply(flat, ids if shard is None else shard.ids, mask, temperature, layout, shard)
+    logprobs, entropy = (value.reshape(shape) for value in results)
+    return logprobs, entropy
+
+
+def logprobs_and_entropy(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split
+) -> tuple[Tensor, Tensor]:
+    """`token_stats`, of a sharded or padded vocabulary too."""
+    if split == NOT_SHARDED:
+        return token_stats(logits, token_ids, mask, temperature)
+    return _split_token_stats(logits, token_ids, mask, temperature, split)
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    r"""Log-probability of each token under softmax(logits / temperature).
+
+    l = z_y - log sum_j e^{z_j},  z = logits / temperature
+
+    Args:
+        logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides: rows are read
+            in place. -inf entries are allowed. Row t scores token t: shift before the call.
+        token_ids: (...), int64 or int32, in [0, V).
+        temperature: Python number > 0. Gradients need |logit| / temperature < 1e10.
+        process_group: the vocabulary is sharded over these ranks: logits (..., V_rank) are this rank's part, in the
+            order of the ranks, of any size. All other arguments are the same on all ranks; token ids are those of the
+            whole vocabulary. Results have the same bits on all ranks. See docs/parallel.md, and `LinearOptions`.
+        vocab_size: V without padding. Entries (over all ranks) from this one on are not read, and get gradient 0.
+
+    Returns:
+        (...), float32 (float64 for float64 logits), nats. Differentiable once with respect to logits; the
+        gradient has the dtype of logits.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
+
+    Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of
+    vocabulary width.
+
+    Equivalent to: `(logits.float() / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`
+    """
+    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size))[0]
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of each token and entropy of each row, in one read of the logits.
+
+    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
+
+    Args, errors and memory are those of `token_logprobs`.
+
+    Returns:
+        (logprobs, entropy), each (...), float32, nats.
+
+    Equivalent to: `token_logprobs` and `torch.distributions.Categorical(logits=logits / temperature).entropy()`
+    """
+    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size))

@@ -1,0 +1,282 @@
+"""Heads whose vocabulary is sharded over 2, 3 and 4 processes, against one process with the whole weight."""
+
+import itertools
+from typing import Any
+
+import linear_cases as cases
+import pytest
+import shard_ranks
+import torch
+from backends import checks_only, host_code, slow_on_gpu_kernels
+from shard_ranks import CALLS, LEAD, SPLITS, WIDTH
+from torch import Tensor
+
+from r1kernels import linear_distillation_loss, linear_token_logprobs, linear_token_logprobs_and_entropy, testing
+from r1kernels.ops import shards
+from r1kernels.ops.shards import layout_of, merge
+from r1kernels.testing import budget as budgets
+
+WORLDS = list(SPLITS)
+TOKENS = LEAD[0] * LEAD[1]
+SHARDED = {"weight": 0, "bias": 0, "lora_b": 1, "logits": -1}  # gradients of a rank's own rows, along this axis
+Results = list[dict[str, Any]]
+
+pytestmark = slow_on_gpu_kernels
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    return shard_ranks.run_ranks(tmp_path_factory.mktemp("ranks"))
+
+
+def joined(ranks: Results, name: str, world: int) -> dict[str, Tensor]:
+    """The results of a call with the rows of all ranks; what every rank has must have the same bits on each."""
+    parts = [results[f"{name}, {world}"] for results in ranks[:world]]
+    result = {}
+    for key, first in parts[0].items():
+        if key in SHARDED:
+            result[key] = torch.cat([part[key] for part in parts], SHARDED[key])
+        else:
+            result[key] = first
+            for part in parts[1:]:
+                assert torch.equal(part[key].nan_to_num(nan=7e7), first.nan_to_num(nan=7e7)), (name, key)
+    return result
+
+
+def assert_like_one_process(together: dict[str, Tensor], alone: dict[str, Tensor]) -> None:
+    """Log-probs and losses to 1e-6. Gradients to one rounding, and one of the largest entry of a row: there an entry of
+    d logits may be rounded the other way, because float32 sums over the vocabulary are added in another order."""
+    assert together.keys() == alone.keys()
+    for key, value in alone.items():
+        got, size = together[key], value.double().abs()
+        assert (got.shape, got.dtype) == (value.shape, value.dtype), key
+        budget = 1e-6 * size.clamp(min=1)
+        if key in (*cases.TENSORS, "logits"):
+            eps = torch.finfo(value.dtype).eps
+            # That of A is made from 16-bit numbers in one process, and from float32 ones in several.
+            largest = size.max() if key == "lora_a" else size.amax(-1, keepdim=True) / 2
+            budget = eps * (size + largest) + 2 * budgets.ROUNDINGS * testing.EPS32 * size.max()
+        testing.assert_within(got, value, budget)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_ranks_together_compute_what_one_process_computes(name: str, world: int, ranks: Results) -> None:
+    function, make_case, options = CALLS[name]
+    alone = function(make_case(), **options)
+    assert_like_one_process(joined(ranks, name, world), alone)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_are_within_the_budget_of_float64(world: int, ranks: Results) -> None:
+    g, eta = cases.weights_of(*LEAD)
+    mask = shard_ranks.mask()
+    for head, (dtypes, (dtype, _)) in itertools.product(("plain", "everything"), shard_ranks.DTYPES.items()):
+        case = shard_ranks.make(head, dtypes)
+        expected = cases.exact(case, g * mask, eta * mask)
+        together = joined(ranks, f"statistics {head}, {dtypes}", world)
+        narrow = dtype != torch.float32
+        slack = 10 * torch.finfo(dtype).eps if narrow and head == "everything" else 4e-6
+        testing.assert_within(together["logprobs"], expected.logprobs * mask, slack)
+        testing.assert_within(together["entropy"], expected.entropy * mask, slack)
+        grads = {key: together[key] for key in cases.tensors(case)}
+        cases.assert_gradients(grads, expected, slack + (torch.finfo(dtype).eps if narrow else 0))
+
+
+def error(grad: Tensor, exact: Tensor) -> float:
+    return float((grad.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"])
+def test_parts_of_sums_over_ranks_are_not_rounded(dtypes: str, world: int, ranks: Results) -> None:
+    function, make_case, options = CALLS[f"statistics plain, {dtypes}"]
+    together, alone = joined(ranks, f"statistics plain, {dtypes}", world), function(make_case(), **options)
+    # The same float32 sums up to their order, rounded once: they are seldom rounded apart.
+    assert (together["hidden"] == alone["hidden"]).double().mean() > 0.97
+    # In the gradient of A, one process rounds a product in the middle.
+    function, make_case, options = CALLS[f"statistics everything, {dtypes}"]
+    together, alone = joined(ranks, f"statistics everything, {dtypes}", world), function(make_case(), **options)
+    g, eta = (value * shard_ranks.mask() for value in cases.weights_of(*LEAD))
+    exact = cases.exact(make_case(), g, eta).grads["lora_a"]
+    assert error(together["lora_a"], exact) <= error(alone["lora_a"], exact)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_log_probs_near_0_keep_their_relative_accuracy(world: int, ranks: Results) -> None:
+    together = joined(ranks, "no logits in a shard", world)["logprobs"][0]
+    alone = shard_ranks.statistics(shard_ranks.no_logits_in_a_shard())["logprobs"][0]
+    assert (alone > -1e-8).all() and (alone < 0).any()
+    testing.assert_within(together, alone, 1e-6 * alone.double().abs())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_padding_counts_for_nothing(world: int, ranks: Results) -> None:
+    rows = (400,) * world
+    together = joined(ranks, "padded", world)
+    whole = shard_ranks.padded(rows, None)
+    unpadded = shard_ranks.shard_of(whole, (790,), 0)
+    alone = shard_ranks.statistics(unpadded)
+    for key, axis in (("weight", 0), ("bias", 0), ("lora_b", 1)):
+        kept, cut = together[key].split([790, together[key].shape[axis] - 790], axis)
+        assert not cut.any()
+        together[key] = kept
+    assert_like_one_process(together, alone)
+    # The same in one process, with the padding in its weight.
+    padded = shard_ranks.statistics(whole, vocab_size=790)
+    assert torch.equal(padded["logprobs"], alone["logprobs"])
+    assert torch.equal(padded["weight"][:790], alone["weight"]) and not padded["weight"][790:].any()
+
+
+@pytest.mark.parametrize("world", [3, 4])  # with four, the last shard is padding only
+def test_padding_of_logits_counts_for_nothing(world: int, ranks: Results) -> None:
+    rows = (400,) * world
+    alone = shard_ranks.from_logits(shard_ranks.make_logits(torch.bfloat16), "statistics")
+    padded = shard_ranks.from_logits(shard_ranks.padded_logits(rows), "statistics", vocab_size=shard_ranks.VOCAB)
+    for result in (padded, joined(ranks, "padded logits", world)):
+        kept, cut = result["logits"].split([shard_ranks.VOCAB, sum(rows) - shard_ranks.VOCAB], -1)
+        assert not cut.any()
+        assert_like_one_process(result | {"logits": kept}, alone)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary(world: int, ranks: Results) -> None:
+    header, numbers = ("all_gather", 88), 3 * 8
+    hidden, lora_a = ("all_reduce", TOKENS * WIDTH * 4), ("all_reduce", WIDTH * 3 * 4)
+    counted = int(shard_ranks.mask().sum())
+    for results in ranks[:world]:
+        for vocab in (40, shard_ranks.VOCAB):
+            statistics = results[f"traffic statistics, {vocab}, {world}"]
+            assert statistics == [header, ("all_gather", TOKENS * numbers), hidden, lora_a]
+            policy = results[f"traffic policy, {vocab}, {world}"]
+            chunks = policy[1:-2]
+            assert [policy[0], *policy[-2:]] == [header, hidden, lora_a]
+            assert len(chunks) == -(-counted // 7) and {name for name, _ in chunks} == {"all_gather"}
+            assert sum(size for _, size in chunks) == counted * numbers
+
+
+DISAGREEMENTS = {
+    "tokens": [("the number of tokens is 24", "18 on rank 1"), ("the number of tokens is 18", "24 on rank 0")],
+    "vocab_size": [("vocab_size is 990", "991 on rank 1"), ("vocab_size is 991", "990 on rank 0")],
+    "vocab_size too large": [("vocab_size is 1001", "1000")] * 2,
+    "temperature": [("temperature is 1.0", "different on rank 1"), ("temperature is 2.0", "different on rank 0")],
+    "ids": [("the sum of the token ids is", "on rank 1"), ("the sum of the token ids is", "on rank 0")],
+    "softcap": [("another option is", "different on rank 1"), ("another option is", "different on rank 0")],
+    "refused": [("rank 1 of process_group raised an error", ""), ("softcap is -1.0", "expected")],
+    "width": [("rank 1 of process_group raised an error", ""), ("expected the same H", "(400, 23)")],
+    "id out of range": [("is 1000, expected an id in [0, 1000)", "")] * 2,
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_that_disagree_raise_on_both_sides(name: str, ranks: Results) -> None:
+    for results, expected in zip(ranks, DISAGREEMENTS[name], strict=False):
+        message = results[f"error {name}"]
+        assert message.startswith("ValueError: ") and all(part in message for part in expected), message
+
+
+def test_the_group_works_after_errors(ranks: Results) -> None:
+    assert "works after errors" in ranks[0] and "works after errors" in ranks[1]
+
+
+def test_no_tokens(ranks: Results) -> None:
+    for rank, results in enumerate(ranks[:2]):
+        together = results["no tokens"]
+        assert together["logprobs"].shape == (0, LEAD[1]) and together["hidden"].shape == (0, LEAD[1], WIDTH)
+        assert together["weight"].shape == (SPLITS[2][rank], WIDTH) and not together["weight"].any()
+
+
+def test_devices_compare_their_arguments_without_the_host(ranks: Results) -> None:
+    alone = shard_ranks.statistics(shard_ranks.make("plain"))
+    for call in ("first", "second"):
+        assert_like_one_process(joined(ranks, f"on a device {call}", 2), alone)
+    for results in ranks[:2]:
+        assert "RuntimeError: r1kernels: the ranks of process_group disagree" in results["error on a device"]
+
+
+# ---- data parallelism -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", shard_ranks.OBJECTIVES)
+def test_a_global_normalizer_gives_the_gradient_of_one_process(name: str, world: int, ranks: Results) -> None:
+    objective = shard_ranks.OBJECTIVES[name]
+    alone = shard_ranks.policy(shard_ranks.make("plain"), objective)  # of twice the loss
+    for results in ranks[:world]:
+        together = results[f"data parallel {name}, {world}"]
+        assert_like_one_process(
+            {"loss": together["loss"], "weight": together["weight"]},
+            {"loss": alone["loss"], "weight": alone["weight"] / 2},
+        )
+
+
+# ---- without a process group ----------------------------------------------------------------------------------
+
+
+@host_code
+def test_merging_keeps_small_log_probs_and_entropies() -> None:
+    """Two shards; the token's logit is 60 above all others."""
+    z = torch.cat([torch.tensor([60.0]), torch.linspace(-1, 1, 9)]).double()
+    powers = (z - 60).exp()
+    surprise = powers * (61 - z)  # with its share of the first logit's
+    others = z[4:].log_softmax(0)
+    lse = torch.stack([z[:4].logsumexp(0), z[4:].logsumexp(0)])[:, None]
+    logprob = torch.stack([-powers[1:4].sum(), others[0]])[:, None]
+    entropy = torch.stack([surprise[1:4].sum(), -(others.exp() * others).sum()])[:, None]
+    merged, _, merged_entropy = merge(logprob, lse, entropy, torch.tensor([0]))
+    torch.testing.assert_close(merged[0], -powers[1:].sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged_entropy[0], surprise[1:].sum(), rtol=1e-12, atol=0)
+
+
+@host_code
+def test_ids_out_of_range_are_found_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "reads_are_free", lambda device: False)
+    layout, ids = shards.Layout(None, 1, (4, 0, 3)), torch.tensor([0, 3, 4, 6, 99])
+    mask = ids < 99
+    shard = shards.Shard(layout._replace(rank=2), ids, mask)
+    assert shard.owner.tolist()[:4] == [0, 0, 2, 2]
+    assert shard.owned.tolist() == [False, False, True, True, False]
+    assert shard.ids[2:4].tolist() == [0, 2] and (shard.ids >= 0).all() and (shard.ids < 3).all()
+    with pytest.raises(RuntimeError, match="a token id is out of range"):
+        shards.Shard(layout, ids, None)
+
+
+@host_code
+def test_padding_may_cover_whole_shards() -> None:
+    assert layout_of((4, 4, 4), 10).sizes == (4, 4, 2)
+    assert layout_of((4, 0, 4, 4), 3).sizes == (3, 0, 0, 0)
+    assert layout_of((4, 3), None).sizes == (4, 3)
+
+
+@checks_only
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"process_group": "tp"}, TypeError, "process_group is 'tp', expected a torch.distributed.ProcessGroup"),
+    ({"vocab_size": 0}, ValueError, "vocab_size is 0, expected a positive integer"),
+    ({"vocab_size": True}, ValueError, "vocab_size is True, expected a positive integer"),
+    ({"vocab_size": 38}, ValueError, "vocab_size is 38, expected at most the number of rows on all ranks, 37"),
+    ({"vocab_size": 1}, ValueError, r"token_ids\[\d\] is \d+, expected an id in \[0, 1\)"),
+])
+def test_bad_keywords(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    case = cases.make("plain", 5)
+    with pytest.raises(error, match=message):
+        linear_token_logprobs(**case, **options)
+
+
+@checks_only
+def test_distillation_refuses_a_padded_vocabulary() -> None:
+    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+    with pytest.raises(ValueError, match="vocab_size is given, expected None"):
+        linear_distillation_loss(hidden, weight, hidden, weight, vocab_size=4)
+
+
+@checks_only
+def test_padding_and_accumulation_into_a_gradient() -> None:
+    case = cases.make("bias", 5)
+    case["token_ids"] = case["token_ids"] % 30
+    weight = case["weight"].requires_grad_()
+    into = torch.ones(weight.shape)
+    logprobs, _ = linear_token_logprobs_and_entropy(**case, vocab_size=30, grad_accumulation_into=into)
+    logprobs.sum().backward()
+    assert weight.grad is None and (into[:30] != 1).any() and torch.equal(into[30:], torch.ones(7, 12))

@@ -1,0 +1,361 @@
+"""Four ranks, which compute heads whose vocabulary, or whose batch, is split over two, three and four of them.
+
+    python shard_ranks.py DIRECTORY
+
+saves the results of each as DIRECTORY/RANK.pt; the tests compare them with one process. One process imports torch, and
+the ranks are forks of it, because the import takes longer than all that they compute.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import linear_cases as cases
+import torch
+from torch import Tensor
+
+from r1kernels import (
+    cross_entropy,
+    global_normalizer,
+    grpo_loss,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_token_logprobs_and_entropy,
+    objectives,
+    testing,
+    token_logprobs_and_entropy,
+)
+from r1kernels.ops import shards
+
+WORLD, SECONDS = 4, 150
+# Rows of each rank.
+SPLITS = {2: (600, 400), 3: (400, 350, 250), 4: (400, 0, 350, 250)}
+VOCAB, WIDTH, LEAD = 1000, 24, (4, 6)
+OPTIONS = {"chunk_bytes": cases.chunk_of(7, 400, WIDTH)}
+DTYPES = {
+    "float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32 head": (torch.bfloat16, torch.float32), "float16": (torch.float16, torch.float16),
+}
+
+
+def make(head: str, dtypes: str = "float32", vocab: int = VOCAB) -> dict[str, Any]:
+    dtype, weight_dtype = DTYPES[dtypes]
+    return cases.make(head, *LEAD, width=WIDTH, vocab=vocab, dtype=dtype, weight_dtype=weight_dtype)
+
+
+def mask() -> Tensor:
+    return testing.random_ids(*LEAD, vocab=4, seed=3) > 0
+
+
+def shard_of(case: dict[str, Any], sizes: tuple[int, ...], rank: int) -> dict[str, Any]:
+    """The case with the rows of one rank."""
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    part = case | {name: case[name][rows] for name in ("weight", "bias") if name in case}
+    if "lora" in case:
+        part["lora"] = (case["lora"][0], case["lora"][1][:, rows])
+    if "logits" in case:
+        part["logits"] = case["logits"][..., rows]
+    return part
+
+
+# ---- the calls, of one process and of a rank alike --------------------------------------------------------
+
+
+def statistics(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    g, eta = cases.weights_of(*LEAD)
+    (logprobs, entropy), grads = cases.gradients(
+        linear_token_logprobs_and_entropy, case,
+        lambda result: (g.to(result[0].dtype) * result[0] + eta.to(result[1].dtype) * result[1]).sum(),
+        mask=mask(), **options,
+    )
+    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **grads}
+
+
+def batch() -> dict[str, Tensor]:
+    """What a policy loss needs of the tokens."""
+    rng = testing.generator(5)
+    advantages = torch.randn(LEAD[0], generator=rng)
+    advantages[1] = 0
+    old = -7 + torch.randn(LEAD, generator=rng)
+    return {"advantages": advantages, "old_logprobs": old, "ref_logprobs": old + 0.1, "mask": mask()}
+
+
+def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any) -> dict[str, Tensor]:
+    result, grads = cases.gradients(
+        linear_grpo_loss, case, lambda result: 2 * result.loss, objective=objective, **batch(), **options
+    )
+    return {"loss": result.loss.detach(), **{f"metric {k}": v for k, v in result.metrics.items()}, **grads}
+
+
+def linear_nll(case: dict[str, Any], reduction: str, **options: Any) -> dict[str, Tensor]:
+    case = case | {"targets": torch.where(mask(), case["token_ids"], -100)}
+    del case["token_ids"]
+    loss, grads = cases.gradients(
+        linear_cross_entropy, case, lambda loss: loss.square().sum(), reduction=reduction, **options
+    )
+    return {"loss": loss.detach(), **grads}
+
+
+def padded(sizes: tuple[int, ...], rank: int | None) -> dict[str, Any]:
+    """Rows from 790 on are padding that must not be read."""
+    case = make("everything", vocab=sum(sizes))
+    case["token_ids"] = case["token_ids"] % 790
+    for value in (case["weight"], case["bias"], case["lora"][1].t()):
+        value[790:] = torch.nan
+    return case if rank is None else shard_of(case, sizes, rank)
+
+
+def no_logits_in_a_shard() -> dict[str, Any]:
+    """All logits of one shard of three are -inf, and one token has nearly all of the probability."""
+    case = make("bias")
+    case["bias"][400:750] = -torch.inf
+    case["bias"][7] = 30
+    case["token_ids"][0] = 7
+    case["token_ids"][1] = case["token_ids"][1].clamp(max=399)
+    return case
+
+
+def accumulated(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    weight = case["weight"].detach().requires_grad_()
+    into = torch.ones(weight.shape)
+    case = case | {"weight": weight, "grad_accumulation_into": into}
+    linear_cross_entropy(**{"targets" if k == "token_ids" else k: v for k, v in case.items()}, **options).backward()
+    assert weight.grad is None
+    return {"weight": into}
+
+
+def make_logits(dtype: torch.dtype) -> dict[str, Any]:
+    ids = testing.random_ids(*LEAD, vocab=VOCAB)
+    return {"logits": testing.random_logits(*LEAD, VOCAB, dtype=dtype), "token_ids": ids}
+
+
+def padded_logits(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """The entries from VOCAB on are padding."""
+    case = make_logits(torch.bfloat16)
+    return case | {"logits": torch.nn.functional.pad(case["logits"], (0, sum(sizes) - VOCAB), value=torch.nan)}
+
+
+def from_logits(case: dict[str, Any], what: str, **options: Any) -> dict[str, Tensor]:
+    logits = case["logits"].detach().requires_grad_()
+    ids = case["token_ids"]
+    if what == "statistics":
+        g, eta = (value.float() for value in cases.weights_of(*LEAD))
+        logprobs, entropy = token_logprobs_and_entropy(logits, ids, temperature=0.7, **options)
+        results, loss = {"logprobs": logprobs, "entropy": entropy}, (g * logprobs + eta * entropy).sum()
+    elif what == "policy":
+        loss, metrics = grpo_loss(logits, ids, objective=objectives.grpo(entropy_coef=0.1), **batch(), **options)
+        results = {"loss": loss, **{f"metric {name}": value for name, value in metrics.items()}}
+    else:
+        loss = cross_entropy(logits, torch.where(mask(), ids, -100), **options)
+        results = {"loss": loss}
+    loss.backward()
+    return {**{name: value.detach() for name, value in results.items()}, "logits": logits.grad}
+
+
+CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, Any]], dict[str, Any]]] = {
+    **{f"statistics {head}, {dtypes}": (statistics, lambda h=head, d=dtypes: make(h, d), OPTIONS)
+       for head in ("plain", "everything") for dtypes in DTYPES},
+    **{f"policy {name}, {dtypes}": (policy, lambda d=dtypes: make("scale and temperatures", d),
+                                    OPTIONS | {"objective": objective})
+       for dtypes in ("float32", "bfloat16")
+       for name, objective in {
+           "one pass": objectives.grpo(kl_coef=0.1, entropy_coef=0.02), "sparse": objectives.dapo(),
+           "two phases": objectives.gspo(),
+       }.items()},
+    "policy capacity": (policy, lambda: make("plain"), OPTIONS | {"objective": objectives.dapo(), "capacity": 22}),
+    **{f"cross entropy {reduction}": (linear_nll, lambda: make("softcap"), OPTIONS | {"reduction": reduction})
+       for reduction in ("mean", "none")},
+    "rounded logits": (statistics, lambda: make("bias", "bfloat16"), OPTIONS | {"logits_dtype": torch.bfloat16}),
+    "no logits in a shard": (statistics, no_logits_in_a_shard, {}),
+    **{f"logits {what}, {name}": (from_logits, lambda d=dtype: make_logits(d), {"what": what})
+       for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+       for what in ("statistics", "policy", "cross entropy")},
+    "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
+}
+
+
+# ---- data parallelism -------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "token mean": objectives.dapo(kl_coef=0.1), "sequence mean": objectives.gspo(),
+    "constant": objectives.dr_grpo(max_length=10),
+}
+
+
+def data_parallel(rank: int, world: int, group: Any, objective: objectives.Objective) -> dict[str, Tensor]:
+    """Every rank has some sequences, and takes them one by one. The gradients are added up."""
+    case, tokens = make("plain"), batch()
+    mine = [slice(row, row + 1) for row in range(rank, LEAD[0], world)]
+    normalizer = global_normalizer([tokens["mask"][rows] for rows in mine], objective, group)
+    total = torch.zeros(())
+    weight = case["weight"].requires_grad_()
+    for rows in mine:
+        loss = linear_grpo_loss(
+            case["hidden"][rows], weight, case["token_ids"][rows], objective=objective, normalizer=normalizer,
+            **{name: value[rows] for name, value in tokens.items()},
+        ).loss
+        loss.backward()
+        total += loss.detach()
+    for value in (weight.grad, total):
+        if group is not None:
+            torch.distributed.all_reduce(value, group=group)
+    return {"loss": total, "weight": weight.grad, "normalizer": normalizer}
+
+
+# ---- a rank -----------------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Counts what a rank gives to collectives: (name, bytes) of each."""
+
+    def __enter__(self) -> list[tuple[str, int]]:
+        sent: list[tuple[str, int]] = []
+        self.saved = {name: getattr(torch.distributed, name) for name in ("all_gather", "all_reduce")}
+
+        def counting(name: str) -> Callable[..., Any]:
+            def run(*args: Any, **keywords: Any) -> Any:
+                value = args[1 if name == "all_gather" else 0]
+                sent.append((name, value.numel() * value.element_size()))
+                return self.saved[name](*args, **keywords)
+
+            return run
+
+        for name in self.saved:
+            setattr(torch.distributed, name, counting(name))
+        return sent
+
+    def __exit__(self, *_: Any) -> None:
+        for name, function in self.saved.items():
+            setattr(torch.distributed, name, function)
+
+
+def bad_calls(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments of `statistics` on which rank 1 of two disagrees with rank 0."""
+    good = shard_of(make("everything"), SPLITS[2], rank)
+    yield "tokens", good | ({"hidden": good["hidden"][:3], "token_ids": good["token_ids"][:3],
+                             "temperature": good["temperature"][:3]} if rank else {})
+    yield "vocab_size", good | {"vocab_size": 990 + rank}
+    yield "vocab_size too large", good | {"vocab_size": 1001}
+    yield "temperature", good | {"temperature": 1.0 + rank}
+    yield "ids", good | {"token_ids": good["token_ids"].roll(rank) // (1 + rank)}
+    yield "softcap", good | {"softcap": 5.0 + rank}
+    yield "refused", good | ({"softcap": -1.0} if rank else {})
+    yield "width", good | ({"weight": good["weight"][:, 1:]} if rank else {})
+    yield "id out of range", good | {"token_ids": torch.where(good["token_ids"] == good["token_ids"][0, 0], 1000,
+                                                              good["token_ids"])}
+
+
+def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
+    """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
+    shards.reads_are_free = lambda device: False
+    results = {f"on a device {call}, 2": statistics(part, process_group=group) for call in ("first", "second")}
+    one_less = part | ({"token_ids": part["token_ids"][1:], "hidden": part["hidden"][1:]} if rank else {})
+    error = error_of(lambda: linear_token_logprobs_and_entropy(**one_less, process_group=group))
+    return results | {"error on a device": error}
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for world, group in groups.items():
+        if rank >= world:
+            continue
+        for name, (function, make_case, options) in CALLS.items():
+            part = shard_of(make_case(), SPLITS[world], rank)
+            results[f"{name}, {world}"] = function(part, process_group=group, **options)
+        for name, objective in OBJECTIVES.items():
+            results[f"data parallel {name}, {world}"] = data_parallel(rank, world, group, objective)
+        rows = (400,) * world
+        if sum(rows) > VOCAB:
+            padding = shard_of(padded_logits(rows), rows, rank)
+            results[f"padded logits, {world}"] = from_logits(
+                padding, "statistics", process_group=group, vocab_size=VOCAB
+            )
+        results[f"padded, {world}"] = statistics(padded(rows, rank), process_group=group, vocab_size=790)
+        for vocab in (40, VOCAB):
+            sizes = (vocab - 8 * (world - 1), *(8,) * (world - 1))
+            part = shard_of(make("lora", vocab=vocab), sizes, rank)
+            for name, function in (("statistics", statistics), ("policy", policy)):
+                options = {"objective": objectives.grpo(kl_coef=0.1)} if name == "policy" else {}
+                chunks = cases.chunk_of(7, max(sizes), WIDTH)
+                with Traffic() as sent:
+                    function(part, process_group=group, chunk_bytes=chunks, **options)
+                results[f"traffic {name}, {vocab}, {world}"] = sent
+    if rank < 2:
+        for name, arguments in bad_calls(rank):
+            call = linear_token_logprobs_and_entropy
+            results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
+        part = shard_of(make("plain"), SPLITS[2], rank)
+        results["works after errors"] = statistics(part, process_group=groups[2])
+        nothing = part | {"hidden": part["hidden"][:0], "token_ids": part["token_ids"][:0]}
+        (logprobs, _), grads = cases.gradients(
+            linear_token_logprobs_and_entropy, nothing, lambda result: result[0].sum(), process_group=groups[2]
+        )
+        results["no tokens"] = {"logprobs": logprobs.detach(), **grads}
+        results |= as_on_a_device(rank, part, groups[2])
+    return results
+
+
+def main(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=WORLD,
+        timeout=datetime.timedelta(seconds=SECONDS),
+    )
+    groups = {world: torch.distributed.new_group(list(range(world))) for world in SPLITS}
+    torch.save(results_of(rank, groups), directory / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def fork_ranks(directory: Path) -> None:
+    """Runs all ranks. One that fails, and the time limit, end the others."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=main, args=(rank, directory)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + SECONDS
+    while running := [process for process in processes if process.exitcode is None]:
+        connection.wait([process.sentinel for process in running], max(end - time.monotonic(), 0))
+        if time.monotonic() >= end or any(process.exitcode for process in processes):
+            break
+    for process in processes:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
+
+
+def run_ranks(directory: Path) -> list[dict[str, Any]]:
+    """The results of all ranks."""
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parents[2], Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+    completed = subprocess.run(
+        [sys.executable, "-W", "error", __file__, str(directory)], env=environment, capture_output=True, text=True,
+        timeout=2 * SECONDS,
+    )
+    if completed.returncode:
+        raise RuntimeError((completed.stdout + completed.stderr)[-6000:])
+    return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
+
+
+if __name__ == "__main__":
+    fork_ranks(Path(sys.argv[1]))
