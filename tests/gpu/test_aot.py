@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from aot_rows import FAULTY
+from once import once
 
 import r1kernels
 from r1kernels.triton import aot, sources
@@ -42,18 +43,19 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     default a sample is compiled, which must give the committed rows again. `--full` compiles all kernels, and so does
     any run with another Triton than that of the table.
     """
-    folder = tmp_path_factory.mktemp("aot")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {
-        "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1",
-    }
     committed = committed_table(aot.triton.__version__)
     how = "sample" if committed["triton"] == aot.triton.__version__ else "full"
     how = "full" if request.config.getoption("--full") else how
-    command = (sys.executable, str(SUPPORT / "aot_rows.py"), str(folder / "rows.json"), how)
-    completed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert (folder / "rows.json").exists(), completed.stdout + completed.stderr
-    compiled = json.loads((folder / "rows.json").read_text())
+
+    def compile_rows(folder: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+        environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}",
+                        "OMP_NUM_THREADS": "1"}
+        command = (sys.executable, str(SUPPORT / "aot_rows.py"), str(folder / "rows.json"), how)
+        completed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert (folder / "rows.json").exists(), completed.stdout + completed.stderr
+
+    compiled = json.loads((once(tmp_path_factory, "aot", compile_rows) / "rows.json").read_text())
     rows = compiled["rows"]
     fresh = {key_of(row): row for row in rows[: compiled["tasks"]]}
     if how == "sample":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from once import once
 
 import r1kernels
 from r1kernels.triton import sources
@@ -25,16 +26,15 @@ ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("launches")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {
-        "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "R1KERNELS_BACKEND": "auto",
-    }
-    command = (sys.executable, str(SUPPORT / "triton_launches.py"), str(folder / "launches.json"))
-    completed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    return json.loads((folder / "launches.json").read_text())
+    def make(folder: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+        environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                        "R1KERNELS_BACKEND": "auto"}
+        command = (sys.executable, str(SUPPORT / "triton_launches.py"), str(folder / "launches.json"))
+        completed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert completed.returncode == 0, completed.stdout + completed.stderr
+
+    return json.loads((once(tmp_path_factory, "launches", make) / "launches.json").read_text())
 
 
 def test_every_launcher_is_called(launches: dict[str, Any]) -> None:

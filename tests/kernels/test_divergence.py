@@ -227,6 +227,7 @@ def test_the_ends_of_beta() -> None:
 # ---- 3. opcheck -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
@@ -244,6 +245,7 @@ def test_opcheck(kind: int, masked: bool, dtype: torch.dtype) -> None:
 # ---- 4. compile -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("kind", KINDS)

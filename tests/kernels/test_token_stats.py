@@ -185,6 +185,7 @@ def test_differentiable_once_only() -> None:
 # ---- 3. opcheck -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])

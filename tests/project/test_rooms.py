@@ -10,6 +10,7 @@ from pathlib import Path
 import backends
 import pytest
 import sampling
+from once import once
 
 ROOT = backends.TESTS.parent
 ROOMS = {
@@ -83,6 +84,7 @@ def counted(completed: subprocess.CompletedProcess[str]) -> str:
     return completed.stdout.strip().splitlines()[-1].partition(" in ")[0].strip("= ")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_new_test_runs_on_the_triton_kernels(tree: Path, full: bool) -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's, which is not installed")
@@ -138,6 +140,22 @@ def test_every_test_lies_in_a_room_and_has_a_name_of_its_own() -> None:
     assert not [name for name in names if names.count(name) > 1]
     outside = [path for path in files if path.parent.name not in ROOMS]
     assert not outside
+
+
+def test_shared_work_is_done_once_and_again_after_a_failure(tmp_path_factory: pytest.TempPathFactory) -> None:
+    calls: list[Path] = []
+
+    def make(folder: Path) -> None:
+        assert not list(folder.iterdir())
+        (folder / "part").touch()
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        once(tmp_path_factory, "shared", make)
+    assert once(tmp_path_factory, "shared", make) == once(tmp_path_factory, "shared", make) == calls[1]
+    assert len(calls) == 2
 
 
 def test_the_summary_of_a_process_that_fails_is_shown(tmp_path: Path) -> None:

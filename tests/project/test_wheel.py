@@ -11,6 +11,7 @@ from pathlib import Path
 import nvcc
 import pytest
 import torch
+from once import once
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -35,11 +36,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = Path(sys.prefix)
     if not (environment / "base.stamp").exists():
         pytest.skip("wheels are made in the environment of `make`, and this is another")
-    dist = tmp_path_factory.mktemp("dist")
     # The development build's architectures, unless others are asked for: its objects are there already.
     architectures = os.environ.get("R1KERNELS_CUDA_ARCHS", "")
-    run("make", "wheel", f"VENV={environment}", f"DIST={dist}", f"R1KERNELS_CUDA_ARCHS={architectures}", cwd=ROOT)
-    (wheel,) = dist.glob("*.whl")
+
+    def make(dist: Path) -> None:
+        run("make", "wheel", f"VENV={environment}", f"DIST={dist}", f"R1KERNELS_CUDA_ARCHS={architectures}", cwd=ROOT)
+
+    (wheel,) = once(tmp_path_factory, "wheel", make).glob("*.whl")
     return wheel
 
 
@@ -115,21 +118,20 @@ def cpu_versions() -> list[str]:
     return [version for version in dict.fromkeys(versions) if version != torch.__version__]
 
 
-@pytest.fixture(scope="module")
-def used(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The lines that `use_wheel.py` prints in a new environment, with the oldest other torch if there is one."""
-    folder = tmp_path_factory.mktemp("clean")
+def install(wheel: Path, folder: Path, *options: object) -> Path:
+    """The Python of a new environment in which a wheel is installed."""
     run(sys.executable, "-m", "venv", folder / "environment", cwd=folder)
     python = folder / "environment" / "bin" / "python"
-    version = (cpu_versions() or [torch.__version__.partition("+")[0]])[-1]
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
-    (folder / "constraints.txt").write_text("\n".join([*pins, f"torch=={version}"]))
-    run(python, *PIP, "install", "--quiet", "-c", folder / "constraints.txt", wheel, cwd=folder)
-    return run(python, PROGRAM, cwd=folder).splitlines()
+    run(python, *PIP, "install", "--quiet", *options, wheel, cwd=folder)
+    return python
 
 
-def test_the_wheel_is_used_in_a_clean_environment(used: list[str]) -> None:
-    _, architectures, missing = used
+def test_the_wheel_is_used_from_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that finds torch, and what torch needs, in this one."""
+    python = install(wheel, tmp_path, "--no-deps")
+    (packages,) = python.parents[1].glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]))
+    _, architectures, missing = run(python, PROGRAM, cwd=tmp_path).splitlines()
     compiler, why = nvcc.available()
     if compiler is None:
         assert not architectures
@@ -139,10 +141,18 @@ def test_the_wheel_is_used_in_a_clean_environment(used: list[str]) -> None:
         assert missing == "" or "driver" in missing or "sm_" in missing
 
 
-def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(used: list[str]) -> None:
-    if used[0] == torch.__version__:
+def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(
+    wheel: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The oldest CPU build that the registry has, installed with all that the wheel needs."""
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full only: it installs another torch, hundreds of MB")
+    if not (versions := cpu_versions()):
         pytest.skip(f"the registry has no CPU build of torch but {torch.__version__}")
-    assert used[0].endswith("+cpu")
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+    (tmp_path / "constraints.txt").write_text("\n".join([*pins, f"torch=={versions[-1]}"]))
+    python = install(wheel, tmp_path, "-c", tmp_path / "constraints.txt")
+    assert run(python, PROGRAM, cwd=tmp_path).splitlines()[0] == versions[-1]
 
 
 def test_the_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from once import locked
+
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = Path(__file__).resolve().parent
 CSRC, EMULATOR, BUILD = ROOT / "csrc", SUPPORT / "cuda_emulator", ROOT / "build" / "emulator"
@@ -32,13 +34,13 @@ def _compile(source: Path, flags: Iterable[str], shared: bytes) -> Path:
     command = [str(COMPILER), *FLAGS, *flags, "-x", "c++", "-c", str(source)]
     key = hashlib.sha256(shared + source.read_bytes() + repr(command).encode()).hexdigest()[:16]
     target = BUILD / f"{source.stem}-{key}.o"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        mine = target.with_suffix(f".{os.getpid()}")
-        completed = subprocess.run([*command, "-o", str(mine)], capture_output=True, text=True)
-        if completed.returncode != 0:
-            raise RuntimeError(f"{source}:\n{completed.stderr}")
-        mine.rename(target)
+    with locked(target.with_suffix(".lock")):
+        if not target.exists():
+            mine = target.with_suffix(".part")
+            completed = subprocess.run([*command, "-o", str(mine)], capture_output=True, text=True)
+            if completed.returncode != 0:
+                raise RuntimeError(f"{source}:\n{completed.stderr}")
+            mine.rename(target)
     return target
 
 
@@ -50,10 +52,11 @@ def _headers() -> bytes:
 def _link(objects: list[Path], flags: list[str], name: str) -> Path:
     key = hashlib.sha256(repr((objects, flags)).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{key}.so"
-    if not target.exists():
-        mine = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([str(COMPILER), "-shared", *map(str, objects), *flags, "-o", str(mine)], check=True)
-        mine.rename(target)
+    with locked(target.with_suffix(".lock")):
+        if not target.exists():
+            mine = target.with_suffix(".part")
+            subprocess.run([str(COMPILER), "-shared", *map(str, objects), *flags, "-o", str(mine)], check=True)
+            mine.rename(target)
     return target
 
 

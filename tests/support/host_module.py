@@ -5,7 +5,6 @@ Each variant has a namespace of its own in the place of `r1k`: pybind11 knows ty
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from once import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "host-modules"
@@ -65,13 +65,11 @@ def load(source: Path, headers: list[Path]) -> dict[str, ModuleType]:
     content = [sys.version, pybind11.__version__, compiler, *FLAGS, *variants().values(), NINJA]
     content += [path.read_text() for path in (source, *headers)]
     folder = BUILD / hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     names = {variant: f"{source.stem}_{variant}" for variant in variants()}
     include = [f"-I{ROOT / 'csrc'}", f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     edges = [EDGE.format(name=names[variant], source=source, flags=flags) for variant, flags in variants().items()]
     rules = NINJA.format(compiler=shutil.which("g++"), flags=" ".join((*FLAGS, *include)))
-    with (folder / "lock").open("w") as lock:  # the processes of pytest-xdist build once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "lock"):
         (folder / "build.ninja").write_text(rules + "".join(edges))
         completed = subprocess.run(
             [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-j2"], capture_output=True, text=True
