@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.group_advantages import group_advantages
     from r1kernels.ops.grpo_loss import grpo_loss
     from r1kernels.ops.kl_estimate import kl_estimate
+    from r1kernels.ops.linear_budget import linear_loss_bytes
     from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
     from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
     from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
@@ -46,6 +47,7 @@ _MODULES = {
     "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
     "linear_grpo_loss": "r1kernels.ops.linear_grpo_loss",
     "linear_logits": "r1kernels.ops.linear_logits",
+    "linear_loss_bytes": "r1kernels.ops.linear_budget",
     "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
     "policy_loss": "r1kernels.ops.policy_loss",
@@ -73,6 +75,7 @@ __all__ = [
     "linear_distillation_loss",
     "linear_grpo_loss",
     "linear_logits",
+    "linear_loss_bytes",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "objectives",

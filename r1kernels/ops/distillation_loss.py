@@ -22,6 +22,9 @@ from r1kernels.ops._checks import (
 )
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.divergence import divergence as _divergence
+from r1kernels.ops.sharded_divergence import sharded_divergence
+from r1kernels.ops.sharded_topk import sharded_topk
+from r1kernels.ops.shards import NOT_SHARDED, Facts, Layout, Shard, Split, agreed_layout, layout_of, refusals
 from r1kernels.ops.topk_divergence import Teacher, check_values, make_teacher, topk_divergence
 
 
@@ -118,6 +121,33 @@ def reduce(
     return DistillationLoss(loss, {name: metric.to(dtype) for name, metric in metrics.items()})
 
 
+def _check_teacher_logits(teacher: Any, student: Tensor) -> None:
+    check_floating("teacher_logits", teacher, student)
+    if teacher.dim() > 0 and teacher.shape[-1] != student.shape[-1]:
+        raise ValueError(
+            f"teacher_logits has a vocabulary of {teacher.shape[-1]} and student_logits one of {student.shape[-1]}, "
+            "expected the same tokens in the same order"
+        )
+    check_shape("teacher_logits", teacher, student.shape, "one row for each of student_logits")
+
+
+def _layout(
+    split: Split, student: Tensor, teacher_dtype: torch.dtype, mask: Tensor | None, temperature: float,
+    settings: tuple[Any, ...],
+) -> tuple[Layout, Shard | None]:
+    """How the vocabulary is split."""
+    group, vocab_size = split.checked()
+    rows, tokens = student.shape[-1], student.shape[:-1].numel()
+    if group is None:
+        return layout_of((rows,), vocab_size), None
+    facts = Facts(
+        "distillation_loss", tokens, tokens if mask is None else mask.sum(), 0, 0, vocab_size or -1,
+        (student.dtype, teacher_dtype), temperature, (), settings,
+    )
+    layout = agreed_layout(group, rows, facts, student.device)
+    return layout, Shard(layout, torch.zeros(tokens, dtype=torch.int64, device=student.device), None)
+
+
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None = None,
@@ -129,6 +159,8 @@ def distillation_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
     normalizer: Tensor | float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> DistillationLoss:
     r"""Mean divergence of a student from a teacher, over the whole vocabulary or the teacher's K likeliest tokens.
 
@@ -155,6 +187,10 @@ def distillation_loss(
             by T^2 to keep gradients comparable across temperatures (Hinton et al., 2015).
         normalizer: 0-d tensor or number > 0; replaces the number of counted tokens. Pass the global number under
             gradient accumulation or data parallelism; the summed gradient then equals that of the whole batch.
+        process_group: both vocabularies are sharded over these ranks in the same way, as in `token_logprobs`. A
+            top-k teacher is the same on all ranks, with ids of the whole vocabulary.
+        vocab_size: V without padding, of both. Entries (over all ranks) from this one on are not read, and get
+            gradient 0.
 
     A top-k teacher is compared over K + 1 outcomes: the K tokens, and all the others together. Here
     q_rest = max(1e-7, 1 - sum q_k), and p_rest is the sum over the tail, not 1 - sum. The result is a lower bound of
@@ -187,23 +223,33 @@ def distillation_loss(
     kind, beta, temperature = check_settings(divergence, beta, temperature)
     check_teacher_kind({"teacher_logits": teacher_logits}, teacher_token_ids, teacher_logprobs)
     check_floating("student_logits", student_logits)
-    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+    split = Split(process_group, vocab_size)
+    group, vocab_size = split.checked()
+    if student_logits.dim() == 0 or (student_logits.shape[-1] == 0 and group is None):
         raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (..., V) with V >= 1")
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     mask = as_mask(mask, student_logits, shape)
     normalizer = check_normalizer(normalizer, student_logits)
     if teacher_logits is None:
+        shard = None
+        if split != NOT_SHARDED:
+            settings = (kind, beta, "top-k")
+            layout, shard = _layout(split, student_logits, student_logits.dtype, mask, temperature, settings)
+            vocab = layout.vocab
+            student_logits = student_logits if shard else student_logits[..., :vocab]
         teacher = check_topk(teacher_token_ids, teacher_logprobs, student_logits, shape, vocab, mask)
-        rows = topk_divergence(student_logits, teacher, mask, kind, beta, temperature)
+        arguments = (student_logits, teacher, mask, kind, beta, temperature)
+        rows = topk_divergence(*arguments) if shard is None else sharded_topk(*arguments, shard)
         names = ("student_entropy", "teacher_tail_mass", "student_tail_mass")
     else:
-        check_floating("teacher_logits", teacher_logits, student_logits)
-        if teacher_logits.dim() > 0 and teacher_logits.shape[-1] != vocab:
-            raise ValueError(
-                f"teacher_logits has a vocabulary of {teacher_logits.shape[-1]} and student_logits one of {vocab}, "
-                "expected the same tokens in the same order"
-            )
-        check_shape("teacher_logits", teacher_logits, student_logits.shape, "one row for each of student_logits")
-        rows = _divergence(student_logits, teacher_logits, mask, kind, beta, temperature)
+        with refusals(group, student_logits):
+            _check_teacher_logits(teacher_logits, student_logits)
+        arguments = (student_logits, teacher_logits, mask, kind, beta, temperature)
+        if split == NOT_SHARDED:
+            rows = _divergence(*arguments)
+        else:
+            settings = (kind, beta, "a whole teacher")
+            split_up = _layout(split, student_logits, teacher_logits.dtype, mask, temperature, settings)
+            rows = sharded_divergence(*arguments, *split_up)
         names = ("student_entropy", "teacher_entropy")
     return reduce(rows[0], mask, normalizer, dict(zip(names, (row.detach() for row in rows[1:]), strict=True)))

@@ -55,20 +55,30 @@ def of_log_probs(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor
     return beta * of_teacher + (1 - beta) * of_student
 
 
-def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """w_i = P_i (h_i - sum_k P_k h_k) with h = dD/dP: the gradient through a softmax over the outcomes."""
+def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float, inner: Tensor | None = None) -> Tensor:
+    """w_i = P_i (h_i - sum_k P_k h_k) with h = dD/dP: the gradient through a softmax over the outcomes. `inner` (n, 1)
+    is the sum, if some outcomes are elsewhere."""
     p = log_p.exp()
     if kind == "forward_kl":
         return p - log_q.exp()
+    log_ratio, infinite = _log_ratio(log_p, log_q, kind, beta)
+    if inner is None:
+        inner = (p * log_ratio).sum(-1, keepdim=True)
+    else:
+        infinite = infinite | (inner == torch.inf)
+    weights = torch.where(infinite, 0, p * (log_ratio - torch.where(infinite, 0, inner)))
+    return (1 - beta if kind == "jsd" else 1) * weights
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """log P - log Q, or log P - log M, where it counts; and in which rows it is infinite."""
     log_other = log_q
     if kind == "jsd":
         of_q, of_p = _logs(beta, log_p)
         log_other = torch.logaddexp(log_q + of_q, log_p + of_p)
     # 0 * inf = 0; an infinite reverse KL has gradient 0, as in `of_log_probs`.
     infinite = ((log_p > -torch.inf) & (log_other == -torch.inf)).any(-1, keepdim=True)
-    log_ratio = torch.where((p == 0) | infinite, 0, log_p - log_other)
-    inner = (p * log_ratio).sum(-1, keepdim=True)
-    return (1 - beta if kind == "jsd" else 1) * p * (log_ratio - inner)
+    return torch.where((log_p.exp() == 0) | infinite, 0, log_p - log_other), infinite
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -134,28 +144,32 @@ def _served_by(student: Tensor, teacher: Tensor) -> str:
     return _library.select(teacher if teacher.dtype == torch.float64 else student, "divergence")
 
 
-def _block_log_probs(logits: Tensor, rows: slice, dtype: torch.dtype, temperature: float) -> Tensor:
-    return (logits[rows].to(dtype) / temperature).log_softmax(-1)
+def _block(logits: Tensor, rows: slice, dtype: torch.dtype, temperature: float) -> Tensor:
+    return logits[rows].to(dtype) / temperature
 
 
 def statistics(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> Statistics:
-    """Statistics of (N, V) logits. Rows where `mask` is False give 0. The reference does not need the inner
-    statistics, and returns 0 for them."""
+    """Statistics of (N, V) logits. Rows where `mask` is False give 0."""
     if _served_by(student, teacher) != "reference":
         return Statistics(*torch.ops.r1kernels.divergence.default(
             student, teacher, mask, KINDS.index(kind), beta, temperature
         ))
     dtype = torch.promote_types(accumulator_dtype(student.dtype), accumulator_dtype(teacher.dtype))
-    value, *entropies = (torch.zeros(len(student), dtype=dtype, device=student.device) for _ in range(3))
+    value = torch.zeros(len(student), dtype=dtype, device=student.device)
+    results = Statistics(value, *(value.new_zeros(value.shape, dtype=torch.float64) for _ in range(5)))
     for rows in row_blocks(student):
-        log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
-        block = of_log_probs(log_p, log_q, kind, beta), entropy(log_p), entropy(log_q)
-        for result, part in zip((value, *entropies), block, strict=True):
-            result[rows] = part if mask is None else torch.where(mask[rows], part, 0)
-    none = torch.zeros(len(student), dtype=torch.float64, device=student.device)
-    return Statistics(value, none, none, none, *(part.double() for part in entropies))
+        log_p, log_q = (_block(logits, rows, dtype, temperature).log_softmax(-1) for logits in (student, teacher))
+        lse = [_block(logits, rows, torch.float64, temperature).logsumexp(-1) for logits in (student, teacher)]
+        value = of_log_probs(log_p, log_q, kind, beta)
+        inner = value
+        if kind == "jsd":
+            inner = (log_p.exp() * _log_ratio(log_p, log_q, kind, beta)[0]).sum(-1)
+        block = value, *lse, inner, entropy(log_p), entropy(log_q)
+        for result, part in zip(results, block, strict=True):
+            result[rows] = (part if mask is None else torch.where(mask[rows], part, 0)).to(result.dtype)
+    return results
 
 
 def gradient_into(
@@ -169,13 +183,15 @@ def gradient_into(
             temperature, out, softcap,
         )
         return out
-    dtype = torch.promote_types(accumulator_dtype(student.dtype), accumulator_dtype(teacher.dtype))
-    for rows in row_blocks(student):
-        log_p, log_q = (_block_log_probs(logits, rows, dtype, temperature) for logits in (student, teacher))
-        g = grad[rows, None].to(dtype)
-        result = g * log_gradient(log_p, log_q, kind, beta) / temperature
+    for rows in row_blocks(student):  # in float64, because log-probs minus `inner` cancel
+        log_p, log_q = (
+            _block(logits, rows, torch.float64, temperature) - lse[rows, None]
+            for logits, lse in ((student, given.lse_student), (teacher, given.lse_teacher))
+        )
+        g = grad[rows, None].double()
+        result = g * log_gradient(log_p, log_q, kind, beta, given.inner[rows, None]) / temperature
         if softcap > 0:
-            tanh = student[rows].to(dtype) / softcap
+            tanh = student[rows].double() / softcap
             result = result * (1 - tanh) * (1 + tanh)
         out[rows] = torch.where(g == 0, 0, result).to(out.dtype)
     return out

@@ -11,7 +11,9 @@ from torch import Tensor
 from r1kernels import objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._checks import check_tensor
-from r1kernels.ops.policy_loss import CustomObjective
+from r1kernels.ops.policy_inputs import CustomObjective
+from r1kernels.ops.sequence_group import checked_sequence_group, sum_over_ranks
+from r1kernels.ops.shards import checked_group, collective
 
 
 def global_normalizer(
@@ -20,6 +22,7 @@ def global_normalizer(
     group: torch.distributed.ProcessGroup | None = None,
     *,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     r"""The `normalizer` with which the losses of all micro-batches of all ranks add up to that of the whole batch.
 
@@ -37,6 +40,8 @@ def global_normalizer(
             objective with "token_mean", such as `objectives.dapo()`.
         group: the data-parallel ranks, each with its own sequences. None: all ranks of the default group, or this
             process alone if there is none. Ranks that share tokens (tensor parallel) must not be counted twice.
+        sequence_group: the ranks that have other tokens of the same sequences, if each sequence is split. Then `group`
+            must be given: one rank of each of these groups.
         cu_seqlens: (S + 1,), or one for each micro-batch: required for packed masks if the objective counts sequences.
 
     Returns:
@@ -68,8 +73,12 @@ def global_normalizer(
         number = sum(_sequences(value, ends) for value, ends in zip(masks, lengths, strict=True))
         count = torch.full((), number * (objective.max_length or 1), dtype=torch.int64, device=masks[0].device)
     distributed = torch.distributed
+    group, sequence_group = checked_group("group", group), checked_sequence_group(sequence_group)
     if group is not None or (distributed.is_available() and distributed.is_initialized()):
-        distributed.all_reduce(count, group=group)
+        with collective("global_normalizer", group, "group"):
+            distributed.all_reduce(count, group=group)
+    if sequence_group is not None and objective.aggregate == "token_mean":
+        count = sum_over_ranks(count, sequence_group)
     # An empty batch has loss 0, whatever the denominator.
     return count.clamp(min=objective.max_length or 1).float()
 

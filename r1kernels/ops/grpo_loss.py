@@ -13,7 +13,9 @@ from r1kernels import objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import grpo_step
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
-from r1kernels.ops.policy_loss import CustomObjective, PolicyLoss, check_inputs, compute, named
+from r1kernels.ops.policy_inputs import CustomObjective, check_inputs
+from r1kernels.ops.policy_loss import PolicyLoss, compute, named, over_ranks
+from r1kernels.ops.sequence_group import checked_sequence_group
 from r1kernels.ops.shards import NOT_SHARDED, Split
 from r1kernels.ops.token_logprobs import logprobs_and_entropy
 from r1kernels.ops.token_stats import checked
@@ -32,6 +34,7 @@ def grpo_loss(
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
     objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
@@ -46,6 +49,7 @@ def grpo_loss(
             gradient into a second tensor of full width. -inf entries are allowed.
         token_ids: (B, T) or (N,), int64 or int32, in [0, V); behind the mask they may hold anything.
         temperature: Python number > 0; use the temperature with which the tokens were sampled.
+        sequence_group: as in `policy_loss`. logits, token_ids and all values per token are those of this rank's tokens.
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
 
     The other arguments are those of `policy_loss`. Masked rows of logits are never read.
@@ -82,6 +86,7 @@ def grpo_loss(
         normalizer=normalizer,
         objective=objective,
         dtype=accumulator_dtype(logits.dtype),
+        group=checked_sequence_group(sequence_group),
     )
     split = Split(process_group, vocab_size)
     if split == NOT_SHARDED and grpo_step.serves(logits, inputs):
@@ -89,4 +94,4 @@ def grpo_loss(
         loss, metrics = grpo_step.grpo_step(logits, ids, inputs, temperature)
         return named(loss, metrics, inputs, entropy=True)
     logprobs, entropy = logprobs_and_entropy(logits, token_ids, inputs.batch.mask, temperature, split)
-    return compute(logprobs, entropy, inputs)
+    return over_ranks(compute(logprobs, entropy, inputs), inputs.group)

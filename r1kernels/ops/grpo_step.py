@@ -20,7 +20,8 @@ from torch import Tensor
 from r1kernels import _library, objectives
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops.linear_gradients import graph_is_kept
-from r1kernels.ops.policy_loss import LossInputs, coefficients_of
+from r1kernels.ops.policy_inputs import LossInputs
+from r1kernels.ops.policy_loss import coefficients_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Every reason for which separate kernels compute the step, in the order in which they are tried. In float16, small
@@ -30,6 +31,7 @@ REASONS: dict[str, Callable[[Tensor, LossInputs], bool]] = {
     "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
     "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
     "the ratio is of sequences": lambda logits, inputs: inputs.objective.ratio != "token",
+    "the tokens of a sequence are split over ranks": lambda logits, inputs: inputs.group is not None,
     "logits are neither float32 nor bfloat16": lambda logits, inputs: logits.dtype not in DTYPES,
     "no GPU kernel serves the logits": lambda logits, inputs: _library.select(logits) not in ("cuda", "triton"),
     "the CUDA kernel is not available, not requested, or not measured to be faster": (
@@ -82,7 +84,7 @@ def _kernel(
     logits: Tensor, token_ids: Tensor, inputs: LossInputs, temperature: float, grad_logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, log-probs, entropy); the gradient goes to grad_logits."""
-    batch, normalizer, objective = inputs
+    batch, normalizer, objective, _ = inputs
     return _library.call(
         torch.ops.r1kernels.grpo_step.default,
         logits,

@@ -83,3 +83,40 @@ def buffer_rows(budget: Any, vocab: int, each: int, gradient: int, gathered: boo
     if budget < each:
         raise ValueError(f"chunk_bytes is {budget}, expected at least {each}: one row of a vocabulary of {vocab}")
     return rows_of_budget(budget, each, gradient)
+
+
+def linear_loss_bytes(
+    tokens: int, vocab: int, hidden: int, dtype: torch.dtype, *, device: str = "cpu", chunk_bytes: int | None = None,
+    weight_gradient: bool = True, sharded: bool = False,
+) -> int:
+    r"""Memory that a `linear_*` loss with one head needs for its forward and backward, beside its arguments.
+
+    bytes = buffers (`chunk_bytes`) + 4 V H and V H of the weight's dtype + N H of the gradient of hidden + 64 N
+
+    Args:
+        tokens: N >= 0, the tokens of a call.
+        vocab: V >= 1, the rows of the weight, or of this rank's shard.
+        hidden: H >= 1, the width of hidden states.
+        dtype: of hidden and weight.
+        device: type of the device, such as "cuda". A GPU gathers d logits of several chunks.
+        chunk_bytes: the keyword of `LinearOptions`.
+        weight_gradient: whether the weight is trained.
+        sharded: whether the vocabulary is sharded over a process group. Then the gradient of hidden is a float32 sum.
+
+    Returns:
+        int, bytes, of a call that computes the gradients of hidden and, if it is trained, of the weight.
+
+    Raises:
+        TypeError, ValueError: for a `chunk_bytes` that the losses refuse.
+
+    Memory: none.
+
+    Equivalent to: the peak of memory during a loss and its backward, minus the memory before.
+    Source: `buffer_rows`, which the losses use.
+    """
+    full = accumulator_dtype(dtype)
+    each, gradient = row_bytes(vocab, hidden, full), row_bytes(vocab, hidden, dtype)
+    rows = buffer_rows(chunk_bytes, vocab, each, gradient, gathers(device, dtype))
+    buffers = min(tokens, rows.logits) * each + min(tokens, rows.gradient) * gradient
+    weight = weight_gradient * vocab * hidden * (full.itemsize + (dtype.itemsize if dtype != full else 0))
+    return buffers + weight + tokens * (hidden * (full if sharded else dtype).itemsize + 64)

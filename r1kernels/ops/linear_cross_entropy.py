@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from r1kernels import objectives
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
 from r1kernels.ops.cross_entropy import check_reduction, denominator
+from r1kernels.ops.dtensor import local_tensors
 from r1kernels.ops.linear_grpo_loss import one_pass_sum
 from r1kernels.ops.linear_options import LinearOptions, prepare
 from r1kernels.ops.linear_token_stats import linear_token_stats
@@ -49,6 +50,7 @@ def linear_cross_entropy(
     Equivalent to: `cross_entropy(hidden.float() @ weight.float().T, targets)`
     """
     check_reduction(reduction, ignore_index, normalizer)
+    hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     targets = ids_int64("targets", targets, hidden)
     check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")

@@ -26,11 +26,14 @@ from r1kernels.ops.distillation_loss import (
     shape_text,
 )
 from r1kernels.ops.divergence import KINDS
+from r1kernels.ops.dtensor import local_tensors
 from r1kernels.ops.linear_budget import row_bytes
-from r1kernels.ops.linear_divergence import LinearTeacher, measures
+from r1kernels.ops.linear_divergence import LinearTeacher, measures, run_divergence
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_options import LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear_token_stats import no_autocast
 from r1kernels.ops.linear_types import Head, Names, Needs
+from r1kernels.ops.shards import Shard
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
@@ -40,19 +43,15 @@ _NO_GRADIENTS = Needs(False, False, False, False, False)
 
 def _run(
     inputs: tuple[Tensor | None, ...], head: Head, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor,
-    kind: int, beta: float, needs: Needs,
+    kind: int, beta: float, needs: Needs, shard: Shard | None,
 ) -> tuple[Tensor, ...]:
     hidden, *others = inputs
+    full = with_tensors(head, *others)
+    if shard is not None:
+        with no_autocast(hidden):
+            return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
     return _library.call(
-        torch.ops.r1kernels.linear_divergence.default,
-        hidden,
-        *with_tensors(head, *others),
-        mask,
-        *teacher,
-        factor,
-        kind,
-        beta,
-        list(needs),
+        torch.ops.r1kernels.linear_divergence.default, hidden, *full, mask, *teacher, factor, kind, beta, list(needs)
     )
 
 
@@ -75,15 +74,15 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, head: Head, mask: Tensor | None, teacher: LinearTeacher,
-        normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
-        origin: Tensor | None,
+        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, mask: Tensor | None,
+        teacher: LinearTeacher, normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool,
+        two_phases: bool, origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, weight, bias, lora_a, lora_b)
         needs = Needs(*ctx.needs_input_grad[:5])
         factor = _factor(head, mask, normalizer)
         measured, *grads = _run(
-            inputs, head, mask, teacher, factor, kind, beta, needs if one_pass else _NO_GRADIENTS
+            inputs, head, mask, teacher, factor, kind, beta, needs if one_pass else _NO_GRADIENTS, shard
         )
         value, *rows = measured.unbind(0)
         loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
@@ -95,6 +94,7 @@ class _LinearDivergence(torch.autograd.Function):
             ctx.arguments = head._replace(token_ids=None), kind, beta
             ctx.teacher_scalars = teacher.logit_scale, teacher.softcap
         ctx.needs, ctx.wanted, ctx.into, ctx.one_pass = needs, gradient_shapes(inputs), into, one_pass
+        ctx.shard = shard
         ctx.mark_non_differentiable(*metrics.values())
         return loss, *metrics.values()
 
@@ -110,33 +110,42 @@ class _LinearDivergence(torch.autograd.Function):
             _, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
                 LinearTeacher(*teacher[:5], *ctx.teacher_scalars, *teacher[5:]), factor * grad_loss, kind, beta,
-                ctx.needs,
+                ctx.needs, ctx.shard,
             )
             upstream = None
-        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 10
+        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 11
 
 
 def _full_teacher(
-    hidden: Any, weight: Any, options: Any, student: Tensor
-) -> tuple[LinearTeacher, int]:
-    """The teacher, and the bytes that one of its rows needs."""
+    hidden: Any, weight: Any, options: Any, student: Tensor, split: dict[str, Any]
+) -> tuple[LinearTeacher, tuple[int, ...], int]:
+    """The teacher, the rows of its weight on each rank, and the bytes that one of its rows of logits needs."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise TypeError(f"teacher_options is a {type(options).__name__}, expected a dict")
     for name in options:
         if name not in TEACHER_OPTIONS:
             raise TypeError(f"teacher_options has the key {name!r}, expected one of {', '.join(TEACHER_OPTIONS)}")
+    names = Names("teacher_hidden", "teacher_weight", "teacher_options ")
+    hidden, weight, options = local_tensors(hidden, weight, options | split, names)
     check_floating("teacher_hidden", hidden, student)
     if hidden.dim() == 0 or hidden.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"teacher_hidden has shape {tuple(hidden.shape)}, expected {shape_text(student.shape[:-1], 'H')}: one "
             "row for each of student_hidden"
         )
-    names = Names("teacher_hidden", "teacher_weight", "teacher_options ")
-    inputs, head = prepare(hidden, weight, _no_tokens(hidden), dict(options), names=names)
-    constants = [None if value is None else value.detach() for value in inputs.tensors]
+    inputs, head = prepare(
+        hidden, weight, _no_tokens(hidden), options, names=names, function="the teacher of linear_distillation_loss"
+    )
+    head = with_tensors(head, *inputs.tensors[1:])
+    constants = [None if value is None else value.detach() for value in (hidden, *head[:4])]
     teacher = LinearTeacher(*constants, head.logit_scale, head.softcap, None, None)
-    return teacher, row_bytes(*teacher.weight.shape, head.logits_dtype)
+    sizes = _rows_of_ranks(inputs)
+    return teacher, sizes, row_bytes(max(sizes), hidden.shape[-1], head.logits_dtype)
+
+
+def _rows_of_ranks(inputs: Differentiable) -> tuple[int, ...]:
+    return (len(inputs.tensors[1]),) if inputs.shard is None else inputs.shard.layout.sizes
 
 
 def _no_tokens(hidden: Tensor) -> Tensor:
@@ -175,7 +184,9 @@ def linear_distillation_loss(
         teacher_options: `bias`, `lora`, `logit_scale` and `softcap` of the teacher, as in `LinearOptions`. Its logits
             are float32.
         **options: the keywords of `LinearOptions`, for the student. `temperature` is one number for both models, and
-            `chunk_bytes` is for the logits of both; `batch_invariant` is about the value of a token's divergence.
+            `chunk_bytes` is for the logits of both; `process_group` and `vocab_size` are about both vocabularies, which
+            are sharded in the same way; `batch_invariant` is about the value of a token's
+            divergence.
 
     Returns:
         `DistillationLoss(loss, metrics)`, as in `distillation_loss`. Gradients are computed with the loss, and backward
@@ -192,9 +203,8 @@ def linear_distillation_loss(
     teacher_hidden.float() @ teacher_weight.float().T)`
     Source: as in `distillation_loss`.
     """
-    for name in ("process_group", "vocab_size"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name} is given, expected None: distillation has no sharded or padded vocabularies")
+    names = Names("student_hidden", "student_weight")
+    student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
     check_teacher_kind(
         {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}, teacher_token_ids, teacher_logprobs
@@ -203,31 +213,38 @@ def linear_distillation_loss(
     shape = student_hidden.shape[:-1]
     mask = as_mask(mask, student_hidden, shape)
     normalizer = check_normalizer(normalizer, student_hidden)
-    names = Names("student_hidden", "student_weight")
     if teacher_hidden is not None:
-        teacher, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden)
+        split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
+        teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)
     elif teacher_options is not None:
         raise ValueError("teacher_options is given with teacher_logprobs, but it needs teacher_hidden")
     else:
         teacher, extra = None, _OUTCOME_BYTES * (_outcomes(teacher_token_ids))
+    function = ""
+    if options.get("process_group") is not None:  # otherwise, a compiled graph would keep beta as a constant
+        of_teacher = "a whole teacher" if teacher else f"{_outcomes(teacher_token_ids) - 1} tokens of the teacher"
+        function = f"linear_distillation_loss with {kind}, beta {beta} and {of_teacher}"
     inputs, head = prepare(
         student_hidden, student_weight, _no_tokens(student_hidden), dict(options), mask=mask, names=names,
-        extra_row_bytes=extra,
+        extra_row_bytes=extra, function=function,
     )
-    vocab = student_weight.shape[0]
+    rows = _rows_of_ranks(inputs)
     if teacher is None:
-        listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, vocab, mask)
+        listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, sum(rows), mask)
         k = listed.token_ids.shape[-1]
         flat = (value.reshape(-1, k) for value in listed)
         teacher = LinearTeacher(None, None, None, None, None, 1.0, 0.0, *flat)
-    elif teacher_weight.shape[0] != vocab:
+    elif sizes != rows:
+        theirs, ours = (
+            each[0] if len(each) == 1 else f"{sum(each)} (of the ranks: {each})" for each in (sizes, rows)
+        )
         raise ValueError(
-            f"teacher_weight has a vocabulary of {teacher_weight.shape[0]} and student_weight one of {vocab}, "
-            "expected the same tokens in the same order"
+            f"teacher_weight has a vocabulary of {theirs} and student_weight one of {ours}, expected the "
+            "same tokens in the same order"
         )
     loss, *metrics = _LinearDivergence.apply(
-        *inputs.tensors, inputs.into, head, None if mask is None else mask.reshape(-1), teacher, normalizer,
-        KINDS.index(kind), beta, inputs.one_pass, inputs.wanted and not inputs.one_pass,
+        *inputs.tensors, inputs.into, inputs.shard, head, None if mask is None else mask.reshape(-1), teacher,
+        normalizer, KINDS.index(kind), beta, inputs.one_pass, inputs.wanted and not inputs.one_pass,
         origin_of(*inputs.tensors),
     )
     named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")

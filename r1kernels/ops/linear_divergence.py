@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels.ops import divergence, topk_divergence
+from r1kernels.ops import divergence, sharded_divergence, sharded_topk, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear_head import Walk
 from r1kernels.ops.linear_rows import select_rows
 from r1kernels.ops.linear_token_stats import no_autocast
 from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.shards import Shard
 from r1kernels.ops.topk_divergence import Teacher
 
 
@@ -66,9 +67,11 @@ class _Full:
         scale = _left_of_scale(teacher.head) / _left_of_scale(walk.head)
         if scale != 1.0:
             self.logits.mul_(scale)
-        self.statistics = divergence.statistics(
-            chunk.logits, self.logits, chunk.valid, *self.settings, walk.head.kernel_temperature
-        )
+        arguments = (chunk.logits, self.logits, chunk.valid, *self.settings, walk.head.kernel_temperature)
+        if walk.shard is None:
+            self.statistics = divergence.statistics(*arguments)
+        else:
+            self.statistics = sharded_divergence.statistics(*arguments, walk.shard)
 
     def rows(self) -> tuple[Tensor, ...]:
         given = self.statistics
@@ -87,11 +90,16 @@ class _TopK:
 
     def __init__(self, walk: Walk, chunk: Chunk, teacher: LinearTeacher, kind: str, beta: float) -> None:
         self.walk, self.chunk = walk, chunk
-        self.teacher = Teacher(teacher.token_ids[chunk.rows], teacher.logprobs[chunk.rows])
-        self.listed = chunk.logits.gather(-1, self.teacher.token_ids) if walk.head.softcap > 0 else None
-        self.statistics = topk_divergence.chunk_statistics(
-            chunk.logits, self.teacher, chunk.valid, kind, beta, walk.head.kernel_temperature
+        whole = Teacher(teacher.token_ids[chunk.rows], teacher.logprobs[chunk.rows])
+        self.teacher = whole if walk.shard is None else sharded_topk.local_teacher(whole, walk.shard.layout)
+        capped = walk.head.softcap > 0 and not walk.is_empty
+        self.listed = chunk.logits.gather(-1, self.teacher.token_ids) if capped else None
+        outcomes = topk_divergence.chunk_outcomes(
+            chunk.logits, self.teacher, chunk.valid, walk.head.kernel_temperature
         )
+        if walk.shard is not None:
+            outcomes = sharded_topk.merged(outcomes, walk.shard)
+        self.statistics = topk_divergence.statistics_of(outcomes, whole, chunk.valid, kind, beta)
 
     def rows(self) -> tuple[Tensor, ...]:
         given = self.statistics
@@ -109,18 +117,20 @@ class _TopK:
 
 def run_divergence(
     head: Head, hidden: Tensor, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor, kind: str, beta: float,
-    needs: Needs,
+    needs: Needs, shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """Measurements and gradients in one walk.
 
     Args:
+        shard: student and teacher have this rank's rows of the vocabulary. All ranks take the same chunks, and exchange
+            statistics once a chunk.
         mask: (N,); rows where it is False are not computed and give 0.
         factor: 0-d; the gradients are those of factor * sum_t D_t.
 
     Returns:
         (M, N): the divergence and the `measures`; then the gradients.
     """
-    walk = Walk(head, hidden, select_rows(mask, head.token_ids.numel(), head.capacity), needs)
+    walk = Walk(head, hidden, select_rows(mask, head.token_ids.numel(), head.capacity), needs, shard=shard)
     other = teacher.walk(walk)
     dtype = walk.accumulator if other is None else torch.promote_types(walk.accumulator, other.accumulator)
     measured = torch.zeros(1 + len(measures(teacher)), walk.padded, dtype=dtype, device=walk.device)
@@ -132,6 +142,9 @@ def run_divergence(
             part = _Full(walk, chunk, other, next(others), kind, beta)
         measured[:, chunk.write] = torch.stack([row.to(dtype) for row in part.rows()])
         if not any(needs):
+            continue
+        if walk.is_empty:
+            walk.sums.leave_out(chunk)
             continue
         grad = (factor.to(walk.accumulator) * head.kernel_scale).repeat(len(chunk.logits))
         if chunk.valid is not None:

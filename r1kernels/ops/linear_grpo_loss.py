@@ -22,23 +22,24 @@ from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
+from r1kernels.ops.dtensor import local_tensors
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_one_pass
 from r1kernels.ops.linear_token_stats import linear_token_stats, no_autocast
 from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
 from r1kernels.ops.policy_loss import (
-    CustomObjective,
-    LossInputs,
     PolicyLoss,
-    check_inputs,
     coefficients_of,
     compute,
     evaluate,
     measure,
     named_metrics,
+    over_ranks,
 )
 from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
+from r1kernels.ops.sequence_group import checked_sequence_group
 from r1kernels.ops.shards import Shard
 
 # ---- the one-pass operator --------------------------------------------------------------------------------
@@ -166,13 +167,13 @@ class _Plan(NamedTuple):
 
 
 def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all: bool) -> _Plan:
-    batch, normalizer, objective = inputs
+    batch, normalizer, objective, group = inputs
     if callable(objective.surrogate):
         return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
     check_normalizer(normalizer)
     dtype = batch.advantages.dtype
     probe = like.new_empty((), dtype=dtype).expand(shape)  # no memory: the shape for `Sequences`
-    sequences = Sequences(probe, batch.cu_seqlens)
+    sequences = Sequences(probe, batch.cu_seqlens, group)
     mask = None if batch.mask is None else batch.mask.reshape(-1)
     counts = torch.ones(probe.numel(), dtype=dtype, device=like.device) if mask is None else mask.to(dtype)
     weights = reduction_weights(objective, counts, sequences, normalizer)
@@ -202,6 +203,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
         batch._replace(mask=moving.reshape(shape), importance_weights=scaled.reshape(shape)),
         probe.new_ones(()),
         tokens.objective,
+        group if objective.ratio == "sequence" else None,
     )
     return _Plan(moving, tokens, part, counts.sum())
 
@@ -239,6 +241,7 @@ def linear_grpo_loss(
     normalizer: Tensor | float | None = None,
     objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
     measure_all: bool = False,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     **options: Unpack[LinearOptions],
 ) -> PolicyLoss:
     r"""Policy-gradient loss from hidden states: `grpo_loss` without a tensor of logits.
@@ -254,6 +257,7 @@ def linear_grpo_loss(
             them. Otherwise, if the objective has neither a KL nor an entropy term, tokens of advantage (or importance
             weight) 0 are not computed: their hidden states may hold anything, and the means in the metrics are over
             `metrics["measured_tokens"]` tokens (NaN if there are none). Callables are always measured.
+        sequence_group: as in `policy_loss`. hidden, token_ids and all values per token are those of this rank's tokens.
         **options: the keywords of `LinearOptions`.
 
     The other arguments are those of `policy_loss`. The backward products leave out tokens whose gradient is exactly 0;
@@ -275,6 +279,7 @@ def linear_grpo_loss(
     Equivalent to: `grpo_loss(hidden.float() @ weight.float().T, token_ids, advantages, ...)`.
     Source: arXiv 2402.03300; the presets in `r1kernels.objectives` name theirs.
     """
+    hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     check_tensor("token_ids", token_ids, hidden)
     shape = tuple(token_ids.shape)
@@ -291,6 +296,7 @@ def linear_grpo_loss(
         normalizer=normalizer,
         objective=objective,
         dtype=accumulator_dtype(hidden.dtype),
+        group=checked_sequence_group(sequence_group),
     )
     if not isinstance(measure_all, bool):
         raise TypeError(f"measure_all is {measure_all!r}, expected True or False")
@@ -310,4 +316,4 @@ def linear_grpo_loss(
     else:
         logprobs, entropy = linear_token_stats(inputs, head, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
-    return PolicyLoss(loss, _metrics(metrics, plan, sequences))
+    return over_ranks(PolicyLoss(loss, _metrics(metrics, plan, sequences)), given.group)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import accumulator_dtype
+from r1kernels.ops._checks import accumulator_dtype, check_floating
+from r1kernels.ops.dtensor import local_tensors
 from r1kernels.ops.gemm import matmul
-from r1kernels.ops.linear_options import prepare
+from r1kernels.ops.linear_options import prepare, with_tensors
 from r1kernels.ops.linear_token_stats import no_autocast
 
 
@@ -37,9 +38,13 @@ def linear_logits(
 
     Equivalent to: `hidden.float() @ weight.float().T / temperature`
     """
-    ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     options = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-    _, head = prepare(hidden, weight, ids, options)
+    hidden, weight, options = local_tensors(hidden, weight, options)
+    check_floating("hidden", hidden)
+    ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    inputs, head = prepare(hidden, weight, ids, options)
+    head = with_tensors(head, *inputs.tensors[1:])
+    weight, bias = head.weight, head.bias
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     weight = weight if 1 in weight.stride() else weight.contiguous()  # products need adjacent rows or columns
     logits = torch.empty(len(rows), len(weight), dtype=accumulator_dtype(hidden.dtype), device=hidden.device)

@@ -16,6 +16,7 @@ from r1kernels.ops._checks import (
     check_shape,
     ids_int64,
 )
+from r1kernels.ops.dtensor import Placed, probes
 from r1kernels.ops.linear_budget import buffer_rows, gathers, row_bytes
 from r1kernels.ops.linear_checks import (
     accumulation_target,
@@ -24,7 +25,7 @@ from r1kernels.ops.linear_checks import (
     lora_matrices,
     token_temperature,
 )
-from r1kernels.ops.linear_types import Head, Names
+from r1kernels.ops.linear_types import Head, Names, Needs
 from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.
@@ -72,7 +73,8 @@ class LinearOptions(TypedDict, total=False):
             Shards may differ in size, and may be empty. All other arguments are the same on all ranks; token ids are
             those of the whole vocabulary. Results, and the gradients of hidden and of A, have the same bits on all
             ranks: they are complete. Ranks that disagree get an error: on a CPU immediately, on a device at the next
-            synchronisation. The first call with a size of the shards waits for the device. See docs/parallel.md.
+            synchronisation. The first call with a size of the shards waits for the device. It may be a DeviceMesh of
+            one dimension. Tensors of the head may be DTensors, with or without it. See docs/parallel.md.
         vocab_size: V without padding. Rows of the weight (over all ranks) from this one on count for nothing: their
             probability and their gradient are 0.
     """
@@ -103,16 +105,31 @@ class Differentiable:
         self.into = into
         self.shard: Shard | None = None
 
-    def keep_rows(self, count: int) -> None:
+    def open(self, placed: dict[str, Placed]) -> dict[str, Tensor]:
+        """Gathers DTensors of the head, and returns what kernels read. autograd sees what receives their gradients."""
+        hidden, *others = self.tensors
+        names, values = Needs._fields[1:], {}
+        for place, name in enumerate(names):
+            if name in placed:
+                values[name], others[place] = placed[name].open(accumulator_dtype(hidden.dtype))
+        self.tensors = (hidden, *others)
+        return values
+
+    def keep_rows(self, count: int, head: Head) -> Head:
         """Leaves out the rows of the weight that are padding. Their gradient is 0."""
-        hidden, weight, bias, lora_a, lora_b = self.tensors
-        if count == len(weight):
-            return
-        self.tensors = (
-            hidden, weight[:count], None if bias is None else bias[:count], lora_a,
-            None if lora_b is None else lora_b[:, :count],
-        )
+        if count == len(self.tensors[1]):
+            return head
+
+        def kept(weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple:
+            return (
+                None if weight is None else weight[:count], None if bias is None else bias[:count], lora_a,
+                None if lora_b is None else lora_b[:, :count],
+            )
+
+        hidden, *others = self.tensors
+        self.tensors = (hidden, *kept(*others))
         self.into = None if self.into is None else self.into[:count]
+        return head._replace(**dict(zip(Needs._fields[1:], kept(*head[:4]), strict=True)))
 
     @property
     def wanted(self) -> bool:
@@ -150,6 +167,7 @@ def prepare(
         if name not in LinearOptions.__annotations__:
             raise TypeError(f"unknown keyword {name!r}, expected one of {', '.join(LinearOptions.__annotations__)}")
     group, vocab_size = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    placed, weight, options = probes(weight, options)
     with refusals(group, hidden):
         inputs, head = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
     vocab, width = weight.shape
@@ -160,9 +178,11 @@ def prepare(
     elif vocab_size is not None:
         layout = layout_of((vocab,), vocab_size)
     if layout is not None:
-        inputs.keep_rows(layout.size)
         vocab, largest = layout.vocab, max(layout.sizes)
     check_ids_in_range(tokens, head.token_ids, vocab, None if mask is None else mask.reshape(-1))
+    head = head._replace(**inputs.open(placed))
+    if layout is not None:
+        head = inputs.keep_rows(layout.size, head)
     if group is not None:
         inputs.shard = Shard(layout, head.token_ids, mask)
         head = head._replace(token_ids=inputs.shard.ids)
@@ -266,5 +286,10 @@ def _facts(
 def with_tensors(
     head: Head, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
 ) -> Head:
-    """The head with its tensors. autograd passes them separately; the rest of a head is constant."""
-    return head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    """The head with its tensors. autograd passes them separately; the rest of a head is constant. If one is a DTensor,
+    the head has its values already, and autograd passes what receives the gradient."""
+    given = (weight, bias, lora_a, lora_b)
+    return head._replace(**{
+        name: other if value is None else value
+        for name, value, other in zip(Head._fields, head[:4], given, strict=False)
+    })

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_tensor
+from r1kernels.ops.dtensor import local_tensors
 from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
 from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
 from r1kernels.ops.linear_passes import run_backward, run_statistics
@@ -103,6 +104,7 @@ def linear_token_stats(inputs: Differentiable, head: Head, mask: Tensor | None) 
 def _public(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, mask: Tensor | None, options: LinearOptions
 ) -> tuple[Tensor, Tensor]:
+    hidden, weight, options = local_tensors(hidden, weight, options)
     check_tensor("token_ids", token_ids)
     mask = as_mask(mask, token_ids, tuple(token_ids.shape))
     inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=mask, function="linear_token_logprobs")

@@ -10,7 +10,6 @@ product. The arithmetic of one token is in csrc/common/objective.h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,10 @@ from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops._checks import accumulator_dtype, as_mask, check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
+from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
 from r1kernels.ops.policy_loss_reference import PolicyBatch
+from r1kernels.ops.sequence_group import checked_sequence_group, whole_metrics
 
 # In the order of `enum Metric` in csrc/common/objective.h.
 METRICS = (
@@ -41,7 +42,6 @@ METRICS = (
     "active_fraction",
     "nonfinite_tokens",
 )
-CustomObjective = Callable[[Tensor, PolicyBatch], Tensor]
 
 
 class PolicyLoss(NamedTuple):
@@ -99,7 +99,9 @@ def _kernel(
 
 def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
-    batch, normalizer, objective = inputs
+    batch, normalizer, objective, group = inputs
+    if group is not None:
+        return _with_group(logprobs, entropy, inputs)
     if _library.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
         return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
@@ -107,11 +109,23 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     return loss, metrics
 
 
+def _with_group(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) of this rank's tokens. In float64, parts of sums over ranks are not rounded."""
+    def wide(value: Tensor | None) -> Tensor | None:
+        return value.double() if value is not None and value.is_floating_point() else value
+
+    batch = PolicyBatch(*map(wide, inputs.batch._replace(entropy=entropy)))
+    loss, metrics = policy_loss_reference.reference(
+        logprobs.double(), batch, wide(inputs.normalizer), inputs.objective, inputs.group
+    )
+    return loss.to(logprobs.dtype), metrics.to(logprobs.dtype)
+
+
 def evaluate(
     logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(loss, dloss/dlogprobs, dloss/dentropy or None, metrics) as values, for losses that apply the chain rule."""
-    batch, normalizer, objective = inputs
+    batch, normalizer, objective, _ = inputs
     if _library.select(logprobs) != "reference":
         loss, g, eta, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
         return loss, g, eta if objective.entropy_coef != 0 else None, metrics
@@ -149,113 +163,14 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return torch.where(grad == 0, grad, grad * factor)
 
 
-def _per_token_or_sequence(
-    name: str, value: Any, logprobs: Tensor, sequences: tuple[int, ...]
-) -> Tensor:
-    check_floating(name, value, logprobs)
-    if value.shape != logprobs.shape and value.shape != sequences:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, expected {sequences} (one per sequence) or "
-            f"{tuple(logprobs.shape)} (one per token)"
-        )
-    return value
-
-
-def _checked_normalizer(normalizer: Any, logprobs: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        number = check_number("normalizer", normalizer, minimum=0.0, strict=True)
-        return _library.as_tensor(number, logprobs.dtype, logprobs.device)
-    if normalizer.device != logprobs.device:
-        raise ValueError(f"normalizer is on {normalizer.device}, expected {logprobs.device} like logprobs")
-    check_shape("normalizer", normalizer, (), "a 0-d tensor")
-    return normalizer.detach().to(logprobs.dtype)
-
-
-class LossInputs(NamedTuple):
-    """The checked arguments of a policy loss, without the log-probs. All entry points use it."""
-
-    batch: PolicyBatch
-    normalizer: Tensor | None
-    objective: Objective
-
-
-def check_inputs(
-    like: Tensor,
-    shape: tuple[int, ...],
-    advantages: Any,
-    *,
-    tokens: str,
-    old_logprobs: Any,
-    ref_logprobs: Any,
-    mask: Any,
-    cu_seqlens: Any,
-    importance_weights: Any,
-    normalizer: Any,
-    objective: Objective | CustomObjective,
-    dtype: torch.dtype,
-) -> LossInputs:
-    """Validates all arguments except the log-probs, and converts them to the compute dtype.
-
-    `like` gives the device, `shape` is the shape of the log-probs, and `tokens` names the argument that has this shape.
-    All inputs are constants: they get no gradient.
-    """
-    if not isinstance(objective, Objective):
-        if objective is Objective or getattr(objective, "__module__", "") == objectives.__name__:
-            name = objective.__name__
-            raise TypeError(f"objective is {name}, which must be called: {name}(...)")
-        if not callable(objective):
-            raise TypeError(f"objective is {objective!r}, expected an Objective or a callable (logprobs, batch)")
-        objective = Objective(surrogate=objective, aggregate="token_mean")
-    probe = like.new_empty(()).expand(shape)  # no memory: carries shape and device into the checks
-    if cu_seqlens is not None:
-        if len(shape) != 1:
-            raise ValueError(f"cu_seqlens was given with {tokens} of shape {shape}, expected packed (N,)")
-        cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, like)
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
-        sequences = (cu_seqlens.numel() - 1,)
-    elif len(shape) == 0:
-        raise ValueError(f"{tokens} is 0-d, expected (B, T), or (N,) with cu_seqlens")
-    elif len(shape) == 1 and objective.needs_sequences:
-        raise ValueError(
-            f"cu_seqlens is None for packed tokens of shape {shape}, expected (S + 1,): the objective depends on "
-            "where sequences end (or give (B, T))"
-        )
-    else:
-        sequences = shape[:-1]
-    if objective.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is None, expected a tensor: objective.kl_coef is {objective.kl_coef}")
-
-    def constant(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().to(dtype).contiguous()
-
-    for name, value in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if value is not None:
-            check_floating(name, value, like)
-            check_shape(name, value, shape, "one log-prob per token")
-    advantages = _per_token_or_sequence("advantages", advantages, probe, sequences)
-    if importance_weights is not None:
-        importance_weights = _per_token_or_sequence("importance_weights", importance_weights, probe, sequences)
-    batch = PolicyBatch(
-        advantages=constant(advantages),
-        old_logprobs=constant(old_logprobs),
-        ref_logprobs=constant(ref_logprobs),
-        entropy=None,
-        mask=as_mask(mask, like, shape),
-        cu_seqlens=cu_seqlens,
-        importance_weights=constant(importance_weights),
-    )
-    return LossInputs(batch, _checked_normalizer(normalizer, probe.to(dtype)), objective)
-
-
 def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> PolicyLoss:
     """The loss from checked inputs; `logprobs` and `entropy` in the compute dtype."""
-    batch, normalizer, objective = inputs
+    batch, normalizer, objective, group = inputs
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
-    if callable(objective.surrogate) or _library.select(logprobs) == "reference":
+    if group is not None:
+        loss, metrics = _with_group(logprobs, entropy, inputs)
+    elif callable(objective.surrogate) or _library.select(logprobs) == "reference":
         loss, metrics = policy_loss_reference.reference(
             logprobs, batch._replace(entropy=entropy), normalizer, objective
         )
@@ -265,6 +180,11 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
             origin_of(logprobs, entropy),
         )
     return named(loss, metrics, inputs, entropy=entropy is not None)
+
+
+def over_ranks(result: PolicyLoss, group: Any) -> PolicyLoss:
+    """The loss with the metrics of all ranks that have tokens of the same sequences."""
+    return result if group is None else result._replace(metrics=whole_metrics(result.metrics, group))
 
 
 def named(loss: Tensor, metrics: Tensor, inputs: LossInputs, *, entropy: bool) -> PolicyLoss:
@@ -290,6 +210,7 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
+    sequence_group: torch.distributed.ProcessGroup | None = None,
 ) -> PolicyLoss:
     r"""Policy-gradient loss of a batch of sequences, with every metric, in one pass over the tokens.
 
@@ -313,6 +234,10 @@ def policy_loss(
         objective: an `Objective` (see `r1kernels.objectives`), or a callable `(logprobs, batch) -> per-token loss`
             with the shape of logprobs, averaged over counted tokens and differentiated by autograd; `batch` is a
             `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it.
+        sequence_group: each sequence is split over these ranks (sequence or context parallelism): every rank gives the
+            same sequences in the same order, each with the tokens that it has, maybe none. Lengths, means and sequence
+            ratios are those of whole sequences. The losses of the ranks add up to that of one process, and so do the
+            gradients of shared parameters. The metrics are those of all ranks. See docs/parallel.md.
 
     Only logprobs and entropy receive gradients; every other input is a constant. Ratio and clip use the same
     conventions as torch: on a bound the gradient flows. An empty sequence adds 0 but still counts in B. A batch
@@ -348,5 +273,6 @@ def policy_loss(
         normalizer=normalizer,
         objective=objective,
         dtype=dtype,
+        group=checked_sequence_group(sequence_group),
     )
-    return compute(logprobs.to(dtype), entropy, inputs)
+    return over_ranks(compute(logprobs.to(dtype), entropy, inputs), inputs.group)

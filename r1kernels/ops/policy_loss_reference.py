@@ -7,7 +7,7 @@ nor autograd's gradient computes inf * 0.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from r1kernels import _library
 from r1kernels.objectives import Objective
 from r1kernels.ops import kl_estimate
 from r1kernels.ops._checks import values_are_free
+from r1kernels.ops.sequence_group import sum_over_ranks
 
 
 class PolicyBatch(NamedTuple):
@@ -35,9 +36,12 @@ class PolicyBatch(NamedTuple):
 
 
 class Sequences:
-    """Gives the sequence of each token of the flattened batch, and sums over sequences."""
+    """Gives the sequence of each token of the flattened batch, and sums over sequences. With a group, its ranks have
+    other tokens of the same sequences."""
 
-    def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, logprobs: Tensor, cu_seqlens: Tensor | None, group: Any = None) -> None:
+        self.group = group
+        self._lengths: Tensor | None = None
         n, device = logprobs.numel(), logprobs.device
         self.packed = cu_seqlens is not None
         if cu_seqlens is not None:
@@ -55,7 +59,17 @@ class Sequences:
         return value.reshape(-1) if given_per_token else value.reshape(-1)[self.index]
 
     def sum(self, per_token: Tensor) -> Tensor:
-        return per_token.new_zeros(self.count).index_add(0, self.index, per_token)
+        return self.whole(per_token.new_zeros(self.count).index_add(0, self.index, per_token))
+
+    def lengths(self, counts: Tensor) -> Tensor:
+        """The number of counted tokens of each sequence, at least 1. `counts` is the same in all calls."""
+        if self._lengths is None:
+            self._lengths = self.sum(counts).clamp(min=1)
+        return self._lengths
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The sum of the values of all ranks that have these sequences."""
+        return value if self.group is None else sum_over_ranks(value, self.group)
 
 
 def check_normalizer(normalizer: Tensor | None) -> None:
@@ -127,22 +141,22 @@ def reduction_weights(
     """Reduction weight of each counted token."""
     number = max(sequences.count, 1)
     if objective.aggregate == "token_mean":
-        denominator = counts.sum().clamp(min=1) if normalizer is None else normalizer
+        denominator = sequences.whole(counts.sum()).clamp(min=1) if normalizer is None else normalizer
         return counts / denominator
     if objective.aggregate == "constant":
         denominator = number * float(objective.max_length or 1) if normalizer is None else normalizer
         return counts / denominator
-    lengths = sequences.sum(counts).clamp(min=1)
-    return counts / (lengths[sequences.index] * (number if normalizer is None else normalizer))
+    return counts / (sequences.lengths(counts)[sequences.index] * (number if normalizer is None else normalizer))
 
 
 def reference(
-    logprobs: Tensor, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective
+    logprobs: Tensor, batch: PolicyBatch, normalizer: Tensor | None, objective: Objective, group: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of METRICS), computed with autograd in the dtype of logprobs."""
+    """(loss, metrics in the order of METRICS), computed with autograd in the dtype of logprobs. With a `group`, of this
+    rank's tokens of sequences that are split over its ranks."""
     shape = logprobs.shape
     check_normalizer(normalizer)
-    sequences = Sequences(logprobs, batch.cu_seqlens)
+    sequences = Sequences(logprobs, batch.cu_seqlens, group)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
     mask = mask.reshape(-1)
     counts = mask.to(logprobs.dtype)
@@ -160,7 +174,7 @@ def reference(
     advantages, importance = repeated(batch.advantages), repeated(batch.importance_weights)
     log_ratio = logp - (logp.detach() if old is None else old)
     if objective.ratio == "sequence":
-        log_ratio = (sequences.sum(log_ratio) / sequences.sum(counts).clamp(min=1))[sequences.index]
+        log_ratio = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
 
     if callable(objective.surrogate):
         tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}

@@ -17,6 +17,7 @@ d logits is corrected afterwards.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -72,6 +73,23 @@ class Layout(NamedTuple):
 # ---- agreement of the ranks -------------------------------------------------------------------------------
 
 
+def checked_group(name: str, value: Any) -> Any:
+    """The process group that an argument names, or None."""
+    if value is None:
+        return None
+    distributed, meshes = torch.distributed, sys.modules.get("torch.distributed.device_mesh")
+    if meshes is not None and isinstance(value, meshes.DeviceMesh):
+        if value.ndim != 1:
+            raise ValueError(f"{name} is a mesh of {value.ndim} dimensions, expected one of them, as in mesh['tensor']")
+        value = value.get_group()
+    if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
+        raise TypeError(f"{name} is {value!r}, expected a torch.distributed.ProcessGroup of which this rank is a "
+                        "member, or a DeviceMesh of one dimension")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name} is given in code that torch.compile traces, expected a call outside of it")
+    return value
+
+
 class Split(NamedTuple):
     """The two keywords, as they were given."""
 
@@ -83,15 +101,10 @@ class Split(NamedTuple):
         group, size = self
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"vocab_size is {size!r}, expected a positive integer")
+        group = checked_group("process_group", group)
         if group is None:
             return None, size
-        distributed = torch.distributed
-        if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-            raise TypeError(f"process_group is {group!r}, expected a torch.distributed.ProcessGroup of which this rank "
-                            "is a member")
-        if torch.compiler.is_compiling():
-            raise ValueError("process_group is given in code that torch.compile traces, expected a call outside of it")
-        return group if distributed.get_world_size(group) > 1 else None, size
+        return group if torch.distributed.get_world_size(group) > 1 else None, size
 
 
 NOT_SHARDED = Split(None, None)
@@ -104,7 +117,7 @@ def refusals(group: Any, like: Any) -> Iterator[None]:
         yield
     except (TypeError, ValueError):
         if group is not None and isinstance(like, Tensor):
-            _gathered(group, torch.full((1 + len(_NAMES),), _REFUSED, dtype=torch.int64, device=like.device))
+            all_gathered(group, torch.full((1 + len(_NAMES),), _REFUSED, dtype=torch.int64, device=like.device))
         raise
 
 
@@ -123,13 +136,13 @@ def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> 
             value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
             for value in numbers
         ])
-    gathered = _gathered(group, header)
+    gathered = all_gathered(group, header)
     known = _known_sizes.setdefault(group, {})
     key = (rows, facts.vocab_size, facts.width, device)
     rank = torch.distributed.get_rank(group)
     if free or key not in known:
         headers = gathered.tolist()
-        _compare(headers, facts, rank)
+        _compare(headers, dict(zip(_NAMES, facts, strict=True)), rank, "process_group")
         sizes = tuple(header[0] for header in headers)
         if not free:
             known[key] = sizes, torch.tensor(sizes, device=device)
@@ -155,12 +168,25 @@ def _number(fact: Any) -> int | Tensor:
     return fact if isinstance(fact, (int, Tensor)) else zlib.crc32(repr(fact).encode())
 
 
-def _compare(headers: list[list[int]], facts: Facts, rank: int) -> None:
+def agree(group: Any, argument: str, facts: dict[str, Any], device: torch.device) -> None:
+    """The check that all ranks of the group that `argument` names have the same facts: on a CPU immediately, on another
+    device at the next synchronisation."""
+    header = torch.tensor([0, *map(_number, facts.values())], device=device)
+    header = torch.nn.functional.pad(header, (0, 1 + len(_NAMES) - len(header)))  # as long as that of a refusal
+    gathered = all_gathered(group, header, argument)
+    if reads_are_free(device):
+        _compare(gathered.tolist(), facts, torch.distributed.get_rank(group), argument)
+    else:
+        same = (gathered == header).all()
+        torch._assert_async(same, f"r1kernels: the ranks of {argument} disagree on their arguments")
+
+
+def _compare(headers: list[list[int]], facts: dict[str, Any], rank: int, argument: str) -> None:
     for other, header in enumerate(headers):
         if header[0] == _REFUSED:
-            raise ValueError(f"rank {other} of process_group raised an error about its arguments, expected valid "
+            raise ValueError(f"rank {other} of {argument} raised an error about its arguments, expected valid "
                              "arguments on all ranks")
-    for place, (name, fact) in enumerate(zip(_NAMES, facts, strict=True), start=1):
+    for place, (name, fact) in enumerate(facts.items(), start=1):
         for other, header in enumerate(headers):
             if header[place] == headers[rank][place]:
                 continue
@@ -169,7 +195,7 @@ def _compare(headers: list[list[int]], facts: Facts, rank: int) -> None:
                 here, there = fact, "different"
             elif name == "vocab_size":
                 here, there = (None if value < 0 else value for value in (here, there))
-            raise ValueError(f"{name} is {here} on rank {rank} of process_group and {there} on rank {other}, expected "
+            raise ValueError(f"{name} is {here} on rank {rank} of {argument} and {there} on rank {other}, expected "
                              "the same on all ranks")
 
 
@@ -185,11 +211,27 @@ def layout_of(sizes: tuple[int, ...], vocab_size: int | None, group: Any = None,
     return Layout(group, rank, tuple(kept))
 
 
-def _gathered(group: Any, value: Tensor) -> Tensor:
+def all_gathered(group: Any, value: Tensor, argument: str = "process_group") -> Tensor:
     """(ranks, ...): the values of all ranks."""
     out = value.new_empty(torch.distributed.get_world_size(group), *value.shape)
-    torch.distributed.all_gather(list(out.unbind(0)), value.contiguous(), group=group)
+    with collective(f"an exchange of {value.numel()} numbers", group, argument):
+        torch.distributed.all_gather(list(out.unbind(0)), value.contiguous(), group=group)
     return out
+
+
+@contextlib.contextmanager
+def collective(what: str, group: Any, argument: str = "process_group") -> Iterator[None]:
+    """An error in this block says what the ranks of a group, or a list of ranks, were doing. This costs no
+    synchronisation: on a GPU, a collective fails later, and the watchdog of NCCL reports it."""
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = group if isinstance(group, list) else torch.distributed.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"r1kernels: {what} between the ranks {ranks} of {argument} failed on rank {torch.distributed.get_rank()}. "
+            "A rank has ended, or did not make the same call within the time limit of the group. The backend says: "
+            f"{error}"
+        ) from error
 
 
 # ---- the tokens of a call ---------------------------------------------------------------------------------
@@ -224,29 +266,41 @@ class Shard:
         """The statistics (n,), float64, of some tokens over the whole vocabulary, from those of this rank's rows."""
         if logprob.numel() == 0:  # on all ranks
             return logprob.double(), lse, entropy
-        logprob, lse, entropy = _gathered(self.layout.group, torch.stack([logprob.double(), lse, entropy])).unbind(1)
+        logprob, lse, entropy = all_gathered(self.layout.group, torch.stack([logprob.double(), lse, entropy])).unbind(1)
         return merge(logprob, lse, entropy, self.owner[rows])
 
     def add_up(self, value: Tensor) -> None:
         """Replaces the value of each rank by their sum."""
         if value.numel() == 0:  # on all ranks
             return
-        torch.distributed.all_reduce(value, group=self.layout.group)
+        with collective("a sum of gradients", self.layout.group):
+            torch.distributed.all_reduce(value, group=self.layout.group)
 
 
 def merge(logprob: Tensor, lse: Tensor, entropy: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy) (n,) from those of each rank (ranks, n); `owner` (n,) has the token."""
+    total, log_share = shares(lse)
+    nowhere = (lse == -torch.inf) & (total > -torch.inf)  # all logits of the shard are -inf, or there are none
+    own = owner[None]
+    merged = (logprob + log_share).gather(0, own).squeeze(0)
+    merged = torch.where(nowhere.gather(0, own).squeeze(0), -torch.inf, merged)
+    return merged, total, merged_entropy(lse, entropy)
+
+
+def shares(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp over all ranks (n,), and the log of the probability of each rank's rows (ranks, n)."""
     top, where = lse.max(0)
     powers = (lse - top).exp()
     # Without the largest term, which is 1: a log-prob near 0 keeps its relative accuracy.
     total = torch.log1p(powers.scatter(0, where[None], 0).sum(0))
-    log_share = lse - top - total
-    nowhere = lse == -torch.inf  # all logits of the shard are -inf, or there are none
-    terms = log_share.exp() * (entropy - log_share)
-    own = owner[None]
-    merged = (logprob + log_share).gather(0, own).squeeze(0)
-    merged = torch.where(nowhere.gather(0, own).squeeze(0) & (top > -torch.inf), -torch.inf, merged)
-    return merged, top + total, torch.where(nowhere & (top > -torch.inf), 0, terms).sum(0)
+    return top + total, lse - top - total
+
+
+def merged_entropy(lse: Tensor, entropy: Tensor) -> Tensor:
+    """The entropy over all ranks (n,) from that of each rank (ranks, n)."""
+    total, log_share = shares(lse)
+    nowhere = (lse == -torch.inf) & (total > -torch.inf)
+    return torch.where(nowhere, 0, log_share.exp() * (entropy - log_share)).sum(0)
 
 
 def correct_substitutes(grad_logits: Tensor, ids: Tensor, owned: Tensor, exact: Tensor) -> None:

@@ -156,18 +156,30 @@ def hide_listed(logits: Tensor, teacher: Teacher) -> None:
     logits.scatter_(-1, teacher.token_ids, hidden)
 
 
-def chunk_statistics(
-    logits: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
-) -> ChunkStatistics:
-    """Statistics of (n, V) rows. Hides the listed logits in place, as `chunk_gradient_into` expects."""
-    present = teacher.present()
-    z_top = torch.where(present, logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
+class Outcomes(NamedTuple):
+    """The outcomes of (n, V) rows before they are normalised, in float64; of a shard, those of its rows."""
+
+    z: Tensor  # (n, K): of listed tokens, -inf for absent ones
+    lse_rest: Tensor  # (n,), of the others
+    entropy_rest: Tensor  # (n,), within the others; NaN where there are none
+
+
+def chunk_outcomes(logits: Tensor, teacher: Teacher, mask: Tensor | None, temperature: float) -> Outcomes:
+    """Outcomes of (n, V) rows. Hides the listed logits in place, as `chunk_gradient_into` expects."""
+    if logits.shape[-1] == 0:
+        nothing = torch.full(teacher.logprobs.shape, -torch.inf, dtype=torch.float64, device=logits.device)
+        return Outcomes(nothing, nothing.new_full(nothing.shape[:1], -torch.inf), nothing.new_zeros(nothing.shape[:1]))
+    z = torch.where(teacher.present(), logits.gather(-1, teacher.token_ids).double() / temperature, -torch.inf)
     hide_listed(logits, teacher)
     _, lse_rest, entropy_rest = token_stats.statistics(
         logits, teacher.token_ids[:, 0].contiguous(), mask, temperature, None
     )
-    lse_top = z_top.logsumexp(-1)
-    lse = torch.logaddexp(lse_rest, lse_top)
+    return Outcomes(z, lse_rest, entropy_rest)
+
+
+def statistics_of(outcomes: Outcomes, teacher: Teacher, mask: Tensor | None, kind: str, beta: float) -> ChunkStatistics:
+    z_top, lse_rest, entropy_rest = outcomes
+    lse = torch.logaddexp(lse_rest, z_top.logsumexp(-1))
     log_p = torch.cat([z_top, lse_rest.unsqueeze(-1)], -1) - lse.unsqueeze(-1)
     p, log_p_rest = log_p.exp(), log_p[:, -1]
     log_q = teacher_outcomes(teacher, log_p_rest)
@@ -189,21 +201,24 @@ def chunk_gradient_into(
 ) -> Tensor:
     """Writes dL/dlogits (n, V) of rows whose listed logits are hidden to `out`: see `token_stats.gradient_into`.
 
-    Rows where `grad` is 0 are not read and give 0. With a `softcap`, the listed tokens' weights include its slope.
+    In a shard, the teacher's entries in other shards are absent, and `lse_rest` is that of all shards. Rows where
+    `grad` is 0 are not read and give 0. With a `softcap`, the listed tokens' weights include its slope.
     """
     weights = torch.where(grad.unsqueeze(-1) == 0, 0, weights * grad.unsqueeze(-1))
     present = teacher.present()
-    # The kernel treats the entry of its token differently: that is a listed token, so the entry is overwritten.
+    # The kernel treats the entry of its token differently. That is a listed token, so the entry is overwritten; or no
+    # token of the row is listed here, and the entry is one of the others.
+    ids = teacher.token_ids[:, 0].contiguous()
+    given = (lse_rest, torch.zeros_like(lse_rest), -weights[:, -1].to(accumulator_dtype(hidden.dtype)), None)
+    some = present.any(-1, keepdim=True)
+    other = token_stats.target_gradient(hidden, ids, *given, temperature, None, softcap, some.squeeze(-1))
     token_stats.gradient_into(
-        out, hidden, teacher.token_ids[:, 0].contiguous(), lse_rest, torch.zeros_like(lse_rest),
-        -weights[:, -1].to(accumulator_dtype(hidden.dtype)), None, temperature=temperature, temperatures=None,
-        softcap=softcap, rows=None,
+        out, hidden, ids, *given, temperature=temperature, temperatures=None, softcap=softcap, rows=None
     )
     top = weights[:, :-1] / temperature
     # Absent entries repeat the first present one, id and value.
     first = top.gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
-    some = present.any(-1, keepdim=True)
-    top = torch.where(some, torch.where(present, top, first), out.gather(-1, teacher.token_ids).double())
+    top = torch.where(some, torch.where(present, top, first), other.unsqueeze(-1))
     return out.scatter_(-1, teacher.token_ids, top.to(out.dtype))
 
 
@@ -223,6 +238,14 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
             yield rows, logits[torch.unravel_index(index, logits.shape[:-1])].contiguous()
 
 
+def parts(
+    logits: Tensor, teacher: Teacher, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Teacher, Tensor | None]]:
+    """`_chunks` with what belongs to their rows."""
+    for rows, chunk in _chunks(logits):
+        yield chunk, Teacher(*(part[rows] for part in teacher)), None if mask is None else mask[rows]
+
+
 class _TopKDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -233,11 +256,8 @@ class _TopKDivergence(torch.autograd.Function):
         teacher = Teacher(token_ids.reshape(-1, k), logprobs.reshape(-1, k))
         flat_mask = None if mask is None else mask.reshape(-1)
         chunks = [
-            chunk_statistics(
-                logits, Teacher(*(part[rows] for part in teacher)), None if flat_mask is None else flat_mask[rows],
-                kind, beta, temperature,
-            )
-            for rows, logits in _chunks(student)
+            statistics_of(chunk_outcomes(logits, part, kept, temperature), part, kept, kind, beta)
+            for logits, part, kept in parts(student, teacher, flat_mask)
         ]
         if chunks:
             statistics = ChunkStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
@@ -257,16 +277,20 @@ class _TopKDivergence(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, token_ids, logprobs, weights, lse_rest = ctx.saved_tensors
-        grad, teacher = grad.reshape(-1), Teacher(token_ids, logprobs)
         grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
-        by_row = grad_student.view(-1, student.shape[-1])
-        for rows, logits in _chunks(student):
-            part = Teacher(*(tensor[rows] for tensor in teacher))
-            hide_listed(logits, part)
-            chunk_gradient_into(
-                by_row[rows], logits, part, weights[rows], lse_rest[rows], grad[rows], ctx.temperature
-            )
+        by_row, teacher = grad_student.view(-1, student.shape[-1]), Teacher(token_ids, logprobs)
+        write_gradient(by_row, student, teacher, weights, lse_rest, grad.reshape(-1), ctx.temperature)
         return grad_student, None, None, None, None, None, None
+
+
+def write_gradient(
+    out: Tensor, logits: Tensor, teacher: Teacher, weights: Tensor, lse_rest: Tensor, grad: Tensor, temperature: float
+) -> None:
+    """`chunk_gradient_into` of all rows of (..., V) logits."""
+    for rows, chunk in _chunks(logits):
+        part = Teacher(*(tensor[rows] for tensor in teacher))
+        hide_listed(chunk, part)
+        chunk_gradient_into(out[rows], chunk, part, weights[rows], lse_rest[rows], grad[rows], temperature)
 
 
 def topk_divergence(

@@ -136,6 +136,7 @@ def test_a_loss_scale_reaches_float16_before_it_rounds(k: int | None, implementa
         assert error <= 2e-3, (name, float(error))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_upstream_factors_and_retained_graphs(dtype: torch.dtype, k: int | None, implementation: str) -> None:
@@ -229,6 +230,7 @@ def test_values_have_the_same_bits_whatever_the_budget(k: int | None) -> None:
         assert all(torch.equal(value, other.metrics[name]) for other in results[1:])
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_accumulation(dtype: torch.dtype, implementation: str) -> None:
     case = Case("bias", dtype=dtype)
@@ -264,6 +266,7 @@ def test_each_product_is_computed_once(k: int | None, full: int, monkeypatch: py
     assert count(lambda: case.ours(**case.student | {"hidden": trained}).loss.backward()) == full - 1
 
 
+@slow_interpreted
 def test_the_teacher_gets_no_gradient(implementation: str) -> None:
     case = Case()
     for name in ("teacher_hidden", "teacher_weight"):

@@ -17,6 +17,7 @@ pytestmark = without_cuda_kernels
 FP32_HEAD = (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.few(2)
 @registration_only
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [*((dtype, dtype) for dtype in DTYPES), FP32_HEAD])
@@ -35,6 +36,7 @@ def test_opcheck(dtype: torch.dtype, weight_dtype: torch.dtype, k: int | None) -
         torch.library.opcheck(torch.ops.r1kernels.linear_divergence, (*arguments, needs))
 
 
+@pytest.mark.few(2)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

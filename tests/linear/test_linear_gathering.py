@@ -10,7 +10,7 @@ import linear_cases as cases
 import linear_policy_cases as policy
 import pytest
 import torch
-from backends import host_code, reference_only, without_cuda_kernels
+from backends import host_code, reference_only, slow_interpreted, without_cuda_kernels
 from gathering_cases import BUFFER, CHUNK, TOKENS, VOCAB, WIDTH, Products, as_on_a_gpu
 from linear_distillation_cases import Case
 
@@ -53,6 +53,7 @@ ACTIVE = {
 }
 
 
+@slow_interpreted
 @pytest.mark.parametrize("active", ACTIVE)
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.usefixtures("gathering")
@@ -238,6 +239,7 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     assert used < linear_budget.GPU_BUDGET.chunk_bytes < 2 << 30
 
 
+@slow_interpreted
 def test_a_budget_of_one_row_multiplies_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, rows cannot be moved up in place: all rows of a chunk take part."""
     with as_on_a_gpu(monkeypatch, BufferRows(CHUNK, 0)):

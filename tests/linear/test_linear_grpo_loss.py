@@ -163,6 +163,7 @@ def test_packed_equals_padded(name: str, more: dict[str, float], implementation:
         torch.testing.assert_close(flat.metrics[metric], value, rtol=1e-6, atol=1e-6)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("advantages", ["per sequence", "per token"])
 def test_packed_tokens_without_sequences(advantages: str, implementation: str) -> None:
     """Token ratio and token mean need no boundaries; one advantage may be for all."""
@@ -205,6 +206,7 @@ def test_a_callable_is_the_preset_it_spells_out(extra: str, implementation: str)
 # ---- 5. the chain behind the loss -----------------------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("name", ["grpo", "gspo_wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upstream_factors_and_retained_graphs(name: str, dtype: torch.dtype, implementation: str) -> None:
@@ -237,6 +239,7 @@ def test_an_upstream_gradient_of_nan_or_inf_does_not_bring_masked_tokens_to_life
         assert not grads["hidden"][0, 1].isfinite().any()
 
 
+@slow_interpreted
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_gradients_are_the_same_in_a_second_backward(implementation: str, factor: float) -> None:
     """They are kept for it, whatever was done to what the first one gave."""
@@ -252,6 +255,7 @@ def test_gradients_are_the_same_in_a_second_backward(implementation: str, factor
         assert torch.equal(leaf.grad, first[key]), key
 
 
+@slow_interpreted
 def test_an_optimiser_step_between_two_backwards_is_noticed_or_harmless(implementation: str) -> None:
     """The two-phase path computes logits again in backward; a weight changed since must not be used in silence."""
     inputs = make()
@@ -263,6 +267,7 @@ def test_an_optimiser_step_between_two_backwards_is_noticed_or_harmless(implemen
         loss.backward()
 
 
+@slow_interpreted
 def test_tied_embeddings(implementation: str) -> None:
     """One Parameter as embedding and head: its gradient is the sum of both uses."""
     inputs = make("plain", "holes")

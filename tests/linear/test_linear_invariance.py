@@ -116,6 +116,7 @@ def test_order_of_sequences(name: str, head: str, extra: str, seed: int, order: 
     assert_same(whole, evaluate(inputs, objective, rows, lambda w: [per_batch(w, lambda v: v[order])]))
 
 
+@slow_interpreted
 @settings(max_examples=examples(30))
 @given(name=NAMES, head=st.sampled_from(["plain", "bias", "everything"]), seed=SEED, rows=ROWS,
        lengths=st.lists(st.integers(0, STEPS), min_size=BATCH, max_size=BATCH), terms=st.booleans())

@@ -14,6 +14,8 @@ import pytest
 import torch
 from backends import host_code
 
+from r1kernels import linear_loss_bytes
+
 MIB = 1 << 20
 PACKED = 12 * MIB  # blocks that a product packs, whatever the size of the batch, and ends of huge pages
 
@@ -96,9 +98,9 @@ def peak(**options: Any) -> dict[str, int]:
 def bar(
     tokens: int, width: int, vocab: int, dtype: torch.dtype, chunk: int, *, trained: bool = True, products: int = 1
 ) -> int:
-    """Chunk budget, float32 dW, 64 bytes a token, the gradients that are returned, and what so many products take."""
-    weight = vocab * width * (4 + dtype.itemsize) if trained else 0
-    return chunk + weight + 64 * tokens + tokens * width * dtype.itemsize + products * PACKED
+    """What the library says that a call takes, and what so many products pack."""
+    said = linear_loss_bytes(tokens, vocab, width, dtype, chunk_bytes=chunk, weight_gradient=trained)
+    return said + products * PACKED
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])  # one pass and two phases
@@ -106,7 +108,7 @@ def test_peak_memory(loss: str) -> None:
     """The dense computation takes 512 MiB for its float32 logits and their gradient here."""
     extra = peak(loss=loss)["extra"]
     allowed = bar(4096, 256, 16_384, torch.float32, 24 * MIB)
-    assert extra <= allowed < 256 * MIB, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
+    assert 0.8 * allowed <= extra <= allowed < 256 * MIB, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
 def test_peak_memory_of_a_bfloat16_model() -> None:
@@ -115,6 +117,7 @@ def test_peak_memory_of_a_bfloat16_model() -> None:
     assert extra <= allowed, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("into", ["", "float32", "bfloat16"])
 def test_a_scaled_loss_takes_no_more_memory(into: str) -> None:
     """As under gradient accumulation; the weight's gradient is large beside the chunk here, and not copied again.

@@ -44,6 +44,7 @@ def head_arguments(
 MASK = torch.tensor([True, True, False, True, True, False])
 
 
+@pytest.mark.few(2)
 @registration_only
 @pytest.mark.parametrize(("full", "dtypes"), [
     (False, (torch.float32, torch.float32)), (True, (torch.bfloat16, torch.bfloat16)),
@@ -81,6 +82,7 @@ def test_opcheck_with_a_gradient_buffer(dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.few(3)
 @registration_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [None, [0, 2, 3]])
@@ -122,6 +124,7 @@ def split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return ({k: v for k, v in inputs.items() if k in names}, {k: v for k, v in inputs.items() if k not in names})
 
 
+@pytest.mark.few(4)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -144,6 +147,7 @@ def test_compile_fullgraph(loss: str, served_by: str) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.few(1)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("loss", ["logprobs", "cross_entropy", "grpo"])

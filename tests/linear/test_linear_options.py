@@ -8,7 +8,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import checks_only, slow_on_gpu_kernels
+from backends import checks_only, slow_interpreted, slow_on_gpu_kernels
 from torch import Tensor
 
 from r1kernels import (
@@ -252,6 +252,7 @@ def test_accumulation_adds_to_a_given_tensor(
     torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=tolerance, atol=tolerance)
 
 
+@slow_interpreted
 def test_accumulation_into_the_gradient_itself(implementation: str) -> None:
     case = cases.make("plain", 3, 4)
     weight = case["weight"].requires_grad_()
@@ -261,6 +262,7 @@ def test_accumulation_into_the_gradient_itself(implementation: str) -> None:
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
+@slow_interpreted
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="Tensor.grad_dtype is of torch 2.10")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_parameter_may_ask_for_a_float32_gradient(kind: str, implementation: str) -> None:

@@ -8,13 +8,22 @@ import pytest
 import shard_ranks
 import torch
 from backends import checks_only, host_code, slow_on_gpu_kernels
-from shard_ranks import CALLS, LEAD, SPLITS, WIDTH
+from ranks import run_ranks
+from shard_cases import LEAD, SPLITS, VOCAB, WIDTH, assert_like_one_process
+from shard_distillation import DISTILLED, in_float64
+from shard_ranks import CALLS
 from torch import Tensor
 
-from r1kernels import linear_distillation_loss, linear_token_logprobs, linear_token_logprobs_and_entropy, testing
+from r1kernels import (
+    backend,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_token_logprobs,
+    linear_token_logprobs_and_entropy,
+    testing,
+)
 from r1kernels.ops import shards
 from r1kernels.ops.shards import layout_of, merge
-from r1kernels.testing import budget as budgets
 
 WORLDS = list(SPLITS)
 TOKENS = LEAD[0] * LEAD[1]
@@ -26,9 +35,7 @@ pytestmark = slow_on_gpu_kernels
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    return shard_ranks.run_ranks(tmp_path_factory.mktemp("ranks"))
+    return run_ranks(shard_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 def joined(ranks: Results, name: str, world: int) -> dict[str, Tensor]:
@@ -43,22 +50,6 @@ def joined(ranks: Results, name: str, world: int) -> dict[str, Tensor]:
             for part in parts[1:]:
                 assert torch.equal(part[key].nan_to_num(nan=7e7), first.nan_to_num(nan=7e7)), (name, key)
     return result
-
-
-def assert_like_one_process(together: dict[str, Tensor], alone: dict[str, Tensor]) -> None:
-    """Log-probs and losses to 1e-6. Gradients to one rounding, and one of the largest entry of a row: there an entry of
-    d logits may be rounded the other way, because float32 sums over the vocabulary are added in another order."""
-    assert together.keys() == alone.keys()
-    for key, value in alone.items():
-        got, size = together[key], value.double().abs()
-        assert (got.shape, got.dtype) == (value.shape, value.dtype), key
-        budget = 1e-6 * size.clamp(min=1)
-        if key in (*cases.TENSORS, "logits"):
-            eps = torch.finfo(value.dtype).eps
-            # That of A is made from 16-bit numbers in one process, and from float32 ones in several.
-            largest = size.max() if key == "lora_a" else size.amax(-1, keepdim=True) / 2
-            budget = eps * (size + largest) + 2 * budgets.ROUNDINGS * testing.EPS32 * size.max()
-        testing.assert_within(got, value, budget)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -85,8 +76,28 @@ def test_gradients_are_within_the_budget_of_float64(world: int, ranks: Results) 
         cases.assert_gradients(grads, expected, slack + (torch.finfo(dtype).eps if narrow else 0))
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_is_as_exact_as_in_one_process(name: str, world: int, ranks: Results) -> None:
+    function, make_case, options = DISTILLED[name]
+    together, alone = joined(ranks, name, world), function(make_case(), **options)
+    wide = in_float64(make_case())
+    with backend("reference"):
+        exact = function(wide, **{key: value for key, value in options.items() if key != "chunk_bytes"})
+    assert together.keys() == alone.keys()
+    for key, value in alone.items():
+        got, eps = together[key], torch.finfo(value.dtype).eps
+        assert (got.shape, got.dtype) == (value.shape, value.dtype), key
+        if value.isfinite().all():
+            errors = error(got, exact[key]), error(value, exact[key])
+            # One number may be exact by chance.
+            assert errors[0] <= 2 * errors[1] + eps + 3 * testing.EPS32, (key, errors)
+        else:
+            testing.assert_within(got, value, 0)
+
+
 def error(grad: Tensor, exact: Tensor) -> float:
-    return float((grad.double() - exact).norm() / exact.norm())
+    return float((grad.detach().double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -134,9 +145,9 @@ def test_padding_counts_for_nothing(world: int, ranks: Results) -> None:
 def test_padding_of_logits_counts_for_nothing(world: int, ranks: Results) -> None:
     rows = (400,) * world
     alone = shard_ranks.from_logits(shard_ranks.make_logits(torch.bfloat16), "statistics")
-    padded = shard_ranks.from_logits(shard_ranks.padded_logits(rows), "statistics", vocab_size=shard_ranks.VOCAB)
+    padded = shard_ranks.from_logits(shard_ranks.padded_logits(rows), "statistics", vocab_size=VOCAB)
     for result in (padded, joined(ranks, "padded logits", world)):
-        kept, cut = result["logits"].split([shard_ranks.VOCAB, sum(rows) - shard_ranks.VOCAB], -1)
+        kept, cut = result["logits"].split([VOCAB, sum(rows) - VOCAB], -1)
         assert not cut.any()
         assert_like_one_process(result | {"logits": kept}, alone)
 
@@ -147,7 +158,7 @@ def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary(world: int, ranks: Re
     hidden, lora_a = ("all_reduce", TOKENS * WIDTH * 4), ("all_reduce", WIDTH * 3 * 4)
     counted = int(shard_ranks.mask().sum())
     for results in ranks[:world]:
-        for vocab in (40, shard_ranks.VOCAB):
+        for vocab in (40, VOCAB):
             statistics = results[f"traffic statistics, {vocab}, {world}"]
             assert statistics == [header, ("all_gather", TOKENS * numbers), hidden, lora_a]
             policy = results[f"traffic policy, {vocab}, {world}"]
@@ -157,7 +168,27 @@ def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary(world: int, ranks: Re
             assert sum(size for _, size in chunks) == counted * numbers
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("kind", "numbers"), [("forward_kl", (5,)), ("jsd", (5, 2)), ("top-k", (3 + 2,))])
+def test_bytes_of_distillation_do_not_depend_on_the_vocabulary(
+    kind: str, numbers: tuple[int, ...], world: int, ranks: Results
+) -> None:
+    counted = int(shard_ranks.mask().sum())
+    for results in ranks[:world]:
+        for vocab in (40, VOCAB):
+            *chunks, hidden = results[f"traffic {kind}, {vocab}, {world}"]
+            for _ in range(1 if kind == "top-k" else 2):  # student and teacher
+                assert chunks.pop(0) == ("all_gather", 88)
+            assert hidden == ("all_reduce", TOKENS * WIDTH * 4) and {name for name, _ in chunks} == {"all_gather"}
+            assert len(chunks) < counted
+            assert sum(size for _, size in chunks) == counted * sum(numbers) * 8
+
+
 DISAGREEMENTS = {
+    "teacher": [("teacher_weight has a vocabulary of 1000 (of the ranks: (599, 401))", "")] * 2,
+    "kind": [("the function is linear_distillation_loss with jsd, beta 0.5", "different on rank 1"),
+             ("with reverse_kl, beta 0.5", "different on rank 0")],
+    "top-k": [("and 3 tokens of the teacher", "different on rank 1"), ("and 4 tokens", "different on rank 0")],
     "tokens": [("the number of tokens is 24", "18 on rank 1"), ("the number of tokens is 18", "24 on rank 0")],
     "vocab_size": [("vocab_size is 990", "991 on rank 1"), ("vocab_size is 991", "990 on rank 0")],
     "vocab_size too large": [("vocab_size is 1001", "1000")] * 2,
@@ -264,11 +295,34 @@ def test_bad_keywords(options: dict[str, Any], error: type[Exception], message: 
         linear_token_logprobs(**case, **options)
 
 
-@checks_only
-def test_distillation_refuses_a_padded_vocabulary() -> None:
-    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
-    with pytest.raises(ValueError, match="vocab_size is given, expected None"):
-        linear_distillation_loss(hidden, weight, hidden, weight, vocab_size=4)
+@host_code
+@pytest.mark.parametrize("kind", ["jsd", "top-k"])
+def test_distillation_leaves_out_padding(kind: str) -> None:
+    case = cases.make("plain", 5)
+    logits = testing.random_logits(5, 37)
+    logits[:, 30:] = torch.nan
+    weight = torch.where(torch.arange(37)[:, None] < 30, case["weight"], torch.nan)
+    if kind == "jsd":
+        full, teacher = {"teacher_logits": logits.roll(1, 0)}, {"teacher_logits": logits[:, :30].roll(1, 0)}
+        linear = {"teacher_hidden": case["hidden"].flip(0), "teacher_weight": weight}
+        cut = linear | {"teacher_weight": weight[:30]}
+    else:
+        listed = {"teacher_token_ids": torch.tensor([[3, 9]] * 5), "teacher_logprobs": torch.tensor([[-1.0, -2.0]] * 5)}
+        full = teacher = linear = cut = listed
+    kind = "jsd" if kind == "jsd" else "forward_kl"
+    for function, inputs, keywords, expected_inputs, expected_keywords in (
+        (distillation_loss, (logits,), full, (logits[:, :30],), teacher),
+        (linear_distillation_loss, (case["hidden"], weight), linear, (case["hidden"], weight[:30]), cut),
+    ):
+        leaf, expected_leaf = (value[-1].detach().clone().requires_grad_() for value in (inputs, expected_inputs))
+        got = function(*inputs[:-1], leaf, **keywords, divergence=kind, vocab_size=30)
+        expected = function(*expected_inputs[:-1], expected_leaf, **expected_keywords, divergence=kind)
+        for result in (got, expected):
+            result.loss.backward()
+        where = leaf.grad[:, :30] if function is distillation_loss else leaf.grad[:30]
+        for value, wanted in ((got.loss, expected.loss), (where, expected_leaf.grad)):
+            assert error(value, wanted.detach().double()) <= 4 * testing.EPS32
+        assert leaf.grad.count_nonzero() == where.count_nonzero()
 
 
 @checks_only

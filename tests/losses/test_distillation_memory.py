@@ -91,6 +91,7 @@ def test_a_full_teacher() -> None:
     assert measured["backward"] <= 4 * n * vocab + 24 * n + ALLOCATOR
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("k", [1, 64])
 def test_a_topk_teacher(k: int) -> None:
     n, vocab = 40_000, 1000
@@ -100,6 +101,7 @@ def test_a_topk_teacher(k: int) -> None:
     assert measured["backward"] <= 4 * n * vocab + 16 * MIB + ALLOCATOR
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("k", [0, 64])
 def test_from_hidden_states(k: int) -> None:
     n, vocab, width, chunk = 100_000, 1000, 8, 24 * MIB

@@ -244,6 +244,7 @@ def test_compile_fullgraph(compiler: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.few(1)
 @compiles
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)

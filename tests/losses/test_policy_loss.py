@@ -167,6 +167,7 @@ def test_opcheck(layout: str, entropy_coef: float) -> None:
 # ---- 4. compile and fakes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo"])

@@ -2,25 +2,21 @@
 
     python shard_ranks.py DIRECTORY
 
-saves the results of each as DIRECTORY/RANK.pt; the tests compare them with one process. One process imports torch, and
-the ranks are forks of it, because the import takes longer than all that they compute.
+saves the results of each as DIRECTORY/RANK.pt; the tests compare them with one process.
 """
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import linear_cases as cases
 import torch
+from ranks import Traffic, error_of, fork_ranks
+from shard_cases import DTYPES, LEAD, OPTIONS, SPLITS, VOCAB, WIDTH, batch, make, make_logits, mask, shard_of
+from shard_distillation import DISTILLED, distilled, with_listed, with_teacher
 from torch import Tensor
 
 from r1kernels import (
@@ -31,40 +27,11 @@ from r1kernels import (
     linear_grpo_loss,
     linear_token_logprobs_and_entropy,
     objectives,
-    testing,
     token_logprobs_and_entropy,
 )
 from r1kernels.ops import shards
 
-WORLD, SECONDS = 4, 150
-# Rows of each rank.
-SPLITS = {2: (600, 400), 3: (400, 350, 250), 4: (400, 0, 350, 250)}
-VOCAB, WIDTH, LEAD = 1000, 24, (4, 6)
-OPTIONS = {"chunk_bytes": cases.chunk_of(7, 400, WIDTH)}
-DTYPES = {
-    "float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float32 head": (torch.bfloat16, torch.float32), "float16": (torch.float16, torch.float16),
-}
-
-
-def make(head: str, dtypes: str = "float32", vocab: int = VOCAB) -> dict[str, Any]:
-    dtype, weight_dtype = DTYPES[dtypes]
-    return cases.make(head, *LEAD, width=WIDTH, vocab=vocab, dtype=dtype, weight_dtype=weight_dtype)
-
-
-def mask() -> Tensor:
-    return testing.random_ids(*LEAD, vocab=4, seed=3) > 0
-
-
-def shard_of(case: dict[str, Any], sizes: tuple[int, ...], rank: int) -> dict[str, Any]:
-    """The case with the rows of one rank."""
-    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    part = case | {name: case[name][rows] for name in ("weight", "bias") if name in case}
-    if "lora" in case:
-        part["lora"] = (case["lora"][0], case["lora"][1][:, rows])
-    if "logits" in case:
-        part["logits"] = case["logits"][..., rows]
-    return part
+WORLD = 4
 
 
 # ---- the calls, of one process and of a rank alike --------------------------------------------------------
@@ -78,15 +45,6 @@ def statistics(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
         mask=mask(), **options,
     )
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **grads}
-
-
-def batch() -> dict[str, Tensor]:
-    """What a policy loss needs of the tokens."""
-    rng = testing.generator(5)
-    advantages = torch.randn(LEAD[0], generator=rng)
-    advantages[1] = 0
-    old = -7 + torch.randn(LEAD, generator=rng)
-    return {"advantages": advantages, "old_logprobs": old, "ref_logprobs": old + 0.1, "mask": mask()}
 
 
 def policy(case: dict[str, Any], objective: objectives.Objective, **options: Any) -> dict[str, Tensor]:
@@ -131,11 +89,6 @@ def accumulated(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     linear_cross_entropy(**{"targets" if k == "token_ids" else k: v for k, v in case.items()}, **options).backward()
     assert weight.grad is None
     return {"weight": into}
-
-
-def make_logits(dtype: torch.dtype) -> dict[str, Any]:
-    ids = testing.random_ids(*LEAD, vocab=VOCAB)
-    return {"logits": testing.random_logits(*LEAD, VOCAB, dtype=dtype), "token_ids": ids}
 
 
 def padded_logits(sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -214,30 +167,6 @@ def data_parallel(rank: int, world: int, group: Any, objective: objectives.Objec
 # ---- a rank -----------------------------------------------------------------------------------------------
 
 
-class Traffic:
-    """Counts what a rank gives to collectives: (name, bytes) of each."""
-
-    def __enter__(self) -> list[tuple[str, int]]:
-        sent: list[tuple[str, int]] = []
-        self.saved = {name: getattr(torch.distributed, name) for name in ("all_gather", "all_reduce")}
-
-        def counting(name: str) -> Callable[..., Any]:
-            def run(*args: Any, **keywords: Any) -> Any:
-                value = args[1 if name == "all_gather" else 0]
-                sent.append((name, value.numel() * value.element_size()))
-                return self.saved[name](*args, **keywords)
-
-            return run
-
-        for name in self.saved:
-            setattr(torch.distributed, name, counting(name))
-        return sent
-
-    def __exit__(self, *_: Any) -> None:
-        for name, function in self.saved.items():
-            setattr(torch.distributed, name, function)
-
-
 def bad_calls(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Arguments of `statistics` on which rank 1 of two disagrees with rank 0."""
     good = shard_of(make("everything"), SPLITS[2], rank)
@@ -254,6 +183,16 @@ def bad_calls(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
                                                               good["token_ids"])}
 
 
+def bad_distillations(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    case = with_teacher(make("plain"))
+    part = shard_of(case, SPLITS[2], rank)
+    other = shard_of(case, (599, 401), rank)
+    yield "teacher", lambda: distilled(part | {"teacher_weight": other["teacher_weight"]}, "jsd", process_group=group)
+    yield "kind", lambda: distilled(part, "reverse_kl" if rank else "jsd", process_group=group)
+    top = with_listed(make("plain"), 3 + rank)
+    yield "top-k", lambda: distilled(shard_of(top, SPLITS[2], rank), "jsd", process_group=group)
+
+
 def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
     """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
     shards.reads_are_free = lambda device: False
@@ -263,20 +202,12 @@ def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any
     return results | {"error on a device": error}
 
 
-def error_of(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for world, group in groups.items():
         if rank >= world:
             continue
-        for name, (function, make_case, options) in CALLS.items():
+        for name, (function, make_case, options) in (CALLS | DISTILLED).items():
             part = shard_of(make_case(), SPLITS[world], rank)
             results[f"{name}, {world}"] = function(part, process_group=group, **options)
         for name, objective in OBJECTIVES.items():
@@ -297,10 +228,20 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
                 with Traffic() as sent:
                     function(part, process_group=group, chunk_bytes=chunks, **options)
                 results[f"traffic {name}, {vocab}, {world}"] = sent
+            whole = make("plain", vocab=vocab)
+            part = shard_of(whole | {"teacher_hidden": whole["hidden"], "teacher_weight": whole["weight"]}, sizes, rank)
+            listed = shard_of(with_listed(whole, 3), sizes, rank)
+            for kind in ("forward_kl", "jsd", "top-k"):
+                arguments = (listed, "jsd") if kind == "top-k" else (part, kind)
+                with Traffic() as sent:
+                    distilled(*arguments, process_group=group, chunk_bytes=2 * chunks)
+                results[f"traffic {kind}, {vocab}, {world}"] = sent
     if rank < 2:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
+        for name, call in bad_distillations(rank, groups[2]):
+            results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])
         nothing = part | {"hidden": part["hidden"][:0], "token_ids": part["token_ids"][:0]}
@@ -312,50 +253,9 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
     return results
 
 
-def main(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=SECONDS),
-    )
-    groups = {world: torch.distributed.new_group(list(range(world))) for world in SPLITS}
-    torch.save(results_of(rank, groups), directory / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def fork_ranks(directory: Path) -> None:
-    """Runs all ranks. One that fails, and the time limit, end the others."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=main, args=(rank, directory)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + SECONDS
-    while running := [process for process in processes if process.exitcode is None]:
-        connection.wait([process.sentinel for process in running], max(end - time.monotonic(), 0))
-        if time.monotonic() >= end or any(process.exitcode for process in processes):
-            break
-    for process in processes:
-        process.kill()
-        process.join()
-    codes = [process.exitcode for process in processes]
-    if any(codes):
-        sys.exit(f"ranks ended with {codes}")
-
-
-def run_ranks(directory: Path) -> list[dict[str, Any]]:
-    """The results of all ranks."""
-    paths = os.pathsep.join(str(path) for path in (Path(__file__).parents[2], Path(__file__).parent))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
-    completed = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(directory)], env=environment, capture_output=True, text=True,
-        timeout=2 * SECONDS,
-    )
-    if completed.returncode:
-        raise RuntimeError((completed.stdout + completed.stderr)[-6000:])
-    return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
+def main(rank: int) -> dict[str, Any]:
+    return results_of(rank, {world: torch.distributed.new_group(list(range(world))) for world in SPLITS})
 
 
 if __name__ == "__main__":
-    fork_ranks(Path(sys.argv[1]))
+    fork_ranks(main, WORLD, Path(sys.argv[1]))
