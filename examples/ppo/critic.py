@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.grpo import GRPOTrainer
-from r1kernels.train.model import head_of
+from r1kernels.train.parallel import add_up
 from r1kernels.train.rollout import Tokens
 from r1kernels.train.update import Rollout, completion_hidden_states
 
@@ -50,20 +49,20 @@ def critic(
 
 
 class Critic(nn.Module):
-    """A copy of a causal LM's body under a head of zeros: before training, every state is worth 0."""
+    """The body of a causal LM, which it takes over, under a head of zeros: before training, every state is worth 0."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.base_model = copy.deepcopy(model.base_model).float()  # AdamW needs float32 weights
-        weight = head_of(model)["weight"]
-        self.head = nn.Linear(weight.shape[1], 1, device=weight.device)
+        self.base_model, self.config = model.base_model, model.config
+        self.head = nn.Linear(model.get_output_embeddings().in_features, 1, device=model.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.eval()
 
     def forward(self, batch: Tokens) -> Tensor:
         """Values (B, T); column t is that of the state in which token t of the completion was chosen."""
-        return self.head(completion_hidden_states(self, batch)).squeeze(-1).float()
+        values = self.head(completion_hidden_states(self, batch)).squeeze(-1).float()  # (N,)
+        return torch.zeros_like(batch.mask, dtype=values.dtype).masked_scatter(batch.mask, values)
 
 
 class CriticAdvantages:
@@ -76,8 +75,9 @@ class CriticAdvantages:
         self.trainer, self.lam, self.gamma, self.kl_coef = trainer, lam, gamma, kl_coef
         self.value_clip, self.whitened = value_clip, whiten
         if kl_coef and trainer.reference is None:
-            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
-        self.critic = Critic(trainer.model)
+            trainer.reference = trainer.stage.frozen(trainer.settings.model)
+        model, _ = trainer.stage.load_model(trainer.settings.model, torch.float32)  # AdamW needs float32 weights
+        self.critic = Critic(model)
         self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=learning_rate, weight_decay=0.0)
         self.targets: dict[str, Tensor] = {}  # of the last rollout: values, returns, and the mask of what counts
 
@@ -101,10 +101,10 @@ class CriticAdvantages:
             metrics["reward_kl"] = (old_logprobs - ref_logprobs)[tokens.mask].mean().item()
         return whiten(advantages, mask) if self.whitened else advantages, metrics
 
-    def learn(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
-        """One optimizer step of the critic on a minibatch, given as micro-batches."""
+    def learn(self, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """One optimizer step of the critic on the rows of a minibatch."""
         self.optimizer.zero_grad()
-        metrics = self._gradient(rollout, batches)
+        metrics = self._gradient(rollout, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.trainer.settings.grad_clip).item()
         if not (math.isfinite(metrics["value_loss"]) and math.isfinite(norm)):
             raise TrainingError(f"step {self.trainer.step}: the critic's loss is "
@@ -119,32 +119,31 @@ class CriticAdvantages:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
-        device = self.critic.head.weight.device
-        self.targets = {name: value.to(device) for name, value in state["targets"].items()}
+        self.targets = state["targets"]
 
     @torch.no_grad()
     def _values(self, tokens: Tokens) -> Tensor:
-        """Values (B, T) of the states of a rollout, 0 behind the mask."""
-        values = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
-        for rows in (rows for minibatch in self.trainer.minibatches(0) for rows in minibatch):
-            batch = tokens.rows(rows)
-            values[rows, : batch.mask.shape[1]] = self.critic(batch).masked_fill(~batch.mask, 0.0)
-        return values
+        """Values (B, T) of the states of a rollout, 0 behind the mask. Every rank computes a share of them."""
+        values = torch.zeros(tokens.mask.shape)
+        for minibatch in self.trainer.minibatches(0):
+            for rows in filter(len, self.trainer.micro_batches(tokens, minibatch)):
+                batch = tokens.rows(rows).to(self.device)
+                values[rows, : batch.mask.shape[1]] = self.critic(batch).cpu()
+        return self._add_up(values.to(self.device)).cpu()
 
-    def _gradient(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
-        """Adds the gradient of the value loss, which does not depend on the division into micro-batches.
+    def _gradient(self, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """Adds the gradient of the value loss, which does not depend on the division into micro-batches and ranks.
 
         loss = mean_t 1/2 max((V_t - R_t)^2, (V_t' - R_t)^2),  V_t' = V_old,t + clamp(V_t - V_old,t, -clip, clip)
         """
         values, returns, mask = (self.targets[name] for name in ("values", "returns", "mask"))
-        tokens = mask[torch.cat(batches)].sum().clamp(min=1)
-        sums = []
-        for rows in batches:
-            batch = rollout.rows(rows)
+        tokens, sums = int(mask[rows].sum().clamp(min=1)), torch.zeros(2, device=self.device)
+        for some in filter(len, self.trainer.micro_batches(rollout, rows)):
+            batch = rollout.rows(some).to(self.device)
             width = batch.mask.shape[1]
-            here = mask[rows, :width]
-            old, target = values[rows, :width][here], returns[rows, :width][here]
-            value = self.critic(batch)[here]  # (tokens,), so that nothing behind the mask matters
+            here = mask[some, :width]
+            old, target = (column[some, :width][here].to(self.device) for column in (values, returns))
+            value = self.critic(batch)[here.to(self.device)]  # (tokens,), so that nothing behind the mask matters
             squares = (value - target).square()
             clipped = torch.zeros_like(squares)
             if self.value_clip is not None:
@@ -153,9 +152,19 @@ class CriticAdvantages:
                 squares = torch.maximum(squares, bounded)
             loss = 0.5 * squares.sum() / tokens
             loss.backward()
-            sums.append(torch.stack([loss.detach(), clipped.sum() / tokens]))
-        loss, fraction = torch.stack(sums).sum(0).tolist()
+            sums += torch.stack([loss.detach(), clipped.sum() / tokens])
+        for weight in self.critic.parameters():
+            weight.grad = self._add_up(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+        loss, fraction = self._add_up(sums).tolist()
         return {"value_loss": loss} | ({} if self.value_clip is None else {"value_clip_fraction": fraction})
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that train on different tokens, in place."""
+        return add_up(tensor, self.trainer.policy.data.get_group())
+
+    @property
+    def device(self) -> torch.device:
+        return self.critic.head.weight.device
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

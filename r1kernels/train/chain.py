@@ -18,9 +18,10 @@ import filelock
 
 import r1kernels
 from r1kernels.train import evaluate, grpo, reject, reward_model, supervised
-from r1kernels.train.checkpoint import MODEL, latest_checkpoint, sha256, tidy_checkpoints, write_file
-from r1kernels.train.errors import ConfigError, Interrupt
+from r1kernels.train.checkpoint import MODEL, latest_checkpoint, write_file
+from r1kernels.train.errors import ConfigError, Interrupt, naming
 from r1kernels.train.log import Console
+from r1kernels.train.parallel import check, first, rank, report_activity
 from r1kernels.train.recipe import LEAVES, Recipe, nearest
 from r1kernels.train.recipe_file import dump_recipe, references
 from r1kernels.train.stage import SELECTED, Stage
@@ -37,10 +38,8 @@ HASHED_SIZE = 2**24  # larger files count by their size and the time of their la
 def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
     """The records of the stages that ran, by name."""
     path = Path(run_dir, MANIFEST)
-    try:
+    with naming(f"{path} is damaged (use another 'run_dir')", (ValueError, KeyError, TypeError)):
         return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}; use another 'run_dir'") from error
 
 
 class Chain:
@@ -48,7 +47,7 @@ class Chain:
 
     def __init__(self, recipe: Recipe, *, start: str | None = None) -> None:
         self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
-        self.records, self.forced = read_manifest(recipe.run_dir), {start}
+        self.records, self.forced = first(lambda: read_manifest(recipe.run_dir)), {start}
         if start is not None and start not in recipe.stages:
             raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
         for name in recipe.stages:
@@ -64,15 +63,17 @@ class Chain:
         return plans
 
     def run(self, console: Console, interrupt: Interrupt) -> None:
-        """Runs the stages and evaluates the models that they leave. Raises Interrupted once the state is saved."""
-        self.plan()  # raises before any work
+        """Runs the stages and evaluates the models that they leave. Raises Interrupted once the state is saved. All
+        ranks run it; the first one decides, and writes."""
+        first(self.plan)  # raises before any work
         self._write()
-        write_file(self.run_dir / CONFIG, dump_recipe(self.recipe))
+        first(lambda: write_file(self.run_dir / CONFIG, dump_recipe(self.recipe)))
         console.say(f"device {self.recipe.device}, models compute in {self.recipe.dtype}")
         for number, (name, settings) in enumerate(self.recipe.stages.items(), start=1):
-            interrupt.check()
-            action, why = self._decide(name, set())
+            check(interrupt)
+            action, why = first(lambda name=name: self._decide(name, set()))
             console.say(f"[{number}/{len(self.recipe.stages)}] {name}: {action}: {why}")
+            report_activity(name)
             before = self.records.get(getattr(settings, "model", None), {}).get("evaluation")
             stage = Stage(self.recipe, settings, self.run_dir / name, console, interrupt, before)
             if action != "skip":
@@ -85,37 +86,39 @@ class Chain:
         if not resumed:
             self.records.pop(name, None)
             self._write()  # first, so that after a kill the old directory is not taken for the new one
-            shutil.rmtree(stage.directory, ignore_errors=True)
-            stage.directory.mkdir()
+            first(lambda: (shutil.rmtree(stage.directory, ignore_errors=True), stage.directory.mkdir()))
             self.records[name] = {
                 "kind": kind, "status": "running", "version": r1kernels.__version__, "output": None,
-                "settings": self._inputs(stage.settings, self._named_by(name)), "summary": {}, "seconds": 0.0,
-                "evaluation": None}
+                "settings": first(lambda: self._inputs(stage.settings, self._named_by(name))), "summary": {},
+                "seconds": 0.0, "evaluation": None}
             self._write()
         record, started = self.records[name], time.monotonic()
         try:
             summary = RUN[kind](stage)
         finally:
             record["seconds"] += time.monotonic() - started
-            self._write()
-        tidy_checkpoints(stage.directory, self.recipe.checkpoint.keep)
+            if rank() == 0:
+                self._write_manifest()
         evaluation = summary.pop("evaluation", None)
         if evaluation and not resumed:  # else perhaps with older settings
-            record["evaluation"] = {**evaluation, "settings": self._inputs(self.recipe.eval, self.recipe.eval_problems)}
-        record |= {"status": "finished", "summary": summary, "output": self._output(name)}
+            record["evaluation"] = {**evaluation, "settings": self._eval_settings()}
+        record |= {"status": "finished", "summary": summary, "output": first(lambda: self._output(name))}
         self.forced.discard(name)
         self._write()
 
     def _evaluate(self, stage: Stage) -> None:
         """Measures the model that a stage left, unless that was done with the same settings."""
-        name, settings = stage.settings.name, self._inputs(self.recipe.eval, self.recipe.eval_problems)
+        name, settings = stage.settings.name, self._eval_settings()
         if (self.records[name]["evaluation"] or {}).get("settings") != settings:
-            stage.console.phase(f"{name}: evaluating")
+            stage.console.say(f"{name}: evaluating")
             started, found = time.monotonic(), evaluate.evaluate_model(stage, name)
             self.records[name]["evaluation"] = found | {"settings": settings, "seconds": time.monotonic() - started}
             self._write()
             share = "-" if found["pass_at_1"] is None else f"{found['pass_at_1']:.1%}"
             stage.console.say(f"{name}: pass@1 {share}, length {found['length']:.1f} tokens")
+
+    def _eval_settings(self) -> dict[str, Any]:
+        return first(lambda: self._inputs(self.recipe.eval, self.recipe.eval_problems))
 
     def _decide(self, name: str, stale: set[str]) -> tuple[str, str]:
         """What to do with a stage, and why, if the `stale` ones run before it."""
@@ -172,6 +175,9 @@ class Chain:
         return content_hash(path) if path and path.exists() else None
 
     def _write(self) -> None:
+        first(self._write_manifest)
+
+    def _write_manifest(self) -> None:
         content = {"order": list(self.recipe.stages), "stages": self.records}
         write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -181,7 +187,8 @@ def content_hash(path: str | Path) -> str:
     found: dict[str, Any] = {}
     for file in sorted(file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        found[str(file.relative_to(path))] = sha256(file) if size <= HASHED_SIZE else [size, changed]
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_SIZE else [size, changed]
+        found[str(file.relative_to(path))] = content
     return hashlib.sha256(json.dumps(found or str(path)).encode()).hexdigest()[:16]
 
 

@@ -1,86 +1,159 @@
 """Checkpoints that are complete or absent, and files that are replaced as a whole.
 
-    <stage>/checkpoints/step-000123/model/         loads with plain transformers
+    <stage>/checkpoints/step-000123/model/         loads with plain transformers: the whole weights in float32
+                                    shards/        tensors that ranks share, such as the optimizer's state
                                     state.pt       everything else that a resumed run needs
-                                    manifest.json  the size and SHA-256 of every file
+                                    manifest.json  the size of every file
 
-A checkpoint is written under a hidden name, flushed to the disk and renamed. So a directory `step-*` is always
-complete, whenever the process was killed. It never changes: equal steps of a run have equal states.
+Every rank writes its shards (torch.distributed.checkpoint), so another number of ranks can read them. All ranks must
+see the same directory. A checkpoint is written under a hidden name, flushed to the disk and renamed. So a directory
+`step-*` is always complete, whenever the process was killed. It never changes: equal steps of a run have equal states.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import copy
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from r1kernels.train.errors import CheckpointError, StorageError
+from r1kernels.train.errors import CheckpointError, StorageError, naming
+from r1kernels.train.parallel import first, rank
+from r1kernels.train.policy import Policy
 
-MODEL, STATE, MANIFEST, PARTIAL = "model", "state.pt", "manifest.json", ".partial-"
+MODEL, STATE, SHARDS, MANIFEST, PARTIAL = "model", "state.pt", "shards", "manifest.json", ".partial-"
+Shards = dict[str, Any]  # nested, with sharded tensors as leaves
 
 
-def save_checkpoint(directory: Path, step: int, *, model: Any, tokenizer: Any, state: dict, keep: int) -> None:
-    """Writes checkpoint number `step`, unless it exists, and removes all but the last `keep`.
+def save_checkpoint(
+    directory: Path, step: int, *, policy: Policy, tokenizer: Any, shards: Shards, state: dict[str, Any], keep: int
+) -> None:
+    """Writes checkpoint number `step`, unless it exists, and removes all but the last `keep`. All ranks must call it.
 
-    `state` holds tensors and plain containers of numbers and strings, so that loading it runs no code. Raises
-    StorageError if writing fails, for example on a full disk.
+    `shards` holds sharded tensors; `state` tensors and plain containers of numbers and strings, so that loading it runs
+    no code. Raises StorageError if writing fails, for example on a full disk.
     """
     root = Path(directory) / "checkpoints"
     final, partial = root / f"step-{step:06d}", root / f"{PARTIAL}step-{step:06d}"
-    tidy_checkpoints(directory, keep)
-    if final.exists():
-        return
     try:
-        (partial / MODEL).mkdir(parents=True)
-        model.save_pretrained(partial / MODEL)
-        tokenizer.save_pretrained(partial / MODEL)
-        with open(partial / STATE, "wb") as file:  # with a path, torch would not say why it cannot write
-            torch.save(state, file)
-        torch.load(partial / STATE, mmap=True, map_location="cpu", weights_only=True)  # fails if it would run code
-        files = {file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-                 for file in sorted(partial.rglob("*")) if file.is_file()}
-        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        for entry in (*partial.rglob("*"), partial, *Path(directory).glob("*.jsonl")):  # the lines of earlier steps too
-            _sync(entry)
-        partial.rename(final)
-        _sync(root)
-    except Exception as error:
-        reason: BaseException = error
-        while reason.__context__ and not isinstance(reason, OSError):  # torch names the byte but not the reason
-            reason = reason.__context__
+        if not first(lambda: _begin(final, partial, keep)):
+            return
+        save_model(policy, partial / MODEL)
+        first(lambda: _write_state(partial, tokenizer, state))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one rank
+            dcp.save(shards, storage_writer=_Writer(partial / SHARDS))
+        first(lambda: _finish(final, partial))
+    except (Exception, dcp.CheckpointException) as error:
+        failures = getattr(error, "failures", {0: (error,)})  # of a CheckpointException, which is no Exception
+        reason = _reason(next(iter(failures.values()))[0])
         raise StorageError(f"cannot write the checkpoint {final}: {reason}; earlier ones are unchanged") from error
     finally:
-        tidy_checkpoints(directory, keep)
+        if rank() == 0:
+            tidy_checkpoints(directory, keep)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes shards. To other ranks an error goes alone, so it must be the reason itself."""
+
+    def write_data(self, *given: Any) -> Any:
+        try:
+            return super().write_data(*given)
+        except Exception as error:
+            raise _reason(error) from None
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The error of the system below an error of torch, which names the byte but not the reason."""
+    while error.__context__ and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _begin(final: Path, partial: Path, keep: int) -> bool:
+    tidy_checkpoints(final.parent.parent, keep)
+    if not final.exists():
+        (partial / MODEL).mkdir(parents=True)
+    return not final.exists()
+
+
+def save_model(policy: Policy, directory: Path) -> None:
+    """Writes the whole weights in float32, as transformers does. All ranks must call it."""
+    weights = {name: weight.cpu() for name, weight in policy.weights() if rank() == 0}
+
+    def write() -> None:
+        policy.model.save_pretrained(directory, state_dict=weights)
+        config = copy.deepcopy(policy.model.config)
+        config.dtype = torch.float32
+        config.save_pretrained(directory)
+
+    first(write)
+
+
+def _write_state(partial: Path, tokenizer: Any, state: dict[str, Any]) -> None:
+    tokenizer.save_pretrained(partial / MODEL)
+    with open(partial / STATE, "wb") as file:  # with a path, torch would not say why it cannot write
+        torch.save(state, file)
+    torch.load(partial / STATE, mmap=True, map_location="cpu", weights_only=True)  # fails if it would run code
+
+
+def _finish(final: Path, partial: Path) -> None:
+    sizes = {file.relative_to(partial).as_posix(): file.stat().st_size
+             for file in sorted(partial.rglob("*")) if file.is_file()}
+    (partial / MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=2) + "\n")
+    for entry in (*partial.rglob("*"), partial, *final.parent.parent.glob("*.jsonl")):  # the lines of earlier steps too
+        _sync(entry)
+    partial.rename(final)
+    _sync(final.parent)
 
 
 def load_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Verifies every file of a checkpoint. Returns the directory of its model, and its state with tensors on the CPU.
-    Raises CheckpointError."""
-    verify_checkpoint(path)
-    try:
+    """The directory of its model, and its state with tensors on the CPU. Raises CheckpointError."""
+    first(lambda: verify_checkpoint(path))
+    with naming(f"cannot load {path / STATE}", made=CheckpointError):
         return path / MODEL, torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"cannot load {path / STATE}: {type(error).__name__}") from error
+
+
+def shards_of(policy: Policy, optimizer: torch.optim.Optimizer, reference: Any = None) -> Shards:
+    """The sharded tensors of a training: what the optimizer remembers, adapters, and the weights of the reference."""
+    trained, fresh = policy.trained(), not optimizer.state  # the optimizer does not know gathered weights
+    shards: Shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+    for state in optimizer.state.values() if fresh else ():  # torch fills it by an update of 0, which it counts
+        state["step"].zero_()
+    if any(".lora_" in name for name in trained):
+        shards["adapters"] = {name: weight.detach() for name, weight in trained.items()}
+    if reference is not None:
+        shards["reference"] = reference.shards()
+    return shards
+
+
+def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, reference: Any = None) -> None:
+    """Fills them from a checkpoint, also from one of another number of ranks. All ranks must call it."""
+    shards = shards_of(policy, optimizer, reference)
+    with (naming(f"cannot load {path / SHARDS}", (Exception, dcp.CheckpointException), CheckpointError),
+          warnings.catch_warnings(action="ignore", category=UserWarning)):
+        dcp.load(shards, checkpoint_id=path / SHARDS)
+    set_optimizer_state_dict(policy, optimizer, shards["optimizer"])
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError, which names the file, if a file has changed since it was written."""
+    """Raises CheckpointError, which names the file, if one is missing or has another size than when it was written."""
     file = path / MANIFEST
     try:
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
-        for name in (STATE, *sorted(files.keys() - {STATE})):
+        for name, size in json.loads(file.read_text(encoding="utf-8"))["sizes"].items():
             file = path / name
-            if sha256(file) != files[name]["sha256"]:
-                raise ValueError("its SHA-256 differs")
+            if file.stat().st_size != size:
+                raise ValueError(f"it has {file.stat().st_size} bytes, expected {size}")
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint: {file} does not match {path / MANIFEST} ({error!r}); "
-                              f"delete {path}, and its stage continues from an earlier one or begins again") from error
+        raise CheckpointError(f"damaged checkpoint: {file}: {error!r}; delete {path}, and its stage continues from an "
+                              "earlier one or begins again") from error
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -109,15 +182,6 @@ def write_file(path: Path, content: str | bytes) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise StorageError(f"{path} cannot be written: {error.strerror}; the old file is unchanged") from error
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _complete(root: Path) -> list[Path]:

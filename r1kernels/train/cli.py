@@ -20,7 +20,7 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VA
 def train(
     recipe: Positional[Path], *, overrides: Overrides = (),
     start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STAGE")] = None,
-    dry_run: bool = False, plain: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Runs the stages of a recipe. Finished stages are kept, and an interrupted one continues.
 
@@ -29,25 +29,29 @@ def train(
         overrides: settings to change, such as stages.r1_zero.steps=10.
         start: run this stage again, and all stages that depend on it.
         dry_run: print which stages would run, and why, and exit.
-        plain: print lines instead of a live table.
     """
     import torch
     from transformers.utils import logging
 
-    from r1kernels.train import chain, errors, log, recipe_file, report, stage
+    from r1kernels.train import chain, errors, log, parallel, plan, recipe_file, report, stage
 
-    started, console, status = time.monotonic(), log.Console(plain), 0
+    started, console, status = time.monotonic(), log.Console(), 0
     settings = recipe_file.load_recipe(recipe, overrides)
+    parallel.start(settings.device, settings.parallel.timeout_s)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # it would break the table
+    logging.disable_progress_bar()
     stage.check_recipe(settings, console)
+    for text in parallel.first(lambda: plan.check_fits(settings, parallel.ranks())):
+        console.say(text, warning=True)
     if dry_run:
         for name, (action, why) in chain.Chain(settings, start=start).plan().items():
             console.say(f"{action:9}{name} ({settings.stages[name].kind}): {why}")
         return 0
-    with chain.claim(settings), errors.Interrupt() as stop, console:
+    locks: list[object] = []
+    parallel.first(lambda: locks.append(chain.claim(settings)))
+    with errors.Interrupt() as stop, parallel.naming_missing_ranks():  # torchrun stops the ranks that are left
         try:
             chain.Chain(settings, start=start).run(console, stop)
             console.say(f"finished in {time.monotonic() - started:.0f} s")
@@ -55,8 +59,38 @@ def train(
             console.say(f"stopped by {signal}; run {Path(settings.run_dir, chain.CONFIG)} to continue")
             status = INTERRUPTED
         finally:
-            report.write_report(settings.run_dir)
+            if parallel.rank() == 0:
+                report.write_report(settings.run_dir)
             console.say(f"wrote {Path(settings.run_dir, 'report.html')}, and its figures in curves/")
+    return status
+
+
+@app.command
+def plan(
+    recipe: Positional[Path], *, overrides: Overrides = (), devices: int = 1, memory: float | None = None,
+    prompt_tokens: int = 512,
+) -> int:
+    """Shows the memory that each stage of a recipe needs on a device, by part, and what would make it fit.
+
+    Args:
+        recipe: a YAML file, such as recipes/r1.yaml.
+        overrides: settings to change, such as gradient_checkpointing=true.
+        devices: the number of devices that train together.
+        memory: GiB of each device, such as 80; by default, all of the device of the recipe.
+        prompt_tokens: tokens of the longest prompt.
+    """
+    from r1kernels.train import log, plan, recipe_file
+
+    settings, say, status = recipe_file.load_recipe(recipe, overrides), log.Console().say, 0
+    available = memory * plan.GIB if memory else plan.memory_of(settings.device)
+    for name, case in plan.cases(settings, devices, prompt_tokens):
+        text, refused = plan.verdict(name, case, available)
+        for phase, parts in case.phases().items() if "unknown" not in text else ():
+            say(f"{name} ({case.kind}), {phase}: {sum(parts.values()) / plan.GIB:.2f} GiB on each of {devices} devices")
+            for part, size in sorted(parts.items(), key=lambda item: -item[1]):
+                say(f"{size / plan.GIB:10.3f}  {part}")
+        say(text or "it fits", warning=bool(text))
+        status = status or int(refused)
     return status
 
 

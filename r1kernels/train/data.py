@@ -7,8 +7,8 @@ A data set is a list of rows (dicts). The keys of a row decide its use: `questio
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,11 @@ from r1kernels.rewards.choice import letter
 from r1kernels.rewards.code import read_tests
 from r1kernels.rewards.math import check_reference
 from r1kernels.rewards.text import THINK, prompt_opens_think
-from r1kernels.train.errors import ConfigError, DataError, RunError
+from r1kernels.train.errors import ConfigError, DataError, naming
 from r1kernels.train.log import Console
-from r1kernels.train.recipe import Data, Recipe
+from r1kernels.train.recipe import Data, FileData, Recipe
 from r1kernels.train.recipe_file import references
 
-MAX_LINE = 2**26  # bytes of one line, decompressed
 HUMANEVAL = "Complete this Python function. Answer with the whole function in a ```python block.\n\n```python\n{}\n```"
 
 # DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
@@ -129,33 +128,36 @@ def whole_response(prompt: str, completion: str) -> str:
     return f"{THINK}{completion}" if prompt_opens_think(prompt) else completion
 
 
-def check_data(recipe: Recipe, console: Console) -> set[str]:
+def check_data(recipe: Recipe, console: Console) -> tuple[set[str], dict[str, str]]:
     """Reads all data that the stages use, reports references that no answer can be compared with, and returns the kinds
-    of problems. Raises ConfigError or DataError for data that cannot be used, and for a question in both splits."""
-    found = {}
+    of problems, and a hash of each data set. Raises ConfigError or DataError for data that cannot be used, and for a
+    question in both splits."""
+    found, others = {}, {}
     for stage in recipe.stages.values():
         for key, name, _ in references(stage):
             if name in recipe.data and key == "problems":
                 found[name, "train"] = load_problems(recipe, name, "train")
             elif name in recipe.data and key == "samples":
-                load_demonstrations(read_rows(recipe, name, "train"), Template("r1_zero", None))
+                rows = read_rows(recipe, name, "train")
+                others[name, "train"] = load_demonstrations(rows, Template("r1_zero", None))
             elif name in recipe.data:
-                load_pairs(recipe, name)
+                others[name, "train"] = load_pairs(recipe, name)
     for name in recipe.eval_problems:
         found[name, "test"] = load_problems(recipe, name, "test")
-        trained = {problem.question for problem in found.get((name, "train"), [])}
-        shared = [problem.question for problem in found[name, "test"] if problem.question in trained]
-        if shared:
-            raise DataError(f"data set '{name}' has the same questions in both splits ({len(shared)} in all), such as "
-                            f"{shared[0]!r:.60}")
+        train, test = ({problem.question for problem in found.get((name, split), [])} for split in ("train", "test"))
+        if both := train & test:
+            raise DataError(f"data set '{name}' has {len(both)} questions in both splits, such as {min(both)!r:.60}")
     for (name, split), problems in found.items():
         bad = [f"{item.id}: {item.answer!r:.60} ({why})" for item in problems if (why := _unreadable(item))]
-        text = f"data set '{name}', split '{split}': {len(bad)} of {len(problems)} references are unusable: "
+        text = (f"data set '{name}', split '{split}': {len(bad)} of {len(problems)} references cannot be compared with "
+                f"answers: {'; '.join(bad[:3])}")
         if len(bad) == len(problems):
-            raise DataError(f"{text}{bad[0]}; expected answers without their derivation, or another 'kind'")
+            raise DataError(text)
         if bad:
-            console.say(f"{text}{'; '.join(bad[:3])}; these problems are unscorable", warning=True)
-    return {problem.kind for problems in found.values() for problem in problems}
+            console.say(f"{text}; these problems are unscorable", warning=True)
+    return {problem.kind for problems in found.values() for problem in problems}, {
+        f"data set '{name}', split '{split}'": hashlib.sha256(repr(rows).encode("utf-8", "replace")).hexdigest()[:16]
+        for (name, split), rows in (others | found).items()}
 
 
 def _unreadable(problem: Problem) -> str | None:
@@ -173,43 +175,34 @@ def _unreadable(problem: Problem) -> str | None:
 def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None) -> list[tuple[str, Row]]:
     """The rows of one split, each with a question, and where each comes from, for messages."""
     data, training, where = recipe.data[name], split == "train", f"data set '{name}', split '{split}'"
-    try:
+    with naming(f"{where}: cannot be read, or lacks a key",
+                (ImportError, OSError, TypeError, ValueError, KeyError), DataError):
         if data.kind == "function":
             found = data.load()(split=split, count=count, seed=recipe.seed, **data.options)
-            rows = [(f"{where}, row {index}", dict(row)) for index, row in enumerate(found)]
         elif data.kind == "hub":
             from datasets import load_dataset  # imported late: it takes seconds, and most recipes do not need it
 
             found = load_dataset(data.path, data.subset, split=data.split if training else data.test_split)
-            rows = [(f"{where}, row {index}", row) for index, row in enumerate(found)]
         else:
             path = data.path if training else data.test_path
             if path is None:
                 raise ConfigError(f"'data.{name}.path' is null, and a stage trains on this data set; expected a file")
-            rows = list(read_jsonl(path))
-    except RunError:
-        raise
-    except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+            found = read_jsonl(path)
+        rows = found if isinstance(data, FileData) else ((f"{where}, row {n}", row) for n, row in enumerate(found))
+        rows = [(place, _with_our_keys(data, row, place)) for place, row in rows]
     if not rows:
         raise DataError(f"{where}: there are no rows; expected at least one")
-    rows = [(place, _with_our_keys(data, row, place)) for place, row in rows]
-    for place, row in rows:
-        text_of(row, "question", place)
     return rows
 
 
 def _with_our_keys(data: Data, row: Row, where: str) -> Row:
-    """A row after the setting `columns`, or of HumanEval."""
-    columns = getattr(data, "columns", {})
-    if missing := [theirs for theirs in columns.values() if theirs not in row]:
-        raise DataError(f"{where}: there is no {missing[0]!r}, which 'columns' names (keys: {', '.join(row)})")
-    row = row | {ours: row[theirs] for ours, theirs in columns.items()}
+    """A row after the setting `columns`, or of HumanEval, with a question."""
+    row = row | {ours: row[theirs] for ours, theirs in getattr(data, "columns", {}).items()}
     if data.kind == "humaneval":
         tests = {key: text_of(row, key, where) for key in ("prompt", "entry_point", "test")}
         question, id = HUMANEVAL.format(tests["prompt"].strip()), row.get("task_id", where)
-        return {"id": id, "question": question, "answer": tests, "kind": "code"}
-    return row
+        row = {"id": id, "question": question, "answer": tests, "kind": "code"}
+    return row | {"question": text_of(row, "question", where)}
 
 
 def text_of(row: Row, key: str, where: str) -> str:
@@ -222,20 +215,16 @@ def text_of(row: Row, key: str, where: str) -> str:
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
     """The objects of a JSONL file, gzipped or not, and where they are. Raises DataError, naming the file and line."""
-    number = 0
+    place = f"data file {path}"
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    raise ValueError(f"longer than {MAX_LINE} bytes")
+            for number, line in enumerate(file, start=1):
+                place = f"{path}, line {number}"
                 if line.strip():
                     row = json.loads(line)
                     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
                     if not isinstance(row, dict):
                         raise ValueError(f"it holds a {type(row).__name__}")
                     yield f"{Path(path).name}, line {number}", row
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {number}: {error}; expected one JSON object a line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read data file {path}: {error}") from error
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{place}: {error}; expected one JSON object a line") from error

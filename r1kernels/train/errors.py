@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -31,20 +33,26 @@ class TrainingError(RunError):
     """Training cannot go on, for example because a loss is not finite. The last checkpoint is unchanged."""
 
 
+@contextlib.contextmanager
+def naming(problem: str, errors: Any = Exception, made: type[RunError] = ConfigError) -> Iterator[None]:
+    """Turns some errors, or all, into one that names the problem. Errors that end a run stay as they are."""
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, RunError) and errors is not ConfigError:
+            raise
+        raise made(f"{problem}: {' '.join(str(error).split()):.400}") from error
+
+
 class Interrupted(KeyboardInterrupt):
     """A stop was requested. It is raised only where the run can continue later."""
 
 
 class Interrupt:
     """Turns SIGINT and SIGTERM into an `Interrupted` at the next `check`, which code calls where its state is complete.
+    A second signal stops the process immediately. Shells start background jobs with SIGINT ignored: it counts too."""
 
-    A second signal stops the process immediately. Both signals are handled even if the process was started with SIGINT
-    ignored, as shells do for background jobs.
-    """
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._previous: dict[int, Any] = {}
+    requested: str | None = None
 
     def check(self) -> None:
         """Raises Interrupted if a signal came."""
@@ -64,5 +72,4 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # Not print: the signal may arrive in the middle of one.
-        text = f"\n{self.requested}: stopping at the next safe point; press Ctrl-C again to stop immediately\n"
-        os.write(2, text.encode())
+        os.write(2, b"\nstopping at the next safe point; press Ctrl-C again to stop immediately\n")

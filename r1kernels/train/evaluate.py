@@ -7,18 +7,20 @@ import math
 import re
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
-from r1kernels.rewards import Scorer
+from r1kernels.rewards import Scorer, Scores
 from r1kernels.rewards.choice import letter
 from r1kernels.rewards.math import spelling
 from r1kernels.rewards.text import final_answer, same_text
 from r1kernels.train.data import Problem, Template
+from r1kernels.train.parallel import everywhere, share
 from r1kernels.train.recipe import Eval
-from r1kernels.train.rng import torch_seeded
-from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.rng import seed_at
+from r1kernels.train.rollout import Sampler, Sampling
 from r1kernels.train.stage import Stage
 
 PARTS = {"accuracy": 1.0, "format": 0.0, "language": 0.0}  # measured on every completion, whatever RL rewards
@@ -28,15 +30,14 @@ WORDS = r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)
 
 def evaluate_model(stage: Stage, name: str) -> dict[str, Any]:
     """Evaluates the model that the stage `name` left, as `recipe.eval` says."""
-    model, tokenizer = stage.load_model(name)
-    sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
     problems, settings = stage.problems(stage.recipe.eval_problems, "test"), stage.recipe.eval
-    with stage.scorer(PARTS) as scorer:
+    with closing(stage.sampler(name)) as sampler, stage.scorer(PARTS) as scorer:
+        template = stage.template(sampler.tokenizer)
         return evaluate(sampler, problems, scorer, settings, template=template, seed=stage.recipe.seed)
 
 
 def evaluate(
-    sampler: TransformersSampler, problems: Sequence[Problem], scorer: Scorer, settings: Eval, *,
+    sampler: Sampler, problems: Sequence[Problem], scorer: Scorer, settings: Eval, *,
     template: Template, seed: int,
 ) -> dict[str, Any]:
     """Samples every problem `settings.samples` times; the same seed draws the same random numbers.
@@ -47,10 +48,10 @@ def evaluate(
     k = settings.samples
     asked = [problem for problem in problems for _ in range(k)]
     prompts = [template.render(problem.question) for problem in asked]
-    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.batch_size)
-    with torch_seeded(seed, "evaluate"):
-        completions = sampler.sample(prompts, sampling)
-    texts, parts = completions.texts, scorer.score(completions.texts, **columns(asked, prompts)).parts
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.batch_size,
+                        seed_at(seed, "evaluate"))
+    completions = sampler.sample(prompts, sampling)
+    texts, parts = completions.texts, score(scorer, completions.texts, asked, prompts).parts
     accuracy, first = parts["accuracy"], range(0, len(asked), k)  # the first samples of the questions
     agreed = [consensus(asked[i].kind, prompts[i], texts[i : i + k], accuracy[i : i + k]) for i in first]
     found, lengths = {}, completions.lengths.tolist()
@@ -74,17 +75,23 @@ def evaluate(
     return {name: _known(value) for name, value in found.items()}
 
 
+def score(scorer: Scorer, texts: Sequence[str], problems: Sequence[Problem], prompts: Sequence[str],
+          **given: Sequence[Any]) -> Scores:
+    """The scores of completions on all ranks; every rank scores its share. See `Scorer.score`."""
+    given |= {name: [getattr(problem, name) for problem in problems]
+              for name in ("question", "answer", "kind", "language")} | {"prompts": prompts}
+    found = everywhere(lambda: scorer.score(share(texts), **{name: share(column) for name, column in given.items()}))
+    lists = {name: [value for part in found for value in part.parts[name]] for name in found[0].parts}
+    return Scores(lists, [value for part in found for value in part.total], sum(part.timeouts for part in found),
+                  sum(part.crashes for part in found),
+                  {name: sum(part.unscorable[name] for part in found) for name in found[0].unscorable})
+
+
 def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an evaluation, under their names in metrics.jsonl, and its examples."""
     names = ("length", "language", "format", "truncated", "unscorable", "reflective")
     shares = {name: evaluation[name] for name in ("pass_at_1", "pass_at_1_se", "cons_at_k", "cons_at_k_se", "examples")}
     return shares | {f"eval_{name}": evaluation[name] for name in names}
-
-
-def columns(problems: Sequence[Problem], prompts: Sequence[str]) -> dict[str, list[str]]:
-    """The columns that a scorer needs for the completions of these problems."""
-    names = ("question", "answer", "kind", "language")
-    return {"prompts": list(prompts), **{name: [getattr(problem, name) for problem in problems] for name in names}}
 
 
 def consensus(kind: str, prompt: str, texts: Sequence[str], correct: Sequence[float]) -> float:

@@ -6,17 +6,18 @@ position in the run. So a resumed run equals one that was never interrupted.
 
 The setting `advantages` can name a function that makes an object to replace group advantages. The object is called with
 rewards (B,), tokens, old and reference log-probs, and returns advantages (B,) per sample or (B, T) per token, and
-metrics. Its `learn(rollout, batches)` runs with each update of the policy, and returns metrics. Checkpoints hold its
-`state_dict()`. See examples/ppo.
+metrics. Its `learn(rollout, rows)` runs with each update of the policy, and returns metrics. Tensors are on the CPU,
+and the same on all ranks, where the object must do the same. Checkpoints hold its `state_dict()`. See examples/ppo.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,20 +25,22 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels.rewards import Scores
-from r1kernels.train.checkpoint import save_checkpoint
+from r1kernels.train import update
+from r1kernels.train.checkpoint import latest_checkpoint, load_state, save_checkpoint, shards_of
 from r1kernels.train.data import Problem, whole_response
-from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.evaluate import PARTS, columns, evaluate, measured, reflective_words
+from r1kernels.train.errors import Interrupted, TrainingError
+from r1kernels.train.evaluate import PARTS, evaluate, measured, reflective_words, score
 from r1kernels.train.log import StepLog
-from r1kernels.train.lora import AdapterReference, adapter_state, mergeable
-from r1kernels.train.precision import AdamW
+from r1kernels.train.lora import without_adapters
+from r1kernels.train.packing import keeps_apart, micro_batches
+from r1kernels.train.parallel import check, report_activity, shared
+from r1kernels.train.policy import Policy, make_optimizer
 from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
-from r1kernels.train.rng import permutation, torch_seeded
-from r1kernels.train.rollout import Completions, Sampling, TransformersSampler, end_tokens
+from r1kernels.train.rng import permutation, seed_at
+from r1kernels.train.rollout import Collector, Completions, Sampling, Tokens, collect
 from r1kernels.train.stage import Stage
-from r1kernels.train.update import Rollout, completion_logprobs, importance_weights, minibatch_gradient, optimizer_step
-from r1kernels.train.vllm import VLLMSampler
+from r1kernels.train.update import Rollout, choose_route, completion_logprobs, importance_weights, optimizer_step
 
 RATIO_TOLERANCE = 1e-2  # difference of the first ratio from 1: the same weights computed both log-probs
 
@@ -48,45 +51,39 @@ class GRPOTrainer:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.settings, self.seed, self.console = stage, stage.settings, stage.recipe.seed, stage.console
         settings, recipe = stage.settings, stage.recipe
-        model, self.tokenizer, state = stage.start()
-        self.model = model.eval()  # dropout would make the first ratio differ from 1
-        stage.enable_checkpointing(self.model)
+        self.policy, self.tokenizer, state = stage.start()
+        self.apart = self.policy(keeps_apart)
         self.template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
         self.test_problems = stage.problems(recipe.eval_problems, "test")
-        self.local_sampler = TransformersSampler(self.model, self.tokenizer, stage.interrupt.check)
-        self.sampler: TransformersSampler | VLLMSampler = self.local_sampler
-        if settings.sampler.kind == "vllm":
-            self.sampler = VLLMSampler(settings.sampler, self.tokenizer, end_tokens(self.model, self.tokenizer),
-                                       device=self.model.device, check=stage.interrupt.check)
+        self.sampler = stage.sampler(settings.model, loaded=False)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
                                     dtype=recipe.dtype)
             for item in settings.preference}
         self.objective = settings.objective.build()
-        self.optimizer = AdamW(self.model, recipe.dtype, lr=settings.learning_rate, weight_decay=0.0)
-        self.reference: Any = None
-        if self.objective.kl_coef:
-            self.reference = (AdapterReference(self.model) if settings.lora
-                              else copy.deepcopy(self.model).requires_grad_(False))
-        own = settings.advantages
-        try:
-            self.advantages = own.load()(self, **own.options) if own else None
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"'advantages.options' cannot be used: {error}") from error
-        parts = {"optimizer": self.optimizer, "reference": self.reference, "advantages": self.advantages}
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.step, self.timing = state.pop("step", 0), {"total": 0.0}  # seconds of this step
+        self.optimizer = make_optimizer(self.policy, recipe.optimizer_state, lr=settings.learning_rate,
+                                        weight_decay=0.0)
+        self.reference: Policy | None = None  # with LoRA, the policy without its adapters
+        if self.objective.kl_coef and not settings.lora:
+            self.reference = stage.frozen(settings.model)
+        self.advantages = settings.advantages.call(self) if settings.advantages else None
+        self.step, self.timing = state.get("step", 0), {"total": 0.0}  # seconds of this step
         self.rollout: Rollout | None = None
+        self.threads, self.ahead = ThreadPoolExecutor(1), None  # a future: completions of the next step
+        self.sampled: Completions | None = None  # what that gave
         self.metrics: dict[str, Any] = {}  # of this step, before its updates
         self.updates: list[dict[str, float]] = []  # metrics of the updates on this rollout
         if "rollout" in state:
-            tensors, self.metrics, self.updates, self.timing = state.pop("rollout")
-            self.rollout = Rollout(**{key: None if value is None else value.to(recipe.device)
-                                      for key, value in tensors.items()})
-        for name, part_state in state.items():
-            self.parts[name].load_state_dict(part_state)
+            tensors, self.metrics, self.updates, self.timing = state["rollout"]
+            self.rollout = Rollout(**tensors)
+        if "sampled" in state:
+            self.sampled = Completions(**state["sampled"])
+        if state:
+            load_state(latest_checkpoint(stage.directory), self.policy, self.optimizer, self.reference)
+            if self.advantages is not None:
+                self.advantages.load_state_dict(state["advantages"])
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step; returns the stage's summary. Raises Interrupted after it wrote a checkpoint."""
@@ -94,7 +91,7 @@ class GRPOTrainer:
         self.log, self.scorer = StepLog(self.stage, first_step=self.step), self.stage.scorer(settings.rewards)
         with self.log, contextlib.closing(self.sampler), self.scorer:
             try:
-                self.sampler.update(self.model)
+                self.sampler.sleep() if self.rollout else self.sampler.update(self.policy)
                 while self.step < settings.steps:
                     self.train_step()
                 evaluation = self.evaluate()
@@ -109,10 +106,11 @@ class GRPOTrainer:
         """A rollout, and the updates of the policy on it."""
         if self.rollout is None:  # else it comes from a checkpoint between two updates
             self.rollout, self.metrics = self.roll_out()
-        minibatches = [minibatch for epoch in range(self.settings.epochs) for minibatch in self.minibatches(epoch)]
+        self.sample_ahead()
+        minibatches = [rows for epoch in range(self.settings.epochs) for rows in self.minibatches(epoch)]
         with self.timed("updates"):
             while len(self.updates) < len(minibatches):
-                self.stage.interrupt.check()
+                check(self.stage.interrupt)
                 self.updates.append(self.update(self.rollout, minibatches[len(self.updates)]))
         self.finish_step()
 
@@ -120,20 +118,24 @@ class GRPOTrainer:
         """Samples and scores completions, chooses groups, and computes old and reference log-probs and advantages."""
         settings, limit = self.settings, self.settings.limit(self.step)
         evaluated = {} if self.step % self.stage.recipe.eval.every else measured(self.evaluate())
-        problems = [problem for problem in self.next_questions() for _ in range(settings.group_size)]
-        completions, scores = self.sample_and_score(problems, limit)
+        problems = self.questions(self.step)
+        with self.timed("sampling"):
+            completions = self.sampled or collect(self.sampling(self.step))
+            self.sampler.sleep()
+        self.sample_ahead()
+        scores = self.score(problems, completions, limit)
         preference, judged = self.preference_rewards(problems, completions.texts)
         rewards = torch.tensor(scores.total, dtype=torch.float64) + preference
         rows, spread = choose_groups(rewards, settings)
-        rewards, kept = rewards.float().to(self.model.device), completions.rows(rows)
+        rewards, kept = rewards.float(), completions.rows(rows)
         self.console.say(f"  [{rewards[0]:g}] {problems[0].question} -> {completions.texts[0][:600]!r}")
         with self.timed("logprobs"):
-            batches = [batch for minibatch in self.minibatches(0) for batch in minibatch]
-            old_logprobs, ref_logprobs = completion_logprobs(self.model, kept, batches, settings.temperature), None
-            if self.reference is not None:
-                shared = isinstance(self.reference, AdapterReference)
-                with self.reference.in_place() if shared else contextlib.nullcontext(self.reference) as model:
-                    ref_logprobs = completion_logprobs(model, kept, batches, settings.temperature)
+            batches = [batch for rows in self.minibatches(0) for batch in self.micro_batches(kept, rows)]
+            options = kept, batches, settings.temperature, choose_route(self.policy, kept, self.apart)
+            old_logprobs = completion_logprobs(self.policy, *options)
+            reference = self.policy if self.reference is None and self.objective.kl_coef else self.reference
+            with without_adapters(self.policy):
+                ref_logprobs = None if reference is None else completion_logprobs(reference, *options)
             weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
             if self.advantages is None:
                 advantages, learned = r1kernels.group_advantages(
@@ -145,39 +147,49 @@ class GRPOTrainer:
                        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights
                        ), evaluated | metrics
 
-    def next_questions(self) -> list[Problem]:
-        """The questions of this step. It includes open problems only if something judges them. Every epoch visits the
-        whole pool, in its own order."""
+    def questions(self, step: int) -> list[Problem]:
+        """The problems of a step, each once for every completion. It includes open ones only if something judges them.
+        Every epoch visits the whole pool, in its own order."""
         judged = any(weight and ":" in name for name, weight in self.settings.rewards.items())
-        pools = ["all" if judged or self.preferences(step) else "checkable" for step in range(self.step + 1)]
+        pools = ["all" if judged or self.preferences(earlier) else "checkable" for earlier in range(step + 1)]
         pool, before = pools[-1], pools[:-1].count(pools[-1])
         problems, count = self.pools[pool], self.settings.questions * self.settings.oversample
         if not problems:
-            raise TrainingError(f"step {self.step}: all problems are open, and nothing judges them yet; use other "
+            raise TrainingError(f"step {step}: all problems are open, and nothing judges them yet; use other "
                                 "problems, a reward function, or a 'preference' for all steps")
         places = (divmod(place, len(problems)) for place in range(before * count, (before + 1) * count))
-        return [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
-                for epoch, index in places]
+        chosen = [problems[permutation(len(problems), self.seed, "questions", pool, epoch)[index]]
+                  for epoch, index in places]
+        return [problem for problem in chosen for _ in range(self.settings.group_size)]
 
     def preferences(self, step: int) -> list[PreferenceReward]:
         """The reward models that count at a step."""
         steps = self.settings.steps
         return [item for item in self.settings.preference if step >= steps - (item.last_steps or steps)]
 
-    def sample_and_score(self, problems: list[Problem], limit: int) -> tuple[Completions, Scores]:
-        """A completion of each problem, and its scores."""
+    def sample_ahead(self) -> None:
+        """Starts to sample the next step, unless that was done. A resumed run does it again, from newer weights."""
+        if self.settings.rollout_ahead and self.ahead is None and self.step + 1 < self.settings.steps:
+            self.ahead = self.threads.submit(self.sampling(self.step + 1))
+
+    def sampling(self, step: int) -> Callable[[], Collector]:
+        """A function that samples this rank's share of the completions of a step."""
         settings = self.settings
+        prompts = [self.template.render(problem.question) for problem in self.questions(step)]
+        return partial(self.sampler.draw, prompts, Sampling(
+            settings.temperature, settings.limit(step), batch_size=settings.rollout_batch_size,
+            seed=seed_at(self.seed, settings.name, "rollout", step)))
+
+    def score(self, problems: list[Problem], completions: Completions, limit: int) -> Scores:
+        """The scores of the completions."""
         prompts = [self.template.render(problem.question) for problem in problems]
-        with self.timed("sampling"), torch_seeded(self.seed, settings.name, "rollout", self.step):
-            sampling = Sampling(settings.temperature, limit, batch_size=settings.rollout_batch_size)
-            completions = self.sampler.sample(prompts, sampling)
         with self.timed("scoring"):
-            scores = self.scorer.score(completions.texts, **columns(problems, prompts), limit=[limit] * len(prompts),
-                                       lengths=completions.lengths.tolist())
+            scores = score(self.scorer, completions.texts, problems, prompts, limit=[limit] * len(prompts),
+                           lengths=completions.lengths.tolist())
         if any(scores.unscorable.values()):
             self.console.say(f"step {self.step}: samples that could not be scored, by reward: {scores.unscorable}",
                              warning=True)
-        return completions, scores
+        return scores
 
     def preference_rewards(self, problems: list[Problem], texts: list[str]) -> tuple[Tensor, dict[str, float]]:
         """Weighted scores (B,) by the reward models that count now, and the mean score of each. As in the paper, only
@@ -189,7 +201,7 @@ class GRPOTrainer:
         with self.timed("scoring"):
             for item in self.preferences(self.step):
                 model, column = self.reward_models[item.model], torch.full_like(total, math.nan)
-                scores = torch.tensor(model.score(questions, responses), dtype=torch.float64)
+                scores = torch.tensor(shared(model.score, questions, responses), dtype=torch.float64)
                 # Where summaries are judged, never ending a thought must not beat a poor summary.
                 missing = torch.tensor([not judged_part(model.target, text).strip() for text in responses]).bool()
                 others = scores.masked_fill(missing | scores.isnan(), math.inf).tolist()
@@ -198,26 +210,32 @@ class GRPOTrainer:
                 total[rows] += item.weight * column[rows]
         return total, means
 
-    def minibatches(self, epoch: int) -> list[list[Tensor]]:
-        """Rows of each minibatch of a pass over this step's rollout, as micro-batches."""
+    def minibatches(self, epoch: int) -> list[Tensor]:
+        """Rows of each minibatch of a pass over this step's rollout."""
         count = self.settings.questions * self.settings.group_size
         order = torch.tensor(permutation(count, self.seed, "minibatches", self.step, epoch))
-        size = self.settings.micro_batch_size or count
-        return [list(rows.split(size)) for rows in order.chunk(self.settings.minibatches)]
+        return list(order.chunk(self.settings.minibatches))
 
-    def update(self, rollout: Rollout, batches: list[Tensor]) -> dict[str, float]:
-        """One optimizer step on a minibatch, given as micro-batches."""
-        settings, number = self.settings, len(self.updates)
-        self.optimizer.zero_grad()
-        metrics = minibatch_gradient(self.model, rollout, batches, self.objective, settings.temperature)
+    def micro_batches(self, tokens: Tokens, rows: Tensor) -> list[Tensor]:
+        """This rank's rows of a minibatch, by the tokens that are computed at once."""
+        sizes = (tokens.prompt_mask[rows].sum(-1) + tokens.mask[rows].sum(-1)).tolist()
+        data = self.policy.data
+        parts = micro_batches(sizes, self.settings.micro_batch_tokens, data.size())[data.get_local_rank()]
+        return [rows[places] for places in parts]
+
+    def update(self, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """One optimizer step on a minibatch."""
+        settings, number, batches = self.settings, len(self.updates), self.micro_batches(rollout, rows)
+        metrics = update.minibatch_gradient(self.policy, rollout, rows, batches, self.objective, settings.temperature,
+                                            choose_route(self.policy, rollout, self.apart))
         if self.advantages is not None:
-            metrics |= self.advantages.learn(rollout, batches)
+            metrics |= self.advantages.learn(rollout, rows)
         where, done = f"step {self.step}, minibatch {number}", self.step * settings.updates + number + 1
         if number == 0 and not metrics["ratio_deviation"] <= RATIO_TOLERANCE:
             raise TrainingError(f"{where}: the ratio to the policy of the rollout differs from 1 by "
                                 f"{metrics['ratio_deviation']:.2g} before any update; log-probs are not reproducible")
         rate = settings.learning_rate * min(1.0, done / max(1, settings.warmup_updates))
-        return metrics | optimizer_step(self.optimizer, metrics["loss"], rate, settings.grad_clip, where)
+        return metrics | optimizer_step(self.policy, self.optimizer, metrics["loss"], rate, settings.grad_clip, where)
 
     def finish_step(self) -> None:
         """Writes the step's line and moves on to the next step."""
@@ -235,10 +253,12 @@ class GRPOTrainer:
         self.log.write(line)
         self.console.step(self.settings.name, line, self.settings.steps)
         self.step, self.timing = self.step + 1, {"total": 0.0}
-        self.rollout, self.metrics, self.updates = None, {}, []
+        self.rollout, self.metrics, self.updates, self.sampled = None, {}, [], None
+        if self.ahead is not None:
+            self.sampled, self.ahead = collect(self.ahead.result), None
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
-            self.reference.load_state_dict(self.model.state_dict())
-        self.sampler.update(self.model)
+            self.reference.refresh(self.policy)
+        self.sampler.update(self.policy)
         if self.step % self.stage.recipe.checkpoint.every == 0 or self.step == self.settings.steps:
             self.save()
 
@@ -247,26 +267,28 @@ class GRPOTrainer:
         if self.step == 0 and self.stage.before:
             return self.stage.before
         with self.timed("evaluation"), self.stage.scorer(PARTS) as scorer:
-            return evaluate(self.local_sampler, self.test_problems, scorer, self.stage.recipe.eval,
+            return evaluate(self.sampler, self.test_problems, scorer, self.stage.recipe.eval,
                             template=self.template, seed=self.seed)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Shows the current activity, and adds its seconds to the timing."""
-        self.console.phase(f"{self.settings.name}, step {self.step}: {name}")
+        """Adds the seconds of an activity to the timing."""
         started = time.monotonic()
+        report_activity(f"{self.settings.name}, step {self.step}: {name}")
         yield
         for key in (name, "total"):
             self.timing[key] = self.timing.get(key, 0.0) + time.monotonic() - started
 
     def save(self) -> None:
-        state = {"step": self.step} | {name: part.state_dict() for name, part in self.parts.items()}
+        state = {"step": self.step, "advantages": None if self.advantages is None else self.advantages.state_dict()}
         if self.rollout is not None:
             state["rollout"] = vars(self.rollout), self.metrics, self.updates, self.timing
+        elif self.sampled is not None:
+            state["sampled"] = vars(self.sampled)
         number = self.step * self.settings.updates + len(self.updates)
-        with self.optimizer.float32_model():
-            save_checkpoint(self.stage.directory, number, model=mergeable(self.model), tokenizer=self.tokenizer,
-                            state=state | adapter_state(self.model), keep=self.stage.recipe.checkpoint.keep)
+        save_checkpoint(self.stage.directory, number, policy=self.policy, tokenizer=self.tokenizer, state=state,
+                        shards=shards_of(self.policy, self.optimizer, self.reference),
+                        keep=self.stage.recipe.checkpoint.keep)
 
 
 def choose_groups(rewards: Tensor, settings: GRPO) -> tuple[Tensor, dict[str, float]]:

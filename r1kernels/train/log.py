@@ -1,93 +1,56 @@
-"""The output of a run while it works: lines in files, a live table on a terminal, and TensorBoard."""
+"""The output of a run while it works: lines in files and on the console, and TensorBoard."""
 
 from __future__ import annotations
 
 import json
-import re
+import unicodedata
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console as RichConsole
-from rich.console import Group
-from rich.live import Live
-from rich.table import Column, Table
+import rich
 from rich.text import Text
 
 from r1kernels.train.checkpoint import write_file
-from r1kernels.train.errors import DataError, StorageError
+from r1kernels.train.parallel import first, rank
 
 if TYPE_CHECKING:
     from r1kernels.train.stage import Stage
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-# Column -> (metric, format). "cut": completions that reached the limit; "flat": groups whose rewards are all equal;
-# "clip -" and "clip +": tokens without a gradient because of the lower and the upper bound.
-_COLUMNS = {
-    "step": ("step", ".0f"), "loss": ("loss", ".4f"), "pass@1": ("pass_at_1", ".1%"), "acc": ("reward_accuracy", ".2f"),
-    "format": ("reward_format", ".2f"), "tokens": ("length", ".1f"), "cut": ("truncated", ".0%"), "KL": ("kl", ".4f"),
-    "entropy": ("entropy", ".3f"), "clip -": ("clip_low_fraction", ".1%"), "clip +": ("clip_high_fraction", ".1%"),
-    "flat": ("zero_spread", ".0%"), "tok/s": ("tokens_per_second", ".0f"), "minutes left": ("minutes_left", ".0f"),
-}
-# Control characters except tab and newline, surrogates, line separators, invisible and direction-changing characters.
-_HIDDEN = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
-    r"\ufff9-\ufffb\U000e0000-\U000e007f]")
+# The metrics that the console shows of a step.
+SHOWN = ("loss", "pass_at_1", "reward_accuracy", "reward_format", "length", "truncated", "kl", "entropy", "zero_spread",
+         "clip_low_fraction", "clip_high_fraction")
+# Categories of characters that act: controls, invisible ones, halves of surrogate pairs, separators of lines.
+ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: object) -> str:
-    """Text that is safe for a terminal or a page: a character that would control it is shown as [U+XXXX]."""
-    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(text).replace("\r\n", "\n"))
+    """Text that is safe for a terminal: a character that would control it is shown as [U+XXXX]."""
+    return "".join(f"[U+{ord(char):04X}]" if unicodedata.category(char) in ACTING and char not in "\t\n" else char
+                   for char in str(text).replace("\r\n", "\n"))
 
 
-class Console(AbstractContextManager):
-    """Shows the progress of a run: a live table on a terminal, plain lines elsewhere, or everywhere if `plain`."""
-
-    def __init__(self, plain: bool = False) -> None:
-        self._rich = RichConsole(highlight=False)
-        self._live = Live(console=self._rich) if self._rich.file.isatty() and not plain else None
-        self._stage, self._rows = "", list[dict[str, str]]()  # the rows of the table belong to one stage
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+class Console:
+    """Shows the progress of a run, on the first rank."""
 
     def say(self, text: str, *, warning: bool = False) -> None:
-        """Prints a line that stays."""
-        self._rich.print(Text(printable(text), "bold red" if warning else ""), soft_wrap=True)
-
-    def phase(self, text: str) -> None:
-        """Shows the current activity below the live table."""
-        if self._live:
-            names = [name for name in _COLUMNS if any(name in row for row in self._rows)]
-            table = Table(*(Column(name, justify="right") for name in names), box=None, header_style="bold")
-            for row in self._rows:
-                table.add_row(*(row.get(name, "") for name in names))
-            self._live.update(Group(table, Text(printable(text), "bold")))
-            self._live.start()  # does nothing if it has started
+        """Prints a line."""
+        if rank() == 0:
+            rich.get_console().print(Text(printable(text), "bold red" if warning else ""), soft_wrap=True)
 
     def step(self, name: str, line: Mapping[str, Any], steps: int) -> None:
-        """One of `steps` steps is done: a row of the table or a line. For `line` see `StepLog.write`."""
-        minutes_left = line["timing"]["total"] * (steps - line["step"] - 1) / 60 or None
-        values = {**line, **line["timing"], "minutes_left": minutes_left}
-        row = {title: f"{values[key]:{form}}" for title, (key, form) in _COLUMNS.items() if values.get(key) is not None}
-        self._rows = [*self._rows[-14:], row] if name == self._stage else [row]
-        self._stage = name
-        if not self._live:
-            self.say(f"{name}: " + "  ".join(f"{title} {value}" for title, value in row.items()))
-        self.phase(f"{name}, step {line['step']} of {steps}")
+        """One of `steps` steps is done: prints a line. For `line` see `StepLog.write`."""
+        shown = [f"{key} {line[key]:.4g}" for key in SHOWN if line.get(key) is not None]
+        seconds, left = line["timing"]["total"], steps - line["step"] - 1
+        self.say(f"{name}, step {line['step']} of {steps}: {', '.join(shown)}; {seconds:.1f} s, "
+                 f"{seconds * left / 60:.0f} minutes left")
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log without an unfinished last line; empty if there is no file. DataError: a line is damaged."""
-    lines, written = [], Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
-    for number, text in enumerate(written, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is damaged: {text!r:.60}; expected JSON") from error
-    return lines
+    """The lines of a log without an unfinished last line; empty if there is no file."""
+    return [json.loads(text) for text in Path(path).read_bytes().split(b"\n")[:-1]] if Path(path).exists() else []
 
 
 def cut_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
@@ -99,11 +62,9 @@ def cut_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Adds a line. It survives a kill of the process immediately, and a power cut after the next checkpoint."""
-    try:
+    if rank() == 0:
         with open(path, "ab") as file:
             file.write(_encode(line))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}; its older lines are unchanged") from error
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
@@ -120,9 +81,9 @@ class StepLog(AbstractContextManager):
     def __init__(self, stage: Stage, *, first_step: int) -> None:
         self._metrics, self._samples = stage.directory / METRICS, stage.directory / SAMPLES
         for path in (self._metrics, self._samples):
-            cut_lines(path, first_step)
+            first(lambda path=path: cut_lines(path, first_step))
         self._tensorboard = None
-        if stage.recipe.trackers:
+        if stage.recipe.trackers and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             events = stage.directory.parent / "tensorboard" / stage.directory.name

@@ -7,8 +7,8 @@ says how it scales or caps its logits, so the values read from its configuration
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import r1kernels
-from r1kernels.train.errors import ConfigError
-from r1kernels.train.precision import round_parameters
+from r1kernels.train.errors import ConfigError, naming
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on a CPU
 # Fields of configurations that multiply the logits (Cohere, Falcon-H1), divide them (Granite, MiniCPM3; HyperCLOVA X
@@ -34,7 +34,7 @@ _PROBE_LOGIT, _PROBE_TOLERANCE = 200.0, 0.02
 
 def check_device(device: str) -> None:
     """Refuses a device that torch cannot use here."""
-    with _naming(f"'device' is {device!r}, which cannot be used here"):
+    with naming(f"'device' is {device!r}, which cannot be used here"):
         torch.zeros(1, device=device).item()
 
 
@@ -42,8 +42,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, unchanged; but if it has no padding token, the end token becomes its padding token."""
     if str(path).startswith((".", "~", "/")) and not Path(path).is_dir():
         raise ConfigError(f"the model '{path}' is not a directory")
-    name, path = _named(path), path if any(Path(path).glob("tokenizer*")) else _base_of(path) or path
-    with _naming(f"{name} has no tokenizer that can be loaded"):
+    with naming(f"the model '{path}' has no tokenizer that can be loaded"):
         # AutoTokenizer ignores parts of tokenizer.json for some architectures, unless the class is the generic one.
         generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = transformers.PreTrainedTokenizerFast if generic else transformers.AutoTokenizer
@@ -59,25 +58,30 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
                overrides: Mapping[str, Any] = {}) -> PreTrainedModel:
-    """The model for evaluation, with a LoRA adapter merged in float32. `overrides`: fields of the configuration."""
-    base = _base_of(path)
-    with _naming(f"{_named(path)} cannot be loaded"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32, **overrides)
-    if base is not None:
-        with _naming(f"the LoRA adapter '{path}' cannot be loaded, which needs the package peft"):
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
+    """The model for evaluation. `overrides`: fields of the configuration."""
+    with naming(f"the model '{path}' cannot be loaded"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **overrides)
     model = align(model.to(device)).eval()
     check_head(model)
     return round_parameters(model, dtype)
 
 
-def max_positions(path: str | Path, overrides: Mapping[str, Any] = {}) -> int | None:
-    """The number of positions of a model according to its configuration; None if that does not say it."""
-    with _naming(f"{_named(path)} has no configuration that can be read"):
-        config = transformers.AutoConfig.from_pretrained(_base_of(path) or path, **overrides)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Rounds the parameters in place, but not those that transformers keeps in float32. Buffers stay as they are: those
+    of rotary embeddings need float32."""
+    kept = "|".join(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if not (kept and re.search(rf"(^|\.)({kept})($|\.)", name)):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] = {}) -> transformers.PreTrainedConfig:
+    """The configuration of a model."""
+    with naming(f"the model '{path}' has no configuration that can be read"):
+        if Path(path, "adapter_config.json").is_file():
+            raise ValueError("it is a LoRA adapter; merge it into its base model, and save that")
+        return transformers.AutoConfig.from_pretrained(path, **overrides)
 
 
 def align(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,7 +119,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Turns gradient checkpointing on. Raises ConfigError if the model has none, or drops out within its layers."""
     family = type(model).__name__
-    with _naming(f"'gradient_checkpointing' is true, and {family} cannot do that"):
+    with naming(f"'gradient_checkpointing' is true, and {family} cannot do that"):
         # The second is its name in earlier versions of transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -135,7 +139,11 @@ def head_of(model: PreTrainedModel) -> dict[str, Any]:
     divisor = getattr(config, _DIVISOR, None) or 1.0
     scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     softcap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
-    return {"weight": layer.weight, "bias": layer.bias, "logit_scale": scale, "softcap": softcap}
+    head = {"weight": layer.weight, "bias": layer.bias}
+    if isinstance(layer.weight, DTensor):  # the axis `tensor` of the ranks shares the vocabulary
+        head = {name: None if value is None else value.to_local() for name, value in head.items()}
+        head["process_group"] = layer.weight.device_mesh.get_group()
+    return head | {"logit_scale": scale, "softcap": softcap}
 
 
 @torch.no_grad()
@@ -145,7 +153,7 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(1, 17, device=model.device).reshape(2, 8) % len(head["weight"])
     positions = torch.arange(8, device=ids.device).expand(2, 8)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    with _naming(f"{family} cannot be trained with the inputs {', '.join(inputs)}"):
+    with naming(f"{family} cannot be trained with the inputs {', '.join(inputs)}"):
         logits, hidden = model(**inputs, use_cache=False).logits, hidden_states(model, **inputs)
     factor = _PROBE_LOGIT / logits.abs().max().clamp(min=1e-6)
     if not factor.isfinite():
@@ -158,25 +166,3 @@ def check_head(model: PreTrainedModel) -> None:
     if logits.shape[-1] != len(head["weight"]) or not (logprobs - expected).abs().max() <= _PROBE_TOLERANCE:
         raise ConfigError(f"the logits of {family} are not those of its head: logit_scale {head['logit_scale']:g}, "
                           f"softcap {head['softcap']}; the losses would train another model")
-
-
-def _base_of(path: str | Path) -> str | None:
-    """The base model of a LoRA adapter; None for another model."""
-    adapter = Path(path, "adapter_config.json")
-    with _naming(f"{adapter} has no base_model_name_or_path"):
-        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else None
-
-
-def _named(path: str | Path) -> str:
-    """How messages name a model, or the base model of an adapter, which may be missing."""
-    base = _base_of(path)
-    return f"the model '{path}'" if base is None else f"the base model '{base}' of the LoRA adapter '{path}'"
-
-
-@contextlib.contextmanager
-def _naming(problem: str) -> Iterator[None]:
-    """Turns an error of a library into one that names the problem."""
-    try:
-        yield
-    except Exception as error:
-        raise ConfigError(f"{problem}: {' '.join(str(error).split()):.400}") from error

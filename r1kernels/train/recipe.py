@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from r1kernels import Objective, has_fast_bf16, objectives
-from r1kernels.train.errors import ConfigError
+from r1kernels.train.errors import naming
 
 
 class Settings(BaseModel):
@@ -67,13 +67,17 @@ class Function(Settings):
     def load(self) -> Callable[..., Any]:
         """The function. Raises ConfigError if it cannot be imported."""
         module, _, name = self.function.partition(":")
-        try:
+        with naming(f"cannot import '{self.function}' (see 'import_from')"):  # a module of the user may fail in any way
             found = getattr(importlib.import_module(module), name)
             if callable(found):
                 return found
             raise TypeError(f"it is {found!r:.60}, expected a function")
-        except Exception as error:  # a module of the user may fail in any way
-            raise ConfigError(f"cannot import '{self.function}' (see 'import_from'): {error!r}") from error
+
+    def call(self, *arguments: Any) -> Any:
+        """The result of the function. Raises ConfigError if it refuses the options."""
+        function = self.load()
+        with naming(f"'{self.function}' with the options {self.options}", (TypeError, ValueError)):
+            return function(*arguments, **self.options)
 
 
 class DataSet(Settings):
@@ -118,7 +122,6 @@ class Judge(Settings):
     model: str = setting("name of the model on that server")
     api_key_env: str | None = setting("environment variable that holds the key; null sends none", None)
     timeout_s: float = setting("seconds for one answer, retries included", 60.0, gt=0)
-    retries: int = setting("further attempts after a failure; if all fail, the sample is unscorable", 4, ge=0)
     temperature: float = setting("sampling temperature of the judge", 0.7, ge=0)
     concurrency: int = setting("requests in flight at once", 16, ge=1)
 
@@ -163,11 +166,9 @@ class ObjectiveSettings(Settings):
     def build(self) -> Objective:
         """The objective. Raises ConfigError for an unknown field or a value out of range."""
         make = Function(function=self.function).load() if self.function else getattr(objectives, self.preset)
-        try:
+        with naming("'objective.options'", (TypeError, ValueError)):
             made = make(**self.options)
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"'objective.options': {error}") from error
 
 
 class Importance(Settings):
@@ -179,12 +180,13 @@ class Importance(Settings):
 
 
 class SamplerSettings(Settings):
-    """Where completions come from: the model in this process, or a vLLM server, which needs `url` and `weights_dir`."""
-    kind: Literal["transformers", "vllm"] = setting("`transformers`: this process; `vllm`: a server", "transformers")
-    url: str | None = setting("address of the server, such as http://localhost:8000", None, pattern="^https?://")
-    weights_dir: str | None = setting("directory for new weights, under the same path for the server", None)
-    served_name: str | None = setting("name of the model on the server; null if there is only one", None)
-    requests: int = setting("requests in flight at once", 64, ge=1)
+    """Where completions come from: a model in this process, or vLLM servers, which need `urls` and `weights_dir`."""
+    kind: Literal["transformers", "vllm"] = setting("`transformers`: this process; `vllm`: servers", "transformers")
+    urls: list[Annotated[str, Field(pattern="^https?://")]] = setting("servers, such as http://localhost:8000", [])
+    weights_dir: str | None = setting("directory for weights in training, under the same path for the servers", None)
+    weights: Function | None = setting("in place of that: `function(servers, **options)`; see examples/nccl", None)
+    sleep: bool = setting("servers share the device with the trainer, and free its memory during updates", False)
+    requests: int = setting("requests in flight at once, for each server", 64, ge=1)
     timeout_s: float = setting("seconds for one request, retries included", 3600.0, gt=0)
 
 
@@ -202,8 +204,7 @@ class Filters(Settings):
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
     line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
-    ngram: int = setting("words of a run, for `ngram_share`", 8, ge=1)
-    ngram_share: float | None = setting("largest share of runs of words that occurred before", 0.35, ge=0, le=1)
+    ngram_share: float | None = setting("largest share of runs of 8 words that occurred before", 0.35, ge=0, le=1)
 
 
 class Lora(Settings):
@@ -271,7 +272,6 @@ class Distill(SFT):
     temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)
     on_policy: bool = setting("for `logits`: the student answers `problems` itself", False)
     problems: DataNames = setting("data sets whose questions the student answers, for `on_policy`", [])
-    sampling_temperature: float = setting("sampling temperature of the student", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion of the student at most", 64, ge=1)
 
 
@@ -288,7 +288,7 @@ class GRPO(StageSettings):
     oversample: int = setting("factor of questions asked; groups whose rewards differ are kept (DAPO)", 1, ge=1)
     minibatches: int = setting("updates of one pass over a rollout", 4, ge=1)
     epochs: int = setting("passes over a rollout", 1, ge=1)
-    micro_batch_size: int | None = setting("completions trained on at once; changes no gradient", None, ge=1)
+    micro_batch_tokens: int | None = setting("tokens a device trains on at once, prompts too; null: all", None, ge=1)
     learning_rate: float = setting("learning rate of AdamW", 3e-6, gt=0)
     warmup_updates: int = setting("updates of linear warm-up", 0, ge=0)
     grad_clip: float = setting("largest norm of the gradient", 1.0, gt=0)
@@ -299,11 +299,11 @@ class GRPO(StageSettings):
     lora: Lora | None = setting("train adapters; null trains all weights", None)
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
-    advantages: Function | None = setting(
-        "in place of group advantages: `function(trainer, **options)`; see examples/ppo", None)
+    advantages: Function | None = setting("`function(trainer, **options)` in place of these; see examples/ppo", None)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
+    rollout_ahead: Literal[0, 1] = setting(
+        "1 samples the next step while this one updates: from weights one step older; needs `importance.mode`", 0)
     importance: Importance = setting("correction of the gap between sampler and trainer", Importance())
-    sampler: SamplerSettings = setting("where completions come from", SamplerSettings())
 
     @property
     def updates(self) -> int:
@@ -350,20 +350,28 @@ LEAVES = {"model": "model", "pretrain": "model", "sft": "model", "grpo": "model"
           "reject": "samples", "preference": "scores"}
 
 
+class Parallel(Settings):
+    """How the ranks of `torchrun` share a model. They share the data and its shards in any case."""
+    tensor: int = setting("ranks that split layers and vocabulary among them (tensor parallelism)", 1, ge=1)
+    timeout_s: float = setting("seconds that a rank waits for the others before the run ends", 1800.0, gt=0)
+
+
 class Recipe(Settings):
     """A run."""
     run_dir: FilePath = setting("directory of everything that the run writes")
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1, le=4096)
     device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
-    precision: Literal["bf16", "fp32"] | None = setting(
-        "numbers that models compute with; trained weights are float32 in any case; null: bf16 where it is fast", None)
-    gradient_checkpointing: bool = setting(
-        "keep only the inputs of layers for the backward, and compute the rest again: less memory, more time", False)
+    precision: Literal["bf16", "fp32"] | None = setting("what models compute in; null: bf16 where it is fast", None)
+    gradient_checkpointing: bool = setting("compute layers again in the backward: less memory, more time", False)
+    optimizer_state: Literal["fp32", "8bit"] = setting("the memory of AdamW; 8bit needs the package torchao", "fp32")
+    compile: bool = setting("compile the model's layers with torch.compile", False)
+    parallel: Parallel = setting("how ranks share the work", Parallel())
     template: Literal["r1_zero", "chat"] = setting("the paper's prompt, or the model's chat template", "r1_zero")
     open_think: bool = setting("end the prompt with `<think>`", False)
     import_from: list[str] = setting("directories of modules for import paths, relative to the recipe", [])
     data: dict[Name, Data] = setting("data sets by name", {})
+    sampler: SamplerSettings = setting("where completions come from", SamplerSettings())
     scoring: Scoring = setting("how completions are scored", Scoring())
     eval: Eval = setting("the evaluation that ends every stage", Eval())
     checkpoint: Checkpoint = setting("when checkpoints are written", Checkpoint())

@@ -12,7 +12,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from r1kernels.rewards import EndpointError, Judge
@@ -20,14 +21,16 @@ from r1kernels.rewards.language import share
 from r1kernels.rewards.text import ANSWER, ANSWER_END, THINK, THINK_END, final_summary, is_well_formed
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import DataError
-from r1kernels.train.evaluate import columns
+from r1kernels.train.evaluate import score
 from r1kernels.train.log import METRICS, StepLog, append_line, cut_lines, read_lines
+from r1kernels.train.parallel import check, first, shared
 from r1kernels.train.recipe import Filters
-from r1kernels.train.rng import torch_seeded
-from r1kernels.train.rollout import Sampling, TransformersSampler
+from r1kernels.train.rng import seed_at
+from r1kernels.train.rollout import Sampling
 from r1kernels.train.stage import SELECTED, Stage, make_judge
 
 # In this order: a sample is counted under the first reason that holds.
+RUN = 8  # words of a run
 REASONS = ("unscorable", "wrong", "unfinished", "unreadable", "mixed language", "long paragraph", "code block",
            "repetition", "duplicate", "surplus")
 COUNTS = ("samples", "kept", "tokens", "timeouts", "crashes", "endpoint_failures")  # other than the reasons
@@ -51,24 +54,26 @@ class Sample:
 def run(stage: Stage) -> dict[str, Any]:
     """Samples, scores and filters; returns the counts."""
     settings, path, size = stage.settings, stage.directory / SELECTED, stage.settings.questions_per_batch
-    problems, done = stage.problems(settings.problems)[: settings.questions], read_lines(stage.directory / METRICS)
-    known, expected = len(cut_lines(path, len(done))), sum(line["kept"] for line in done)
+    problems, done = stage.problems(settings.problems)[: settings.questions], first(
+        lambda: read_lines(stage.directory / METRICS))
+    known, expected = first(lambda: len(cut_lines(path, len(done)))), sum(line["kept"] for line in done)
     if known != expected:
         raise DataError(f"{path} is damaged: it holds {known} samples of {len(done)} complete batches, expected "
                         f"{expected}; run with --from {settings.name} to rebuild it")
-    judge, (model, tokenizer) = make_judge(stage.recipe) if settings.judge else None, stage.load_model(settings.model)
-    sampler, template = TransformersSampler(model, tokenizer, stage.interrupt.check), stage.template(tokenizer)
+    judge = make_judge(stage.recipe) if settings.judge else None
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p, settings.rollout_batch_size)
-    with StepLog(stage, first_step=len(done)) as log, stage.scorer({"accuracy": 1.0}) as scorer:
+    with (StepLog(stage, first_step=len(done)) as log, stage.scorer({"accuracy": 1.0}) as scorer,
+          closing(stage.sampler(settings.model)) as sampler):
+        template = stage.template(sampler.tokenizer)
         for number in range(len(done), math.ceil(len(problems) / size)):
-            stage.interrupt.check()
+            check(stage.interrupt)
             started, some = time.monotonic(), problems[number * size : (number + 1) * size]
             asked = [problem for problem in some for _ in range(settings.samples_per_question)]
             prompts = [template.render(problem.question) for problem in asked]
-            with torch_seeded(stage.recipe.seed, settings.name, "samples", number):
-                completions = sampler.sample(prompts, sampling)
+            seed = seed_at(stage.recipe.seed, settings.name, "samples", number)
+            completions = sampler.sample(prompts, replace(sampling, seed=seed))
             sampled, tokens = time.monotonic(), int(completions.mask.sum())
-            scores = scorer.score(completions.texts, **columns(asked, prompts))
+            scores = score(scorer, completions.texts, asked, prompts)
             samples = [Sample(*given) for given in zip(asked, prompts, completions.texts, scores.parts["accuracy"],
                                                        completions.finished.tolist(), strict=True)]
             for sample in samples:
@@ -83,7 +88,7 @@ def run(stage: Stage) -> dict[str, Any]:
             done.append({"step": number, **{name: counts[name] for name in (*COUNTS, *REASONS)}})
             timing = {"sampling": sampled - started, "total": time.monotonic() - started}
             log.write({**done[-1], "timing": timing | {"tokens_per_second": tokens / timing["sampling"]}})
-            stage.console.phase(f"{settings.name}: {len(done) * size} of {len(problems)} questions are done")
+            stage.console.say(f"{settings.name}: {len(done) * size} of {len(problems)} questions are done")
     total = {name: sum(line[name] for line in done) for name in (*COUNTS, *REASONS)}
     rejected = {reason: total.pop(reason) for reason in REASONS}
     if not total["kept"]:
@@ -96,19 +101,21 @@ def _ask(judge: Judge, stage: Stage, samples: list[Sample]) -> int:
 
     It asks the judge only about samples that pass all other filters, because each answer takes seconds.
     """
-    failures: list[EndpointError] = []
 
-    def ask(sample: Sample) -> None:
+    def ask(sample: Sample) -> tuple[str | None, str | None]:
         answer, problem = final_summary(sample.prompt, sample.text), sample.problem
         try:
-            sample.reason = None if answer and judge.equivalent(problem.question, answer, problem.answer) else "wrong"
+            same = answer and judge.equivalent(problem.question, answer, problem.answer)
+            return None if same else "wrong", None
         except EndpointError as error:
-            sample.reason = "unscorable"
-            failures.append(error)
+            return "unscorable", str(error)
 
     asked = [one for one in samples if one.reason is None and one.problem.kind == "open" and one.problem.answer]
     with ThreadPoolExecutor(stage.recipe.scoring.judge.concurrency) as threads:
-        list(threads.map(ask, asked))  # raises what a thread raised
+        replies = shared(lambda mine: list(threads.map(ask, mine)), asked)
+    for sample, (reason, _) in zip(asked, replies, strict=True):
+        sample.reason = reason
+    failures = [error for _, error in replies if error]
     if failures:
         stage.console.say(f"{stage.settings.name}: the judge failed {len(failures)} times: {failures[0]}", warning=True)
     return len(failures)
@@ -157,7 +164,7 @@ def fault(sample: Sample, limits: Filters) -> str | None:
 def repeats(text: str, limits: Filters) -> bool:
     """Whether lines or words loop, or much of the text repeats earlier text."""
     lines, words = [line.strip() for line in text.splitlines() if _WORD.search(line)], _WORD.findall(text)
-    runs = [tuple(words[start : start + limits.ngram]) for start in range(len(words) - limits.ngram + 1)]
+    runs = [*zip(*(words[start:] for start in range(RUN)), strict=False)]
     again = 1 - len(set(runs)) / len(runs) if len(runs) >= 32 else 0  # with few runs, a text is too short to say
     return ((limits.line_repeats is not None and loops(lines, limits.line_repeats, longest=8))
             or (limits.ngram_share is not None and again > limits.ngram_share))

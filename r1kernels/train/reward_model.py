@@ -9,7 +9,7 @@ that is not the padding token. So texts contain no padding token, and end with t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from transformers import AutoModelForSequenceClassification
 from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
 from r1kernels.train.data import Pair, Template, load_pairs
-from r1kernels.train.errors import ConfigError, DataError
-from r1kernels.train.model import align, checkpointing, load_tokenizer
-from r1kernels.train.precision import round_parameters
+from r1kernels.train.errors import DataError, naming
+from r1kernels.train.model import align, checkpointing, load_tokenizer, round_parameters
+from r1kernels.train.policy import Policy
 from r1kernels.train.rng import permutation
 from r1kernels.train.rollout import prompt_tokens
 from r1kernels.train.stage import Stage
@@ -48,21 +48,18 @@ class RewardModel:
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
                  new: Target | None = None) -> None:
         options = {"num_labels": 1} if new else {}
-        try:
+        with naming(f"'{path}' is not a reward model"):
             model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"'{path}' is not a model for sequence classification: {error}") from error
-        head = getattr(model, "score", None)
-        if type(head) is not torch.nn.Linear or head.out_features != 1:
-            raise ConfigError(f"'{path}' is not a reward model; expected a linear layer 'score' with one output")
+            if model.score.out_features != 1:
+                raise ValueError(f"it has {model.score.out_features} scores, expected one")
         # Rewards of a group differ by less than bfloat16 rounds, so the head is float32.
-        head.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        model.score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "score"}
         self.model = round_parameters(align(model.to(device)).eval(), dtype)
         self.tokenizer = load_tokenizer(path)
         self.template, self.batch_size = Template(template, self.tokenizer), batch_size
         if new:
-            torch.nn.init.zeros_(head.weight)
+            torch.nn.init.zeros_(model.score.weight)
             model.config.pad_token_id, model.config.reward_target = self.tokenizer.pad_token_id, new
         self.target: Target = getattr(model.config, "reward_target", "response")
 
@@ -94,7 +91,7 @@ class RewardModel:
         pad, tensors = self.tokenizer.pad_token_id, [torch.tensor(row) for row in rows]
         ids = pad_sequence(tensors, batch_first=True, padding_value=pad).to(self.model.device)
         with checkpointing(self.model):
-            return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0].float()
+            return self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits.float().sum(-1)
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -108,18 +105,19 @@ def run(stage: Stage) -> dict[str, Any]:
     rows = model.encode(*both(pairs))
     usable = [pair for pair, chosen, rejected in zip(pairs, rows[::2], rows[1::2], strict=True)
               if chosen != rejected and max(len(chosen), len(rejected)) <= settings.max_tokens]
-    left_out = (f"{len(pairs) - len(usable)} of {len(pairs)} pairs of '{settings.pairs}' have equal texts or more than "
-                f"{settings.max_tokens} tokens ('max_tokens')")
-    if not usable:
-        raise DataError(f"'pairs': {left_out}; expected others")
-    if len(usable) < len(pairs):
-        stage.console.say(f"{settings.name}: {left_out} and are left out", warning=True)
-    training, held_out = split(usable, settings.held_out, stage.recipe.seed)
-    summary = {"pairs": len(training), "held_out_pairs": len(held_out), "left_out": len(pairs) - len(usable)}
-    summary |= fit(stage, (model.model, model.tokenizer, state), training,
-                   lambda step, pairs: gradient(model, pairs, size, stage.interrupt.check))
+    if left_out := len(pairs) - len(usable):
+        text = (f"'pairs': {left_out} of {len(pairs)} pairs of '{settings.pairs}' have equal texts or more than "
+                f"{settings.max_tokens} tokens ('max_tokens'), and are left out")
+        if not usable:
+            raise DataError(text)
+        stage.console.say(text, warning=True)
+    training, held_out = split(usable, settings.held_out, recipe.seed)
+    policy = stage.wrap(model.model)
+    summary = {"pairs": len(training), "held_out_pairs": len(held_out), "left_out": left_out} | fit(
+        stage, (policy, model.tokenizer, state), training,
+        lambda step, pairs: gradient(model, policy, pairs, size))
     if held_out:
-        scores = torch.tensor(model.score(*both(held_out)))
+        scores = torch.tensor(policy(lambda _: model.score(*both(held_out))))
         measures = measure(scores[::2] - scores[1::2])
         summary |= {"held_out_loss": measures.pop("loss"), **measures}
     return summary
@@ -139,16 +137,18 @@ def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], l
     return [pair for pair in pairs if pair.question not in held], [pair for pair in pairs if pair.question in held]
 
 
-def gradient(model: RewardModel, pairs: Sequence[Pair], size: int, check: Callable[[], None]) -> Measures:
-    """Adds the gradient of the mean loss per pair, which is independent of the micro-batches of `size` pairs."""
-    margins, tokens = [], 0
-    for first in range(0, len(pairs), size):
-        check()
-        rows = model.encode(*both(pairs[first : first + size]))
-        scores, tokens = model.forward(rows), tokens + sum(map(len, rows))
-        margins.append(scores[::2] - scores[1::2])
-        (F.softplus(-margins[-1]).sum() / len(pairs)).backward()
-    return measure(torch.cat(margins).detach()) | {"tokens": tokens}
+def gradient(model: RewardModel, policy: Policy, pairs: Sequence[Pair], size: int) -> Measures:
+    """Adds the gradient of the mean loss per pair, which is independent of the micro-batches of `size` pairs and of the
+    ranks that share the pairs."""
+
+    def loss(some: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        rows = model.encode(*both(some))
+        scores = policy(lambda _: model.forward(rows))
+        margins, sizes = scores[::2] - scores[1::2], torch.tensor([*map(len, rows)], device=scores.device)
+        return F.softplus(-margins).sum() / len(pairs), torch.stack([margins, sizes[::2] + sizes[1::2]])
+
+    margins, sizes = torch.cat(policy.add_gradients(policy.share(pairs, size), pairs[:1], loss), dim=1)
+    return measure(margins) | {"tokens": int(sizes.sum())}
 
 
 def measure(margins: Tensor) -> Measures:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import Self
 
 import r1kernels
 from r1kernels.train.errors import ConfigError, TrainingError
 from r1kernels.train.model import head_of
+from r1kernels.train.parallel import everywhere, share
+from r1kernels.train.policy import Policy
 
 # Finished rows leave the batch once they are this share of it: copying the cache then costs less than a token.
 LEAVING_SHARE = 0.25
@@ -26,11 +31,12 @@ SEARCHED = 8 * BLOCK  # tokens in which top-p looks first; sorting the whole voc
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; `batch_size` completions at a time, or all at once."""
+    """How tokens are drawn; `batch_size` completions at a time, or all at once. Servers ignore the seed."""
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     batch_size: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Tokens:
 
         return type(self)(**{name: part(name, value) for name, value in vars(self).items()})
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same with its tensors on a device."""
+        return type(self)(**{name: value.to(device) if isinstance(value, Tensor) else value
+                             for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Completions(Tokens):
@@ -69,23 +80,52 @@ class Completions(Tokens):
 
 
 class Collector:
-    """Unfinished completions. A sampler fills the rows of `token_ids` and `logprobs`."""
+    """Unfinished completions. A sampler fills `token_ids` and `logprobs` of this rank's share of the rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int]) -> None:
         self.tokenizer, self.stops, self.prompts = tokenizer, stops, prompt_tokens(tokenizer, prompts)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.rows = list(share(range(len(prompts))))
 
-    def completions(self, device: torch.device | str) -> Completions:
-        """The completions. Their texts contain special tokens such as tags, but no end or padding tokens."""
+    def completions(self, rows: Iterable[tuple[list[int], list[float]]]) -> Completions:
+        """The completions, from the rows of all ranks. Texts contain special tokens such as tags, but no end or padding
+        tokens."""
+        self.token_ids, self.logprobs = map(list, zip(*rows, strict=True))
         pad, finished = self.tokenizer.pad_token_id, torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
         dropped = {*self.stops, self.tokenizer.eos_token_id, pad}
         texts = [self.tokenizer.decode([token for token in ids if token not in dropped]) for ids in self.token_ids]
         tensors = *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0]
-        return Completions(*(tensor.to(device) for tensor in tensors), texts, finished.to(device))
+        return Completions(*tensors, texts, finished)
 
 
-class TransformersSampler:
+def collect(draw: Callable[[], Collector]) -> Completions:
+    """The completions that all ranks drew, on every rank. All ranks must call it."""
+    drawn: list[Collector] = []
+
+    def own() -> list[tuple[list[int], list[float]]]:
+        drawn.append(draw())
+        return [(drawn[0].token_ids[row], drawn[0].logprobs[row]) for row in drawn[0].rows]
+
+    rows = [row for part in everywhere(own) for row in part]
+    return drawn[0].completions(rows)
+
+
+class Sampler:
+    """Draws completions: `draw` gives this rank's share, and `update` takes new weights."""
+
+    draw: Callable[[Sequence[str], Sampling], Collector]
+
+    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
+        """One completion of each prompt, on every rank."""
+        return collect(partial(self.draw, prompts, sampling))
+
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TransformersSampler(Sampler):
     """Samples from a model in this process. `check` is called before every token; its exceptions end the rollout.
 
     It serves small models and tests, and is the fallback for large ones, whose engine is vLLM.
@@ -94,30 +134,29 @@ class TransformersSampler:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  check: Callable[[], None] = lambda: None) -> None:
         self.model, self.tokenizer, self.check = model, tokenizer, check
+        self.stops = end_tokens(model, tokenizer)
 
-    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
-        """One completion of each prompt.
-
-        Random numbers come from torch's global generator. Those of a row depend only on its place.
-        """
-        found = Collector(self.tokenizer, prompts, end_tokens(self.model, self.tokenizer))
-        for rows in torch.arange(len(prompts)).split(sampling.batch_size or len(prompts)):
-            self._generate(found, rows.to(self.model.device), sampling)
-        done = found.completions(self.model.device)
-        if not done.logprobs.isfinite().all():
+    def draw(self, prompts: Sequence[str], sampling: Sampling) -> Collector:
+        """One completion of each prompt of this rank's share. What a row draws depends on its place and the seed."""
+        found = Collector(self.tokenizer, prompts, self.stops)
+        seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(sampling.seed))
+        rows = torch.tensor(found.rows, dtype=torch.long, device=self.model.device)
+        for some in rows.split(sampling.batch_size or len(prompts)) if len(rows) else ():
+            self._generate(found, some, sampling, seeds.to(rows.device))
+        if not all(math.isfinite(value) for row in found.rows for value in found.logprobs[row]):
             raise TrainingError(f"{type(self.model).__name__} gives log-probs that are not finite")
-        return done
-
-    def update(self, model: PreTrainedModel) -> None:
-        """From now on, samples come from these weights."""
-        self.model = model
-
-    def close(self) -> None: ...
+        return found
 
     @torch.no_grad()
-    def _generate(self, found: Collector, rows: Tensor, sampling: Sampling) -> None:
+    def update(self, policy: Policy) -> None:
+        """From now on, samples come from these weights."""
+        for name, weight in policy.weights(self.model.dtype):
+            self.model.get_parameter(name).copy_(weight)
+
+    @torch.no_grad()
+    def _generate(self, found: Collector, rows: Tensor, sampling: Sampling, seeds: Tensor) -> None:
         """Completes some rows. Those that have ended leave the batch; `generate` of transformers would keep them."""
-        count, place, head = len(rows), torch.arange(len(rows), device=rows.device), head_of(self.model)
+        count, head = len(rows), head_of(self.model)
         # A prompt is read once, however many completions it gets.
         prompts = [tuple(found.prompts[row]) for row in rows.tolist()]
         distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -139,8 +178,7 @@ class TransformersSampler:
                     cache.reorder_cache(copies)
                     hidden, mask, positions = hidden[copies], mask[copies], positions[copies]
             scores = r1kernels.linear_logits(hidden, temperature=sampling.temperature, **head)
-            uniform = torch.rand(count, dtype=torch.float64, device=rows.device)[place]
-            tokens, logprobs = draw(scores, uniform, sampling.top_p)
+            tokens, logprobs = draw(scores, uniform_at(seeds[rows], step), sampling.top_p)
             for row, token, logprob in zip(*(part[active].tolist() for part in (rows, tokens, logprobs)), strict=True):
                 found.token_ids[row].append(token)
                 found.logprobs[row].append(logprob)
@@ -152,8 +190,8 @@ class TransformersSampler:
             if left <= (1 - LEAVING_SHARE) * len(rows):
                 stay = active.nonzero()[:, 0]
                 cache.reorder_cache(stay)
-                rows, place, mask, inputs, positions, active = (
-                    part[stay] for part in (rows, place, mask, inputs, positions, active))
+                rows, mask, inputs, positions, active = (
+                    part[stay] for part in (rows, mask, inputs, positions, active))
 
 
 class GrowingLayer(DynamicLayer):
@@ -187,6 +225,14 @@ def growing(cache: Any) -> Any:
         if type(layer) is DynamicLayer:
             cache.layers[number] = GrowingLayer(layer)
     return cache
+
+
+def uniform_at(seeds: Tensor, step: int) -> Tensor:
+    """Random numbers (B,) in [0, 1) that depend only on the seeds (B,) and the step (SplitMix64)."""
+    bits = seeds + seeds.new_tensor(step + 1) * (0x9E3779B97F4A7C15 - 2**64)  # int64 wraps around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
 def draw(scores: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -230,9 +276,13 @@ def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)  # they may be NaN
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion."""
-    ids = model.generation_config.eos_token_id
+def end_tokens(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion of a model, or of one in a directory."""
+    try:
+        config = GenerationConfig.from_pretrained(model) if isinstance(model, str | Path) else model.generation_config
+    except OSError:  # it has none
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    ids = config.eos_token_id
     return [tokenizer.eos_token_id] if ids is None else ids if isinstance(ids, list) else [ids]
 
 

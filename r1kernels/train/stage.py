@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards import Judge, Scorer, sandbox
 from r1kernels.train import data
-from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint, verify_checkpoint
-from r1kernels.train.errors import ConfigError, Interrupt
+from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint
+from r1kernels.train.errors import ConfigError, Interrupt, naming
 from r1kernels.train.log import Console
-from r1kernels.train.lora import add_adapters, check_peft
-from r1kernels.train.model import check_device, enable_checkpointing, load_model, load_tokenizer, max_positions
+from r1kernels.train.lora import add_adapters
+from r1kernels.train.model import check_device, enable_checkpointing, load_config, load_model, load_tokenizer
+from r1kernels.train.parallel import agree, everywhere, mesh, rank
+from r1kernels.train.policy import Policy, check_tensor_axis
 from r1kernels.train.recipe import Function, Recipe
+from r1kernels.train.rollout import Sampler, TransformersSampler, end_tokens
+from r1kernels.train.vllm import VLLMSampler
 
 SELECTED = "selected.jsonl"  # the output of a stage of kind reject
+Start = tuple[Policy, PreTrainedTokenizerBase, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,6 @@ class Stage:
         checkpoint = latest_checkpoint(directory)
         if checkpoint is None:
             raise ConfigError(f"stage '{name}' has no checkpoint in {directory}")
-        verify_checkpoint(checkpoint)
         return checkpoint / MODEL
 
     def load_model(
@@ -53,22 +57,46 @@ class Stage:
         model = load_model(path, device=self.recipe.device, dtype=dtype or self.recipe.dtype, overrides=overrides)
         return model, load_tokenizer(path)
 
-    def start(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-        """The float32 model, its tokenizer and the state of the last checkpoint; without one, those to start from."""
+    def sampler(self, name: str, *, loaded: bool = True) -> Sampler:
+        """A sampler from the model that a stage left. vLLM servers load its directory, unless `update` will follow, and
+        this process does not."""
+        if self.recipe.sampler.kind == "transformers":
+            return TransformersSampler(*self.load_model(name), self.interrupt.check)
+        path = self.model_path(name)
+        tokenizer = load_tokenizer(path)
+        sampler = VLLMSampler(self.recipe.sampler, tokenizer, end_tokens(path, tokenizer), check=self.interrupt.check)
+        if loaded:
+            sampler.update(path)
+        return sampler
+
+    def start(self, new: Callable[[], tuple[Any, Any]] | None = None) -> Start:
+        """The policy to train, its tokenizer, and the state of the stage's last checkpoint, which is empty if there is
+        none: then the model is the `new` one, or that of the stage that the settings name."""
         path, adapters = latest_checkpoint(self.directory), getattr(self.settings, "lora", None)
         model_dir, state = load_checkpoint(path) if path else (None, {})
-        if model_dir and not adapters:
-            return load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir), state
-        model, tokenizer = self.load_model(self.settings.model, torch.float32)
+        if new and not model_dir:
+            model, tokenizer = new()
+        elif model_dir and not adapters:
+            model, tokenizer = load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir)
+        else:
+            model, tokenizer = self.load_model(self.settings.model, torch.float32)
         if adapters:
-            add_adapters(model, adapters, self.recipe.seed)
-            model.load_state_dict(state.pop("adapters", {}), strict=False)
-        return model, load_tokenizer(model_dir) if model_dir else tokenizer, state
+            add_adapters(model, adapters, self.recipe.seed, self.recipe.dtype)
+        return self.wrap(model.to(self.recipe.device)), tokenizer, state
 
-    def enable_checkpointing(self, model: PreTrainedModel) -> None:
-        """Turns gradient checkpointing on if the recipe says so."""
-        if self.recipe.gradient_checkpointing:
-            enable_checkpointing(model)
+    def wrap(self, model: PreTrainedModel) -> Policy:
+        """The policy of a model, in evaluation mode: dropout would make the first ratio differ from 1."""
+        recipe = self.recipe
+        agree("the size of the vocabulary", model.get_input_embeddings().num_embeddings)
+        if recipe.gradient_checkpointing:
+            enable_checkpointing(model.eval())
+        return Policy(model.eval(), mesh(recipe.device, recipe.parallel.tensor), recipe.dtype, compiled=recipe.compile)
+
+    def frozen(self, name: str) -> Policy:
+        """The model of a stage as a reference or teacher, sharded and in the run's precision."""
+        model, _ = self.load_model(name)
+        return Policy(model.requires_grad_(False), mesh(self.recipe.device, self.recipe.parallel.tensor),
+                      self.recipe.dtype)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
         return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
@@ -85,10 +113,8 @@ class Stage:
 
     def scorer(self, rewards: Mapping[str, float]) -> Scorer:
         """A scorer of these rewards under the recipe's limits."""
-        try:
+        with naming("'rewards'", (ValueError, ImportError)):
             return Scorer(rewards, **self.recipe.scoring.model_dump(exclude={"judge"}))
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"'rewards': {error}") from error
 
     def check(self) -> None:
         """Checks before any work that the functions, rewards and the pretrained model of this stage can be used."""
@@ -96,9 +122,12 @@ class Stage:
             if isinstance(value, Function):
                 value.load()
         if getattr(self.settings, "lora", None):
-            check_peft()
+            require("'lora'", "peft")
         if self.settings.kind == "grpo":
-            self.settings.objective.build()
+            refresh, steps = self.settings.ref_refresh_every, self.settings.steps
+            if self.settings.objective.build().kl_coef and self.settings.lora and refresh < steps:
+                raise ConfigError(f"'ref_refresh_every' is {refresh}; with 'lora', the reference is always the model "
+                                  f"without adapters, so expected at least the {steps} 'steps'")
             self.scorer(self.settings.rewards).close()
         if self.settings.kind == "reject" and self.settings.judge:
             make_judge(self.recipe)
@@ -106,9 +135,11 @@ class Stage:
         while hasattr(base, "model"):
             base = self.recipe.stages[base.model]
         if base.kind == "model":
+            config = load_config(base.path, base.overrides)
+            check_tensor_axis(config, self.recipe.parallel.tensor)
             if base is self.settings:
                 self.template(load_tokenizer(base.path))
-            most = max_positions(base.path, base.overrides)
+            most = getattr(config.get_text_config(), "max_position_embeddings", None)
             wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
                          getattr(self.settings, "max_new_tokens", 0))
             if most is not None and wanted > most:
@@ -116,25 +147,34 @@ class Stage:
                                   f"stage '{base.name}' has {most} positions")
 
 
+def require(setting: str, package: str) -> None:
+    """Raises ConfigError if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{setting} needs the package {package}, which is not installed; run: pip install {package}")
+
+
 def make_judge(recipe: Recipe) -> Judge:
     """The language model of `scoring.judge`."""
     if recipe.scoring.judge is None:
         raise ConfigError("'scoring.judge' is null, but a stage asks a judge; set its 'url' and 'model'")
-    try:
+    with naming("'scoring.judge'", (ValueError, ImportError)):
         return Judge(**recipe.scoring.judge.model_dump())
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"'scoring.judge': {error}") from error
 
 
 def check_recipe(recipe: Recipe, console: Console) -> None:
-    """Checks before any work that devices, data, the sandbox and everything that stages need can be used."""
-    check_device(recipe.device)
-    if recipe.trackers and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("'trackers' names 'tensorboard', which is not installed; run: pip install tensorboard")
+    """Checks before any work that devices, data, the sandbox and everything that stages need can be used, and that all
+    ranks have the same recipe and data."""
+    agree("the recipe", recipe.model_dump(mode="json"))
+    everywhere(lambda: check_device(recipe.device))
+    mesh(recipe.device, recipe.parallel.tensor)
+    if recipe.optimizer_state == "8bit":
+        require("'optimizer_state' is '8bit', which", "torchao")
+    if recipe.trackers:
+        require("'trackers'", "tensorboard")
     for name, settings in recipe.stages.items():
-        try:
-            Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check()
-        except ConfigError as error:
-            raise ConfigError(f"stage '{name}': {error}") from error
-    if "code" in data.check_data(recipe, console):
+        with naming(f"stage '{name}'", ConfigError):
+            everywhere(Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check)
+    kinds, content = everywhere(lambda: data.check_data(recipe, console))[rank()]
+    agree("the content", content)
+    if "code" in kinds:
         sandbox.check(recipe.scoring.memory_mb, tuple(recipe.scoring.imports or ()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -14,10 +15,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import r1kernels
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import checkpointed_layers, head_of, hidden_states
+from r1kernels.train.packing import Sample, collate, pack, row_length
+from r1kernels.train.parallel import add_up
+from r1kernels.train.policy import Policy, clip_gradient
 from r1kernels.train.recipe import Importance
 from r1kernels.train.rollout import Tokens
 
 TOKEN_MEANS = ("kl", "entropy", "approx_kl", "clip_low_fraction", "clip_high_fraction", "active_fraction")
+Batches = list[Tensor]  # rows of micro-batches; every rank has as many, so some may be empty
+Route = Literal["packed", "padded", "shared"]
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,62 @@ class Rollout(Tokens):
     importance_weights: Tensor | None  # (B,) or (B, T); None for no correction
 
 
-def completion_hidden_states(model: PreTrainedModel, batch: Tokens) -> Tensor:
-    """(B, T, H), whose row t scores token t of the completion; the last token is not fed."""
+def choose_route(policy: Policy, tokens: Tokens, apart: bool) -> Route:
+    """How the model reads the rows of a rollout: with as few tokens as it can. All ranks must choose alike.
+
+    `shared` reads equal prompts once, and needs all layers' weights at once; `packed` leaves padding out, and needs a
+    model that keeps packed samples `apart`; `padded` always works.
+    """
+    prompts, lengths = tokens.prompt_mask.sum(-1), tokens.mask.sum(-1)
+    sizes: dict[Route, float] = {"padded": len(lengths) * float(prompts.max() + lengths.max())}
+    if apart:
+        sizes["packed"] = float((prompts + lengths).sum())
+    if policy.data.size() == 1 and not checkpointed_layers(policy.model):  # a checkpointed layer fills no cache
+        distinct = torch.unique(tokens.prompt_ids.where(tokens.prompt_mask, -1), dim=0)
+        sizes["shared"] = float(len(distinct) * prompts.max() + len(lengths) * lengths.max())
+    return min(sizes, key=sizes.__getitem__)
+
+
+def completion_hidden_states(model: PreTrainedModel, batch: Tokens, route: Route = "padded") -> Tensor:
+    """(N, H), whose rows score the N tokens of the completions, in their order; the last tokens are not fed."""
+    if route == "packed":
+        return _packed(model, batch)
     ids, width = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1), batch.prompt_ids.shape[1]
     attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": (attention.cumsum(-1) - 1).clamp(min=0)}
+    hidden = _with_shared_prompts(model, inputs, batch) if route == "shared" else None
+    return (hidden_states(model, **inputs)[:, width - 1 :] if hidden is None else hidden)[batch.mask]
+
+
+def _packed(model: PreTrainedModel, batch: Tokens) -> Tensor:
+    """The same from rows without padding, as long as the longest sample; one row for attention that reads lengths."""
+    prompts, lengths = batch.prompt_mask.sum(-1).tolist(), batch.mask.sum(-1).tolist()
+    parts = zip(batch.prompt_ids, batch.prompt_mask, batch.token_ids, lengths, prompts, strict=True)
+    samples = [Sample(torch.cat([prompt[asked], answer[: length - 1]]).int(), first)
+               for prompt, asked, answer, length, first in parts]
+    one_row = model.config._attn_implementation.startswith("flash")
+    rows = pack(samples, (sum if one_row else max)(len(sample.ids) for sample in samples))
+    inputs, _ = collate(rows, batch.mask.device)
+    width, starts = inputs["input_ids"].shape[1], {}
+    for number, row in enumerate(rows):
+        for place, sample in enumerate(row):
+            starts[id(sample)] = number * width + row_length(row[:place]) + sample.first - 1
+    places = [torch.arange(length) + starts[id(sample)] for sample, length in zip(samples, lengths, strict=True)]
+    return hidden_states(model, **inputs).flatten(0, 1)[torch.cat(places).to(batch.mask.device)]
+
+
+def _with_shared_prompts(model: PreTrainedModel, inputs: dict[str, Tensor], batch: Tokens) -> Tensor | None:
+    """The same (B, T, H), where equal prompts are read once: their keys and values get the gradients of all their
+    completions. None for a model with layers that forget or mix tokens."""
+    width = batch.prompt_ids.shape[1]
     prompts, copies = torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)
-    # A checkpointed layer fills no cache.
-    apart = len(prompts) == len(ids) or bool(checkpointed_layers(model))
-    hidden = None if apart else _with_shared_prompts(model, inputs, width, copies)
-    return hidden_states(model, **inputs)[:, width - 1 :] if hidden is None else hidden
-
-
-def _with_shared_prompts(
-    model: PreTrainedModel, inputs: dict[str, Tensor], width: int, copies: Tensor
-) -> Tensor | None:
-    """The same if row i has prompt number copies[i]. Keys and values of a prompt are computed once, and get the
-    gradients of all its completions. None for a model with layers that forget or mix tokens."""
     cache = DynamicCache(config=model.base_model.config)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if len(prompts) == len(copies) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     rows = torch.arange(len(copies), device=copies.device)
-    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, copies, rows, "amin")[: int(copies.max()) + 1]
-    prompts = {name: value[first, :width] for name, value in inputs.items()}
-    last = model.base_model(**prompts, past_key_values=cache, use_cache=True).last_hidden_state[copies, -1:]
+    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, copies, rows, "amin")[: len(prompts)]
+    once = {name: value[first, :width] for name, value in inputs.items()}
+    last = model.base_model(**once, past_key_values=cache, use_cache=True).last_hidden_state[copies, -1:]
     if cache.get_seq_length() != width:  # the model keeps its state elsewhere
         return None
     if inputs["input_ids"].shape[1] == width:
@@ -63,62 +101,92 @@ def _with_shared_prompts(
     return torch.cat([last, hidden], dim=1)
 
 
-@torch.no_grad()
-def completion_logprobs(model: PreTrainedModel, tokens: Tokens, batches: list[Tensor], temperature: float) -> Tensor:
-    """Log-probs (B, T) of completions, 0 behind the mask.
+def batch_logprobs(model: PreTrainedModel, batch: Tokens, temperature: float, route: Route) -> Tensor:
+    """Log-probs (N,) of the tokens of the completions."""
+    return r1kernels.linear_token_logprobs(
+        completion_hidden_states(model, batch, route), token_ids=batch.token_ids[batch.mask], temperature=temperature,
+        **head_of(model))
 
-    `batches` (rows) should be those of the updates, so that the first ratio is exactly 1: the last bits of a row may
-    depend on the other rows of its batch.
+
+@torch.no_grad()
+def completion_logprobs(policy: Policy, tokens: Tokens, batches: Batches, temperature: float, route: Route) -> Tensor:
+    """Log-probs (B, T) of completions, 0 behind the mask, on all ranks.
+
+    `batches` should be those of the updates, so that the first ratio is exactly 1: the last bits of a row may depend on
+    the other rows of its batch.
     """
-    logprobs = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
+    logprobs = torch.zeros(tokens.mask.shape)
     for rows in batches:
-        batch = tokens.rows(rows)
-        logprobs[rows, : batch.token_ids.shape[1]] = r1kernels.linear_token_logprobs(
-            completion_hidden_states(model, batch), token_ids=batch.token_ids, mask=batch.mask, temperature=temperature,
-            **head_of(model))
-    return logprobs
+        batch = tokens.rows(rows if len(rows) else torch.tensor([0])).to(policy.device)
+        found = policy(batch_logprobs, batch, temperature, route)
+        if len(rows):
+            ordered = torch.zeros(batch.mask.shape).masked_scatter(batch.mask.cpu(), found.cpu())
+            logprobs[rows, : ordered.shape[1]] = ordered
+    return add_up(logprobs.to(policy.device), policy.data.get_group()).cpu()
+
+
+def batch_loss(
+    model: PreTrainedModel, batch: Rollout, objective: r1kernels.Objective, temperature: float, normalizer: Tensor,
+    route: Route,
+) -> r1kernels.PolicyLoss:
+    """What some samples add to the loss, and metrics of every token, those of advantage 0 too."""
+
+    def tokens_of(value: Tensor | None) -> Tensor | None:
+        return value[batch.mask] if value is not None and value.ndim == 2 else value
+
+    return r1kernels.linear_grpo_loss(
+        completion_hidden_states(model, batch, route), token_ids=batch.token_ids[batch.mask],
+        advantages=tokens_of(batch.advantages), old_logprobs=tokens_of(batch.old_logprobs),
+        ref_logprobs=tokens_of(batch.ref_logprobs) if objective.kl_coef else None,
+        importance_weights=tokens_of(batch.importance_weights), normalizer=normalizer, temperature=temperature,
+        cu_seqlens=F.pad(batch.mask.sum(-1).cumsum(-1), (1, 0)), objective=objective, measure_all=True,
+        **head_of(model))
 
 
 def minibatch_gradient(
-    model: PreTrainedModel, rollout: Rollout, batches: Sequence[Tensor], objective: r1kernels.Objective,
-    temperature: float,
+    policy: Policy, rollout: Rollout, rows: Tensor, batches: Batches, objective: r1kernels.Objective,
+    temperature: float, route: Route,
 ) -> dict[str, float]:
-    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches, and measures it:
-    every token, those of advantage 0 too. "ratio_deviation" is the largest |ratio - 1| of a token."""
-    mask, table = rollout.mask[torch.cat(list(batches))], []
+    """Adds the gradient of one minibatch, which does not depend on its division into micro-batches and ranks, and
+    measures it. "ratio_deviation" is the largest |ratio - 1| of a token.
+
+    `rows` are those of the minibatch, `batches` are this rank's micro-batches of them.
+    """
+    mask, names = rollout.mask[rows], []
     whole = mask.sum() if objective.aggregate == "token_mean" else len(mask) * (objective.max_length or 1)
-    normalizer = torch.as_tensor(whole, dtype=torch.float32, device=mask.device)
-    for rows in batches:
-        batch = rollout.rows(rows)
-        loss, part = r1kernels.linear_grpo_loss(
-            completion_hidden_states(model, batch), token_ids=batch.token_ids, advantages=batch.advantages,
-            old_logprobs=batch.old_logprobs, ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
-            mask=batch.mask, importance_weights=batch.importance_weights, normalizer=normalizer,
-            temperature=temperature, objective=objective, measure_all=True, **head_of(model))
-        loss.backward()
-        names = ("loss", *part)
-        table.append(torch.stack([loss.detach(), *part.values()]))
-    # One transfer from the device for all metrics of all micro-batches.
-    micro = [dict(zip(names, row, strict=True)) for row in torch.stack(table).tolist()]
+    normalizer = torch.as_tensor(whole, dtype=torch.float32, device=policy.device)
+
+    def loss(some: Tensor) -> tuple[Tensor, Tensor]:
+        batch = rollout.rows(some).to(policy.device)
+        value, part = policy(batch_loss, batch, objective, temperature, normalizer, route)
+        names[:] = "loss", *part
+        return value, torch.stack([value, *part.values()])
+
+    table = torch.stack(policy.add_gradients(batches, rows[:1], loss)).tolist()
+    micro = [dict(zip(names, values, strict=True)) for values in table]
     deviation = max(max(values["ratio_max"] - 1, 1 - values["ratio_min"]) for values in micro)
     metrics, tokens = {"ratio_deviation": deviation}, sum(values["tokens"] for values in micro)
-    metrics["loss"] = sum(values["loss"] for values in micro)
+    metrics["loss"] = math.fsum(values["loss"] for values in micro)
     for name in [name for name in TOKEN_MEANS if name in names]:
-        metrics[name] = sum(values[name] * (values["tokens"] / tokens) for values in micro)
+        metrics[name] = math.fsum(values[name] * (values["tokens"] / tokens) for values in micro)
     return metrics
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, loss: float, rate: float, grad_clip: float, where: str
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: float, rate: float, grad_clip: float, where: str
 ) -> dict[str, float]:
-    """Clips the gradient and makes the update. Raises TrainingError if the loss or the gradient is not finite."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip).item()
+    """Clips the gradient, makes the update and frees the gradient. Raises TrainingError if loss or gradient are not
+    finite."""
+    norm = clip_gradient(policy, grad_clip)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(f"{where}: loss {loss}, gradient norm {norm}; expected finite numbers; see 'learning_rate'")
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     optimizer.step()
+    optimizer.zero_grad()  # samplers can use its memory
     return {"grad_norm": norm, "learning_rate": rate}
 
 

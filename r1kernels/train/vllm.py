@@ -9,102 +9,140 @@ nothing depends on how the server reads or writes text.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from r1kernels.rewards.endpoint import Endpoint, EndpointError
-from r1kernels.train.errors import StorageError
-from r1kernels.train.lora import mergeable
+from r1kernels.rewards.endpoint import Endpoint, EndpointError, Endpoints
+from r1kernels.train.checkpoint import save_model
+from r1kernels.train.errors import StorageError, naming
+from r1kernels.train.parallel import first, rank
+from r1kernels.train.policy import Policy
 from r1kernels.train.recipe import SamplerSettings
-from r1kernels.train.rollout import Collector, Completions, Sampling
+from r1kernels.train.rollout import Collector, Sampler, Sampling
 
-POLL_S = 0.1
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
-PROBE_TEMPERATURE, PROBE_TOP = 2.0, 5  # the highest temperature that vLLM allows; a server adds the sampled token
-Row = tuple[list[int], list[float], list[float]]  # token ids, their log-probs, those of the likeliest first tokens
+Row = tuple[list[int], list[float]]  # token ids and their log-probs
 
 
-class VLLMSampler:
-    """Asks a vLLM server, with one request for each run of equal prompts. Methods raise EndpointError.
+class VLLMSampler(Sampler):
+    """Asks vLLM servers, with one request for each run of equal prompts. Methods raise EndpointError.
 
     Requests have no seed. A server's sums depend on its other requests, so a seed would not make its answers
     repeatable; seeded sampling is slow; and in vLLM 0.32 on CPUs it stops the server when a prompt is split into
-    chunks. The key in VLLM_API_KEY is sent if it is set.
-
-    `check` is called about ten times a second while requests are in flight; its exceptions end the rollout.
+    chunks. The key in VLLM_API_KEY is sent if it is set. The exceptions of `check` end what waits for a server.
     """
 
     def __init__(self, settings: SamplerSettings, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *,
-                 device: torch.device | str = "cpu", check: Callable[[], None] = lambda: None) -> None:
-        self.url, self.tokenizer, self.stops = settings.url.rstrip("/").removesuffix("/v1"), tokenizer, list(stops)
-        self.device, self.check, self.weights_dir, self.updates = device, check, Path(settings.weights_dir).resolve(), 0
-        self.endpoint = Endpoint(f"{self.url}/v1", os.environ.get("VLLM_API_KEY"), timeout_s=settings.timeout_s,
-                                 concurrency=settings.requests, max_body=MAX_ANSWER)
-        self.model = settings.served_name or self.endpoint.wait(
-            self.endpoint.request("get", "/models", lambda answer: answer["data"][0]["id"]))
-        self._check_logprobs()
-
-    def sample(self, prompts: Sequence[str], sampling: Sampling) -> Completions:
-        """One completion of each prompt. The server chooses its own batches."""
-        found, pending = Collector(self.tokenizer, prompts, self.stops), {}
-        for prompt, group in itertools.groupby(range(len(prompts)), key=found.prompts.__getitem__):
-            rows = list(group)
-            pending[self.endpoint.start(self._complete(prompt, len(rows), sampling))] = rows
+                 check: Callable[[], None] = lambda: None) -> None:
+        self.settings, self.tokenizer, self.stops = settings, tokenizer, stops
+        self.weights_dir, self.version = Path(settings.weights_dir or os.devnull).resolve(), ""
+        self.servers = Endpoints([url.rstrip("/").removesuffix("/v1") for url in settings.urls],
+                                 os.environ.get("VLLM_API_KEY"), timeout_s=settings.timeout_s, max_body=MAX_ANSWER,
+                                 concurrency=settings.requests, check=check)
         try:
-            while pending:
-                self.check()
-                for future in wait(pending, POLL_S, return_when=FIRST_COMPLETED).done:
-                    for row, (tokens, logprobs, _) in zip(pending.pop(future), future.result(), strict=True):
-                        found.token_ids[row], found.logprobs[row] = tokens, logprobs
-        finally:
-            for future in pending:  # the server sees the connections close and drops the requests
-                future.cancel()
-        return found.completions(self.device)
-
-    def update(self, model: PreTrainedModel) -> None:
-        """Writes the weights, and has the server load them and empty its cache of prefixes."""
-        self.updates += 1
-        target = self.weights_dir / f"weights-{self.updates:06d}"  # servers cache by name, so each has its own
-        try:
-            mergeable(model).save_pretrained(target)
-        except Exception as error:  # safetensors has its own errors
-            raise StorageError(f"cannot save weights to {target}: {error!r}") from error
-        load = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
-        try:
-            for path, body in (("/collective_rpc", load), ("/reset_prefix_cache", {})):
-                self.endpoint.wait(self.endpoint.request("post", self.url + path, lambda answer: None, body=body))
+            found = self.servers.ask("get", "/server_info?config_format=json", itemgetter("vllm_config"))
         except EndpointError as error:
-            raise EndpointError(f"{error}; start the server with VLLM_SERVER_DEV_MODE=1") from error
-        for old in {*self.weights_dir.glob("weights-*")} - {target}:
-            shutil.rmtree(old, ignore_errors=True)
+            raise EndpointError(f"{error}; expected vLLM 0.32 or newer, with VLLM_SERVER_DEV_MODE=1") from error
+        self.send = settings.weights.call(self.servers).send if settings.weights else self._save_and_load
+        for server, config in zip(self.servers.servers, found, strict=True):
+            model = config["model_config"]
+            for option, given in {"--logprobs-mode processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
+                                  "--enable-sleep-mode": model["enable_sleep_mode"] or not settings.sleep}.items():
+                if not given:
+                    raise EndpointError(f"{server.url} was started without {option}, which 'sampler' needs")
+
+    def draw(self, prompts: Sequence[str], sampling: Sampling) -> Collector:
+        """One completion of each prompt of this rank's share. The servers choose their own batches."""
+        found = Collector(self.tokenizer, prompts, self.stops)
+        groups = [[*rows] for _, rows in itertools.groupby(found.rows, key=found.prompts.__getitem__)]
+        requests = [partial(self._complete, found.prompts[rows[0]], len(rows), sampling) for rows in groups]
+        for number, done in self.servers.share(requests):
+            for row, (tokens, logprobs) in zip(groups[number], done, strict=True):
+                found.token_ids[row], found.logprobs[row] = tokens, logprobs
+        self._check_version()
+        return found
+
+    def update(self, model: Policy | str | Path) -> None:
+        """From now on, samples come from these weights. The servers load those of a directory, or of a name on the hub,
+        from there. They empty their caches of prefixes. All ranks must call it; the first one speaks to the servers."""
+        self.version = first(lambda: uuid.uuid4().hex)
+        first(lambda: self._wake_up("weights"))
+        self.send(model) if isinstance(model, Policy) else first(lambda: self._load(model))
+        first(self._finish)
+
+    def _wake_up(self, part: str) -> None:
+        if self.settings.sleep:
+            self.servers.ask("post", f"/wake_up?tags={part}")
+
+    def _finish(self) -> None:
+        self._wake_up("kv_cache")  # last, because loading needs memory too
+        self.servers.ask("post", "/update_weight_version", body={"new_version": self.version})
+        if not all(self.servers.ask("post", "/reset_prefix_cache", itemgetter("success"))):
+            raise EndpointError(f"'sampler.urls' {self.settings.urls}: a server keeps prefixes of old weights, because "
+                                "other requests are in flight")
+
+    def sleep(self) -> None:
+        """Servers on the device of the trainer free its memory, until `update` wakes them up with other weights."""
+        if self.settings.sleep:
+            first(lambda: self.servers.ask("post", "/sleep?level=2"))
 
     def close(self) -> None:
-        self.endpoint.close()
-        for old in self.weights_dir.glob("weights-*"):
+        self.servers.check = lambda: None  # it may be what ends the run
+        if rank() == 0:
+            with contextlib.suppress(EndpointError):
+                if self.settings.sleep:
+                    self.servers.ask("post", "/sleep?level=2")
+            self._delete_weights()
+        self.servers.close()
+
+    def _load(self, path: str | Path) -> None:
+        load = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        self.servers.ask("post", "/collective_rpc", body=load)
+
+    def _save_and_load(self, policy: Policy) -> None:
+        target = self.weights_dir / f"weights-{self.version}"
+        with naming(f"cannot save weights to {target}", made=StorageError):  # safetensors has its own errors
+            save_model(policy, target)
+        first(lambda: self._load(target))
+        if rank() == 0:
+            self._delete_weights(but=target)
+
+    def _delete_weights(self, but: Any = None) -> None:
+        for old in {*self.weights_dir.glob("weights-*")} - {but}:
             shutil.rmtree(old, ignore_errors=True)
 
-    async def _complete(self, prompt: list[int], count: int, sampling: Sampling, top: int = 0) -> list[Row]:
-        """`count` completions of a prompt, with the log-probs of the `top` likeliest first tokens."""
+    def _check_version(self) -> None:
+        """Refuses samples from other weights than this process loaded, if it loaded any."""
+        versions = self.servers.ask("get", "/weight_info", itemgetter("weight_version")) if self.version else []
+        for server, version in zip(self.servers.servers, versions, strict=False):
+            if version != self.version:
+                raise EndpointError(f"{server.url} sampled from weights of version {version!r}, expected "
+                                    f"{self.version!r}; it was started again, or another run loads weights into it")
+
+    async def _complete(self, prompt: list[int], count: int, sampling: Sampling, server: Endpoint) -> list[Row]:
+        """`count` completions of a prompt."""
 
         def read(answer: Any) -> list[Row]:
             found = {choice["index"]: choice["logprobs"] for choice in answer["choices"]}
             return [self._row(found[index], sampling.max_new_tokens) for index in range(count)]
 
-        return await self.endpoint.request("post", "/completions", read, body={
-            "model": self.model, "prompt": prompt, "n": count, "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p,
+        return await server.request("post", "/v1/completions", read, body={
+            "prompt": prompt, "n": count, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             # The server takes all other settings from the model's generation_config.json.
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "ignore_eos": True, "stop_token_ids": self.stops, "logprobs": top, "return_tokens_as_token_ids": True})
+            "ignore_eos": True, "stop_token_ids": self.stops, "logprobs": 0, "return_tokens_as_token_ids": True})
 
     def _row(self, found: dict[str, Any], limit: int) -> Row:
         ids = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
@@ -115,14 +153,4 @@ class VLLMSampler:
             raise ValueError(f"log-probs {logprobs[:3]} of {len(ids)} tokens, expected a finite one <= 0 for each")
         if not 0 < len(ids) <= limit or (len(ids) < limit and ids[-1] not in self.stops):
             raise ValueError(f"{len(ids)} tokens that end in {ids[-1:]}, expected {limit} or an end with {self.stops}")
-        return ids, logprobs, sorted(map(float, found["top_logprobs"][0].values()), reverse=True)
-
-    def _check_logprobs(self) -> None:
-        """Refuses a server whose log-probs do not belong to its sampling temperature."""
-        gaps = []
-        for temperature in (1.0, PROBE_TEMPERATURE):
-            answer = self.endpoint.wait(self._complete(self.stops[:1], 1, Sampling(temperature, 1), PROBE_TOP))
-            likeliest = answer[0][2][:PROBE_TOP]
-            gaps.append(likeliest[0] - likeliest[-1])
-        if not 0 < gaps[1] < 0.9 * gaps[0]:  # half of it, but for rounding
-            raise EndpointError(f"{self.url} gives raw log-probs; start it with --logprobs-mode processed_logprobs")
+        return ids, logprobs

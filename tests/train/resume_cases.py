@@ -38,7 +38,8 @@ stages:
       text: {{max_terms: 3}}, hidden_size: 16, intermediate_size: 32, layers: 1, heads: 2}}}},
     corpus: {{function: "tiny_world:corpus", options: {{max_terms: 3}}}}}}
   rl: &rl {{kind: grpo, model: base, problems: [sums], rewards: {{"resume_cases:parity": 1.0, accuracy: 1.0}},
-    steps: 4, questions: 4, group_size: 4, oversample: 2, minibatches: 2, micro_batch_size: 6, learning_rate: 1.0e-3,
+    steps: 4, questions: 4, group_size: 4, oversample: 2, minibatches: 2, micro_batch_tokens: 600,
+    learning_rate: 1.0e-3,
     warmup_updates: 4, max_new_tokens: 6, length_schedule: {{2: 8}},
     ref_refresh_every: 2, objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}}}
   traces: {{kind: reject, model: rl, problems: [open], samples_per_question: 4, questions_per_batch: 2,
@@ -47,7 +48,7 @@ stages:
   scores: {{kind: preference, model: cold, pairs: pairs, batch_size: 2, learning_rate: 1.0e-3}}
   r1: {{<<: *rl, model: cold, problems: [sums, open], oversample: 1, steps: 2,
     rewards: {{accuracy: 1.0}}, preference: [{{model: scores, last_steps: 1}}]}}
-  ppo: {{<<: *rl, steps: 2, oversample: 1, group_size: 2, epochs: 2, micro_batch_size: null,
+  ppo: {{<<: *rl, steps: 2, oversample: 1, group_size: 2, epochs: 2, micro_batch_tokens: null,
     advantages: {{function: "ppo:critic", options: {{value_learning_rate: 1.0e-3, kl_coef: 0.01}}}},
     objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
   small: {{kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
@@ -116,7 +117,7 @@ def serve() -> None:
                 if count:
                     stop_at(count, Path(request["run_dir"]), full=bool(request["full_at"]))
                 try:
-                    main(["train", request["recipe"], "--plain"])
+                    main(["train", request["recipe"]])
                 except SystemExit as end:
                     code = end.code
                     if not isinstance(code, int):

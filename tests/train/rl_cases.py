@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import Interrupt, Interrupted
 from r1kernels.train.log import Console, read_lines
+from r1kernels.train.parallel import mesh
+from r1kernels.train.policy import Policy
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.stage import Stage
 
@@ -33,7 +37,7 @@ checkpoint: {{every: 2, keep: 1}}
 stages:
   base: {{kind: model, path: {folder}/base}}
   rl: {{kind: grpo, model: base, problems: [sums], rewards: {{"rl_cases:parity": 1.0, accuracy: 0.0}}, steps: 3,
-       questions: 4, group_size: 4, minibatches: 2, micro_batch_size: 6, learning_rate: 1.0e-3, warmup_updates: 4,
+       questions: 4, group_size: 4, minibatches: 2, micro_batch_tokens: 900, learning_rate: 1.0e-3, warmup_updates: 4,
        max_new_tokens: 6, ref_refresh_every: 2, objective: {{preset: r1, options: {{entropy_coef: 0.001}}}}}}
 """
 
@@ -80,6 +84,20 @@ def make_model(
     return model
 
 
+def policy_of(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Policy:
+    """The policy of a model, on one rank. From then on, the weights of the model are shards."""
+    return Policy(model, mesh("cpu"), dtype)
+
+
+def take_gradient(policy: Policy) -> torch.Tensor:
+    """The gradient of all weights as one vector, in the order of the model's parameters. The next one begins at 0."""
+    weights = policy.trained().values()
+    gradient = torch.cat([weight.grad.full_tensor().flatten() for weight in weights])
+    for weight in weights:
+        weight.grad = None
+    return gradient
+
+
 def stage_of(folder: Path, overrides: Iterable[str] = (), *, interrupt: Interrupt | None = None) -> Stage:
     """The stage `rl` of the recipe; `overrides` are of its settings, or of the recipe where they begin with a dot."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,20 +112,25 @@ def stage_of(folder: Path, overrides: Iterable[str] = (), *, interrupt: Interrup
     recipe = load_recipe(folder / "recipe.yaml", given)
     directory = folder / "run" / "rl"
     directory.mkdir(parents=True, exist_ok=True)
-    return Stage(recipe, recipe.stages["rl"], directory, Console(plain=True), interrupt or Interrupt())
+    return Stage(recipe, recipe.stages["rl"], directory, Console(), interrupt or Interrupt())
 
 
 class StopAfter(Interrupt):
-    """Stops the work at the n-th check."""
+    """Stops the work at the n-th check, whether of this rank or of all ranks."""
 
     def __init__(self, checks: int) -> None:
-        super().__init__()
         self.left = checks
+        super().__init__()
 
-    def check(self) -> None:
+    @property
+    def requested(self) -> str | None:
         self.left -= 1
         if self.left <= 0:
             raise Interrupted("SIGINT")
+        return None
+
+    @requested.setter
+    def requested(self, value: str | None) -> None: ...
 
 
 def timeless(value: Any) -> Any:
@@ -128,12 +151,20 @@ def equal(first: Any, second: Any) -> bool:
     return type(first) is type(second) and (first == second or (first != first and second != second))
 
 
+def load_shards(path: Path) -> dict[str, Any]:
+    """The whole tensors that the ranks of a run saved in a checkpoint."""
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(path / "shards", file.name)
+        return torch.load(file.name, weights_only=True)
+
+
 def outcome(directory: Path) -> dict[str, Any]:
     """All that a stage leaves, without what depends on the clock."""
     path = latest_checkpoint(directory)
     return {
         "name": path.name,
         "state": timeless(torch.load(path / "state.pt", weights_only=True)),
+        "shards": load_shards(path),
         "weights": load_file(path / "model" / "model.safetensors"),
         "metrics": timeless(read_lines(directory / "metrics.jsonl")),
         "samples": read_lines(directory / "samples.jsonl"),

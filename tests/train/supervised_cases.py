@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rl_cases import load_shards
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,7 +67,7 @@ def stage_of(
     loaded = load_recipe(path, [f"run_dir={directory}/run", *overrides])
     own = directory / "run" / name
     own.mkdir(parents=True, exist_ok=True)
-    return Stage(loaded, loaded.stages[name], own, Console(plain=True), interrupt or Interrupt())
+    return Stage(loaded, loaded.stages[name], own, Console(), interrupt or Interrupt())
 
 
 class Killed(BaseException):
@@ -74,16 +75,21 @@ class Killed(BaseException):
 
 
 class StopAt(Interrupt):
-    """Stops the work at the n-th check, from 0, by the exception given."""
+    """Stops the work at the n-th check, from 0, of this rank or of all ranks, by the exception given."""
 
     def __init__(self, checks: int, how: type[BaseException] = Interrupted) -> None:
-        super().__init__()
         self.left, self.how = checks, how
+        super().__init__()
 
-    def check(self) -> None:
+    @property
+    def requested(self) -> str | None:
         self.left -= 1
         if self.left < 0:
             raise self.how("test")
+        return None
+
+    @requested.setter
+    def requested(self, value: str | None) -> None: ...
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +104,7 @@ def outcome(stage: Stage) -> dict[str, Any]:
     return {
         "metrics": timeless(stage.directory / "metrics.jsonl"),
         "weights": _bytes(load_file(checkpoint / "model" / "model.safetensors")),
-        "optimizer": {key: _bytes(values) for key, values in state["optimizer"]["state"].items()},
+        "shards": {name: _bytes(values) for name, values in load_shards(checkpoint)["optimizer"]["state"].items()},
         "step": state["step"],
     }
 

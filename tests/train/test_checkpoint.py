@@ -1,7 +1,6 @@
 """Checkpoints: complete or absent, verified, and replaced only by complete ones."""
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -13,37 +12,33 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from rl_cases import make_model, make_tokenizer
+from checkpoint_cases import Files
+from rl_cases import equal, load_shards, make_model, make_tokenizer, policy_of, take_gradient
+from transformers import AutoModelForCausalLM
 
 from r1kernels.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
+    load_state,
     save_checkpoint,
-    sha256,
+    save_model,
+    shards_of,
     tidy_checkpoints,
     write_file,
 )
 from r1kernels.train.errors import CheckpointError, ConfigError, StorageError
+from r1kernels.train.model import hidden_states
+from r1kernels.train.parallel import mesh
+from r1kernels.train.policy import make_optimizer
 from r1kernels.train.rollout import Sampling, TransformersSampler
 
-
-class Files:
-    """Takes the place of a model or a tokenizer: all that matters here is that it writes files."""
-
-    def __init__(self, **contents):
-        self.contents = contents
-
-    def save_pretrained(self, directory):
-        for name, content in self.contents.items():
-            (directory / name).write_bytes(content)
-
-
-MODEL = Files(weights=b"w" * 1000, config=b"{}")
+POLICY = Files(weights=b"w" * 1000, config=b"{}")
 TOKENIZER = Files(vocabulary=b"abc")
 
 
-def save(directory, step, *, model=MODEL, tokenizer=TOKENIZER, keep=3, **state):
-    save_checkpoint(directory, step, model=model, tokenizer=tokenizer, state={"step": step, **state}, keep=keep)
+def save(directory, step, *, policy=POLICY, tokenizer=TOKENIZER, shards=None, keep=3, **state):
+    save_checkpoint(directory, step, policy=policy, tokenizer=tokenizer, state={"step": step, **state},
+                    shards=shards or {"optimizer": {"moment": torch.zeros(3)}}, keep=keep)
     return directory / "checkpoints" / f"step-{step:06d}"
 
 
@@ -70,8 +65,9 @@ def test_what_was_saved_is_loaded(tmp_path):
     for key in ("python", "cursor", "texts"):
         assert loaded[key] == state[key] and type(loaded[key]) is type(state[key])
     manifest = json.loads((path / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == ["model/config", "model/vocabulary", "model/weights", "state.pt"]
-    assert manifest["files"]["model/weights"] == {"size": 1000, "sha256": hashlib.sha256(b"w" * 1000).hexdigest()}
+    assert sorted(manifest["sizes"]) == ["model/config", "model/vocabulary", "model/weights", "shards/.metadata",
+                                         "shards/__0_0.distcp", "state.pt"]
+    assert manifest["sizes"]["model/weights"] == 1000
 
 
 def test_the_latest_is_the_highest_step(tmp_path):
@@ -92,19 +88,16 @@ def test_a_checkpoint_never_changes(tmp_path):
     assert names(tmp_path) == ["step-000003"]
 
 
-@pytest.mark.parametrize("name", ["model/weights", "model/vocabulary", "state.pt", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize(
+    "name", ["model/weights", "model/vocabulary", "shards/__0_0.distcp", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damage_is_refused_by_name(tmp_path, name, damage):
     older, path = save(tmp_path, 1), save(tmp_path, 2)
     file = path / name
-    content = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "truncated":
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "truncated":
         file.write_bytes(content[:-5])
-    else:
-        content[len(content) // 2] ^= 128
-        file.write_bytes(content)
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path)
     assert str(file) in str(error.value) and f"delete {path}" in str(error.value)
@@ -114,7 +107,7 @@ def test_damage_is_refused_by_name(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("manifest", [
-    [], {}, {"files": []}, {"files": {"state.pt": {"size": 1}}}, {"files": {}},
+    [], {}, {"sizes": []}, {"sizes": {"manifest.json": "1"}},
 ], ids=str)
 def test_a_strange_manifest_is_refused(tmp_path, manifest):
     path = save(tmp_path, 1)
@@ -126,9 +119,8 @@ def test_a_strange_manifest_is_refused(tmp_path, manifest):
 def test_loading_runs_no_code(tmp_path):
     path = save(tmp_path, 1)
     torch.save({"trap": os.system}, path / "state.pt")
-    content = (path / "state.pt").read_bytes()
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["sizes"]["state.pt"] = (path / "state.pt").stat().st_size
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"state\.pt"):
         load_checkpoint(path)
@@ -143,14 +135,16 @@ def test_a_state_that_could_not_be_loaded_is_refused(tmp_path, value):
     assert names(tmp_path) == ["step-000001"]
 
 
-@pytest.mark.parametrize("large", ["model", "state"])
+@pytest.mark.parametrize("large", ["model", "state", "shards"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, large):
+    mesh("cpu")  # with a process group, torch sends errors to all ranks
     earlier = save(tmp_path, 1, keep=1, note="earlier")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(StorageError, match=r"step-000002: .*File too large") as error:
-            save(tmp_path, 2, keep=1, model=Files(weights=b"w" * (20_000 if large == "model" else 10)),
+            save(tmp_path, 2, keep=1, policy=Files(weights=b"w" * (20_000 if large == "model" else 10)),
+                 shards={"moment": torch.zeros(10_000 if large == "shards" else 1)},
                  tensor=torch.zeros(10_000 if large == "state" else 1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -159,11 +153,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, large):
     assert load_checkpoint(earlier)[1]["note"] == "earlier"
 
 
-def test_a_rename_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    earlier = save(tmp_path, 1)
+@pytest.mark.parametrize("name", ["step-000002", ".metadata"])
+def test_a_rename_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, name):
+    earlier, real = save(tmp_path, 1), os.rename
 
     def rename(source, target):
-        raise OSError(errno.EIO, "Input/output error")
+        if target.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(StorageError, match="Input/output error"):
@@ -181,8 +178,9 @@ def test_everything_reaches_the_disk_before_the_name_does(tmp_path, monkeypatch)
         sync(descriptor)
 
     def check(source, target):
-        written = {str(source), *(str(entry) for entry in source.rglob("*"))}
-        assert len(written) == 7 and written | {str(log)} <= synced
+        if target.name.startswith("step-"):
+            written = {str(source), *(str(entry) for entry in source.rglob("*"))}
+            assert len(written) == 10 and written | {str(log)} <= synced
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", record)
@@ -195,19 +193,17 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
+from checkpoint_cases import Files
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 run, draw = Path(sys.argv[1]), random.Random(0)
 
-class Files:
-    def save_pretrained(self, directory):
-        for name in "abc":
-            (directory / name).write_bytes(bytes(100_000))
+files = Files(**dict.fromkeys("abc", bytes(100_000)))
 
 def save(step):
-    state = {"number": step, "tensor": torch.zeros(50_000)}  # keep=1, so that only one can survive
-    save_checkpoint(run, step, model=Files(), tokenizer=Files(), state=state, keep=1)
+    state, tensors = {"number": step}, {"moment": torch.zeros(50_000)}  # keep=1, so that only one can survive
+    save_checkpoint(run, step, policy=files, tokenizer=files, shards=tensors, state=state, keep=1)
 
 start = time.monotonic()
 save(0)
@@ -242,7 +238,8 @@ print(number, interrupted)
 
 def test_a_kill_at_any_moment_leaves_the_latest_checkpoint_complete(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert done.returncode == 0, done.stderr
     number, interrupted = map(int, done.stdout.split())
     # Kills came in the middle of saves, and saves were completed between them.
@@ -265,15 +262,72 @@ def test_the_tokenizers_own_padding_is_saved(tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     TransformersSampler(model, tokenizer).sample(["ab", "abc"], Sampling(1.0, 2))
-    path = save(tmp_path, 1, model=model, tokenizer=tokenizer)
+    path = save(tmp_path, 1, policy=policy_of(model), tokenizer=tokenizer)
     assert json.loads((path / "model" / "tokenizer.json").read_text())["padding"] is None
     assert json.loads((path / "model" / "tokenizer_config.json").read_text()).get("padding_side", "right") == "right"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_saved_model_has_the_float32_weights_and_training_goes_on(tmp_path, dtype):
+    model = make_model(make_tokenizer())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    policy = policy_of(model, dtype)
+    save_model(policy, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight and equal(saved.state_dict(), before)
+    policy(hidden_states, input_ids=torch.ones(1, 3, dtype=torch.long)).sum().backward()
+    assert take_gradient(policy).abs().max() > 0
+
+
+def trained(seed, steps=2):
+    """A policy after some updates, its optimizer and a reference."""
+    policy, reference = (policy_of(make_model(make_tokenizer(), number)) for number in (seed, seed + 1))
+    optimizer = make_optimizer(policy, lr=1e-2)
+    update(policy, optimizer, steps)
+    return policy, optimizer, reference
+
+
+def update(policy, optimizer, steps):
+    for _ in range(steps):
+        policy.reshard_all()  # after a change of the weights
+        optimizer.zero_grad()
+        policy(hidden_states, input_ids=torch.arange(3, 12)[None]).square().sum().backward()
+        optimizer.step()
+
+
+def test_optimizer_and_reference_are_in_the_shards(tmp_path):
+    first, second = trained(0), trained(5, steps=1)
+    path = save(tmp_path, 1, policy=first[0], shards=shards_of(*first))
+    assert load_shards(path).keys() == {"optimizer", "reference"}
+    states = [one[1].state_dict()["state"] for one in (first, second)]
+    references = [dict(one[2].weights()) for one in (first, second)]
+    assert not equal(*states) and not equal(*references)
+    load_state(path, *second)
+    assert equal(states[0], second[1].state_dict()["state"]) and equal(references[0], dict(second[2].weights()))
+
+
+def test_an_optimizer_without_updates_has_counted_none_after_it_was_saved(tmp_path):
+    expected = [trained(0, steps=2)[0].shards(), trained(0, steps=4)[0].shards()]
+    for number, (before, after) in enumerate([(0, 2), (2, 2)]):
+        first, second = trained(0, before), trained(0, 0)
+        load_state(save(tmp_path, number, policy=first[0], shards=shards_of(*first)), *second)
+        second[0].refresh(first[0])
+        for one in (first, second):
+            update(*one[:2], after)
+            assert equal(one[0].shards(), expected[number])
+
+
+def test_shards_of_another_model_are_refused_by_name(tmp_path):
+    path = save(tmp_path, 1, shards={"optimizer": {"state": {"other": torch.zeros(2)}}})
+    with pytest.raises(CheckpointError, match=f"{path}/shards"):
+        load_state(path, *trained(0))
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "file"
     write_file(path, "é\ud800")
-    assert path.read_bytes() == b"\xc3\xa9?" and sha256(path) == hashlib.sha256(b"\xc3\xa9?").hexdigest()
+    assert path.read_bytes() == b"\xc3\xa9?"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

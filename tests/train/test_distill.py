@@ -1,19 +1,22 @@
 """Distillation: of samples as the paper does it, and of whole distributions."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rl_cases import policy_of, take_gradient
 from supervised_cases import Killed, make_tokenizer, outcome, same_after_stops, save_model, stage_of, write_rows
 from transformers import AutoModelForCausalLM
 
 from r1kernels.train.errors import ConfigError, DataError, Interrupted
 from r1kernels.train.log import read_lines
 from r1kernels.train.model import load_model, load_tokenizer
+from r1kernels.train.packing import pack
 from r1kernels.train.stage import Stage
-from r1kernels.train.supervised import divergence_loss, encode, gradient, pack, run_distill
+from r1kernels.train.supervised import divergence_loss, encode, gradient, run_distill
 
 RECIPE = """
 run_dir: {directory}/run
@@ -72,13 +75,13 @@ def test_of_logits_the_gradient_is_that_of_the_divergence_at_every_token_of_resp
     temperature = 1.5
     stage = stage_at(home, tmp_path, *LOGITS, f"divergence={divergence}", f"temperature={temperature}", "beta=0.3")
     student, teacher = load_model(home / "student"), load_model(home / teacher_name).requires_grad_(False)
+    policy, frozen = policy_of(load_model(home / "student")), policy_of(copy.deepcopy(teacher))
     tokenizer = load_tokenizer(home / "student")
     samples = list(encode(tokenizer, [(f"{question}:", response) for question, response in REPLIES]))
-    loss = partial(divergence_loss, stage.settings, teacher, len(tokenizer))
-    measured = gradient(student, loss, pack(samples, 128), 1, lambda: None)
-    ours = torch.cat([parameter.grad.flatten().clone() for parameter in student.parameters()])
+    loss = partial(divergence_loss, stage.settings, frozen, len(tokenizer))
+    measured = gradient(policy, loss, pack(samples, 128), 1)
+    ours = take_gradient(policy)
 
-    student.zero_grad()
     values = []
     for sample in samples:
         ids = sample.ids.long()[None]

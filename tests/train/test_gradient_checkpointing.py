@@ -7,7 +7,6 @@ from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stag
 from r1kernels.train.errors import ConfigError, Interrupted
 from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.model import enable_checkpointing, hidden_states
-from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -39,8 +38,7 @@ def test_a_checkpointed_model_still_samples_with_its_cache():
     tokenizer, found = make_tokenizer(), []
     model = make_model(tokenizer)
     for _ in range(2):
-        with torch_seeded(0, "x"):
-            found.append(TransformersSampler(model, tokenizer).sample(["1+1", "2+2="], Sampling(1.0, 6)).texts)
+        found.append(TransformersSampler(model, tokenizer).sample(["1+1", "2+2="], Sampling(1.0, 6)).texts)
         enable_checkpointing(model)
     assert found[0] == found[1]
 

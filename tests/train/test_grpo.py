@@ -6,15 +6,16 @@ import re
 
 import pytest
 import torch
-from rl_cases import StopAfter, equal, outcome, parity, stage_of
+from rl_cases import StopAfter, equal, load_shards, outcome, parity, stage_of, timeless
 
 from r1kernels.rewards import Scores
-from r1kernels.train import grpo
+from r1kernels.train import update
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.data import Problem
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
 from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.log import read_lines
+from r1kernels.train.rollout import collect
 from r1kernels.train.update import Rollout
 
 
@@ -43,7 +44,8 @@ def test_a_step_is_epochs_of_minibatches_and_is_measured(trained):
     assert summary["evaluation"]["pass_at_1"] == lines[-1]["pass_at_1"]
     assert {line["step"] for line in read_lines(stage.directory / "samples.jsonl")} == {0, 2, 3}
     state = torch.load(latest_checkpoint(stage.directory) / "state.pt", weights_only=True)
-    assert state["optimizer"]["state"][0]["step"] == 3 * 2 and state["step"] == 3
+    moments = load_shards(latest_checkpoint(stage.directory))["optimizer"]["state"]
+    assert {moment["step"].item() for moment in moments.values()} == {3 * 2} and state["step"] == 3
 
 
 def test_stopped_again_and_again_it_ends_the_same(trained, tmp_path):
@@ -60,12 +62,26 @@ def test_stopped_again_and_again_it_ends_the_same(trained, tmp_path):
     assert equal(outcome(stage.directory), outcome(trained[0].directory))
 
 
+def test_one_step_ahead_it_samples_from_weights_one_step_older(tmp_path):
+    """The next step is sampled while this one updates: importance weights see the difference."""
+    stage = stage_of(tmp_path, ["rollout_ahead=1", "importance.mode=truncate"])
+    GRPOTrainer(stage).run()
+    plain, lines = stage_of(tmp_path / "plain", ["importance.mode=truncate"]), stage.directory / "metrics.jsonl"
+    GRPOTrainer(plain).run()
+    lines, others = read_lines(lines), read_lines(plain.directory / "metrics.jsonl")
+    assert lines[0]["logprob_gap_max"] < 1e-4 and all(line["logprob_gap_max"] > 1e-3 for line in lines[1:3])
+    assert all(line["logprob_gap_max"] < 1e-4 for line in others[:3])
+    assert timeless(lines[0]) == timeless(others[0])
+    assert all(line["first_ratio_deviation"] < 1e-4 for line in lines[:3])  # to the weights before the updates
+
+
 def test_each_epoch_asks_every_question_once(tmp_path):
     trainer = GRPOTrainer(stage_of(tmp_path, ["questions=3", "oversample=1", "minibatches=1"]))
     asked = []
-    for _ in range(8):
-        asked += [problem.question for problem in trainer.next_questions()]
-        trainer.step += 1
+    for step in range(8):
+        names = [problem.question for problem in trainer.questions(step)]
+        assert all(len(set(names[first : first + 4])) == 1 for first in range(0, 12, 4))  # of a group
+        asked += names[::4]
     assert all(len(set(asked[first : first + 8])) == 8 for first in (0, 8, 16)) and asked[:8] != asked[8:16]
 
 
@@ -77,16 +93,12 @@ def test_open_problems_are_asked_where_something_judges_them(tmp_path):
     assert asked_kinds(GRPOTrainer(stage_of(tmp_path, given)), 3) == {"math", "open"}  # a reward function
     trainer = GRPOTrainer(stage_of(tmp_path, [*given, "problems=[open]", "rewards={accuracy: 1.0}"]))
     with pytest.raises(TrainingError, match=r"judge.*preference"):
-        trainer.next_questions()
+        trainer.questions(0)
 
 
 def asked_kinds(trainer, steps):
-    """The kinds of the questions of the next steps."""
-    kinds = set()
-    for _ in range(steps):
-        kinds |= {problem.kind for problem in trainer.next_questions()}
-        trainer.step += 1
-    return kinds
+    """The kinds of the questions of the first steps."""
+    return {problem.kind for step in range(steps) for problem in trainer.questions(step)}
 
 
 def test_a_preference_counts_in_the_last_steps(tmp_path):
@@ -102,14 +114,15 @@ def test_a_preference_counts_in_the_last_steps(tmp_path):
     texts = [" good", " good", " bad"]
     total, parts = trainer.preference_rewards(problems, texts)
     assert not total.any() and parts == {} and asked_kinds(trainer, 2) == {"math"}
+    trainer.step = 2
     total, parts = trainer.preference_rewards(problems, texts)
     assert total.tolist() == [2.0, 0.0, -2.0] and parts == {"reward_scores": 0.0}
-    assert trainer.step == 2 and len(set(trainer.next_questions()) & set(trainer.pools["all"])) == 4
+    assert asked_kinds(trainer, 3) == {"math", "open"}
     trainer.settings = trainer.settings.model_copy(update={"steps": 6, "preference": [
         type("Preference", (), {"model": "scores", "weight": 2.0, "last_steps": 4})()]})
     asked = []
-    for trainer.step in range(2, 6):
-        asked += trainer.next_questions()
+    for step in range(2, 6):
+        asked += trainer.questions(step)
     assert len(set(asked)) == 16  # a whole epoch
     total, parts = trainer.preference_rewards(problems[1:2], texts[1:2])
     assert total.tolist() == [0.0] and math.isnan(parts["reward_scores"])
@@ -200,7 +213,7 @@ def some(completions, **columns):
 
 @pytest.mark.parametrize("broken", ["loss", "ratio"])
 def test_training_that_cannot_go_on_is_named_and_the_checkpoint_stays(tmp_path, monkeypatch, broken):
-    real, directory = grpo.minibatch_gradient, tmp_path / "run" / "rl"
+    real, directory = update.minibatch_gradient, tmp_path / "run" / "rl"
 
     def gradient(*arguments, **options):
         metrics = real(*arguments, **options)
@@ -208,7 +221,7 @@ def test_training_that_cannot_go_on_is_named_and_the_checkpoint_stays(tmp_path, 
 
     GRPOTrainer(stage_of(tmp_path, ["steps=1"])).run()
     before = outcome(directory)
-    monkeypatch.setattr(grpo, "minibatch_gradient", gradient)
+    monkeypatch.setattr(update, "minibatch_gradient", gradient)
     with pytest.raises(TrainingError, match=rf"step 1, minibatch 0.*{'nan' if broken == 'loss' else '0.5'}"):
         GRPOTrainer(stage_of(tmp_path)).run()
     assert equal(outcome(directory)["state"], before["state"])
@@ -237,7 +250,8 @@ class Rewards:
         advantages = self.factor * rewards[:, None] * tokens.mask
         return advantages, {"largest": advantages.max().item()}
 
-    def learn(self, rollout, batches):
+    def learn(self, rollout, rows):
+        assert rows.shape == (8,)
         assert isinstance(rollout, Rollout) and rollout.advantages.shape == rollout.mask.shape
         self.updates += 1
         return {"learned": float(self.updates)}
@@ -260,7 +274,8 @@ def test_a_scorer_gets_every_column_in_the_order_of_the_completions(tmp_path):
 
     trainer.scorer = Scorer()
     problems = [problem for problem in trainer.pools["all"][:4] for _ in range(4)]
-    completions, _ = trainer.sample_and_score(problems, 6)
+    completions = collect(trainer.sampling(0))
+    trainer.score(problems, completions, 6)
     assert seen.keys() == {"texts", "prompts", "question", "answer", "kind", "language", "lengths", "limit"}
     assert seen["texts"] == completions.texts and seen["limit"] == [6] * 16
     assert seen["question"] == [problem.question for problem in problems]

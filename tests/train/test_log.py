@@ -1,6 +1,5 @@
 """Lines that survive whatever stops the process, and text that cannot act."""
 
-import io
 import os
 import resource
 import subprocess
@@ -11,10 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console as RichConsole
 
-from r1kernels.train import log as module
-from r1kernels.train.errors import DataError, StorageError
+from r1kernels.train.errors import StorageError
 from r1kernels.train.log import Console, StepLog, printable, read_lines
 
 
@@ -69,12 +66,12 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_and_the_log_goes_on_later(tmp_path, limit_file_size):
+def test_after_a_full_disk_the_log_goes_on(tmp_path, limit_file_size):
     path = tmp_path / "metrics.jsonl"
     with StepLog(make_stage(tmp_path), first_step=0) as log:
         log.write({"step": 0})
         limit_file_size(100)
-        with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+        with pytest.raises(OSError):
             log.write({"step": 1, "text": "x" * 500})
         assert steps(path) == [0]
         limit_file_size(10)
@@ -86,15 +83,11 @@ def test_a_full_disk_is_named_and_the_log_goes_on_later(tmp_path, limit_file_siz
     assert steps(path) == [0, 1]
 
 
-def test_a_half_written_line_is_left_out_and_a_damaged_one_is_named(tmp_path):
+def test_a_half_written_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_lines(path) == []
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
     assert steps(path) == [0, 1]
-    for damaged in ("x", "\x00", '{"step": 1'):
-        path.write_text(f'{{"step": 0}}\n{damaged}\n')
-        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
-            read_lines(path)
 
 
 def test_lines_are_json_for_every_reader(tmp_path):
@@ -152,58 +145,28 @@ def test_no_character_acts_on_a_terminal():
 
 
 def test_other_text_is_as_it_was():
-    for text in ("", "x\ty\nz", "\u4f60\u597d, \u00fcber \u05e9\u05dc\u05d5\u05dd", "\U0001f600 e\u0301"):
+    for text in ("", "x\ty\nz", "\u4f60\u597d,\u3000\u00fcber \u05e9\u05dc\u05d5\u05dd", "\U0001f600 e\u0301"):
         assert printable(text) == text
     assert printable("one\r\ntwo") == "one\ntwo" and printable(3) == "3"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture(params=[io.StringIO, Terminal])
-def terminal(request, monkeypatch):
-    """A console and what it has written, for a file and for a terminal."""
-    written = request.param()
-    monkeypatch.setattr(module, "RichConsole", lambda **options: RichConsole(
-        file=written, width=150, height=60, color_system=None, **options))
-    return Console(), written
 
 
 LINE = {"step": 4, "pass_at_1": 0.125, "kl": None, "entropy": float("nan"), "clip_low_fraction": 0.1, "length": 7.25,
         "timing": {"tokens_per_second": 512.0, "total": 60.0}}
 
 
-def test_a_console_shows_a_run(terminal):
-    console, written = terminal
-    with console:
-        console.phase("sampling")
-        console.step("r1", LINE, 12)
-        console.step("r1", {**LINE, "step": 5, "loss": 0.5}, 12)
-        console.say("done")
-    text = written.getvalue()
-    for shown in ("12.5%", "7.2", "nan", "512", "0.5000", "minutes left", "7", "done"):
-        assert shown in text
-    assert "KL" not in text
+def test_a_step_is_one_line(capsys):
+    Console().step("r1", LINE, 12)
+    Console().step("r1", {**LINE, "step": 5, "loss": 0.5}, 12)
+    first, second = capsys.readouterr().out.splitlines()  # lines are not wrapped
+    for shown in ("r1", "4 of 12", "pass_at_1 0.125", "entropy nan", "length 7.25", "60.0 s", "7 minutes left"):
+        assert shown in first
+    assert "kl" not in first and "5 of 12" in second and "loss 0.5" in second and "6 minutes left" in second
 
 
-def test_a_table_holds_one_stage_and_the_last_step_has_no_time_left(terminal):
-    console, written = terminal
-    with console:
-        console.step("r1", LINE, 5)
-        console.step("r2", {"step": 0, "loss": 0.25, "timing": {"total": 60.0}}, 3)
-    text = written.getvalue()
-    assert text.count("minutes left") == 1 and [row.get("minutes left") for row in console._rows] == ["2"]
-
-
-def test_hostile_text_does_not_reach_the_terminal(terminal):
-    console, written = terminal
+def test_hostile_text_does_not_reach_the_terminal(capsys):
     hostile = "[bold]x[/bold] [link=http://evil]y[/link] \x1b]52;c;aGk=\x07 \u202e \x9b2J"
-    with console:
-        console.phase(hostile)
-        console.step(hostile, LINE, 10)
-        console.say(hostile, warning=True)
-    text = written.getvalue()
+    Console().step(hostile, LINE, 10)
+    Console().say(hostile, warning=True)
+    text = capsys.readouterr().out
     assert "[bold]x[/bold]" in text and "[link=http://evil]" in text and "[U+001B]]52" in text
-    assert not {"\x07", "\u202e", "\x9b"} & set(text) and "\x1b]52" not in text
+    assert not {"\x07", "\u202e", "\x9b", "\x1b"} & set(text)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stage_of
+from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, policy_of, stage_of
 from transformers import AutoModelForCausalLM
 
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupted
 from r1kernels.train.grpo import GRPOTrainer
-from r1kernels.train.lora import AdapterReference, add_adapters, trained_weights
+from r1kernels.train.lora import add_adapters, without_adapters
 from r1kernels.train.recipe import Lora
 
 pytest.importorskip("peft", reason="adapters need the package peft")
@@ -21,28 +21,40 @@ IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 @torch.no_grad()
 def test_adapters_begin_without_effect_and_alone_are_trained():
-    model, found = make_model(make_tokenizer(), num_hidden_layers=2), []
-    logits = model(IDS).logits
-    for _ in range(2):
+    settings, found = Lora(r=3, alpha=6.0, target_modules=["q_proj", "down_proj"]), []
+    logits = make_model(make_tokenizer(), num_hidden_layers=2)(IDS).logits
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
         model = make_model(make_tokenizer(), num_hidden_layers=2)
-        add_adapters(model, Lora(r=3, alpha=6.0, target_modules=["q_proj", "down_proj"]), seed=5)
-        assert torch.equal(model(IDS).logits, logits) and not any(module.training for module in model.modules())
-        found.append(trained_weights(model))
-    assert equal(*found) and len(found[0]) == 8 and all(".lora_" in name for name in found[0])
+        add_adapters(model, settings, 5, dtype)
+        assert not any(module.training for module in model.modules())
+        assert {weight.dtype for weight in model.parameters() if not weight.requires_grad} == {dtype}
+        assert dtype is torch.bfloat16 or torch.equal(model(IDS).logits, logits)
+        found.append({name: weight.full_tensor() for name, weight in policy_of(model, dtype).trained().items()})
+    assert equal(found[0], found[1]) and equal(found[0], found[2]) and len(found[0]) == 8
+    assert all(".lora_" in name and weight.dtype is torch.float32 for name, weight in found[0].items())
+
+
+@torch.no_grad()
+def logits(policy):
+    return policy(lambda model: model(IDS).logits)
 
 
 def test_the_reference_is_the_model_without_its_adapters(tmp_path):
     trainer = GRPOTrainer(stage_of(tmp_path, [LORA, "steps=1"]))
     plain = make_model(make_tokenizer(), end_scale=1.5)(IDS).logits
     trainer.run()
-    assert isinstance(trainer.reference, AdapterReference)
-    policy = trainer.model(IDS).logits
-    with trainer.reference.in_place() as model, torch.no_grad():
-        assert model is trainer.model and torch.equal(model(IDS).logits, plain)
-    assert torch.equal(trainer.model(IDS).logits, policy) and not torch.equal(policy, plain)
-    trainer.reference.load_state_dict(trainer.model.state_dict())  # a refresh
-    with trainer.reference.in_place() as model:
-        assert torch.equal(model(IDS).logits, policy)
+    assert trainer.reference is None
+    policy = logits(trainer.policy)
+    with without_adapters(trainer.policy):
+        assert torch.equal(logits(trainer.policy), plain)
+    assert torch.equal(logits(trainer.policy), policy) and not torch.equal(policy, plain)
+
+
+def test_a_reference_that_changes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'ref_refresh_every' is 2; .* the 3 'steps'"):
+        stage_of(tmp_path, [LORA]).check()
+    stage_of(tmp_path, [LORA, "ref_refresh_every=3"]).check()
+    stage_of(tmp_path, [LORA, "objective={preset: dapo}"]).check()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -53,9 +65,13 @@ def test_a_checkpoint_is_a_plain_model_with_the_adapters_merged(tmp_path, precis
     saved = AutoModelForCausalLM.from_pretrained(latest_checkpoint(stage.directory) / MODEL)
     assert saved.dtype is torch.float32 and saved.lm_head.weight is saved.model.embed_tokens.weight
     assert not any("lora" in name or "base_layer" in name for name in saved.state_dict())
-    with torch.no_grad(), trainer.optimizer.float32_model():
-        expected = trainer.model.float()(IDS).logits
-        torch.testing.assert_close(saved(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    # peft itself, on the same weights in float32.
+    model = make_model(make_tokenizer(), end_scale=1.5)
+    add_adapters(model, stage.settings.lora, 0, torch.float32)
+    for name, weight in trainer.policy.shards().items():
+        model.get_parameter(name.removeprefix("model.")).data = weight.full_tensor().float()
+    with torch.no_grad():
+        torch.testing.assert_close(saved(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -71,7 +87,7 @@ def test_stopped_again_and_again_it_ends_the_same(tmp_path, precision):
             stops += 1
     found = outcome(tmp_path / "cut" / "run" / "rl")
     assert stops > 2 and [name for name in whole if not equal(whole[name], found[name])] == []
-    adapters = whole["state"]["adapters"]
+    adapters = whole["shards"]["adapters"]
     assert adapters and all(weight.dtype is torch.float32 for weight in adapters.values())
     assert whole["metrics"][1]["kl"] > 0 and whole["metrics"][0]["first_ratio_deviation"] <= 1e-6
 

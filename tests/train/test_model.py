@@ -1,7 +1,6 @@
-"""Models as they are loaded, LoRA adapters merged, and the head apart from the body."""
+"""Models as they are loaded, and the head apart from the body."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -28,13 +27,10 @@ from r1kernels.train.model import (
     check_head,
     head_of,
     hidden_states,
+    load_config,
     load_model,
     load_tokenizer,
-    max_positions,
 )
-
-# peft asks transformers for a name that it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -94,7 +90,8 @@ def test_a_loaded_model_is_aligned_still_tied_and_computes_the_same_bits(tmp_pat
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert loaded.dtype is torch.float32 and not loaded.training
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert max_positions(tmp_path) == 64 and max_positions(tmp_path, {"max_position_embeddings": 128}) == 128
+    assert load_config(tmp_path).max_position_embeddings == 64
+    assert load_config(tmp_path, {"max_position_embeddings": 128}).max_position_embeddings == 128
     assert load_model(tmp_path, overrides={"max_position_embeddings": 128}).config.max_position_embeddings == 128
 
 
@@ -108,7 +105,7 @@ def test_only_unaligned_weights_are_copied():
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    for load in (load_tokenizer, load_model, max_positions):
+    for load in (load_tokenizer, load_model, load_config):
         with pytest.raises(ConfigError, match="'/no/such/directory'"):
             load("/no/such/directory")
         with pytest.raises(ConfigError, match=str(tmp_path)):
@@ -127,73 +124,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_tokenizer(tmp_path / "endless")
 
 
-# ---- LoRA adapters --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    """Directories of a base model with its tokenizer and of an adapter, and the logits of both together."""
-    peft = pytest.importorskip("peft")
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    build().save_pretrained(base)
-    make_tokenizer(pad_token="<pad>").save_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    layers = ["q_proj", "down_proj"]
-    config = peft.LoraConfig(r=4, target_modules=layers, task_type="CAUSAL_LM", init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config).eval()
-    adapted.save_pretrained(adapter)
-    with torch.no_grad():
-        return base, adapter, adapted(IDS).logits
-
-
-def test_an_adapter_is_merged_into_its_base_model(adapter, tmp_path):
-    base, directory, logits = adapter
-    model = load_model(directory)
-    torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(load_model(base)(IDS).logits, logits, rtol=1e-2, atol=1e-2)
-    assert type(model).__name__ == "LlamaForCausalLM" and max_positions(directory) == 64
-    model.save_pretrained(tmp_path / "merged")
-    assert torch.equal(load_model(tmp_path / "merged")(IDS).logits, model(IDS).logits)
-
-
-def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_the_base(adapter):
-    _, directory, _ = adapter
-    assert load_tokenizer(directory).pad_token == "<pad>"
-    make_tokenizer(pad_token="a").save_pretrained(directory)
-    assert load_tokenizer(directory).pad_token == "a"
-
-
-def test_a_missing_base_model_of_an_adapter_is_named_as_such(adapter):
-    base, directory, _ = adapter
-    shutil.rmtree(base)
-    for load in (load_tokenizer, load_model, max_positions):
-        with pytest.raises(ConfigError, match=f"base model '{base}' of the LoRA adapter '{directory}'"):
-            load(directory)
-
-
-def test_an_adapter_that_cannot_be_used_is_named(adapter, monkeypatch):
-    base, directory, _ = adapter
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # '3' would be looked for on the hub
-    with monkeypatch.context() as context:
-        context.setitem(__import__("sys").modules, "peft", None)
-        with pytest.raises(ConfigError, match=rf"{directory}.*peft"):
-            load_model(directory)
-    config = directory / "adapter_config.json"
-    text = config.read_text()
-    for value in ("null", "3"):  # of no use
-        config.write_text(text.replace(json.dumps(str(base)), value))
-        with pytest.raises(ConfigError, match=rf"{directory}|'3'"):
-            load_model(directory)
-    config.write_text("{")
-    with pytest.raises(ConfigError, match=r"adapter_config\.json"):
-        load_tokenizer(directory)
-    config.write_text(text)
-    (directory / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match=str(directory)):
-        load_model(directory)
-    shutil.rmtree(base)
-    with pytest.raises(ConfigError, match=str(base)):
-        load_model(directory)
+def test_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"'{tmp_path}'.*LoRA adapter; merge it"):
+        load_config(tmp_path)
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------

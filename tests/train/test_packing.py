@@ -19,7 +19,8 @@ from transformers import (
 import r1kernels
 from r1kernels.train.errors import DataError
 from r1kernels.train.model import head_of, hidden_states
-from r1kernels.train.supervised import IGNORED, Sample, collate, encode, fill, keeps_apart, pack
+from r1kernels.train.packing import IGNORED, Sample, collate, keeps_apart, pack
+from r1kernels.train.supervised import encode, fill
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}

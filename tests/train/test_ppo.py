@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stage_of
+from rl_cases import StopAfter, equal, load_shards, make_model, make_tokenizer, outcome, stage_of
 
 from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupted
@@ -115,7 +115,7 @@ def tokens_of(prompts: list[int], lengths: list[int]) -> Tokens:
 
 def test_values_are_of_the_state_before_each_token(model, trainer):
     tokens, critic = tokens_of([3, 5, 2, 4], [4, 1, 3, 2]), trainer.advantages.critic
-    assert not Critic(model)(tokens).any()
+    assert not Critic(copy.deepcopy(model))(tokens).any()
     values = critic(tokens)
     for row in range(4):
         prompt = tokens.prompt_ids[row, tokens.prompt_mask[row]]
@@ -125,15 +125,16 @@ def test_values_are_of_the_state_before_each_token(model, trainer):
             assert values[row, t].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_critic_is_no_part_of_the_model(model):
-    before, critic = copy.deepcopy(model.state_dict()), Critic(model)
+def test_the_critic_is_no_part_of_the_policy(trainer):
+    critic, before = trainer.advantages.critic, {name: value.clone() for name, value in trainer.policy.weights()}
     (critic(tokens_of([3, 2], [2, 3])) - 1).square().sum().backward()
     torch.optim.SGD(critic.parameters(), lr=1.0).step()
-    assert equal(model.state_dict(), before) and all(parameter.grad is None for parameter in model.parameters())
+    assert equal(dict(trainer.policy.weights()), before)
+    assert all(weight.grad is None for weight in trainer.policy.trained().values())
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_the_value_loss_and_its_gradient(trainer, clip):
+def test_the_value_loss_and_its_gradient(trainer, clip, monkeypatch):
     advantages = trainer.advantages
     critic, advantages.value_clip = advantages.critic, clip
     tokens = tokens_of([3, 5, 2, 4, 1], [4, 1, 3, 2, 4])
@@ -152,9 +153,11 @@ def test_the_value_loss_and_its_gradient(trainer, clip):
         share, squares = (clipped > squares).float().mean().item(), torch.maximum(squares, clipped)
     expected = 0.5 * squares.mean()
     gradients = torch.autograd.grad(expected, list(critic.parameters()))
-    for batches in ([rows], [rows[:1], rows[1:3], rows[3:]]):
+    nothing = torch.tensor([], dtype=torch.long)
+    for batches in ([rows], [rows[:1], rows[1:3], nothing, rows[3:]]):
         critic.zero_grad()
-        metrics = advantages._gradient(tokens, batches)
+        monkeypatch.setattr(trainer, "micro_batches", lambda tokens, rows, batches=batches: batches)
+        metrics = advantages._gradient(tokens, rows)
         assert metrics["value_loss"] == pytest.approx(expected.item(), rel=1e-5)
         if clip is not None:
             assert metrics["value_clip_fraction"] == pytest.approx(share) and 0 < share < 1
@@ -181,7 +184,7 @@ def test_rewards_go_to_the_last_token_and_the_penalty_to_each(trainer):
     found, metrics = trainer.advantages(torch.full((4,), NAN), tokens, old, ref)
     assert not found.any() and math.isnan(metrics["value"]) and math.isnan(metrics["explained_variance"])
     trainer.advantages.critic.zero_grad()
-    assert trainer.advantages._gradient(tokens, [torch.arange(4)])["value_loss"] == 0
+    assert trainer.advantages._gradient(tokens, torch.arange(4))["value_loss"] == 0
 
 
 def test_explained_variance():
@@ -212,8 +215,8 @@ def test_the_critic_learns_beside_the_policy(trained):
     assert lines[0]["value"] == 0 and lines[0]["explained_variance"] == 0 and lines[0]["reward_kl"] == 0
     assert lines[1]["value"] != 0 and lines[1]["reward_kl"] != 0
     state = torch.load(latest_checkpoint(trained.directory) / "state.pt", weights_only=True)
-    for part in (state["optimizer"], state["advantages"]["optimizer"]):
-        assert part["state"][0]["step"] == 3 * 2 * 2
+    policy = load_shards(latest_checkpoint(trained.directory))["optimizer"]["state"]["model.model.norm.weight"]
+    assert policy["step"] == state["advantages"]["optimizer"]["state"][0]["step"] == 3 * 2 * 2
 
 
 def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):

@@ -1,25 +1,25 @@
 """Models that compute in bfloat16 and train float32 weights."""
 
+import copy
 import dataclasses
-import json
 
 import pytest
 import torch
-from rl_cases import StopAfter, equal, make_model, make_tokenizer, outcome, stage_of
-from safetensors.torch import load_file
+from rl_cases import StopAfter, equal, load_shards, make_model, make_tokenizer, outcome, policy_of, stage_of
 
 import r1kernels
 from r1kernels.train import recipe as recipes
+from r1kernels.train.checkpoint import latest_checkpoint
 from r1kernels.train.errors import Interrupted
 from r1kernels.train.grpo import GRPOTrainer
-from r1kernels.train.model import hidden_states, load_model
-from r1kernels.train.precision import AdamW, round_parameters
+from r1kernels.train.model import hidden_states, round_parameters
+from r1kernels.train.policy import make_optimizer
 from r1kernels.train.recipe_file import build_recipe
-from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.update import Rollout, completion_logprobs, minibatch_gradient
 
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def recipe(**settings):
@@ -53,40 +53,43 @@ def test_a_cpu_has_fast_bf16_by_its_instruction_set(monkeypatch):
         assert r1kernels.has_fast_bf16("cuda:0") is (fast or torch.version.hip is not None)
 
 
-def test_small_updates_are_kept_and_gradients_are_summed_in_float32():
+def sums(model, dtype, factors):
+    """The gradient of a plain model in a precision, summed in float32."""
+    total = torch.zeros(sum(map(torch.numel, model.parameters())))
+    for factor in factors:
+        rounded = round_parameters(copy.deepcopy(model), dtype)
+        (hidden_states(rounded, input_ids=IDS).float().square().sum() * factor).backward()
+        total += torch.cat([weight.grad.float().flatten() for weight in rounded.parameters()])
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_updates_are_kept_and_gradients_are_summed_in_float32(dtype):
     """An update of 1e-5 is far below the rounding of a bfloat16 weight, and a term of 1e-3 below that of a sum."""
-    layer = torch.nn.Linear(4, 3)
-    exact = [parameter.detach().clone() for parameter in layer.parameters()]
-    optimizer = AdamW(layer, torch.bfloat16, lr=1e-5, weight_decay=0.0)
-    weights = optimizer.param_groups[0]["params"]
-    plain = [torch.nn.Parameter(values.clone()) for values in exact]
-    expected = torch.optim.AdamW(plain, lr=1e-5, weight_decay=0.0)
+    plain, factors = make_model(make_tokenizer(), num_hidden_layers=2), (1.0, 1e-3, 1e-3, 1e-3)
+    policy = policy_of(copy.deepcopy(plain), dtype)
+    optimizer = make_optimizer(policy, lr=1e-5, weight_decay=0.0)
+    expected, before = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.0), dict(policy.weights())
+    before = {name: weight.clone() for name, weight in before.items()}
     for _ in range(5):
         optimizer.zero_grad()
-        sums = [torch.zeros_like(values) for values in exact]
-        for factor in (1.0, 1e-3, 1e-3, 1e-3):
-            gradients = torch.autograd.grad(layer(torch.ones(2, 4).bfloat16()).float().sum() * factor,
-                                            list(layer.parameters()))
-            (layer(torch.ones(2, 4).bfloat16()).float().sum() * factor).backward()
-            sums = [total + gradient.float() for total, gradient in zip(sums, gradients, strict=True)]
-        for weight, parameter, total in zip(weights, plain, sums, strict=True):
-            assert weight.grad.dtype is torch.float32 and torch.equal(weight.grad, total)
-            parameter.grad = total
+        for number, factor in enumerate(factors):
+            policy.sync_gradients(number == len(factors) - 1)
+            (policy(hidden_states, input_ids=IDS).float().square().sum() * factor).backward()
+        total = sums(plain, dtype, factors)
+        found = torch.cat([weight.grad.full_tensor().flatten() for weight in policy.trained().values()])
+        assert found.dtype is torch.float32
+        # The order of the terms of a weight that is used twice is not that of a plain model.
+        torch.testing.assert_close(found, total, rtol=1e-5, atol=1e-6 * total.abs().max().item())
+        for weight, part in zip(plain.parameters(), found.split([p.numel() for p in plain.parameters()]), strict=True):
+            weight.grad = part.view(weight.shape).clone()
         optimizer.step()
         expected.step()
-    for weight, parameter, copy, before in zip(weights, plain, layer.parameters(), exact, strict=True):
-        assert torch.equal(weight, parameter) and (weight - before).abs().max() > 2e-5
-        assert copy.grad is None and torch.equal(copy, weight.bfloat16())
-
-
-def test_in_fp32_it_is_the_optimizer_of_torch():
-    ours, theirs = (torch.nn.Linear(4, 3) for _ in range(2))
-    theirs.load_state_dict(ours.state_dict())
-    for layer, optimizer in ((ours, AdamW(ours, torch.float32, lr=0.1)),
-                             (theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1))):
-        layer(torch.ones(2, 4)).square().sum().backward()
-        optimizer.step()
-    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert all(weight.dtype is torch.float32 for weight in policy.trained().values())
+    for name, weight in policy.weights():
+        assert torch.equal(weight, plain.get_parameter(name))
+    moved = [(weight - before[name]).abs().max() for name, weight in policy.weights()]
+    assert all(2e-5 < value < 1e-4 for value in moved)
 
 
 def test_buffers_and_what_transformers_keeps_in_float32_are_not_rounded():
@@ -99,36 +102,22 @@ def test_buffers_and_what_transformers_keeps_in_float32_are_not_rounded():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_for_a_checkpoint_the_model_has_its_float32_weights(tmp_path):
-    model = make_model(make_tokenizer())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = AdamW(model, torch.bfloat16)
-    with optimizer.float32_model():
-        model.save_pretrained(tmp_path)
-    assert model.dtype is torch.bfloat16 and json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    saved = load_file(tmp_path / "model.safetensors")
-    assert all(value.dtype is torch.float32 and torch.equal(value, before[name]) for name, value in saved.items())
-    hidden_states(model, input_ids=torch.ones(1, 3, dtype=torch.long)).sum().backward()  # gradients still arrive
-    assert optimizer.param_groups[0]["params"][0].grad.abs().max() > 0
-    loaded = load_model(tmp_path, dtype=torch.bfloat16)
-    assert equal(loaded.state_dict(), model.state_dict())
-
-
+@pytest.mark.parametrize("route", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("preset", ["grpo", "r1"])
-def test_the_first_ratio_is_one_in_bf16(preset):
+def test_the_first_ratio_is_one_in_bf16(preset, route):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, hidden_size=64, num_hidden_layers=2)
-    AdamW(model, torch.bfloat16)
-    with torch_seeded(0, "ratio"):
-        done = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12))
-    batches = torch.arange(len(PROMPTS)).split(5)
-    old = completion_logprobs(model, done, batches, 0.7)
+    done = TransformersSampler(round_parameters(copy.deepcopy(model), torch.bfloat16), tokenizer).sample(
+        PROMPTS, Sampling(0.7, 12))
+    policy, rows = policy_of(model, torch.bfloat16), torch.arange(len(PROMPTS))
+    batches, objective = list(rows.split(5)), getattr(r1kernels.objectives, preset)()
+    old = completion_logprobs(policy, done, batches, 0.7, route)
     rollout = Rollout(done.prompt_ids, done.prompt_mask, done.token_ids, done.mask, old_logprobs=old, ref_logprobs=old,
                       advantages=torch.linspace(-1, 1, len(PROMPTS)), importance_weights=None)
-    metrics = minibatch_gradient(model, rollout, batches, getattr(r1kernels.objectives, preset)(), 0.7)
+    metrics = minibatch_gradient(policy, rollout, rows, batches, objective, 0.7, route)
     assert old.dtype is torch.float32 and metrics["ratio_deviation"] <= 1e-6
     shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1)
-    assert minibatch_gradient(model, shifted, batches, r1kernels.objectives.grpo(), 0.7)["ratio_deviation"] > 0.1
+    assert minibatch_gradient(policy, shifted, rows, batches, objective, 0.7, route)["ratio_deviation"] > 0.1
 
 
 def test_the_head_gets_bf16_and_gives_float32(tmp_path, monkeypatch):
@@ -140,12 +129,15 @@ def test_the_head_gets_bf16_and_gives_float32(tmp_path, monkeypatch):
     trainer.run()
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert {weight.dtype for weight in trainer.optimizer.param_groups[0]["params"]} == {torch.float32}
-    assert trainer.reference.dtype is torch.bfloat16
+    assert {weight.dtype for weight in trainer.reference.shards().values()} == {torch.bfloat16}
+    assert trainer.sampler.model.dtype is torch.bfloat16
 
 
 def test_without_kl_there_is_no_reference(tmp_path):
     trainer = GRPOTrainer(stage_of(tmp_path, ["objective.options.kl_coef=0"]))
-    assert trainer.reference is None and "reference" not in trainer.parts
+    assert trainer.reference is None
+    trainer.save()
+    assert load_shards(latest_checkpoint(trainer.stage.directory)).keys() == {"optimizer"}
 
 
 def test_stopped_again_and_again_it_ends_the_same_in_bf16(tmp_path):

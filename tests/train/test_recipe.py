@@ -72,7 +72,7 @@ def test_an_override_changes_one_of_two_stages_that_share_an_alias(path):
     ("a: &a {x: 1, y: 1}\nb: [{c: &c {<<: *a, x: 2}}]\nd: {<<: *c, y: 3}",
      {"a": {"x": 1, "y": 1}, "b": [{"c": {"x": 2, "y": 1}}], "d": {"x": 2, "y": 3}}),
     ("[1e-3, -2E+4, 1.5e3, 1e, 'a1e-3', '1e-3', 12]", [1e-3, -2e4, 1.5e3, "1e", "a1e-3", "1e-3", 12]),
-    ("[&a [1, 2], *a, *a]", [[1, 2]] * 3), ("", None),
+    ("[&a [1, 2], *a, *a]", [[1, 2]] * 3), ("", None), ("{a: {x: 1}, b: {x: 1}}", {"a": {"x": 1}, "b": {"x": 1}}),
 ])
 def test_yaml(text, value):
     assert read_yaml(text) == value
@@ -125,16 +125,14 @@ BAD = [  # an override, and words of the message
     ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here' http"),
     ("scoring.judge={url: 'http://x', model: x, concurrency: 0}", "'scoring.judge.concurrency' 0 1"),
     ("data=[1]", "'data' [1] dictionary"), ("data.sums=jsonl", "'data.sums' 'jsonl'"),
-    ("data.sums.kind=poems", "'data.sums.kind' 'poems' 'jsonl'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
+    ("data.sums.kind=poems", "'data.sums' 'kind' 'poems' 'jsonl'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
     ("data.sums={kind: jsonl}", "held-out 'test_path'"), ("data={a/b: {kind: jsonl, path: x}}", "'a/b' pattern"),
     ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere'"),
     ("stages={}", "'stages' 1"), ("stages=[{name: base, kind: model}]", "'stages' dictionary"),
-    ("stages={base: x}", "'stages.base' 'x'"), ("stages={base: {path: x}}", "missing 'stages.base.kind'"),
-    ("stages={base: {kind: dance}}", "'stages.base.kind' 'dance' 'model' 'sft'"),
-    ("stages={base: {kind: modle}}", "'modle' mean 'model'?"), ("data.sums.kind=jsonnl", "'jsonnl' mean 'jsonl'?"),
-    ("stages={base: {kind: model}}", "missing 'stages.base.path'"),
+    ("stages={base: x}", "'stages.base' 'x'"), ("stages={base: {path: x}}", "'stages.base' 'kind'"),
+    ("stages={base: {kind: dance}}", "'stages.base' 'kind' 'dance' 'model' 'sft'"),
+    ("stages={base: {kind: model}}", "'stages.base.path' required"),
     ("stages={../x: {kind: model, path: x}}", "'../x' 'stages"), ("stages={3: {kind: model, path: x}}", "3 'stages"),
-    ("stages={tensorboard: {kind: model, path: x}}", "'tensorboard'"),
     ("stages={sums: {kind: model, path: x}}", "'sums'"),
     ("stages.r1.model=null", "'stages.r1.model' None"), ("stages.r1.model=bse", "'stages.r1.model' 'bse' 'base'"),
     ("stages.r1.model=scores", "'stages.r1.model' 'scores'"),
@@ -142,7 +140,7 @@ BAD = [  # an override, and words of the message
     ("stages.r1.problems=[]", "'stages.r1.problems'"), ("stages.cold.samples=[r1]", "'r1' chat traces"),
     ("stages.scores.pairs=traces", "'stages.scores.pairs' 'traces' chat"),
     ("stages.r1-2.preference=[{model: base}]", "'stages.r1-2.preference.model' 'base' scores"),
-    ("stages.r1-2.preference=[{weight: 1}]", "missing 'stages.r1-2.preference.0.model'"),
+    ("stages.r1-2.preference=[{weight: 1}]", "'stages.r1-2.preference.0.model' required"),
     ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'wait' 'stages.r1-2.preference.0' 'weight'"),
     ("stages.r1.grup_size=8", "'grup_size' 'stages.r1' 'group_size'"),
     ("stages.r1.group_size=1", "'stages.r1.group_size' 1 2"), ("stages.r1.steps=2.5", "'stages.r1.steps' 2.5 integer"),
@@ -152,12 +150,13 @@ BAD = [  # an override, and words of the message
     ("stages.r1.minibatches=7", "'stages.r1.minibatches' 7 group_size"),
     ("stages.r1.length_schedule={1: 0}", "'stages.r1.length_schedule.1' 0"),
     ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy' 'big'"),
-    ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' 'url'"),
+    ("stages.r1.sampler={kind: vllm}", "'sampler' 'stages.r1'"),
+    ("sampler={kind: vllm, weights_dir: w}", "'sampler.urls' [] 'vllm'"),
+    ("sampler={kind: vllm, urls: ['http://a']}", "'sampler.weights_dir' None 'vllm'"),
+    ("sampler={kind: vllm, urls: [a]}", "'sampler.urls.0' 'a' https"),
     ("stages.r1.objective.preset=none", "'stages.r1.objective.preset' 'none' 'grpo' 'r1'"),
-    ("stages.r1.objective.preset=dr_grop", "'dr_grop' mean 'dr_grpo'?"),
-    ("stages.r1.rewards={acuracy: 1}", "'stages.r1.rewards' 'acuracy' mean 'accuracy'?"),
-    ("stages.format={kind: preference, model: base, pairs: chat}", "'format' 'reward_format' rename"),
-    ("stages.std={kind: preference, model: base, pairs: chat}", "'std' 'reward_std' rename"),
+    ("stages.format={kind: preference, model: base, pairs: chat}", "'format' reward rename"),
+    ("stages.std={kind: preference, model: base, pairs: chat}", "'std' reward rename"),
     ("stages.r1.model=traces", "'stages.r1.model' 'traces' before"),
     ("stages.r1.model=cold", "'stages.r1.model' 'cold' before 'base'"),
     ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x'"),
@@ -165,10 +164,9 @@ BAD = [  # an override, and words of the message
     ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
     ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}",
      "'stages.cold.teacher' 'r0' r1"),
-    ("=3", "'=3' KEY=VALUE"), ("eval..samples=3", "KEY=VALUE"), ("stages.r1.steps", "KEY=VALUE"),
-    ("stages.r1.steps=[", "--set YAML"), ("seed=2024-13-45", "--set 'seed=2024-13-45' month"),
-    ("stages.r2.steps=3", "'r2' 'stages' 'r1-2'"), ("stages.tracs.questions=3", "'tracs' mean 'traces'?"),
-    ("template.x=3", "'template' keys"), ("run_dir.x=3", "'run_dir' 'here'"),
+    ("=3", "key ''"), ("eval..samples=3", "'eval' ''"), ("stages.r1.steps", "--set 'stages.r1.steps' KEY=VALUE"),
+    ("stages.r1.steps=[", "YAML"), ("seed=2024-13-45", "month"), ("stages.r2.steps=3", "'stages.r2' 'kind'"),
+    ("template.x=3", "'template' 'r1_zero'"), ("run_dir.x=3", "'run_dir' string"),
 ]
 
 
@@ -188,19 +186,13 @@ def test_long_values_are_cut(path):
     assert "xxx" in str(error.value) and len(str(error.value)) < 200 + len(str(path))
 
 
-BOMB = "\n".join(f"{name}: &{name} [{', '.join(['*' + last] * 10) if last else '1'}]"
-                 for last, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True))
-MERGES = "\n".join(f"{name}: &{name} {{<<: [{', '.join(['*' + last] * 20)}]}}" if last else f"{name}: &{name} {{k: 1}}"
-                   for last, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True))
 FILES = [
-    ("missing", None, "cannot read"), ("list", "- 1", "mapping"), ("empty file", "", "None"),
-    ("broken", "a: [", "YAML"),
+    ("list", "- 1", "mapping"), ("empty file", "", "None"), ("broken", "a: [", "YAML"),
     ("twice", "run_dir: a\neval:\n  every: 1\n  every: 2\n", "'every' line 3"), ("date", "seed: 2024-13-45", "month"),
-    ("deep", "[" * 5000, "recursion"), ("itself", "run_dir: &a [*a]", "100000"), ("empty", "{}", "missing 'run_dir'"),
-    ("no stages", "run_dir: x", "'stages'"), ("a bomb", BOMB, "100000"), ("a bomb of merges", MERGES, "100000"),
-    ("latin", b"run_dir: \xe9", "utf-8"), ("an object", "!!python/object:os.x {}", "YAML"),
-    ("keys", "{[1]: 2}", "YAML"),
-    ("digits", f"seed: {'9' * 5000}", "4300"), ("a bell", "run_dir: \a", "YAML"),
+    ("itself", "run_dir: &a [*a]", "'run_dir'"), ("empty", "{}", "'run_dir' required"),
+    ("no stages", "run_dir: x", "'stages'"), ("latin", b"run_dir: \xe9", "YAML"),
+    ("an object", "!!python/object:os.x {}", "YAML"), ("keys", "{[1]: 2}", "YAML"), ("a bell", "run_dir: \a", "YAML"),
+    ("digits", f"seed: {'9' * 5000}", "4300"),
     ("no data", "{run_dir: x, stages: {a: {kind: model, path: x}}}", "held-out 'test_path'"),
 ]
 
@@ -208,8 +200,7 @@ FILES = [
 @pytest.mark.parametrize(("name", "text", "words"), FILES, ids=[name for name, _, _ in FILES])
 def test_files_that_are_no_recipe(tmp_path, name, text, words):
     path = tmp_path / name
-    if text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as error:
         load_recipe(path)
     assert all(word in str(error.value) for word in [str(path), *words.split()]), str(error.value)

@@ -10,6 +10,7 @@ from supervised_cases import Killed, StopAt, save_model, stage_of, timeless, wri
 
 from r1kernels.rewards import EndpointError
 from r1kernels.train import log, reject
+from r1kernels.train import stage as stage_module
 from r1kernels.train.data import Problem, Template, load_demonstrations, read_jsonl
 from r1kernels.train.errors import DataError, Interrupted, StorageError
 from r1kernels.train.log import read_lines
@@ -53,17 +54,21 @@ def answers(question: str) -> list[str]:
 
 
 class ScriptedSampler:
-    """Draws from `answers` by torch's generator; the last of them is cut off."""
+    """Draws from `answers` by the seed; the last of them is cut off."""
 
     def __init__(self, model, tokenizer, check=lambda: None) -> None:
-        self.check = check
+        self.tokenizer, self.check = tokenizer, check
+
+    def update(self, model) -> None: ...
+
+    def close(self) -> None: ...
 
     def sample(self, prompts, sampling) -> Completions:
-        texts, finished = [], []
+        texts, finished, generator = [], [], torch.Generator().manual_seed(sampling.seed)
         for prompt in prompts:
             self.check()
             options = answers(prompt)
-            drawn = int(torch.randint(len(options), ()))
+            drawn = int(torch.randint(len(options), (), generator=generator))
             texts.append(options[drawn].removesuffix(" cut"))
             finished.append(drawn != len(options) - 1)
         lengths = torch.tensor(list(map(len, texts)))
@@ -83,7 +88,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(reject, "TransformersSampler", ScriptedSampler)
+    monkeypatch.setattr(stage_module, "TransformersSampler", ScriptedSampler)
 
 
 def stage_at(home: Path, directory: Path, *overrides: str, interrupt=None, name: str = "traces") -> Stage:
@@ -119,7 +124,7 @@ def test_what_is_correct_and_readable_is_kept_and_the_rest_counted(home, tmp_pat
 def test_the_counts_are_those_of_the_script(home, tmp_path, scripted, monkeypatch):
     """Every answer exactly once, so that each reason is known."""
     draws = iter(list(range(9)) * 8)
-    monkeypatch.setattr(torch, "randint", lambda *_: next(draws))
+    monkeypatch.setattr(torch, "randint", lambda *_, **options: next(draws))
     summary = reject.run(stage_at(home, tmp_path, "stages.traces.samples_per_question=9",
                                   "stages.traces.filters.paragraph=200"))
     assert summary["kept"] == 16
@@ -189,7 +194,7 @@ def test_a_full_disk_is_no_wrong_setting_and_the_stage_continues_later(home, tmp
 
 
 def test_without_any_sample_left_it_says_what_became_of_them(home, tmp_path, scripted, monkeypatch):
-    monkeypatch.setattr(torch, "randint", lambda *_: 2)
+    monkeypatch.setattr(torch, "randint", lambda *_, **options: 2)
     for _ in range(2):
         with pytest.raises(DataError, match=r"stage 'traces' .*'kept': 0.*'wrong': 64"):
             reject.run(stage_at(home, tmp_path))
@@ -219,7 +224,7 @@ def test_open_questions_are_judged_if_asked_for(home, tmp_path, scripted, monkey
     """Of the questions, 1+1 has an answer the judge finds right, 2+2 one it finds wrong, and 3+3 gets no verdict."""
     problems = [Problem(f"q{a}", f"Compute {a}+{a}", answer, "open") for a, answer in [(1, "2"), (2, "5"), (3, "6")]]
     monkeypatch.setattr(Stage, "problems", lambda self, names: problems)
-    monkeypatch.setattr(torch, "randint", lambda *_: 0)
+    monkeypatch.setattr(torch, "randint", lambda *_, **options: 0)
     monkeypatch.setattr(reject, "make_judge", lambda recipe: FakeJudge())
     one = "stages.traces.samples_per_question=1"
     summary = reject.run(stage_at(home, tmp_path, "stages.traces.judge=true", one))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from resume_cases import STAGES, Server, write_recipe
-from rl_cases import equal, timeless
+from rl_cases import equal, load_shards, timeless
 from safetensors.torch import load_file
 
 from r1kernels.train.checkpoint import latest_checkpoint
@@ -48,8 +48,12 @@ def outcome(run_dir: Path) -> dict[str, Any]:
             found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
         elif name == "manifest.json":
             found[name] = timeless(json.loads(path.read_text()))
-        elif path.name == "manifest.json":  # of a checkpoint, with the hash of a state that holds seconds
-            found[name] = {**json.loads(path.read_text()), "files": None}
+        elif path.name == "manifest.json":  # of a checkpoint, with the size of a state that holds seconds
+            found[name] = None
+        elif path.name == ".metadata":  # of shards, with names of storage that are random
+            found[name] = load_shards(path.parents[1])
+        elif path.suffix == ".distcp":
+            found[name] = None
         else:
             found[name] = path.read_bytes()
     return found

@@ -1,17 +1,18 @@
 """Sampling: what is sampled and with which probability; prompts become tokens, and tokens become texts."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
-from rl_cases import TAGS, make_model, make_tokenizer
+from rl_cases import TAGS, equal, make_model, make_tokenizer, policy_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import TopPLogitsWarper
 
 from r1kernels.train.errors import ConfigError, Interrupted, TrainingError
-from r1kernels.train.precision import round_parameters
+from r1kernels.train.model import round_parameters
 from r1kernels.train.rng import torch_seeded
 from r1kernels.train.rollout import (
     Collector,
@@ -21,6 +22,7 @@ from r1kernels.train.rollout import (
     draw,
     padded,
     prompt_tokens,
+    uniform_at,
 )
 from r1kernels.train.update import completion_logprobs
 
@@ -39,8 +41,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def completions(model, tokenizer):
-    with torch_seeded(0, "test"):
-        return TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
+    return TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
 
 
 def test_completions_end_where_they_say(completions, tokenizer):
@@ -64,8 +65,7 @@ def test_sampled_logprobs_are_those_of_a_plain_forward(completions, model):
 
 
 def test_with_top_p_log_probs_are_those_of_what_is_left(model, tokenizer):
-    with torch_seeded(0, "test"):
-        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 6, top_p=0.6))
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 6, top_p=0.6))
     for row in range(len(PROMPTS)):
         prompt, tokens = found.prompt_ids[row][found.prompt_mask[row]], found.token_ids[row][found.mask[row]]
         with torch.no_grad():
@@ -90,18 +90,15 @@ def test_sampling_follows_the_seed_and_leaves_the_generator_alone(model, tokeniz
     sampler, before = TransformersSampler(model, tokenizer), torch.get_rng_state()
     texts = []
     for seed in (0, 0, 1):
-        with torch_seeded(seed, "here"):
-            texts.append(sampler.sample(PROMPTS, Sampling(1.0, 8)).texts)
+        texts.append(sampler.sample(PROMPTS, Sampling(1.0, 8, seed=seed)).texts)
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_generation_defaults_of_the_model_do_not_shape_rollouts(model, tokenizer):
-    with torch_seeded(0, "here"):
-        plain = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts
+    plain = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts
     model.generation_config.update(top_k=1, repetition_penalty=5.0, do_sample=False)
-    with torch_seeded(0, "here"):
-        assert TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts == plain
+    assert TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8)).texts == plain
 
 
 def test_a_rollout_can_be_stopped_between_tokens(model, tokenizer):
@@ -141,8 +138,7 @@ def test_rows_that_have_ended_leave_every_kind_of_cache(tokenizer, family):
     """Against `generate`, which keeps all rows to the end: the same tokens where the likeliest ones are drawn."""
     model = tiny(family, tokenizer, **FAMILIES[family])
     sampler = TransformersSampler(model, tokenizer)
-    with torch_seeded(0, "leave"):
-        sampled = sampler.sample(PROMPTS, Sampling(1.0, 16))
+    sampled = sampler.sample(PROMPTS, Sampling(1.0, 16))
     lengths = sampled.lengths
     assert len(set(lengths.tolist())) > 2
     for row in range(len(PROMPTS)):
@@ -167,9 +163,30 @@ def test_a_row_depends_on_its_own_prompt_and_place_alone(tokenizer):
     other = [prompt if row % 2 else "Compute 1+1" for row, prompt in enumerate(PROMPTS)]
     sampled = []
     for prompts in (PROMPTS, other):
-        with torch_seeded(0, "place"):
-            sampled.append(TransformersSampler(model, tokenizer).sample(prompts, Sampling(1.0, 16)).texts)
+        sampled.append(TransformersSampler(model, tokenizer).sample(prompts, Sampling(1.0, 16)).texts)
     assert sampled[0][1::2] == sampled[1][1::2] and sampled[0][::2] != sampled[1][::2]
+
+
+def test_random_numbers_follow_from_seed_and_step_alone():
+    """Against SplitMix64 in whole numbers, which is the same on every device."""
+    seeds = torch.tensor([0, 1, 2**62 - 1, 1234567])
+    for step in (0, 1, 70_000):
+        expected = []
+        for seed in seeds.tolist():
+            bits = (seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**64
+            bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+            expected.append(((bits ^ bits >> 31) >> 11) / 2**53)
+        assert uniform_at(seeds, step).tolist() == expected
+
+
+def test_random_numbers_are_uniform_and_independent():
+    drawn = torch.stack([uniform_at(torch.arange(4000), step) for step in range(50)])
+    assert drawn.min() >= 0 and drawn.max() < 1
+    count, counts = drawn.numel(), torch.histc(drawn.float(), 20, 0, 1)
+    assert (counts - count / 20).abs().max() < 5 * math.sqrt(count / 20)
+    for other in (drawn.roll(1, 0), drawn.roll(1, 1)):
+        assert torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1].abs() < 5 / math.sqrt(count)
 
 
 def test_draws_follow_the_distribution():
@@ -221,8 +238,7 @@ def test_the_model_continues_the_prompt_itself():
     """With an appended end token a rollout would continue another text."""
     appending = make_tokenizer(appends_end=True)
     model = make_model(appending)
-    with torch_seeded(0, "x"):
-        found = TransformersSampler(model, appending).sample(["ab", "abc"], Sampling(1.0, 4))
+    found = TransformersSampler(model, appending).sample(["ab", "abc"], Sampling(1.0, 4))
     assert [row[-1] for row in found.prompt_ids.tolist()] == appending.convert_tokens_to_ids(["b", "c"])
     assert appending.eos_token_id not in found.prompt_ids.tolist()[1]
 
@@ -245,10 +261,8 @@ def test_tags_that_are_special_tokens_survive_decoding():
     assert (ids[0], ids[4]) == (think, end_think) and tokenizer.decode(ids, skip_special_tokens=True) == "1+1 2"
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     stop = tokenizer.convert_tokens_to_ids(">")
-    collector = Collector(tokenizer, ["a"] * 3, [stop])
-    collector.token_ids = [[*ids, eos, pad, pad], [*ids, stop], ids]
-    collector.logprobs = [[-1.0] * len(row) for row in collector.token_ids]
-    found = collector.completions("cpu")
+    rows = [[*ids, eos, pad, pad], [*ids, stop], ids]
+    found = Collector(tokenizer, ["a"] * 3, [stop]).completions((row, [-1.0] * len(row)) for row in rows)
     assert found.texts == [text] * 3 and found.finished.tolist() == [False, True, False]
     assert found.lengths.tolist() == [len(ids) + 3, len(ids) + 1, len(ids)]
 
@@ -259,8 +273,7 @@ def test_rollouts_keep_special_tags():
     think = tokenizer.convert_tokens_to_ids(TAGS[0])
     with torch.no_grad():
         model.model.embed_tokens.weight[think] *= 8
-    with torch_seeded(0, "tags"):
-        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 16))
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 16))
     counts = (found.token_ids == think).logical_and(found.mask).sum(-1).tolist()
     assert sum(counts) > 0 and [text.count(TAGS[0]) for text in found.texts] == counts
     assert not any("<eos>" in text or "<pad>" in text for text in found.texts)
@@ -307,8 +320,7 @@ def test_a_prompt_is_read_once_however_many_completions_it_gets(tokenizer, famil
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda **inputs: read.append(tuple(inputs["input_ids"].shape))
                         or forward(**inputs))
-    with torch_seeded(0, "once"):
-        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8, batch_size=6))
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 8, batch_size=6))
     longest = max(map(len, prompt_tokens(tokenizer, PROMPTS)))
     assert [shape for shape in read if shape[1] > 1] == [(3, longest)] * 2
     assert max(shape[0] for shape in read) == 6 and len({text for text in found.texts[::3]}) > 1
@@ -330,12 +342,21 @@ def test_a_growing_cache_holds_what_a_copied_one_does():
     assert len(addresses) < 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_an_update_it_samples_from_the_rounded_weights_of_the_policy(tokenizer, dtype):
+    weights = make_model(tokenizer, 1)
+    sampler = TransformersSampler(round_parameters(make_model(tokenizer), dtype), tokenizer)
+    sampler.update(policy_of(make_model(tokenizer, 1), dtype))
+    assert equal(sampler.model.state_dict(), round_parameters(weights, dtype).state_dict())
+    assert sampler.model.lm_head.weight is sampler.model.model.embed_tokens.weight
+
+
 def test_in_bf16_log_probs_are_those_of_the_trainer(tokenizer):
     """Their heads are the same, in float32; only attention rounds differently, as it reads one token at a time."""
     model = round_parameters(make_model(tokenizer, hidden_size=64, num_hidden_layers=2), torch.bfloat16)
-    with torch_seeded(0, "bf16"):
-        found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12))
-    trained = completion_logprobs(model, found, [torch.arange(len(PROMPTS))], 0.7)
-    exact = completion_logprobs(model.float(), found, [torch.arange(len(PROMPTS))], 0.7)
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12))
+    trained, exact = (
+        completion_logprobs(policy_of(copy.deepcopy(model).float(), dtype), found, [torch.arange(len(PROMPTS))], 0.7,
+                            "padded") for dtype in (torch.bfloat16, torch.float32))
     gap, rounding = ((other - trained)[found.mask].abs().max() for other in (found.logprobs, exact))
     assert rounding > 0 and gap <= 2 * rounding

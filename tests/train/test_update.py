@@ -5,17 +5,18 @@ import math
 
 import pytest
 import torch
-from rl_cases import make_model, make_tokenizer
+from rl_cases import make_model, make_tokenizer, policy_of, take_gradient
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import r1kernels
-from r1kernels.train import update
 from r1kernels.train.grpo import choose_groups
+from r1kernels.train.model import enable_checkpointing
 from r1kernels.train.recipe import GRPO, Importance
-from r1kernels.train.rng import permutation, torch_seeded
+from r1kernels.train.rng import permutation
 from r1kernels.train.rollout import Sampling, TransformersSampler
 from r1kernels.train.update import (
     Rollout,
+    choose_route,
     completion_hidden_states,
     completion_logprobs,
     importance_weights,
@@ -25,6 +26,7 @@ from r1kernels.train.update import (
 NAN = float("nan")
 PROMPTS = ["Compute 3+4", "Compute 1+2+3+4+5+6", "Compute 9+9+9"] * 4
 ROWS = torch.arange(len(PROMPTS))
+ROUTES = ("padded", "packed", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -37,37 +39,47 @@ def model(tokenizer):
     return make_model(tokenizer, hidden_size=32, num_hidden_layers=2)
 
 
+@pytest.fixture(scope="module")
+def policy(tokenizer):
+    return policy_of(make_model(tokenizer, hidden_size=32, num_hidden_layers=2))
+
+
 @pytest.fixture
 def rollout(model, tokenizer):
-    with torch_seeded(0, "test"):
-        done = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
+    done = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, batch_size=5))
     zeros = torch.zeros_like(done.logprobs)
     return Rollout(
         done.prompt_ids, done.prompt_mask, done.token_ids, done.mask, advantages=torch.linspace(-1, 1, len(PROMPTS)),
         old_logprobs=zeros, ref_logprobs=zeros, importance_weights=None)
 
 
-def logprobs(model, rollout, batches):
-    return completion_logprobs(model, rollout, batches, 0.7)
+def logprobs(policy, rollout, batches, route="padded"):
+    return completion_logprobs(policy, rollout, list(batches), 0.7, route)
 
 
-def gradient(model, rollout, objective, batches=None, **options):
-    model.zero_grad()
-    batches = ROWS.split(5) if batches is None else batches
-    metrics = minibatch_gradient(model, rollout, batches, objective, temperature=0.7, **options)
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
+def gradient(policy, rollout, objective, batches=None, route="padded"):
+    batches = list(ROWS.split(5) if batches is None else batches)
+    metrics = minibatch_gradient(policy, rollout, torch.cat(batches), batches, objective, 0.7, route)
+    return take_gradient(policy), metrics
+
+
+def by_place(hidden, mask):
+    """The hidden states (N, H) of tokens, as (B, T, H)."""
+    spread = hidden.new_zeros(*mask.shape, hidden.shape[-1])
+    spread[mask] = hidden
+    return spread
 
 
 # ---- log-probs and gradients ----
 
 
-def test_rows_drop_only_padding(rollout, model):
+@pytest.mark.parametrize("route", ROUTES)
+def test_rows_drop_only_padding(rollout, model, route):
     rows = torch.tensor([0, 3])
     part = rollout.rows(rows)
     assert part.prompt_ids.shape[1] < rollout.prompt_ids.shape[1]
-    whole, cut = completion_hidden_states(model, rollout)[rows], completion_hidden_states(model, part)
-    mask = part.mask
-    torch.testing.assert_close(whole[:, : mask.shape[1]][mask], cut[mask], rtol=1e-4, atol=1e-5)
+    whole = by_place(completion_hidden_states(model, rollout), rollout.mask)[rows, : part.mask.shape[1]][part.mask]
+    torch.testing.assert_close(completion_hidden_states(model, part, route), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_take_what_belongs_to_them(rollout):
@@ -80,59 +92,71 @@ def test_rows_take_what_belongs_to_them(rollout):
 
 
 @pytest.mark.parametrize("preset", ["r1", "dapo", "dr_grpo"])
-def test_micro_batches_change_no_gradient(rollout, model, preset):
+def test_neither_micro_batches_nor_routes_change_a_gradient(rollout, policy, preset):
     objective = getattr(r1kernels.objectives, preset)(**({"max_length": 12} if preset == "dr_grpo" else {}))
     rows, found = torch.tensor(permutation(len(PROMPTS), 0)), []
-    for size in (12, 5, 1):
-        old = logprobs(model, rollout, rows.split(size))
+    for size, route in ((12, "padded"), (5, "padded"), (1, "padded"), (12, "packed"), (5, "packed"), (12, "shared"),
+                        (5, "shared")):
+        old = logprobs(policy, rollout, rows.split(size), route)
         shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1, ref_logprobs=old + 0.2)
-        found.append(gradient(model, shifted, objective, rows.split(size)))
+        found.append(gradient(policy, shifted, objective, rows.split(size), route))
     assert found[0][0].norm() > 0
     for other, metrics in found[1:]:
         torch.testing.assert_close(other, found[0][0], rtol=1e-3, atol=1e-6)
         assert metrics == pytest.approx(found[0][1], rel=1e-3, abs=1e-6)
 
 
-def test_advantages_and_weights_may_be_of_sequences_or_tokens(rollout, model):
-    old = logprobs(model, rollout, ROWS.split(5))
+def test_an_empty_micro_batch_adds_nothing(rollout, policy):
+    """A rank has one if there are fewer samples than ranks."""
+    nothing, objective = torch.tensor([], dtype=torch.long), r1kernels.objectives.grpo()
+    expected, metrics = gradient(policy, rollout, objective, ROWS.split(6))
+    found = gradient(policy, rollout, objective, [*ROWS.split(6), nothing])
+    assert torch.equal(found[0], expected) and found[1] == metrics
+    old = logprobs(policy, rollout, ROWS.split(6))
+    assert torch.equal(logprobs(policy, rollout, [nothing, *ROWS.split(6)]), old)
+
+
+def test_advantages_and_weights_may_be_of_sequences_or_tokens(rollout, policy):
+    old = logprobs(policy, rollout, ROWS.split(5))
     fresh, objective = dataclasses.replace(rollout, old_logprobs=old - 0.1), r1kernels.objectives.grpo()
-    plain, metrics = gradient(model, fresh, objective)
+    plain, metrics = gradient(policy, fresh, objective)
     weights = torch.linspace(0, 2, len(PROMPTS))
     spread = weights[:, None].expand(rollout.mask.shape).masked_fill(~rollout.mask, math.nan)
     same = dataclasses.replace(fresh, importance_weights=torch.ones_like(weights))
-    assert torch.equal(gradient(model, same, objective)[0], plain)
+    assert torch.equal(gradient(policy, same, objective)[0], plain)
     weighted = [
         dataclasses.replace(fresh, importance_weights=weights),
         dataclasses.replace(fresh, importance_weights=spread),
         dataclasses.replace(fresh, advantages=rollout.advantages * weights),
         dataclasses.replace(fresh, advantages=rollout.advantages[:, None] * spread),
     ]
-    found = [gradient(model, given, objective) for given in weighted]
+    found = [gradient(policy, given, objective) for given in weighted]
     for other, _ in found:
         torch.testing.assert_close(other, found[0][0], rtol=1e-4, atol=1e-7)
     assert not torch.allclose(plain, found[0][0], rtol=1e-2)
     assert found[0][1]["ratio_deviation"] == metrics["ratio_deviation"]
 
 
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("preset", ["grpo", "r1"])
-def test_the_first_ratio_is_exactly_one_and_every_token_is_measured(rollout, model, preset):
+def test_the_first_ratio_is_exactly_one_and_every_token_is_measured(rollout, policy, preset, route):
     """Tokens of advantage 0 have no gradient, but metrics speak of them too."""
-    old = logprobs(model, rollout, ROWS.split(5))
+    old = logprobs(policy, rollout, ROWS.split(5), route)
     some = torch.where(ROWS % 3 == 0, rollout.advantages, 0)
     found = []
     for advantages in (rollout.advantages, some):
         fresh = dataclasses.replace(rollout, old_logprobs=old, ref_logprobs=old, advantages=advantages)
-        found.append(gradient(model, fresh, getattr(r1kernels.objectives, preset)())[1])
+        found.append(gradient(policy, fresh, getattr(r1kernels.objectives, preset)(), route=route)[1])
     assert [metrics["ratio_deviation"] for metrics in found] == [0.0, 0.0]
     assert found[0]["entropy"] == found[1]["entropy"] > 0
     assert found[1]["active_fraction"] < found[0]["active_fraction"]
 
 
-def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
+def test_the_gradient_is_that_of_the_models_own_logits(rollout, policy, model):
     """Through the logits that transformers makes, and losses written by hand: the tied embedding included."""
-    old = logprobs(model, rollout, ROWS.split(5))
+    old = logprobs(policy, rollout, ROWS.split(5))
     shifted = dataclasses.replace(rollout, old_logprobs=old - 0.1)
-    ours, _ = gradient(model, shifted, r1kernels.objectives.grpo())
+    ours, _ = gradient(policy, shifted, r1kernels.objectives.grpo())
     model.zero_grad()
     ids = torch.cat([rollout.prompt_ids, rollout.token_ids], dim=1)
     attention = torch.cat([rollout.prompt_mask, rollout.mask], dim=1).long()
@@ -149,22 +173,32 @@ def test_the_gradient_is_that_of_the_models_own_logits(rollout, model):
 
 
 @pytest.mark.parametrize("size", [12, 6])
-def test_a_prompt_is_read_once_and_gets_the_gradient_of_all_its_completions(rollout, model, monkeypatch, size):
-    old, read = logprobs(model, rollout, ROWS.split(size)), []
-    shifted, forward = dataclasses.replace(rollout, old_logprobs=old - 0.1), model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda **inputs: read.append(inputs["input_ids"].shape)
-                        or forward(**inputs))
-    shared, metrics = gradient(model, shifted, r1kernels.objectives.grpo(), ROWS.split(size))
+def test_a_prompt_is_read_once_and_gets_the_gradient_of_all_its_completions(rollout, policy, monkeypatch, size):
+    old, read, body = logprobs(policy, rollout, ROWS.split(size)), [], policy.model.model
+    shifted, forward = dataclasses.replace(rollout, old_logprobs=old - 0.1), body.forward
+    whole, expected = gradient(policy, shifted, r1kernels.objectives.grpo(), ROWS.split(size))
+    monkeypatch.setattr(body, "forward", lambda **inputs: read.append(inputs["input_ids"].shape) or forward(**inputs))
+    shared, metrics = gradient(policy, shifted, r1kernels.objectives.grpo(), ROWS.split(size), "shared")
     assert len(read) == 2 * len(ROWS.split(size)) and max(shape[0] for shape in read[::2]) == 3
-    monkeypatch.setattr(update, "_with_shared_prompts", lambda *given: None)
-    whole, expected = gradient(model, shifted, r1kernels.objectives.grpo(), ROWS.split(size))
     torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-6)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_one_token_needs_the_prompt_alone(rollout, model):
+def test_packed_rows_have_no_more_padding_than_they_need(rollout, model, monkeypatch):
+    read, forward = [], model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **inputs: read.append(inputs["input_ids"]) or forward(**inputs))
+    completion_hidden_states(model, rollout, "packed")
+    [ids] = read
+    sizes = rollout.prompt_mask.sum(-1) + rollout.mask.sum(-1) - 1  # the last tokens are not fed
+    assert ids.shape[1] == sizes.max() and sizes.sum() <= ids.numel() < sizes.sum() + ids.shape[1] * len(ids) / 2
+    assert len(ids) < len(PROMPTS)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_token_needs_the_prompt_alone(rollout, model, route):
     first = dataclasses.replace(rollout, token_ids=rollout.token_ids[:, :1], mask=rollout.mask[:, :1])
-    torch.testing.assert_close(completion_hidden_states(model, first), completion_hidden_states(model, rollout)[:, :1])
+    whole = by_place(completion_hidden_states(model, rollout), rollout.mask)[:, 0]
+    torch.testing.assert_close(completion_hidden_states(model, first, route), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [4, None], ids=["forgets", "keeps no cache"])
@@ -175,41 +209,53 @@ def test_prompts_are_shared_only_by_layers_that_keep_all_tokens(rollout, tokeniz
     if window is None:
         forward = model.model.forward
         monkeypatch.setattr(model.model, "forward", lambda past_key_values=None, **inputs: forward(**inputs))
-    found = completion_hidden_states(model, rollout)
-    monkeypatch.setattr(update, "_with_shared_prompts", lambda *given: None)
-    assert torch.equal(found, completion_hidden_states(model, rollout))
+    found = completion_hidden_states(model, rollout, "shared")
+    assert torch.equal(found, completion_hidden_states(model, rollout, "padded"))
 
 
-def test_an_objective_may_be_a_function(rollout, model):
+def test_the_route_with_the_fewest_tokens_is_chosen(rollout, policy):
+    """Three prompts of 11 to 19 tokens have four completions each, of at most 12 tokens."""
+    assert choose_route(policy, rollout, apart=True) == choose_route(policy, rollout, apart=False) == "shared"
+    alone = rollout.rows(torch.tensor([0, 1]))  # nothing to share
+    assert choose_route(policy, alone, apart=True) == "packed" and choose_route(policy, alone, apart=False) == "padded"
+
+
+def test_layers_are_checkpointed_or_read_a_cache(rollout, tokenizer):
+    model = make_model(tokenizer)
+    enable_checkpointing(model)
+    assert choose_route(policy_of(model), rollout, apart=False) == "padded"
+
+
+def test_an_objective_may_be_a_function(rollout, policy):
     """-A log pi, as REINFORCE has it."""
     own = lambda logprobs, batch: -logprobs * batch.advantages  # noqa: E731
     objective = r1kernels.Objective(surrogate=own, aggregate="token_mean")
-    expected, _ = gradient(model, rollout, r1kernels.objectives.reinforce())
-    found, _ = gradient(model, rollout, objective)
+    expected, _ = gradient(policy, rollout, r1kernels.objectives.reinforce())
+    found, _ = gradient(policy, rollout, objective)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_no_logits_of_a_batch_are_made(rollout, model, monkeypatch):
+def test_no_logits_of_a_batch_are_made(rollout, policy, monkeypatch):
     def refused(*arguments, **keywords):
         raise AssertionError("logits")
 
-    monkeypatch.setattr(model.lm_head, "forward", refused)
+    monkeypatch.setattr(policy.model.lm_head, "forward", refused)
     for name in ("grpo_loss", "token_logprobs", "token_logprobs_and_entropy"):
         monkeypatch.setattr(r1kernels, name, refused)
-    logprobs(model, rollout, ROWS.split(5))
-    gradient(model, rollout, r1kernels.objectives.grpo())
+    logprobs(policy, rollout, ROWS.split(5))
+    gradient(policy, rollout, r1kernels.objectives.grpo())
 
 
-def test_a_minibatch_reads_its_metrics_at_once(rollout, model, monkeypatch):
+def test_a_minibatch_reads_its_metrics_at_once(rollout, policy, monkeypatch):
     reads = []
 
     def counted(name):
         real = getattr(torch.Tensor, name)
-        return lambda tensor: reads.append(name) or real(tensor)
+        return lambda tensor: (tensor.is_floating_point() and reads.append(name)) or real(tensor)
 
     for name in ("item", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    _, metrics = gradient(model, rollout, r1kernels.objectives.grpo())
+    _, metrics = gradient(policy, rollout, r1kernels.objectives.grpo())
     assert reads == ["tolist"] and all(isinstance(value, float) for value in metrics.values())
 
 

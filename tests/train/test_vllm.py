@@ -1,94 +1,28 @@
-"""The client of a vLLM server, against a server of the same protocol that samples from a real model."""
+"""The client of vLLM servers, against servers of the same protocol that sample from a real model."""
 
+import contextlib
+import copy
+import dataclasses
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from rl_cases import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM
+from rl_cases import make_model, make_tokenizer, policy_of, stage_of
+from vllm_cases import Server, serving
 
 from r1kernels.rewards.endpoint import EndpointError
-from r1kernels.train.errors import Interrupted, StorageError
+from r1kernels.train import reject
+from r1kernels.train.errors import DataError, Interrupted, StorageError
+from r1kernels.train.evaluate import evaluate_model
+from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens
+from r1kernels.train.stage import Stage
+from r1kernels.train.supervised import run_distill
 from r1kernels.train.vllm import VLLMSampler
 
 PROMPTS = [prompt for prompt in ("3+4", "1+2+3+4+5+6", "9+9+9") for _ in range(4)]
-# What `vllm serve` takes from a model's generation_config.json where a request does not say otherwise.
-DEFAULTS = {"top_k": 1, "repetition_penalty": 5.0, "min_p": 0.9}
-
-
-class Server(ThreadingHTTPServer):
-    """What the client needs of `vllm serve`. `change` changes the completions; `fault` may answer instead."""
-
-    daemon_threads = True
-
-    def __init__(self, model, tokenizer):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.tokenizer, self.raw, self.dev_mode = model, tokenizer, False, True
-        self.change, self.fault = lambda choices: choices, lambda handler: False
-        self.log, self.lock = [], threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request, client_address):
-        pass  # connections that the client or a fault has closed
-
-    @torch.no_grad()
-    def complete(self, index, asked):
-        generator, ids, values, tops = torch.Generator().manual_seed(index), [], [], []
-        while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
-            logits = self.model(input_ids=torch.tensor([asked["prompt"] + ids])).logits[0, -1]
-            sampled = (logits / asked["temperature"]).log_softmax(-1)
-            shown = logits.log_softmax(-1) if self.raw else sampled
-            ids.append(torch.multinomial(sampled.exp(), 1, generator=generator).item())
-            values.append(shown[ids[-1]].item())
-            best = shown.topk(asked["logprobs"]).indices.tolist()
-            tops.append({f"token_id:{i}": shown[i].item() for i in (ids[-1], *best)})
-        return {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": values, "top_logprobs": tops}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self, status, value, **headers):
-        data = b"" if value is None else json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
-        with server.lock:
-            server.log.append((self.path, body, self.headers))
-        if server.fault(self):
-            return
-        if self.path == "/v1/models":
-            self.answer(200, {"data": [{"id": "tiny"}]})
-        elif self.path == "/v1/completions":
-            asked = {**DEFAULTS, **body}
-            plain = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": True}
-            assert {name: asked[name] for name in plain} == plain and asked["return_tokens_as_token_ids"]
-            with server.lock:
-                found = [server.complete(index + len(asked["prompt"]), asked) for index in range(asked["n"])]
-            choices = [{"index": i, "logprobs": logprobs} for i, logprobs in enumerate(found)][::-1]
-            self.answer(200, {"choices": server.change(choices)})
-        elif self.path == "/collective_rpc" and server.dev_mode:
-            assert body["method"] == "reload_weights"
-            with server.lock:
-                server.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
-            self.answer(200, {"results": [None]})
-        elif self.path == "/reset_prefix_cache" and server.dev_mode:
-            self.answer(200, None)
-        else:
-            self.answer(404, {"detail": "Not Found"})
-
-    do_GET = do_POST
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +38,14 @@ def model(tokenizer):
 @pytest.fixture
 def server(tokenizer, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server(make_model(tokenizer), tokenizer) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(make_model(tokenizer), tokenizer) as server:
         yield server
-        server.shutdown()
-        thread.join()
+
+
+@pytest.fixture
+def second(tokenizer):
+    with serving(make_model(tokenizer, seed=1), tokenizer) as server:
+        yield server
 
 
 @pytest.fixture
@@ -118,14 +54,15 @@ def connect(server, model, tokenizer, tmp_path):
 
     def connect(**options):
         check = options.pop("check", lambda: None)
-        settings = SamplerSettings(
-            url=server.url, **{"weights_dir": str(tmp_path / "weights"), "timeout_s": 120.0, **options})
+        given = {"urls": [server.url], "weights_dir": str(tmp_path / "weights"), "timeout_s": 120.0, **options}
+        settings = SamplerSettings(kind="vllm", **given)
         opened.append(VLLMSampler(settings, tokenizer, end_tokens(model, tokenizer), check=check))
         return opened[-1]
 
     yield connect
     for sampler in opened:
-        sampler.close()
+        if sampler.servers.servers[0].close.alive:
+            sampler.close()
 
 
 def sample(sampler, sampling=Sampling(1.0, 6), **options):  # noqa: B008 - frozen
@@ -163,41 +100,44 @@ def test_the_server_gets_new_weights_and_forgets_old_ones(connect, server, model
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight += 0.3 * torch.randn(16, 32)
     assert gap(sample(sampler), model, 1.0) > 1e-2
+    versions = []
     for _ in range(2):
-        sampler.update(model)
+        sampler.update(policy_of(copy.deepcopy(model)))
+        versions.append(server.version)
         assert gap(sample(sampler), model, 1.0) < 1e-4
     paths = [path for path, *_ in server.log]
-    assert paths[paths.index("/collective_rpc") + 1] == "/reset_prefix_cache"
-    loads = [body["kwargs"]["weights_path"] for path, body, _ in server.log if path == "/collective_rpc"]
-    assert loads == [str(tmp_path / "weights" / f"weights-00000{number}") for number in (1, 2)]
-    assert [entry.name for entry in (tmp_path / "weights").iterdir()] == ["weights-000002"]
-    server.dev_mode = False
-    with pytest.raises(EndpointError, match=r"collective_rpc.*404.*VLLM_SERVER_DEV_MODE=1"):
-        sampler.update(model)
+    assert paths.index("/collective_rpc") < paths.index("/reset_prefix_cache")
+    loads = [body["kwargs"]["weights_path"] for body in server.bodies("/collective_rpc")]
+    assert loads == [str(tmp_path / "weights" / f"weights-{version}") for version in versions]
+    assert [entry.name for entry in (tmp_path / "weights").iterdir()] == [f"weights-{versions[1]}"]
     sampler.close()
     assert not list((tmp_path / "weights").iterdir())
 
 
 def test_weights_that_cannot_be_saved_are_named(connect, model, tmp_path, monkeypatch):
-    def full(path):
+    def full(path, **options):
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(StorageError, match=r"weights-000001.*No space left"):
-        connect().update(model)
+    with pytest.raises(StorageError, match=r"/weights-\w+: .*No space left"):
+        connect().update(policy_of(model))
 
 
 def test_groups_are_asked_for_together(connect, server):
     done = sample(connect(requests=3))
     assert len(set(done.texts)) > len(PROMPTS) // 2
-    asked = [body for path, body, _ in server.log if path == "/v1/completions"][2:]
-    assert [body["n"] for body in asked] == [4] * 3
+    assert [body["n"] for body in server.bodies("/v1/completions")] == [4] * 3
 
 
-def test_raw_log_probs_are_refused_before_the_run(connect, server):
-    server.raw = True
-    with pytest.raises(EndpointError, match=f"{server.url}.*--logprobs-mode processed_logprobs"):
-        connect()
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("logprobs_mode", "raw_logprobs", "--logprobs-mode processed_logprobs"),
+    ("sleep_mode", False, "--enable-sleep-mode"),
+    ("dev_mode", False, "/server_info.*404.*VLLM_SERVER_DEV_MODE=1"),
+])
+def test_a_server_that_was_started_otherwise_is_refused_before_the_run(connect, server, second, name, value, message):
+    setattr(second, name, value)
+    with pytest.raises(EndpointError, match=f"{second.url} .*{message}"):
+        connect(urls=[server.url, second.url], sleep=True)
 
 
 def with_logprobs(**values):
@@ -222,7 +162,7 @@ def with_logprobs(**values):
 def test_answers_that_cannot_be_right_are_refused(connect, server, change, message):
     sampler = connect()
     server.change = change
-    with pytest.raises(EndpointError, match=f"{server.url}/v1 gave no usable answer to /completions .*{message}"):
+    with pytest.raises(EndpointError, match=f"{server.url} gave no usable answer to /v1/completions .*{message}"):
         sample(sampler)
 
 
@@ -238,10 +178,9 @@ def test_no_key_follows_a_redirect(connect, server, monkeypatch):
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_named(connect, server):
-    sampler, faults = connect(requests=1, served_name="other"), [503, 500]
+    sampler, faults = connect(requests=1), [503, 500]
     server.fault = lambda handler: bool(faults) and (handler.answer(faults.pop(), None) or True)
     assert len(sample(sampler).texts) == len(PROMPTS) and not faults
-    assert {body["model"] for path, body, _ in server.log if path == "/v1/completions"} == {"other"}
     server.fault = lambda handler: handler.answer(400, {"message": "prompt is too long"}) or True
     with pytest.raises(EndpointError, match=r"400.*prompt is too long"):
         sample(sampler)
@@ -270,3 +209,163 @@ def test_a_stop_does_not_wait_for_the_server(connect, server):
     started.clear()
     release.set()
     assert len(sample(sampler).texts) == len(PROMPTS)
+
+
+def test_servers_share_the_requests_and_each_has_few_in_flight(connect, server, second, model):
+    """The first is slow, so the second gets most of the work; neither has more than two requests at once."""
+    sampler, release = connect(urls=[server.url, f"{second.url}/v1/"], requests=2), threading.Event()
+    sampler.update(policy_of(copy.deepcopy(model)))
+    server.wait = lambda: release.wait(60)
+
+    def wait():
+        if len(second.bodies("/v1/completions")) == 8:
+            release.set()
+
+    second.wait = wait
+    prompts = [str(number) for number in range(10)]
+    done = sampler.sample(prompts, Sampling(1.0, 6))
+    assert [len(one.bodies("/v1/completions")) for one in (server, second)] == [2, 8]
+    assert server.most_in_flight == 2 and second.most_in_flight <= 2
+    asked = [body["prompt"] for one in (server, second) for body in one.bodies("/v1/completions")]
+    assert sorted(asked) == sorted(
+        ids[mask].tolist() for ids, mask in zip(done.prompt_ids, done.prompt_mask, strict=True))
+    assert gap(done, model, 1.0) < 1e-4  # both have the same weights, whatever they had before
+
+
+def test_servers_load_weights_at_the_same_time(connect, server, second, model):
+    both = threading.Barrier(2, timeout=60)
+
+    def meet(handler):
+        return handler.path == "/collective_rpc" and both.wait() > 1
+
+    server.fault = second.fault = meet
+    sampler = connect(urls=[server.url, second.url])
+    sampler.update(policy_of(copy.deepcopy(model)))
+    assert server.version == second.version != "default"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc"])
+def test_a_server_that_fails_is_named(connect, server, second, model, path):
+    sampler = connect(urls=[server.url, second.url])
+    sampler.update(policy_of(copy.deepcopy(model)))
+    second.fault = lambda handler: handler.path == path and (handler.answer(400, {"message": "no"}) or True)
+    with pytest.raises(EndpointError, match=f"{second.url} .*{path}"):
+        sampler.update(policy_of(copy.deepcopy(model)))
+        sample(sampler)
+
+
+def test_samples_of_a_server_that_was_started_again_are_refused(connect, server, second, model):
+    sampler, version = connect(urls=[server.url, second.url]), second.version
+    sampler.update(policy_of(copy.deepcopy(model)))
+    sample(sampler)
+    second.version = version
+    with pytest.raises(EndpointError, match=f"{second.url} .*'default'"):
+        sample(sampler)
+
+
+def test_an_old_cache_of_prefixes_is_refused(connect, server, model):
+    server.cache_in_use = True
+    with pytest.raises(EndpointError, match=f"'sampler.urls'.*{server.url}.*prefixes of old weights"):
+        connect().update(policy_of(model))
+
+
+def test_servers_on_the_trainers_device_sleep_during_updates(connect, server, model):
+    """The weights wake up first, and are loaded before memory is used for the cache."""
+    sampler = connect(sleep=True)
+    sampler.sleep()
+    for _ in range(2):
+        sampler.update(policy_of(copy.deepcopy(model)))
+        assert gap(sample(sampler), model, 1.0) < 1e-4
+        sampler.sleep()
+        assert server.asleep
+    paths = [path for path, *_ in server.log]
+    first = paths.index("/wake_up?tags=weights")
+    assert paths[first : first + 5] == [
+        "/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/update_weight_version",
+        "/reset_prefix_cache"]
+    sampler.update(policy_of(copy.deepcopy(model)))
+    sampler.close()
+    assert server.asleep
+    other = connect()
+    other.sleep()
+    other.close()
+    assert [path for path, *_ in server.log][-1] == "/server_info?config_format=json"  # no request to sleep
+
+
+def test_the_end_of_a_run_does_not_hide_why_it_ends(connect, server, model):
+    def check():
+        if server.bodies("/v1/completions"):
+            raise Interrupted("SIGTERM")
+
+    sampler = connect(sleep=True, check=check)
+    sampler.update(policy_of(copy.deepcopy(model)))
+    server.fault = lambda handler: handler.path.startswith("/sleep") and (handler.answer(400, None) or True)
+    with pytest.raises(Interrupted), contextlib.closing(sampler):
+        sample(sampler)
+    assert server.bodies("/sleep?level=2")
+
+
+class TestStages:
+    """Every stage that samples asks the server, which loads a finished model from its directory."""
+
+    @pytest.fixture
+    def stage(self, server, tmp_path, monkeypatch):
+        def no_model(*arguments, **options):
+            raise AssertionError("a model is loaded only to sample")
+
+        def stage(*overrides, load=False):
+            found = stage_of(tmp_path, [f".sampler.urls=[{server.url}]", ".sampler.kind=vllm",
+                                        f".sampler.weights_dir={tmp_path}/weights", ".eval.questions=3", *overrides])
+            if not load:
+                monkeypatch.setattr(Stage, "load_model", no_model)
+            return found
+
+        return stage
+
+    @pytest.mark.parametrize("config", [True, False])
+    def test_evaluation(self, stage, server, tmp_path, config):
+        one = stage()
+        if not config:
+            (tmp_path / "base/generation_config.json").unlink()
+        found = evaluate_model(one, "base")
+        assert found["questions"] == 3 and found["length"] > 0
+        assert [body["kwargs"]["weights_path"] for body in server.bodies("/collective_rpc")] == [str(tmp_path / "base")]
+        assert all(body["stop_token_ids"] == [1] for body in server.bodies("/v1/completions"))
+        assert (tmp_path / "base/model.safetensors").exists()
+
+    def test_rejection(self, stage, server, tmp_path):
+        one = stage(".stages.traces={kind: reject, model: base, problems: [sums], questions: 2, "
+                    "max_new_tokens: 6}")
+        one = dataclasses.replace(one, settings=one.recipe.stages["traces"])
+        with pytest.raises(DataError, match="'samples': 32"):  # noise answers no question
+            reject.run(one)
+        assert [body["n"] for body in server.bodies("/v1/completions")] == [16] * 2
+
+    def test_grpo_with_its_evaluations(self, stage, server, tmp_path):
+        summary = GRPOTrainer(stage("steps=2", ".sampler.sleep=true", load=True)).run()
+        assert len(server.bodies("/collective_rpc")) == 3
+        assert summary["evaluation"]["questions"] == 3
+        # Two evaluations of 3 questions and two rollouts of 4.
+        assert len(server.bodies("/v1/completions")) == 2 * 3 + 2 * 4
+        assert len(server.bodies("/sleep?level=2")) == 3  # and the end of the stage
+        lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
+        assert all(line["logprob_gap_max"] < 1e-3 for line in lines[:2])
+
+    def test_a_run_that_goes_on_with_updates_leaves_the_device_to_them(self, stage, server, tmp_path):
+        """The checkpoint holds a rollout, and the server is awake."""
+        one = stage("steps=1", ".sampler.sleep=true", load=True)
+        trainer = GRPOTrainer(one)
+        trainer.update = lambda *arguments: (_ for _ in ()).throw(Interrupted("SIGTERM"))
+        with pytest.raises(Interrupted):
+            trainer.run()
+        server.log.clear()
+        GRPOTrainer(one).run()
+        paths = [path for path, *_ in server.log if path.startswith(("/sleep", "/wake_up", "/collective"))]
+        assert paths[:2] == ["/sleep?level=2", "/wake_up?tags=weights"]
+
+    def test_distillation_of_the_students_own_texts(self, stage, server, tmp_path):
+        one = stage(".stages.small={kind: distill, model: base, method: logits, teacher: base, on_policy: true, "
+                    "problems: [sums], epochs: 1, batch_size: 4, max_new_tokens: 6, window: 1024}", load=True)
+        run_distill(dataclasses.replace(one, settings=one.recipe.stages["small"]))
+        assert len(server.bodies("/collective_rpc")) == 2  # steps
+        assert not [*(tmp_path / "weights").iterdir()]
