@@ -73,6 +73,8 @@ def global_normalizer(
         number = sum(_sequences(value, ends) for value, ends in zip(masks, lengths, strict=True))
         count = torch.full((), number * (objective.max_length or 1), dtype=torch.int64, device=masks[0].device)
     distributed = torch.distributed
+    if sequence_group is not None and group is None:
+        raise ValueError("group is None with a sequence_group, expected one rank of each sequence_group")
     group, sequence_group = checked_group("group", group), checked_sequence_group(sequence_group)
     if group is not None or (distributed.is_available() and distributed.is_initialized()):
         with collective("global_normalizer", group, "group"):

@@ -26,7 +26,7 @@ from r1kernels.ops.linear_checks import (
     token_temperature,
 )
 from r1kernels.ops.linear_types import Head, Names, Needs
-from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, layout_of, refusals
+from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -270,13 +270,10 @@ def _facts(
 ) -> Facts:
     """What the ranks of a process group must agree on."""
     hidden, weight, bias, lora_a, _ = inputs.tensors
-    ids = head.token_ids
-    if counted is not None:
-        ids = torch.where(counted.reshape(-1), ids, 0)
-    count = ids.numel() if counted is None else counted.sum()
+    count = head.token_ids.numel() if counted is None else counted.sum()
     gradients = (inputs.one_pass, *(t is not None and t.requires_grad for t in (hidden, lora_a)))
     return Facts(
-        function, head.token_ids.numel(), count, ids.sum(), weight.shape[1], options.get("vocab_size") or -1,
+        function, head.token_ids.numel(), count, checksum(head.token_ids, counted), weight.shape[1], options.get("vocab_size") or -1,
         (hidden.dtype, weight.dtype), head.temperature, gradients,
         (head.logit_scale, head.softcap, head.logits_dtype, head.capacity, head.batch_invariant,
          head.temperatures is None, bias is None, lora_a is None, options.get("chunk_bytes")),

@@ -44,7 +44,7 @@ class Facts(NamedTuple):
 
 
 _NAMES = Facts(
-    "the function", "the number of tokens", "the number of counted tokens", "the sum of the token ids", "H",
+    "the function", "the number of tokens", "the number of counted tokens", "the checksum of the token ids", "H",
     "vocab_size", "the dtype", "temperature", "requires_grad", "another option",
 )
 _REFUSED = -1
@@ -157,6 +157,13 @@ def agreed_layout(group: Any, rows: int, facts: Facts, device: torch.device) -> 
 # For each group, the sizes of shards that a first call has read, on the host and on the device. A rank knows the keys
 # before it reads.
 _known_sizes: weakref.WeakKeyDictionary[Any, dict[Any, tuple[tuple[int, ...], Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def checksum(token_ids: Tensor, counted: Tensor | None) -> Tensor:
+    """A number (0-d, int64) of the ids that count, and of their places. Sums wrap around."""
+    values = token_ids.reshape(-1).long() + 1
+    values = values if counted is None else torch.where(counted.reshape(-1), values, 0)
+    return (values * torch.arange(1, values.numel() + 1, device=values.device)).sum()
 
 
 def reads_are_free(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from r1kernels.ops.shards import (
     Shard,
     Split,
     agreed_layout,
+    checksum,
     correct_substitutes,
     layout_of,
     refusals,
@@ -88,10 +89,9 @@ def _split_token_stats(
     if group is None:
         layout = layout_of((logits.shape[-1],), vocab_size)
     else:
-        counted = ids if mask is None else torch.where(mask, ids, 0)
         count = ids.numel() if mask is None else mask.sum()
         facts = Facts(
-            "token_stats", ids.numel(), count, counted.sum(), 0, vocab_size or -1, (logits.dtype,), temperature, (), ()
+            "token_stats", ids.numel(), count, checksum(ids, mask), 0, vocab_size or -1, (logits.dtype,), temperature, (), ()
         )
         layout = agreed_layout(group, logits.shape[-1], facts, logits.device)
     check_ids_in_range("token_ids", ids, layout.vocab, mask)

@@ -153,7 +153,8 @@ class Chain:
     def _inputs(self, settings: Any, names: Iterable[str]) -> dict[str, Any]:
         """Everything that a stage or an evaluation depends on, except the version, in the form of the manifest.
         `names` are the data sets and stages that it works on; their content counts."""
-        found = {key: getattr(self.recipe, key) for key in ("seed", "gradient_checkpointing", "template", "open_think")}
+        found = {key: getattr(self.recipe, key) for key in (
+            "seed", "gradient_checkpointing", "optimizer_state", "compile", "template", "open_think")}
         found |= settings.model_dump(exclude={"every"}) | {"precision": str(self.recipe.dtype)}
         if getattr(settings, "kind", "eval") in ("grpo", "reject", "eval"):
             found["scoring"] = self.recipe.scoring.model_dump(exclude={"workers"})

@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from r1kernels.train.errors import CheckpointError, StorageError, naming
+from r1kernels.train.errors import CheckpointError, StorageError, is_lost_contact, naming
 from r1kernels.train.parallel import first, rank
 from r1kernels.train.policy import Policy
 
@@ -52,6 +52,8 @@ def save_checkpoint(
             dcp.save(shards, storage_writer=_Writer(partial / SHARDS))
         first(lambda: _finish(final, partial))
     except (Exception, dcp.CheckpointException) as error:
+        if is_lost_contact(error):
+            raise
         failures = getattr(error, "failures", {0: (error,)})  # of a CheckpointException, which is no Exception
         reason = _reason(next(iter(failures.values()))[0])
         raise StorageError(f"cannot write the checkpoint {final}: {reason}; earlier ones are unchanged") from error

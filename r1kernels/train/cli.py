@@ -38,6 +38,7 @@ def train(
     started, console, status = time.monotonic(), log.Console(), 0
     settings = recipe_file.load_recipe(recipe, overrides)
     parallel.start(settings.device, settings.parallel.timeout_s)
+    parallel.agree("--from", start)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     logging.set_verbosity_error()
@@ -79,9 +80,13 @@ def plan(
         memory: GiB of each device, such as 80; by default, all of the device of the recipe.
         prompt_tokens: tokens of the longest prompt.
     """
-    from r1kernels.train import log, plan, recipe_file
+    from r1kernels.train import errors, log, plan, recipe_file
 
     settings, say, status = recipe_file.load_recipe(recipe, overrides), log.Console().say, 0
+    tensor = settings.parallel.tensor
+    if devices < 1 or devices % tensor or prompt_tokens < 1 or (memory is not None and memory <= 0):
+        raise errors.ConfigError(f"--devices {devices}, --memory {memory}, --prompt-tokens {prompt_tokens}: expected "
+                                 f"positive numbers, and devices that 'parallel.tensor' ({tensor}) divides")
     available = memory * plan.GIB if memory else plan.memory_of(settings.device)
     for name, case in plan.cases(settings, devices, prompt_tokens):
         text, refused = plan.verdict(name, case, available)

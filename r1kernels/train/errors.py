@@ -39,9 +39,14 @@ def naming(problem: str, errors: Any = Exception, made: type[RunError] = ConfigE
     try:
         yield
     except errors as error:
-        if isinstance(error, RunError) and errors is not ConfigError:
+        if (isinstance(error, RunError) and errors is not ConfigError) or is_lost_contact(error):
             raise
         raise made(f"{problem}: {' '.join(str(error).split()):.400}") from error
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether it is the error of a collective that another rank did not join."""
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 class Interrupted(KeyboardInterrupt):

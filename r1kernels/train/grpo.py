@@ -239,6 +239,8 @@ class GRPOTrainer:
 
     def finish_step(self) -> None:
         """Writes the step's line and moves on to the next step."""
+        with self.timed("sampling"):
+            sampled = None if self.ahead is None else collect(self.ahead.result)  # a stop here changes no state
         columns = {name: [update[name] for update in self.updates] for name in self.updates[0]}
         busy = sum(self.timing[name] for name in ("sampling", "scoring", "logprobs", "updates"))
         line = {
@@ -253,9 +255,7 @@ class GRPOTrainer:
         self.log.write(line)
         self.console.step(self.settings.name, line, self.settings.steps)
         self.step, self.timing = self.step + 1, {"total": 0.0}
-        self.rollout, self.metrics, self.updates, self.sampled = None, {}, [], None
-        if self.ahead is not None:
-            self.sampled, self.ahead = collect(self.ahead.result), None
+        self.rollout, self.metrics, self.updates, self.sampled, self.ahead = None, {}, [], sampled, None
         if self.reference is not None and self.step % self.settings.ref_refresh_every == 0:
             self.reference.refresh(self.policy)
         self.sampler.update(self.policy)

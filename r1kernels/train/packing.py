@@ -32,11 +32,14 @@ def micro_batches(sizes: Sequence[int], limit: int | None, ranks: int) -> list[l
     """Places of items, as micro-batches of every rank: each has about the same size, and at most `limit` if no single
     item is larger. All ranks have the same number of micro-batches; one may be empty if there are few items."""
     count, order = 1, sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    if limit is not None:
+        count = max(1, min(-(-sum(sizes) // limit), len(sizes)) // ranks)
     while True:
         bins = [(0, number, list[int]()) for number in range(count * ranks)]
         for place in order:  # the largest first, each into the emptiest bin
             total, number, places = heapq.heappop(bins)
-            heapq.heappush(bins, (total + sizes[place], number, [*places, place]))
+            places.append(place)
+            heapq.heappush(bins, (total + sizes[place], number, places))
         if limit is None or count * ranks >= len(sizes) or max(total for total, _, _ in bins) <= limit:
             filled = [sorted(places) for _, _, places in sorted(bins, key=lambda item: item[1])]
             return [filled[number::ranks] for number in range(ranks)]
@@ -51,11 +54,14 @@ def row_length(row: Sequence[Sample]) -> int:
 def pack(samples: Sequence[Sample], window: int) -> Rows:
     """Rows of at most `window` tokens. Longest first, each sample goes into the first row with room, or a new one."""
     rows: Rows = []
+    room: list[int] = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
-        row = next((row for row in rows if row_length([*row, sample]) <= window), None)
-        if row is None:
-            rows.append(row := [])
-        row.append(sample)
+        number = next((number for number, left in enumerate(room) if len(sample.ids) <= left), len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append(window)
+        rows[number].append(sample)
+        room[number] -= len(sample.ids)
     return rows
 
 

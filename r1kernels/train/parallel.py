@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from r1kernels.train.errors import ConfigError, Interrupt, Interrupted, RunError, TrainingError
+from r1kernels.train.errors import ConfigError, Interrupt, Interrupted, RunError, TrainingError, is_lost_contact
 
 BEAT_S = 2.0  # seconds between two signs of life of a rank
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ def everywhere(function: Callable[[], Result]) -> list[Result]:
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
     try:
-        pickle.dumps(error)
+        pickle.loads(pickle.dumps(error))
     except Exception:  # an exception of a library may hold anything
         error = RuntimeError(repr(error))
     found: list[Any] = [None] * ranks()
@@ -150,7 +150,7 @@ def naming_missing_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if ranks() == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Timed out", "Connection")):
+        if ranks() == 1 or not is_lost_contact(error):
             raise
         raise TrainingError(f"ranks lost contact: {_missing_ranks()} ({error!s:.200}); start the same command "
                             "again: the run continues from its last checkpoint") from error

@@ -41,7 +41,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, *, compiled: bool = False) -> None:
         super().__init__()
         self.model, self.dtype, self.data, self.tensor = model, dtype, mesh["data"], mesh["tensor"]
-        if dtype == torch.bfloat16 and model.device.type == "cuda" and is_flash_attn_2_available():
+        if dtype == torch.bfloat16 and mesh.device_type == "cuda" and is_flash_attn_2_available():
             model.set_attn_implementation("flash_attention_2")  # it needs no mask, and keeps packed samples apart
         if self.tensor.size() > 1:
             split_layers(model, self.tensor)
@@ -186,6 +186,11 @@ def make_optimizer(policy: Policy, state: str = "fp32", **options: Any) -> torch
     if state == "fp32":
         return torch.optim.AdamW(policy.parameter_groups(), fused=True, **options)
     from torchao.optim import AdamW8bit
+
+    for name, weight in policy.trained().items():
+        if weight.shape[0] % policy.data.size():
+            raise ConfigError(f"'optimizer_state' is '8bit', which needs equal shards; {name} has {weight.shape[0]} "
+                              f"rows for {policy.data.size()} ranks")
 
     return AdamW8bit(policy.parameter_groups(), **options)
 

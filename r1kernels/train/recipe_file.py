@@ -53,6 +53,9 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
             raise ConfigError(f"'sampler.{key}' is {value!r}; 'sampler.kind' is 'vllm', which needs it")
     for name, stage in recipe.stages.items():
         _check_stage(f"stages.{name}", stage)
+        if recipe.parallel.tensor > 1 and getattr(stage, "lora", None):
+            raise ConfigError(f"'parallel.tensor' is {recipe.parallel.tensor}, and 'stages.{name}.lora' is set; "
+                              "adapters cannot be split")
         if recipe.sampler.sleep and getattr(stage, "rollout_ahead", 0):
             raise ConfigError(f"'sampler.sleep' is true, and 'stages.{name}.rollout_ahead' is 1; a server that sleeps "
                               "during updates cannot sample")

@@ -50,11 +50,12 @@ class Stage:
         return checkpoint / MODEL
 
     def load_model(
-        self, name: str, dtype: torch.dtype | None = None
+        self, name: str, dtype: torch.dtype | None = None, device: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model of a stage in evaluation mode, on the run's device and in its precision, and its tokenizer."""
         path, overrides = self.model_path(name), getattr(self.recipe.stages[name], "overrides", {})
-        model = load_model(path, device=self.recipe.device, dtype=dtype or self.recipe.dtype, overrides=overrides)
+        dtype, device = dtype or self.recipe.dtype, device or self.recipe.device
+        model = load_model(path, device=device, dtype=dtype, overrides=overrides)
         return model, load_tokenizer(path)
 
     def sampler(self, name: str, *, loaded: bool = True) -> Sampler:
@@ -77,15 +78,16 @@ class Stage:
         if new and not model_dir:
             model, tokenizer = new()
         elif model_dir and not adapters:
-            model, tokenizer = load_model(model_dir, device=self.recipe.device), load_tokenizer(model_dir)
+            model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
         else:
-            model, tokenizer = self.load_model(self.settings.model, torch.float32)
+            model, tokenizer = self.load_model(self.settings.model, torch.float32, "cpu")
         if adapters:
             add_adapters(model, adapters, self.recipe.seed, self.recipe.dtype)
-        return self.wrap(model.to(self.recipe.device)), tokenizer, state
+        return self.wrap(model), tokenizer, state
 
     def wrap(self, model: PreTrainedModel) -> Policy:
-        """The policy of a model, in evaluation mode: dropout would make the first ratio differ from 1."""
+        """The policy of a model on the CPU, whose shards go to the device. It is in evaluation mode: dropout would make
+        the first ratio differ from 1."""
         recipe = self.recipe
         agree("the size of the vocabulary", model.get_input_embeddings().num_embeddings)
         if recipe.gradient_checkpointing:
@@ -94,7 +96,7 @@ class Stage:
 
     def frozen(self, name: str) -> Policy:
         """The model of a stage as a reference or teacher, sharded and in the run's precision."""
-        model, _ = self.load_model(name)
+        model, _ = self.load_model(name, device="cpu")
         return Policy(model.requires_grad_(False), mesh(self.recipe.device, self.recipe.parallel.tensor),
                       self.recipe.dtype)
 
@@ -168,13 +170,13 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     everywhere(lambda: check_device(recipe.device))
     mesh(recipe.device, recipe.parallel.tensor)
     if recipe.optimizer_state == "8bit":
-        require("'optimizer_state' is '8bit', which", "torchao")
+        everywhere(lambda: require("'optimizer_state' is '8bit', which", "torchao"))
     if recipe.trackers:
-        require("'trackers'", "tensorboard")
+        everywhere(lambda: require("'trackers'", "tensorboard"))
     for name, settings in recipe.stages.items():
         with naming(f"stage '{name}'", ConfigError):
             everywhere(Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check)
     kinds, content = everywhere(lambda: data.check_data(recipe, console))[rank()]
     agree("the content", content)
     if "code" in kinds:
-        sandbox.check(recipe.scoring.memory_mb, tuple(recipe.scoring.imports or ()))
+        everywhere(lambda: sandbox.check(recipe.scoring.memory_mb, tuple(recipe.scoring.imports or ())))

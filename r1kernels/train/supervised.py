@@ -142,6 +142,9 @@ def divergence_loss(settings: Any, teacher: Policy, vocabulary: int, model: PreT
         theirs = teacher(hidden_states, **inputs)
     student, other = head_of(model), head_of(teacher.model)  # which stays gathered
     if len(student["weight"]) != len(other["weight"]):
+        if "process_group" in student:
+            raise ConfigError("'parallel.tensor' is more than 1, and the heads of 'model' and 'teacher' have different "
+                              "numbers of rows")
         for head in (student, other):
             head["weight"] = head["weight"][:vocabulary]
             head["bias"] = None if head["bias"] is None else head["bias"][:vocabulary]

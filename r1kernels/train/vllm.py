@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from r1kernels.rewards.endpoint import Endpoint, EndpointError, Endpoints
 from r1kernels.train.checkpoint import save_model
 from r1kernels.train.errors import StorageError, naming
-from r1kernels.train.parallel import first, rank
+from r1kernels.train.parallel import first, rank, ranks
 from r1kernels.train.policy import Policy
 from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Collector, Sampler, Sampling
@@ -47,9 +47,11 @@ class VLLMSampler(Sampler):
                  check: Callable[[], None] = lambda: None) -> None:
         self.settings, self.tokenizer, self.stops = settings, tokenizer, stops
         self.weights_dir, self.version = Path(settings.weights_dir or os.devnull).resolve(), ""
-        self.servers = Endpoints([url.rstrip("/").removesuffix("/v1") for url in settings.urls],
+        begin = rank() % len(settings.urls)  # so that ranks do not all begin with the same server
+        urls = [url.rstrip("/").removesuffix("/v1") for url in settings.urls[begin:] + settings.urls[:begin]]
+        self.servers = Endpoints(urls,
                                  os.environ.get("VLLM_API_KEY"), timeout_s=settings.timeout_s, max_body=MAX_ANSWER,
-                                 concurrency=settings.requests, check=check)
+                                 concurrency=max(1, settings.requests // ranks()), check=check)
         try:
             found = self.servers.ask("get", "/server_info?config_format=json", itemgetter("vllm_config"))
         except EndpointError as error:

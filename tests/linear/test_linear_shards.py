@@ -193,7 +193,7 @@ DISAGREEMENTS = {
     "vocab_size": [("vocab_size is 990", "991 on rank 1"), ("vocab_size is 991", "990 on rank 0")],
     "vocab_size too large": [("vocab_size is 1001", "1000")] * 2,
     "temperature": [("temperature is 1.0", "different on rank 1"), ("temperature is 2.0", "different on rank 0")],
-    "ids": [("the sum of the token ids is", "on rank 1"), ("the sum of the token ids is", "on rank 0")],
+    "ids": [("the checksum of the token ids is", "on rank 1"), ("the checksum of the token ids is", "on rank 0")],
     "softcap": [("another option is", "different on rank 1"), ("another option is", "different on rank 0")],
     "refused": [("rank 1 of process_group raised an error", ""), ("softcap is -1.0", "expected")],
     "width": [("rank 1 of process_group raised an error", ""), ("expected the same H", "(400, 23)")],
