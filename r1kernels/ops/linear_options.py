@@ -273,7 +273,8 @@ def _facts(
     count = head.token_ids.numel() if counted is None else counted.sum()
     gradients = (inputs.one_pass, *(t is not None and t.requires_grad for t in (hidden, lora_a)))
     return Facts(
-        function, head.token_ids.numel(), count, checksum(head.token_ids, counted), weight.shape[1], options.get("vocab_size") or -1,
+        function, head.token_ids.numel(), count, checksum(head.token_ids, counted), weight.shape[1],
+        options.get("vocab_size") or -1,
         (hidden.dtype, weight.dtype), head.temperature, gradients,
         (head.logit_scale, head.softcap, head.logits_dtype, head.capacity, head.batch_invariant,
          head.temperatures is None, bias is None, lora_a is None, options.get("chunk_bytes")),

@@ -91,7 +91,8 @@ def _split_token_stats(
     else:
         count = ids.numel() if mask is None else mask.sum()
         facts = Facts(
-            "token_stats", ids.numel(), count, checksum(ids, mask), 0, vocab_size or -1, (logits.dtype,), temperature, (), ()
+            "token_stats", ids.numel(), count, checksum(ids, mask), 0, vocab_size or -1, (logits.dtype,), temperature,
+            (), (),
         )
         layout = agreed_layout(group, logits.shape[-1], facts, logits.device)
     check_ids_in_range("token_ids", ids, layout.vocab, mask)

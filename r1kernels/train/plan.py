@@ -96,6 +96,7 @@ class Case(SimpleNamespace):
             rows, prompts = -(-rows // self.devices), -(-prompts // self.devices)
             rows = min(self.rollout_batch_size or rows, rows)
             parts = (held if self.samples else other) | sampler | {
+                "gradients": 0,  # a step frees them
                 "KV cache": rows * (self.prompt + new) * whole["token"],
                 "prompts, logits": max(min(rows, prompts) * whole["prompt"], 8 * rows * text.vocab_size)}
             found["sampling"] = max(found.get("sampling", {}), parts, key=lambda parts: sum(parts.values()))

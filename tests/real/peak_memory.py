@@ -1,6 +1,11 @@
-"""Prints the peak memory of an update and of sampling, beside what `r1kernels plan` says, for one process on a CPU:
+"""Prints the peak memory of updates and of sampling, beside what `r1kernels plan` says, for one process on a CPU:
 
     python peak_memory.py MODEL [--precision fp32] [--checkpointing] [--lora] [--rows 4 --prompt 128 --new 64]
+
+The trainer's own code runs, with recipes/smollm2.yaml and random tokens: one update of two micro-batches with `rows`
+completions each. No two have the same prompt, as `plan` assumes, unless --group says how many do. The last line is what
+a forward and a backward of one micro-batch allocate without the head: activations and gradients of a layer or, if that
+is more, the gradient of the embedding. With --updates, sampling is not measured.
 
 Memory is that of the process (VmHWM) minus that before the model is loaded, when the same work on a tiny model is done.
 The allocator of the C library gives every freed block back, so that what is resident is what is in use.
@@ -12,6 +17,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 FIXED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -21,27 +27,19 @@ if __name__ == "__main__" and not FIXED.items() <= os.environ.items():
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch import distributed, nn  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 
 import r1kernels  # noqa: E402
-from r1kernels.train.lora import add_adapters  # noqa: E402
-from r1kernels.train.model import enable_checkpointing, hidden_states, load_model, load_tokenizer  # noqa: E402
+from r1kernels.train.errors import Interrupt  # noqa: E402
+from r1kernels.train.grpo import GRPOTrainer  # noqa: E402
+from r1kernels.train.log import Console  # noqa: E402
+from r1kernels.train.model import load_tokenizer  # noqa: E402
 from r1kernels.train.plan import cases  # noqa: E402
-from r1kernels.train.recipe import Lora  # noqa: E402
-from r1kernels.train.recipe_file import build_recipe  # noqa: E402
-from r1kernels.train.rollout import Sampling, TransformersSampler  # noqa: E402
+from r1kernels.train.recipe_file import load_recipe  # noqa: E402
+from r1kernels.train.rollout import Sampling, Tokens  # noqa: E402
+from r1kernels.train.stage import Stage  # noqa: E402
+from r1kernels.train.update import Rollout, choose_route, completion_hidden_states, completion_logprobs  # noqa: E402
 
-
-class Policy(nn.Module):
-    """A model whose forward ends in the loss, so that its head is gathered there too."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, loss, **inputs):
-        return loss(hidden_states(self.model, **inputs), self.model.get_output_embeddings().weight)
+RECIPE, STAGE = Path(__file__).parents[2] / "recipes" / "smollm2.yaml", "r1_zero"
 
 
 def resident(field="VmRSS"):
@@ -54,90 +52,106 @@ def peak_of(work):
     return resident("VmHWM")
 
 
-def recipe_of(options):
-    rl = {"kind": "grpo", "model": "base", "problems": ["sums"], "questions": 1, "group_size": options.rows,
-          "minibatches": 1, "micro_batch_tokens": options.rows * (options.prompt + options.new),
-          "max_new_tokens": options.new,
-          "objective": {"preset": "grpo"}, "lora": {"r": 16} if options.lora else None}
-    return build_recipe({
-        "run_dir": "runs/none", "precision": options.precision, "gradient_checkpointing": options.checkpointing,
-        "eval": {"questions": 1, "samples": 1, "max_new_tokens": 1},
-        "data": {"sums": {"kind": "jsonl", "path": "none", "test_path": "none"}},
-        "stages": {"base": {"kind": "model", "path": options.model}, "rl": rl}})
+def recipe_of(model, options):
+    stage = {"questions": options.rows, "group_size": 2, "max_new_tokens": options.new,
+             "micro_batch_tokens": options.rows * (options.prompt + options.new),
+             "lora": "{r: 16}" if options.lora else "null"}
+    values = {"run_dir": "runs/none", "stages.base.path": model, "precision": options.precision,
+              "gradient_checkpointing": str(options.checkpointing).lower(), "eval.questions": 1, "eval.samples": 1}
+    values |= {f"stages.{STAGE}.{name}": value for name, value in stage.items()}
+    return load_recipe(RECIPE, [f"{name}={value}" for name, value in values.items()])
 
 
-def phases(model, copy, tokenizer, options):
-    """Functions that make an update of the model, and sample from the copy."""
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    if options.lora:
-        add_adapters(model, Lora(), 0, dtype)
-    if options.checkpointing:
-        enable_checkpointing(model)
-    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-    policy, rounding = Policy(model), MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for part in (*model.base_model.layers, policy):
-        fully_shard(part, mesh=mesh, mp_policy=rounding, reshard_after_forward=False)
-    policy.set_reshard_after_backward(False)
-    optimizer = torch.optim.AdamW(
-        [weight for weight in policy.parameters() if weight.requires_grad], lr=1e-6, weight_decay=0.0)
-    width, head = options.prompt + options.new, slice(options.prompt - 1, -1)
-    ids = torch.randint(0, len(tokenizer), (options.rows, width))
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # some padding, so that attention needs a mask
-    prompts = [tokenizer.decode(ids[0, : options.prompt])] * options.rows
-    sampler = TransformersSampler(copy.to(dtype), tokenizer)
+class Work:
+    """Functions that do the work of a step on random tokens."""
 
-    def loss(hidden, weight):
-        targets = ids[:, options.prompt :]
-        return r1kernels.linear_grpo_loss(
-            hidden[:, head], weight, targets, torch.randn(options.rows), old_logprobs=-torch.ones(targets.shape)).loss
+    def __init__(self, model, options):
+        recipe = recipe_of(model, options)
+        self.trainer = GRPOTrainer(Stage(recipe, recipe.stages[STAGE], Path("none"), Console(), Interrupt()))
+        self.options, self.count = options, 2 * options.rows
+        vocabulary = self.trainer.policy.model.config.vocab_size
+        prompts = torch.randint(0, vocabulary, (-(-self.count // options.group), options.prompt))
+        prompts = prompts.repeat_interleave(options.group, 0)[: self.count]
+        ids = torch.randint(0, vocabulary, (self.count, options.new))
+        masks = [torch.ones_like(part, dtype=torch.bool) for part in (prompts, ids)]
+        masks[0][0, 0] = False  # as in any rollout, some lengths differ
+        self.tokens = Tokens(prompts, masks[0], ids, masks[1])
+        self.few = Tokens(prompts[:, :2], masks[0][:, :2], ids[:, :2], masks[1][:, :2])
 
-    def update():
-        optimizer.zero_grad()
-        for _ in range(2):  # micro-batches: the second one finds gradients
-            policy(loss, input_ids=ids, attention_mask=mask, position_ids=torch.arange(width).expand_as(ids)).backward()
-        optimizer.step()
-        for part in policy.modules():
-            if hasattr(part, "reshard"):
-                part.reshard()
+    def update(self, tokens):
+        trainer, rows = self.trainer, torch.arange(self.count)
+        self.batches, route = trainer.micro_batches(tokens, rows), choose_route(trainer.policy, tokens, trainer.apart)
+        logprobs = completion_logprobs(trainer.policy, tokens, self.batches, 1.0, route)
+        rollout = Rollout(**vars(tokens), advantages=torch.randn(self.count), old_logprobs=logprobs,
+                          ref_logprobs=None, importance_weights=None)
+        trainer.update(rollout, rows)
+        self.route = route
 
-    return update, lambda: sampler.sample(prompts, Sampling(1.0, options.new))
+    def sample(self):
+        """Like the next step: each of some prompts has two completions."""
+        self.trainer.sampler.update(self.trainer.policy)
+        texts = list(map(self.trainer.tokenizer.decode, self.tokens.prompt_ids[: self.options.rows]))
+        self.trainer.sampler.sample(texts * 2, Sampling(1.0, self.options.new))
+
+    def body(self):
+        """The bytes that a forward and a backward of the model's body allocate, where weights are gathered and have
+        gradients."""
+        policy = self.trainer.policy
+        policy.sync_gradients(False)
+
+        def work(tokens):
+            hidden = policy(completion_hidden_states, tokens.rows(self.batches[0]), self.route)
+            hidden.backward(torch.ones_like(hidden))
+
+        work(self.few)
+        before = resident()
+        return peak_of(lambda: work(self.tokens)) - before
+
+
+def tiny_model(path, directory):
+    """A directory with a small model of the same family, and the same tokenizer."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 1, config.num_attention_heads * 8, 64
+    config.head_dim = 8
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    load_tokenizer(path).save_pretrained(directory)
+    return directory
 
 
 def measured(options):
-    """Bytes of an update and of sampling. What a tiny model of the family has loaded and compiled does not count."""
+    """Bytes of the phases. What a tiny model of the family has loaded and compiled does not count."""
     torch.manual_seed(0)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    tokenizer, config = load_tokenizer(options.model), transformers.AutoConfig.from_pretrained(options.model)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 1, config.num_attention_heads * 8, 64
-    config.head_dim = 8
-    for work in phases(*map(transformers.AutoModelForCausalLM.from_config, (config, config)), tokenizer, options):
-        work()
+    with tempfile.TemporaryDirectory() as directory:
+        work = Work(tiny_model(options.model, directory), options)
+        work.update(work.tokens), work.sample()
+        del work
     gc.collect()
     r1kernels.release_workspace()
-    before = resident()
-    update, sample = phases(load_model(options.model), load_model(options.model), tokenizer, options)
-    update()
-    found = {"updates": peak_of(update) - before}
+    before, work = resident(), Work(options.model, options)
+    work.update(work.few)  # now the optimizer has its state
+    found = {"updates": peak_of(lambda: work.update(work.tokens)) - before}
     r1kernels.release_workspace()
-    return found | {"sampling": peak_of(sample) - before}
+    if not options.updates:
+        found["sampling"] = peak_of(work.sample) - before
+    return found, work.route, work.body()
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--precision", default="bf16")
-    for name in ("--checkpointing", "--lora"):
+    for name in ("--checkpointing", "--lora", "--updates"):
         parser.add_argument(name, action="store_true")
-    for name, value in (("--rows", 4), ("--prompt", 128), ("--new", 64)):
+    for name, value in (("--rows", 4), ("--prompt", 128), ("--new", 64), ("--group", 1)):
         parser.add_argument(name, type=int, default=value)
     options = parser.parse_args()
-    found = measured(options)
-    planned = dict(cases(recipe_of(options), 1, options.prompt))["rl"].phases()
+    found, route, body = measured(options)
+    planned = dict(cases(recipe_of(options.model, options), 1, options.prompt))[STAGE].phases()
     for phase, size in found.items():
         total = sum(planned[phase].values())
         print(json.dumps({"phase": phase, "measured": size, "planned": total, "ratio": round(total / size, 4),
                           "parts": {name: round(part / 2**20, 1) for name, part in planned[phase].items()}}))
+    print(json.dumps({"route": route, "body": body}))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,13 @@ def test_more_devices_divide_the_state_and_a_tensor_axis_the_activations(tmp_pat
     assert four["gathered weights"] < one["gathered weights"]
 
 
-@pytest.mark.parametrize("share", [0.95, 0.9, 0.5])
+def test_a_step_frees_the_gradients_before_the_next_step_samples(tmp_path):
+    phases = case_of(tmp_path)[0].phases()
+    assert phases["updates"]["gradients"] == phases["updates"]["weights"] == phases["sampling"]["weights"]
+    assert "gradients" not in phases["sampling"]
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
 def test_the_advice_makes_the_stage_fit(tmp_path, share):
     case, _ = case_of(tmp_path)
     memory = case.peak()[0] * share
