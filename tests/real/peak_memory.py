@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 FIXED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-         "OMP_NUM_THREADS": "1"}
+         "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 if __name__ == "__main__" and not FIXED.items() <= os.environ.items():
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FIXED)
 
