@@ -4,6 +4,7 @@ R1KERNELS_REAL_MODEL is the directory of the model, R1KERNELS_REAL_VLLM the virt
 """
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -27,6 +28,8 @@ from r1kernels.train.errors import DataError, Interrupt
 from r1kernels.train.evaluate import evaluate_model
 from r1kernels.train.log import Console
 from r1kernels.train.model import load_model, load_tokenizer
+from r1kernels.train.parallel import mesh
+from r1kernels.train.policy import Policy
 from r1kernels.train.recipe import Function, SamplerSettings
 from r1kernels.train.recipe_file import load_recipe
 from r1kernels.train.rollout import Sampling, end_tokens
@@ -118,11 +121,11 @@ def test_new_weights_are_used_by_every_server(model, sampler):
     with torch.no_grad():
         changed.get_output_embeddings().weight.mul_(0.0)
     for _ in range(3):
-        sampler.update(changed)  # all tokens are equally likely now
+        sampler.update(Policy(copy.deepcopy(changed), mesh("cpu"), torch.bfloat16))  # all tokens are equally likely now
         flat = sampler.sample(PROMPTS, Sampling(1.0, 8))
         expected = -torch.tensor(float(changed.get_output_embeddings().weight.shape[0])).log()
         torch.testing.assert_close(flat.logprobs[flat.mask], expected.expand(int(flat.mask.sum())), atol=0.05, rtol=0)
-        sampler.update(model[0])
+        sampler.update(MODEL)
         again = sampler.sample(PROMPTS, Sampling(0.6, 8))
         assert again.logprobs[again.mask].mean() > flat.logprobs[flat.mask].mean() + 5
 
@@ -197,7 +200,7 @@ def test_rejection_and_evaluation_load_no_model_here(tmp_path, servers, monkeypa
     recipe = load_recipe(ROOT / "recipes/smollm2.yaml", changes(tmp_path, **by_vllm(tmp_path, servers), **{
         "stages.traces": "{kind: reject, model: base, problems: [sums], questions: 4, samples_per_question: 8, "
                          "max_new_tokens: 26, filters: {format: false, language: null}}"}))
-    stage = Stage(recipe, recipe.stages["traces"], tmp_path / "run/traces", Console(plain=True), Interrupt())
+    stage = Stage(recipe, recipe.stages["traces"], tmp_path / "run/traces", Console(), Interrupt())
     stage.directory.mkdir(parents=True)
     found = evaluate_model(stage, "base")
     assert found["questions"] == 2 and found["length"] > 1
