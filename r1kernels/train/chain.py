@@ -22,7 +22,7 @@ from r1kernels.train.checkpoint import MODEL, latest_checkpoint, write_file
 from r1kernels.train.errors import ConfigError, Interrupt, naming
 from r1kernels.train.log import Console
 from r1kernels.train.parallel import check, first, rank, report_activity
-from r1kernels.train.recipe import LEAVES, Recipe, nearest
+from r1kernels.train.recipe import LEAVES, Recipe
 from r1kernels.train.recipe_file import dump_recipe, references
 from r1kernels.train.stage import SELECTED, Stage
 
@@ -49,7 +49,7 @@ class Chain:
         self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
         self.records, self.forced = first(lambda: read_manifest(recipe.run_dir)), {start}
         if start is not None and start not in recipe.stages:
-            raise ConfigError(f"--from {start!r}: no such stage; {nearest(start, recipe.stages)}")
+            raise ConfigError(f"--from {start!r}: no such stage; expected one of {list(recipe.stages)}")
         for name in recipe.stages:
             if self.forced & self._named_by(name):
                 self.forced.add(name)

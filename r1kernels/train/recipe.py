@@ -6,10 +6,9 @@ A recipe is one YAML file: settings of the whole run, named data sets, and named
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -23,22 +22,7 @@ from r1kernels.train.errors import naming
 class Settings(BaseModel):
     """It refuses unknown keys, values of the wrong type, infinity and NaN."""
 
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                known = [name for name, info in cls.model_fields.items() if not info.exclude]
-                raise ValueError(f"unknown key {key!r:.60}; {nearest(key, known)}")
-        return values
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one that it resembles, or all of them."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, known)) or '(nothing)'}"
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from r1kernels.rewards.scorer import REWARDS
 from r1kernels.train.errors import ConfigError
-from r1kernels.train.recipe import LEAVES, Recipe, RefersTo, nearest
+from r1kernels.train.recipe import LEAVES, Recipe, RefersTo
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -90,7 +90,7 @@ def _check_names(recipe: Recipe) -> None:
                 known = [other for other in known if recipe.data[other].held_out]
             if name not in known:
                 later = ", and a stage can only use stages before it" if name in recipe.stages else ""
-                raise ConfigError(f"'{where}.{key}' names '{name}'{later}; {nearest(name, known)}")
+                raise ConfigError(f"'{where}.{key}' names '{name}'{later}; expected one of {known}")
         if where != "eval":
             if settings.name in (*recipe.data, *REWARDS, "std"):  # scores of 'x' are the metric 'reward_x'
                 raise ConfigError(f"stage '{settings.name}' has the name of a data set or of a reward; rename it")
@@ -117,12 +117,12 @@ def _check_stage(where: str, stage: Any) -> None:
 def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
-    place, value, message = [str(part) for part in first["loc"]], first["input"], first["msg"]
+    place, value = [str(part) for part in first["loc"]], first["input"]
+    message = "unknown key; see docs/settings.md" if first["type"] == "extra_forbidden" else first["msg"]
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name for the kind
     given = "" if isinstance(value, dict) else f" is {value!r:.60}"
-    key = f"'{'.'.join(place)}'{given}: " if place else ""
-    return key + message.removeprefix("Value error, ")
+    return f"'{'.'.join(place)}'{given}: {message}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -115,17 +115,17 @@ def test_references_are_found_at_any_depth(path):
 
 
 BAD = [  # an override, and words of the message
-    ("nonsense=1", "'nonsense' run_dir stages"), ("sed=1", "'sed' 'seed'"), ("seed=-1", "'seed' -1 0"),
+    ("nonsense=1", "'nonsense' 1 settings.md"), ("seed=-1", "'seed' -1 0"),
     ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"),
     ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 boolean"),
     ("run_dir=7", "'run_dir' 7"), ("trackers=tensorboard", "'trackers' 'tensorboard' list"),
     ("trackers=[paper]", "'trackers.0' 'paper' 'tensorboard'"), ("eval={every: 1, every: 2}", "'every' twice"),
-    ("eval=3", "'eval' 3"), ("eval.evry=3", "'evry' 'eval' 'every'"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
+    ("eval=3", "'eval' 3"), ("eval.evry=3", "'eval.evry' 3 unknown"), ("eval.top_p=1.5", "'eval.top_p' 1.5 1"),
     ("eval.problems=[chat]", "'eval.problems' 'chat' sums"), ("eval.problems=[none]", "'eval.problems' 'none' sums"),
     ("scoring.judge={url: here, model: x}", "'scoring.judge.url' 'here' http"),
     ("scoring.judge={url: 'http://x', model: x, concurrency: 0}", "'scoring.judge.concurrency' 0 1"),
     ("data=[1]", "'data' [1] dictionary"), ("data.sums=jsonl", "'data.sums' 'jsonl'"),
-    ("data.sums.kind=poems", "'data.sums' 'kind' 'poems' 'jsonl'"), ("data.sums.terms=3", "'terms' 'data.sums'"),
+    ("data.sums.kind=poems", "'data.sums' 'kind' 'poems' 'jsonl'"), ("data.sums.terms=3", "'data.sums.terms' 3"),
     ("data.sums={kind: jsonl}", "held-out 'test_path'"), ("data={a/b: {kind: jsonl, path: x}}", "'a/b' pattern"),
     ("data.sums={kind: function, function: nowhere}", "'data.sums.function' 'nowhere'"),
     ("stages={}", "'stages' 1"), ("stages=[{name: base, kind: model}]", "'stages' dictionary"),
@@ -141,8 +141,8 @@ BAD = [  # an override, and words of the message
     ("stages.scores.pairs=traces", "'stages.scores.pairs' 'traces' chat"),
     ("stages.r1-2.preference=[{model: base}]", "'stages.r1-2.preference.model' 'base' scores"),
     ("stages.r1-2.preference=[{weight: 1}]", "'stages.r1-2.preference.0.model' required"),
-    ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'wait' 'stages.r1-2.preference.0' 'weight'"),
-    ("stages.r1.grup_size=8", "'grup_size' 'stages.r1' 'group_size'"),
+    ("stages.r1-2.preference=[{model: scores, wait: 1}]", "'stages.r1-2.preference.0.wait' 1 unknown"),
+    ("stages.r1.grup_size=8", "'stages.r1.grup_size' 8 unknown"),
     ("stages.r1.group_size=1", "'stages.r1.group_size' 1 2"), ("stages.r1.steps=2.5", "'stages.r1.steps' 2.5 integer"),
     ("stages.r1.learning_rate=fast", "'stages.r1.learning_rate' 'fast' number"),
     (f"stages.r1.learning_rate=1{'0' * 400}", "'stages.r1.learning_rate'"),
@@ -150,7 +150,7 @@ BAD = [  # an override, and words of the message
     ("stages.r1.minibatches=7", "'stages.r1.minibatches' 7 group_size"),
     ("stages.r1.length_schedule={1: 0}", "'stages.r1.length_schedule.1' 0"),
     ("stages.r1.rewards={accuracy: big}", "'stages.r1.rewards.accuracy' 'big'"),
-    ("stages.r1.sampler={kind: vllm}", "'sampler' 'stages.r1'"),
+    ("stages.r1.sampler={kind: vllm}", "'stages.r1.sampler' unknown"),
     ("sampler={kind: vllm, weights_dir: w}", "'sampler.urls' [] 'vllm'"),
     ("sampler={kind: vllm, urls: ['http://a']}", "'sampler.weights_dir' None 'vllm'"),
     ("sampler={kind: vllm, urls: [a]}", "'sampler.urls.0' 'a' https"),
@@ -164,7 +164,7 @@ BAD = [  # an override, and words of the message
     ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
     ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}",
      "'stages.cold.teacher' 'r0' r1"),
-    ("=3", "key ''"), ("eval..samples=3", "'eval' ''"), ("stages.r1.steps", "--set 'stages.r1.steps' KEY=VALUE"),
+    ("=3", "'' 3"), ("eval..samples=3", "'eval.'"), ("stages.r1.steps", "--set 'stages.r1.steps' KEY=VALUE"),
     ("stages.r1.steps=[", "YAML"), ("seed=2024-13-45", "month"), ("stages.r2.steps=3", "'stages.r2' 'kind'"),
     ("template.x=3", "'template' 'r1_zero'"), ("run_dir.x=3", "'run_dir' string"),
 ]
@@ -204,8 +204,3 @@ def test_files_that_are_no_recipe(tmp_path, name, text, words):
     with pytest.raises(ConfigError) as error:
         load_recipe(path)
     assert all(word in str(error.value) for word in [str(path), *words.split()]), str(error.value)
-
-
-def test_an_unknown_key_of_the_recipe_is_named_plainly(path):
-    with pytest.raises(ConfigError, match="yaml: unknown key 'sed'; did you mean 'seed'"):
-        load_recipe(path, ["sed=1"])
