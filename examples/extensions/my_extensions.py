@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -66,6 +69,15 @@ def products(split: str, count: int | None, seed: int, *, most: int = 12) -> lis
         pairs = [(a, b) for a in range(2, most + 1) for b in range(2, most + 1) if (a + b) % 4 != 0]
     random.Random(f"{seed} {split}").shuffle(pairs)
     return [{"question": f"What is {a} times {b}?", "answer": str(a * b)} for a, b in pairs[:count]]
+
+
+def humaneval(split: str, count: int | None, seed: int, *, path: str) -> list[dict[str, Any]]:
+    """A data set from a file in another form: HumanEval.jsonl.gz, whose rows have a prompt and a test."""
+    ask = "Complete this Python function. Answer with the whole function in a ```python block."
+    with gzip.open(path) as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, count)]
+    return [{"id": row["task_id"], "question": f"{ask}\n\n```python\n{row['prompt'].strip()}\n```", "kind": "code",
+             "answer": {key: row[key] for key in ("prompt", "entry_point", "test")}} for row in rows]
 
 
 def tables(seed: int, step: int, *, most: int = 12) -> Iterator[tuple[str, str]]:

@@ -26,8 +26,6 @@ from r1kernels.train.log import Console
 from r1kernels.train.recipe import Data, FileData, Recipe
 from r1kernels.train.recipe_file import references
 
-HUMANEVAL = "Complete this Python function. Answer with the whole function in a ```python block.\n\n```python\n{}\n```"
-
 # DeepSeek-R1, arXiv 2501.12948, Table 1: it fixes the structure of a response and does not say how to think.
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
@@ -196,12 +194,8 @@ def read_rows(recipe: Recipe, name: str, split: Split, count: int | None = None)
 
 
 def _with_our_keys(data: Data, row: Row, where: str) -> Row:
-    """A row after the setting `columns`, or of HumanEval, with a question."""
+    """A row after the setting `columns`, with a question."""
     row = row | {ours: row[theirs] for ours, theirs in getattr(data, "columns", {}).items()}
-    if data.kind == "humaneval":
-        tests = {key: text_of(row, key, where) for key in ("prompt", "entry_point", "test")}
-        question, id = HUMANEVAL.format(tests["prompt"].strip()), row.get("task_id", where)
-        row = {"id": id, "question": question, "answer": tests, "kind": "code"}
     return row | {"question": text_of(row, "question", where)}
 
 

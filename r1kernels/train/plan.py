@@ -230,14 +230,13 @@ def cases(recipe: Recipe, devices: int, prompt: int) -> Iterator[tuple[str, Case
             width, size = get("window") or stage.max_tokens, get("micro_batch_size") or stage.batch_size
             size *= 1 + (stage.kind == "preference")
             others = {"teacher": configs[stage.teacher]} if get("teacher") else {}
-            batches += [(stage.batch_size, stage.batch_size, new)] if get("on_policy") else []
         batches = batches if stage.kind != "preference" and recipe.sampler.kind != "vllm" else []
         if width or batches:
             yield name, Case(**{"lora": None, "rollout_batch_size": None} | dict(recipe) | dict(stage) | {
                 "config": configs[name], "others": others, "devices": devices, "prompt": prompt, "width": width,
                 "precision": "bf16" if recipe.dtype == torch.bfloat16 else "fp32", "scored": new / width if held else 1,
                 "micro_batch_tokens": get("micro_batch_tokens") or size * width, "tensor": recipe.parallel.tensor,
-                "rollout": held * width, "batches": batches, "samples": not width or held or get("on_policy")})
+                "rollout": held * width, "batches": batches, "samples": not width or held})
 
 
 def verdict(name: str, case: Case, memory: float, left_out: tuple[str, ...] = ()) -> tuple[str, bool]:

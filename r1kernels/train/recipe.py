@@ -76,8 +76,8 @@ class DataSet(Settings):
 
 
 class FileData(DataSet):
-    """A file of JSON objects, one a line, gzipped or not; `humaneval` is the file of that set."""
-    kind: Literal["jsonl", "humaneval"]
+    """A file of JSON objects, one a line, gzipped or not."""
+    kind: Literal["jsonl"]
     path: FilePath | None = setting("file to train on", None)
     test_path: FilePath | None = setting("file with the held-out problems", None)
 
@@ -188,7 +188,6 @@ class Filters(Settings):
     paragraph: int | None = setting("most words without a line break", 256, ge=1)
     code_blocks: bool = setting("allow code blocks in the thought", False)
     line_repeats: int | None = setting("repetitions of the same lines that make a loop", 4, ge=2)
-    ngram_share: float | None = setting("largest share of runs of 8 words that occurred before", 0.35, ge=0, le=1)
 
 
 class Lora(Settings):
@@ -246,7 +245,6 @@ class SFT(Training):
 class Distill(SFT):
     """Distillation into a smaller model: SFT on samples (the paper), or matching a teacher with the same tokenizer."""
     kind: Literal["distill"]
-    samples: SampleNames = setting("stages of kind `reject` and data sets with responses", [])
     batch_size: int = setting("samples of an update", 64, ge=1)
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
     method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
@@ -254,9 +252,6 @@ class Distill(SFT):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
     beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
     temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)
-    on_policy: bool = setting("for `logits`: the student answers `problems` itself", False)
-    problems: DataNames = setting("data sets whose questions the student answers, for `on_policy`", [])
-    max_new_tokens: int = setting("tokens of a completion of the student at most", 64, ge=1)
 
 
 class GRPO(StageSettings):

@@ -107,11 +107,8 @@ def _check_stage(where: str, stage: Any) -> None:
         if stage.rollout_ahead and stage.importance.mode == "none":
             raise ConfigError(f"'{where}.rollout_ahead' is 1, and '{where}.importance.mode' is 'none'; samples come "
                               "from older weights, so it must be 'truncate' or 'mask'")
-    if stage.kind == "distill":
-        if (stage.teacher is not None) != (stage.method == "logits") or (stage.on_policy and stage.teacher is None):
-            raise ConfigError(f"'{where}.teacher' is {stage.teacher!r}; only method 'logits' has one and 'on_policy'")
-        if bool(stage.problems) != stage.on_policy or bool(stage.samples) == stage.on_policy:
-            raise ConfigError(f"'{where}' needs 'problems' where 'on_policy' is true, else 'samples', and not both")
+    if stage.kind == "distill" and (stage.teacher is not None) != (stage.method == "logits"):
+        raise ConfigError(f"'{where}.teacher' is {stage.teacher!r}; method 'logits' needs one, and only it has one")
 
 
 def _describe(error: pydantic.ValidationError) -> str:

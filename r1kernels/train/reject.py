@@ -30,7 +30,6 @@ from r1kernels.train.rollout import Sampling
 from r1kernels.train.stage import SELECTED, Stage, make_judge
 
 # In this order: a sample is counted under the first reason that holds.
-RUN = 8  # words of a run
 REASONS = ("unscorable", "wrong", "unfinished", "unreadable", "mixed language", "long paragraph", "code block",
            "repetition", "duplicate", "surplus")
 COUNTS = ("samples", "kept", "tokens", "timeouts", "crashes", "endpoint_failures")  # other than the reasons
@@ -158,16 +157,8 @@ def fault(sample: Sample, limits: Filters) -> str | None:
     searched = completion.rpartition(THINK_END)[0] if problem.kind == "code" else completion
     if not limits.code_blocks and _FENCE.search(searched):
         return "code block"
-    return "repetition" if repeats(text, limits) else None
-
-
-def repeats(text: str, limits: Filters) -> bool:
-    """Whether lines or words loop, or much of the text repeats earlier text."""
-    lines, words = [line.strip() for line in text.splitlines() if _WORD.search(line)], _WORD.findall(text)
-    runs = [*zip(*(words[start:] for start in range(RUN)), strict=False)]
-    again = 1 - len(set(runs)) / len(runs) if len(runs) >= 32 else 0  # with few runs, a text is too short to say
-    return ((limits.line_repeats is not None and loops(lines, limits.line_repeats, longest=8))
-            or (limits.ngram_share is not None and again > limits.ngram_share))
+    lines = [line.strip() for line in text.splitlines() if _WORD.search(line)]
+    return "repetition" if limits.line_repeats and loops(lines, limits.line_repeats, longest=8) else None
 
 
 def loops(items: Sequence[str], repeats: int, longest: int) -> bool:

@@ -115,7 +115,7 @@ def run(stage: Stage) -> dict[str, Any]:
     policy = stage.wrap(model.model)
     summary = {"pairs": len(training), "held_out_pairs": len(held_out), "left_out": left_out} | fit(
         stage, (policy, model.tokenizer, state), training,
-        lambda step, pairs: gradient(model, policy, pairs, size))
+        lambda pairs: gradient(model, policy, pairs, size))
     if held_out:
         scores = torch.tensor(policy(lambda _: model.score(*both(held_out))))
         measures = measure(scores[::2] - scores[1::2])

@@ -10,7 +10,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,8 +25,8 @@ from r1kernels.train.model import head_of, hidden_states, load_tokenizer
 from r1kernels.train.packing import IGNORED, Rows, Sample, collate, keeps_apart, pack, row_length
 from r1kernels.train.parallel import check, first
 from r1kernels.train.policy import Policy, make_optimizer
-from r1kernels.train.rng import permutation, seed_at
-from r1kernels.train.rollout import Sampler, Sampling, end_tokens, prompt_tokens
+from r1kernels.train.rng import permutation
+from r1kernels.train.rollout import end_tokens, prompt_tokens
 from r1kernels.train.stage import Stage, Start
 from r1kernels.train.update import optimizer_step
 
@@ -60,73 +59,41 @@ def run_pretrain(stage: Stage) -> Summary:
 
 def run_sft(stage: Stage) -> Summary:
     """Next-token training on the responses of samples, never on their prompts."""
-    return fit_texts(stage, start_of(stage), cross_entropy)
+    return fit_samples(stage, start_of(stage), cross_entropy)
 
 
 def run_distill(stage: Stage) -> Summary:
     """Distillation into a smaller model. The paper's method `samples` is SFT on texts of the teacher. `logits` matches
-    the teacher's distribution of every token, in given samples or in texts of the student (2306.13649)."""
+    the teacher's distribution of every token."""
     settings, start = stage.settings, start_of(stage)
     if settings.method == "samples":
-        return fit_texts(stage, start, cross_entropy)
+        return fit_samples(stage, start, cross_entropy)
     tokenizer, own = load_tokenizer(stage.model_path(settings.teacher)), start[1]
     ours, theirs = ({**one.get_vocab(), "(end of text)": one.eos_token_id}.items() for one in (own, tokenizer))
     if different := ours ^ theirs:
         raise ConfigError(f"the tokenizers of 'model' and 'teacher' differ, for example in {min(different)}; method "
                           "'logits' needs equal tokenizers, because it compares probabilities of tokens; use 'samples'")
     teacher = stage.frozen(settings.teacher)
-    loss = partial(divergence_loss, settings, teacher, len(tokenizer))
-    return fit_texts(stage, start, loss, teacher, on_policy=settings.on_policy)
+    return fit_samples(stage, start, partial(divergence_loss, settings, teacher, len(tokenizer)), teacher)
 
 
-def fit_texts(stage: Stage, start: Start, loss: Loss, *others: Policy, on_policy: bool = False) -> Summary:
-    """Trains on given samples, or on the model's own answers to problems. `others` see the packed rows too."""
-    settings, (policy, tokenizer, _), template = stage.settings, start, stage.template(start[1])
-    if on_policy:
-        items, key = [template.render(problem.question) for problem in stage.problems(settings.problems)], "problems"
-        sizes, most = map(len, prompt_tokens(tokenizer, items)), settings.window - settings.max_new_tokens
-    else:
-        texts, key = stage.demonstrations(settings.samples, template), "samples"
-        items = list(encode(tokenizer, texts))
-        sizes, most = (len(sample.ids) for sample in items), settings.window
-    kept = [item for item, size in zip(items, sizes, strict=True) if size <= most]
-    too_long = f"{len(items) - len(kept)} of {len(items)} texts have more than {most} tokens (see 'window')"
+def fit_samples(stage: Stage, start: Start, loss: Loss, *others: Policy) -> Summary:
+    """Trains on the samples that the settings name. `others` see the packed rows too."""
+    settings, (policy, tokenizer, _) = stage.settings, start
+    items = list(encode(tokenizer, stage.demonstrations(settings.samples, stage.template(tokenizer))))
+    kept = [sample for sample in items if len(sample.ids) <= settings.window]
+    too_long = f"{len(items) - len(kept)} of {len(items)} texts have more than {settings.window} tokens (see 'window')"
     if not kept:
-        raise DataError(f"'{key}' {', '.join(getattr(settings, key))}: {too_long}; at least one must have fewer")
+        raise DataError(f"'samples' {', '.join(settings.samples)}: {too_long}; at least one must have fewer")
     if len(kept) < len(items):  # cut off, a sample would teach to stop in the middle
         stage.console.say(f"{settings.name}: {too_long} and are left out", warning=True)
     mixing = [type(one.model).__name__ for one in (policy, *others) if not one(keeps_apart)]
     if mixing:
         stage.console.say(f"{settings.name}: {mixing[0]} cannot keep samples of a row apart, so each has its own row, "
                           "which is slower", warning=True)
-    window, sampler = 0 if mixing else settings.window, None
-    if on_policy:
-        sampler = stage.sampler(settings.model, loaded=False)
-        sampler.stops = end_tokens(policy.model, tokenizer)
-
-    def learn(step: int, chosen: list[Any]) -> Measures:
-        samples, measures = write(stage, sampler, policy, step, chosen) if sampler else (chosen, {})
-        rows = pack(samples, window)
-        return gradient(policy, loss, rows, settings.micro_batch_size) | measures
-
-    with closing(sampler) if sampler else nullcontext():
-        return {key: len(kept), "too_long": len(items) - len(kept)} | fit(stage, start, kept, learn)
-
-
-def write(
-    stage: Stage, sampler: Sampler, policy: Policy, step: int, prompts: list[str],
-) -> tuple[list[Sample], Measures]:
-    """The texts that the model writes in a step, and their measures."""
-    settings = stage.settings
-    sampler.update(policy)
-    written = sampler.sample(prompts, Sampling(1.0, settings.max_new_tokens,
-                                               seed=seed_at(stage.recipe.seed, settings.name, "rollout", step)))
-    sampler.sleep()
-    rows = zip(written.prompt_ids, written.prompt_mask, written.token_ids, written.mask, strict=True)
-    samples = [Sample(torch.cat([prompt[asked], answer[given]]).to("cpu", torch.int32), int(asked.sum()))
-               for prompt, asked, answer, given in rows]
-    return samples, {"length": written.lengths.float().mean().item(),
-                     "truncated": 1 - written.finished.float().mean().item()}
+    window = 0 if mixing else settings.window
+    return {"samples": len(kept), "too_long": len(items) - len(kept)} | fit(
+        stage, start, kept, lambda samples: gradient(policy, loss, pack(samples, window), settings.micro_batch_size))
 
 
 def cross_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], targets: Tensor, tokens: float) -> Tensor:
@@ -173,15 +140,15 @@ def cosine(settings: Any, steps: int, step: int) -> float:
     return height * highest + (1 - height) * lowest
 
 
-def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[int, list[Any]], Measures]) -> Summary:
-    """Trains on items in epochs with different orders. `learn(step, items)` adds the gradient of some of them."""
+def fit(stage: Stage, start: Start, items: Sequence[Any], learn: Callable[[list[Any]], Measures]) -> Summary:
+    """Trains on items in epochs with different orders. `learn(items)` adds the gradient of some of them."""
     settings, size = stage.settings, stage.settings.batch_size
     order = [index for epoch in range(settings.epochs)
              for index in permutation(len(items), stage.recipe.seed, settings.name, "samples", epoch)]
     steps = math.ceil(len(order) / size)
     optimizer = make_optimizer(start[0], stage.recipe.optimizer_state, weight_decay=settings.weight_decay)
     return train(stage, start, optimizer, steps,
-                 lambda step: learn(step, [items[index] for index in order[step * size : (step + 1) * size]]),
+                 lambda step: learn([items[index] for index in order[step * size : (step + 1) * size]]),
                  partial(cosine, settings, steps), settings.grad_clip)
 
 

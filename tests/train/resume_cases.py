@@ -51,8 +51,8 @@ stages:
   ppo: {{<<: *rl, steps: 2, oversample: 1, group_size: 2, epochs: 2, micro_batch_tokens: null,
     advantages: {{function: "ppo:critic", options: {{value_learning_rate: 1.0e-3, kl_coef: 0.01}}}},
     objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
-  small: {{kind: distill, model: base, teacher: r1, method: logits, on_policy: true, problems: [sums], epochs: 1,
-    batch_size: 4, window: 256, max_new_tokens: 6, learning_rate: 1.0e-3}}
+  small: {{kind: distill, model: base, teacher: r1, method: logits, samples: [traces], epochs: 1,
+    batch_size: 4, window: 256, learning_rate: 1.0e-3}}
 """
 STAGES = ("base", "rl", "traces", "cold", "scores", "r1", "ppo", "small")
 

@@ -99,13 +99,6 @@ def test_columns_of_a_file_are_renamed(make):
         load_problems(make([*rows, {"answer": "1"}], **keys), "file", "train")
 
 
-def test_humaneval(make):
-    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"}
-    [problem] = load_problems(make([row], kind="humaneval"), "file", "train")
-    assert (problem.id, problem.kind) == ("HumanEval/0", "code") and "def f():" in problem.question
-    assert json.loads(problem.answer) == {key: row[key] for key in ("prompt", "entry_point", "test")}
-
-
 BAD_ROWS = [
     ({"question": "x"}, ["answer"]), ({"question": " ", "answer": "1"}, ["question"]),
     ({"question": "x", "answer": 4}, ["answer", "4"]), ({"answer": "1"}, ["question"]),

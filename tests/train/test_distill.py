@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rl_cases import policy_of, take_gradient
-from supervised_cases import Killed, make_tokenizer, outcome, same_after_stops, save_model, stage_of, write_rows
+from supervised_cases import make_tokenizer, save_model, stage_of, write_rows
 from transformers import AutoModelForCausalLM
 
-from r1kernels.train.errors import ConfigError, DataError, Interrupted
-from r1kernels.train.log import read_lines
+from r1kernels.train.errors import ConfigError
 from r1kernels.train.model import load_model, load_tokenizer
 from r1kernels.train.packing import pack
 from r1kernels.train.stage import Stage
@@ -24,8 +23,7 @@ precision: fp32
 threads: 1
 template: chat
 data:
-  questions: {{kind: jsonl, path: {directory}/questions.jsonl, test_path: {directory}/test.jsonl}}
-  replies: {{kind: jsonl, path: {directory}/replies.jsonl}}
+  replies: {{kind: jsonl, path: {directory}/replies.jsonl, test_path: {directory}/test.jsonl}}
 checkpoint: {{supervised_every: 2, keep: 1}}
 stages:
   base: {{kind: model, path: {directory}/student}}
@@ -37,7 +35,6 @@ stages:
      learning_rate: 1.0e-2}}
 """
 LOGITS = ("method=logits", "teacher=big")
-ON_POLICY = (*LOGITS, "on_policy=true", "samples=[]", "problems=[questions]", "max_new_tokens=6")
 REPLIES = [(f"Compute {a}+{a}", f" <think>{a}+{a}={2 * a}</think>\n<answer>{2 * a}</answer>") for a in range(6)]
 
 
@@ -50,14 +47,12 @@ def home(tmp_path_factory) -> Path:
     save_model(directory / "padded", 1, rows=len(make_tokenizer()) + 11)
     save_model(directory / "other", 1, tokenizer=make_tokenizer("é"))
     write_rows(directory / "replies.jsonl", [{"question": q, "response": r} for q, r in REPLIES])
-    write_rows(directory / "questions.jsonl", [{"question": q, "answer": "1"} for q, _ in REPLIES])
     write_rows(directory / "test.jsonl", [{"question": "Compute 9+9", "answer": "18"}])
     return directory
 
 
-def stage_at(home: Path, directory: Path, *keys: str, interrupt=None) -> Stage:
-    overrides = [f"stages.small.{key}" for key in keys]
-    return stage_of(RECIPE.format(directory=home), "small", directory, overrides, interrupt)
+def stage_at(home: Path, directory: Path, *keys: str) -> Stage:
+    return stage_of(RECIPE.format(directory=home), "small", directory, [f"stages.small.{key}" for key in keys])
 
 
 def test_of_samples_it_is_fine_tuning_on_them(home, tmp_path):
@@ -114,38 +109,6 @@ def test_the_student_comes_closer_to_a_teacher_that_stays_as_it_is(home, tmp_pat
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(home, tmp_path):
     summary = run_distill(stage_at(home, tmp_path, "method=logits", "teacher=base", "epochs=1"))
     assert abs(summary["loss_first"]) < 1e-6
-
-
-@pytest.fixture(scope="module")
-def on_policy(home, tmp_path_factory):
-    stage = stage_at(home, tmp_path_factory.mktemp("on_policy"), *ON_POLICY)
-    return run_distill(stage), outcome(stage), stage
-
-
-def test_on_policy_the_student_writes_what_it_is_taught_on(on_policy):
-    summary, _, stage = on_policy
-    lines = read_lines(stage.directory / "metrics.jsonl")
-    assert summary["problems"] == 6 and summary["too_long"] == 0 and len(lines) == summary["steps"] == 3
-    assert all(1 <= line["length"] <= 6 and 0 <= line["truncated"] <= 1 for line in lines)
-    # Every token that was drawn is learned from, the end with the others.
-    assert all(line["tokens"] == pytest.approx(4 * line["length"]) for line in lines)
-    assert len({line["loss"] for line in lines}) == 3
-
-
-@pytest.mark.parametrize(("checks", "how"), [(3, Killed), (15, Interrupted), (20, Killed)])
-def test_on_policy_too_it_goes_on_as_if_never_stopped(home, on_policy, tmp_path, checks, how):
-    make = lambda stop: stage_at(home, tmp_path, *ON_POLICY, interrupt=stop)  # noqa: E731
-    same_after_stops(run_distill, make, on_policy[:2], checks, how)
-
-
-def test_on_policy_questions_without_room_for_an_answer_are_left_out(home, tmp_path):
-    write_rows(tmp_path / "questions.jsonl", [{"question": q, "answer": "1"} for q in ("Compute 1+1", "Compute " * 20)])
-    keys = [f"data.questions.path={tmp_path}/questions.jsonl", *(f"stages.small.{key}" for key in ON_POLICY)]
-    stage = stage_of(RECIPE.format(directory=home), "small", tmp_path, keys)
-    summary = run_distill(stage)
-    assert (summary["problems"], summary["too_long"]) == (1, 1)
-    with pytest.raises(DataError, match=r"'problems' questions: 6 of 6 .* more than 2 tokens .*'window'"):
-        run_distill(stage_at(home, tmp_path / "other", *ON_POLICY, "window=8"))
 
 
 def test_another_vocabulary_is_refused(home, tmp_path):

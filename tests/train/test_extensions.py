@@ -1,6 +1,8 @@
 """The README of examples/extensions is a recipe whose functions are found and used."""
 
+import gzip
 import itertools
+import json
 import math
 
 import pytest
@@ -10,6 +12,7 @@ from supervised_cases import EXAMPLES, stage_of
 import r1kernels
 from r1kernels.rewards import EndpointError, Scorer
 from r1kernels.train.data import load_problems
+from r1kernels.train.recipe_file import build_recipe
 from r1kernels.train.supervised import run_pretrain
 
 
@@ -25,6 +28,18 @@ def test_the_data_set(stage):
     train, test = (load_problems(stage.recipe, "products", split) for split in ("train", "test"))
     assert len(train) > len(test) > 10 and train[0].question.startswith("What is ")
     assert not {one.question for one in train} & {one.question for one in test}
+
+
+def test_the_data_set_from_a_file_of_humaneval(stage, tmp_path):
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"}
+    with gzip.open(tmp_path / "rows.gz", "wt") as file:
+        file.write(json.dumps(row) + "\n")
+    data = {"kind": "function", "function": "my_extensions:humaneval", "options": {"path": f"{tmp_path}/rows.gz"}}
+    recipe = build_recipe(stage.recipe.model_dump() | {"data": {"code": data}} | {"stages": {
+        "base": {"kind": "model", "path": "x"}}})
+    [problem] = load_problems(recipe, "code", "test")
+    assert (problem.id, problem.kind) == ("HumanEval/0", "code") and "def f():" in problem.question
+    assert json.loads(problem.answer) == {key: row[key] for key in ("prompt", "entry_point", "test")}
 
 
 def test_the_reward(stage):

@@ -161,7 +161,7 @@ BAD = [  # an override, and words of the message
     ("stages.r1.model=cold", "'stages.r1.model' 'cold' before 'base'"),
     ("stages.r1.advantages.function=x", "'stages.r1.advantages.function' 'x'"),
     ("stages.cold={kind: distill, model: base, samples: [chat], teacher: r1}", "'stages.cold.teacher' 'r1' 'logits'"),
-    ("stages.cold={kind: distill, model: base}", "'stages.cold' 'samples'"),
+    ("stages.cold={kind: distill, model: base}", "'stages.cold.samples' required"),
     ("stages.cold={kind: distill, model: base, samples: [chat], method: logits, teacher: r0}",
      "'stages.cold.teacher' 'r0' r1"),
     ("=3", "'' 3"), ("eval..samples=3", "'eval.'"), ("stages.r1.steps", "--set 'stages.r1.steps' KEY=VALUE"),

@@ -47,7 +47,7 @@ def answers(question: str) -> list[str]:
         f"It is <answer>{2 * a}</answer>",
         f"<think>所以答案是十二 {right}{end}",
         f"<think>```\nprint\n```{end}",
-        f"<think>{'so and so ' * 80}{end}",
+        f"<think>{'so and so ' * 90}{end}",
         "<think>" + f"{right}\n" * 5 + end,
         f"<think>{right}{end} cut",
     ]
@@ -125,8 +125,7 @@ def test_the_counts_are_those_of_the_script(home, tmp_path, scripted, monkeypatc
     """Every answer exactly once, so that each reason is known."""
     draws = iter(list(range(9)) * 8)
     monkeypatch.setattr(torch, "randint", lambda *_, **options: next(draws))
-    summary = reject.run(stage_at(home, tmp_path, "stages.traces.samples_per_question=9",
-                                  "stages.traces.filters.paragraph=200"))
+    summary = reject.run(stage_at(home, tmp_path, "stages.traces.samples_per_question=9"))
     assert summary["kept"] == 16
     assert {name: count for name, count in summary["rejected"].items() if count} == dict.fromkeys(
         ("wrong", "unfinished", "unreadable", "mixed language", "long paragraph", "code block", "repetition"), 8

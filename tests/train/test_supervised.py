@@ -165,7 +165,7 @@ def test_the_gradient_does_not_depend_on_windows_or_micro_batches(parts):
 def test_every_epoch_takes_every_sample_once_in_another_order(home, tmp_path):
     stage, steps = stage_at(home, tmp_path), []
 
-    def learn(step, items):
+    def learn(items):
         steps.append(items)
         for weight in start[0].trained().values():
             weight.grad = torch.zeros_like(weight)

@@ -19,7 +19,6 @@ from r1kernels.train.grpo import GRPOTrainer
 from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Sampling, TransformersSampler, end_tokens
 from r1kernels.train.stage import Stage
-from r1kernels.train.supervised import run_distill
 from r1kernels.train.vllm import VLLMSampler
 
 PROMPTS = [prompt for prompt in ("3+4", "1+2+3+4+5+6", "9+9+9") for _ in range(4)]
@@ -362,10 +361,3 @@ class TestStages:
         GRPOTrainer(one).run()
         paths = [path for path, *_ in server.log if path.startswith(("/sleep", "/wake_up", "/collective"))]
         assert paths[:2] == ["/sleep?level=2", "/wake_up?tags=weights"]
-
-    def test_distillation_of_the_students_own_texts(self, stage, server, tmp_path):
-        one = stage(".stages.small={kind: distill, model: base, method: logits, teacher: base, on_policy: true, "
-                    "problems: [sums], epochs: 1, batch_size: 4, max_new_tokens: 6, window: 1024}", load=True)
-        run_distill(dataclasses.replace(one, settings=one.recipe.stages["small"]))
-        assert len(server.bodies("/collective_rpc")) == 2  # steps
-        assert not [*(tmp_path / "weights").iterdir()]
