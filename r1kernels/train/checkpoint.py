@@ -3,7 +3,6 @@
     <stage>/checkpoints/step-000123/model/         loads with plain transformers: the whole weights in float32
                                     shards/        tensors that ranks share, such as the optimizer's state
                                     state.pt       everything else that a resumed run needs
-                                    manifest.json  the size of every file
 
 Every rank writes its shards (torch.distributed.checkpoint), so another number of ranks can read them. All ranks must
 see the same directory. A checkpoint is written under a hidden name, flushed to the disk and renamed. So a directory
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import shutil
 import warnings
@@ -25,11 +23,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from r1kernels.train.errors import CheckpointError, StorageError, is_lost_contact, naming
+from r1kernels.train.errors import StorageError, is_lost_contact, naming
 from r1kernels.train.parallel import first, rank
 from r1kernels.train.policy import Policy
 
-MODEL, STATE, SHARDS, MANIFEST, PARTIAL = "model", "state.pt", "shards", "manifest.json", ".partial-"
+MODEL, STATE, SHARDS, PARTIAL = "model", "state.pt", "shards", ".partial-"
 Shards = dict[str, Any]  # nested, with sharded tensors as leaves
 
 
@@ -107,9 +105,6 @@ def _write_state(partial: Path, tokenizer: Any, state: dict[str, Any]) -> None:
 
 
 def _finish(final: Path, partial: Path) -> None:
-    sizes = {file.relative_to(partial).as_posix(): file.stat().st_size
-             for file in sorted(partial.rglob("*")) if file.is_file()}
-    (partial / MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=2) + "\n")
     for entry in (*partial.rglob("*"), partial, *final.parent.parent.glob("*.jsonl")):  # the lines of earlier steps too
         _sync(entry)
     partial.rename(final)
@@ -117,9 +112,8 @@ def _finish(final: Path, partial: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of its model, and its state with tensors on the CPU. Raises CheckpointError."""
-    first(lambda: verify_checkpoint(path))
-    with naming(f"cannot load {path / STATE}", made=CheckpointError):
+    """The directory of its model, and its state with tensors on the CPU. Raises StorageError."""
+    with naming(damaged(path / STATE), made=StorageError):
         return path / MODEL, torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
@@ -139,23 +133,14 @@ def shards_of(policy: Policy, optimizer: torch.optim.Optimizer, reference: Any =
 def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, reference: Any = None) -> None:
     """Fills them from a checkpoint, also from one of another number of ranks. All ranks must call it."""
     shards = shards_of(policy, optimizer, reference)
-    with (naming(f"cannot load {path / SHARDS}", (Exception, dcp.CheckpointException), CheckpointError),
+    with (naming(damaged(path / SHARDS), (Exception, dcp.CheckpointException), StorageError),
           warnings.catch_warnings(action="ignore", category=UserWarning)):
         dcp.load(shards, checkpoint_id=path / SHARDS)
     set_optimizer_state_dict(policy, optimizer, shards["optimizer"])
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError, which names the file, if one is missing or has another size than when it was written."""
-    file = path / MANIFEST
-    try:
-        for name, size in json.loads(file.read_text(encoding="utf-8"))["sizes"].items():
-            file = path / name
-            if file.stat().st_size != size:
-                raise ValueError(f"it has {file.stat().st_size} bytes, expected {size}")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint: {file}: {error!r}; delete {path}, and its stage continues from an "
-                              "earlier one or begins again") from error
+def damaged(part: Path) -> str:
+    return f"{part} cannot be loaded; delete {part.parent}, and its stage continues from an earlier one or begins again"
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -21,12 +21,8 @@ class DataError(RunError, ValueError):
     """A data set that cannot be used; the message names the file, the line and what was expected."""
 
 
-class CheckpointError(RunError):
-    """A checkpoint is missing, damaged or of an unknown format; the message names the file."""
-
-
 class StorageError(RunError):
-    """A file could not be written, for example because the disk is full. Older files are unchanged."""
+    """A file could not be written, for example because the disk is full, or a checkpoint is missing or damaged."""
 
 
 class TrainingError(RunError):

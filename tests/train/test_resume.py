@@ -48,8 +48,6 @@ def outcome(run_dir: Path) -> dict[str, Any]:
             found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
         elif name == "manifest.json":
             found[name] = timeless(json.loads(path.read_text()))
-        elif path.name == "manifest.json":  # of a checkpoint, with the size of a state that holds seconds
-            found[name] = None
         elif path.name == ".metadata":  # of shards, with names of storage that are random
             found[name] = load_shards(path.parents[1])
         elif path.suffix == ".distcp":
