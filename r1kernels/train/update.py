@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import r1kernels
 from r1kernels.train.errors import TrainingError
 from r1kernels.train.model import checkpointed_layers, head_of, hidden_states
-from r1kernels.train.packing import Sample, collate, pack, row_length
+from r1kernels.train.packing import IGNORED, Sample, collate, pack
 from r1kernels.train.parallel import add_up
 from r1kernels.train.policy import Policy, clip_gradient
 from r1kernels.train.recipe import Importance
@@ -38,11 +38,11 @@ class Rollout(Tokens):
 def choose_route(policy: Policy, tokens: Tokens, apart: bool) -> Route:
     """How the model reads the rows of a rollout: with as few tokens as it can. All ranks must choose alike.
 
-    `shared` reads equal prompts once, and needs all layers' weights at once; `packed` leaves padding out, and needs a
-    model that keeps packed samples `apart`; `padded` always works.
+    `shared` reads equal prompts once, and needs all layers' weights at once; `packed` puts several samples into a row,
+    and needs a model that keeps them `apart`; `padded` always works.
     """
     prompts, lengths = tokens.prompt_mask.sum(-1), tokens.mask.sum(-1)
-    sizes: dict[Route, float] = {"padded": len(lengths) * float(prompts.max() + lengths.max())}
+    sizes: dict[Route, float] = {"padded": len(lengths) * float((prompts + lengths).max())}
     if apart:
         sizes["packed"] = float((prompts + lengths).sum())
     if policy.data.size() == 1 and not checkpointed_layers(policy.model):  # a checkpointed layer fills no cache
@@ -52,53 +52,43 @@ def choose_route(policy: Policy, tokens: Tokens, apart: bool) -> Route:
 
 
 def completion_hidden_states(model: PreTrainedModel, batch: Tokens, route: Route = "padded") -> Tensor:
-    """(N, H), whose rows score the N tokens of the completions, in their order; the last tokens are not fed."""
-    if route == "packed":
-        return _packed(model, batch)
-    ids, width = torch.cat([batch.prompt_ids, batch.token_ids[:, :-1]], dim=1), batch.prompt_ids.shape[1]
-    attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
-    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": (attention.cumsum(-1) - 1).clamp(min=0)}
-    hidden = _with_shared_prompts(model, inputs, batch) if route == "shared" else None
-    return (hidden_states(model, **inputs)[:, width - 1 :] if hidden is None else hidden)[batch.mask]
+    """(N, H), whose rows score the N tokens of the completions, in their order."""
+    if route == "shared" and (hidden := _with_shared_prompts(model, batch)) is not None:
+        return hidden[batch.mask]
+    columns = zip(batch.prompt_ids, batch.prompt_mask, batch.token_ids, batch.mask, strict=True)
+    samples = [Sample(torch.cat([prompt[asked], answer[given]]).int(), int(asked.sum()))
+               for prompt, asked, answer, given in columns]
+    one_row = model.config._attn_implementation.startswith("flash")  # it reads lengths
+    window = (sum if one_row else max)(len(sample.ids) for sample in samples)
+    rows = pack(samples, window if route == "packed" else 0)
+    inputs, targets = collate(rows, batch.mask.device)
+    hidden, packed = hidden_states(model, **inputs)[targets != IGNORED], [sample for row in rows for sample in row]
+    parts = hidden.split([len(sample.ids) - sample.first for sample in packed])
+    found = {id(sample): part for sample, part in zip(packed, parts, strict=True)}
+    return torch.cat([found[id(sample)] for sample in samples])
 
 
-def _packed(model: PreTrainedModel, batch: Tokens) -> Tensor:
-    """The same from rows without padding, as long as the longest sample; one row for attention that reads lengths."""
-    prompts, lengths = batch.prompt_mask.sum(-1).tolist(), batch.mask.sum(-1).tolist()
-    parts = zip(batch.prompt_ids, batch.prompt_mask, batch.token_ids, lengths, prompts, strict=True)
-    samples = [Sample(torch.cat([prompt[asked], answer[: length - 1]]).int(), first)
-               for prompt, asked, answer, length, first in parts]
-    one_row = model.config._attn_implementation.startswith("flash")
-    rows = pack(samples, (sum if one_row else max)(len(sample.ids) for sample in samples))
-    inputs, _ = collate(rows, batch.mask.device)
-    width, starts = inputs["input_ids"].shape[1], {}
-    for number, row in enumerate(rows):
-        for place, sample in enumerate(row):
-            starts[id(sample)] = number * width + row_length(row[:place]) + sample.first - 1
-    places = [torch.arange(length) + starts[id(sample)] for sample, length in zip(samples, lengths, strict=True)]
-    return hidden_states(model, **inputs).flatten(0, 1)[torch.cat(places).to(batch.mask.device)]
-
-
-def _with_shared_prompts(model: PreTrainedModel, inputs: dict[str, Tensor], batch: Tokens) -> Tensor | None:
-    """The same (B, T, H), where equal prompts are read once: their keys and values get the gradients of all their
+def _with_shared_prompts(model: PreTrainedModel, batch: Tokens) -> Tensor | None:
+    """Hidden states (B, T, H), where equal prompts are read once: their keys and values get the gradients of all their
     completions. None for a model with layers that forget or mix tokens."""
-    width = batch.prompt_ids.shape[1]
     prompts, copies = torch.unique(batch.prompt_ids.where(batch.prompt_mask, -1), dim=0, return_inverse=True)
-    cache = DynamicCache(config=model.base_model.config)
+    cache, body = DynamicCache(config=model.base_model.config), model.base_model
     if len(prompts) == len(copies) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    rows = torch.arange(len(copies), device=copies.device)
-    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, copies, rows, "amin")[: len(prompts)]
-    once = {name: value[first, :width] for name, value in inputs.items()}
-    last = model.base_model(**once, past_key_values=cache, use_cache=True).last_hidden_state[copies, -1:]
-    if cache.get_seq_length() != width:  # the model keeps its state elsewhere
+
+    def read(ids: Tensor, attention: Tensor) -> Tensor:
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return body(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                    use_cache=True).last_hidden_state
+
+    last = read(prompts.clamp(min=0), (prompts >= 0).long())[copies, -1:]
+    if cache.get_seq_length() != prompts.shape[1]:  # the model keeps its state elsewhere
         return None
-    if inputs["input_ids"].shape[1] == width:
+    if batch.token_ids.shape[1] == 1:
         return last
     cache.reorder_cache(copies)
-    rest = {name: value if name == "attention_mask" else value[:, width:] for name, value in inputs.items()}
-    hidden = model.base_model(**rest, past_key_values=cache, use_cache=True).last_hidden_state
-    return torch.cat([last, hidden], dim=1)
+    attention = torch.cat([batch.prompt_mask, batch.mask[:, :-1]], dim=1).long()
+    return torch.cat([last, read(batch.token_ids[:, :-1], attention)], dim=1)
 
 
 def batch_logprobs(model: PreTrainedModel, batch: Tokens, temperature: float, route: Route) -> Tensor:

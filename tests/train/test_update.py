@@ -189,7 +189,7 @@ def test_packed_rows_have_no_more_padding_than_they_need(rollout, model, monkeyp
     monkeypatch.setattr(model.model, "forward", lambda **inputs: read.append(inputs["input_ids"]) or forward(**inputs))
     completion_hidden_states(model, rollout, "packed")
     [ids] = read
-    sizes = rollout.prompt_mask.sum(-1) + rollout.mask.sum(-1) - 1  # the last tokens are not fed
+    sizes = rollout.prompt_mask.sum(-1) + rollout.mask.sum(-1)
     assert ids.shape[1] == sizes.max() and sizes.sum() <= ids.numel() < sizes.sum() + ids.shape[1] * len(ids) / 2
     assert len(ids) < len(PROMPTS)
 
