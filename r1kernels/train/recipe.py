@@ -249,9 +249,6 @@ class Distill(SFT):
     learning_rate: float = setting("highest learning rate", 1e-4, gt=0)
     method: Literal["samples", "logits"] = setting("SFT on samples, or match the teacher's distributions", "samples")
     teacher: Annotated[str | None, RefersTo(["model"])] = setting("stage whose model is matched, for `logits`", None)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("divergence, for `logits`", "forward_kl")
-    beta: float = setting("weight of `jsd`", 0.5, gt=0, lt=1)
-    temperature: float = setting("temperature of both distributions, for `logits`", 1.0, gt=0)
 
 
 class GRPO(StageSettings):

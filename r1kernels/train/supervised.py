@@ -74,7 +74,7 @@ def run_distill(stage: Stage) -> Summary:
         raise ConfigError(f"the tokenizers of 'model' and 'teacher' differ, for example in {min(different)}; method "
                           "'logits' needs equal tokenizers, because it compares probabilities of tokens; use 'samples'")
     teacher = stage.frozen(settings.teacher)
-    return fit_samples(stage, start, partial(divergence_loss, settings, teacher, len(tokenizer)), teacher)
+    return fit_samples(stage, start, partial(divergence_loss, teacher, len(tokenizer)), teacher)
 
 
 def fit_samples(stage: Stage, start: Start, loss: Loss, *others: Policy) -> Summary:
@@ -102,9 +102,9 @@ def cross_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], targets: Te
         hidden_states(model, **inputs), targets=targets, normalizer=tokens, **head_of(model))
 
 
-def divergence_loss(settings: Any, teacher: Policy, vocabulary: int, model: PreTrainedModel,
-                    inputs: dict[str, Tensor], targets: Tensor, tokens: float) -> Tensor:
-    """The divergence of the student from the teacher. Rows of a head after the `vocabulary` are padding."""
+def divergence_loss(teacher: Policy, vocabulary: int, model: PreTrainedModel, inputs: dict[str, Tensor],
+                    targets: Tensor, tokens: float) -> Tensor:
+    """KL(teacher || student). Rows of a head after the `vocabulary` are padding."""
     with torch.no_grad():
         theirs = teacher(hidden_states, **inputs)
     student, other = head_of(model), head_of(teacher.model)  # which stays gathered
@@ -117,8 +117,7 @@ def divergence_loss(settings: Any, teacher: Policy, vocabulary: int, model: PreT
             head["bias"] = None if head["bias"] is None else head["bias"][:vocabulary]
     return r1kernels.linear_distillation_loss(
         hidden_states(model, **inputs), student.pop("weight"), theirs, other.pop("weight"), mask=targets != IGNORED,
-        divergence=settings.divergence, beta=settings.beta, temperature=settings.temperature, normalizer=tokens,
-        teacher_options=other, **student).loss
+        normalizer=tokens, teacher_options=other, **student).loss
 
 
 def start_of(stage: Stage, new: Callable[[], Any] | None = None) -> Start:

@@ -18,9 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forking import ForkingProgram
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SECONDS = 240  # for a run
+VARIABLES = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 RECIPE = """
 run_dir: {folder}/run
 precision: fp32
@@ -114,43 +117,26 @@ def free_port() -> int:
         return made.getsockname()[1]
 
 
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join(map(str, (ROOT, HERE)))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
 def torchrun(*options: str, recipe: Path, sets: list[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
     """Starts torchrun. What its ranks say goes to the file `output`."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, __file__, "train", str(recipe), "--set", *sets]
+    paths = os.pathsep.join(filter(None, sys.path))
     with output.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment() | variables)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                env={**os.environ, "PYTHONPATH": paths, **VARIABLES, **variables})
 
 
-class Server:
+class Server(ForkingProgram):
     """The process that forks; one run at a time."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
-        assert self._line() == "ready"
+        super().__init__(__file__, **VARIABLES)
 
     def run(self, recipe: Path, sets: list[list[str]], output: Path, **variables: str) -> list[int]:
         """Runs a recipe on a rank for each list of settings, and returns their exit statuses, negative for signals.
         What rank N says goes to the file `output`N. A rank that works on when others have failed for long is killed."""
         request = {"recipe": str(recipe), "sets": sets, "output": str(output), "variables": variables}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._line())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def _line(self) -> str:
-        line = self._process.stdout.readline().strip()
-        assert line, "the process that forks has ended"
-        return line
+        return json.loads(self.ask(request))
 
 
 def command(arguments: list[str]) -> Any:

@@ -12,11 +12,12 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
+
+from forking import ForkingProgram
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = """
@@ -129,41 +130,25 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-class Server:
+class Server(ForkingProgram):
     """The process that forks; one run at a time."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._line() == "ready"
+        super().__init__(__file__)
 
     def start(self, recipe: Path, run_dir: Path, *, kill_at: int = 0, full_at: int = 0) -> int:
         """Starts `r1kernels train`; returns the process id. Its output is added to a file beside the recipe."""
-        request = {
-            "recipe": str(recipe), "run_dir": str(run_dir), "kill_at": kill_at, "full_at": full_at,
-            "output": str(recipe.with_name(f"{run_dir.name}.out")),
-        }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._line())
+        output = str(recipe.with_name(f"{run_dir.name}.out"))
+        return int(self.ask({"recipe": str(recipe), "run_dir": str(run_dir), "kill_at": kill_at, "full_at": full_at,
+                             "output": output}))
 
     def wait(self) -> int:
         """The exit status of the run, negative for a signal."""
-        return int(self._line())
+        return int(self.answer())
 
     def run(self, recipe: Path, run_dir: Path, **options: int) -> int:
         self.start(recipe, run_dir, **options)
         return self.wait()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def _line(self) -> str:
-        line = self._process.stdout.readline().strip()
-        assert line, "the process that forks has ended"
-        return line
 
 
 if __name__ == "__main__":
