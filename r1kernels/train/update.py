@@ -62,10 +62,10 @@ def completion_hidden_states(model: PreTrainedModel, batch: Tokens, route: Route
     window = (sum if one_row else max)(len(sample.ids) for sample in samples)
     rows = pack(samples, window if route == "packed" else 0)
     inputs, targets = collate(rows, batch.mask.device)
-    hidden, packed = hidden_states(model, **inputs)[targets != IGNORED], [sample for row in rows for sample in row]
-    parts = hidden.split([len(sample.ids) - sample.first for sample in packed])
+    packed, places = [sample for row in rows for sample in row], (targets != IGNORED).flatten().nonzero()[:, 0]
+    parts = places.split([len(sample.ids) - sample.first for sample in packed])
     found = {id(sample): part for sample, part in zip(packed, parts, strict=True)}
-    return torch.cat([found[id(sample)] for sample in samples])
+    return hidden_states(model, **inputs).flatten(0, 1)[torch.cat([found[id(sample)] for sample in samples])]
 
 
 def _with_shared_prompts(model: PreTrainedModel, batch: Tokens) -> Tensor | None:
