@@ -8,13 +8,16 @@ split by the plan in the model's configuration, and embedding and head by the vo
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -24,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from r1kernels.train.errors import ConfigError
-from r1kernels.train.parallel import everywhere, share
+from r1kernels.train.parallel import everywhere, first, ranks, share
 
 Result = TypeVar("Result")
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -143,6 +146,33 @@ class Policy(nn.Module):
 
     def _parts(self) -> Iterator[FSDPModule]:
         return (module for module in self.modules() if isinstance(module, FSDPModule))
+
+
+def share_out(
+    make: Callable[[], tuple[PreTrainedModel, Result]], mesh: DeviceMesh, dtype: torch.dtype, *, compiled: bool = False
+) -> tuple[Policy, Result]:
+    """The policy of a model that the first rank makes on its CPU, and what it makes besides. Other ranks receive the
+    structure, and their shards of the weights: no rank but the first has memory for all of them."""
+    made: list[tuple[PreTrainedModel, Result]] = []
+
+    def structure() -> bytes:
+        made.append(make())
+        return pickle.dumps(without_weights(made[0], "meta"))
+
+    if ranks() == 1:
+        model, other = make()
+        return Policy(model, mesh, dtype, compiled=compiled), other
+    # Memory that nobody writes to takes no space.
+    model, other = without_weights(pickle.loads(first(structure)), "cpu")
+    policy, weights = Policy(model, mesh, dtype, compiled=compiled), made[0][0].state_dict() if made else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return policy, other
+
+
+def without_weights(made: tuple[PreTrainedModel, Result], device: str) -> tuple[PreTrainedModel, Result]:
+    """A copy of a model, and of what belongs to it, with parameters that nothing is written to, on a device."""
+    return copy.deepcopy(made, {id(weight): nn.Parameter(torch.empty_like(weight, device=device), weight.requires_grad)
+                                for weight in made[0].parameters()})
 
 
 def whole(tensor: Tensor) -> Tensor:

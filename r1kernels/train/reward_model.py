@@ -38,6 +38,11 @@ def judged_part(target: Target, response: str) -> str:
     return response if target == "response" else after_thinking("", response) or ""
 
 
+def in_float32(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook that gives a module its input in float32."""
+    return (inputs[0].float(),)
+
+
 class RewardModel:
     """A reward model and its tokenizer. It scores `batch_size` texts at once, on which the last bits of a score depend.
 
@@ -53,7 +58,7 @@ class RewardModel:
             if model.score.out_features != 1:
                 raise ValueError(f"it has {model.score.out_features} scores, expected one")
         # Rewards of a group differ by less than bfloat16 rounds, so the head is float32.
-        model.score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        model.score.register_forward_pre_hook(in_float32)
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "score"}
         self.model = round_parameters(align(model.to(device)).eval(), dtype)
         self.tokenizer = load_tokenizer(path)
@@ -99,8 +104,12 @@ def run(stage: Stage) -> dict[str, Any]:
     settings, recipe, path = stage.settings, stage.recipe, latest_checkpoint(stage.directory)
     size = settings.micro_batch_size or settings.batch_size
     model_dir, state = load_checkpoint(path) if path else (stage.model_path(settings.model), {})
-    model = RewardModel(model_dir, size, template=recipe.template, device=recipe.device,
-                        new=None if state else settings.target)
+
+    def make() -> tuple[Any, RewardModel]:
+        made = RewardModel(model_dir, size, template=recipe.template, new=None if state else settings.target)
+        return made.model, made
+
+    policy, model = stage.wrap(make)
     pairs = load_pairs(recipe, settings.pairs)
     rows = model.encode(*both(pairs))
     usable = [pair for pair, chosen, rejected in zip(pairs, rows[::2], rows[1::2], strict=True)
@@ -112,7 +121,6 @@ def run(stage: Stage) -> dict[str, Any]:
             raise DataError(text)
         stage.console.say(text, warning=True)
     training, held_out = split(usable, settings.held_out, recipe.seed)
-    policy = stage.wrap(model.model)
     summary = {"pairs": len(training), "held_out_pairs": len(held_out), "left_out": left_out} | fit(
         stage, (policy, model.tokenizer, state), training,
         lambda pairs: gradient(model, policy, pairs, size))

@@ -20,7 +20,7 @@ from r1kernels.train.log import Console
 from r1kernels.train.lora import add_adapters
 from r1kernels.train.model import check_device, enable_checkpointing, load_config, load_model, load_tokenizer
 from r1kernels.train.parallel import agree, everywhere, mesh, rank
-from r1kernels.train.policy import Policy, check_tensor_axis
+from r1kernels.train.policy import Policy, check_tensor_axis, share_out
 from r1kernels.train.recipe import Function, Recipe
 from r1kernels.train.rollout import Sampler, TransformersSampler, end_tokens
 from r1kernels.train.vllm import VLLMSampler
@@ -75,30 +75,38 @@ class Stage:
         none: then the model is the `new` one, or that of the stage that the settings name."""
         path, adapters = latest_checkpoint(self.directory), getattr(self.settings, "lora", None)
         model_dir, state = load_checkpoint(path) if path else (None, {})
-        if new and not model_dir:
-            model, tokenizer = new()
-        elif model_dir and not adapters:
-            model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
-        else:
-            model, tokenizer = self.load_model(self.settings.model, torch.float32, "cpu")
-        if adapters:
-            add_adapters(model, adapters, self.recipe.seed, self.recipe.dtype)
-        return self.wrap(model), tokenizer, state
 
-    def wrap(self, model: PreTrainedModel) -> Policy:
-        """The policy of a model on the CPU, whose shards go to the device. It is in evaluation mode: dropout would make
-        the first ratio differ from 1."""
+        def make() -> tuple[PreTrainedModel, Any]:
+            if new and not model_dir:
+                model, tokenizer = new()
+            elif model_dir and not adapters:
+                model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+            else:
+                model, tokenizer = self.load_model(self.settings.model, torch.float32, "cpu")
+            if adapters:
+                add_adapters(model, adapters, self.recipe.seed, self.recipe.dtype)
+            return model, tokenizer
+
+        return *self.wrap(make), state
+
+    def wrap(self, make: Callable[[], tuple[PreTrainedModel, Any]]) -> tuple[Policy, Any]:
+        """The policy of a model that the first rank makes on the CPU, whose shards go to the devices, and what it makes
+        besides. It is in evaluation mode: dropout would make the first ratio differ from 1."""
         recipe = self.recipe
-        agree("the size of the vocabulary", model.get_input_embeddings().num_embeddings)
-        if recipe.gradient_checkpointing:
-            enable_checkpointing(model.eval())
-        return Policy(model.eval(), mesh(recipe.device, recipe.parallel.tensor), recipe.dtype, compiled=recipe.compile)
+
+        def ready() -> tuple[PreTrainedModel, Any]:
+            model, other = make()
+            if recipe.gradient_checkpointing:
+                enable_checkpointing(model.eval())
+            return model.eval(), other
+
+        return share_out(ready, mesh(recipe.device, recipe.parallel.tensor), recipe.dtype, compiled=recipe.compile)
 
     def frozen(self, name: str) -> Policy:
         """The model of a stage as a reference or teacher, sharded and in the run's precision."""
-        model, _ = self.load_model(name, device="cpu")
-        return Policy(model.requires_grad_(False), mesh(self.recipe.device, self.recipe.parallel.tensor),
-                      self.recipe.dtype)
+        recipe = self.recipe
+        return share_out(lambda: (self.load_model(name, device="cpu")[0].requires_grad_(False), None),
+                         mesh(recipe.device, recipe.parallel.tensor), recipe.dtype)[0]
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> data.Template:
         return data.Template(self.recipe.template, tokenizer, open_think=self.recipe.open_think)
@@ -118,8 +126,9 @@ class Stage:
         with naming("'rewards'", (ValueError, ImportError)):
             return Scorer(rewards, **self.recipe.scoring.model_dump(exclude={"judge"}))
 
-    def check(self) -> None:
-        """Checks before any work that the functions, rewards and the pretrained model of this stage can be used."""
+    def check(self) -> int | None:
+        """Checks before any work that the functions, rewards and the pretrained model of this stage can be used.
+        Returns the size of the model's vocabulary, if a pretrained one is known."""
         for value in vars(self.settings).values():
             if isinstance(value, Function):
                 value.load()
@@ -136,17 +145,19 @@ class Stage:
         base = self.settings
         while hasattr(base, "model"):
             base = self.recipe.stages[base.model]
-        if base.kind == "model":
-            config = load_config(base.path, base.overrides)
-            check_tensor_axis(config, self.recipe.parallel.tensor)
-            if base is self.settings:
-                self.template(load_tokenizer(base.path))
-            most = getattr(config.get_text_config(), "max_position_embeddings", None)
-            wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
-                         getattr(self.settings, "max_new_tokens", 0))
-            if most is not None and wanted > most:
-                raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' is {wanted}, and the model of "
-                                  f"stage '{base.name}' has {most} positions")
+        if base.kind != "model":
+            return None
+        config = load_config(base.path, base.overrides)
+        check_tensor_axis(config, self.recipe.parallel.tensor)
+        if base is self.settings:
+            self.template(load_tokenizer(base.path))
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        wanted = max(self.recipe.eval.max_new_tokens, getattr(self.settings, "window", 0),
+                     getattr(self.settings, "max_new_tokens", 0))
+        if most is not None and wanted > most:
+            raise ConfigError(f"'window', 'max_new_tokens' or 'eval.max_new_tokens' is {wanted}, and the model of "
+                              f"stage '{base.name}' has {most} positions")
+        return config.get_text_config().vocab_size
 
 
 def require(setting: str, package: str) -> None:
@@ -175,7 +186,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         everywhere(lambda: require("'trackers'", "tensorboard"))
     for name, settings in recipe.stages.items():
         with naming(f"stage '{name}'", ConfigError):
-            everywhere(Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check)
+            sizes = everywhere(Stage(recipe, settings, Path(recipe.run_dir, name), console, Interrupt()).check)
+            agree("the size of the vocabulary", sizes[rank()])
     kinds, content = everywhere(lambda: data.check_data(recipe, console))[rank()]
     agree("the content", content)
     if "code" in kinds:

@@ -11,7 +11,7 @@ from rl_cases import make_model, make_tokenizer, policy_of, take_gradient
 from r1kernels.train.errors import ConfigError, Interrupt, Interrupted, TrainingError
 from r1kernels.train.model import hidden_states
 from r1kernels.train.parallel import add_up, agree, check, everywhere, first, mesh, share, shared
-from r1kernels.train.policy import clip_gradient
+from r1kernels.train.policy import clip_gradient, share_out
 
 
 class Odd(Exception):
@@ -43,6 +43,23 @@ def stopped(rank: int) -> str:
     return "not stopped"
 
 
+def given_out(rank: int) -> dict[str, Any]:
+    """A model that the first rank makes: who made one, what came with it, weights, and whether tied ones still are."""
+    made = []
+
+    def make() -> Any:
+        made.append(make_model(make_tokenizer(), seed=5 + rank))
+        made[0].model.norm.weight.requires_grad_(False)
+        return made[0], {"made by": rank}
+
+    policy, other = share_out(make, mesh("cpu"), torch.float32)
+    ids = torch.arange(3, 12)[None]
+    return {"made": len(made), "other": other, "weights": dict(policy.weights()), "frozen": sorted(
+        name for name, weight in policy.model.named_parameters() if not weight.requires_grad),
+        "tied": policy.model.lm_head.weight is policy.model.model.embed_tokens.weight,
+        "hidden": policy(hidden_states, input_ids=ids).detach()}
+
+
 def results_of(rank: int) -> dict[str, Any]:
     policy = policy_of(make_model(make_tokenizer()))
     optimizer = torch.optim.SGD(policy.parameter_groups(), lr=0.1)
@@ -67,7 +84,7 @@ def results_of(rank: int) -> dict[str, Any]:
         "interrupt": raised_on(1, rank, Interrupted("SIGINT")),
         "stopped": stopped(rank),
         "tensor": error_of(lambda: mesh("cpu", 4)),
-        "gradient": gradient, "norm": norm, "clipped": take_gradient(policy), "weights": dict(policy.weights()),
+        "given out": given_out(rank), "gradient": gradient, "norm": norm, "clipped": take_gradient(policy), "weights": dict(policy.weights()),
     }
 
 

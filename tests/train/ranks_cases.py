@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +78,6 @@ def rows(split: str, count: int | None, seed: int) -> list[dict[str, str]]:
     return [{"question": f"Compute {os.environ['RANK']}+1", "answer": "1"}]
 
 
-def architecture(seed: int) -> Any:
-    """A model whose vocabulary depends on the rank."""
-    from rl_cases import make_model, make_tokenizer
-
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["one", "two"][: int(os.environ["RANK"])])
-    return make_model(tokenizer, seed), tokenizer
-
-
-def corpus(seed: int, step: int) -> Iterator[tuple[str, str]]:
-    return iter([("a", "b")])
-
-
 def write_recipes(folder: Path) -> None:
     from rl_cases import make_model, make_tokenizer
 
@@ -99,6 +85,10 @@ def write_recipes(folder: Path) -> None:
     tokenizer = make_tokenizer()
     make_model(tokenizer, end_scale=1.5, **shape).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
+    for rank in range(2):  # machines with other files under the same path
+        tokenizer.add_tokens(["one", "two"][: 2 * rank])
+        make_model(tokenizer).save_pretrained(folder / f"machine{rank}" / "model")
+        tokenizer.save_pretrained(folder / f"machine{rank}" / "model")
     lines = {
         "sums": [{"question": f"Compute {n}+{n + 1}", "answer": str(2 * n + 1)} for n in range(8)],
         "test": [{"question": f"Compute {n}-1", "answer": "3"} for n in range(8)],
@@ -168,6 +158,7 @@ def serve() -> None:
             if children[-1] == 0:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(request["sets"])),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **request["variables"]}
+                os.chdir(os.environ.get("R1K_MACHINES", ".").format(rank))
                 with open(f"{request['output']}{rank}", "w") as output:
                     os.dup2(output.fileno(), 1)
                     os.dup2(output.fileno(), 2)

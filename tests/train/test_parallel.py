@@ -109,6 +109,15 @@ def test_what_one_rank_raises_both_raise(two):
     assert first_rank["interrupt"] == second["interrupt"] == "Interrupted: SIGINT"
 
 
+def test_the_first_rank_makes_the_model_and_others_receive_their_shards(two):
+    expected = make_model(make_tokenizer(), seed=5)
+    for rank, found in enumerate(each["given out"] for each in two):
+        assert found["made"] == (rank == 0) and found["other"] == {"made by": 0}
+        assert equal(found["weights"], dict(expected.named_parameters()))
+        assert found["frozen"] == ["model.norm.weight"] and found["tied"]
+        assert torch.equal(found["hidden"], hidden_states(expected, input_ids=torch.arange(3, 12)[None]))
+
+
 def test_two_ranks_sum_their_gradients_and_clip_them_together(two):
     model = make_model(make_tokenizer())
     parts = []

@@ -149,18 +149,15 @@ def test_ranks_with_other_recipes_are_refused_before_any_work(runs, own, message
     assert not (runs.folder / "other").exists()
 
 
-NEW = ("stages.rl={kind: pretrain, architecture: {function: 'ranks_cases:architecture'}, "
-       "corpus: {function: 'ranks_cases:corpus'}}")
-
-
 @pytest.mark.parametrize(("setting", "message"), [
     ("stages.rl.problems=[ours]", "ranks disagree on the content .data set 'ours', split 'train'.: rank 0 has"),
-    (NEW, "ranks disagree on the size of the vocabulary: rank 0 has 77, rank 1 78"),
+    ("stages.base.path=/proc/self/cwd/model", "'base': ranks disagree on the size of the vocabulary: rank 0 has 77, "
+                                              "rank 1 79"),
     ("parallel.tensor=3", r"'parallel.tensor' is 3, which does not divide the number of ranks, 2"),
     ("stages.base.path=/missing", "stage 'base'.*/missing"),
 ])
 def test_what_ranks_do_not_have_in_common_is_refused_before_any_work(runs, setting, message):
-    codes, texts = runs(runs.folder / "apart", 2, setting)
+    codes, texts = runs(runs.folder / "apart", 2, setting, R1K_MACHINES=f"{runs.recipes}/machine{{}}")
     assert codes == [1, 1] and all(re.search(message, text) and "Traceback" not in text for text in texts), texts
     assert not list((runs.folder / "apart").glob("rl/checkpoints/*"))
 
