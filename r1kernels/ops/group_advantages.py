@@ -159,7 +159,7 @@ def group_advantages(
         group_ids: (B,), int64 or int32, instead of `group_size`. Groups may differ in size and be in any order.
         baseline: "mean", "leave_one_out" or "length_weighted". RLOO and OPO divide by nothing: give `scale="none"`.
         lengths: tokens of each answer, >= 0, in the shape of rewards, integers or float; with "length_weighted" only.
-            That of an unscorable answer does not matter.
+            That of an unscorable answer does not matter. The baseline of a group without a token is 0.
         scale: "group_std"; "batch_std" (std of the whole batch); "none" (Dr. GRPO). Both are about the mean.
         ddof: the std divides by n - ddof; 0 or 1.
         eps: added to the std, >= 0.
