@@ -60,8 +60,9 @@ def reference(rewards: Tensor, group_ids: Tensor | None, group_size: int, k: int
     first = torch.full_like(groups, len(rewards)).scatter_reduce(0, groups, position, "amin")[groups]
     rank = position - first + 1  # 1 for the smallest reward of the group
     last = (first + n.long() - 1).clamp(min=0)
-    # The smallest possible best answer. If it equals the largest, then every subset has the same best reward.
-    flat = (n <= k) | (r[torch.minimum(first + k - 1, last)] == r[last])
+    # The smallest possible best answer. If it equals the largest, then every subset has the same best reward. With at
+    # most k scorable answers, both are the last one.
+    flat = r[torch.minimum(first + k - 1, last)] == r[last]
     counts = scorable & ~flat
     r = torch.where(counts, r - r[first], 0)  # from the smallest reward: equal rewards are exactly 0
 

@@ -167,6 +167,9 @@ def test_a_constant_group_is_exactly_zero_with_every_baseline(baseline: str, rew
         lengths = {name: value + 1 for name, value in given_lengths(baseline, 2 * size).items()}
         advantages = group_advantages(rewards, size, scale=scale, eps=0.0, baseline=baseline, **lengths)
         assert not advantages[:size].any() and advantages.isfinite().all()
+        double = torch.full((size,), reward, dtype=torch.float64)  # sums of these are rounded
+        lengths = {name: value[:size] for name, value in lengths.items()}
+        assert not group_advantages(double, size, scale=scale, eps=0.0, baseline=baseline, **lengths).any()
 
 
 @host_code

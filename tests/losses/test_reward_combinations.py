@@ -141,6 +141,15 @@ def test_the_closed_formulas_of_right_and_wrong_answers(right: int, size: int, k
     assert advantages[-1].item() == pytest.approx(of_wrong, rel=1e-6)
 
 
+def test_equal_rewards_have_the_same_bits_and_an_offset_changes_none() -> None:
+    values = torch.randint(6, (60,), generator=testing.generator(0)).double() / 8
+    found = pass_at_k_advantages(values, 3, 20)
+    assert torch.equal(pass_at_k_advantages(values + 2**40, 3, 20), found)
+    for rewards, advantages in zip(values.split(20), found.split(20), strict=True):
+        for value in rewards.unique():
+            assert len(advantages[rewards == value].unique()) == 1
+
+
 def test_one_answer_at_a_time_gives_group_advantages() -> None:
     rewards, group_ids = groups(48)
     expected = group_advantages(rewards, group_ids=group_ids, ddof=0)
