@@ -172,7 +172,7 @@ def group_advantages(
         TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,
         an infinite reward, an unknown scale or baseline, `lengths` missing, negative or not needed.
 
-    Memory: 12 bytes an answer; 100 with another baseline than the mean, which plain PyTorch computes in float64.
+    Memory: 12 bytes an answer; about 150 with another baseline than the mean, which plain PyTorch computes in float64.
 
     Equivalent to: `(r - r.view(-1, G).mean(1, keepdim=True)...) / (std + eps)` without its rounding.
     Source: arXiv 2402.03300; scale "none": arXiv 2503.20783; RLOO: arXiv 2402.14740; OPO: arXiv 2505.23585.

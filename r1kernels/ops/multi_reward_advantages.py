@@ -66,7 +66,7 @@ def multi_reward_advantages(
         TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,
         an infinite reward, another number of weights than K.
 
-    Memory: 100 bytes an answer, and 8 a reward.
+    Memory: about 150 bytes an answer, and 8 a reward.
 
     Equivalent to: `group_advantages(sum(w * group_advantages(r, G) for w, r in zip(weights, rewards.T)), B)`.
     Source: arXiv 2601.05242; the batch is normalised over answers, as in TRL's "normalize_then_sum".
