@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.global_normalizer import global_normalizer
     from r1kernels.ops.group_advantages import group_advantages
     from r1kernels.ops.grpo_loss import grpo_loss
+    from r1kernels.ops.importance_weights import ImportanceWeights, importance_weights
     from r1kernels.ops.kl_estimate import kl_estimate
     from r1kernels.ops.linear_budget import linear_loss_bytes
     from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
     from r1kernels.ops.linear_options import LinearOptions
     from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
+    from r1kernels.ops.multi_reward_advantages import multi_reward_advantages
+    from r1kernels.ops.pass_at_k_advantages import pass_at_k_advantages
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
@@ -31,6 +34,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "DistillationLoss": "r1kernels.ops.distillation_loss",
+    "ImportanceWeights": "r1kernels.ops.importance_weights",
     "LinearOptions": "r1kernels.ops.linear_options",
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
@@ -42,6 +46,7 @@ _MODULES = {
     "group_advantages": "r1kernels.ops.group_advantages",
     "grpo_loss": "r1kernels.ops.grpo_loss",
     "has_fast_bf16": "r1kernels._library",
+    "importance_weights": "r1kernels.ops.importance_weights",
     "kl_estimate": "r1kernels.ops.kl_estimate",
     "linear_cross_entropy": "r1kernels.ops.linear_cross_entropy",
     "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
@@ -50,6 +55,8 @@ _MODULES = {
     "linear_loss_bytes": "r1kernels.ops.linear_budget",
     "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
+    "multi_reward_advantages": "r1kernels.ops.multi_reward_advantages",
+    "pass_at_k_advantages": "r1kernels.ops.pass_at_k_advantages",
     "policy_loss": "r1kernels.ops.policy_loss",
     "release_workspace": "r1kernels._library",
     "token_logprobs": "r1kernels.ops.token_logprobs",
@@ -58,6 +65,7 @@ _MODULES = {
 
 __all__ = [
     "DistillationLoss",
+    "ImportanceWeights",
     "LinearOptions",
     "Objective",
     "PolicyBatch",
@@ -70,6 +78,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "has_fast_bf16",
+    "importance_weights",
     "kl_estimate",
     "linear_cross_entropy",
     "linear_distillation_loss",
@@ -78,7 +87,9 @@ __all__ = [
     "linear_loss_bytes",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "multi_reward_advantages",
     "objectives",
+    "pass_at_k_advantages",
     "policy_loss",
     "release_workspace",
     "token_logprobs",

@@ -1,6 +1,12 @@
 """Inputs, float64 oracles and the error budget of the tests."""
 
 from r1kernels import _library
+from r1kernels.testing.advantages import (
+    group_advantages,
+    importance_weights,
+    multi_reward_advantages,
+    pass_at_k_advantages,
+)
 from r1kernels.testing.budget import EPS32, Expected, assert_within, rounding
 from r1kernels.testing.divergences import (
     DivergenceExpected,
@@ -24,7 +30,6 @@ from r1kernels.testing.inputs import (
 from r1kernels.testing.oracles import (
     PolicyExpected,
     TokenStats,
-    group_advantages,
     kl_term,
     policy_loss,
     token_stats,
@@ -47,9 +52,12 @@ __all__ = [
     "divergence",
     "generator",
     "group_advantages",
+    "importance_weights",
     "kl_term",
     "length_mask",
+    "multi_reward_advantages",
     "packed",
+    "pass_at_k_advantages",
     "poisoned",
     "policy_loss",
     "random_ids",

@@ -1,7 +1,7 @@
 """Oracles in float64: the formulas of each operation's docstring in closed form.
 
-They share no code with `r1kernels.ops`: gradients are written out instead of differentiated, tokens are Python floats
-in a loop, and group statistics are exact fractions.
+They share no code with `r1kernels.ops`: gradients are written out instead of differentiated, and tokens are Python
+floats in a loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from decimal import Decimal, localcontext
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -256,26 +255,3 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
         grad_entropy=Expected(tensor(eta), tensor(eta).abs()),
         metrics=metrics,
     )
-
-
-# ---- group advantages -------------------------------------------------------------------------------------
-
-def _moments(rewards: list[Fraction], ddof: int) -> tuple[Fraction, float]:
-    mean = Fraction(sum(rewards), max(len(rewards), 1))
-    return mean, math.sqrt(Fraction(sum((r - mean) ** 2 for r in rewards), max(len(rewards) - ddof, 1)))
-
-
-def group_advantages(
-    rewards: Tensor, group_ids: Tensor, scale: str = "group_std", ddof: int = 1, eps: float = 1e-4
-) -> Tensor:
-    """(r - mean) / (std + eps) with exact means: a constant group has exactly mean r and std 0."""
-    values, groups = rewards.double().tolist(), group_ids.tolist()
-    scorable = [k for k, r in enumerate(values) if not math.isnan(r)]
-    batch_std = _moments([Fraction(values[k]) for k in scorable], ddof)[1]
-    result = [0.0] * len(values)
-    for k in scorable:
-        mean, std = _moments([Fraction(values[j]) for j in scorable if groups[j] == groups[k]], ddof)
-        centred = float(Fraction(values[k]) - mean)
-        denominator = {"group_std": std + eps, "batch_std": batch_std + eps, "none": 1.0}[scale]
-        result[k] = centred / denominator if centred else 0.0
-    return torch.tensor(result, dtype=torch.float64)

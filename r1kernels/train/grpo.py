@@ -138,8 +138,10 @@ class GRPOTrainer:
                 ref_logprobs = None if reference is None else completion_logprobs(reference, *options)
             weights, gap = importance_weights(kept.logprobs, old_logprobs, kept.mask, settings.importance)
             if self.advantages is None:
+                lengths = kept.lengths if settings.advantage_baseline == "length_weighted" else None
                 advantages, learned = r1kernels.group_advantages(
-                    rewards[rows], settings.group_size, scale=settings.advantage_scale), {}
+                    rewards[rows], settings.group_size, baseline=settings.advantage_baseline, lengths=lengths,
+                    scale=settings.advantage_scale), {}
             else:
                 advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
         metrics = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}

@@ -158,9 +158,11 @@ class ObjectiveSettings(Settings):
 class Importance(Settings):
     """Correction of the gap between the policy that sampled a completion and the one that is trained on it."""
     mode: Literal["none", "truncate", "mask"] = setting("how weights outside [floor, cap] are treated", "none")
-    level: Literal["token", "sequence"] = setting("one weight a token, or the product over a sequence", "token")
+    level: Literal["token", "sequence", "sequence_mean"] = setting(
+        "one weight a token, or the product or the geometric mean of those of a sequence", "token")
     cap: float = setting("largest weight", 2.0, ge=1, lt=4e8)
     floor: float = setting("smallest weight", 0.0, ge=0, le=1)
+    normalize: bool = setting("divide the weights of a rollout by their mean", False)
 
 
 class SamplerSettings(Settings):
@@ -274,6 +276,8 @@ class GRPO(StageSettings):
     length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
     lora: Lora | None = setting("train adapters; null trains all weights", None)
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
+    advantage_baseline: Literal["mean", "leave_one_out", "length_weighted"] = setting(
+        "what is subtracted: the mean of the group (GRPO), of its other rewards (RLOO), or by length (OPO)", "mean")
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting("`function(trainer, **options)` in place of these; see examples/ppo", None)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())

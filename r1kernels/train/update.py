@@ -183,33 +183,12 @@ def optimizer_step(
 def importance_weights(
     sampled: Tensor, trained: Tensor, mask: Tensor, settings: Importance
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """Weights pi / mu that correct the gap between mu, which sampled, and the policy pi, which is trained; and metrics.
+    """`r1kernels.importance_weights` by the settings, and its metrics; the weights are None for mode `none`.
 
-    Both round differently, or mu is some updates old. Large weights are noise: they are truncated (TIS: Yao et al.
-    2025, "Your efficient RL framework secretly brings you off-policy RL training") or their tokens are left out (MIS:
-    Liu et al. 2025, "When speed kills stability").
-
-    `sampled` and `trained` are the log-probs (B, T) by mu and pi; nothing behind the mask matters. Weights are (B, T),
-    or (B,) for sequences, and exactly 1 where the log-probs are equal; None for mode `none`.
+    `sampled` and `trained` are the log-probs (B, T) by the policies that sampled and that is trained.
     """
-    gap = (trained.double() - sampled.double()).masked_fill(~mask, 0.0)
-    sequences = settings.level == "sequence"
-    weights = (gap.sum(-1) if sequences else gap).exp()
-    kept = (weights >= settings.floor) & (weights <= settings.cap) | (settings.mode == "none")
-    if settings.mode == "truncate":
-        weights = weights.clamp(settings.floor, settings.cap)
-    elif settings.mode == "mask":
-        weights = weights.where(kept, 0.0)
-    gaps, used, kept = gap[mask], *((weights, kept) if sequences else (weights[mask], kept[mask]))
-    metrics = {
-        "logprob_gap_mean": gaps.abs().mean(),
-        "logprob_gap_max": gaps.abs().max(),
-        "rollout_kl_k1": -gaps.mean(),  # estimates of KL(mu || pi)
-        "rollout_kl_k3": (gaps.expm1() - gaps).mean(),
-        "importance_mean": used.mean(),
-        "importance_cut": (~kept).double().mean(),
-        # The effective sample size as a share.
-        "importance_ess": used.sum() ** 2 / (len(used) * used.square().sum()),
-    }
-    weights = None if settings.mode == "none" else weights.float()
-    return weights, {name: value.item() for name, value in metrics.items()}
+    options = settings.model_dump()
+    if settings.mode == "none":  # it measures weights as they are
+        options |= {"mode": "truncate", "floor": 0.0, "cap": math.inf, "normalize": False}
+    weights, metrics = r1kernels.importance_weights(trained, sampled, mask, **options)
+    return None if settings.mode == "none" else weights, {name: value.item() for name, value in metrics.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, registration_only, shapes_only
+from backends import checks_only, compiles, host_code, reference_only, registration_only, shapes_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -115,6 +115,84 @@ def test_float64_stays_float64() -> None:
     torch.testing.assert_close(advantages, exact, rtol=1e-13, atol=1e-13)
 
 
+# ---- other baselines: plain PyTorch on any device ----
+
+BASELINES = ["leave_one_out", "length_weighted"]
+
+
+def given_lengths(baseline: str, count: int) -> dict[str, Tensor]:
+    """Lengths from 0 on, if the baseline needs them."""
+    if baseline != "length_weighted":
+        return {}
+    return {"lengths": torch.randint(9, (count,), generator=testing.generator(7))}
+
+
+@host_code
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_baselines_of_uneven_groups_with_unscorable_answers(baseline: str, scale: str, ddof: int) -> None:
+    rewards = torch.randn(60, generator=testing.generator(0)).round(decimals=1)
+    rewards[torch.rand(60, generator=testing.generator(1)) < 0.2] = math.nan
+    group_ids = torch.randint(-3, 9, (60,), generator=testing.generator(2)) * 10**12
+    group_ids[5] = 7  # a group of one answer
+    keywords = {"baseline": baseline, "scale": scale, "ddof": ddof, **given_lengths(baseline, 60)}
+    advantages = group_advantages(rewards, group_ids=group_ids, **keywords)
+    check(rewards, group_ids, advantages, **keywords)
+    assert advantages.dtype == torch.float32 and not advantages[rewards.isnan()].any() and advantages[5] == 0
+    order = group_ids.argsort(stable=True)
+    keywords |= {name: value[order] for name, value in given_lengths(baseline, 60).items()}
+    assert torch.equal(group_advantages(rewards[order], group_ids=group_ids[order], **keywords), advantages[order])
+
+
+@host_code
+def test_baselines_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0])
+    alone = group_advantages(rewards, 4, baseline="leave_one_out", scale="none")
+    assert alone.tolist() == [0.0, pytest.approx(-4 / 3), pytest.approx(-4 / 3), pytest.approx(8 / 3)]
+    for lengths in (torch.tensor([1, 2, 3, 4]), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)):
+        by_length = group_advantages(rewards, 4, baseline="length_weighted", lengths=lengths, scale="none")
+        assert by_length.tolist() == pytest.approx([-0.3, -1.3, -1.3, 1.7])
+    assert group_advantages(rewards.double(), 4, baseline="leave_one_out").dtype == torch.float64
+    matrix = group_advantages(rewards.view(2, 2), baseline="length_weighted", lengths=torch.ones(2, 2), scale="none")
+    assert matrix.tolist() == [[0.5, -0.5], [-1.5, 1.5]]
+
+
+@host_code
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("reward", AWKWARD)
+def test_a_constant_group_is_exactly_zero_with_every_baseline(baseline: str, reward: float) -> None:
+    for scale, size in itertools.product(SCALES, (1, 2, 3, 7, 64)):
+        rewards = torch.cat([torch.full((size,), reward), torch.arange(size) / 3])
+        lengths = {name: value + 1 for name, value in given_lengths(baseline, 2 * size).items()}
+        advantages = group_advantages(rewards, size, scale=scale, eps=0.0, baseline=baseline, **lengths)
+        assert not advantages[:size].any() and advantages.isfinite().all()
+        double = torch.full((size,), reward, dtype=torch.float64)  # sums of these are rounded
+        lengths = {name: value[:size] for name, value in lengths.items()}
+        assert not group_advantages(double, size, scale=scale, eps=0.0, baseline=baseline, **lengths).any()
+
+
+@host_code
+def test_the_length_of_an_unscorable_answer_does_not_matter() -> None:
+    rewards = torch.tensor([1.0, math.nan, 0.0, 2.0])
+    expected = group_advantages(rewards, 4, baseline="length_weighted", lengths=torch.tensor([1.0, 5.0, 2.0, 3.0]))
+    for length in (math.nan, math.inf, -1.0):
+        lengths = torch.tensor([1.0, length, 2.0, 3.0])
+        assert torch.equal(group_advantages(rewards, 4, baseline="length_weighted", lengths=lengths), expected)
+
+
+@compiles
+@host_code
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_compile_fullgraph(baseline: str) -> None:
+    rewards, ids, lengths = torch.randn(12), torch.arange(12) % 5, given_lengths(baseline, 12)
+
+    def run(rewards: Tensor, ids: Tensor) -> Tensor:
+        return group_advantages(rewards, group_ids=ids, baseline=baseline, **lengths)
+
+    torch.testing.assert_close(testing.compiled(run)(rewards, ids), run(rewards, ids))
+
+
 @pytest.mark.parametrize("arguments", [{"group_size": 4}, {"group_ids": torch.empty(0, dtype=torch.int64)}])
 def test_no_rewards(arguments: dict[str, Any], implementation: str) -> None:
     assert group_advantages(torch.empty(0), **arguments).shape == (0,)
@@ -182,6 +260,13 @@ def test_bad_groups(arguments: tuple[Any, ...], error: type[Exception], message:
         ({"group_ids": TEN}, TypeError, "group_ids has dtype torch.float32, expected int64 or int32"),
         ({"group_ids": TEN.long().to("meta")}, ValueError, "group_ids is on meta, expected cpu"),
         ({"group_size": 5, "scale": "std"}, ValueError, "scale is 'std', expected one of group_std, batch_std, none"),
+        ({"group_size": 5, "baseline": "rloo"}, ValueError, "baseline is 'rloo', expected one of mean, leave_one_out"),
+        ({"group_size": 5, "baseline": "length_weighted"}, ValueError, "lengths is None with the baseline 'length_"),
+        ({"group_size": 5, "lengths": TEN}, ValueError, "lengths is given with the baseline 'mean', expected None"),
+        ({"group_size": 5, "baseline": "length_weighted", "lengths": TEN[:9]}, ValueError, r"lengths has shape \(9,\)"),
+        ({"group_size": 5, "baseline": "length_weighted", "lengths": TEN - 2}, ValueError, r"lengths\[0\] is -2.0, "),
+        ({"group_size": 5, "baseline": "length_weighted", "lengths": [1] * 10}, TypeError, "lengths is a list"),
+        ({"group_size": 5, "baseline": "length_weighted", "lengths": TEN.bool()}, TypeError, "lengths has dtype torch"),
         ({"group_size": 5, "ddof": 2}, ValueError, "ddof is 2, expected 0 or 1"),
         ({"group_size": 5, "ddof": 1.0}, ValueError, "ddof is 1.0, expected 0 or 1"),
         ({"group_size": 5, "eps": -1e-4}, ValueError, r"eps is -0\.0001, expected a finite number >= 0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rl_cases import StopAfter, equal, load_shards, outcome, parity, stage_of, timeless
 
+import r1kernels
 from r1kernels.rewards import Scores
 from r1kernels.train import update
 from r1kernels.train.checkpoint import latest_checkpoint
@@ -225,6 +226,24 @@ def test_training_that_cannot_go_on_is_named_and_the_checkpoint_stays(tmp_path, 
     with pytest.raises(TrainingError, match=rf"step 1, minibatch 0.*{'nan' if broken == 'loss' else '0.5'}"):
         GRPOTrainer(stage_of(tmp_path)).run()
     assert equal(outcome(directory)["state"], before["state"])
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "length_weighted"])
+def test_baselines_of_advantages(tmp_path, monkeypatch, baseline):
+    seen, rewards = [], []
+    make, given = GRPOTrainer.update, r1kernels.group_advantages
+    monkeypatch.setattr(GRPOTrainer, "update", lambda *given: seen.append(given[1]) or make(*given))
+    monkeypatch.setattr(r1kernels, "group_advantages", lambda *a, **k: rewards.append(a[0]) or given(*a, **k))
+    settings = [f"advantage_baseline={baseline}", "advantage_scale=none", "steps=1", "group_size=4",
+                "importance={mode: truncate, level: sequence_mean, normalize: true}"]
+    GRPOTrainer(stage_of(tmp_path, settings)).run()
+    rollout, rows = seen[0], rewards[0].double().view(-1, 4)
+    lengths = rollout.mask.sum(-1).view(-1, 4) if baseline == "length_weighted" else torch.ones(len(rows), 4)
+    total = (lengths * rows).sum(1, keepdim=True)
+    means = (total - rows) / 3 if baseline == "leave_one_out" else total / lengths.sum(1, keepdim=True)
+    expected = rows - means
+    assert expected.any() and rollout.importance_weights.shape == rollout.advantages.shape
+    torch.testing.assert_close(rollout.advantages.view(-1, 4).double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_advantages_of_your_own(tmp_path):
