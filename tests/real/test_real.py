@@ -49,6 +49,11 @@ def model():
     return load_model(MODEL), load_tokenizer(MODEL)
 
 
+@pytest.fixture
+def policy(model):
+    return Policy(copy.deepcopy(model[0]), mesh("cpu"), torch.float32)
+
+
 @contextlib.contextmanager
 def serving(log):
     """The address of a server, once it answers."""
@@ -106,11 +111,11 @@ def sampler(connect):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 1.0), (0.7, 1.0), (1.0, 1.0), (0.6, 0.9), (1.0, 0.9)])
-def test_samples_and_their_log_probs(model, sampler, temperature, top_p):
+def test_samples_and_their_log_probs(policy, sampler, temperature, top_p):
     done = sampler.sample(PROMPTS, Sampling(temperature, 12, top_p))
     assert done.logprobs.isfinite().all() and (done.logprobs[done.mask] <= 0).all()
     assert len(set(done.texts[:6])) > 1  # the members of a group differ
-    ours = completion_logprobs(model[0], done, [torch.arange(len(PROMPTS))], temperature)
+    ours = completion_logprobs(policy, done, [torch.arange(len(PROMPTS))], temperature, "padded")
     gap = (ours - done.logprobs)[done.mask]
     # After top-p, the server's log-probs are those of fewer tokens, which share the probability of the others.
     assert gap.abs().mean() < GAP if top_p == 1 else gap.mean() < GAP and gap.min() > torch.tensor(0.9).log() - 1
@@ -256,11 +261,11 @@ json.dump([list(init.nccl_unique_id_bytes), init.rank_offset, init.world_size, i
 """
 
 
-def test_vllm_reads_what_is_sent_before_weights_over_nccl(model, nccl_weights, monkeypatch):
+def test_vllm_reads_what_is_sent_before_weights_over_nccl(policy, nccl_weights, monkeypatch):
     servers, nccl = Recorder(), NCCL()
     monkeypatch.setattr(nccl, "join", lambda *arguments: None)
     with nccl.in_place(monkeypatch, nccl_weights):
-        nccl_weights.NCCLWeights(servers).send(model[0])
+        nccl_weights.NCCLWeights(servers).send(policy)
     found = subprocess.run([f"{VLLM}/bin/python", "-c", CHECK], input=json.dumps(servers.sent), capture_output=True,
                            text=True, check=True)
     key, *others, names = json.loads(found.stdout)

@@ -84,7 +84,8 @@ def results_of(rank: int) -> dict[str, Any]:
         "interrupt": raised_on(1, rank, Interrupted("SIGINT")),
         "stopped": stopped(rank),
         "tensor": error_of(lambda: mesh("cpu", 4)),
-        "given out": given_out(rank), "gradient": gradient, "norm": norm, "clipped": take_gradient(policy), "weights": dict(policy.weights()),
+        "given out": given_out(rank),
+        "gradient": gradient, "norm": norm, "clipped": take_gradient(policy), "weights": dict(policy.weights()),
     }
 
 
