@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from r1kernels.train.errors import StorageError, is_lost_contact, naming
 from r1kernels.train.parallel import first, rank
@@ -29,6 +29,7 @@ from r1kernels.train.policy import Policy
 
 MODEL, STATE, SHARDS, PARTIAL = "model", "state.pt", "shards", ".partial-"
 Shards = dict[str, Any]  # nested, with sharded tensors as leaves
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # `parallel.tensor` changes the optimizer's groups
 
 
 def save_checkpoint(
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 def shards_of(policy: Policy, optimizer: torch.optim.Optimizer, reference: Any = None) -> Shards:
     """The sharded tensors of a training: what the optimizer remembers, adapters, and the weights of the reference."""
     trained, fresh = policy.trained(), not optimizer.state  # the optimizer does not know gathered weights
-    shards: Shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+    shards: Shards = {"optimizer": get_optimizer_state_dict(policy, optimizer, options=BY_NAME)}
     for state in optimizer.state.values() if fresh else ():  # torch fills it by an update of 0, which it counts
         state["step"].zero_()
     if any(".lora_" in name for name in trained):
@@ -136,7 +137,7 @@ def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, ref
     with (naming(damaged(path / SHARDS), (Exception, dcp.CheckpointException), StorageError),
           warnings.catch_warnings(action="ignore", category=UserWarning)):
         dcp.load(shards, checkpoint_id=path / SHARDS)
-    set_optimizer_state_dict(policy, optimizer, shards["optimizer"])
+    set_optimizer_state_dict(policy, optimizer, shards["optimizer"], options=BY_NAME)
 
 
 def damaged(part: Path) -> str:

@@ -104,7 +104,8 @@ def outcome(stage: Stage) -> dict[str, Any]:
     return {
         "metrics": timeless(stage.directory / "metrics.jsonl"),
         "weights": _bytes(load_file(checkpoint / "model" / "model.safetensors")),
-        "shards": {name: _bytes(values) for name, values in load_shards(checkpoint)["optimizer"]["state"].items()},
+        "shards": _bytes({name: value for name, value in load_shards(checkpoint)["optimizer"].items()
+                          if isinstance(value, torch.Tensor)}),
         "step": state["step"],
     }
 

@@ -100,7 +100,7 @@ def stopped(runs):
 
 
 def resumed(runs, stopped, ranks, *sets):
-    run_dir = runs.folder / f"{stopped.name}-{ranks}"
+    run_dir = runs.folder / "-".join([stopped.name, str(ranks), *sets])
     shutil.copytree(stopped, run_dir)
     codes, texts = runs(run_dir, ranks, *sets)
     assert codes == [0] * ranks and "rl: continue" in texts[0], "\n".join(texts)
