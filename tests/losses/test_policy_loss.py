@@ -1,12 +1,13 @@
 """The policy loss against the float64 oracle, for every objective, KL estimator, aggregate and layout."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
 from backends import compiles, reference_only, registration_only, shapes_only
-from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, with_extras
+from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, objective_of, with_extras
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -19,13 +20,19 @@ from r1kernels.ops.policy_loss import METRICS
 @reference_only
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_reference_gradcheck(name: str) -> None:
+    if name == "gspo_token":
+        pytest.skip("its value is a constant: test_gspo_token_has_the_gradient_of_gspo")
     objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.2)
+    # A ratio that is a constant by definition, which finite differences cannot know, is 1.
+    constant = objective.surrogate in ("cispo", "dppo_tv", "dppo_kl", "vespo")
     inputs = {k: v.double() for k, v in testing.random_policy().items()}
     inputs["mask"] = testing.random_ids(5, 7, vocab=4) > 0
-    if objective.surrogate == "cispo":  # its ratio is a constant by definition, which finite differences cannot know
+    if constant:
         del inputs["old_logprobs"]
+    else:
+        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo"))
     logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
-    if objective.surrogate == "cispo" or objective.ratio == "token":
+    if constant or objective.ratio == "token":
         inputs["advantages"] = inputs["advantages"].abs()
 
     def loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -42,7 +49,7 @@ def test_reference_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_oracle_padded(name: str, kl: str, aggregate: str, implementation: str) -> None:
-    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    objective = objective_of(name, kl, aggregate)
     for seed, extra in enumerate(EXTRAS):
         check(with_extras(extra, seed), objective)
 
@@ -52,7 +59,7 @@ def test_oracle_padded(name: str, kl: str, aggregate: str, implementation: str) 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_oracle_packed(name: str, kl: str, aggregate: str, implementation: str) -> None:
     """The second sequence is empty: it adds nothing and still counts as one of S."""
-    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    objective = objective_of(name, kl, aggregate)
     for seed, extra in enumerate(EXTRAS):
         check(testing.packed(with_extras(extra, seed), testing.random_lengths(5, 7, seed)), objective)
 
@@ -74,7 +81,13 @@ def test_packed_equals_padded_bit_for_bit(name: str, implementation: str) -> Non
     assert not padded_grad[~mask].any()
 
 
-@pytest.mark.parametrize("preset", ["grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce"])
+PRESETS = [
+    "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "dppo", "ipo", "vespo",
+    "reinforce",
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_match_the_oracle(preset: str, implementation: str) -> None:
     make = getattr(objectives, preset)
     check(with_extras("holes"), make(max_length=11) if preset == "dr_grpo" else make())
