@@ -40,7 +40,7 @@ class Objective:
             sg[s] e^(l - sg[l]), whose value is s and whose gradient is the token's own (GSPO-token);
             "sequence_product" for the constant exp(sum_t (l - l_old)), only for "vespo".
         clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10), and with
-            "cispo" `clip_high` may be negative, >= -1: the upper bound is any number >= 0. They bound p - p_old with
+            "cispo" `clip_high` may be negative, >= -clip_low and >= -1: the upper bound is any number >= 0. They bound p - p_old with
             "dppo_tv" and "ipo", and the KL divergence with "dppo_kl"; the other surrogates do not use them.
         ratio_cap: > 0. "clip": two-sided ("dual") clip -min(min(r, ratio_cap) A, clip(r, ...) A), which limits the
             ratio if A < 0; a cap below 1 + clip_high limits it if A > 0, and 1 + clip_high if A < 0. "dppo_tv",
@@ -88,7 +88,7 @@ class Objective:
         self._check_choice("aggregate", AGGREGATES)
         for field in ("clip_low", "power_pos", "power_neg", "kl_coef"):
             self._check_number(field, minimum=0.0)
-        self._check_number("clip_high", minimum=-1.0 if self.surrogate == "cispo" else 0.0)
+        self._check_number("clip_high", minimum=-min(1.0, self.clip_low) if self.surrogate == "cispo" else 0.0)
         self._check_number("entropy_coef")
         for field in ("tau_pos", "tau_neg"):
             self._check_number(field, minimum=0.0, strict=self.surrogate != "ipo")

@@ -113,8 +113,9 @@ R1K_HOST_DEVICE SurrogateTerm ipo_term(const Objective& objective, float log_rat
   const float up = std::exp(logprob) - std::exp(logprob - log_ratio);
   const bool high = up > objective.clip_high, low = up < -objective.clip_low;
   const float gain = high || low || advantage == 0 ? 0 : std::exp(log_ratio) * advantage;
-  const float pull = (advantage > 0 ? objective.tau_pos : objective.tau_neg) * log_ratio;
-  return {pull * log_ratio - gain, 2.0f * pull - gain, low && advantage != 0, high && advantage != 0, false};
+  const float tau = advantage > 0 ? objective.tau_pos : objective.tau_neg;
+  const float pull = tau == 0 ? 0 : tau * log_ratio;
+  return {(pull == 0 ? 0 : pull * log_ratio) - gain, 2.0f * pull - gain, low && advantage != 0, high && advantage != 0, false};
 }
 
 // -sg[phi(w)] A l with log phi = tau + k log w - tau w, for w = prod_t r_t of the sequence within [1e-8, e^20].

@@ -84,9 +84,9 @@ def surrogate_term(surrogate, delta, advantage, logprob, clip_low, clip_high, ra
         high = moves & (moved > single(clip_high))
         low = moves & (moved < -single(clip_low))
         gain = tl.where(moves & ~high & ~low, ratio * advantage, 0.0)
-        pull = tau * delta
+        pull = tl.where(tau == 0, 0.0, tau * delta)
         slope = 2.0 * pull - gain
-        loss = pull * delta - gain
+        loss = tl.where(pull == 0, 0.0, pull * delta) - gain
         moves = moves | True
     elif (surrogate == DPPO_TV) | (surrogate == DPPO_KL):
         # -sg[min(r, cap)] A l, 0 where the policy moved beyond a bound in the direction of A

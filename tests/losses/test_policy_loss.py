@@ -42,6 +42,42 @@ def test_reference_gradcheck(name: str) -> None:
         assert torch.autograd.gradcheck(loss, (logprobs.requires_grad_(), entropy.requires_grad_()))
 
 
+def test_gspo_token_has_the_gradient_of_gspo(implementation: str) -> None:
+    """With one advantage and weight per sequence; with those of tokens it has that of each token alone."""
+    inputs = with_extras("holes")
+    wide = {"clip_low": 0.1, "clip_high": 0.1}
+    sequence, token = (evaluate(inputs, make(**wide)) for make in (objectives.gspo, objectives.gspo_token))
+    assert sequence[1].any()
+    torch.testing.assert_close(token[0].loss, sequence[0].loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(token[1], sequence[1], rtol=1e-6, atol=0)
+    one = inputs["advantages"][:, None].repeat(1, 7)
+    one[:, 1:] = 0
+    grad = evaluate(inputs | {"advantages": one}, objectives.gspo_token(**wide))[1]
+    assert grad[:, 0].any() and not grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("make", [objectives.grpo, objectives.gspo, objectives.gspo_token, objectives.cispo])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_kl_times_ratio_equals_autograd(make: Any, kl: str, implementation: str) -> None:
+    """r k with the gradient through both, as TRL writes it, in float64."""
+    inputs = with_extras("holes") | {"advantages": torch.zeros(5)}
+    logprobs = inputs["logprobs"].double().requires_grad_()
+    mask, old, ref = inputs["mask"], inputs["old_logprobs"].double(), inputs["ref_logprobs"].double()
+    objective = make(kl=kl, kl_coef=0.5, kl_ratio=True, aggregate="token_mean")
+    log_ratio = logprobs - old
+    if objective.ratio != "token":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logprobs)
+    if objective.ratio == "sequence_token":
+        log_ratio = log_ratio.detach() + logprobs - logprobs.detach()
+    d = ref - logprobs
+    k = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl]
+    expected = 0.5 * (log_ratio.exp() * k * mask).sum() / mask.sum()
+    (grad,) = torch.autograd.grad(expected, logprobs)
+    result, found, _ = evaluate(inputs, objective)
+    torch.testing.assert_close(result.loss, expected.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(found, grad.float(), rtol=1e-4, atol=1e-8)
+
+
 # ---- 2. against the float64 oracle ------------------------------------------------------------------------
 
 
