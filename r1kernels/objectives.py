@@ -40,8 +40,9 @@ class Objective:
             sg[s] e^(l - sg[l]), whose value is s and whose gradient is the token's own (GSPO-token);
             "sequence_product" for the constant exp(sum_t (l - l_old)), only for "vespo".
         clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10), and with
-            "cispo" `clip_high` may be negative, >= -clip_low and >= -1: the upper bound is any number >= 0. They bound p - p_old with
-            "dppo_tv" and "ipo", and the KL divergence with "dppo_kl"; the other surrogates do not use them.
+            "cispo" `clip_high` may be negative, >= -clip_low and >= -1: the upper bound is any number >= 0. They bound
+            p - p_old with "dppo_tv" and "ipo", and the KL divergence with "dppo_kl"; "sapo", "vespo" and "reinforce"
+            do not use them.
         ratio_cap: > 0. "clip": two-sided ("dual") clip -min(min(r, ratio_cap) A, clip(r, ...) A), which limits the
             ratio if A < 0; a cap below 1 + clip_high limits it if A > 0, and 1 + clip_high if A < 0. "dppo_tv",
             "dppo_kl": the largest weight of a token. None: no cap.

@@ -138,21 +138,25 @@ R1K_HOST_DEVICE SurrogateTerm sapo_term(const Objective& objective, float ratio,
   return {-4.0f / tau * sigma * advantage, -4.0f * bump * advantage, false, false, false};
 }
 
+// The surrogates after `reinforce`.
+R1K_RARE SurrogateTerm rare_term(const Objective& objective, float log_ratio, float advantage, float logprob) {
+  if (objective.surrogate == Surrogate::ipo) return ipo_term(objective, log_ratio, advantage, logprob);
+  if (advantage == 0) return {0, 0, false, false, false};
+  if (objective.surrogate == Surrogate::vespo) return vespo_term(objective, log_ratio, advantage, logprob);
+  return dppo_term(objective, log_ratio, advantage, logprob);
+}
+
 // `log_ratio` is l - l_old of the token, or its mean or sum over the sequence; the slope of `clip` and `sapo` is then
 // with respect to that mean.
 R1K_HOST_DEVICE SurrogateTerm surrogate_term(const Objective& objective, float log_ratio, float advantage,
                                              float logprob) {
-  if (objective.surrogate == Surrogate::ipo) return ipo_term(objective, log_ratio, advantage, logprob);
+  if (objective.surrogate > Surrogate::reinforce) return rare_term(objective, log_ratio, advantage, logprob);
   if (advantage == 0) return {0, 0, false, false, false};
   switch (objective.surrogate) {
     case Surrogate::clip: return clip_term(objective, std::exp(log_ratio), advantage);
     case Surrogate::cispo: return cispo_term(objective, std::exp(log_ratio), advantage, logprob);
     case Surrogate::sapo: return sapo_term(objective, std::exp(log_ratio), advantage);
-    case Surrogate::dppo_tv:
-    case Surrogate::dppo_kl: return dppo_term(objective, log_ratio, advantage, logprob);
-    case Surrogate::vespo: return vespo_term(objective, log_ratio, advantage, logprob);
-    case Surrogate::ipo:
-    case Surrogate::reinforce: break;
+    default: break;
   }
   return {-advantage * logprob, -advantage, false, false, false};
 }

@@ -88,7 +88,7 @@ def test_an_objective_is_frozen_and_hashable() -> None:
         ({"tau_neg": -1.0}, "tau_neg is -1.0, expected a finite number > 0"),
         ({"ratio_cap": 0.0}, "ratio_cap is 0.0, expected a finite number > 0"),
         ({"clip_high": -0.1}, "clip_high is -0.1, expected a finite number >= 0"),
-        ({"clip_high": -1.1, "clip_low": 2.0, "surrogate": "cispo"}, "clip_high is -1.1, expected a finite number >= -1"),
+        ({"clip_high": -1.1, "clip_low": 2.0, "surrogate": "cispo"}, "clip_high is -1.1, expected .* >= -1"),
         ({"clip_high": -0.3, "surrogate": "cispo"}, "clip_high is -0.3, expected a finite number >= -0.2"),
         ({"power_pos": -1.0}, "power_pos is -1.0, expected a finite number >= 0"),
         ({"tau_neg": -0.1, "surrogate": "ipo"}, "tau_neg is -0.1, expected a finite number >= 0"),
