@@ -90,13 +90,13 @@ inline r1k::RowView row_view(const Tensor& logits) {
 inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_t aggregate, double clip_low,
                               double clip_high, double ratio_cap, double tau_pos, double tau_neg, double kl_coef,
                               double entropy_coef, double max_length) {
-  R1K_CHECK(surrogate >= 0 && surrogate <= 3 && (ratio == Ratio::token || ratio == Ratio::sequence) && kl >= 1 &&
-                kl <= 3 && aggregate >= 0 && aggregate <= 2,
+  R1K_CHECK(surrogate >= 0 && surrogate <= 7 && ratio >= Ratio::token && ratio <= Ratio::sequence_product && kl >= 1 &&
+                kl <= 6 && aggregate >= 0 && aggregate <= 2,
             "surrogate, ratio, kl and aggregate are ", surrogate, ", ", static_cast<int>(ratio), ", ", kl, ", ",
             aggregate, ", expected numbers of r1kernels.objectives");
   return {static_cast<Surrogate>(surrogate),
           ratio,
-          kl,
+          kl > 3 ? kl - 3 : kl,
           static_cast<Aggregate>(aggregate),
           static_cast<float>(clip_low),
           static_cast<float>(clip_high),
@@ -105,7 +105,8 @@ inline Objective objective_of(int64_t surrogate, Ratio ratio, int64_t kl, int64_
           static_cast<float>(tau_neg),
           static_cast<float>(kl_coef),
           static_cast<float>(entropy_coef),
-          max_length};
+          max_length,
+          kl > 3};
 }
 
 // Rows per task: enough vocabulary to be worth waking a thread for.

@@ -57,6 +57,7 @@ _declare(
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
 # -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
+# kl: 1, 2, 3 for k1, k2, k3, and 3 more if the ratio multiplies the term.
 _declare(
     "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? entropy, Tensor? mask, Tensor? cu_seqlens, Tensor? importance_weights, Tensor? normalizer, "

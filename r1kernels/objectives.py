@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-SURROGATES = ("clip", "cispo", "sapo", "reinforce")
-RATIOS = ("token", "sequence")
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "vespo")
+RATIOS = ("token", "sequence", "sequence_token", "sequence_product")
+CAPPED = ("clip", "dppo_tv", "dppo_kl")  # surrogates with a ratio_cap
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATES = ("sequence_mean", "token_mean", "constant")
 
@@ -21,20 +22,40 @@ class Objective:
 
         surrogate(r, A, l) * importance_weight + kl_coef * kl(l, l_ref) - entropy_coef * H
 
-    and `aggregate` says how the losses of all tokens become one number.
+    with r kl in place of kl if `kl_ratio`, and `aggregate` says how the losses of all tokens become one number. Here
+    p = e^l and p_old = e^l_old.
 
     Attributes:
-        surrogate: "clip" -min(rA, clip(r, 1 - clip_low, 1 + clip_high) A); "cispo" -sg[min(r, 1 + clip_high)] A l;
-            "sapo" -(4/tau) sigmoid(tau (r - 1)) A with tau by the sign of A; "reinforce" -A l. A callable
-            `(logprobs, batch) -> per-token loss` is differentiated by autograd (see `policy_loss`).
-        ratio: "token", or "sequence" for one ratio exp(mean_t (l - l_old)) per sequence (GSPO).
-        clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10).
-        ratio_cap: two-sided ("dual") clip: if A < 0, the ratio is limited to this value, > 1 + clip_high.
-        tau_pos, tau_neg: SAPO temperatures, > 0.
+        surrogate: "clip" -min(rA, clip(r, 1 - clip_low, 1 + clip_high) A);
+            "cispo" -sg[clamp(r, 1 - clip_low, 1 + clip_high)] A l;
+            "sapo" -(4/tau) sigmoid(tau (r - 1)) A with tau by the sign of A; "reinforce" -A l;
+            "dppo_tv" -sg[min(r, ratio_cap)] A l, and 0 where A > 0 and p - p_old > clip_high, or A < 0 and
+            p_old - p > clip_low; "dppo_kl" the same with KL(Bernoulli(p_old) || Bernoulli(p)) in place of the
+            difference's size, in the same directions;
+            "ipo" -rA + tau (log r)^2, without its first term where p - p_old > clip_high or p_old - p > clip_low;
+            "vespo" -sg[phi(w)] A l, log phi(w) = tau + k log w - tau w with w the ratio within [1e-8, e^20], and k
+            and tau by the sign of A. A callable `(logprobs, batch) -> per-token loss` is differentiated by autograd
+            (see `policy_loss`).
+        ratio: "token"; "sequence" for one ratio s = exp(mean_t (l - l_old)) per sequence (GSPO); "sequence_token" for
+            sg[s] e^(l - sg[l]), whose value is s and whose gradient is the token's own (GSPO-token);
+            "sequence_product" for the constant exp(sum_t (l - l_old)), only for "vespo".
+        clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10), and with
+            "cispo" `clip_high` may be negative, >= -clip_low and >= -1: the upper bound is any number >= 0. They bound
+            p - p_old with "dppo_tv" and "ipo", and the KL divergence with "dppo_kl"; "sapo", "vespo" and "reinforce"
+            do not use them.
+        ratio_cap: > 0. "clip": two-sided ("dual") clip -min(min(r, ratio_cap) A, clip(r, ...) A), which limits the
+            ratio if A < 0; a cap below 1 + clip_high limits it if A > 0, and 1 + clip_high if A < 0. "dppo_tv",
+            "dppo_kl": the largest weight of a token. None: no cap.
+        tau_pos, tau_neg: for A > 0 and for A <= 0: SAPO temperatures and decays of VESPO, > 0; weights of (log r)^2 of
+            IPO, >= 0.
+        power_pos, power_neg: exponents k of VESPO, >= 0.
         kl: estimator of KL(pi || ref) on sampled tokens, with d = l_ref - l: "k1" -d, "k2" d^2/2,
             "k3" e^d - d - 1. In the loss, k1 has expected gradient 0 (it regularises nothing), k2 has the
             gradient of KL(pi || ref), and k3 has the gradient of KL(ref || pi).
         kl_coef: weight of the KL term, >= 0. If it is not 0, the loss needs `ref_logprobs`.
+        kl_ratio: multiply the KL term by the ratio, before any bound, and let the gradient flow through both
+            (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's `use_bias_correction_kl`). With the token's ratio, r k1 and
+            r k3 are unbiased for KL(pi || ref) and its gradient when samples come from the old policy.
         entropy_coef: weight of the entropy bonus. If it is not 0, the loss needs the entropy.
         aggregate: "sequence_mean" mean over sequences of the mean over their tokens; "token_mean" sum over
             tokens / number of counted tokens; "constant" sum over tokens / (sequences * max_length).
@@ -51,8 +72,11 @@ class Objective:
     ratio_cap: float | None = None
     tau_pos: float = 1.0
     tau_neg: float = 1.05
+    power_pos: float = 2.0
+    power_neg: float = 3.0
     kl: str = "k3"
     kl_coef: float = 0.0
+    kl_ratio: bool = False
     entropy_coef: float = 0.0
     aggregate: str = "sequence_mean"
     max_length: int | None = None
@@ -63,19 +87,18 @@ class Objective:
         self._check_choice("ratio", RATIOS)
         self._check_choice("kl", KL_ESTIMATORS)
         self._check_choice("aggregate", AGGREGATES)
-        for field in ("clip_low", "clip_high", "kl_coef"):
+        for field in ("clip_low", "power_pos", "power_neg", "kl_coef"):
             self._check_number(field, minimum=0.0)
+        self._check_number("clip_high", minimum=-min(1.0, self.clip_low) if self.surrogate == "cispo" else 0.0)
         self._check_number("entropy_coef")
         for field in ("tau_pos", "tau_neg"):
-            self._check_number(field, minimum=0.0, strict=True)
+            self._check_number(field, minimum=0.0, strict=self.surrogate != "ipo")
         if self.ratio_cap is not None:
-            if self.surrogate != "clip":
+            if self.surrogate not in CAPPED:
                 raise ValueError(f"ratio_cap is {self.ratio_cap!r} with surrogate {self.surrogate!r}, "
-                                 "expected None: only 'clip' has a cap")
-            self._check_number("ratio_cap", minimum=1.0 + self.clip_high, strict=True)
-        if self.ratio == "sequence" and (callable(self.surrogate) or self.surrogate == "reinforce"):
-            raise ValueError(f"ratio is 'sequence' with surrogate {self.surrogate!r}, which does not use this ratio; "
-                             "expected 'token'")
+                                 f"expected None: only {', '.join(CAPPED)} have a cap")
+            self._check_number("ratio_cap", minimum=0.0, strict=True)
+        self._check_ratio()
         if self.aggregate == "constant":
             if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
                 raise ValueError(f"max_length is {self.max_length!r}, expected a positive integer with aggregate "
@@ -83,6 +106,20 @@ class Objective:
         elif self.max_length is not None:
             raise ValueError(f"max_length is {self.max_length!r} with aggregate {self.aggregate!r}, expected None: "
                              "only 'constant' uses it")
+
+    def _check_ratio(self) -> None:
+        unused = callable(self.surrogate) or self.surrogate == "reinforce"
+        if self.ratio != "token" and (unused or self.surrogate in ("dppo_tv", "dppo_kl", "ipo")):
+            why = "which does not use this ratio" if unused else "which compares the probabilities of a token"
+            raise ValueError(f"ratio is {self.ratio!r} with surrogate {self.surrogate!r}, {why}; expected 'token'")
+        if (self.ratio == "sequence_product") != (self.surrogate == "vespo"):
+            expected = "'sequence_product'" if self.surrogate == "vespo" else "another one: only 'vespo' uses it"
+            raise ValueError(f"ratio is {self.ratio!r} with surrogate {self.surrogate!r}, expected {expected}")
+        if not isinstance(self.kl_ratio, bool):
+            raise ValueError(f"kl_ratio is {self.kl_ratio!r}, expected True or False")
+        if self.kl_ratio and self.ratio == "sequence_product":
+            raise ValueError("kl_ratio is True with ratio 'sequence_product', expected False: a product over a "
+                             "sequence is no weight of one token's KL")
 
     def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, field)
@@ -100,7 +137,12 @@ class Objective:
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss depends on where sequences begin and end."""
-        return self.ratio == "sequence" or self.aggregate != "token_mean"
+        return self.ratio != "token" or self.aggregate != "token_mean"
+
+    @property
+    def zero_without_advantage(self) -> bool:
+        """Whether a token of advantage 0 has loss 0 and no gradient."""
+        return self.kl_coef == 0 and self.entropy_coef == 0 and self.surrogate != "ipo"
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
@@ -141,7 +183,11 @@ def dr_grpo(max_length: int, **overrides: Any) -> Objective:
 
 
 def dapo(**overrides: Any) -> Objective:
-    """DAPO: clip-higher (0.2, 0.28) and token mean (arXiv 2503.14476)."""
+    """DAPO: clip-higher (0.2, 0.28) and token mean (arXiv 2503.14476).
+
+    Its overlong filter is a matter of the `mask`: set it to False for all tokens of a truncated sequence. They then
+    count neither in the loss nor in the number of tokens.
+    """
     return _preset("dapo", overrides, clip_low=0.2, clip_high=0.28, aggregate="token_mean")
 
 
@@ -150,17 +196,70 @@ def gspo(**overrides: Any) -> Objective:
     return _preset("gspo", overrides, ratio="sequence", clip_low=3e-4, clip_high=4e-4)
 
 
+def gspo_token(**overrides: Any) -> Objective:
+    """GSPO-token: the value of GSPO's ratio, sg[s] e^(l - sg[l]), with token advantages (arXiv 2507.18071, eq. 13).
+
+    With one advantage per sequence, the gradient is that of `gspo`.
+    """
+    return _preset("gspo_token", overrides, ratio="sequence_token", clip_low=3e-4, clip_high=4e-4)
+
+
+def luspo(**overrides: Any) -> Objective:
+    """LUSPO: GSPO with each sequence's loss multiplied by its length (arXiv 2602.05261).
+
+    This is the sum over tokens / the number of sequences: `aggregate="constant"` with `max_length=1`.
+    """
+    return _preset("luspo", overrides, ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregate="constant",
+                   max_length=1)
+
+
 def cispo(**overrides: Any) -> Objective:
     """CISPO: the clipped ratio is a constant weight of the log-prob (arXiv 2506.13585).
 
-    The bound is 1 + clip_high = 5; TRL's `epsilon_high` is that absolute bound.
+    The bound is 1 + clip_high = 5; TRL's `epsilon_high` is that absolute bound, so its 0.2 is `clip_high=-0.8`. The
+    lower bound is 1 - clip_low = 0, which never holds.
     """
-    return _preset("cispo", overrides, surrogate="cispo", clip_high=4.0, aggregate="token_mean")
+    return _preset("cispo", overrides, surrogate="cispo", clip_low=1.0, clip_high=4.0, aggregate="token_mean")
 
 
 def sapo(**overrides: Any) -> Objective:
     """SAPO: a sigmoid gate instead of a clip (arXiv 2511.20347)."""
     return _preset("sapo", overrides, surrogate="sapo")
+
+
+def dppo(divergence: str = "tv", **overrides: Any) -> Objective:
+    """DPPO: a trust region of probabilities instead of ratios, token mean (arXiv 2602.04879).
+
+    -sg[min(r, 20)] A l, and 0 for tokens that have moved too far in the direction of A. `divergence` is "tv", by
+    abs(p - p_old) with the bound 0.15, or "kl", by KL(Bernoulli(p_old) || Bernoulli(p)) with the bound 0.05.
+    `clip_high` is the bound if A > 0, `clip_low` if A < 0.
+    """
+    bounds = {"tv": 0.15, "kl": 0.05}
+    if divergence not in bounds:
+        raise ValueError(f"objectives.dppo: divergence is {divergence!r}, expected one of {', '.join(bounds)}")
+    bound = bounds[divergence]
+    return _preset("dppo", overrides, surrogate=f"dppo_{divergence}", clip_low=bound, clip_high=bound, ratio_cap=20.0,
+                   aggregate="token_mean")
+
+
+def ipo(**overrides: Any) -> Objective:
+    """IPO of prime-rl: -rA without the tokens whose probability moved by more than 0.1, + 0.001 (log r)^2, token mean.
+
+    The bound holds in both directions, whatever the sign of A. `tau_pos` and `tau_neg` weigh (log r)^2, of which every
+    counted token has a gradient.
+    """
+    return _preset("ipo", overrides, surrogate="ipo", clip_low=0.1, clip_high=0.1, tau_pos=1e-3, tau_neg=1e-3,
+                   aggregate="token_mean")
+
+
+def vespo(**overrides: Any) -> Objective:
+    """VESPO: a smooth constant weight phi(w) of the log-prob, w = prod_t r_t, token mean (arXiv 2602.10693).
+
+    log phi(w) = tau + k log w - tau w, so that phi(1) = 1; (k, tau) is (2, 3) if A > 0 and (3, 2) if A < 0.
+    `importance_weights` multiply the loss; TRL multiplies w by them instead.
+    """
+    return _preset("vespo", overrides, surrogate="vespo", ratio="sequence_product", tau_pos=3.0, tau_neg=2.0,
+                   aggregate="token_mean")
 
 
 def reinforce(**overrides: Any) -> Objective:

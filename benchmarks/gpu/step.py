@@ -12,6 +12,7 @@ from torch import Tensor
 from gpu.losses import LossFunction
 from gpu.setting import CUDA
 from r1kernels import Objective, objectives
+from r1kernels.ops.policy_loss import kl_number
 
 STEP, IN_PLACE = f"{CUDA}, operator", f"{CUDA}, operator, in place"
 CLUSTERS = (1, 2, 4, 8)
@@ -32,7 +33,7 @@ def step(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     results = torch.ops.r1kernels_cuda.grpo_step(
         logits, inputs["token_ids"], inputs["advantages"], *(inputs.get(name) for name in PER_TOKEN), temperature,
-        objectives.SURROGATES.index(objective.surrogate), objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+        objectives.SURROGATES.index(objective.surrogate), kl_number(objective),
         objectives.AGGREGATES.index(objective.aggregate), objective.clip_low, objective.clip_high,
         math.inf if objective.ratio_cap is None else objective.ratio_cap, objective.tau_pos, objective.tau_neg,
         objective.kl_coef, objective.entropy_coef, float(objective.max_length or 1), list(tile), out,

@@ -3,6 +3,8 @@
 //
 //   loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  g = dloss/dl,  eta = dloss/dH
 //
+// with r_t kl_t in place of kl_t if the objective says so.
+//
 // Sums are float64 and as good as their order, which is the caller's.
 #pragma once
 
@@ -16,7 +18,7 @@ namespace r1k {
 struct PolicyToken {
   double weight;     // 1 / denominator, or 1 / (denominator * counted tokens of the sequence)
   float logprob;     // l
-  float log_ratio;   // l - l_old, or its mean over the sequence; l - l without old log-probs
+  float log_ratio;   // l - l_old, or its mean or sum over the sequence; l - l without old log-probs
   float ref;         // l_ref; not read without has_ref
   float entropy;     // H, 0 where it is not given
   float advantage;   // A
@@ -60,23 +62,40 @@ R1K_HOST_DEVICE SurrogateTerm surrogate_of(const Objective& objective, const Pol
   return surrogate_term(objective, token.log_ratio, token.importance == 0 ? 0.0f : token.advantage, token.logprob);
 }
 
-// With `shared` (a sequence's ratio) the surrogate's slope is `shared_slope` and not the token's own.
+// What a token adds to the slope with respect to the sequence's mean log-ratio.
+R1K_HOST_DEVICE double shared_slope_of(const Objective& objective, const PolicyToken& token) {
+  double slope = 0;
+  if (shares_surrogate(objective)) slope = weighted(token.importance, surrogate_of(objective, token).slope);
+  if (shares_kl(objective) && token.has_ref) {
+    const double factor = static_cast<double>(objective.kl_coef) * std::exp(token.log_ratio);
+    slope += weighted(factor, kl_term(objective.kl, token.ref - token.logprob).loss);
+  }
+  return slope;
+}
+
+// With `shared`, `shared_slope` is the mean of `shared_slope_of` over the sequence.
 R1K_HOST_DEVICE PolicyGradient add_token(PolicySums& sums, const Objective& objective, const PolicyToken& token,
                                          bool shared = false, double shared_slope = 0) {
   const SurrogateTerm term = surrogate_of(objective, token);
   const double surrogate_loss = weighted(token.importance, term.loss);
   const double surrogate_slope = weighted(token.importance, term.slope);
   double loss = surrogate_loss;
-  double slope = shared ? shared_slope : surrogate_slope;
+  double slope = (shared ? shared_slope : 0) + (shared && shares_surrogate(objective) ? 0 : surrogate_slope);
   double kl_slope = 0;
   if (token.has_ref) {
-    const Term kl = kl_term(objective.kl, token.ref - token.logprob);
-    sums.kl += kl.loss;
-    if (objective.kl_coef != 0) {
-      loss += static_cast<double>(objective.kl_coef) * kl.loss;
-      kl_slope = static_cast<double>(objective.kl_coef) * kl.slope;
-      slope += kl_slope;
+    const float d = token.ref - token.logprob;
+    const Term kl = kl_term(objective.kl, d);
+    double kl_loss = kl.loss;
+    kl_slope = kl.slope;
+    if (objective.kl_ratio) {
+      const double r = std::exp(token.log_ratio);
+      kl_loss = weighted(r, kl.loss);
+      kl_slope = weighted(r, objective.ratio == Ratio::sequence ? kl.slope : kl_ratio_slope(objective.kl, d));
     }
+    sums.kl += kl_loss;
+    kl_slope = objective.kl_coef == 0 ? 0 : static_cast<double>(objective.kl_coef) * kl_slope;
+    if (objective.kl_coef != 0) loss += static_cast<double>(objective.kl_coef) * kl_loss;
+    slope += kl_slope;
   }
   sums.entropy += token.entropy;
   PolicyGradient gradient = {static_cast<float>(token.weight * slope), 0};

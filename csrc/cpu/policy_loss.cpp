@@ -28,21 +28,21 @@ PolicySums one_sequence(const PolicyLossArgs& args, double denominator, int64_t 
   const double length = static_cast<double>(std::max<int64_t>(counted, 1));
   const double weight = 1.0 / (objective.aggregate == Aggregate::sequence_mean ? denominator * length : denominator);
 
-  // GSPO: every token carries the sequence's ratio exp(mean (l - l_old)).
-  const bool sequence_ratio = objective.ratio == Ratio::sequence;
-  float mean_log_ratio = 0;
+  // GSPO: every token carries the sequence's ratio exp(mean (l - l_old)); VESPO: the product of the ratios.
+  const bool sequence_ratio = of_sequences(objective.ratio);
+  float sequence_log_ratio = 0;
   if (sequence_ratio) {
     double total = 0;
     for (int64_t t = begin; t < end; ++t) {
       if (counts(args, t)) total += log_ratio(args, t);
     }
-    mean_log_ratio = static_cast<float>(total / length);
+    sequence_log_ratio = static_cast<float>(objective.ratio == Ratio::sequence_product ? total : total / length);
   }
   const auto token_at = [&](int64_t t) {
     PolicyToken token;
     token.weight = weight;
     token.logprob = args.logprobs[t];
-    token.log_ratio = sequence_ratio ? mean_log_ratio : log_ratio(args, t);
+    token.log_ratio = sequence_ratio ? sequence_log_ratio : log_ratio(args, t);
     token.has_ref = args.ref_logprobs != nullptr;
     token.ref = token.has_ref ? args.ref_logprobs[t] : 0;
     token.entropy = args.entropy != nullptr ? args.entropy[t] : 0;
@@ -52,13 +52,13 @@ PolicySums one_sequence(const PolicyLossArgs& args, double denominator, int64_t 
   };
 
   // The ratio's derivative reaches every token of the sequence alike, so its slopes are summed before they are
-  // handed out; CISPO's ratio is a constant and its slope stays the token's own.
-  const bool shared_slope = sequence_ratio && objective.surrogate != Surrogate::cispo;
+  // handed out; a ratio that is a constant has none.
+  const bool shared_slope =
+      shares_surrogate(objective) || (shares_kl(objective) && args.ref_logprobs != nullptr);
   double slope_sum = 0;
   for (int64_t t = begin; shared_slope && t < end; ++t) {
     if (!counts(args, t)) continue;
-    const PolicyToken token = token_at(t);
-    slope_sum += weighted(token.importance, surrogate_of(objective, token).slope);
+    slope_sum += shared_slope_of(objective, token_at(t));
   }
 
   PolicySums sums;

@@ -109,7 +109,7 @@ __device__ __forceinline__ PolicySums tile_of(const PolicyLossArgs& args, const 
     weigh(args, plan, t, share.sequence, token);
     token.has_ref = plan.has_ref;
     token.entropy = plan.has_entropy ? entropy : 0.0f;
-    if (args.objective.ratio == Ratio::sequence) token.log_ratio = share.mean;
+    if (of_sequences(args.objective.ratio)) token.log_ratio = share.mean;
     token.weight = weight;
     PolicyGradient gradient = {0, 0};
     if (there) gradient = add_token(sums, args.objective, token, plan.slopes, slope);
@@ -262,9 +262,10 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(const __grid_cons
 
 Plan plan_of(const PolicyLossArgs& args) {
   const Objective& objective = args.objective;
-  const bool sequence_ratio = objective.ratio == Ratio::sequence;
+  const bool sequence_ratio = of_sequences(objective.ratio);
   const bool has_weights = args.importance_weights.data != nullptr;
-  const bool of_sequences = args.advantages.per_sequence && (!has_weights || args.importance_weights.per_sequence);
+  const bool weights_of_sequences =
+      args.advantages.per_sequence && (!has_weights || args.importance_weights.per_sequence);
   const bool of_tokens = !args.advantages.per_sequence && (!has_weights || !args.importance_weights.per_sequence);
   Plan plan = {};
   plan.masked = args.mask != nullptr;
@@ -272,7 +273,7 @@ Plan plan_of(const PolicyLossArgs& args) {
   plan.has_entropy = args.entropy != nullptr;
   plan.has_weights = has_weights;
   plan.sums = sequence_ratio || (plan.masked && objective.aggregate == Aggregate::sequence_mean);
-  plan.slopes = sequence_ratio && objective.surrogate != Surrogate::cispo && !of_sequences;
+  plan.slopes = (shares_surrogate(objective) && !weights_of_sequences) || (shares_kl(objective) && plan.has_ref);
   plan.totals = plan.sums && pieces_of(args.cu_seqlens != nullptr ? args.tokens : args.length) > kFewPieces;
   plan.count_all = plan.masked && args.normalizer == nullptr && objective.aggregate == Aggregate::token_mean;
   plan.owners = plan.sums || !of_tokens || objective.aggregate == Aggregate::sequence_mean;

@@ -137,7 +137,7 @@ struct Share {
   int64_t sequence;
   int64_t end;  // the first token that needs another
   double size;  // counted tokens, at least 1
-  float mean;   // of their log-ratios, where that is every token's
+  float mean;   // of their log-ratios, or the sum, where that is every token's
 };
 
 __device__ __forceinline__ Share share_of(const PolicyLossArgs& args, const Plan& plan, const Sequences& sequences,
@@ -146,8 +146,9 @@ __device__ __forceinline__ Share share_of(const PolicyLossArgs& args, const Plan
   const double size =
       plan.sums ? total_of(plan, sequences, kCounts, s) : static_cast<double>(sequences.size(s));
   if (size > 1) share.size = size;
-  if (args.objective.ratio == Ratio::sequence) {
-    share.mean = static_cast<float>(total_of(plan, sequences, kLogRatios, s) / share.size);
+  if (of_sequences(args.objective.ratio)) {
+    const double divisor = args.objective.ratio == Ratio::sequence_product ? 1 : share.size;
+    share.mean = static_cast<float>(total_of(plan, sequences, kLogRatios, s) / divisor);
   }
   return share;
 }
@@ -168,12 +169,13 @@ __device__ __forceinline__ void sum_slopes(const PolicyLossArgs& args, const Pla
         [&](int k, int64_t t) {
           there[k] = counts(args, plan, t);
           weigh(args, plan, t, piece.sequence, token[k]);
+          token[k].logprob = args.logprobs[t];
+          token[k].ref = args.ref_logprobs[t];
+          token[k].has_ref = plan.has_ref;
         },
         [&](int k) {
           token[k].log_ratio = mean;
-          token[k].logprob = 0;  // of no part in a slope
-          const float slope = surrogate_of(args.objective, token[k]).slope;
-          total += there[k] ? weighted(token[k].importance, slope) : 0.0;
+          total += there[k] ? shared_slope_of(args.objective, token[k]) : 0.0;
         });
     total = sum_lanes(total);
     if (lane_id() == 0) plan.pieces[kSlopes * plan.slots + slot] = total;

@@ -21,7 +21,7 @@ from r1kernels import _library, objectives
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops.linear_gradients import graph_is_kept
 from r1kernels.ops.policy_inputs import LossInputs
-from r1kernels.ops.policy_loss import coefficients_of
+from r1kernels.ops.policy_loss import coefficients_of, kl_number
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Every reason for which separate kernels compute the step, in the order in which they are tried. In float16, small
@@ -98,7 +98,7 @@ def _kernel(
         normalizer,
         temperature,
         objectives.SURROGATES.index(objective.surrogate),
-        objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+        kl_number(objective),
         objectives.AGGREGATES.index(objective.aggregate),
         *coefficients_of(objective),
         [],

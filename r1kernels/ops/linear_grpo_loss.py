@@ -34,6 +34,7 @@ from r1kernels.ops.policy_loss import (
     coefficients_of,
     compute,
     evaluate,
+    kl_number,
     measure,
     named_metrics,
     over_ranks,
@@ -58,8 +59,7 @@ class TokenObjective(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the operator `linear_policy_gradient`."""
         o = self.objective
-        surrogate, kl = objectives.SURROGATES.index(o.surrogate), objectives.KL_ESTIMATORS.index(o.kl)
-        return *self[:5], surrogate, kl, *coefficients_of(o)[:-1]
+        return *self[:5], objectives.SURROGATES.index(o.surrogate), kl_number(o), *coefficients_of(o)[:-1]
 
     @staticmethod
     def from_arguments(*arguments: Any) -> TokenObjective:
@@ -68,7 +68,8 @@ class TokenObjective(NamedTuple):
         objective = Objective(
             surrogate=objectives.SURROGATES[surrogate], clip_low=clip_low, clip_high=clip_high,
             ratio_cap=None if ratio_cap == math.inf else ratio_cap, tau_pos=tau_pos, tau_neg=tau_neg,
-            kl=objectives.KL_ESTIMATORS[kl], kl_coef=kl_coef, entropy_coef=entropy_coef, aggregate="token_mean",
+            kl=objectives.KL_ESTIMATORS[(kl - 1) % 3], kl_ratio=kl > 3, kl_coef=kl_coef, entropy_coef=entropy_coef,
+            aggregate="token_mean",
         )
         return TokenObjective(*tensors, objective)
 
@@ -76,7 +77,7 @@ class TokenObjective(NamedTuple):
     def sparse(self) -> bool:
         """Whether a token's slopes may be 0: a bound may hold, and no other term gives a gradient."""
         o = self.objective
-        return o.surrogate == "clip" and o.kl_coef == 0 and o.entropy_coef == 0
+        return o.surrogate in ("clip", "dppo_tv", "dppo_kl") and o.zero_without_advantage
 
     def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
@@ -187,14 +188,14 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     tokens = TokenObjective(
         weights, advantages, *flat, importance, dataclasses.replace(objective, aggregate="token_mean", max_length=None)
     )
-    if measure_all or objective.kl_coef != 0 or objective.entropy_coef != 0:
+    if measure_all or not objective.zero_without_advantage:
         return _Plan(mask, tokens, inputs, None)
     moving = advantages != 0
     if importance is not None:
         moving = moving & (importance != 0)
     if mask is not None:
         moving = moving & mask
-    if objective.ratio == "sequence":  # the ratio of a sequence needs all of its tokens
+    if objective.ratio != "token":  # the ratio of a sequence needs all of its tokens
         moving = sequences.sum(moving.to(dtype))[sequences.index] > 0
         moving = moving if mask is None else moving & mask
     # The tokens left out have loss 0, so the loss is a sum over the others with the weights of the whole batch.
@@ -203,7 +204,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
         batch._replace(mask=moving.reshape(shape), importance_weights=scaled.reshape(shape)),
         probe.new_ones(()),
         tokens.objective,
-        group if objective.ratio == "sequence" else None,
+        group if objective.ratio != "token" else None,
     )
     return _Plan(moving, tokens, part, counts.sum())
 

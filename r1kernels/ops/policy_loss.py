@@ -1,6 +1,6 @@
 r"""The policy-gradient loss of a batch of sequences, from [tokens]-sized inputs.
 
-    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
+    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)        (r_t kl_t with `kl_ratio`)
 
 `w_t` is the reduction weight of `Objective.aggregate`; the surrogates and the KL estimators are those of
 `Objective`. With the loss, the kernels return dloss/dlogprob and dloss/dentropy of each token, so backward is only a
@@ -48,12 +48,14 @@ class PolicyLoss(NamedTuple):
     """`loss`: 0-d, float32, differentiable. `metrics`: name -> 0-d float32 tensor on the loss's device.
 
     Means are over counted tokens. `tokens`, `sequences`: how many there are. `surrogate_loss`: the loss without
-    its KL and entropy terms. `kl`: the estimate of KL(pi || ref) (with `ref_logprobs`). `entropy` (if it is
-    known). `ratio_mean`, `ratio_min`, `ratio_max`; `approx_kl`: mean of r - 1 - log r, how far the policy moved
-    since the rollout. `clip_fraction` and its parts `clip_low_fraction`, `clip_high_fraction`,
-    `ratio_cap_fraction`: tokens whose surrogate has no gradient because a bound holds. `active_fraction`: tokens
-    with any gradient. `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; they are the reason for a
-    loss that is inf or NaN.
+    its KL and entropy terms. `kl`: the estimate of KL(pi || ref), r k if `kl_ratio` (with `ref_logprobs`). `entropy`
+    (if it is known). `ratio_mean`, `ratio_min`, `ratio_max`; `approx_kl`: mean of r - 1 - log r, how far the policy
+    moved since the rollout. `clip_fraction` and its parts `clip_low_fraction`, `clip_high_fraction`,
+    `ratio_cap_fraction`: tokens on which a bound holds. It removes the gradient of their surrogate; only in CISPO and
+    with DPPO's cap it limits the gradient, and IPO keeps that of (log r)^2. A callable's bounds are unknown, so these
+    four are absent. `active_fraction`: tokens with any gradient (NaN for a callable while autograd is off or
+    torch.compile traces it). `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; they are the reason for
+    a loss that is inf or NaN.
     """
 
     loss: Tensor
@@ -61,10 +63,12 @@ class PolicyLoss(NamedTuple):
 
 
 def coefficients_of(objective: Objective) -> tuple[float, ...]:
-    """The numbers of an objective in the order of the operators, from clip_low to max_length."""
+    """The numbers of an objective in the order of the operators, from clip_low to max_length. VESPO has no bounds: its
+    powers take their places."""
+    vespo = objective.surrogate == "vespo"
     return (
-        objective.clip_low,
-        objective.clip_high,
+        objective.power_neg if vespo else objective.clip_low,
+        objective.power_pos if vespo else objective.clip_high,
         math.inf if objective.ratio_cap is None else objective.ratio_cap,
         objective.tau_pos,
         objective.tau_neg,
@@ -72,6 +76,11 @@ def coefficients_of(objective: Objective) -> tuple[float, ...]:
         objective.entropy_coef,
         objective.max_length or 1,
     )
+
+
+def kl_number(objective: Objective) -> int:
+    """The KL term's number for the operators: 1, 2, 3 for k1, k2, k3, and 3 more if the ratio multiplies it."""
+    return objectives.KL_ESTIMATORS.index(objective.kl) + (4 if objective.kl_ratio else 1)
 
 
 def _kernel(
@@ -91,7 +100,7 @@ def _kernel(
         normalizer,
         objectives.SURROGATES.index(objective.surrogate),
         objectives.RATIOS.index(objective.ratio),
-        objectives.KL_ESTIMATORS.index(objective.kl) + 1,
+        kl_number(objective),
         objectives.AGGREGATES.index(objective.aggregate),
         *coefficients_of(objective),
     )
@@ -188,12 +197,16 @@ def over_ranks(result: PolicyLoss, group: Any) -> PolicyLoss:
 
 
 def named(loss: Tensor, metrics: Tensor, inputs: LossInputs, *, entropy: bool) -> PolicyLoss:
-    return PolicyLoss(loss, named_metrics(metrics, kl=inputs.batch.ref_logprobs is not None, entropy=entropy))
+    bounds = not callable(inputs.objective.surrogate)
+    kl = inputs.batch.ref_logprobs is not None
+    return PolicyLoss(loss, named_metrics(metrics, kl=kl, entropy=entropy, bounds=bounds))
 
 
-def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
+def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool, bounds: bool = True) -> dict[str, Tensor]:
     """The metrics (METRICS,) that were measured, by name."""
     absent = {name for name, there in (("kl", kl), ("entropy", entropy)) if not there}
+    if not bounds:
+        absent.update(name for name in METRICS if name.startswith(("clip_", "ratio_cap_")))
     named = zip(METRICS, metrics.unbind(0), strict=True)
     return {name: value for name, value in named if name not in absent}
 

@@ -7,6 +7,7 @@ nor autograd's gradient computes inf * 0.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -107,24 +108,49 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
     ratio = log_ratio.detach().exp()
     nonzero = advantages != 0
     never = torch.zeros_like(nonzero)
-    high = variable(1 + objective.clip_high)
+    high, low = variable(1 + objective.clip_high), variable(1 - objective.clip_low)
+    largest = torch.inf if objective.ratio_cap is None else objective.ratio_cap
     if objective.surrogate == "clip":
-        low = variable(1 - objective.clip_low)
-        cap = variable(torch.inf if objective.ratio_cap is None else objective.ratio_cap)
-        clipped_high = (advantages > 0) & (ratio > high)
+        up, down = variable(min(1 + objective.clip_high, largest)), variable(max(1 + objective.clip_high, largest))
+        clipped_high = (advantages > 0) & (ratio > up)
         clipped_low = (advantages < 0) & (ratio < low)
-        capped = (advantages < 0) & (ratio > cap)
+        capped = (advantages < 0) & (ratio > down)
         flows = nonzero & ~(clipped_high | clipped_low | capped)
         # Filled in the dtype of the ratio: a choice between two Python numbers would be rounded to float32.
-        bound = torch.zeros_like(ratio).masked_fill(capped, cap).masked_fill(clipped_low, low)
-        bound = bound.masked_fill(clipped_high, high)
+        bound = torch.zeros_like(ratio).masked_fill(capped, down).masked_fill(clipped_low, low)
+        bound = bound.masked_fill(clipped_high, up)
         r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound)
         return _Surrogate(-r * advantages, flows, clipped_low, clipped_high, capped)
     if objective.surrogate == "cispo":
-        clipped = nonzero & (ratio > high)
-        weight = torch.where(nonzero, ratio.clamp(max=high), 0) * advantages
-        loss = torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logprobs))
-        return _Surrogate(loss, weight != 0, never, clipped, never)
+        clipped_high, clipped_low = nonzero & (ratio > high), nonzero & (ratio < low)
+        weight = torch.where(nonzero, ratio.clamp(min=low, max=high), 0) * advantages
+        return _weighted_logprob(weight, logprobs, clipped_low, clipped_high & ~clipped_low, never)
+    if objective.surrogate in ("dppo_tv", "dppo_kl", "ipo"):
+        old = (logprobs - log_ratio).detach()
+        up = logprobs.detach().exp() - old.exp()
+        if objective.surrogate == "ipo":
+            clipped_high, clipped_low = nonzero & (up > objective.clip_high), nonzero & (up < -objective.clip_low)
+            flows = nonzero & ~(clipped_high | clipped_low)
+            gain = torch.where(flows, torch.where(flows, log_ratio, 0).exp() * advantages, 0)
+            tau = torch.ones_like(ratio) * variable(objective.tau_neg)
+            tau = tau.masked_fill(advantages > 0, variable(objective.tau_pos))
+            pulled = torch.where(tau == 0, 0, log_ratio)
+            moves = flows | (pulled.detach() != 0)
+            return _Surrogate(tau * pulled.square() - gain, moves, clipped_low, clipped_high, never)
+        moved = up.abs() if objective.surrogate == "dppo_tv" else _binary_kl(logprobs.detach(), old)
+        clipped_high = (advantages > 0) & (up > 0) & (moved > objective.clip_high)
+        clipped_low = (advantages < 0) & (up < 0) & (moved > objective.clip_low)
+        kept = nonzero & ~(clipped_high | clipped_low)
+        weight = torch.where(kept, ratio.clamp(max=variable(largest)), 0) * advantages
+        return _weighted_logprob(weight, logprobs, clipped_low, clipped_high, kept & (ratio > largest))
+    if objective.surrogate == "vespo":
+        positive = advantages > 0
+        tau = torch.ones_like(ratio).masked_fill(positive, objective.tau_pos).masked_fill(~positive, objective.tau_neg)
+        power = torch.ones_like(ratio).masked_fill(positive, objective.power_pos)
+        power = power.masked_fill(~positive, objective.power_neg)
+        log_w = log_ratio.detach().clamp(min=math.log(1e-8), max=20.0)
+        weight = (tau + power * log_w - tau * log_w.exp()).exp() * advantages
+        return _weighted_logprob(torch.where(nonzero, weight, 0), logprobs, never, never, never)
     if objective.surrogate == "sapo":
         tau = torch.ones_like(ratio) * variable(objective.tau_neg)
         tau = tau.masked_fill(advantages > 0, variable(objective.tau_pos))
@@ -133,6 +159,45 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         return _Surrogate(loss, nonzero & ((gate * (1 - gate)).detach() != 0), never, never, never)
     loss = torch.where(nonzero, -advantages * torch.where(nonzero, logprobs, 0), 0)
     return _Surrogate(loss, nonzero, never, never, never)
+
+
+def _weighted_logprob(
+    weight: Tensor, logprobs: Tensor, clipped_low: Tensor, clipped_high: Tensor, capped: Tensor
+) -> _Surrogate:
+    """-weight l with a constant weight; 0 where the weight is 0, whatever l is."""
+    loss = torch.where(weight == 0, 0, -weight * torch.where(weight == 0, 0, logprobs))
+    return _Surrogate(loss, weight != 0, clipped_low, clipped_high, capped)
+
+
+def _binary_kl(logprobs: Tensor, old: Tensor) -> Tensor:
+    """KL(Bernoulli(p_old) || Bernoulli(p)), from l and l_old."""
+    p_old, rest, rest_old = old.exp(), (-logprobs.expm1()).clamp(min=0), -old.expm1()
+    of_rest = torch.where(rest_old <= 0, 0, rest_old * (rest_old.log() - rest.log()))
+    return torch.where(p_old == 0, 0, p_old * (old - logprobs)) + of_rest
+
+
+def _times_ratio(kl: Tensor, log_ratio: Tensor) -> Tensor:
+    """r k, and 0 where k is 0 even if r overflows."""
+    return kl * torch.where(kl == 0, log_ratio.clamp(max=80), log_ratio).exp()
+
+
+def _moves_kl(objective: Objective, logp: Tensor, ref: Tensor, per_sequence: Any) -> Tensor:
+    """Tokens whose KL term has a gradient."""
+    d = ref - logp
+    if not objective.kl_ratio:
+        return d != 0 if objective.kl != "k1" else torch.ones_like(d, dtype=torch.bool)
+    if objective.ratio == "sequence":
+        return per_sequence(kl_estimate.reference(logp, ref, objective.kl)) != 0
+    return {"k1": 1 - d, "k2": d * (d / 2 - 1), "k3": -d}[objective.kl] != 0
+
+
+def _moves_callable(loss: Tensor, *sources: Tensor | None) -> Tensor | None:
+    """Tokens (N,) of a callable's loss with a gradient; None if it cannot be known."""
+    wanted = [source for source in sources if source is not None and source.requires_grad]
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and loss.requires_grad and wanted):
+        return None
+    grads = torch.autograd.grad(loss.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.stack([grad != 0 for grad in grads]).any(0)
 
 
 def reduction_weights(
@@ -173,9 +238,13 @@ def reference(
     old, ref = counted(batch.old_logprobs), counted(batch.ref_logprobs)
     advantages, importance = repeated(batch.advantages), repeated(batch.importance_weights)
     log_ratio = logp - (logp.detach() if old is None else old)
-    if objective.ratio == "sequence":
-        log_ratio = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
+    if objective.ratio == "sequence_product":
+        log_ratio = sequences.sum(log_ratio)[sequences.index]
+    elif objective.ratio != "token":
+        mean = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
+        log_ratio = mean if objective.ratio == "sequence" else mean.detach() + (logp - logp.detach())
 
+    known = True  # which tokens have a gradient
     if callable(objective.surrogate):
         tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
         view = batch._replace(
@@ -187,7 +256,10 @@ def reference(
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the custom objective returned {got}, expected a loss per token of shape {tuple(shape)}")
         never = torch.zeros_like(mask)
-        terms = _Surrogate(torch.where(mask, loss.reshape(-1), 0), mask, never, never, never)
+        loss = torch.where(mask, loss.reshape(-1), 0)
+        moves = _moves_callable(loss, logp, entropy)
+        known = moves is not None
+        terms = _Surrogate(loss, mask if moves is None else moves, never, never, never)
     else:
         if importance is not None:  # a weight of 0 rejects the token: its advantage becomes 0, to avoid 0 * inf
             advantages = torch.where(importance == 0, 0, advantages)
@@ -197,17 +269,20 @@ def reference(
     if importance is not None:
         surrogate = surrogate * importance
         active = active & (importance != 0)
-    if objective.ratio == "sequence" and objective.surrogate != "cispo":
+    if objective.ratio == "sequence" and objective.surrogate in ("clip", "sapo"):
         active = (sequences.sum(active.to(logprobs.dtype)) > 0)[sequences.index]
 
     per_token = surrogate
     kl = None if ref is None else kl_estimate.reference(logp, ref, objective.kl)
+    if kl is not None and objective.kl_ratio:
+        kl = _times_ratio(kl, log_ratio)
     if objective.kl_coef != 0:
         per_token = per_token + objective.kl_coef * kl
-        active = active | (ref != logp) if objective.kl != "k1" else torch.ones_like(active)
+        moved = _moves_kl(objective, logp.detach(), ref, lambda value: sequences.sum(value)[sequences.index])
+        active = active | moved
     if objective.entropy_coef != 0:
         per_token = per_token - objective.entropy_coef * entropy
-        active = torch.ones_like(active)
+        active, known = torch.ones_like(active), True
     # `where` and not a product: a custom objective may return anything behind the mask.
     weights = reduction_weights(objective, counts, sequences, normalizer)
     loss = torch.where(mask, per_token * weights, 0).sum()
@@ -240,7 +315,7 @@ def reference(
             mean(kl_estimate.reference(torch.zeros_like(log_ratio), log_ratio, "k3")),
             sum(fractions),
             *fractions,
-            mean(active.to(logprobs.dtype)),
+            mean(active.to(logprobs.dtype)) if known else zero + torch.nan,
             (mask & ~per_token.isfinite()).sum().to(logprobs.dtype),
         ])
     return loss, metrics

@@ -100,15 +100,39 @@ class _Token(NamedTuple):
 
 
 def _surrogate(o: Objective, log_ratio: float, a: float, logp: float) -> _Token:
+    r, condition = _exp(log_ratio), 2 + abs(log_ratio)
+    high, low, cap = 1 + o.clip_high, 1 - o.clip_low, o.ratio_cap or math.inf
+    if o.surrogate == "ipo":
+        moved = _exp(logp) - _exp(logp - log_ratio)
+        clip = "" if a == 0 else "high" if moved > o.clip_high else "low" if moved < -o.clip_low else ""
+        gain, tau = 0 if clip else _product(r, a), o.tau_pos if a > 0 else o.tau_neg
+        loss, slope = tau * log_ratio**2 - gain, 2 * tau * log_ratio - gain
+        size = abs(gain) * condition + 4 * tau * abs(log_ratio) * (1 + abs(log_ratio))
+        return _Token(loss, slope, size / max(min(abs(loss), abs(slope)), 1e-30), clip)
     if a == 0:
         return _Token(0, 0, 1)
     if o.surrogate == "reinforce":
         return _Token(-a * logp, -a, 1)
-    r, condition = _exp(log_ratio), 2 + abs(log_ratio)
-    high, low, cap = 1 + o.clip_high, 1 - o.clip_low, o.ratio_cap or math.inf
     if o.surrogate == "cispo":
-        weight = min(r, high)
-        return _Token(-_product(weight, a, logp), -weight * a, condition, "high" if r > high else "")
+        weight = min(max(r, low), high)
+        clip = "high" if r > high else "low" if r < low else ""
+        return _Token(-_product(weight, a, logp), -weight * a, condition, clip)
+    if o.surrogate in ("dppo_tv", "dppo_kl"):
+        p, q = _exp(logp), _exp(logp - log_ratio)
+        moved = abs(p - q)
+        if o.surrogate == "dppo_kl":
+            moved = -_product(q, log_ratio)
+            if q < 1:
+                moved += (1 - q) * (math.log1p(-q) - math.log1p(-p)) if p < 1 else math.inf
+        if (p - q) * a > 0 and moved > (o.clip_high if a > 0 else o.clip_low):
+            return _Token(0, 0, 1, "high" if a > 0 else "low")
+        return _Token(-min(r, cap) * a * logp, -min(r, cap) * a, condition, "cap" if r > cap else "")
+    if o.surrogate == "vespo":
+        tau, power = (o.tau_pos, o.power_pos) if a > 0 else (o.tau_neg, o.power_neg)
+        log_w = min(max(log_ratio, math.log(1e-8)), 20.0)
+        phi = math.exp(tau + power * log_w - tau * math.exp(log_w))
+        sensitive = abs(log_w) * (power + tau * math.exp(log_w))
+        return _Token(-_product(phi, a, logp), -phi * a, 3 + tau + 2 * sensitive)
     if o.surrogate == "sapo":
         tau = o.tau_pos if a > 0 else o.tau_neg
         x = tau * (r - 1)
@@ -118,10 +142,10 @@ def _surrogate(o: Objective, log_ratio: float, a: float, logp: float) -> _Token:
     clipped = min(max(r, low), high)
     loss = -min(min(r, cap) * a, clipped * a)
     if a > 0:
-        return _Token(loss, 0, 1, "high") if r > high else _Token(loss, -r * a, condition)
+        return _Token(loss, 0, 1, "high") if r > min(high, cap) else _Token(loss, -r * a, condition)
     if r < low:
         return _Token(loss, 0, 1, "low")
-    return _Token(loss, 0, 1, "cap") if r > cap else _Token(loss, -r * a, condition)
+    return _Token(loss, 0, 1, "cap") if r > max(high, cap) else _Token(loss, -r * a, condition)
 
 
 class PolicyExpected(NamedTuple):
@@ -181,10 +205,12 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
     for tokens in counted:
         weight = 1 / float(normalizer) / (len(tokens) if tokens and o.aggregate == "sequence_mean" else 1)
         log_ratios = {t: 0.0 if on_policy else logp[t] - old[t] for t in tokens}
-        if o.ratio == "sequence":
-            log_ratios = dict.fromkeys(tokens, sum(log_ratios.values()) / max(len(tokens), 1))
+        if o.ratio != "token":
+            size = 1 if o.ratio == "sequence_product" else max(len(tokens), 1)
+            log_ratios = dict.fromkeys(tokens, sum(log_ratios.values()) / size)
         shared = o.ratio == "sequence" and o.surrogate in ("clip", "sapo")
-        slopes = {}
+        slopes: dict[int, tuple[float, float]] = {}
+        kl_share = 0.0  # of the KL's ratio, where it is the sequence's
         for t in tokens:
             token = _surrogate(o, log_ratios[t], a[t], logp[t])
             slopes[t] = (_product(iw[t], token.slope), token.condition)
@@ -200,18 +226,27 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
             if has_kl:
                 d = ref[t] - logp[t]
                 value, slope = kl_term(o.kl, d)
-                add("kl", value, 2)
-                terms["kl"] += abs(_product(d, slope))
-                add("loss", weight * _product(o.kl_coef, value), 2)
-                terms["loss"] += weight * abs(_product(o.kl_coef, d, slope))
-                g[t] += weight * _product(o.kl_coef, slope)
-                g_terms[t] += weight * abs(o.kl_coef) * (abs(slope) + _product(abs(d), _exp(d) + 1))
+                factor, more = (ratio, 1 + abs(log_ratios[t])) if o.kl_ratio else (1.0, 1.0)
+                error = factor * abs(slope) + factor * _product(abs(d), _exp(d) + 1)
+                if o.kl_ratio and o.ratio == "sequence":
+                    kl_share += _product(factor, value)
+                elif o.kl_ratio:
+                    error += factor * abs(value)
+                    slope += value
+                add("kl", factor * value, 1 + more)
+                terms["kl"] += abs(_product(factor, d, kl_term(o.kl, d)[1]))
+                add("loss", weight * _product(o.kl_coef, factor, value), 1 + more)
+                terms["loss"] += weight * abs(_product(o.kl_coef, factor, d, kl_term(o.kl, d)[1]))
+                g[t] += weight * _product(o.kl_coef, factor, slope)
+                g_terms[t] += weight * abs(o.kl_coef) * error * more
             if has_entropy:
                 add("entropy", entropy[t])
                 add("loss", -weight * o.entropy_coef * entropy[t])
             eta[t] = -weight * o.entropy_coef
         for t in tokens:
             given = slopes.values() if shared else [slopes[t]]
+            g[t] += weight / len(tokens) * o.kl_coef * kl_share
+            g_terms[t] += weight / len(tokens) * abs(o.kl_coef * kl_share) * (4 + abs(log_ratios[t]))
             share = weight / len(tokens) if shared else weight
             g[t] += share * sum(slope for slope, _ in given)
             g_terms[t] += share * sum(abs(slope) * condition for slope, condition in given)

@@ -142,8 +142,10 @@ class Checkpoint(Settings):
 class ObjectiveSettings(Settings):
     """The policy loss: a preset of `r1kernels.objectives`, or a function of your own, which returns an `Objective` or a
     callable `(logprobs, batch) -> loss per token`."""
-    preset: Literal["grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce"] = setting(
-        "name of a preset", "r1")
+    preset: Literal[
+        "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "dppo", "ipo", "vespo",
+        "reinforce",
+    ] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
     options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
 

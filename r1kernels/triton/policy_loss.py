@@ -25,7 +25,19 @@ import triton.language as tl
 from torch import Tensor
 
 from r1kernels.triton.common import Device, Variant, checking_kernel, device_of, kernel, launch, wide
-from r1kernels.triton.objective import CISPO, exponential, finite, kl_term, product, single, surrogate_term
+from r1kernels.triton.objective import (
+    CLIP,
+    SAPO,
+    SEQUENCE,
+    SEQUENCE_PRODUCT,
+    exponential,
+    finite,
+    kl_ratio_slope,
+    kl_term,
+    product,
+    single,
+    surrogate_term,
+)
 from r1kernels.triton.policy_sums import (
     ENTROPY,
     ENTROPY_GRADIENT,
@@ -36,6 +48,8 @@ from r1kernels.triton.policy_sums import (
     REF,
     SEQUENCE_ADVANTAGES,
     SEQUENCE_WEIGHTS,
+    SHARED_KL,
+    SHARED_SURROGATE,
     SLOPES,
     SUMS,
     WEIGHTS,
@@ -125,14 +139,15 @@ def token_kernel(
         delta = log_ratio(t, counts, logprob, old_logprobs, given)
         if has(given, SUMS):
             size = total_of(sums + whole, first, pieces)
-            if ratio_kind != 0:  # every token carries exp(mean (l - l_old))
-                delta = (total_of(sums + rows + whole, first, pieces) / tl.maximum(size, 1.0)).to(tl.float32)
+            if ratio_kind != 0:  # every token carries exp(mean (l - l_old)), or the product of the ratios
+                divisor = tl.where(ratio_kind == SEQUENCE_PRODUCT, 1.0, tl.maximum(size, 1.0))
+                delta = (total_of(sums + rows + whole, first, pieces) / divisor).to(tl.float32)
         size = tl.maximum(size, 1.0)
         weight = 1.0 / tl.where(aggregate == SEQUENCE_MEAN, denominator * size, denominator)
 
         ratio = exponential(delta)
         term, term_slope, low, high, capped = surrogate_term(
-            surrogate, ratio, advantage, logprob, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
+            surrogate, delta, advantage, logprob, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
         )
         surrogate_loss = product(importance, term)
         surrogate_slope = product(importance, term_slope)
@@ -140,11 +155,18 @@ def token_kernel(
         if has(given, SLOPES):
             # The ratio's derivative reaches every token of the sequence alike: each gets the mean of their slopes,
             # which is its own where advantages and importance weights are the sequence's.
-            slope = total_of(sums + 2 * rows + whole, first, pieces) / size
+            shared = total_of(sums + 2 * rows + whole, first, pieces) / size
+            slope = shared + tl.where(has(given, SHARED_SURROGATE), 0.0, slope)
         d = tl.zeros_like(logprob)
         if has(given, REF):
             d = tl.load(ref_logprobs + t, mask=counts, other=0) - logprob
-        kl_loss, kl_slope = kl_term(kl, d)
+        estimator = tl.where(kl > 3, kl - 3, kl)
+        kl_loss, kl_slope = kl_term(estimator, d)
+        kl_loss = kl_loss.to(tl.float64)
+        if kl > 3:  # times the ratio
+            kl_loss = product(ratio, kl_loss)
+            kl_slope = tl.where(ratio_kind == SEQUENCE, kl_slope, kl_ratio_slope(estimator, d))
+            kl_slope = product(ratio, kl_slope)
         kl_slope = product(kl_factor, kl_slope)
         h = tl.zeros_like(logprob)
         if has(given, ENTROPY):
@@ -270,14 +292,16 @@ def policy_loss(
     masked, sequence_ratio = mask is not None, ratio != 0
     with_sums = sequence_ratio or (masked and aggregate == SEQUENCE_MEAN.value)
     with_total = masked and normalizer is None and aggregate == TOKEN_MEAN.value
-    shared = sequence_ratio and surrogate != CISPO.value
-    with_slopes = shared and not (advantages_of_sequences and weights_of_sequences)
+    own_ratio = ratio == SEQUENCE.value  # of the sequence, with a gradient
+    shared_surrogate = own_ratio and surrogate in (CLIP.value, SAPO.value)
+    shared_kl = own_ratio and kl > 3 and kl_coef != 0 and ref_logprobs is not None
+    with_slopes = shared_kl or (shared_surrogate and not (advantages_of_sequences and weights_of_sequences))
     given = _flags((
         (OLD, old_logprobs is not None), (REF, ref_logprobs is not None), (ENTROPY, entropy is not None),
         (MASK, masked), (PACKED, packed), (WEIGHTS, importance_weights is not None),
         (NORMALIZER, normalizer is not None), (SEQUENCE_ADVANTAGES, advantages_of_sequences),
         (SEQUENCE_WEIGHTS, weights_of_sequences), (SUMS, with_sums), (SLOPES, with_slopes),
-        (ENTROPY_GRADIENT, entropy_coef != 0),
+        (ENTROPY_GRADIENT, entropy_coef != 0), (SHARED_SURROGATE, shared_surrogate), (SHARED_KL, shared_kl),
     ))
     whole = min(triton.cdiv(tokens, SPAN), PIECES) if with_total else 0
     rows = whole + (tokens // SPAN + sequences if with_sums else 0) if tokens else 0
@@ -309,8 +333,9 @@ def policy_loss(
         )
     if rows and with_slopes:
         launch(
-            slope_kernel, (triton.cdiv(rows, ROWS),), logprobs, advantages, mask, cu_seqlens, importance_weights, sums,
-            given, surrogate, *batch, *bounds, ROWS=ROWS, **pieces, num_warps=SUM_WARPS,
+            slope_kernel, (triton.cdiv(rows, ROWS),), logprobs, logprobs, ref_logprobs, advantages, mask, cu_seqlens,
+            importance_weights, sums, given, surrogate, kl, *batch, *bounds, kl_coef, ROWS=ROWS, **pieces,
+            num_warps=SUM_WARPS,
         )
     launch(
         token_kernel, (programs,), logprobs, logprobs, advantages, old_logprobs, ref_logprobs, entropy, mask,

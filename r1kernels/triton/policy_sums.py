@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from r1kernels.triton.common import kernel
-from r1kernels.triton.objective import exponential, product, surrogate_term
+from r1kernels.triton.objective import exponential, kl_term, product, single, surrogate_term
 from r1kernels.triton.sequences import pieces_of, row_of_program, spans_of_program, total_of
 
 # Bits of `given`.
@@ -12,6 +12,7 @@ OLD, REF, ENTROPY, MASK, PACKED, WEIGHTS, NORMALIZER = (tl.constexpr(1 << k) for
 SEQUENCE_ADVANTAGES, SEQUENCE_WEIGHTS = tl.constexpr(1 << 7), tl.constexpr(1 << 8)  # one per sequence, not per token
 SUMS, SLOPES = tl.constexpr(1 << 9), tl.constexpr(1 << 10)  # sums of sequences were made
 ENTROPY_GRADIENT = tl.constexpr(1 << 11)  # asked for
+SHARED_SURROGATE, SHARED_KL = tl.constexpr(1 << 12), tl.constexpr(1 << 13)  # the sequence's ratio has a gradient in it
 
 
 @triton.jit
@@ -78,9 +79,10 @@ def weighing(t, s, counts, advantages, importance_weights, given):
 
 @kernel
 def slope_kernel(
-    advantages, mask, cu_seqlens, importance_weights, sums, given: tl.int64, surrogate: tl.int64, tokens: tl.int64,
-    sequences: tl.int64, length: tl.int64, whole: tl.int64, rows: tl.int64, clip_low: tl.float32,
-    clip_high: tl.float32, ratio_cap: tl.float32, tau_pos: tl.float32, tau_neg: tl.float32,
+    logprobs, ref_logprobs, advantages, mask, cu_seqlens, importance_weights, sums, given: tl.int64,
+    surrogate: tl.int64, kl: tl.int64, tokens: tl.int64, sequences: tl.int64, length: tl.int64, whole: tl.int64,
+    rows: tl.int64, clip_low: tl.float32, clip_high: tl.float32, ratio_cap: tl.float32, tau_pos: tl.float32,
+    tau_neg: tl.float32, kl_coef: tl.float32,
     ROWS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
 ):
     """sums (3, rows), the third: the slopes of a piece's tokens with respect to the sequence's mean log-ratio."""
@@ -92,14 +94,18 @@ def slope_kernel(
     first, pieces = pieces_of(s, cu_seqlens, has(given, PACKED), tokens, length, SPAN, PIECES)
     size = tl.maximum(total_of(sums + whole, first, pieces), 1.0)
     mean = (total_of(sums + rows + whole, first, pieces) / size).to(tl.float32)
-    ratio = exponential(mean)[:, None]
+    kl_factor = single(kl_coef).to(tl.float64) * exponential(mean).to(tl.float64)[:, None]
     total = tl.zeros((ROWS,), tl.float64)
     for offset in range(0, tl.max(end - at, 0), SPAN):
         t = at[:, None] + offset + tl.arange(0, SPAN)[None, :]
         counts = counted(t, t < end[:, None], mask, given)
         advantage, importance = weighing(t, s[:, None], counts, advantages, importance_weights, given)
-        slope = surrogate_term(
-            surrogate, ratio, advantage, advantage, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
-        )[1]
-        total += tl.sum(product(importance, slope), 1)
+        if has(given, SHARED_SURROGATE):
+            slope = surrogate_term(
+                surrogate, mean[:, None], advantage, advantage, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
+            )[1]
+            total += tl.sum(product(importance, slope), 1)
+        if has(given, SHARED_KL):
+            d = tl.load(ref_logprobs + t, mask=counts, other=0) - tl.load(logprobs + t, mask=counts, other=0)
+            total += tl.sum(tl.where(counts, product(kl_factor, kl_term(kl - 3, d)[0]), 0.0), 1)
     tl.store(sums + 2 * rows + row, total, mask=row < rows)

@@ -30,6 +30,15 @@ OBJECTIVES = {
     "gspo_of_tokens": Objective(ratio="sequence", aggregate="token_mean", kl="k2", kl_coef=0.2, **WIDE),
     "cispo_sequence": Objective(surrogate="cispo", ratio="sequence", clip_high=0.1),
     "sapo": objectives.sapo(),
+    "dapo_kl_ratio": objectives.dapo(kl_coef=0.1, kl_ratio=True),
+    "gspo_kl_ratio": objectives.gspo(kl_coef=0.1, kl_ratio=True, **WIDE),
+    "cispo_kl_ratio": Objective(surrogate="cispo", ratio="sequence", kl_coef=0.2, kl_ratio=True, kl="k1"),
+    "gspo_token": objectives.gspo_token(**WIDE),
+    "cispo": objectives.cispo(clip_low=0.4, clip_high=-0.3),
+    "dppo_tv": objectives.dppo(clip_high=0.05),
+    "dppo_kl": objectives.dppo("kl"),
+    "ipo": objectives.ipo(tau_neg=0.1),
+    "vespo": objectives.vespo(),
     "reinforce": objectives.reinforce(),
 }
 DEVICES = {"one": (9, 1), "hopper": (9, 4), "ampere": (8, 3), "blackwell": (10, 7), "consumer": (12, 2)}

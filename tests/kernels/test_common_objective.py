@@ -23,7 +23,7 @@ INF = np.inf
 # (clip_low, clip_high, ratio_cap, tau_pos, tau_neg)
 SETTINGS = {
     "grpo": (0.2, 0.2, INF, 1, 1), "dapo, two-sided": (0.2, 0.28, 3, 1, 1), "r1": (10, 10, INF, 1, 1),
-    "gspo": (3e-4, 4e-4, INF, 1, 1), "cispo": (0, 4, INF, 1, 1), "sapo": (0, 0, INF, 1, 1.05),
+    "gspo": (3e-4, 4e-4, INF, 1, 1), "cispo": (1, 4, INF, 1, 1), "sapo": (0, 0, INF, 1, 1.05),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import reference_only, slow_interpreted
 from linear_policy_cases import EVERYTHING, HEAD_KEYWORDS, check, exact, head_of, make, packed, run
-from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES
+from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, objective_of
 from torch import Tensor
 
 from r1kernels import (
@@ -30,7 +30,7 @@ from r1kernels import (
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_in_float64(name: str, kl: str, aggregate: str) -> None:
-    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    objective = objective_of(name, kl, aggregate)
     inputs = make("temperatures", "holes", torch.float64)
     with backend("reference"):
         for measure_all, rows in ((False, 4), (True, 100)):
@@ -67,7 +67,8 @@ def test_heads_in_float32(head: str, name: str, more: dict[str, float], implemen
 def test_objectives_and_inputs_in_float32(name: str, extra: str) -> None:
     with backend(testing.KERNELS):
         for aggregate in AGGREGATES.values():
-            check(make("bias", extra), Objective(**OBJECTIVES[name], **aggregate), 1e-5)
+            # VESPO's weight has the error of a sum over the sequence, times its exponent.
+            check(make("bias", extra), Objective(**OBJECTIVES[name], **aggregate), 4e-5 if name == "vespo" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

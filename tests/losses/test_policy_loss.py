@@ -1,12 +1,13 @@
 """The policy loss against the float64 oracle, for every objective, KL estimator, aggregate and layout."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
 from backends import compiles, reference_only, registration_only, shapes_only
-from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, with_extras
+from policy_cases import AGGREGATES, EXTRAS, KLS, OBJECTIVES, check, evaluate, objective_of, with_extras
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -19,13 +20,19 @@ from r1kernels.ops.policy_loss import METRICS
 @reference_only
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_reference_gradcheck(name: str) -> None:
+    if name == "gspo_token":
+        pytest.skip("its value is a constant: test_gspo_token_has_the_gradient_of_gspo")
     objective = Objective(**OBJECTIVES[name], kl_coef=0.1, entropy_coef=0.2)
+    # A ratio that is a constant by definition, which finite differences cannot know, is 1.
+    constant = objective.surrogate in ("cispo", "dppo_tv", "dppo_kl", "vespo")
     inputs = {k: v.double() for k, v in testing.random_policy().items()}
     inputs["mask"] = testing.random_ids(5, 7, vocab=4) > 0
-    if objective.surrogate == "cispo":  # its ratio is a constant by definition, which finite differences cannot know
+    if constant:
         del inputs["old_logprobs"]
+    else:
+        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo"))
     logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
-    if objective.surrogate == "cispo" or objective.ratio == "token":
+    if constant or objective.ratio == "token":
         inputs["advantages"] = inputs["advantages"].abs()
 
     def loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -35,6 +42,42 @@ def test_reference_gradcheck(name: str) -> None:
         assert torch.autograd.gradcheck(loss, (logprobs.requires_grad_(), entropy.requires_grad_()))
 
 
+def test_gspo_token_has_the_gradient_of_gspo(implementation: str) -> None:
+    """With one advantage and weight per sequence; with those of tokens it has that of each token alone."""
+    inputs = with_extras("holes")
+    wide = {"clip_low": 0.1, "clip_high": 0.1}
+    sequence, token = (evaluate(inputs, make(**wide)) for make in (objectives.gspo, objectives.gspo_token))
+    assert sequence[1].any()
+    torch.testing.assert_close(token[0].loss, sequence[0].loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(token[1], sequence[1], rtol=1e-6, atol=0)
+    one = inputs["advantages"][:, None].repeat(1, 7)
+    one[:, 1:] = 0
+    grad = evaluate(inputs | {"advantages": one}, objectives.gspo_token(**wide))[1]
+    assert grad[:, 0].any() and not grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("make", [objectives.grpo, objectives.gspo, objectives.gspo_token, objectives.cispo])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_kl_times_ratio_equals_autograd(make: Any, kl: str, implementation: str) -> None:
+    """r k with the gradient through both, as TRL writes it, in float64."""
+    inputs = with_extras("holes") | {"advantages": torch.zeros(5)}
+    logprobs = inputs["logprobs"].double().requires_grad_()
+    mask, old, ref = inputs["mask"], inputs["old_logprobs"].double(), inputs["ref_logprobs"].double()
+    objective = make(kl=kl, kl_coef=0.5, kl_ratio=True, aggregate="token_mean")
+    log_ratio = logprobs - old
+    if objective.ratio != "token":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logprobs)
+    if objective.ratio == "sequence_token":
+        log_ratio = log_ratio.detach() + logprobs - logprobs.detach()
+    d = ref - logprobs
+    k = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl]
+    expected = 0.5 * (log_ratio.exp() * k * mask).sum() / mask.sum()
+    (grad,) = torch.autograd.grad(expected, logprobs)
+    result, found, _ = evaluate(inputs, objective)
+    torch.testing.assert_close(result.loss, expected.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(found, grad.float(), rtol=1e-4, atol=1e-8)
+
+
 # ---- 2. against the float64 oracle ------------------------------------------------------------------------
 
 
@@ -42,7 +85,7 @@ def test_reference_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_oracle_padded(name: str, kl: str, aggregate: str, implementation: str) -> None:
-    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    objective = objective_of(name, kl, aggregate)
     for seed, extra in enumerate(EXTRAS):
         check(with_extras(extra, seed), objective)
 
@@ -52,7 +95,7 @@ def test_oracle_padded(name: str, kl: str, aggregate: str, implementation: str) 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_oracle_packed(name: str, kl: str, aggregate: str, implementation: str) -> None:
     """The second sequence is empty: it adds nothing and still counts as one of S."""
-    objective = Objective(**OBJECTIVES[name], **KLS[kl], **AGGREGATES[aggregate])
+    objective = objective_of(name, kl, aggregate)
     for seed, extra in enumerate(EXTRAS):
         check(testing.packed(with_extras(extra, seed), testing.random_lengths(5, 7, seed)), objective)
 
@@ -74,7 +117,13 @@ def test_packed_equals_padded_bit_for_bit(name: str, implementation: str) -> Non
     assert not padded_grad[~mask].any()
 
 
-@pytest.mark.parametrize("preset", ["grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce"])
+PRESETS = [
+    "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "dppo", "ipo", "vespo",
+    "reinforce",
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_match_the_oracle(preset: str, implementation: str) -> None:
     make = getattr(objectives, preset)
     check(with_extras("holes"), make(max_length=11) if preset == "dr_grpo" else make())

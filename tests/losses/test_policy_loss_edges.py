@@ -26,7 +26,12 @@ def one_token(log_ratio: float, advantage: float, objective: Objective) -> tuple
 # ---- on-policy --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ALL[:-1], ids=list(OBJECTIVES)[:-1])
+# A ratio of 1 is within the bounds of all others.
+OUTSIDE = ("low_cap", "cispo_floor", "reinforce")
+WITHIN = {name: o for name, o in zip(OBJECTIVES, ALL, strict=True) if name not in OUTSIDE}
+
+
+@pytest.mark.parametrize("objective", WITHIN.values(), ids=WITHIN)
 def test_on_policy_the_ratio_is_exactly_one(objective: Objective, implementation: str) -> None:
     inputs = with_extras("on_policy")
     given = with_extras("on_policy") | {"old_logprobs": inputs["logprobs"].clone()}
@@ -210,6 +215,22 @@ def test_a_bare_callable_is_averaged_over_counted_tokens() -> None:
     inputs = with_extras("holes")
     loss = evaluate(inputs, plain_reinforce)[0].loss
     testing.assert_within(loss, testing.policy_loss(objectives.reinforce(), **inputs).loss)
+
+
+def test_metrics_of_a_callable() -> None:
+    """Tokens that its gradient reaches are active; its bounds are unknown."""
+    inputs = with_extras("plain")
+    reached = inputs["logprobs"] < -0.5
+
+    def some(logprobs: Tensor, batch: Any) -> Tensor:
+        return torch.where(reached, -logprobs, 0)
+
+    logprobs = inputs["logprobs"].requires_grad_()
+    metrics = policy_loss(**inputs, objective=some).metrics
+    assert metrics["active_fraction"] == reached.float().mean() and 0 < reached.sum() < reached.numel()
+    assert not any(name.startswith(("clip_", "ratio_cap_")) for name in metrics)
+    with torch.no_grad():
+        assert policy_loss(**inputs | {"logprobs": logprobs}, objective=some).metrics["active_fraction"].isnan()
 
 
 def test_a_callable_sees_one_value_per_token_and_zeros_behind_the_mask() -> None:

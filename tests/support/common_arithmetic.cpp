@@ -151,7 +151,7 @@ py::array_t<int64_t> offsets(const std::vector<int64_t>& sizes, const std::vecto
 
 Objective objective_of(int surrogate, float clip_low, float clip_high, float ratio_cap, float tau_pos, float tau_neg) {
   return {static_cast<Surrogate>(surrogate), Ratio::token, 3, Aggregate::token_mean, clip_low, clip_high, ratio_cap,
-          tau_pos, tau_neg, 0, 0, 0};
+          tau_pos, tau_neg, 0, 0, 0, false};
 }
 
 template <bool kExact>

@@ -10,6 +10,7 @@ from policy_cases import OBJECTIVES
 from torch import Tensor
 
 from r1kernels import Objective, objectives, testing
+from r1kernels.ops.policy_loss import kl_number
 
 EMULATOR = ctypes.CDLL(os.environ["R1KERNELS_CUDA_EMULATOR"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,7 +59,7 @@ def step(
     rest = ("old_logprobs", "ref_logprobs", "mask", "cu_seqlens", "importance_weights", "normalizer")
     results = torch.ops.r1kernels.grpo_step(
         logits, inputs["token_ids"], inputs["advantages"], *(inputs.get(name) for name in rest), temperature,
-        objectives.SURROGATES.index(objective.surrogate), int(objective.kl[1]),
+        objectives.SURROGATES.index(objective.surrogate), kl_number(objective),
         objectives.AGGREGATES.index(objective.aggregate), objective.clip_low, objective.clip_high,
         math.inf if objective.ratio_cap is None else objective.ratio_cap, objective.tau_pos, objective.tau_neg,
         objective.kl_coef, objective.entropy_coef, float(objective.max_length or 1), list(tile), out,

@@ -16,8 +16,15 @@ OBJECTIVES = {
     "two_sided": {"ratio_cap": 1.5},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "gspo_wide": {"ratio": "sequence", "clip_low": 0.5, "clip_high": 0.5, "ratio_cap": 1.6},
-    "cispo": {"surrogate": "cispo", "clip_high": 0.3},
+    "low_cap": {"ratio_cap": 0.9, "clip_low": 0.3},
+    "gspo_token": {"ratio": "sequence_token", "clip_low": 0.1, "clip_high": 0.1},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.3},
+    "cispo_floor": {"surrogate": "cispo", "clip_low": 0.4, "clip_high": -0.2},
     "cispo_sequence": {"surrogate": "cispo", "ratio": "sequence", "clip_high": 0.1},
+    "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.05, "clip_high": 0.1, "ratio_cap": 1.2},
+    "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.01, "clip_high": 0.02},
+    "ipo": {"surrogate": "ipo", "clip_low": 0.1, "clip_high": 0.05, "tau_pos": 0.1, "tau_neg": 0.0},
+    "vespo": {"surrogate": "vespo", "ratio": "sequence_product", "tau_pos": 3.0, "tau_neg": 2.0},
     "sapo": {"surrogate": "sapo"},
     "sapo_sequence": {"surrogate": "sapo", "ratio": "sequence", "tau_pos": 0.7, "tau_neg": 2.0},
     "reinforce": {"surrogate": "reinforce"},
@@ -27,12 +34,22 @@ KLS = {
     "k1": {"kl": "k1", "kl_coef": 0.3},
     "k2": {"kl": "k2", "kl_coef": 0.04},
     "k3": {"kl": "k3", "kl_coef": 1.7, "entropy_coef": 0.01},
+    "k1_ratio": {"kl": "k1", "kl_coef": 0.3, "kl_ratio": True},
+    "k3_ratio": {"kl": "k3", "kl_coef": 1.7, "entropy_coef": 0.01, "kl_ratio": True},
 }
 AGGREGATES = {
     "sequence_mean": {"aggregate": "sequence_mean"},
     "token_mean": {"aggregate": "token_mean"},
     "constant": {"aggregate": "constant", "max_length": 13},
 }
+
+
+def objective_of(name: str, kl: str, aggregate: str) -> Objective:
+    """The product of a sequence's ratios multiplies no KL term."""
+    fields = OBJECTIVES[name] | KLS[kl] | AGGREGATES[aggregate]
+    return Objective(**fields | ({"kl_ratio": False} if name == "vespo" else {}))
+
+
 # What a caller may add: {name: {keyword: value}}; the values are made by `with_extras`.
 EXTRAS = ["plain", "on_policy", "holes", "float_mask", "token_advantages", "token_weights", "normalizer", "bare"]
 
