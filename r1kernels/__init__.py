@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1kernels import objectives
-    from r1kernels._library import backend, release_workspace
+    from r1kernels._dispatch import backend
+    from r1kernels._library import has_fast_bf16, release_workspace
     from r1kernels.objectives import Objective
     from r1kernels.ops.cross_entropy import cross_entropy
     from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
@@ -35,7 +36,7 @@ _MODULES = {
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
     "PolicyLoss": "r1kernels.ops.policy_loss",
-    "backend": "r1kernels._library",
+    "backend": "r1kernels._dispatch",
     "cross_entropy": "r1kernels.ops.cross_entropy",
     "distillation_loss": "r1kernels.ops.distillation_loss",
     "global_normalizer": "r1kernels.ops.global_normalizer",

@@ -1,6 +1,6 @@
 """The schemas: the operators' names, arguments and results, and the shapes that they give to fake tensors.
 
-All kernels of all backends are registered under these names, per dispatch key (`r1kernels._library`). The kernels in
+All kernels of all backends are registered under these names, per dispatch key (`r1kernels._dispatch`). The kernels in
 CUDA C++ are also registered under the same schemas in the namespace `r1kernels_cuda`: on a GPU, an operator of
 `r1kernels` chooses between them and Triton's.
 """

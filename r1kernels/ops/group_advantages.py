@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64, values_are_free
 
 SCALES = ("group_std", "batch_std", "none")
@@ -109,7 +109,7 @@ def group_advantages(
     elif isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1 or count % group_size:
         raise ValueError(f"group_size is {group_size!r}, expected a positive integer that divides the {count} rewards")
     flat = rewards.detach().reshape(-1)
-    if _library.select(rewards) == "reference":
+    if _dispatch.select(rewards) == "reference":
         result = reference(flat, group_ids, group_size or 1, scale, ddof, eps)
     else:
         result = _library.call(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops._checks import values_are_free
 from r1kernels.ops.linear_types import Needs
 from r1kernels.ops.token_stats import row_blocks
@@ -68,15 +67,6 @@ def _blocks(grad: Tensor) -> list[slice]:
     return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
 
 
-def _fused(grad: Tensor, out: Tensor) -> bool:
-    """Whether one kernel reads, multiplies, converts and writes, without a value of the factor on the host."""
-    if torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
-        return False
-    if _library.choose(grad.device.type, grad.dtype).implementation == "reference":
-        return False
-    return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
-
-
 def graph_is_kept() -> bool:
     """Whether this backward may run again (`retain_graph`), so that it must not change its stored tensors."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -105,7 +95,7 @@ def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _write(grad: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
     """out = or += grad * factor."""
-    if _fused(grad, out):
+    if _dispatch.choose("scaled", grad, out).implementation == "kernel":
         factor = torch.ones((), dtype=torch.float32, device=grad.device) if factor is None else factor
         torch.ops.r1kernels.scaled.default(grad, factor, out, accumulate)
         return

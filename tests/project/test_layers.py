@@ -14,16 +14,17 @@ PACKAGE = Path(r1kernels.__file__).parent
 # its own and from its own package.
 LAYERS = [
     ("rewards", ("r1kernels.rewards",)),
-    ("kernels", ("r1kernels.triton", "r1kernels._C", "r1kernels._choice")),
+    ("kernels", ("r1kernels.triton", "r1kernels._C")),
     ("tables", ("r1kernels._schemas", "r1kernels._choice", "r1kernels._memory", "r1kernels._operator_checks")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
+    ("dispatch", ("r1kernels._dispatch",)),
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
     ("command", ("r1kernels.__main__",)),
     ("public", ("r1kernels",)),
 ]
-HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "operations": 2, "public": 3, "users": 4,
-          "command": 5}
+HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "dispatch": 2, "operations": 3, "public": 4,
+          "users": 5, "command": 6}
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations")
 
 
