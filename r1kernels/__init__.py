@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from r1kernels.ops.group_advantages import group_advantages
     from r1kernels.ops.grpo_loss import grpo_loss
     from r1kernels.ops.kl_estimate import kl_estimate
-    from r1kernels.ops.linear_budget import linear_loss_bytes
-    from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
-    from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
-    from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
-    from r1kernels.ops.linear_options import LinearOptions
-    from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
+    from r1kernels.ops.linear.budget import linear_loss_bytes
+    from r1kernels.ops.linear.cross_entropy import linear_cross_entropy
+    from r1kernels.ops.linear.distillation_loss import linear_distillation_loss
+    from r1kernels.ops.linear.grpo_loss import linear_grpo_loss
+    from r1kernels.ops.linear.logits import linear_logits
+    from r1kernels.ops.linear.options import LinearOptions
+    from r1kernels.ops.linear.token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "DistillationLoss": "r1kernels.ops.distillation_loss",
-    "LinearOptions": "r1kernels.ops.linear_options",
+    "LinearOptions": "r1kernels.ops.linear.options",
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
     "PolicyLoss": "r1kernels.ops.policy_loss",
@@ -44,13 +45,13 @@ _MODULES = {
     "grpo_loss": "r1kernels.ops.grpo_loss",
     "has_fast_bf16": "r1kernels._library",
     "kl_estimate": "r1kernels.ops.kl_estimate",
-    "linear_cross_entropy": "r1kernels.ops.linear_cross_entropy",
-    "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
-    "linear_grpo_loss": "r1kernels.ops.linear_grpo_loss",
-    "linear_logits": "r1kernels.ops.linear_logits",
-    "linear_loss_bytes": "r1kernels.ops.linear_budget",
-    "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
-    "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
+    "linear_cross_entropy": "r1kernels.ops.linear.cross_entropy",
+    "linear_distillation_loss": "r1kernels.ops.linear.distillation_loss",
+    "linear_grpo_loss": "r1kernels.ops.linear.grpo_loss",
+    "linear_logits": "r1kernels.ops.linear.logits",
+    "linear_loss_bytes": "r1kernels.ops.linear.budget",
+    "linear_token_logprobs": "r1kernels.ops.linear.token_stats",
+    "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
     "policy_loss": "r1kernels.ops.policy_loss",
     "release_workspace": "r1kernels._library",
     "token_logprobs": "r1kernels.ops.token_logprobs",

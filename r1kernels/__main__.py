@@ -23,7 +23,7 @@ from r1kernels import _library
 from r1kernels._dispatch import OPS, TABLE, explain, faster_in_cuda, requested
 from r1kernels._schemas import CUDA_OPERATORS
 from r1kernels.ops import grpo_step
-from r1kernels.ops.gemm import route
+from r1kernels.ops.linear.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
 
 PUBLIC_OPS = {

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import _library, objectives
-from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops.linear_gradients import graph_is_kept
+from r1kernels.ops._autograd import differentiable_once, graph_is_kept, origin_of
 from r1kernels.ops.policy_inputs import LossInputs
 from r1kernels.ops.policy_loss import coefficients_of
 

@@ -5,7 +5,7 @@ import torch
 from backends import host_code
 
 from r1kernels import backend
-from r1kernels.ops import gemm, precision
+from r1kernels.ops.linear import gemm, precision
 
 pytestmark = host_code
 

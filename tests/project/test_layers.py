@@ -117,6 +117,13 @@ def test_operations_do_not_import_each_other_in_a_circle() -> None:
         done |= free
 
 
+def test_the_linear_family_is_above_the_other_operations() -> None:
+    family = "r1kernels.ops.linear"
+    assert sum(name.startswith(f"{family}.") for name in MODULES) > 10
+    for module in (name for name in MODULES if layer(name) == "operations" and not name.startswith(family)):
+        assert not [target for target, _ in imports(module) if target.startswith(family)], module
+
+
 def test_the_public_names_are_those_exported() -> None:
     assert sorted(r1kernels.__all__) == r1kernels.__all__
     assert all(hasattr(r1kernels, name) for name in r1kernels.__all__)

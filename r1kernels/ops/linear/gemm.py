@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import _dispatch
-from r1kernels.ops.precision import exact_float32, float32_sums
+from r1kernels.ops.linear.precision import exact_float32, float32_sums
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Side of the blocks that are copied in float32: 16 MiB of each operand at most.

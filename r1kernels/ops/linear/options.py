@@ -16,16 +16,16 @@ from r1kernels.ops._checks import (
     check_shape,
     ids_int64,
 )
-from r1kernels.ops.dtensor import Placed, probes
-from r1kernels.ops.linear_budget import buffer_rows, gathers, row_bytes
-from r1kernels.ops.linear_checks import (
+from r1kernels.ops.linear.budget import buffer_rows, gathers, row_bytes
+from r1kernels.ops.linear.checks import (
     accumulation_target,
     checked_capacity,
     dtype_of_logits,
     lora_matrices,
     token_temperature,
 )
-from r1kernels.ops.linear_types import Head, Names, Needs
+from r1kernels.ops.linear.dtensor import Placed, probes
+from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.

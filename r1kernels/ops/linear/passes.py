@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from r1kernels import _dispatch, _library
-from r1kernels.ops.linear_gradients import rounded
-from r1kernels.ops.linear_head import Walk
-from r1kernels.ops.linear_rows import select_rows
-from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.linear.gradients import rounded
+from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.rows import select_rows
+from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 
 

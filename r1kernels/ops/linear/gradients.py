@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from r1kernels import _dispatch, _library
+from r1kernels.ops._autograd import graph_is_kept
 from r1kernels.ops._checks import values_are_free
-from r1kernels.ops.linear_types import Needs
+from r1kernels.ops.linear.head import Needs
 from r1kernels.ops.token_stats import row_blocks
 
 Shape = tuple[torch.Size, torch.dtype]
@@ -65,12 +66,6 @@ def _blocks(grad: Tensor) -> list[slice]:
     if grad.dim() != 2 or torch.compiler.is_compiling():
         return [slice(None)]
     return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
-
-
-def graph_is_kept() -> bool:
-    """Whether this backward may run again (`retain_graph`), so that it must not change its stored tensors."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None or torch.compiler.is_compiling() else ask()
 
 
 def rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
