@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1kernels import objectives
-    from r1kernels._library import backend, release_workspace
+    from r1kernels._dispatch import backend
+    from r1kernels._library import has_fast_bf16, release_workspace
     from r1kernels.objectives import Objective
     from r1kernels.ops.cross_entropy import cross_entropy
     from r1kernels.ops.distillation_loss import DistillationLoss, distillation_loss
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from r1kernels.ops.grpo_loss import grpo_loss
     from r1kernels.ops.importance_weights import ImportanceWeights, importance_weights
     from r1kernels.ops.kl_estimate import kl_estimate
-    from r1kernels.ops.linear_budget import linear_loss_bytes
-    from r1kernels.ops.linear_cross_entropy import linear_cross_entropy
-    from r1kernels.ops.linear_distillation_loss import linear_distillation_loss
-    from r1kernels.ops.linear_grpo_loss import linear_grpo_loss
-    from r1kernels.ops.linear_options import LinearOptions
-    from r1kernels.ops.linear_token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
+    from r1kernels.ops.linear.budget import linear_loss_bytes
+    from r1kernels.ops.linear.cross_entropy import linear_cross_entropy
+    from r1kernels.ops.linear.distillation_loss import linear_distillation_loss
+    from r1kernels.ops.linear.grpo_loss import linear_grpo_loss
+    from r1kernels.ops.linear.logits import linear_logits
+    from r1kernels.ops.linear.options import LinearOptions
+    from r1kernels.ops.linear.token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.multi_reward_advantages import multi_reward_advantages
     from r1kernels.ops.pass_at_k_advantages import pass_at_k_advantages
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
@@ -35,11 +37,11 @@ __version__ = "0.1.0"
 _MODULES = {
     "DistillationLoss": "r1kernels.ops.distillation_loss",
     "ImportanceWeights": "r1kernels.ops.importance_weights",
-    "LinearOptions": "r1kernels.ops.linear_options",
+    "LinearOptions": "r1kernels.ops.linear.options",
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
     "PolicyLoss": "r1kernels.ops.policy_loss",
-    "backend": "r1kernels._library",
+    "backend": "r1kernels._dispatch",
     "cross_entropy": "r1kernels.ops.cross_entropy",
     "distillation_loss": "r1kernels.ops.distillation_loss",
     "global_normalizer": "r1kernels.ops.global_normalizer",
@@ -48,13 +50,13 @@ _MODULES = {
     "has_fast_bf16": "r1kernels._library",
     "importance_weights": "r1kernels.ops.importance_weights",
     "kl_estimate": "r1kernels.ops.kl_estimate",
-    "linear_cross_entropy": "r1kernels.ops.linear_cross_entropy",
-    "linear_distillation_loss": "r1kernels.ops.linear_distillation_loss",
-    "linear_grpo_loss": "r1kernels.ops.linear_grpo_loss",
-    "linear_logits": "r1kernels.ops.linear_logits",
-    "linear_loss_bytes": "r1kernels.ops.linear_budget",
-    "linear_token_logprobs": "r1kernels.ops.linear_token_stats",
-    "linear_token_logprobs_and_entropy": "r1kernels.ops.linear_token_stats",
+    "linear_cross_entropy": "r1kernels.ops.linear.cross_entropy",
+    "linear_distillation_loss": "r1kernels.ops.linear.distillation_loss",
+    "linear_grpo_loss": "r1kernels.ops.linear.grpo_loss",
+    "linear_logits": "r1kernels.ops.linear.logits",
+    "linear_loss_bytes": "r1kernels.ops.linear.budget",
+    "linear_token_logprobs": "r1kernels.ops.linear.token_stats",
+    "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
     "multi_reward_advantages": "r1kernels.ops.multi_reward_advantages",
     "pass_at_k_advantages": "r1kernels.ops.pass_at_k_advantages",
     "policy_loss": "r1kernels.ops.policy_loss",

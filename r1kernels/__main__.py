@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 import r1kernels
-from r1kernels import _choice, _library
+from r1kernels import _library
+from r1kernels._dispatch import OPS, TABLE, explain, faster_in_cuda, requested
 from r1kernels._schemas import CUDA_OPERATORS
 from r1kernels.ops import grpo_step
-from r1kernels.ops.gemm import route
+from r1kernels.ops.linear.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
 
 PUBLIC_OPS = {
@@ -33,14 +34,6 @@ PUBLIC_OPS = {
     "divergence": "distillation_loss",
 }
 
-
-PRODUCTS = {
-    "native": "our kernel",
-    "out_dtype": "the device's library, float32 result",
-    "parts": "the device's library, float32 in three bfloat16 parts",
-    "copies": "torch, float32 copies block by block",
-    "torch": "torch",
-}
 
 PAIRS = {
     (torch.bfloat16, torch.bfloat16): "bf16",
@@ -60,28 +53,32 @@ UNITS = {
 
 def _products() -> list[str]:
     """How the linear_* functions multiply matrices of each dtype."""
+    about = {choice.implementation: choice.reason for choice, _ in TABLE["product"]}
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtypes, name in PAIRS.items():
-            if _library.explain(device, dtypes[0]).implementation == "error":
+            if explain("kernels", device, dtypes[0]).implementation == "error":
                 continue  # the lines above show the error
             chosen = route(*(torch.empty(0, dtype=dtype, device=device) for dtype in dtypes))
-            how = PRODUCTS[chosen]
-            if chosen == "native":
-                how += UNITS.get((_library.extension.cpu_isa(), name), "")
-            lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{how}")
+            unit = UNITS.get((_library.extension.cpu_isa(), name), "") if chosen == "native" else ""
+            lines.append(f"{'products':<18}{device:<8}{name:<16}{chosen:<12}{about[chosen]}{unit}")
     return lines
 
 
-def _kernels() -> list[str]:
-    """The kernels of each operation on any device, and every reason for which others serve a call."""
-    lines = ["kernels      C++ on CPUs, Triton on GPUs; plain PyTorch for float64, and where these are missing"]
-    for op in _library.OPS:
-        cuda = "where it was measured to be faster, or without Triton" if op in CUDA_OPERATORS else "has no kernel"
-        lines.append(f"{op:<18}CUDA {cuda}")
-    lines.append(f"{'grpo_step':<18}only in CUDA, for grpo_loss from logits. token_stats and policy_loss are used if")
-    lines += [f"{'':<20}{reason}" for reason in grpo_step.REASONS]
-    lines.append(f"{'':<18}the CUDA operator reads the logits twice if")
+def _table() -> list[str]:
+    """The implementations of each operation in the order in which they are tried, and every reason against them."""
+    lines = ["served by the first of these that no reason keeps from it"]
+    for operation, servers in TABLE.items():
+        if operation in OPS:
+            cuda = "where it was measured to be faster, or without Triton" if operation in CUDA_OPERATORS else (
+                "has no kernel")
+            lines.append(f"{operation:<18}as kernels; CUDA {cuda}")
+            continue
+        for choice, unless in servers:
+            about = choice.reason or "plain PyTorch"
+            lines.append(f"{operation:<18}{choice.implementation:<12}{about}{', unless' if unless else ''}")
+            lines += [f"{'':<20}{reason}" for reason in unless]
+    lines.append("the fused kernel of grpo_step reads the logits twice if")
     return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]
 
 
@@ -106,8 +103,7 @@ def _cuda() -> str:
 
 def _faster_in_cuda(device: str) -> str:
     """The operators for which CUDA kernels replace Triton's on a device."""
-    operators = sorted(_choice.load(_choice.TABLE).get(device, {}))
-    names = ", ".join(operators)
+    names = ", ".join(faster_in_cuda(device))
     return f"CUDA where it was measured to be faster: {names}" if names else "CUDA: nothing measured yet"
 
 
@@ -197,28 +193,28 @@ def report() -> str:
     else:
         lines += [f"extension    {extension.__file__}", f"CPU kernels  {extension.cpu_isa()} instruction set"]
     lines += [f"Triton       {_triton()}", f"CUDA         {_cuda()}"]
-    requested = os.environ.get("R1KERNELS_BACKEND")
+    variable = os.environ.get("R1KERNELS_BACKEND")
     lines += [
-        f"backend      {_library.requested()}"
-        + (f" (R1KERNELS_BACKEND={requested})" if requested else " (R1KERNELS_BACKEND is not set)"),
+        f"backend      {requested()}"
+        + (f" (R1KERNELS_BACKEND={variable})" if variable else " (R1KERNELS_BACKEND is not set)"),
         "",
         f"{'operation':<18}{'device':<8}{'dtype':<16}{'served by':<12}why",
     ]
     rows = [("cpu", torch.float32, "fp32 bf16 fp16"), ("cpu", torch.float64, "fp64")]
     if torch.cuda.is_available():
         rows.append(("cuda", torch.float32, "fp32 bf16 fp16"))
-    for op in _library.OPS:
+    for op in OPS:
         for device, dtype, name in rows:
-            choice = _library.explain(device, dtype, op)
+            choice = explain(op, device, dtype)
             lines.append(f"{op:<18}{device:<8}{name:<16}{choice.implementation:<12}{choice.reason}")
     if torch.cuda.is_available():
-        choice = _library.explain("cuda", torch.bfloat16)
+        choice = explain("kernels", "cuda", torch.bfloat16)
         if choice.implementation == "triton":
             lines.append(f"{'linear_statistics':<18}{'cuda':<8}{'bf16 fp16':<16}{'triton':<12}log-probs without logits")
             lines.append(f"{'':<54}{_faster_in_cuda(torch.cuda.get_device_name(0))}")
     lines += _products()
     lines += ["", *(f"{op:<18}serves {names}" for op, names in PUBLIC_OPS.items())]
-    lines += ["", *_kernels()]
+    lines += ["", *_table()]
     lines += _results()
     if importlib.util.find_spec("transformers") is None:
         lines += ["", "trainer      transformers is missing: pip install 'r1kernels[train]'"]

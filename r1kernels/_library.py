@@ -1,30 +1,25 @@
-"""Loads the compiled extension, registers the GPU kernels, and chooses the implementation that serves a call.
+"""Loads the compiled extension, says what is missing, and runs operators.
 
-All kernels of all backends are registered under the operators of `r1kernels._schemas`, per dispatch key. Autograd is in
-`r1kernels.ops`. `reference` is not registered: it is plain differentiable PyTorch in the same files.
+All kernels of all backends are registered under the operators of `r1kernels._schemas`, per dispatch key: those of the
+CPU by the extension, those of GPUs by `r1kernels._dispatch`. Autograd is in `r1kernels.ops`. `reference` is not
+registered: it is plain differentiable PyTorch in the same files.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import importlib.util
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from r1kernels import _choice, _memory
-from r1kernels._operator_checks import CHECKS
-from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE, TRACED
+from r1kernels import _memory
+from r1kernels._schemas import LIBRARY, NAMESPACE, TRACED
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---- the compiled extension -------------------------------------------------------------------------------
@@ -52,73 +47,17 @@ else:
     extension, extension_error = _load_extension()
 if EMULATED:
     torch.ops.load_library(_EMULATOR)
-_GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
+GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 
-def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty for results and buffers that may be large. On a CPU they get memory that earlier calls gave back."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(shape, dtype=dtype, device=device)
-    result = torch.empty(0, dtype=dtype)
-    return torch.empty(shape, dtype=dtype) if isinstance(result, FakeTensor) else _memory.empty(shape, dtype)
+# ---- what is missing --------------------------------------------------------------------------------------
 
-
-# ---- the kernels of GPUs ----------------------------------------------------------------------------------
-
-TRITON_OPERATORS = {
-    "token_stats": "token_stats",
-    "token_stats_backward": "token_stats_backward",
-    "token_stats_backward_out": "token_stats_backward",
-    "policy_loss": "policy_loss",
-    "group_advantages": "group_advantages",
-    "kl_estimate": "kl_estimate",
-    "divergence": "divergence",
-    "divergence_backward": "divergence",
-    "linear_statistics": "linear_statistics",
-    "scaled": "scaled",
-}
 HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY, AMD_ARCHITECTURES = (8, 0), ("gfx942", "gfx950")
 
 
-def _gpu_launcher(name: str) -> Callable[..., Any]:
-    """Imports Triton's kernels when an operator first runs, so that `import r1kernels` does not import a compiler."""
-
-    def run(*args: Any) -> Any:
-        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0]) == "cuda":
-            return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args)
-        missing = triton_missing(_GPU_KERNELS_ON)
-        if missing:
-            raise RuntimeError(f"{NAMESPACE}::{name} has no kernel here: {missing}")
-        CHECKS[name](*args)
-        return getattr(importlib.import_module(f"r1kernels.triton.{TRITON_OPERATORS[name]}"), name)(*args)
-
-    return run
-
-
-def gpu_kernels(operator: str, like: Tensor) -> str:
-    """"cuda" or "triton": whose kernel runs an operator on a GPU. CUDA runs if it is the faster or the only one.
-
-    Args:
-        like: the operator's first argument. The speed depends on its dtype and its last dimension.
-    """
-    kind = like.device.type
-    if operator not in CUDA_OPERATORS or _requested == "triton":
-        return "triton"
-    if _requested == "cuda":
-        return "cuda"
-    if cuda_missing(kind):
-        return "triton"
-    if triton_missing(kind):
-        return "cuda"
-    vocab = like.shape[-1] if like.dim() else None
-    faster = kind == "cuda" and _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
-    return "cuda" if faster else "triton"
-
-
-@functools.cache
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+def no_extension() -> str:
+    return f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}"
 
 
 _missing: dict[str, str] = {}
@@ -178,7 +117,7 @@ def _why_no_cuda(device_type: str) -> str:
     if torch.version.hip is not None:
         return "CUDA kernels run on NVIDIA GPUs, but torch is built for AMD GPUs; use 'triton'"
     if extension is None:
-        return f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}"
+        return no_extension()
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not extension.cuda_architectures() or not devices:
         return "" if extension.cuda_architectures() else extension.cuda_missing(0)
@@ -187,8 +126,15 @@ def _why_no_cuda(device_type: str) -> str:
     return reasons[0] if all(reasons) else ""
 
 
-for _name in dict.fromkeys((*TRITON_OPERATORS, *CUDA_OPERATORS)):
-    LIBRARY.impl(_name, _gpu_launcher(_name), _GPU_KERNELS_ON.upper())
+# ---- memory -----------------------------------------------------------------------------------------------
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty for results and buffers that may be large. On a CPU they get memory that earlier calls gave back."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    result = torch.empty(0, dtype=dtype)
+    return torch.empty(shape, dtype=dtype) if isinstance(result, FakeTensor) else _memory.empty(shape, dtype)
 
 
 def _token_stats_backward(
@@ -232,107 +178,6 @@ def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and extension is not None and extension.cpu_isa() in ("amx_bf16", "avx512_bf16")
-
-
-# ---- which implementation serves a call -------------------------------------------------------------------
-
-
-def _checked_backend(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}, expected one of {', '.join(BACKENDS)}")
-    return name
-
-
-_requested = _checked_backend(os.environ.get("R1KERNELS_BACKEND") or "auto", "R1KERNELS_BACKEND")
-_warned: set[str] = set()
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Serve every operation from one implementation inside a `with` block.
-
-    Args:
-        name: "auto" (the fastest for the tensor's device), "reference" (plain PyTorch, any device, also
-            float64), "cpu" (the compiled kernels), "triton" or "cuda" (GPU kernels). The environment variable
-            `R1KERNELS_BACKEND`, which is read at import, makes the same choice. Both apply to all threads of the
-            process.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    global _requested
-    previous = _requested
-    _requested = _checked_backend(name, "backend")
-    try:
-        yield
-    finally:
-        _requested = previous
-
-
-class Choice(NamedTuple):
-    implementation: str
-    reason: str
-    slow: bool = False
-
-
-def choose(device_type: str, dtype: torch.dtype, operator: str | None = None) -> Choice:
-    """The implementation for a device and dtype, and why. Name the `operator` if not all implementations have it."""
-    if _requested == "reference":
-        return Choice("reference", "requested")
-    if _requested == "cpu" and extension is None:
-        raise RuntimeError(f"backend 'cpu' was requested but r1kernels._C is missing ({extension_error}); "
-                           f"{HOW_TO_BUILD}")
-    missing_there = {"triton": triton_missing, "cuda": cuda_missing}.get(_requested)
-    if missing_there is not None and (missing := missing_there(device_type)):
-        raise RuntimeError(f"backend {_requested!r} was requested for a tensor on {device_type!r}: {missing}")
-    if _requested == "cuda" and _no_cuda_kernel(operator):
-        raise RuntimeError(f"backend 'cuda' was requested: {_no_cuda_kernel(operator)}, expected 'auto' or 'triton'")
-    if _requested in ("cpu", "triton", "cuda"):
-        if _requested == "cpu" and device_type not in ("cpu", "meta"):
-            raise ValueError(f"backend 'cpu' was requested for a tensor on {device_type!r}, expected 'cpu'")
-        if dtype not in NATIVE_DTYPES:
-            raise TypeError(f"backend {_requested!r} was requested for {dtype}, expected float32, bfloat16 or float16")
-        return Choice(_requested, "requested")
-    if dtype == torch.float64:
-        return Choice("reference", "float64 is computed by plain PyTorch only", slow=True)
-    if INTERPRETED or EMULATED or device_type not in ("cpu", "meta"):
-        no_triton = triton_missing(device_type)
-        if not no_triton:
-            return Choice("triton", "compiled when first used")
-        if not cuda_missing(device_type) and not _no_cuda_kernel(operator):
-            return Choice("cuda", f"compiled ahead of time; {no_triton}")
-        return Choice("reference", no_triton, slow=True)
-    if extension is None:
-        return Choice("reference", f"r1kernels._C is missing ({extension_error}); {HOW_TO_BUILD}", slow=True)
-    return Choice("cpu", "compiled extension")
-
-
-def _no_cuda_kernel(operator: str | None) -> str:
-    return f"there is no CUDA kernel of {operator}" if operator not in (None, *CUDA_OPERATORS) else ""
-
-
-def requested() -> str:
-    """The requested backend: "auto" unless the environment or `backend` sets another one."""
-    return _requested
-
-
-def explain(device_type: str, dtype: torch.dtype, operator: str | None = None) -> Choice:
-    """Like `choose`, but a request that cannot be met is a result and not an error."""
-    try:
-        return choose(device_type, dtype, operator)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return Choice("error", str(error))
-
-
-def select(tensor: Tensor, operator: str | None = None) -> str:
-    """The name of the implementation that serves `tensor`. A slow one gives one warning per reason."""
-    # A fake tensor has no memory on its device: only the operators' shape functions serve it, as on the meta device.
-    device_type = "meta" if isinstance(tensor, FakeTensor) else tensor.device.type
-    choice = choose(device_type, tensor.dtype, operator)
-    if choice.slow and choice.reason not in _warned and not torch.compiler.is_compiling():
-        _warned.add(choice.reason)
-        warnings.warn(f"r1kernels uses its reference implementation: {choice.reason}", stacklevel=3)
-    return choice.implementation
 
 
 # ---- how an operator is run -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The schemas: the operators' names, arguments and results, and the shapes that they give to fake tensors.
 
-All kernels of all backends are registered under these names, per dispatch key (`r1kernels._library`). The kernels in
+All kernels of all backends are registered under these names, per dispatch key (`r1kernels._dispatch`). The kernels in
 CUDA C++ are also registered under the same schemas in the namespace `r1kernels_cuda`: on a GPU, an operator of
 `r1kernels` chooses between them and Triton's.
 """
@@ -78,7 +78,7 @@ _declare(
 # How it chooses for logits and grad_logits: blocks of a cluster, blocks for which a multiprocessor has the shared
 # memory, clusters that the device runs at once, and why separate passes replace the fused kernel (0: they do not).
 _CUDA_LIBRARY.define("grpo_step_tile(Tensor logits, Tensor grad_logits) -> (int, int, int, int)")
-# The head of r1kernels.ops.linear_head: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
+# The head of r1kernels.ops.linear.walk: hidden (..., H), then the fields of `Head`, flattened to N tokens. These run
 # on every device, over its products and its two vocabulary kernels.
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor token_ids, "
@@ -132,7 +132,7 @@ _declare(
     "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
 )
 # Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
-# float64. -> the rows of `linear_divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+# float64. -> the rows of `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
 _declare(
     f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "

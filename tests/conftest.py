@@ -15,11 +15,11 @@ import pytest
 import sampling
 import torch
 
-from r1kernels import _library, backend, testing
+from r1kernels import _dispatch, _library, backend, testing
 
 SLOW_KERNELS = _library.INTERPRETED or _library.EMULATED  # those of a GPU, on the CPU
 if SLOW_KERNELS:
-    _library._requested = "auto"  # float64 is for the reference, as ever
+    _dispatch._requested = "auto"  # float64 is for the reference, as ever
 if _library.INTERPRETED:
     interpreter_speed.patch_once_a_launch()
 

@@ -13,7 +13,7 @@ import torch
 from gpu.inputs import make_head, normal
 from gpu.setting import COPY, Candidate, Case, Setting, head_shape
 from gpu.timing import Timed
-from r1kernels.ops import gemm
+from r1kernels.ops.linear import gemm
 
 PRODUCTS = ("h W^T", "dlogits W", "dlogits^T h")
 

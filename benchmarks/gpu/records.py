@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import r1kernels
-from r1kernels import _library
+from r1kernels import _dispatch
 
 LINES = "results.jsonl"
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,5 +91,5 @@ def environment(device: torch.device, kernels: Callable[[], str] | None = None) 
         "python": platform.python_version(),
         "r1kernels": r1kernels.__version__,
         "kernels": kernels(),
-        "backend": _library.requested(),
+        "backend": _dispatch.requested(),
     }

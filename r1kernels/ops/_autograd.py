@@ -33,6 +33,12 @@ def origin_of(*inputs: Tensor | None) -> Tensor | None:
     return torch.cat([value.narrow(-1, 0, 0).reshape(0).float() for value in wanted])
 
 
+def graph_is_kept() -> bool:
+    """Whether this backward may run again (`retain_graph`), so that it must not change its stored tensors."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None or torch.compiler.is_compiling() else ask()
+
+
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd function whose result has no derivative.
 

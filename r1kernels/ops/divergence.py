@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.token_stats import row_blocks
@@ -140,10 +140,6 @@ class Statistics(NamedTuple):
     teacher_entropy: Tensor
 
 
-def _served_by(student: Tensor, teacher: Tensor) -> str:
-    return _library.select(teacher if teacher.dtype == torch.float64 else student, "divergence")
-
-
 def _block(logits: Tensor, rows: slice, dtype: torch.dtype, temperature: float) -> Tensor:
     return logits[rows].to(dtype) / temperature
 
@@ -152,7 +148,7 @@ def statistics(
     student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> Statistics:
     """Statistics of (N, V) logits. Rows where `mask` is False give 0."""
-    if _served_by(student, teacher) != "reference":
+    if _dispatch.select(student, "divergence", teacher) != "reference":
         return Statistics(*torch.ops.r1kernels.divergence.default(
             student, teacher, mask, KINDS.index(kind), beta, temperature
         ))
@@ -177,7 +173,7 @@ def gradient_into(
     temperature: float, softcap: float,
 ) -> Tensor:
     """sum_t grad_t D_t differentiated by the student's logits (N, V), written to `out`: see `divergence_backward`."""
-    if _served_by(student, teacher) != "reference":
+    if _dispatch.select(student, "divergence", teacher) != "reference":
         torch.ops.r1kernels.divergence_backward.default(
             student, teacher, given.lse_student, given.lse_teacher, given.inner, grad, KINDS.index(kind), beta,
             temperature, out, softcap,
@@ -204,6 +200,6 @@ def divergence(
 
     The caller sends gradient 0 to masked tokens, so neither forward nor backward reads their rows.
     """
-    if _served_by(student, teacher) == "reference":
+    if _dispatch.select(student, "divergence", teacher) == "reference":
         return reference(student, teacher, mask, kind, beta, temperature)
     return _Divergence.apply(student, teacher.detach(), mask, KINDS.index(kind), beta, temperature)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops._checks import (
     FLOAT_DTYPES,
     INT_DTYPES,
@@ -187,7 +187,7 @@ def group_advantages(
     group_ids, group_size = checked_groups(rewards, tuple(rewards.shape), group_size, group_ids)
     lengths = _checked_lengths(lengths, rewards, baseline)
     flat = rewards.detach().reshape(-1)
-    if baseline != "mean" or _library.select(rewards) == "reference":
+    if baseline != "mean" or _dispatch.select(rewards) == "reference":
         result = reference(flat, group_ids, group_size or 1, scale, ddof, eps, baseline, lengths)
     else:
         result = _library.call(

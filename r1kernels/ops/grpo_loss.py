@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1kernels import objectives
+from r1kernels import _dispatch, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import grpo_step
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
@@ -89,7 +89,7 @@ def grpo_loss(
         group=checked_sequence_group(sequence_group),
     )
     split = Split(process_group, vocab_size)
-    if split == NOT_SHARDED and grpo_step.serves(logits, inputs):
+    if split == NOT_SHARDED and _dispatch.choose("grpo_step", logits, inputs).implementation == "fused":
         ids, temperature = checked(logits, token_ids, temperature)
         loss, metrics = grpo_step.grpo_step(logits, ids, inputs, temperature)
         return named(loss, metrics, inputs, entropy=True)

@@ -11,35 +11,18 @@ The oracle of this operation is `r1kernels.ops.grpo_loss` on any other implement
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from r1kernels import _library, objectives
-from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops.linear_gradients import graph_is_kept
+from r1kernels.ops._autograd import differentiable_once, graph_is_kept, origin_of
 from r1kernels.ops.policy_inputs import LossInputs
 from r1kernels.ops.policy_loss import coefficients_of, kl_number
 
-DTYPES = (torch.float32, torch.bfloat16)
-# Every reason for which separate kernels compute the step, in the order in which they are tried. In float16, small
-# gradients would be rounded to 0 before a loss scale can save them.
-REASONS: dict[str, Callable[[Tensor, LossInputs], bool]] = {
-    "no gradient is wanted": lambda logits, inputs: not (logits.requires_grad and torch.is_grad_enabled()),
-    "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
-    "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
-    "the ratio is of sequences": lambda logits, inputs: inputs.objective.ratio != "token",
-    "the tokens of a sequence are split over ranks": lambda logits, inputs: inputs.group is not None,
-    "logits are neither float32 nor bfloat16": lambda logits, inputs: logits.dtype not in DTYPES,
-    "no GPU kernel serves the logits": lambda logits, inputs: _library.select(logits) not in ("cuda", "triton"),
-    "the CUDA kernel is not available, not requested, or not measured to be faster": (
-        lambda logits, inputs: _library.gpu_kernels("grpo_step", logits) != "cuda"
-    ),
-}
-# The operator itself finds these out, by the numbers of `Unfused` in csrc/cuda/grpo_step.h. Separate passes then read
-# the logits twice.
+# Why the operator itself does not fuse its passes, by the numbers of `Unfused` in csrc/cuda/grpo_step.h. The passes
+# then read the logits twice.
 PASSES = {
     1: "the GPU has no clusters of blocks, or little shared memory (compute capability below 9, and 12)",
     2: "logits and gradient differ in memory layout or in alignment to 16 bytes",
@@ -57,19 +40,6 @@ class Tile(NamedTuple):
     blocks: int
     clusters: int
     passes: str
-
-
-def why_not(logits: Tensor, inputs: LossInputs) -> str:
-    """Why the fused step does not serve a call; empty if it does."""
-    for reason, holds in REASONS.items():
-        if holds(logits, inputs):
-            return reason
-    return ""
-
-
-def serves(logits: Tensor, inputs: LossInputs) -> bool:
-    """Whether one kernel computes the whole step: a gradient is wanted, tokens are independent, and it is faster."""
-    return not why_not(logits, inputs)
 
 
 def chosen_tile(logits: Tensor, grad_logits: Tensor | None = None) -> Tile:

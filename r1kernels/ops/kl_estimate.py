@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch
 from r1kernels.objectives import KL_ESTIMATORS
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
@@ -83,7 +83,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     check_shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
-    if _library.select(logprobs) == "reference":
+    if _dispatch.select(logprobs) == "reference":
         dtype = accumulator_dtype(logprobs.dtype)
         return reference(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
     return _KlEstimate.apply(

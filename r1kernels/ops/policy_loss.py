@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels import _library, objectives
+from r1kernels import _dispatch, _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._autograd import differentiable_once, origin_of
@@ -111,7 +111,7 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     batch, normalizer, objective, group = inputs
     if group is not None:
         return _with_group(logprobs, entropy, inputs)
-    if _library.select(logprobs) == "reference":
+    if _dispatch.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
         return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
     loss, _, _, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
@@ -135,7 +135,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(loss, dloss/dlogprobs, dloss/dentropy or None, metrics) as values, for losses that apply the chain rule."""
     batch, normalizer, objective, _ = inputs
-    if _library.select(logprobs) != "reference":
+    if _dispatch.select(logprobs) != "reference":
         loss, g, eta, metrics = _kernel(logprobs, entropy, batch, normalizer, objective)
         return loss, g, eta if objective.entropy_coef != 0 else None, metrics
     with torch.enable_grad():
@@ -179,7 +179,7 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
     if group is not None:
         loss, metrics = _with_group(logprobs, entropy, inputs)
-    elif callable(objective.surrogate) or _library.select(logprobs) == "reference":
+    elif callable(objective.surrogate) or _dispatch.select(logprobs) == "reference":
         loss, metrics = policy_loss_reference.reference(
             logprobs, batch._replace(entropy=entropy), normalizer, objective
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import (
     accumulator_dtype,
@@ -91,7 +91,7 @@ def statistics(
     `temperatures` (N,) multiply `temperature`. Rows where `mask` is False are not read and give 0. exact=False: float32
     logits are products of 16-bit operands, and kernels of a GPU may take fewer instructions for each.
     """
-    if _library.select(logits) != "reference":
+    if _dispatch.select(logits) != "reference":
         return _library.run(
             torch.ops.r1kernels.token_stats.default, logits, token_ids, mask, temperature, temperatures, exact
         )
@@ -135,7 +135,7 @@ def gradient_into(
         The first R (or N) rows of `out`.
     """
     result = out if rows is None else out[: len(rows)]
-    if _library.select(logits) != "reference":
+    if _dispatch.select(logits) != "reference":
         _library.run(
             torch.ops.r1kernels.token_stats_backward_out.default, logits, token_ids, lse, entropy, g, eta, temperature,
             temperatures, softcap, rows, out,
@@ -236,6 +236,6 @@ def token_stats(
     Callers send gradient 0 to masked tokens, so neither forward nor backward reads their rows.
     """
     token_ids, temperature = checked(logits, token_ids, temperature)
-    if _library.select(logits) == "reference":
+    if _dispatch.select(logits) == "reference":
         return reference(logits, token_ids, mask, temperature)
     return _TokenStats.apply(logits, token_ids, mask, temperature)

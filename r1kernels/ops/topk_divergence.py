@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
 from r1kernels.ops import divergence, token_stats
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
@@ -297,6 +297,6 @@ def topk_divergence(
     student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(divergence, student's entropy, teacher's tail mass, student's tail mass) of checked inputs."""
-    if _library.select(student) == "reference":
+    if _dispatch.select(student) == "reference":
         return reference(student, teacher, mask, kind, beta, temperature)
     return _TopKDivergence.apply(student, *teacher, mask, kind, beta, temperature)

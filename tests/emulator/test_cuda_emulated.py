@@ -31,8 +31,8 @@ def test_the_tests_of_a_room_pass_on_the_cuda_kernels(
 
 def test_the_process_uses_these_kernels(environment: dict[str, str]) -> None:
     program = (
-        "import torch; from r1kernels import _library;"
-        "print(_library.choose('cpu', torch.float32).implementation, _library.extension)"
+        "import torch; from r1kernels import _dispatch, _library;"
+        "print(_dispatch.choose('kernels', 'cpu', torch.float32).implementation, _library.extension)"
     )
     completed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}

@@ -21,7 +21,7 @@ from gpu.timing import Timed
 from test_benchmarks_gpu import row
 
 import r1kernels
-from r1kernels import _choice, _library
+from r1kernels import _choice, _dispatch, _library
 
 SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
 LOSS = "forward + backward"
@@ -36,7 +36,7 @@ def test_the_column_runs_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[str] = []
 
     def note() -> None:
-        asked.append(_library.requested())
+        asked.append(_dispatch.requested())
 
     candidates = with_cuda({"peer": Candidate(Timed(note)), OURS: Candidate(Timed(note, note), note)}, SMALL)
     assert list(candidates) == [OURS, CUDA, "peer"]

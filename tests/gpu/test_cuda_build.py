@@ -18,6 +18,7 @@ import torch
 
 import r1kernels
 from r1kernels import _library
+from r1kernels._schemas import CUDA_OPERATORS
 
 ROOT = Path(r1kernels.__file__).parents[1]
 COMPILER, WITHOUT = nvcc.find()
@@ -166,7 +167,7 @@ def test_every_binding_is_built() -> None:
 
 @pytest.mark.skipif(extension is None or not extension.cuda_architectures(), reason="built without CUDA")
 def test_every_cuda_operator_has_a_kernel() -> None:
-    lacking = [name for name in _library.CUDA_OPERATORS
+    lacking = [name for name in CUDA_OPERATORS
                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"r1kernels_cuda::{name}", "CUDA")]
     assert not lacking
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels import objectives, testing
-from r1kernels.ops import gemm
+from r1kernels.ops.linear import gemm
 
 pytestmark = needs_gpu
 B, T = size(4, 3), size(256, 7)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from r1kernels import _library, testing
-from r1kernels.ops import gemm
+from r1kernels.ops.linear import gemm
 
 pytestmark = host_code
 

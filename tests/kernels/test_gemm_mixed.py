@@ -22,7 +22,7 @@ from gemm_cases import (
 from torch import Tensor
 
 from r1kernels import testing
-from r1kernels.ops import gemm
+from r1kernels.ops.linear import gemm
 
 pytestmark = host_code
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from backends import host_code
 
-from r1kernels import _library
-from r1kernels.ops import gemm, precision
+from r1kernels import backend
+from r1kernels.ops.linear import gemm, precision
 
 pytestmark = host_code
 
@@ -30,7 +30,7 @@ def test_products_of_float32_are_not_rounded_to_tf32(
     try:
         for setting in settings:
             setting.fp32_precision = asked
-        with _library.backend("reference"), pytest.raises(RuntimeError, match="seen"):
+        with backend("reference"), pytest.raises(RuntimeError, match="seen"):
             gemm.matmul(a, a.t(), torch.zeros(3, 3), accumulate=accumulate)
         assert seen == [["ieee", "ieee"]]
         assert [setting.fp32_precision for setting in settings] == [asked, asked]

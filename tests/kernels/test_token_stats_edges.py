@@ -10,7 +10,7 @@ import torch
 from backends import checks_only
 from torch import Tensor
 
-from r1kernels import _library, backend, testing, token_logprobs, token_logprobs_and_entropy
+from r1kernels import _dispatch, backend, testing, token_logprobs, token_logprobs_and_entropy
 from r1kernels.ops.token_stats import token_stats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ def check(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> None:
     testing.assert_within(logprobs, exact.logprobs, slack)
     testing.assert_within(entropy, exact.entropy, slack)
     expected = testing.token_stats_gradient(logits, ids, g, eta, temperature)
-    if _library._requested == "reference":  # autograd through fp32 probabilities
+    if _dispatch._requested == "reference":  # autograd through fp32 probabilities
         budget = expected.budget(grad.dtype) + slack.unsqueeze(-1) * (1 + g.abs() + eta.abs()).unsqueeze(-1)
         testing.assert_within(grad, expected.value, budget)
     else:

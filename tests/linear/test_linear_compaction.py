@@ -10,13 +10,13 @@ from policy_cases import OBJECTIVES
 from torch import Tensor
 
 from r1kernels import Objective, backend, linear_cross_entropy, linear_grpo_loss, linear_token_logprobs, testing
-from r1kernels.ops import linear_head, linear_sums
+from r1kernels.ops.linear import sums, walk
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows that enter the products: "forward" those of logits, "backward" those of d logits."""
     rows = {"forward": 0, "backward": 0}
-    logits, add = linear_head.Walk._logits, linear_sums.GradientSums.add
+    logits, add = walk.Walk._logits, sums.GradientSums.add
 
     def counted_logits(self: Any, chunk: Any) -> None:
         rows["forward"] += len(chunk.hidden)
@@ -26,8 +26,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         rows["backward"] += len(grad_logits)
         add(self, chunk, grad_logits, *others)
 
-    monkeypatch.setattr(linear_head.Walk, "_logits", counted_logits)
-    monkeypatch.setattr(linear_sums.GradientSums, "add", counted_add)
+    monkeypatch.setattr(walk.Walk, "_logits", counted_logits)
+    monkeypatch.setattr(sums.GradientSums, "add", counted_add)
     return rows
 
 

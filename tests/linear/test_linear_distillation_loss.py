@@ -13,8 +13,8 @@ from linear_distillation_cases import DTYPES, MASK, Case, logits_of
 from torch import Tensor
 
 from r1kernels import DistillationLoss, _memory, backend, distillation_loss, testing
-from r1kernels.ops import linear_head, linear_sums
 from r1kernels.ops.divergence import KINDS
+from r1kernels.ops.linear import sums, walk
 
 pytestmark = without_cuda_kernels
 
@@ -248,8 +248,8 @@ def test_gradient_accumulation(dtype: torch.dtype, implementation: str) -> None:
 def test_each_product_is_computed_once(k: int | None, full: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 unit of the teacher and 3 of the student, and neither gradients nor their products unless they are wanted."""
     calls = []
-    matmul = linear_head.matmul
-    for module in (linear_head, linear_sums):
+    matmul = walk.matmul
+    for module in (walk, sums):
         monkeypatch.setattr(module, "matmul", lambda *args, **keywords: calls.append(1) or matmul(*args, **keywords))
 
     def count(function: Callable[[], Any]) -> int:

@@ -22,10 +22,11 @@ from r1kernels import (
     linear_token_logprobs_and_entropy,
     testing,
 )
-from r1kernels.ops import linear_budget, linear_head
-from r1kernels.ops.linear_budget import BufferRows, row_bytes, rows_of_budget
-from r1kernels.ops.linear_rows import ALL_ROWS
-from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.linear import budget as budgets
+from r1kernels.ops.linear import walk as walks
+from r1kernels.ops.linear.budget import BufferRows, row_bytes, rows_of_budget
+from r1kernels.ops.linear.head import Head, Needs
+from r1kernels.ops.linear.rows import ALL_ROWS
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_rows_known_to_be_still(
     objective, relative = Objective(aggregate="token_mean"), 2e-5 if dtype == torch.float32 else 1e-6
     policy.check(clean, objective, relative, capacity=capacity)
     for free in (True, False):
-        monkeypatch.setattr(linear_head, "values_are_free", lambda _, free=free: free)
+        monkeypatch.setattr(walks, "values_are_free", lambda _, free=free: free)
         with monkeypatch.context() as patches:
             products = Products(patches)
             results = [policy.run(case, objective=objective, capacity=capacity) for case in (inputs, clean)]
@@ -190,7 +191,7 @@ def test_16_bits_are_as_exact_as_in_place(
 )
 def test_buffers_nobody_asked_for(gathered: bool, vocab: int, dtype: torch.dtype, rows: tuple[int, int]) -> None:
     each = row_bytes(vocab, 4096, torch.float32)
-    assert linear_budget.buffer_rows(None, vocab, each, row_bytes(vocab, 4096, dtype), gathered) == rows
+    assert budgets.buffer_rows(None, vocab, each, row_bytes(vocab, 4096, dtype), gathered) == rows
 
 
 @pytest.mark.parametrize("each", [1, 3, 100])
@@ -218,13 +219,13 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     vocab, width, device = 151_936, 4096, torch.device("meta")
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     ids = empty(active, dtype=torch.int64)
-    rows = linear_budget.buffer_rows(
+    rows = budgets.buffer_rows(
         None, vocab, row_bytes(vocab, width, torch.float32), row_bytes(vocab, width, torch.bfloat16), True
     )
     head = Head(empty(vocab, width), None, None, None, ids, None, 1.0, 1.0, 0.0, torch.float32, *rows, -1, False)
     products = Products(monkeypatch, (vocab, width))
     with backend("reference"):
-        walk = linear_head.Walk(head, empty(active, width), ALL_ROWS, Needs(True, True, False, False, False))
+        walk = walks.Walk(head, empty(active, width), ALL_ROWS, Needs(True, True, False, False, False))
         number = empty(active, dtype=torch.float64)
         for chunk in walk.chunks():
             lse, g = number[chunk.rows], number[chunk.rows].float()
@@ -236,7 +237,7 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     # Of a buffer's rows: hidden states, and two float32 matrices in `place_rows`.
     copies = 4096 * width * (2 + 4 + 4)
     used = sum(buffer.untyped_storage().nbytes() for buffer in buffers) + copies
-    assert used < linear_budget.GPU_BUDGET.chunk_bytes < 2 << 30
+    assert used < budgets.GPU_BUDGET.chunk_bytes < 2 << 30
 
 
 @slow_interpreted

@@ -23,7 +23,7 @@ from r1kernels import (
     linear_token_logprobs_and_entropy,
     testing,
 )
-from r1kernels.ops import gemm
+from r1kernels.ops.linear import gemm
 
 BATCH, STEPS = 5, 7
 AGGREGATES = {"sequence_mean": {}, "token_mean": {}, "constant": {"max_length": 9}}

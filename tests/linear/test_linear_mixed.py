@@ -21,7 +21,8 @@ from r1kernels import (
     objectives,
     testing,
 )
-from r1kernels.ops import gemm, token_stats
+from r1kernels.ops import token_stats
+from r1kernels.ops.linear import gemm
 
 WIDE = torch.float32
 HALVES = (torch.bfloat16, torch.float16)

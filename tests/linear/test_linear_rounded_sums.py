@@ -11,8 +11,8 @@ from gathering_cases import BUFFER, CHUNK, TOKENS, VOCAB, WIDTH, Products, as_on
 from torch import Tensor
 
 from r1kernels import linear_cross_entropy, linear_token_logprobs, testing
-from r1kernels.ops import gemm, linear_sums
-from r1kernels.ops.linear_budget import BufferRows
+from r1kernels.ops.linear import gemm, sums
+from r1kernels.ops.linear.budget import BufferRows
 
 pytestmark = host_code
 
@@ -57,13 +57,13 @@ def test_a_single_product_writes_16_bits(dtype: torch.dtype, monkeypatch: pytest
     products = Products(monkeypatch)
     _, grads = cases.gradients(linear_token_logprobs, case, loss)
     assert products.rounded == products.weight == [BUFFER] and grads["weight"].dtype == dtype
-    monkeypatch.setattr(linear_sums, "has_rounded_sums", lambda *_: False)
-    _, sums = cases.gradients(linear_token_logprobs, case, loss)
+    monkeypatch.setattr(sums, "has_rounded_sums", lambda *_: False)
+    _, added = cases.gradients(linear_token_logprobs, case, loss)
     assert products.rounded == [BUFFER] and products.weight == [BUFFER, BUFFER]
-    assert torch.equal(grads["hidden"], sums["hidden"])
-    differ = grads["weight"] != sums["weight"]
+    assert torch.equal(grads["hidden"], added["hidden"])
+    differ = grads["weight"] != added["weight"]
     assert differ.double().mean() < 0.02
-    ours, theirs = ((x["weight"].double() - expected.grads["weight"]).norm() for x in (grads, sums))
+    ours, theirs = ((x["weight"].double() - expected.grads["weight"]).norm() for x in (grads, added))
     assert ours <= 1.01 * theirs
 
 
@@ -107,9 +107,9 @@ def test_several_products_have_a_float32_sum(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_errors_of_the_tokens_entries_are_among_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     case, g, expected = logprob_case(torch.bfloat16)
     placed = []
-    place = linear_sums.place_rows
+    place = sums.place_rows
     for change in (place, lambda *_: placed.append(1)):
-        monkeypatch.setattr(linear_sums, "place_rows", change)
+        monkeypatch.setattr(sums, "place_rows", change)
         _, grads = cases.gradients(linear_token_logprobs, case, lambda logprobs: (logprobs * g.float()).sum())
         rounding = testing.rounding(expected.grads["weight"], torch.bfloat16)
         beyond = ((grads["weight"].double() - expected.grads["weight"]).abs() - rounding).clamp(min=0)[:5].sum()

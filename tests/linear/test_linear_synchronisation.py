@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import _library, backend, linear_cross_entropy, linear_grpo_loss, objectives, testing
-from r1kernels.ops.linear_grpo_loss import TokenObjective
-from r1kernels.ops.linear_passes import run_one_pass
-from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.linear.grpo_loss import TokenObjective
+from r1kernels.ops.linear.head import Head, Needs
+from r1kernels.ops.linear.passes import run_one_pass
 
 WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::masked_select",
          "aten::unique_dim", "aten::_unique2"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1kernels import _library, objectives
+from r1kernels import _dispatch, objectives
 from r1kernels.ops import grpo_step, policy_loss
 
 
@@ -27,15 +27,15 @@ def call() -> tuple[torch.Tensor, Any]:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA kernels served tensors of the CPU."""
-    monkeypatch.setattr(_library, "select", lambda tensor: "triton")
-    monkeypatch.setattr(_library, "gpu_kernels", lambda operator, like: "cuda")
+    monkeypatch.setattr(_dispatch, "select", lambda tensor: "triton")
+    monkeypatch.setattr(_dispatch, "gpu_kernels", lambda operator, like: "cuda")
 
 
 def test_the_fused_step_serves_what_no_reason_forbids(call: tuple[torch.Tensor, Any], on_gpu: None) -> None:
-    assert grpo_step.why_not(*call) == "" and grpo_step.serves(*call)
+    assert _dispatch.choose("grpo_step", *call).implementation == "fused"
 
 
-@pytest.mark.parametrize("reason", grpo_step.REASONS)
+@pytest.mark.parametrize("reason", _dispatch.TABLE["grpo_step"][0].unless)
 def test_the_fused_step_says_why_it_does_not_serve(
     reason: str, call: tuple[torch.Tensor, Any], on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,10 +53,11 @@ def test_the_fused_step_says_why_it_does_not_serve(
     elif "float32" in reason:
         logits = logits.detach().half().requires_grad_()
     elif "no GPU" in reason:
-        monkeypatch.setattr(_library, "select", lambda tensor: "reference")
+        monkeypatch.setattr(_dispatch, "select", lambda tensor: "reference")
     else:
-        monkeypatch.setattr(_library, "gpu_kernels", lambda operator, like: "triton")
-    assert grpo_step.why_not(logits, inputs) == reason and not grpo_step.serves(logits, inputs)
+        monkeypatch.setattr(_dispatch, "gpu_kernels", lambda operator, like: "triton")
+    choice = _dispatch.choose("grpo_step", logits, inputs)
+    assert choice.implementation == "separate" and choice.reason.endswith(reason)
 
 
 def test_every_reason_of_the_operator_has_a_text() -> None:

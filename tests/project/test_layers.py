@@ -14,16 +14,17 @@ PACKAGE = Path(r1kernels.__file__).parent
 # its own and from its own package.
 LAYERS = [
     ("rewards", ("r1kernels.rewards",)),
-    ("kernels", ("r1kernels.triton", "r1kernels._C", "r1kernels._choice")),
+    ("kernels", ("r1kernels.triton", "r1kernels._C")),
     ("tables", ("r1kernels._schemas", "r1kernels._choice", "r1kernels._memory", "r1kernels._operator_checks")),
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
+    ("dispatch", ("r1kernels._dispatch",)),
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
     ("command", ("r1kernels.__main__",)),
     ("public", ("r1kernels",)),
 ]
-HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "operations": 2, "public": 3, "users": 4,
-          "command": 5}
+HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "dispatch": 2, "operations": 3, "public": 4,
+          "users": 5, "command": 6}
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations")
 
 
@@ -114,6 +115,13 @@ def test_operations_do_not_import_each_other_in_a_circle() -> None:
         free = {m for m, targets in rest.items() if not targets}
         assert free, f"a circle among {sorted(rest)}"
         done |= free
+
+
+def test_the_linear_family_is_above_the_other_operations() -> None:
+    family = "r1kernels.ops.linear"
+    assert sum(name.startswith(f"{family}.") for name in MODULES) > 10
+    for module in (name for name in MODULES if layer(name) == "operations" and not name.startswith(family)):
+        assert not [target for target, _ in imports(module) if target.startswith(family)], module
 
 
 def test_the_public_names_are_those_exported() -> None:

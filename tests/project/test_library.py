@@ -9,13 +9,13 @@ from library_cases import ID, OPERATIONS, ROW, run
 from torch._subclasses import FakeTensorMode
 
 import r1kernels
-from r1kernels import _library, backend
+from r1kernels import _dispatch, _library, backend
 
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: no warning has been given yet."""
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_dispatch, "_warned", set())
 
 
 @pytest.fixture
@@ -29,23 +29,23 @@ def no_extension(monkeypatch: pytest.MonkeyPatch, nothing_said: None) -> None:
 
 @pytest.mark.parametrize("dtype", _library.NATIVE_DTYPES)
 def test_the_kernels_serve_the_cpu(dtype: torch.dtype) -> None:
-    assert _library.choose("cpu", dtype) == ("cpu", "compiled extension", False)
-    assert _library.select(torch.zeros(1, dtype=dtype)) == "cpu"
+    assert _dispatch.choose("kernels", "cpu", dtype) == ("cpu", "compiled extension", False)
+    assert _dispatch.select(torch.zeros(1, dtype=dtype)) == "cpu"
 
 
 def test_backend_holds_inside_its_block_and_nests() -> None:
     with backend("reference"):
-        assert _library.select(ROW) == "reference"
+        assert _dispatch.select(ROW) == "reference"
         with backend("cpu"):
-            assert _library.select(ROW) == "cpu"
-        assert _library.select(ROW) == "reference"
-    assert _library.select(ROW) == "cpu"
+            assert _dispatch.select(ROW) == "cpu"
+        assert _dispatch.select(ROW) == "reference"
+    assert _dispatch.select(ROW) == "cpu"
 
 
 def test_backend_ends_with_an_exception() -> None:
     with pytest.raises(KeyError), backend("reference"):
         raise KeyError
-    assert _library.requested() == "auto"
+    assert _dispatch.requested() == "auto"
 
 
 @pytest.mark.parametrize("name", ["tritonn", "", "CPU", None])
@@ -53,7 +53,7 @@ def test_an_unknown_backend_is_refused(name: str) -> None:
     message = rf"backend is {name!r}, expected one of auto, reference, cpu, triton, cuda$"
     with pytest.raises(ValueError, match=message), backend(name):
         pass
-    assert _library.requested() == "auto"
+    assert _dispatch.requested() == "auto"
 
 
 def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -78,7 +78,7 @@ def test_a_request_decides_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_sets_the_process() -> None:
-    program = "from r1kernels import _library; print(_library.requested())"
+    program = "from r1kernels import _dispatch; print(_dispatch.requested())"
     assert run(program).stdout.strip() == "auto"
     assert run(program, R1KERNELS_BACKEND="reference").stdout.strip() == "reference"
     refused = run(program, R1KERNELS_BACKEND="fast")
@@ -97,7 +97,7 @@ def test_float64_on_request_of_kernels_is_an_error() -> None:
 
 def test_another_device_on_request_of_cpu_kernels_is_an_error() -> None:
     with backend("cpu"), pytest.raises(ValueError, match="backend 'cpu' was requested for a tensor on 'cuda'"):
-        _library.choose("cuda", torch.float32)
+        _dispatch.choose("kernels", "cuda", torch.float32)
 
 
 def test_a_missing_extension_on_request_says_how_to_build_it(no_extension: None) -> None:
@@ -186,11 +186,11 @@ def test_other_errors_of_an_operator_pass_unchanged() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_fake_tensors_are_served_by_shapes_alone(device: str, nothing_said: None) -> None:
     with FakeTensorMode():
-        assert _library.select(torch.empty(2, device=device)) == "cpu"
+        assert _dispatch.select(torch.empty(2, device=device)) == "cpu"
 
 
 def test_every_operator_has_a_schema_and_a_kernel() -> None:
-    for name in (*_library.OPS, "token_stats_backward"):
+    for name in (*_dispatch.OPS, "token_stats_backward"):
         operator = getattr(torch.ops.r1kernels, name).default
         assert operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
         assert not operator._schema.is_mutable

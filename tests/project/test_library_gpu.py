@@ -9,7 +9,7 @@ import torch
 from library_cases import ID, OPERATIONS, ROW, run
 
 import r1kernels
-from r1kernels import _library, backend
+from r1kernels import _dispatch, _library, backend
 
 # ---- Triton without a GPU -----------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ from r1kernels import _library, backend
 @pytest.fixture
 def not_looked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: no device has been asked for yet, no warning given."""
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(_library, "_missing", {})
 
 
@@ -49,7 +49,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, not_looked_yet: None) -> Callable[...,
 def test_triton_serves_gpus(name: str, dtype: torch.dtype, gpus: Callable[..., None]) -> None:
     gpus((9, 0), (8, 0), (12, 0))
     with backend(name):
-        choice = _library.choose("cuda", dtype)
+        choice = _dispatch.choose("kernels", "cuda", dtype)
     assert (choice.implementation, choice.slow) == ("triton", False)
 
 
@@ -73,8 +73,8 @@ def test_triton_on_request_without_triton_says_how_to_get_it(no_triton: None) ->
         with pytest.raises(RuntimeError, match=message):
             r1kernels.token_logprobs(ROW, ID)
         with pytest.raises(RuntimeError, match=message):
-            _library.choose("cuda", torch.float32)
-    assert _library.select(ROW) == "cpu"
+            _dispatch.choose("kernels", "cuda", torch.float32)
+    assert _dispatch.select(ROW) == "cpu"
 
 
 def test_a_gpu_without_triton_is_announced_once(no_triton: None) -> None:
@@ -82,9 +82,9 @@ def test_a_gpu_without_triton_is_announced_once(no_triton: None) -> None:
         device, dtype = torch.device("cuda"), torch.float32
 
     with pytest.warns(UserWarning, match="reference implementation: Triton is not installed; install it .*pip") as said:
-        assert _library.select(OnGPU()) == "reference"
+        assert _dispatch.select(OnGPU()) == "reference"
     assert len(said) == 1
-    assert _library.select(OnGPU()) == "reference"  # a second warning would be an error
+    assert _dispatch.select(OnGPU()) == "reference"  # a second warning would be an error
 
 
 def test_triton_on_request_for_a_tensor_of_the_cpu_is_an_error(not_looked_yet: None) -> None:
@@ -98,23 +98,23 @@ def test_float64_on_request_of_triton_is_an_error(gpus: Callable[..., None]) -> 
     gpus((9, 0))
     expected = r"backend 'triton' was requested for torch\.float64, expected float32, bfloat16 or float16"
     with backend("triton"), pytest.raises(TypeError, match=expected):
-        _library.choose("cuda", torch.float64)
-    assert _library.choose("cuda", torch.float64).implementation == "reference"
+        _dispatch.choose("kernels", "cuda", torch.float64)
+    assert _dispatch.choose("kernels", "cuda", torch.float64).implementation == "reference"
 
 
 def test_an_old_gpu_is_named(gpus: Callable[..., None]) -> None:
     gpus((7, 5), (7, 0))
     reason = r"GPU 7.5 is sm_75, expected sm_80 or newer"
-    assert _library.choose("cuda", torch.float32) == ("reference", reason, True)
+    assert _dispatch.choose("kernels", "cuda", torch.float32) == ("reference", reason, True)
     with backend("triton"), pytest.raises(RuntimeError, match=f"for a tensor on 'cuda': {reason}"):
-        _library.choose("cuda", torch.float32)
+        _dispatch.choose("kernels", "cuda", torch.float32)
 
 
 def test_an_old_gpu_beside_a_new_one_is_refused_when_it_is_used(
     gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus((9, 0), (7, 5))
-    assert _library.choose("cuda", torch.float32).implementation == "triton"
+    assert _dispatch.choose("kernels", "cuda", torch.float32).implementation == "triton"
     common = pytest.importorskip("r1kernels.triton.common")
     old = SimpleNamespace(major=7, minor=5, name="GPU 7.5", multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: old)
@@ -127,7 +127,7 @@ def test_kernels_that_would_be_interpreted_do_not_serve_gpus(
 ) -> None:
     gpus((9, 0))
     monkeypatch.setattr(_library, "_TRITON_INTERPRETS", True)
-    choice = _library.choose("cuda", torch.float32)
+    choice = _dispatch.choose("kernels", "cuda", torch.float32)
     assert choice == ("reference", "TRITON_INTERPRET is set, with which Triton compiles nothing", True)
 
 
@@ -138,7 +138,7 @@ def test_amd_gpus_are_served_by_architecture(
     gpus((9, 4))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=arch))
-    choice = _library.choose("cuda", torch.float32)
+    choice = _dispatch.choose("kernels", "cuda", torch.float32)
     assert choice.implementation == ("triton" if served else "reference")
     assert served or "is gfx1100, expected gfx942 or gfx950" in choice.reason
 
@@ -146,13 +146,13 @@ def test_amd_gpus_are_served_by_architecture(
 @pytest.mark.parametrize("device", ["xpu", "mps"])
 def test_a_device_without_kernels_is_announced(device: str, not_looked_yet: None) -> None:
     reason = f"no kernels for device {device!r}"
-    assert _library.choose(device, torch.float32) == ("reference", reason, True)
+    assert _dispatch.choose("kernels", device, torch.float32) == ("reference", reason, True)
     with backend("triton"), pytest.raises(RuntimeError, match=f"was requested for a tensor on {device!r}: {reason}"):
-        _library.choose(device, torch.float32)
+        _dispatch.choose("kernels", device, torch.float32)
 
 
 def test_operators_called_directly_say_why_there_is_no_kernel(no_triton: None) -> None:
-    launcher = _library._gpu_launcher("token_stats")
+    launcher = _dispatch._gpu_launcher("token_stats")
     with pytest.raises(RuntimeError, match="r1kernels::token_stats has no kernel here: Triton is not installed"):
         launcher(ROW, ID, None, 1.0)
 
@@ -198,28 +198,28 @@ class OnGpu:
 def test_cuda_on_request(cuda: Callable[..., None]) -> None:
     cuda("")
     with backend("cuda"):
-        assert _library.choose("cuda", torch.bfloat16) == ("cuda", "requested", False)
-        assert _library.gpu_kernels("token_stats", OnGpu()) == "cuda"
+        assert _dispatch.choose("kernels", "cuda", torch.bfloat16) == ("cuda", "requested", False)
+        assert _dispatch.gpu_kernels("token_stats", OnGpu()) == "cuda"
         with pytest.raises(RuntimeError, match="there is no CUDA kernel of divergence, expected 'auto' or 'triton'"):
-            _library.choose("cuda", torch.bfloat16, "divergence")
+            _dispatch.choose("divergence", "cuda", torch.bfloat16)
         with pytest.raises(TypeError, match=r"backend 'cuda' was requested for torch\.float64"):
-            _library.choose("cuda", torch.float64)
+            _dispatch.choose("kernels", "cuda", torch.float64)
 
 
 @pytest.mark.parametrize("why", ["the driver is too old; update it", "GPU 7.5 is sm_75, expected sm_80 or newer"])
 def test_cuda_on_request_where_it_cannot_run_says_why(why: str, cuda: Callable[..., None]) -> None:
     cuda(why)
     with backend("cuda"), pytest.raises(RuntimeError, match=f"backend 'cuda' was requested .* on 'cuda': {why}"):
-        _library.choose("cuda", torch.bfloat16)
-    assert _library.choose("cuda", torch.bfloat16).implementation == "triton"
-    assert _library.gpu_kernels("token_stats", OnGpu()) == "triton"
+        _dispatch.choose("kernels", "cuda", torch.bfloat16)
+    assert _dispatch.choose("kernels", "cuda", torch.bfloat16).implementation == "triton"
+    assert _dispatch.gpu_kernels("token_stats", OnGpu()) == "triton"
 
 
 def test_cuda_on_request_of_an_extension_without_it(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     cuda("built without CUDA: nvcc was not found; install it and build again")
     monkeypatch.setattr(_library.extension, "architectures", ())
     with backend("cuda"), pytest.raises(RuntimeError, match="nvcc was not found; install it"):
-        _library.choose("cuda", torch.bfloat16)
+        _dispatch.choose("kernels", "cuda", torch.bfloat16)
 
 
 def test_cuda_on_request_for_a_tensor_of_the_cpu_is_an_error() -> None:
@@ -238,11 +238,11 @@ def test_cuda_stands_in_for_triton(cuda: Callable[..., None], monkeypatch: pytes
     cuda("")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
-    choice = _library.choose("cuda", torch.bfloat16, "token_stats")
+    choice = _dispatch.choose("token_stats", "cuda", torch.bfloat16)
     assert (choice.implementation, choice.slow) == ("cuda", False)
     assert choice.reason.startswith("compiled ahead of time; Triton is not installed")
-    assert _library.gpu_kernels("grpo_step", OnGpu()) == "cuda"
-    divergence = _library.choose("cuda", torch.bfloat16, "divergence")
+    assert _dispatch.gpu_kernels("grpo_step", OnGpu()) == "cuda"
+    divergence = _dispatch.choose("divergence", "cuda", torch.bfloat16)
     assert (divergence.implementation, divergence.slow) == ("reference", True)
 
 
@@ -251,14 +251,14 @@ def test_a_table_decides_between_cuda_and_triton(
     faster: bool, cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(_library._choice, "cuda_is_faster", lambda *about: asked.append(about) or faster)
+    monkeypatch.setattr(_dispatch._choice, "cuda_is_faster", lambda *about: asked.append(about) or faster)
     cuda("")
-    _library._device_name.cache_clear()
+    _dispatch._device_name.cache_clear()
     expected = "cuda" if faster else "triton"
-    assert _library.gpu_kernels("token_stats", OnGpu()) == expected
-    assert _library.gpu_kernels("grpo_step", OnGpu()) == expected
+    assert _dispatch.gpu_kernels("token_stats", OnGpu()) == expected
+    assert _dispatch.gpu_kernels("grpo_step", OnGpu()) == expected
     assert asked == [(name, "GPU 9.0", torch.bfloat16, 1000) for name in ("token_stats", "grpo_step")]
-    assert _library.gpu_kernels("divergence", OnGpu()) == "triton"
+    assert _dispatch.gpu_kernels("divergence", OnGpu()) == "triton"
     with backend("triton"):
-        assert _library.gpu_kernels("grpo_step", OnGpu()) == "triton"
-    _library._device_name.cache_clear()
+        assert _dispatch.gpu_kernels("grpo_step", OnGpu()) == "triton"
+    _dispatch._device_name.cache_clear()

@@ -12,6 +12,7 @@ import torch
 
 from r1kernels import __main__, _library
 from r1kernels.__main__ import PUBLIC_OPS, report
+from r1kernels._dispatch import OPS, TABLE
 from r1kernels._schemas import CUDA_OPERATORS
 from r1kernels.ops import grpo_step
 
@@ -48,16 +49,18 @@ def test_report_names_versions_instruction_set_and_every_operation() -> None:
     text = report()
     assert f"torch {torch.__version__}" in text
     assert f"{_library.extension.cpu_isa()} instruction set" in text
-    for op in _library.OPS:
+    for op in OPS:
         assert f"{op:<18}cpu     fp32 bf16 fp16  cpu" in text
-    assert set(PUBLIC_OPS) == set(_library.OPS)
+    assert set(PUBLIC_OPS) == set(OPS)
 
 
 def test_the_page_names_every_reason_for_another_kernel() -> None:
     lines = [line.strip() for line in report().splitlines()]
-    assert all(reason in lines for reason in (*grpo_step.REASONS, *grpo_step.PASSES.values()))
+    rows = [servers for operation, servers in TABLE.items() if operation not in OPS]
+    reasons = [reason for servers in rows for _, unless in servers for reason in unless]
+    assert reasons and all(reason in lines for reason in (*reasons, *grpo_step.PASSES.values()))
     told = {line.split()[0]: line for line in lines if " CUDA " in line}
-    for op in _library.OPS:
+    for op in OPS:
         assert ("has no kernel" in told[op]) == (op not in CUDA_OPERATORS)
 
 
@@ -77,7 +80,7 @@ def test_an_unknown_backend_is_refused_by_name() -> None:
 def test_a_request_of_triton_without_a_gpu_is_an_error_of_every_row() -> None:
     completed = run(R1KERNELS_BACKEND="triton")
     assert completed.returncode == 0, completed.stderr
-    for op in _library.OPS:
+    for op in OPS:
         assert f"{op:<18}cpu     fp32 bf16 fp16  error       backend 'triton' was requested for a tensor on 'cpu': " \
             in completed.stdout
 
@@ -105,7 +108,7 @@ def test_a_gpu_is_listed_with_what_serves_it(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     text = report()
     assert "cuda:0 (a GPU)" in text
-    for op in _library.OPS:
+    for op in OPS:
         assert f"{op:<18}cuda    fp32 bf16 fp16  {served}" in text
 
 

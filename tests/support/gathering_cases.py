@@ -8,17 +8,17 @@ import pytest
 from torch import Tensor
 
 from r1kernels import backend, testing
-from r1kernels.ops import linear_budget, linear_head, linear_options, linear_sums
-from r1kernels.ops.linear_budget import BufferRows
+from r1kernels.ops.linear import budget, options, sums, walk
+from r1kernels.ops.linear.budget import BufferRows
 
 TOKENS, VOCAB, WIDTH = 24, 37, 12
 CHUNK, BUFFER = 3, 9
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: BufferRows) -> contextlib.AbstractContextManager[None]:
-    monkeypatch.setattr(linear_options, "gathers", lambda *_: True)
-    monkeypatch.setattr(linear_budget, "rows_of_budget", lambda *_: rows)
-    monkeypatch.setattr(linear_head, "runs_on_gpu", lambda *_: True)
+    monkeypatch.setattr(options, "gathers", lambda *_: True)
+    monkeypatch.setattr(budget, "rows_of_budget", lambda *_: rows)
+    monkeypatch.setattr(walk, "runs_on_gpu", lambda *_: True)
     return backend("reference") if testing.KERNELS == "cpu" else contextlib.nullcontext()
 
 
@@ -29,7 +29,7 @@ class Products:
         self.hidden: list[int] = []
         self.weight: list[int] = []
         self.rounded: list[int] = []
-        matmul, add_rounded = linear_sums.matmul, linear_sums.add_rounded
+        matmul, add_rounded = sums.matmul, sums.add_rounded
 
         def counted(a: Tensor, b: Tensor, out: Tensor, **how: bool) -> Tensor:
             if out.shape == shape:
@@ -43,5 +43,5 @@ class Products:
             self.rounded.append(a.shape[1])
             return add_rounded(a, b, out)
 
-        monkeypatch.setattr(linear_sums, "matmul", counted)
-        monkeypatch.setattr(linear_sums, "add_rounded", counted_rounded)
+        monkeypatch.setattr(sums, "matmul", counted)
+        monkeypatch.setattr(sums, "add_rounded", counted_rounded)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r1kernels import testing
-from r1kernels.ops.linear_budget import row_bytes
+from r1kernels.ops.linear.budget import row_bytes
 
 # Which keywords a head has; the tensors are made by `make`.
 HEADS: dict[str, tuple[str, ...]] = {

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import r1kernels.ops.linear_distillation_loss
-import r1kernels.ops.linear_grpo_loss  # noqa: F401  (these modules implement the operators of hidden states)
-from r1kernels import _library, testing
+import r1kernels.ops.linear.distillation_loss
+import r1kernels.ops.linear.grpo_loss  # noqa: F401  (these modules implement the operators of hidden states)
+from r1kernels import testing
+from r1kernels._dispatch import TRITON_OPERATORS
 from r1kernels._schemas import CUDA_OPERATORS
 
 N, V, H, R = 6, 37, 16, 3
@@ -163,7 +164,7 @@ def wrong(name: str, argument: str, x: Any) -> Iterator[tuple[str, Any]]:
 def served(name: str) -> bool:
     """Whether these kernels have the operator. Those of hidden states are made of the others."""
     if testing.KERNELS == "triton":
-        return name in _library.TRITON_OPERATORS
+        return name in TRITON_OPERATORS
     if testing.KERNELS == "cuda":
         return name in CUDA_OPERATORS
     has = torch._C._dispatch_has_kernel_for_dispatch_key

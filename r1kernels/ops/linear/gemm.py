@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from r1kernels import _library
-from r1kernels.ops.precision import exact_float32, float32_sums
+from r1kernels import _dispatch
+from r1kernels.ops.linear.precision import exact_float32, float32_sums
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Side of the blocks that are copied in float32: 16 MiB of each operand at most.
@@ -31,21 +31,15 @@ _INVARIANT_ROWS = 128
 
 
 def route(a: Tensor, b: Tensor | None = None) -> str:
-    """How products of matrices like `a` and `b` (default: like `a`) are computed. Only this function decides it.
+    """How products of matrices like `a` and `b` (default: like `a`) are computed.
 
     "native": our kernel; the bits of an entry depend only on its row and its column. "out_dtype": the library of an
     accelerator, which keeps its float32 sums. "parts": the same for bfloat16 with float32, which is split into three
     bfloat16 parts. "copies": float32 copies of 16-bit operands, block by block. "torch": both operands are float32 or
     float64 already.
     """
-    dtypes = {a.dtype} if b is None else {a.dtype, b.dtype}
-    if _library.choose(a.device.type, a.dtype).implementation == "cpu":
-        return "native"
-    if not dtypes.intersection(HALF_DTYPES):
-        return "torch"
-    if dtypes == {torch.float16, torch.float32} or a.device.type != "cuda" or not _keeps_accumulators(a.device):
-        return "copies"
-    return "out_dtype" if len(dtypes) == 1 else "parts"
+    other = a.dtype if b is None else b.dtype
+    return _dispatch.choose("product", a.device, a.dtype, other, _keeps_accumulators).implementation
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch
 from r1kernels.ops._checks import (
     accumulator_dtype,
     check_floating,
@@ -16,16 +16,16 @@ from r1kernels.ops._checks import (
     check_shape,
     ids_int64,
 )
-from r1kernels.ops.dtensor import Placed, probes
-from r1kernels.ops.linear_budget import buffer_rows, gathers, row_bytes
-from r1kernels.ops.linear_checks import (
+from r1kernels.ops.linear.budget import buffer_rows, gathers, row_bytes
+from r1kernels.ops.linear.checks import (
     accumulation_target,
     checked_capacity,
     dtype_of_logits,
     lora_matrices,
     token_temperature,
 )
-from r1kernels.ops.linear_types import Head, Names, Needs
+from r1kernels.ops.linear.dtensor import Placed, probes
+from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, layout_of, refusals
 
 # Dtypes of the weight, by that of hidden states.
@@ -138,12 +138,8 @@ class Differentiable:
 
     @property
     def one_pass(self) -> bool:
-        """Whether gradients may be computed with the loss. In float16 most of them would be rounded to 0, because only
-        the backward knows the loss scale of mixed precision. The reference computes slopes by autograd, which is not
-        available inside the operators of a compiled graph."""
-        hidden = self.tensors[0]
-        compiled_reference = torch.compiler.is_compiling() and _library.select(hidden) == "reference"
-        return self.wanted and hidden.dtype != torch.float16 and not compiled_reference
+        """Whether gradients are computed with the loss."""
+        return _dispatch.choose("linear_gradients", self.tensors[0], self.wanted).implementation == "one_pass"
 
 
 def prepare(

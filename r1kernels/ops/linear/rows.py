@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels import _library
+from r1kernels import _dispatch
 from r1kernels.ops._checks import values_are_free
 
 
@@ -57,7 +57,7 @@ def write_rows(out: Tensor, where: Tensor | slice, value: Tensor) -> None:
 
 def _convert(value: Tensor, out: Tensor) -> None:
     """out = value. Our kernel shares small work between fewer threads than PyTorch's copy does."""
-    if _library.choose(value.device.type, value.dtype).implementation == "cpu" and out.is_contiguous():
+    if _dispatch.choose("kernels", value.device.type, value.dtype).implementation == "cpu" and out.is_contiguous():
         torch.ops.r1kernels.scaled.default(value, torch.ones((), dtype=torch.float32), out, False)
     else:
         out.copy_(value)

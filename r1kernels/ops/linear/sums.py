@@ -16,9 +16,9 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.ops._checks import accumulator_dtype
-from r1kernels.ops.gemm import add_rounded, add_rows, has_rounded_sums, matmul, place_rows
-from r1kernels.ops.linear_rows import write_rows
-from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.linear.gemm import add_rounded, add_rows, has_rounded_sums, matmul, place_rows
+from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.rows import write_rows
 
 
 class _Part(NamedTuple):

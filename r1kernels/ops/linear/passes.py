@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels import _library
-from r1kernels.ops.gemm import HALF_DTYPES
-from r1kernels.ops.linear_gradients import rounded
-from r1kernels.ops.linear_head import Walk
-from r1kernels.ops.linear_rows import select_rows
-from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels import _dispatch, _library
+from r1kernels.ops.linear.gradients import rounded
+from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.rows import select_rows
+from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 
 
@@ -26,7 +25,7 @@ def run_statistics(
         walk.per_token(walk.accumulator if shard is None else torch.float64), walk.per_token(torch.float64),
         walk.per_token(torch.float64),
     )
-    without_logits = fused(walk.head, hidden)
+    without_logits = _dispatch.choose("linear_statistics", hidden, walk.head).implementation == "fused"
     for chunk in walk.blocks() if without_logits else walk.chunks():
         values = _fused_statistics(walk.head, chunk) if without_logits else walk.statistics(chunk)
         for result, value in zip(results, values, strict=True):
@@ -38,20 +37,6 @@ def run_statistics(
         value if wanted is None else torch.where(wanted, value, 0) for value in shard.merged(*results)
     )
     return logprobs.to(walk.accumulator), lse, entropy
-
-
-def fused(head: Head, hidden: Tensor) -> bool:
-    """Whether one kernel computes the statistics from hidden states and weight, without logits: on GPUs, for 16-bit
-    heads with contiguous rows. Adapters, rounded logits and a weight in another dtype need the walk over chunks."""
-    return (
-        hidden.dtype in HALF_DTYPES
-        and head.weight.dtype == hidden.dtype
-        and head.logits_dtype == torch.float32
-        and head.lora_a is None
-        and head.weight.stride(1) == 1
-        and len(head.weight) > 0
-        and _library.choose(hidden.device.type, hidden.dtype).implementation == "triton"
-    )
 
 
 def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels.ops.linear_types import Names
+from r1kernels.ops.linear.head import Names
 from r1kernels.ops.shards import checked_group, collective
 
 

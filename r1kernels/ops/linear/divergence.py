@@ -14,10 +14,10 @@ from torch import Tensor
 
 from r1kernels.ops import divergence, sharded_divergence, sharded_topk, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
-from r1kernels.ops.linear_head import Walk
-from r1kernels.ops.linear_rows import select_rows
-from r1kernels.ops.linear_token_stats import no_autocast
-from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.rows import select_rows
+from r1kernels.ops.linear.token_stats import no_autocast
+from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 from r1kernels.ops.topk_divergence import Teacher
 

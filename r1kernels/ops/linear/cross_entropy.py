@@ -9,10 +9,10 @@ from typing_extensions import Unpack
 from r1kernels import objectives
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
 from r1kernels.ops.cross_entropy import check_reduction, denominator
-from r1kernels.ops.dtensor import local_tensors
-from r1kernels.ops.linear_grpo_loss import one_pass_sum
-from r1kernels.ops.linear_options import LinearOptions, prepare
-from r1kernels.ops.linear_token_stats import linear_token_stats
+from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.grpo_loss import one_pass_sum
+from r1kernels.ops.linear.options import LinearOptions, prepare
+from r1kernels.ops.linear.token_stats import linear_token_stats
 
 
 def linear_cross_entropy(

@@ -16,7 +16,7 @@ from r1kernels.ops._checks import (
     check_tensor,
     values_are_free,
 )
-from r1kernels.ops.linear_types import Names
+from r1kernels.ops.linear.head import Names
 
 
 def lora_matrices(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tuple[Tensor | None, Tensor | None]:

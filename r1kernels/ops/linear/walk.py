@@ -5,7 +5,7 @@ r"""The language-model head in row chunks: logits of a few rows at a time, used 
 Every loss from hidden states is the same walk over chunks: product -> statistics -> two scalars per token ->
 d logits -> products with W and h. The logits of one chunk are the only buffer of vocabulary width on a CPU, and the
 later products leave out rows without a gradient. On a GPU, d logits have a second buffer, which takes those of several
-chunks (`r1kernels.ops.linear_sums`).
+chunks (`r1kernels.ops.linear.sums`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from r1kernels.ops import token_stats
 from r1kernels.ops._checks import accumulator_dtype, values_are_free
-from r1kernels.ops.gemm import matmul
-from r1kernels.ops.linear_budget import runs_on_gpu
-from r1kernels.ops.linear_gradients import rounded
-from r1kernels.ops.linear_rows import Rows, Selection
-from r1kernels.ops.linear_sums import GradientSums, empty_rows
-from r1kernels.ops.linear_types import Chunk, Head, Needs
+from r1kernels.ops.linear.budget import runs_on_gpu
+from r1kernels.ops.linear.gemm import matmul
+from r1kernels.ops.linear.gradients import rounded
+from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.rows import Rows, Selection
+from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.shards import Shard, correct_substitutes
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.

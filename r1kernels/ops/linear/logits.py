@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from r1kernels.ops._checks import accumulator_dtype, check_floating
-from r1kernels.ops.dtensor import local_tensors
-from r1kernels.ops.gemm import matmul
-from r1kernels.ops.linear_options import prepare, with_tensors
-from r1kernels.ops.linear_token_stats import no_autocast
+from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.gemm import matmul
+from r1kernels.ops.linear.options import prepare, with_tensors
+from r1kernels.ops.linear.token_stats import no_autocast
 
 
 @torch.no_grad()

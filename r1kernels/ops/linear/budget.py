@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from r1kernels import _library
+from r1kernels import _dispatch
 from r1kernels.ops._checks import accumulator_dtype
 
 
@@ -41,7 +41,7 @@ def row_bytes(vocab: int, hidden: int, dtype: torch.dtype) -> int:
 def runs_on_gpu(device_type: str, dtype: torch.dtype) -> bool:
     """Whether kernels of a GPU compute d logits. Their programs run in any order, so they cannot move rows up in the
     memory of the logits: a row could be overwritten before it is read."""
-    return _library.choose(device_type, dtype).implementation not in ("cpu", "reference")
+    return _dispatch.choose("kernels", device_type, dtype).implementation not in ("cpu", "reference")
 
 
 def gathers(device_type: str, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
 r"""Distillation from hidden states: the mean divergence of the counted tokens without a tensor of logits.
 
-One walk over row chunks (`r1kernels.ops.linear_divergence`) computes values and gradients together, because the slope
+One walk over row chunks (`r1kernels.ops.linear.divergence`) computes values and gradients together, because the slope
 of a token's divergence is known as soon as the divergence is. In float16, gradients need the loss scale before they are
 rounded. Only the backward knows the scale, so it walks over the chunks again.
 """
@@ -26,13 +26,13 @@ from r1kernels.ops.distillation_loss import (
     shape_text,
 )
 from r1kernels.ops.divergence import KINDS
-from r1kernels.ops.dtensor import local_tensors
-from r1kernels.ops.linear_budget import row_bytes
-from r1kernels.ops.linear_divergence import LinearTeacher, measures, run_divergence
-from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
-from r1kernels.ops.linear_token_stats import no_autocast
-from r1kernels.ops.linear_types import Head, Names, Needs
+from r1kernels.ops.linear.budget import row_bytes
+from r1kernels.ops.linear.divergence import LinearTeacher, measures, run_divergence
+from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.head import Head, Names, Needs
+from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.token_stats import no_autocast
 from r1kernels.ops.shards import Shard
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from r1kernels import _library
+from r1kernels import _dispatch, _library
+from r1kernels.ops._autograd import graph_is_kept
 from r1kernels.ops._checks import values_are_free
-from r1kernels.ops.linear_types import Needs
+from r1kernels.ops.linear.head import Needs
 from r1kernels.ops.token_stats import row_blocks
 
 Shape = tuple[torch.Size, torch.dtype]
@@ -68,21 +68,6 @@ def _blocks(grad: Tensor) -> list[slice]:
     return list(row_blocks(grad, elements=1 << (18 if grad.device.type == "cpu" else 26)))
 
 
-def _fused(grad: Tensor, out: Tensor) -> bool:
-    """Whether one kernel reads, multiplies, converts and writes, without a value of the factor on the host."""
-    if torch.compiler.is_compiling() or isinstance(grad, FakeTensor):
-        return False
-    if _library.choose(grad.device.type, grad.dtype).implementation == "reference":
-        return False
-    return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out))
-
-
-def graph_is_kept() -> bool:
-    """Whether this backward may run again (`retain_graph`), so that it must not change its stored tensors."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None or torch.compiler.is_compiling() else ask()
-
-
 def rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient in a dtype: itself, or rounded once."""
     if grad.dtype == dtype:
@@ -105,7 +90,7 @@ def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _write(grad: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
     """out = or += grad * factor."""
-    if _fused(grad, out):
+    if _dispatch.choose("scaled", grad, out).implementation == "kernel":
         factor = torch.ones((), dtype=torch.float32, device=grad.device) if factor is None else factor
         torch.ops.r1kernels.scaled.default(grad, factor, out, accumulate)
         return

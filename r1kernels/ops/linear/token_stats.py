@@ -16,11 +16,11 @@ from typing_extensions import Unpack
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_tensor
-from r1kernels.ops.dtensor import local_tensors
-from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
-from r1kernels.ops.linear_passes import run_backward, run_statistics
-from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.head import Head, Needs
+from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.passes import run_backward, run_statistics
 from r1kernels.ops.shards import Shard
 
 

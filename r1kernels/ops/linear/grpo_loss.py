@@ -22,12 +22,12 @@ from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
-from r1kernels.ops.dtensor import local_tensors
-from r1kernels.ops.linear_gradients import finished_gradients, gradient_shapes
-from r1kernels.ops.linear_options import Differentiable, LinearOptions, prepare, with_tensors
-from r1kernels.ops.linear_passes import run_one_pass
-from r1kernels.ops.linear_token_stats import linear_token_stats, no_autocast
-from r1kernels.ops.linear_types import Head, Needs
+from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.head import Head, Needs
+from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.passes import run_one_pass
+from r1kernels.ops.linear.token_stats import linear_token_stats, no_autocast
 from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
 from r1kernels.ops.policy_loss import (
     PolicyLoss,
