@@ -215,8 +215,8 @@ def test_the_critic_learns_beside_the_policy(trained):
     assert lines[0]["value"] == 0 and lines[0]["explained_variance"] == 0 and lines[0]["reward_kl"] == 0
     assert lines[1]["value"] != 0 and lines[1]["reward_kl"] != 0
     state = torch.load(latest_checkpoint(trained.directory) / "state.pt", weights_only=True)
-    policy = load_shards(latest_checkpoint(trained.directory))["optimizer"]
-    assert policy["state.model.model.norm.weight.step"] == state["advantages"]["optimizer"]["state"][0]["step"] == 3 * 2 * 2
+    steps = load_shards(latest_checkpoint(trained.directory))["optimizer"]["state.model.model.norm.weight.step"]
+    assert steps == state["advantages"]["optimizer"]["state"][0]["step"] == 3 * 2 * 2
 
 
 def test_interrupted_again_and_again_it_ends_the_same(trained, tmp_path):
