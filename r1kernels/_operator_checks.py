@@ -135,7 +135,7 @@ def _policy_loss(
             per_token = value.dim() == logprobs.dim() and value.numel() == tokens
             check.flat(torch.float32, tokens if per_token else sequences, **{name: value})
     for name, number, least, most in (
-        ("surrogate", surrogate, 0, 3), ("ratio", ratio, 0, 1), ("kl", kl, 1, 3), ("aggregate", aggregate, 0, 2)
+        ("surrogate", surrogate, 0, 7), ("ratio", ratio, 0, 3), ("kl", kl, 1, 6), ("aggregate", aggregate, 0, 2)
     ):
         _number(name, number, least, most)
 

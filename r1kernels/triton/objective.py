@@ -48,6 +48,45 @@ def binary_kl(logprob, old):
 
 
 @triton.jit
+def clip_term(ratio, advantage, clip_low, clip_high, ratio_cap):
+    """-min(min(r, cap) A, clip(r, 1 - lo, 1 + hi) A); (loss, slope, clipped low, clipped high, capped)."""
+    up = advantage > 0
+    down = advantage < 0
+    low_bound = 1.0 - single(clip_low)
+    high_bound = 1.0 + single(clip_high)
+    up_bound = tl.minimum(high_bound, single(ratio_cap))
+    down_bound = tl.maximum(high_bound, single(ratio_cap))
+    high = up & (ratio > up_bound)
+    low = down & (ratio < low_bound)
+    capped = down & ~low & (ratio > down_bound)
+    bound = tl.where(high, up_bound, tl.where(low, low_bound, down_bound))
+    clipped = high | low | capped
+    slope = tl.where(clipped, 0.0, -ratio * advantage)
+    return tl.where(clipped, -bound * advantage, -ratio * advantage), slope, low, high, capped
+
+
+@triton.jit
+def sapo_term(ratio, advantage, tau_pos, tau_neg):
+    """-(4/tau) sigma(tau (r - 1)) A, whose slope is -4 sigma (1 - sigma) r A; (loss, slope)."""
+    tau = tl.where(advantage > 0, single(tau_pos), single(tau_neg))
+    x = tau * (ratio - 1.0)
+    e = exponential(-tl.abs(x))
+    sigma = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    bump = tl.where(e == 0, 0.0, e / ((1.0 + e) * (1.0 + e)) * ratio)  # sigma (1 - sigma) r, 0 at r = inf
+    return -4.0 / tau * sigma * advantage, -4.0 * bump * advantage
+
+
+@triton.jit
+def shared_slope(surrogate, delta, advantage, clip_low, clip_high, ratio_cap, tau_pos, tau_neg):
+    """The slope with respect to a sequence's log-ratio, of the surrogates whose ratio has a gradient."""
+    ratio = exponential(delta)
+    slope = clip_term(ratio, advantage, clip_low, clip_high, ratio_cap)[1]
+    if surrogate == SAPO:
+        slope = sapo_term(ratio, advantage, tau_pos, tau_neg)[1]
+    return tl.where(advantage != 0, slope, 0.0)
+
+
+@triton.jit
 def surrogate_term(surrogate, delta, advantage, logprob, clip_low, clip_high, ratio_cap, tau_pos, tau_neg):
     """(loss, slope, clipped low, clipped high, capped) of a token; the slope is with respect to log r or l.
 
@@ -63,16 +102,8 @@ def surrogate_term(surrogate, delta, advantage, logprob, clip_low, clip_high, ra
     low = moves & False
     high = moves & False
     capped = moves & False
-    if surrogate == CLIP:  # -min(min(r, cap) A, clip(r, 1 - lo, 1 + hi) A)
-        up_bound = tl.minimum(high_bound, single(ratio_cap))
-        down_bound = tl.maximum(high_bound, single(ratio_cap))
-        high = moves & up & (ratio > up_bound)
-        low = moves & ~up & (ratio < low_bound)
-        capped = moves & ~up & ~low & (ratio > down_bound)
-        bound = tl.where(high, up_bound, tl.where(low, low_bound, down_bound))
-        clipped = high | low | capped
-        slope = tl.where(clipped, 0.0, -ratio * advantage)
-        loss = tl.where(clipped, -bound * advantage, -ratio * advantage)
+    if surrogate == CLIP:
+        loss, slope, low, high, capped = clip_term(ratio, advantage, clip_low, clip_high, ratio_cap)
     elif surrogate == CISPO:  # -sg[clamp(r, 1 - lo, 1 + hi)] A l
         high = moves & (ratio > high_bound)
         low = moves & ~high & (ratio < low_bound)
@@ -110,13 +141,8 @@ def surrogate_term(surrogate, delta, advantage, logprob, clip_low, clip_high, ra
         weight = tl.exp(tau + power * log_w - tau * tl.exp(log_w)).to(tl.float32) * advantage
         slope = -weight
         loss = tl.where(weight == 0, 0.0, -weight * logprob)
-    elif surrogate == SAPO:  # -(4/tau) sigma(tau (r - 1)) A, whose slope is -4 sigma (1 - sigma) r A
-        x = tau * (ratio - 1.0)
-        e = exponential(-tl.abs(x))
-        sigma = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-        bump = tl.where(e == 0, 0.0, e / ((1.0 + e) * (1.0 + e)) * ratio)  # sigma (1 - sigma) r, 0 at r = inf
-        slope = -4.0 * bump * advantage
-        loss = -4.0 / tau * sigma * advantage
+    elif surrogate == SAPO:
+        loss, slope = sapo_term(ratio, advantage, tau_pos, tau_neg)
     else:  # -A l
         slope = -advantage
         loss = -advantage * logprob

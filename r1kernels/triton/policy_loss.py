@@ -162,11 +162,10 @@ def token_kernel(
             d = tl.load(ref_logprobs + t, mask=counts, other=0) - logprob
         estimator = tl.where(kl > 3, kl - 3, kl)
         kl_loss, kl_slope = kl_term(estimator, d)
-        kl_loss = kl_loss.to(tl.float64)
+        kl_loss, kl_slope = kl_loss.to(tl.float64), kl_slope.to(tl.float64)
         if kl > 3:  # times the ratio
             kl_loss = product(ratio, kl_loss)
-            kl_slope = tl.where(ratio_kind == SEQUENCE, kl_slope, kl_ratio_slope(estimator, d))
-            kl_slope = product(ratio, kl_slope)
+            kl_slope = product(ratio, tl.where(ratio_kind == SEQUENCE, kl_slope, kl_ratio_slope(estimator, d)))
         kl_slope = product(kl_factor, kl_slope)
         h = tl.zeros_like(logprob)
         if has(given, ENTROPY):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from r1kernels.triton.common import kernel
-from r1kernels.triton.objective import exponential, kl_term, product, single, surrogate_term
+from r1kernels.triton.objective import exponential, kl_term, product, shared_slope, single
 from r1kernels.triton.sequences import pieces_of, row_of_program, spans_of_program, total_of
 
 # Bits of `given`.
@@ -94,18 +94,18 @@ def slope_kernel(
     first, pieces = pieces_of(s, cu_seqlens, has(given, PACKED), tokens, length, SPAN, PIECES)
     size = tl.maximum(total_of(sums + whole, first, pieces), 1.0)
     mean = (total_of(sums + rows + whole, first, pieces) / size).to(tl.float32)
-    kl_factor = single(kl_coef).to(tl.float64) * exponential(mean).to(tl.float64)[:, None]
+    kl_factor = single(kl_coef).to(tl.float64) * exponential(mean).to(tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
     for offset in range(0, tl.max(end - at, 0), SPAN):
         t = at[:, None] + offset + tl.arange(0, SPAN)[None, :]
         counts = counted(t, t < end[:, None], mask, given)
         advantage, importance = weighing(t, s[:, None], counts, advantages, importance_weights, given)
         if has(given, SHARED_SURROGATE):
-            slope = surrogate_term(
-                surrogate, mean[:, None], advantage, advantage, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
-            )[1]
+            slope = shared_slope(
+                surrogate, mean[:, None], advantage, clip_low, clip_high, ratio_cap, tau_pos, tau_neg
+            )
             total += tl.sum(product(importance, slope), 1)
         if has(given, SHARED_KL):
             d = tl.load(ref_logprobs + t, mask=counts, other=0) - tl.load(logprobs + t, mask=counts, other=0)
-            total += tl.sum(tl.where(counts, product(kl_factor, kl_term(kl - 3, d)[0]), 0.0), 1)
+            total += product(kl_factor, tl.sum(tl.where(counts, kl_term(kl - 3, d)[0], 0.0).to(tl.float64), 1))
     tl.store(sums + 2 * rows + row, total, mask=row < rows)

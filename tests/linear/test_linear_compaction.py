@@ -38,7 +38,7 @@ def still(inputs: dict[str, Any]) -> Tensor:
     return (per_token == 0) | (weights if weights.dim() == 2 else weights[:, None]).expand(5, 7).eq(0)
 
 
-@pytest.mark.parametrize("name", ["grpo", "cispo", "sapo", "reinforce", "two_sided"])
+@pytest.mark.parametrize("name", ["grpo", "cispo", "sapo", "reinforce", "two_sided", "dppo_tv"])
 @pytest.mark.parametrize("extra", ["holes", "token_advantages"])
 def test_tokens_known_to_be_still_are_not_computed(
     name: str, extra: str, monkeypatch: pytest.MonkeyPatch, implementation: str
@@ -47,7 +47,8 @@ def test_tokens_known_to_be_still_are_not_computed(
     inputs = make("plain", extra)
     inputs["importance_weights"] = torch.tensor([1.5, 0.0, 1.0, 0.3, 2.0])
     mask = inputs.get("mask", torch.ones(5, 7, dtype=torch.bool))
-    objective = Objective(**OBJECTIVES[name])
+    narrow = {"clip_low": 1e-3, "clip_high": 1e-3} if name == "dppo_tv" else {}  # the probabilities are small
+    objective = Objective(**OBJECTIVES[name] | narrow)
     expected = int((mask & ~still(inputs)).sum())
     rows = counting(monkeypatch)
     result, grads = run(inputs, objective=objective)
@@ -55,8 +56,8 @@ def test_tokens_known_to_be_still_are_not_computed(
     assert rows == {"forward": expected, "backward": active} and 0 < active <= expected < 35
     assert result.metrics["measured_tokens"] == expected and result.metrics["tokens"] == mask.sum()
     torch.testing.assert_close(result.metrics["active_fraction"], torch.tensor(active / int(mask.sum())))
-    if name in ("grpo", "two_sided"):
-        assert active < expected  # some are clipped
+    if name in ("grpo", "two_sided", "dppo_tv"):
+        assert active < expected  # a bound holds some
     rows.update(forward=0, backward=0)
     whole, whole_grads = run(inputs, objective=objective, measure_all=True)
     assert rows == {"forward": int(mask.sum()), "backward": active}
@@ -67,9 +68,13 @@ def test_tokens_known_to_be_still_are_not_computed(
         torch.testing.assert_close(grad, whole_grads[key], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [{"kl_coef": 0.1}, {"entropy_coef": 0.01}])
+@pytest.mark.parametrize(
+    "more", [{"kl_coef": 0.1}, {"entropy_coef": 0.01}, {"kl_coef": 0.1, "kl_ratio": True},
+             OBJECTIVES["ipo"] | {"tau_neg": 0.1}],
+    ids=["kl", "entropy", "kl_ratio", "ipo"],
+)
 def test_a_kl_or_entropy_term_moves_every_token(
-    more: dict[str, float], monkeypatch: pytest.MonkeyPatch, implementation: str
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, implementation: str
 ) -> None:
     rows = counting(monkeypatch)
     result, grads = run(make(), objective=Objective(**more))
