@@ -18,7 +18,7 @@ from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import as_mask, check_floating
 from r1kernels.ops.distillation_loss import (
     DistillationLoss,
-    check_normalizer,
+    check_positive_normalizer,
     check_settings,
     check_teacher_kind,
     check_topk,
@@ -213,7 +213,7 @@ def linear_distillation_loss(
     check_floating("student_hidden", student_hidden)
     shape = student_hidden.shape[:-1]
     mask = as_mask(mask, student_hidden, shape)
-    normalizer = check_normalizer(normalizer, student_hidden)
+    normalizer = check_positive_normalizer(normalizer, student_hidden)
     if teacher_hidden is not None:
         split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
         teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_positive, check_tensor
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
@@ -38,7 +38,7 @@ from r1kernels.ops.policy_loss import (
     named_metrics,
     over_ranks,
 )
-from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
+from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, reduction_weights
 from r1kernels.ops.sequence_group import checked_sequence_group
 
 # ---- the one-pass operator --------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     batch, normalizer, objective, group = inputs
     if callable(objective.surrogate):
         return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
-    check_normalizer(normalizer)
+    check_positive("normalizer", normalizer)
     dtype = batch.advantages.dtype
     probe = like.new_empty((), dtype=dtype).expand(shape)  # no memory: the shape for `Sequences`
     sequences = Sequences(probe, batch.cu_seqlens, group)

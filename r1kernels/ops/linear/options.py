@@ -10,10 +10,12 @@ from torch import Tensor
 from r1kernels import _dispatch
 from r1kernels.ops._checks import (
     accumulator_dtype,
+    check_dtype,
     check_floating,
     check_ids_in_range,
     check_number,
     check_shape,
+    check_temperature,
     ids_int64,
 )
 from r1kernels.ops.linear.budget import buffer_rows, gathers, row_bytes
@@ -220,22 +222,16 @@ def _checked(
     vocab = len(weight)
     if vocab == 0 and not sharded:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
-    if weight.dtype not in (allowed := WEIGHT_DTYPES[hidden.dtype]):
-        raise TypeError(
-            f"{names.weight} has dtype {weight.dtype}, expected {' or '.join(str(dtype) for dtype in allowed)} with "
-            f"{names.hidden} of {hidden.dtype}: convert one of them"
-        )
+    check_dtype(names.weight, weight, dict.fromkeys(WEIGHT_DTYPES[hidden.dtype], ""),
+                f" with {names.hidden} of {hidden.dtype}: convert one of them")
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
     bias = options.get("bias")
     if bias is not None:
         check_floating(f"{names.options}bias", bias, hidden)
         check_shape(f"{names.options}bias", bias, (vocab,), f"one entry for each row of {names.weight}")
-        if bias.dtype not in (hidden.dtype, weight.dtype):
-            raise TypeError(
-                f"{names.options}bias has dtype {bias.dtype}, expected {hidden.dtype} like {names.hidden}"
-                + ("" if weight.dtype == hidden.dtype else f" or {weight.dtype} like {names.weight}")
-            )
+        other = {} if weight.dtype == hidden.dtype else {weight.dtype: f" like {names.weight}"}
+        check_dtype(f"{names.options}bias", bias, {hidden.dtype: f" like {names.hidden}", **other})
     lora_a, lora_b = lora_matrices(options.get("lora"), hidden, weight, names)
     temperature, temperatures = token_temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
@@ -246,11 +242,7 @@ def _checked(
     if invariant and logits_dtype != accumulator_dtype(hidden.dtype):
         raise ValueError(f"logits_dtype is {logits_dtype} with batch_invariant, expected float32 logits")
     scale = check_number(f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True)
-    if not 1e-30 < temperature / scale < 1e30:
-        raise ValueError(
-            f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
-            "1e30 (logits are fp32)"
-        )
+    check_temperature(temperature / scale, f"temperature / {names.options}logit_scale")
     head = Head(
         weight=None,
         bias=None,
