@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.int64, torch.int32)
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-30, 1e30
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,6 +32,13 @@ def check_floating(name: str, value: Any, like: Tensor | None = None) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
 
 
+def check_dtype(name: str, value: Tensor, allowed: dict[torch.dtype, str], remedy: str = "") -> None:
+    """`allowed`: each dtype, and what is said after it (" like hidden")."""
+    if value.dtype not in allowed:
+        expected = " or ".join(f"{dtype}{why}" for dtype, why in allowed.items())
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {expected}{remedy}")
+
+
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}: {meaning}")
@@ -44,6 +52,31 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, strict: b
     if not (-math.inf < value < math.inf and (value > minimum if strict else value >= minimum)):
         raise ValueError(f"{name} is {value!r}, expected a finite number {'>' if strict else '>='} {minimum:g}")
     return float(value)
+
+
+def check_temperature(value: Any, name: str = "temperature") -> float:
+    """A number by which logits in float32 may be divided."""
+    number = check_number(name, value, minimum=0.0, strict=True)
+    if not LOWEST_TEMPERATURE < number < HIGHEST_TEMPERATURE:
+        raise ValueError(f"{name} is {value!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
+    return number
+
+
+def check_normalizer(value: Any, like: Tensor) -> Tensor | float | None:
+    """None, a number > 0, or a constant 0-d tensor on the device of `like`, whose value `check_positive` checks."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return check_number("normalizer", value, minimum=0.0, strict=True)
+    check_tensor("normalizer", value, like)
+    check_shape("normalizer", value, (), "a 0-d tensor")
+    return value.detach()
+
+
+def check_positive(name: str, value: Tensor | float | None) -> None:
+    """The value of a 0-d tensor, if reading it costs no synchronisation. Kernels check their arguments themselves."""
+    if isinstance(value, Tensor) and values_are_free(value) and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} is {float(value)}, expected a positive finite number")
 
 
 def ids_int64(name: str, value: Any, like: Tensor) -> Tensor:

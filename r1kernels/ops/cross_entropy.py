@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_number, check_shape, ids_int64
-from r1kernels.ops.policy_loss_reference import check_normalizer
+from r1kernels.ops._checks import check_floating, check_normalizer, check_positive, check_shape, ids_int64
 from r1kernels.ops.shards import Split
 from r1kernels.ops.token_logprobs import logprobs_and_entropy
 
@@ -81,12 +80,8 @@ def check_reduction(reduction: Any, ignore_index: Any, normalizer: Any) -> None:
 
 def denominator(mask: Tensor, normalizer: Any, dtype: torch.dtype) -> Tensor | float:
     """The number that a mean divides by: `normalizer`, or the number of counted targets."""
+    normalizer = check_normalizer(normalizer, mask)
+    check_positive("normalizer", normalizer)
     if normalizer is None:
         return mask.sum().clamp(min=1)
-    if isinstance(normalizer, Tensor):
-        if normalizer.device != mask.device:
-            raise ValueError(f"normalizer is on {normalizer.device}, expected {mask.device} like the other arguments")
-        check_shape("normalizer", normalizer, (), "a 0-d tensor")
-        check_normalizer(normalizer)
-        return normalizer.detach().to(dtype)
-    return check_number("normalizer", normalizer, minimum=0.0, strict=True)
+    return normalizer.to(dtype) if isinstance(normalizer, Tensor) else normalizer

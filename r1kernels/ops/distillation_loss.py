@@ -15,10 +15,12 @@ from torch import Tensor
 from r1kernels.ops._checks import (
     as_mask,
     check_floating,
+    check_normalizer,
     check_number,
+    check_positive,
     check_shape,
+    check_temperature,
     ids_int64,
-    values_are_free,
 )
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.divergence import divergence as _divergence
@@ -61,24 +63,14 @@ def check_settings(divergence: Any, beta: Any, temperature: Any) -> tuple[str, f
         raise ValueError(
             f"beta is {beta!r}, expected a number from 1e-6 to 1 - 1e-6 (at the ends use forward_kl and reverse_kl)"
         )
-    temperature = check_number("temperature", temperature, minimum=0.0, strict=True)
-    if not 1e-30 < temperature < 1e30:
-        raise ValueError(f"temperature is {temperature!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
-    return divergence, beta, temperature
+    return divergence, beta, check_temperature(temperature)
 
 
-def check_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
-    """None, a number > 0, or a constant 0-d tensor on the device of `like`."""
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        return check_number("normalizer", normalizer, minimum=0.0, strict=True)
-    if normalizer.device != like.device:
-        raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device} like the logits")
-    check_shape("normalizer", normalizer, (), "a 0-d tensor")
-    if values_are_free(normalizer) and not 0 < float(normalizer) < float("inf"):
-        raise ValueError(f"normalizer is {float(normalizer)}, expected a positive finite number")
-    return normalizer.detach().double()
+def check_positive_normalizer(normalizer: Any, like: Tensor) -> Tensor | float | None:
+    """None, a number > 0, or a constant 0-d tensor in float64 on the device of `like`."""
+    normalizer = check_normalizer(normalizer, like)
+    check_positive("normalizer", normalizer)
+    return normalizer.double() if isinstance(normalizer, Tensor) else normalizer
 
 
 def shape_text(shape: tuple[int, ...], name: str) -> str:
@@ -229,7 +221,7 @@ def distillation_loss(
         raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (..., V) with V >= 1")
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     mask = as_mask(mask, student_logits, shape)
-    normalizer = check_normalizer(normalizer, student_logits)
+    normalizer = check_positive_normalizer(normalizer, student_logits)
     if teacher_logits is None:
         shard = None
         if split != NOT_SHARDED:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
-from r1kernels.ops._checks import as_mask, check_floating, check_number, check_shape, ids_int64
+from r1kernels.ops._checks import as_mask, check_floating, check_normalizer, check_shape, ids_int64
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 from r1kernels.ops.sequence_group import agree_on_sequences
 from r1kernels.ops.shards import refusals
@@ -32,15 +32,10 @@ def _per_token_or_sequence(
 
 
 def _checked_normalizer(normalizer: Any, logprobs: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        number = check_number("normalizer", normalizer, minimum=0.0, strict=True)
-        return _library.as_tensor(number, logprobs.dtype, logprobs.device)
-    if normalizer.device != logprobs.device:
-        raise ValueError(f"normalizer is on {normalizer.device}, expected {logprobs.device} like logprobs")
-    check_shape("normalizer", normalizer, (), "a 0-d tensor")
-    return normalizer.detach().to(logprobs.dtype)
+    normalizer = check_normalizer(normalizer, logprobs)
+    if isinstance(normalizer, float):
+        return _library.as_tensor(normalizer, logprobs.dtype, logprobs.device)
+    return None if normalizer is None else normalizer.to(logprobs.dtype)
 
 
 class LossInputs(NamedTuple):

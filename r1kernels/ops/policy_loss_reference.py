@@ -16,7 +16,7 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.objectives import Objective
 from r1kernels.ops import kl_estimate
-from r1kernels.ops._checks import values_are_free
+from r1kernels.ops._checks import check_positive, values_are_free
 from r1kernels.ops.sequence_group import sum_over_ranks
 
 
@@ -71,14 +71,6 @@ class Sequences:
     def whole(self, value: Tensor) -> Tensor:
         """The sum of the values of all ranks that have these sequences."""
         return value if self.group is None else sum_over_ranks(value, self.group)
-
-
-def check_normalizer(normalizer: Tensor | None) -> None:
-    """For the reference, and for losses that divide by it themselves; kernels check it themselves."""
-    if normalizer is not None and values_are_free(normalizer):
-        value = float(normalizer)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"normalizer is {value}, expected a positive finite number")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
@@ -220,7 +212,7 @@ def reference(
     """(loss, metrics in the order of METRICS), computed with autograd in the dtype of logprobs. With a `group`, of this
     rank's tokens of sequences that are split over its ranks."""
     shape = logprobs.shape
-    check_normalizer(normalizer)
+    check_positive("normalizer", normalizer)
     sequences = Sequences(logprobs, batch.cu_seqlens, group)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
     mask = mask.reshape(-1)

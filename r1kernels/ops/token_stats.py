@@ -22,8 +22,8 @@ from r1kernels.ops._checks import (
     accumulator_dtype,
     check_floating,
     check_ids_in_range,
-    check_number,
     check_shape,
+    check_temperature,
     ids_int64,
 )
 
@@ -222,10 +222,7 @@ def checked(logits: Any, token_ids: Any, temperature: Any, sharded: bool = False
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V >= 1")
     token_ids = ids_int64("token_ids", token_ids, logits)
     check_shape("token_ids", token_ids, logits.shape[:-1], "logits (..., V) score token_ids (...)")
-    temperature = check_number("temperature", temperature, minimum=0.0, strict=True)
-    if not 1e-30 < temperature < 1e30:
-        raise ValueError(f"temperature is {temperature!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
-    return token_ids, temperature
+    return token_ids, check_temperature(temperature)
 
 
 def token_stats(

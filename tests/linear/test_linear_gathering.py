@@ -26,7 +26,7 @@ from r1kernels.ops.linear import budget as budgets
 from r1kernels.ops.linear import walk as walks
 from r1kernels.ops.linear.budget import BufferRows, row_bytes, rows_of_budget
 from r1kernels.ops.linear.head import Head, Needs
-from r1kernels.ops.linear.rows import ALL_ROWS
+from r1kernels.ops.linear.rows import Rows
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPa
     head = Head(empty(vocab, width), None, None, None, ids, None, 1.0, 1.0, 0.0, torch.float32, *rows, -1, False)
     products = Products(monkeypatch, (vocab, width))
     with backend("reference"):
-        walk = walks.Walk(head, empty(active, width), ALL_ROWS, Needs(True, True, False, False, False))
+        walk = walks.Walk(head, Rows(empty(active, width)), Needs(True, True, False, False, False))
         number = empty(active, dtype=torch.float64)
         for chunk in walk.chunks():
             lse, g = number[chunk.rows], number[chunk.rows].float()

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels.ops._checks import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
     accumulator_dtype,
+    check_dtype,
     check_floating,
-    check_number,
     check_shape,
+    check_temperature,
     check_tensor,
     values_are_free,
 )
@@ -27,8 +30,7 @@ def lora_matrices(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tu
     a, b = lora
     for name, matrix in ((f"{names.options}lora A", a), (f"{names.options}lora B", b)):
         check_floating(name, matrix, hidden)
-        if matrix.dtype != hidden.dtype:
-            raise TypeError(f"{name} has dtype {matrix.dtype}, expected {hidden.dtype} like {names.hidden}")
+        check_dtype(name, matrix, {hidden.dtype: f" like {names.hidden}"})
     vocab, width = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != width or b.shape[1] != vocab or a.shape[1] != b.shape[0]:
         raise ValueError(
@@ -40,17 +42,14 @@ def lora_matrices(lora: Any, hidden: Tensor, weight: Tensor, names: Names) -> tu
 
 def token_temperature(value: Any, ids: Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
     if not isinstance(value, Tensor):
-        number = check_number("temperature", value, minimum=0.0, strict=True)
-        if not 1e-30 < number < 1e30:
-            raise ValueError(f"temperature is {value!r}, expected a number from 1e-30 to 1e30 (logits are fp32)")
-        return number, None
+        return check_temperature(value), None
     check_floating("temperature", value, ids)
     check_shape("temperature", value, ids.shape, "one per token")
     value = value.detach().reshape(-1).float()
     if mask is not None:
         value = torch.where(mask.reshape(-1), value, 1)
     if values_are_free(value):
-        bad = ~((value > 1e-30) & (value < 1e30))
+        bad = ~((value > LOWEST_TEMPERATURE) & (value < HIGHEST_TEMPERATURE))
         if bad.any():
             at = int(bad.nonzero()[0])
             raise ValueError(f"temperature[{at}] is {float(value[at])}, expected a number from 1e-30 to 1e30")
@@ -81,11 +80,7 @@ def accumulation_target(into: Any, weight: Tensor) -> Tensor | None:
         return None
     check_tensor("grad_accumulation_into", into, weight)
     check_shape("grad_accumulation_into", into, tuple(weight.shape), "the shape of weight")
-    choices = dict.fromkeys((accumulator_dtype(weight.dtype), weight.dtype))
-    if into.dtype not in choices:
-        raise TypeError(
-            f"grad_accumulation_into has dtype {into.dtype}, expected {' or '.join(str(choice) for choice in choices)}"
-        )
+    check_dtype("grad_accumulation_into", into, dict.fromkeys((accumulator_dtype(weight.dtype), weight.dtype), ""))
     if not weight.requires_grad:
         raise ValueError("grad_accumulation_into was given, but weight does not require grad")
     if not weight.is_leaf:

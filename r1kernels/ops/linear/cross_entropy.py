@@ -55,12 +55,12 @@ def linear_cross_entropy(
     targets = ids_int64("targets", targets, hidden)
     check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")
     mask = targets != ignore_index
-    inputs, head = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask,
-                           function=f"linear_cross_entropy with reduction {reduction}")
+    call = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask,
+                   function=f"linear_cross_entropy with reduction {reduction}")
     wanted = mask.reshape(-1)
     dtype = accumulator_dtype(hidden.dtype)
-    if reduction == "none" or not inputs.one_pass:
-        logprobs = linear_token_stats(inputs, head, wanted)[0].reshape(targets.shape)
+    if reduction == "none" or not call.one_pass:
+        logprobs = linear_token_stats(call, wanted)[0].reshape(targets.shape)
         losses = torch.where(mask, -logprobs, 0)
         if reduction == "none":
             return losses
@@ -68,4 +68,4 @@ def linear_cross_entropy(
         return total if reduction == "sum" else total / denominator(mask, normalizer, dtype)
     divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
     ones = torch.ones(wanted.shape, dtype=dtype, device=hidden.device)
-    return one_pass_sum(inputs, head, wanted, ones / divisor, ones, objectives.reinforce())
+    return one_pass_sum(call, wanted, ones / divisor, ones, objectives.reinforce())

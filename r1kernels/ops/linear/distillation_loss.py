@@ -18,7 +18,7 @@ from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import as_mask, check_floating
 from r1kernels.ops.distillation_loss import (
     DistillationLoss,
-    check_normalizer,
+    check_positive_normalizer,
     check_settings,
     check_teacher_kind,
     check_topk,
@@ -29,9 +29,9 @@ from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear.budget import row_bytes
 from r1kernels.ops.linear.divergence import LinearTeacher, measures, run_divergence
 from r1kernels.ops.linear.dtensor import local_tensors
-from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
-from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.token_stats import no_autocast
 from r1kernels.ops.shards import Shard
 
@@ -46,7 +46,7 @@ def _run(
     kind: int, beta: float, needs: Needs, shard: Shard | None,
 ) -> tuple[Tensor, ...]:
     hidden, *others = inputs
-    full = with_tensors(head, *others)
+    full = head.with_tensors(*others)
     if shard is not None:
         with no_autocast(hidden):
             return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
@@ -74,15 +74,17 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, mask: Tensor | None,
-        teacher: LinearTeacher, normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool,
-        two_phases: bool, origin: Tensor | None,
+        lora_b: Tensor | None, constants: Constants, mask: Tensor | None, teacher: LinearTeacher,
+        normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
+        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        head, into, shard = constants
         inputs = (hidden, weight, bias, lora_a, lora_b)
-        needs = Needs(*ctx.needs_input_grad[:5])
+        ctx.targets = Targets.of(ctx.needs_input_grad, inputs, into)
         factor = _factor(head, mask, normalizer)
         measured, *grads = _run(
-            inputs, head, mask, teacher, factor, kind, beta, needs if one_pass else _NO_GRADIENTS, shard
+            inputs, head, mask, teacher, factor, kind, beta, ctx.targets.needs if one_pass else _NO_GRADIENTS,
+            shard,
         )
         value, *rows = measured.unbind(0)
         loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
@@ -93,8 +95,7 @@ class _LinearDivergence(torch.autograd.Function):
             ctx.save_for_backward(*inputs, head.token_ids, mask, factor, *tensors)
             ctx.arguments = head._replace(token_ids=None), kind, beta
             ctx.teacher_scalars = teacher.logit_scale, teacher.softcap
-        ctx.needs, ctx.wanted, ctx.into, ctx.one_pass = needs, gradient_shapes(inputs), into, one_pass
-        ctx.shard = shard
+        ctx.one_pass, ctx.shard = one_pass, shard
         ctx.mark_non_differentiable(*metrics.values())
         return loss, *metrics.values()
 
@@ -110,10 +111,10 @@ class _LinearDivergence(torch.autograd.Function):
             _, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
                 LinearTeacher(*teacher[:5], *ctx.teacher_scalars, *teacher[5:]), factor * grad_loss, kind, beta,
-                ctx.needs, ctx.shard,
+                ctx.targets.needs, ctx.shard,
             )
             upstream = None
-        return *finished_gradients(grads, upstream, ctx.needs, ctx.wanted, ctx.into), *[None] * 11
+        return *ctx.targets.finished(grads, upstream), *[None] * 9
 
 
 def _full_teacher(
@@ -134,18 +135,18 @@ def _full_teacher(
             f"teacher_hidden has shape {tuple(hidden.shape)}, expected {shape_text(student.shape[:-1], 'H')}: one "
             "row for each of student_hidden"
         )
-    inputs, head = prepare(
+    call = prepare(
         hidden, weight, _no_tokens(hidden), options, names=names, function="the teacher of linear_distillation_loss"
     )
-    head = with_tensors(head, *inputs.tensors[1:])
+    head = call.head.with_tensors(*call.tensors[1:])
     constants = [None if value is None else value.detach() for value in (hidden, *head[:4])]
     teacher = LinearTeacher(*constants, head.logit_scale, head.softcap, None, None)
-    sizes = _rows_of_ranks(inputs)
+    sizes = _rows_of_ranks(call)
     return teacher, sizes, row_bytes(max(sizes), hidden.shape[-1], head.logits_dtype)
 
 
-def _rows_of_ranks(inputs: Differentiable) -> tuple[int, ...]:
-    return (len(inputs.tensors[1]),) if inputs.shard is None else inputs.shard.layout.sizes
+def _rows_of_ranks(call: Call) -> tuple[int, ...]:
+    return (len(call.tensors[1]),) if call.shard is None else call.shard.layout.sizes
 
 
 def _no_tokens(hidden: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def linear_distillation_loss(
     check_floating("student_hidden", student_hidden)
     shape = student_hidden.shape[:-1]
     mask = as_mask(mask, student_hidden, shape)
-    normalizer = check_normalizer(normalizer, student_hidden)
+    normalizer = check_positive_normalizer(normalizer, student_hidden)
     if teacher_hidden is not None:
         split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
         teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)
@@ -224,11 +225,11 @@ def linear_distillation_loss(
     if options.get("process_group") is not None:  # otherwise, a compiled graph would keep beta as a constant
         of_teacher = "a whole teacher" if teacher else f"{_outcomes(teacher_token_ids) - 1} tokens of the teacher"
         function = f"linear_distillation_loss with {kind}, beta {beta} and {of_teacher}"
-    inputs, head = prepare(
+    call = prepare(
         student_hidden, student_weight, _no_tokens(student_hidden), dict(options), mask=mask, names=names,
         extra_row_bytes=extra, function=function,
     )
-    rows = _rows_of_ranks(inputs)
+    rows = _rows_of_ranks(call)
     if teacher is None:
         listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, sum(rows), mask)
         k = listed.token_ids.shape[-1]
@@ -243,9 +244,8 @@ def linear_distillation_loss(
             "same tokens in the same order"
         )
     loss, *metrics = _LinearDivergence.apply(
-        *inputs.tensors, inputs.into, inputs.shard, head, None if mask is None else mask.reshape(-1), teacher,
-        normalizer, KINDS.index(kind), beta, inputs.one_pass, inputs.wanted and not inputs.one_pass,
-        origin_of(*inputs.tensors),
+        *call.tensors, call.constants, None if mask is None else mask.reshape(-1), teacher, normalizer,
+        KINDS.index(kind), beta, call.one_pass, call.wanted and not call.one_pass, origin_of(*call.tensors),
     )
     named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")
     return DistillationLoss(loss, dict(zip(named, metrics, strict=True)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from r1kernels.ops import divergence, sharded_divergence, sharded_topk, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear.head import Chunk, Head, Needs
-from r1kernels.ops.linear.rows import select_rows
+from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.token_stats import no_autocast
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
@@ -43,7 +43,7 @@ class LinearTeacher(NamedTuple):
             weight=self.weight, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, logit_scale=self.logit_scale,
             softcap=self.softcap, logits_dtype=accumulator_dtype(self.hidden.dtype),
         )
-        return Walk(head, self.hidden, student.selection)
+        return Walk(head, student.rows.of(self.hidden))
 
 
 def measures(teacher: LinearTeacher) -> tuple[str, ...]:
@@ -130,10 +130,10 @@ def run_divergence(
     Returns:
         (M, N): the divergence and the `measures`; then the gradients.
     """
-    walk = Walk(head, hidden, select_rows(mask, head.token_ids.numel(), head.capacity), needs, shard=shard)
+    walk = Walk(head, active_rows(hidden, mask, head.capacity), needs, shard=shard)
     other = teacher.walk(walk)
     dtype = walk.accumulator if other is None else torch.promote_types(walk.accumulator, other.accumulator)
-    measured = torch.zeros(1 + len(measures(teacher)), walk.padded, dtype=dtype, device=walk.device)
+    measured = torch.zeros(1 + len(measures(teacher)), walk.rows.padded, dtype=dtype, device=walk.device)
     others = None if other is None else other.chunks()
     for chunk in walk.chunks():
         if others is None:
@@ -151,7 +151,7 @@ def run_divergence(
             grad = torch.where(chunk.valid, grad, 0)
         grad_logits = part.gradient_into(walk.sums.memory(chunk.logits, len(grad)), grad)
         walk.sums.add(chunk, grad_logits, None, None)
-    return measured[:, : walk.count].contiguous(), *walk.gradients()
+    return measured[:, : walk.rows.total].contiguous(), *walk.gradients()
 
 
 @torch.library.impl("r1kernels::linear_divergence", "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,20 +105,14 @@ class _Receiver(torch.autograd.Function):
         return whole.to(ctx.wanted), None, None, None, None, None
 
 
-class Tensors(NamedTuple):
-    """The tensors of a head as the functions go on with them: DTensors of the head are `Placed`."""
-
-    hidden: Tensor
-    weight: Any
-    options: dict[str, Any]
-
-
-def local_tensors(hidden: Any, weight: Any, options: Any, names: Names = Names()) -> Tensors:  # noqa: B008 - frozen
-    """The arguments of a linear function. If none of them is a DTensor, they are unchanged."""
+def local_tensors(
+    hidden: Any, weight: Any, options: Any, names: Names = Names()  # noqa: B008 - frozen
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """The arguments of a linear function, with `Placed` for DTensors of the head. Others are unchanged."""
     lora, bias = options.get("lora"), options.get("bias")
     pair = tuple(lora) if isinstance(lora, (tuple, list)) and len(lora) == 2 else ()
     if not any(is_dtensor(value) for value in (hidden, weight, bias, *pair)):
-        return Tensors(hidden, weight, options)
+        return hidden, weight, options
     group = checked_group("process_group", options.get("process_group"))
     same_tokens: set[tuple] = set()
     if is_dtensor(hidden):
@@ -136,7 +130,7 @@ def local_tensors(hidden: Any, weight: Any, options: Any, names: Names = Names()
     opened = any(isinstance(value, Placed) for value in (weight, head["bias"], *(head["lora"] if pair else ())))
     if opened and options.get("grad_accumulation_into") is not None:
         raise ValueError("grad_accumulation_into is given with a head of DTensors, expected None")
-    return Tensors(hidden, weight, {**options, **{name: value for name, value in head.items() if name in options}})
+    return hidden, weight, {**options, **{name: value for name, value in head.items() if name in options}}
 
 
 def probes(weight: Any, options: dict[str, Any]) -> tuple[dict[str, Placed], Any, dict[str, Any]]:

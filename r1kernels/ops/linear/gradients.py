@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,38 +14,45 @@ from r1kernels.ops._checks import values_are_free
 from r1kernels.ops.linear.head import Needs
 from r1kernels.ops.token_stats import row_blocks
 
-Shape = tuple[torch.Size, torch.dtype]
+
+class Targets(NamedTuple):
+    """Where the gradients of (hidden, weight, bias, lora_a, lora_b) go.
+
+    Attributes:
+        needs: which of them are wanted. shapes: (shape, dtype) of each.
+        into: the tensor that the weight's gradient is added to instead.
+    """
+
+    needs: Needs
+    shapes: tuple[tuple[torch.Size, torch.dtype] | None, ...]
+    into: Tensor | None
+
+    @staticmethod
+    def of(needs: Sequence[bool], tensors: tuple[Tensor | None, ...], into: Tensor | None) -> Targets:
+        """From `needs_input_grad` of a function whose first arguments are these five tensors."""
+        shapes = tuple(None if value is None else (value.shape, _gradient_dtype(value)) for value in tensors)
+        return Targets(Needs(*needs[:5]), shapes, into)
+
+    def finished(self, grads: Sequence[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+        """grads * factor in the wanted dtype and shape. Without a factor, this backward has computed `grads`."""
+        results: list[Tensor | None] = []
+        for name, grad, needed, wanted in zip(Needs._fields, grads, self.needs, self.shapes, strict=True):
+            if not needed:
+                results.append(None)
+            elif name == "weight" and self.into is not None:
+                _write(grad, factor, self.into, True)
+                results.append(None)
+            else:
+                shape, dtype = wanted
+                results.append(_scaled(grad, factor, dtype).reshape(shape))
+        return results
 
 
-def gradient_shapes(inputs: tuple[Tensor | None, ...]) -> tuple[Shape | None, ...]:
-    """(shape, dtype) of the gradient of each input. A parameter may ask for a wider dtype than its own
-    (`Tensor.grad_dtype`, torch 2.10)."""
-
-    def dtype(value: Tensor) -> torch.dtype:
-        if torch.compiler.is_compiling() or not value.is_leaf:
-            return value.dtype
-        return getattr(value, "grad_dtype", None) or value.dtype
-
-    return tuple(None if value is None else (value.shape, dtype(value)) for value in inputs)
-
-
-def finished_gradients(
-    grads: tuple[Tensor, ...], factor: Tensor | None, needs: Needs, shapes: tuple[Shape | None, ...],
-    into: Tensor | None,
-) -> list[Tensor | None]:
-    """The gradients of (hidden, weight, bias, lora_a, lora_b): grads * factor in the wanted dtype and shape. If `into`
-    is given, the weight's gradient is added to it instead. Without a factor, this backward has computed `grads`."""
-    results: list[Tensor | None] = []
-    for name, grad, needed, wanted in zip(Needs._fields, grads, needs, shapes, strict=True):
-        if not needed:
-            results.append(None)
-        elif name == "weight" and into is not None:
-            _write(grad, factor, into, True)
-            results.append(None)
-        else:
-            shape, dtype = wanted
-            results.append(_scaled(grad, factor, dtype).reshape(shape))
-    return results
+def _gradient_dtype(value: Tensor) -> torch.dtype:
+    """A parameter may ask for a wider dtype than its own (`Tensor.grad_dtype`, torch 2.10)."""
+    if torch.compiler.is_compiling() or not value.is_leaf:
+        return value.dtype
+    return getattr(value, "grad_dtype", None) or value.dtype
 
 
 def _known(factor: Tensor | None) -> float | None:

@@ -21,11 +21,11 @@ from typing_extensions import Unpack
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops._checks import accumulator_dtype, check_floating, check_tensor
+from r1kernels.ops._checks import accumulator_dtype, check_floating, check_positive, check_tensor
 from r1kernels.ops.linear.dtensor import local_tensors
-from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
-from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_one_pass
 from r1kernels.ops.linear.token_stats import linear_token_stats, no_autocast
 from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
@@ -39,9 +39,8 @@ from r1kernels.ops.policy_loss import (
     named_metrics,
     over_ranks,
 )
-from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, check_normalizer, reduction_weights
+from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences, reduction_weights
 from r1kernels.ops.sequence_group import checked_sequence_group
-from r1kernels.ops.shards import Shard
 
 # ---- the one-pass operator --------------------------------------------------------------------------------
 
@@ -110,12 +109,13 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, wanted: Tensor | None,
-        tokens: TokenObjective, whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
+        lora_b: Tensor | None, constants: Constants, wanted: Tensor | None, tokens: TokenObjective,
+        whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (hidden, weight, bias, lora_a, lora_b)
-        needs = Needs(*ctx.needs_input_grad[:5])
-        full = with_tensors(head, *inputs[1:])
+        head, into, shard = constants
+        tensors = (hidden, weight, bias, lora_a, lora_b)
+        ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
+        full, needs = head.with_tensors(*tensors[1:]), ctx.targets.needs
         if shard is None:
             operator = torch.ops.r1kernels.linear_policy_gradient.default
             results = _library.call(operator, hidden, *full, wanted, *tokens.arguments(), list(needs))
@@ -127,9 +127,6 @@ class _OnePass(torch.autograd.Function):
         logprobs, entropy, *grads = results
         loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads, origin)
-        ctx.needs = needs
-        ctx.wanted = gradient_shapes(inputs)
-        ctx.into = into
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
@@ -137,19 +134,18 @@ class _OnePass(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *grads, _ = ctx.saved_tensors
-        return *finished_gradients(grads, grad_loss, ctx.needs, ctx.wanted, ctx.into), *[None] * 8
+        return *ctx.targets.finished(grads, grad_loss), *[None] * 6
 
 
 def one_pass_sum(
-    inputs: Differentiable, head: Head, wanted: Tensor, weights: Tensor, advantages: Tensor, objective: Objective
+    call: Call, wanted: Tensor, weights: Tensor, advantages: Tensor, objective: Objective
 ) -> Tensor:
     """sum_t weights_t loss_t over the tokens where `wanted` (N,) is True, differentiable; without KL or entropy."""
     tokens = TokenObjective(weights, advantages, None, None, None, objective)
     batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
     whole = LossInputs(batch, weights.new_ones(()), objective)
     return _OnePass.apply(
-        *inputs.tensors, inputs.into, inputs.shard, head, wanted, tokens, whole, tuple(wanted.shape),
-        origin_of(*inputs.tensors),
+        *call.tensors, call.constants, wanted, tokens, whole, tuple(wanted.shape), origin_of(*call.tensors)
     )[0]
 
 
@@ -171,7 +167,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     batch, normalizer, objective, group = inputs
     if callable(objective.surrogate):
         return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
-    check_normalizer(normalizer)
+    check_positive("normalizer", normalizer)
     dtype = batch.advantages.dtype
     probe = like.new_empty((), dtype=dtype).expand(shape)  # no memory: the shape for `Sequences`
     sequences = Sequences(probe, batch.cu_seqlens, group)
@@ -303,18 +299,17 @@ def linear_grpo_loss(
         raise TypeError(f"measure_all is {measure_all!r}, expected True or False")
     plan = _plan(given, hidden, shape, measure_all)
     in_one_pass = plan.tokens is not None and given.objective.ratio == "token"
-    inputs, head = prepare(
+    call = prepare(
         hidden, weight, token_ids, dict(options), mask=given.batch.mask, wanted=plan.wanted,
         function=f"linear_grpo_loss in {'one pass' if in_one_pass else 'two phases'}",
     )
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
-    if in_one_pass and inputs.one_pass:
+    if in_one_pass and call.one_pass:
         loss, metrics = _OnePass.apply(
-            *inputs.tensors, inputs.into, inputs.shard, head, plan.wanted, plan.tokens, plan.inputs, shape,
-            origin_of(*inputs.tensors),
+            *call.tensors, call.constants, plan.wanted, plan.tokens, plan.inputs, shape, origin_of(*call.tensors)
         )
         metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)
     else:
-        logprobs, entropy = linear_token_stats(inputs, head, plan.wanted)
+        logprobs, entropy = linear_token_stats(call, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
     return over_ranks(PolicyLoss(loss, _metrics(metrics, plan, sequences)), given.group)

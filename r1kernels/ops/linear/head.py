@@ -35,6 +35,15 @@ class Head(NamedTuple):
     capacity: int
     batch_invariant: bool
 
+    def with_tensors(
+        self, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
+    ) -> Head:
+        """The head with its tensors. autograd passes them separately; the rest of a head is constant. If one is a
+        DTensor, the head has its values already, and autograd passes what receives the gradient."""
+        given = (weight, bias, lora_a, lora_b)
+        own = (other if value is None else value for value, other in zip(self[:4], given, strict=True))
+        return Head(*own, *self[4:])
+
     @property
     def kernel_temperature(self) -> float:
         """Without a soft cap, z = x / (T / scale): the scale costs no pass over the logits."""

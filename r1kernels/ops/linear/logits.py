@@ -11,7 +11,7 @@ from torch import Tensor
 from r1kernels.ops._checks import accumulator_dtype, check_floating
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gemm import matmul
-from r1kernels.ops.linear.options import prepare, with_tensors
+from r1kernels.ops.linear.options import prepare
 from r1kernels.ops.linear.token_stats import no_autocast
 
 
@@ -42,8 +42,8 @@ def linear_logits(
     hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    inputs, head = prepare(hidden, weight, ids, options)
-    head = with_tensors(head, *inputs.tensors[1:])
+    call = prepare(hidden, weight, ids, options)
+    head = call.head.with_tensors(*call.tensors[1:])
     weight, bias = head.weight, head.bias
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     weight = weight if 1 in weight.stride() else weight.contiguous()  # products need adjacent rows or columns

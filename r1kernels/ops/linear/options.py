@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,10 +10,12 @@ from torch import Tensor
 from r1kernels import _dispatch
 from r1kernels.ops._checks import (
     accumulator_dtype,
+    check_dtype,
     check_floating,
     check_ids_in_range,
     check_number,
     check_shape,
+    check_temperature,
     ids_int64,
 )
 from r1kernels.ops.linear.budget import buffer_rows, gathers, row_bytes
@@ -93,32 +95,42 @@ class LinearOptions(TypedDict, total=False):
     vocab_size: int | None
 
 
-class Differentiable:
-    """The tensors of a head that may receive gradients, the tensor that the weight's gradient is added to, and the
-    shard, if the vocabulary has several."""
+Constants = tuple[Head, Tensor | None, Shard | None]
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        into: Tensor | None,
-    ) -> None:
-        self.tensors = (hidden, weight, bias, lora_a, lora_b)
-        self.into = into
-        self.shard: Shard | None = None
 
-    def open(self, placed: dict[str, Placed]) -> dict[str, Tensor]:
-        """Gathers DTensors of the head, and returns what kernels read. autograd sees what receives their gradients."""
+class Call(NamedTuple):
+    """The checked arguments of a call.
+
+    Attributes:
+        tensors: hidden, weight, bias, lora_a and lora_b. autograd sees them, because they may receive gradients.
+        head: without these tensors (see `Head.with_tensors`).
+        into: the tensor that the weight's gradient is added to.
+        shard: this rank's part of a sharded vocabulary.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    head: Head
+    into: Tensor | None
+    shard: Shard | None = None
+
+    @property
+    def constants(self) -> Constants:
+        """What an autograd function gets beside the tensors."""
+        return self[1:]
+
+    def opened(self, placed: dict[str, Placed]) -> Call:
+        """Gathers DTensors of the head. The head has what kernels read, autograd sees what receives their gradients."""
         hidden, *others = self.tensors
-        names, values = Needs._fields[1:], {}
-        for place, name in enumerate(names):
+        values: dict[str, Tensor] = {}
+        for place, name in enumerate(Needs._fields[1:]):
             if name in placed:
                 values[name], others[place] = placed[name].open(accumulator_dtype(hidden.dtype))
-        self.tensors = (hidden, *others)
-        return values
+        return self._replace(tensors=(hidden, *others), head=self.head._replace(**values))
 
-    def keep_rows(self, count: int, head: Head) -> Head:
-        """Leaves out the rows of the weight that are padding. Their gradient is 0."""
+    def without_padding(self, count: int) -> Call:
+        """Leaves out the rows of the weight from `count` on. Their gradient is 0."""
         if count == len(self.tensors[1]):
-            return head
+            return self
 
         def kept(weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple:
             return (
@@ -127,9 +139,10 @@ class Differentiable:
             )
 
         hidden, *others = self.tensors
-        self.tensors = (hidden, *kept(*others))
-        self.into = None if self.into is None else self.into[:count]
-        return head._replace(**dict(zip(Needs._fields[1:], kept(*head[:4]), strict=True)))
+        head = Head(*kept(*self.head[:4]), *self.head[4:])
+        return self._replace(
+            tensors=(hidden, *kept(*others)), head=head, into=None if self.into is None else self.into[:count]
+        )
 
     @property
     def wanted(self) -> bool:
@@ -146,15 +159,12 @@ def prepare(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
     mask: Tensor | None = None, names: Names = Names(), extra_row_bytes: int = 0,  # noqa: B008 - frozen
     wanted: Tensor | None = None, function: str = "",
-) -> tuple[Differentiable, Head]:
+) -> Call:
     """Checks the arguments of a linear function.
 
     Args:
         wanted: (N,), the tokens that are computed, if they are not all that the mask counts.
         function: its name, which must be the same on all ranks of a process group.
-
-    Returns:
-        The tensors that autograd sees, and the `Head` without them (see `with_tensors`).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
@@ -165,23 +175,25 @@ def prepare(
     group, vocab_size = Split(options.get("process_group"), options.get("vocab_size")).checked()
     placed, weight, options = probes(weight, options)
     with refusals(group, hidden):
-        inputs, head = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
+        call = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
     vocab, width = weight.shape
     largest, layout = vocab, None
     if group is not None:
-        facts = _facts(inputs, head, options, mask if wanted is None else wanted, function)
+        facts = _facts(call, options, mask if wanted is None else wanted, function)
         layout = agreed_layout(group, vocab, facts, hidden.device)
     elif vocab_size is not None:
         layout = layout_of((vocab,), vocab_size)
     if layout is not None:
         vocab, largest = layout.vocab, max(layout.sizes)
-    check_ids_in_range(tokens, head.token_ids, vocab, None if mask is None else mask.reshape(-1))
-    head = head._replace(**inputs.open(placed))
+    check_ids_in_range(tokens, call.head.token_ids, vocab, None if mask is None else mask.reshape(-1))
+    if placed:
+        call = call.opened(placed)
     if layout is not None:
-        head = inputs.keep_rows(layout.size, head)
+        call = call.without_padding(layout.size)
+    head, shard = call.head, None
     if group is not None:
-        inputs.shard = Shard(layout, head.token_ids, mask)
-        head = head._replace(token_ids=inputs.shard.ids)
+        shard = Shard(layout, head.token_ids, mask)
+        head = head._replace(token_ids=shard.ids)
     full = accumulator_dtype(hidden.dtype)
     buffers = buffer_rows(
         options.get("chunk_bytes"),
@@ -190,13 +202,13 @@ def prepare(
         row_bytes(largest, width, hidden.dtype if weight.dtype == hidden.dtype else full),
         gathers(hidden.device.type, hidden.dtype),
     )
-    return inputs, head._replace(rows=buffers.logits, gradient_rows=buffers.gradient)
+    return call._replace(head=head._replace(rows=buffers.logits, gradient_rows=buffers.gradient), shard=shard)
 
 
 def _checked(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], tokens: str, mask: Tensor | None, names: Names,
     sharded: bool,
-) -> tuple[Differentiable, Head]:
+) -> Call:
     """The result of `prepare` as far as this rank alone knows it: without ranges of ids and sizes of buffers."""
     check_floating(names.hidden, hidden)
     check_floating(names.weight, weight, hidden)
@@ -210,22 +222,16 @@ def _checked(
     vocab = len(weight)
     if vocab == 0 and not sharded:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
-    if weight.dtype not in (allowed := WEIGHT_DTYPES[hidden.dtype]):
-        raise TypeError(
-            f"{names.weight} has dtype {weight.dtype}, expected {' or '.join(str(dtype) for dtype in allowed)} with "
-            f"{names.hidden} of {hidden.dtype}: convert one of them"
-        )
+    check_dtype(names.weight, weight, dict.fromkeys(WEIGHT_DTYPES[hidden.dtype], ""),
+                f" with {names.hidden} of {hidden.dtype}: convert one of them")
     ids = ids_int64(tokens, token_ids, hidden)
     check_shape(tokens, ids, hidden.shape[:-1], f"hidden (..., H) score {tokens} (...)")
     bias = options.get("bias")
     if bias is not None:
         check_floating(f"{names.options}bias", bias, hidden)
         check_shape(f"{names.options}bias", bias, (vocab,), f"one entry for each row of {names.weight}")
-        if bias.dtype not in (hidden.dtype, weight.dtype):
-            raise TypeError(
-                f"{names.options}bias has dtype {bias.dtype}, expected {hidden.dtype} like {names.hidden}"
-                + ("" if weight.dtype == hidden.dtype else f" or {weight.dtype} like {names.weight}")
-            )
+        other = {} if weight.dtype == hidden.dtype else {weight.dtype: f" like {names.weight}"}
+        check_dtype(f"{names.options}bias", bias, {hidden.dtype: f" like {names.hidden}", **other})
     lora_a, lora_b = lora_matrices(options.get("lora"), hidden, weight, names)
     temperature, temperatures = token_temperature(options.get("temperature", 1.0), ids, mask)
     softcap = options.get("softcap")
@@ -236,11 +242,7 @@ def _checked(
     if invariant and logits_dtype != accumulator_dtype(hidden.dtype):
         raise ValueError(f"logits_dtype is {logits_dtype} with batch_invariant, expected float32 logits")
     scale = check_number(f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True)
-    if not 1e-30 < temperature / scale < 1e30:
-        raise ValueError(
-            f"temperature / {names.options}logit_scale is {temperature / scale:g}, expected a number from 1e-30 to "
-            "1e30 (logits are fp32)"
-        )
+    check_temperature(temperature / scale, f"temperature / {names.options}logit_scale")
     head = Head(
         weight=None,
         bias=None,
@@ -258,16 +260,14 @@ def _checked(
         batch_invariant=invariant,
     )
     into = accumulation_target(options.get("grad_accumulation_into"), weight)
-    return Differentiable(hidden, weight, bias, lora_a, lora_b, into), head
+    return Call((hidden, weight, bias, lora_a, lora_b), head, into)
 
 
-def _facts(
-    inputs: Differentiable, head: Head, options: dict[str, Any], counted: Tensor | None, function: str
-) -> Facts:
+def _facts(call: Call, options: dict[str, Any], counted: Tensor | None, function: str) -> Facts:
     """What the ranks of a process group must agree on."""
-    hidden, weight, bias, lora_a, _ = inputs.tensors
+    (hidden, weight, bias, lora_a, _), head = call.tensors, call.head
     count = head.token_ids.numel() if counted is None else counted.sum()
-    gradients = (inputs.one_pass, *(t is not None and t.requires_grad for t in (hidden, lora_a)))
+    gradients = (call.one_pass, *(t is not None and t.requires_grad for t in (hidden, lora_a)))
     return Facts(
         function, head.token_ids.numel(), count, checksum(head.token_ids, counted), weight.shape[1],
         options.get("vocab_size") or -1,
@@ -275,15 +275,3 @@ def _facts(
         (head.logit_scale, head.softcap, head.logits_dtype, head.capacity, head.batch_invariant,
          head.temperatures is None, bias is None, lora_a is None, options.get("chunk_bytes")),
     )
-
-
-def with_tensors(
-    head: Head, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
-) -> Head:
-    """The head with its tensors. autograd passes them separately; the rest of a head is constant. If one is a DTensor,
-    the head has its values already, and autograd passes what receives the gradient."""
-    given = (weight, bias, lora_a, lora_b)
-    return head._replace(**{
-        name: other if value is None else value
-        for name, value, other in zip(Head._fields, head[:4], given, strict=False)
-    })

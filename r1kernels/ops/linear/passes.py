@@ -11,7 +11,7 @@ from torch import Tensor
 from r1kernels import _dispatch, _library
 from r1kernels.ops.linear.gradients import rounded
 from r1kernels.ops.linear.head import Chunk, Head, Needs
-from r1kernels.ops.linear.rows import select_rows
+from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 
@@ -20,7 +20,7 @@ def run_statistics(
     head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), shard=shard)
+    walk = Walk(head, active_rows(hidden, wanted, head.capacity), shard=shard)
     results = (
         walk.per_token(walk.accumulator if shard is None else torch.float64), walk.per_token(torch.float64),
         walk.per_token(torch.float64),
@@ -57,7 +57,7 @@ def run_backward(
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, hidden, select_rows(active, len(g), head.capacity), needs, weight_dtype, shard)
+    walk = Walk(head, active_rows(hidden, active, head.capacity), needs, weight_dtype, shard)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)
@@ -82,7 +82,7 @@ def run_one_pass(
     Returns:
         (log-prob, entropy), each (N,) and 0 where `wanted` is False, and the gradients.
     """
-    walk = Walk(head, hidden, select_rows(wanted, head.token_ids.numel(), head.capacity), needs, shard=shard)
+    walk = Walk(head, active_rows(hidden, wanted, head.capacity), needs, shard=shard)
     logprobs, entropies = walk.per_token(walk.accumulator), walk.per_token(walk.accumulator)
     for chunk in walk.chunks():
         logprob, lse, entropy = walk.statistics(chunk)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,35 +9,70 @@ from r1kernels import _dispatch
 from r1kernels.ops._checks import values_are_free
 
 
-class Selection(NamedTuple):
-    """The active rows. `index` (R,) is ascending, or None for all N. With a capacity, `valid` (R,) says which entries
-    of index are rows; the other entries are N."""
+class Rows:
+    """The active rows of hidden states (..., H), by their flat number. If no view can flatten the tensor, they are
+    copied chunk by chunk.
 
-    index: Tensor | None
-    valid: Tensor | None
+    Attributes:
+        index: (R,), ascending, or None for all N. valid: with a capacity, (R,), which entries of index are rows; the
+            other entries are N.
+        total: N. count: R, or N. padded: rows of the results: padding writes to one extra row, which is cut off at the
+            end.
+    """
+
+    def __init__(self, hidden: Tensor, index: Tensor | None = None, valid: Tensor | None = None) -> None:
+        self.hidden, self.index, self.valid = hidden, index, valid
+        self.total = hidden.shape[:-1].numel()
+        self.count = self.total if index is None else len(index)
+        self.padded = self.total + (valid is not None)
+        try:
+            self._flat = hidden.view(-1, hidden.shape[-1])
+        except RuntimeError:
+            self._flat = None
+
+    def of(self, hidden: Tensor) -> Rows:
+        """The same rows of other hidden states."""
+        return Rows(hidden, self.index, self.valid)
+
+    @property
+    def are_a_view(self) -> bool:
+        """Whether all rows are active, and can be read without a copy, each with contiguous entries."""
+        return self.index is None and self._flat is not None and self._flat.stride(-1) == 1
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        if self._flat is not None:
+            taken = self._flat[rows]
+            return taken if taken.stride(-1) == 1 else taken.contiguous()
+        if isinstance(rows, slice):
+            if rows.stop - rows.start == self.total:
+                return self.hidden.reshape(self.total, -1)
+            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        index = []
+        for size in reversed(self.hidden.shape[1:-1]):  # torch.unravel_index copies the sizes from the host
+            index.insert(0, rows % size)
+            rows = rows // size
+        return self.hidden[(rows, *index)]
 
 
-ALL_ROWS = Selection(None, None)
-
-
-def select_rows(wanted: Tensor | None, count: int, capacity: int) -> Selection:
-    """The rows of `count` where `wanted` (N,) is True. This costs one synchronisation, or none with a capacity.
+def active_rows(hidden: Tensor, wanted: Tensor | None, capacity: int) -> Rows:
+    """The rows of hidden states where `wanted` (N,) is True. This costs one synchronisation, or none with a capacity.
 
     More rows than the capacity raise an error: immediately on a CPU, on a device at its next synchronisation.
     """
+    count = hidden.shape[:-1].numel()
     if wanted is None:
         _check_capacity(count, capacity)
     if wanted is None or count == 0:
-        return ALL_ROWS
+        return Rows(hidden)
     if capacity < 0:
         index = wanted.nonzero().squeeze(-1)
-        return ALL_ROWS if len(index) == count else Selection(index, None)
+        return Rows(hidden, None if len(index) == count else index)
     if values_are_free(wanted):
         _check_capacity(int(wanted.sum()), capacity)
     else:
         torch._assert_async(wanted.sum() <= capacity, "r1kernels: there are more active tokens than capacity allows")
     index = torch.nonzero_static(wanted, size=min(capacity, count), fill_value=count).squeeze(-1)
-    return Selection(index, index < count)
+    return Rows(hidden, index, index < count)
 
 
 def _check_capacity(count: int, capacity: int) -> None:
@@ -61,33 +94,3 @@ def _convert(value: Tensor, out: Tensor) -> None:
         torch.ops.r1kernels.scaled.default(value, torch.ones((), dtype=torch.float32), out, False)
     else:
         out.copy_(value)
-
-
-class Rows:
-    """Rows of (..., H) by their flat number. If no view can flatten the tensor, they are copied chunk by chunk."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden, self.count = hidden, hidden.shape[:-1].numel()
-        try:
-            self.flat = hidden.view(-1, hidden.shape[-1])
-        except RuntimeError:
-            self.flat = None
-
-    @property
-    def is_view(self) -> bool:
-        """Whether all rows can be read without a copy, each with contiguous entries."""
-        return self.flat is not None and self.flat.stride(-1) == 1
-
-    def take(self, rows: Tensor | slice) -> Tensor:
-        if self.flat is not None:
-            taken = self.flat[rows]
-            return taken if taken.stride(-1) == 1 else taken.contiguous()
-        if isinstance(rows, slice):
-            if rows.stop - rows.start == self.count:
-                return self.hidden.reshape(self.count, -1)
-            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        index = []
-        for size in reversed(self.hidden.shape[1:-1]):  # torch.unravel_index copies the sizes from the host
-            index.insert(0, rows % size)
-            rows = rows // size
-        return self.hidden[(rows, *index)]

@@ -18,7 +18,7 @@ from r1kernels import _library
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear.gemm import add_rounded, add_rows, has_rounded_sums, matmul, place_rows
 from r1kernels.ops.linear.head import Chunk, Head, Needs
-from r1kernels.ops.linear.rows import write_rows
+from r1kernels.ops.linear.rows import Rows, write_rows
 
 
 class _Part(NamedTuple):
@@ -35,37 +35,35 @@ class GradientSums:
     """The gradients of a walk.
 
     Args:
-        dtype: of hidden.
-        total: the largest number of rows with a gradient.
-        padded: rows of the gradient of hidden.
-        gaps: whether some of them belong to no chunk.
+        rows: those that may have a gradient.
         weight_dtype: the wanted dtype of the weight's gradient. A single product may write it, rounded once. If there
             are several, their sum is float32.
-        hidden_dtype: of the gradient of hidden, default `dtype`.
+        hidden_dtype: of the gradient of hidden, default that of hidden.
     """
 
     def __init__(
-        self, head: Head, needs: Needs, dtype: torch.dtype, total: int, padded: int, gaps: bool,
-        weight_dtype: torch.dtype | None = None, hidden_dtype: torch.dtype | None = None,
+        self, head: Head, needs: Needs, rows: Rows, weight_dtype: torch.dtype | None = None,
+        hidden_dtype: torch.dtype | None = None,
     ) -> None:
+        dtype = rows.hidden.dtype
         self.head, self.needs, self.dtype = head, needs, dtype
         self.device = head.token_ids.device
         self.accumulator = accumulator_dtype(dtype)
         # Of d logits. If hidden or weight is float32, d logits stay float32, too.
         self.grad_dtype = dtype if head.weight.dtype == dtype else self.accumulator
         self.weight_dtype = weight_dtype or self.accumulator
-        # Of d (h A). Parts of a sum over ranks are not rounded.
+        # Of d h and d (h A). Parts of a sum over ranks are not rounded.
         self.inner_dtype = hidden_dtype or dtype
         vocab, width = head.weight.shape
-        self._rows = min(total, max(head.gradient_rows, head.rows))  # of the buffer, in which every chunk fits
+        self._rows = min(rows.count, max(head.gradient_rows, head.rows))  # of the buffer, in which every chunk fits
         self._buffer: Tensor | None = None
         self._parts: list[_Part] = []
         self._grad_logits: Tensor | None = None  # of the parts
-        self._hidden = (
-            _library.empty(padded, width, dtype=hidden_dtype or dtype, device=self.device) if needs.hidden else None
-        )
-        if self._hidden is not None and gaps:
-            self._hidden.zero_()
+        self._hidden: Tensor | None = None
+        if needs.hidden:
+            self._hidden = _library.empty(rows.padded, width, dtype=self.inner_dtype, device=self.device)
+            if rows.index is not None:  # some rows are in no chunk
+                self._hidden.zero_()
         self._weight: Tensor | None = None
         self._lora_a: Tensor | None = None
         self._lora_b: Tensor | None = None

@@ -17,11 +17,10 @@ from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_tensor
 from r1kernels.ops.linear.dtensor import local_tensors
-from r1kernels.ops.linear.gradients import finished_gradients, gradient_shapes
+from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
-from r1kernels.ops.linear.options import Differentiable, LinearOptions, prepare, with_tensors
+from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_backward, run_statistics
-from r1kernels.ops.shards import Shard
 
 
 def no_autocast(hidden: Tensor) -> Any:
@@ -47,9 +46,11 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, into: Tensor | None, shard: Shard | None, head: Head, mask: Tensor | None,
+        lora_b: Tensor | None, constants: Constants, mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        full = with_tensors(head, weight, bias, lora_a, lora_b)
+        head, into, shard = constants
+        tensors = (hidden, weight, bias, lora_a, lora_b)
+        full = head.with_tensors(*tensors[1:])
         if shard is None:
             logprobs, lse, entropy = _library.call(
                 torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
@@ -57,12 +58,9 @@ class _LinearTokenStats(torch.autograd.Function):
         else:
             with no_autocast(hidden):
                 logprobs, lse, entropy = run_statistics(full, hidden, mask, shard)
-        ctx.save_for_backward(
-            hidden, weight, bias, lora_a, lora_b, head.token_ids, head.temperatures, lse, entropy
-        )
-        ctx.head = head._replace(token_ids=None, temperatures=None)
-        ctx.wanted = gradient_shapes((hidden, weight, bias, lora_a, lora_b))
-        ctx.into, ctx.shard = into, shard
+        ctx.save_for_backward(*tensors, head.token_ids, head.temperatures, lse, entropy)
+        ctx.head, ctx.shard = head._replace(token_ids=None, temperatures=None), shard
+        ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
         ctx.set_materialize_grads(False)
         return logprobs, entropy.to(logprobs.dtype)
 
@@ -70,13 +68,13 @@ class _LinearTokenStats(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 7
         *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
         hidden, *others = tensors
-        head = with_tensors(ctx.head._replace(token_ids=token_ids, temperatures=temperatures), *others)
-        needs = Needs(*ctx.needs_input_grad[:5])
+        head = ctx.head._replace(token_ids=token_ids, temperatures=temperatures).with_tensors(*others)
+        targets = ctx.targets._replace(needs=Needs(*ctx.needs_input_grad[:5]))  # of this backward
         # What is added to other memory is not rounded before.
-        weight_dtype = ctx.wanted[1][1] if ctx.into is None else accumulator_dtype(hidden.dtype)
+        weight_dtype = targets.shapes[1][1] if targets.into is None else accumulator_dtype(hidden.dtype)
         given = (
             lse,
             entropy,
@@ -86,19 +84,19 @@ class _LinearTokenStats(torch.autograd.Function):
         )
         if ctx.shard is None:
             operator = torch.ops.r1kernels.linear_token_stats_backward.default
-            grads = _library.run(operator, hidden, *head, *given, list(needs))
+            grads = _library.run(operator, hidden, *head, *given, list(targets.needs))
         else:
             with no_autocast(hidden):
-                grads = run_backward(head, hidden, *given, needs, ctx.shard)
-        return *finished_gradients(grads, None, needs, ctx.wanted, ctx.into), *[None] * 4
+                grads = run_backward(head, hidden, *given, targets.needs, ctx.shard)
+        return *targets.finished(grads, None), None, None
 
 
-def linear_token_stats(inputs: Differentiable, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy), each (N,), 0 where `mask` (N,) is False; from checked arguments, differentiable.
+def linear_token_stats(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(log-prob, entropy), each (N,), 0 where `mask` (N,) is False; differentiable.
 
     Callers send gradient 0 to masked tokens.
     """
-    return _LinearTokenStats.apply(*inputs.tensors, inputs.into, inputs.shard, head, mask)
+    return _LinearTokenStats.apply(*call.tensors, call.constants, mask)
 
 
 def _public(
@@ -107,8 +105,8 @@ def _public(
     hidden, weight, options = local_tensors(hidden, weight, options)
     check_tensor("token_ids", token_ids)
     mask = as_mask(mask, token_ids, tuple(token_ids.shape))
-    inputs, head = prepare(hidden, weight, token_ids, dict(options), mask=mask, function="linear_token_logprobs")
-    results = linear_token_stats(inputs, head, None if mask is None else mask.reshape(-1))
+    call = prepare(hidden, weight, token_ids, dict(options), mask=mask, function="linear_token_logprobs")
+    results = linear_token_stats(call, None if mask is None else mask.reshape(-1))
     if mask is not None:  # stops the gradient of masked tokens
         results = tuple(torch.where(mask.reshape(-1), value, 0) for value in results)
     logprobs, entropy = (value.reshape(token_ids.shape) for value in results)

@@ -22,7 +22,7 @@ from r1kernels.ops.linear.budget import runs_on_gpu
 from r1kernels.ops.linear.gemm import matmul
 from r1kernels.ops.linear.gradients import rounded
 from r1kernels.ops.linear.head import Chunk, Head, Needs
-from r1kernels.ops.linear.rows import Rows, Selection
+from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.shards import Shard, correct_substitutes
 
@@ -31,38 +31,29 @@ BLOCK_BYTES = 64 << 20
 
 
 class Walk:
-    """One walk over the chunks of a selection, collecting gradients.
+    """One walk over the chunks of some rows, collecting gradients.
 
     Args:
-        hidden: (..., H), any strides.
         needs: gradients to collect; None for statistics only.
         weight_dtype: see `GradientSums`.
         shard: the weight has only this rank's rows of a vocabulary, and the head has the ids of the shard.
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, selection: Selection, needs: Needs | None = None,
-        weight_dtype: torch.dtype | None = None, shard: Shard | None = None,
+        self, head: Head, rows: Rows, needs: Needs | None = None, weight_dtype: torch.dtype | None = None,
+        shard: Shard | None = None,
     ) -> None:
         head = head._replace(
             weight=_adjacent(head.weight), lora_a=_adjacent(head.lora_a), lora_b=_adjacent(head.lora_b)
         )
-        self.head, self.selection, self.shard = head, selection, shard
+        self.head, self.rows, self.shard = head, rows, shard
         self.needs = needs or Needs(False, False, False, False, False)
-        self.count = head.token_ids.numel()
-        self.source = Rows(hidden)
-        self.total = self.count if selection.index is None else len(selection.index)
-        self.device = hidden.device
-        self.accumulator = accumulator_dtype(hidden.dtype)
-        self.dtype = hidden.dtype
-        # Rows of padding write to one extra row, which is cut off at the end.
-        self.padded = self.count + (selection.valid is not None)
-        self.sums = GradientSums(
-            head, self.needs, self.dtype, self.total, self.padded, selection.index is not None, weight_dtype,
-            None if shard is None else self.accumulator,  # it is rounded after the sum over ranks
-        )
+        self.device, self.dtype = rows.hidden.device, rows.hidden.dtype
+        self.accumulator = accumulator_dtype(self.dtype)
+        # With a shard, the gradient of hidden is rounded after the sum over ranks.
+        self.sums = GradientSums(head, self.needs, rows, weight_dtype, None if shard is None else self.accumulator)
         self._buffer: Tensor | None = None
-        self.on_gpu = runs_on_gpu(hidden.device.type, hidden.dtype)
+        self.on_gpu = runs_on_gpu(self.device.type, self.dtype)
 
     @property
     def is_empty(self) -> bool:
@@ -71,10 +62,10 @@ class Walk:
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
         """Zeros for one result per token. Chunks write at `Chunk.write`, and `trim` cuts off the padding."""
-        return torch.zeros(self.padded, dtype=dtype, device=self.device)
+        return torch.zeros(self.rows.padded, dtype=dtype, device=self.device)
 
     def trim(self, per_token: Tensor) -> Tensor:
-        return per_token[: self.count]
+        return per_token[: self.rows.total]
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, ready for statistics. Each chunk overwrites the previous one."""
@@ -89,28 +80,29 @@ class Walk:
 
     def blocks(self) -> Iterator[Chunk]:
         """The rows for kernels that need no logits: all at once if they are a view, else copies block by block."""
-        whole = self.selection.index is None and self.source.is_view
-        rows = self.total if whole else BLOCK_BYTES // (self.head.weight.shape[1] * self.dtype.itemsize)
+        row_bytes = self.head.weight.shape[1] * self.dtype.itemsize
+        rows = self.rows.count if self.rows.are_a_view else BLOCK_BYTES // row_bytes
         no_logits = torch.empty(0, self.head.weight.shape[0], dtype=self.head.logits_dtype, device=self.device)
         return (self._chunk(part, no_logits) for part in self._parts(max(rows, 1)))
 
     def _parts(self, rows: int) -> Iterator[slice]:
         """The active rows in equal parts of at most `rows` rows."""
-        if self.total == 0:
+        count = self.rows.count
+        if count == 0:
             return
-        rows = math.ceil(self.total / math.ceil(self.total / rows))
-        for begin in range(0, self.total, rows):
-            yield slice(begin, min(begin + rows, self.total))
+        rows = math.ceil(count / math.ceil(count / rows))
+        for begin in range(0, count, rows):
+            yield slice(begin, min(begin + rows, count))
 
     def _chunk(self, part: slice, logits: Tensor) -> Chunk:
-        index, valid = self.selection
+        index, valid = self.rows.index, self.rows.valid
         rows: Tensor | slice = part if index is None else index[part]
         write = rows
         if valid is not None:
             valid = valid[part]
-            rows = rows.clamp(max=self.count - 1)
+            rows = rows.clamp(max=self.rows.total - 1)
         head = self.head
-        hidden = self.source.take(rows)
+        hidden = self.rows.take(rows)
         token_ids = head.token_ids[rows]
         if valid is not None:  # the row read in place of padding may hold anything, and 0 * NaN is NaN
             hidden = torch.where(valid[:, None], hidden, 0)
