@@ -181,7 +181,7 @@ def group_advantages(
     for name, value, known in (("scale", scale, SCALES), ("baseline", baseline, BASELINES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if not isinstance(ddof, int) or ddof not in (0, 1):
+    if type(ddof) is not int or ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof!r}, expected 0 or 1")
     eps = check_number("eps", eps, minimum=0.0)
     group_ids, group_size = checked_groups(rewards, tuple(rewards.shape), group_size, group_ids)

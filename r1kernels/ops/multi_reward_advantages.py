@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_number, check_shape
+from r1kernels.ops._checks import check_floating, check_number, check_shape, values_are_free
 from r1kernels.ops.group_advantages import check_finite, checked_groups, reference
 
 
@@ -23,6 +23,8 @@ def _checked_weights(weights: Any, rewards: Tensor) -> Tensor:
     if isinstance(weights, Tensor):
         check_floating("weights", weights, rewards)
         check_shape("weights", weights, (count,), "one weight per reward")
+        if values_are_free(weights) and not weights.isfinite().all():
+            raise ValueError(f"weights is {weights.tolist()}, expected finite numbers")
         return weights.detach().double()
     if weights is None:
         weights = [1.0] * count
@@ -74,7 +76,7 @@ def multi_reward_advantages(
     check_floating("rewards", rewards)
     if rewards.dim() < 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}, expected (B, K), or (P, G, K) without group_size")
-    if not isinstance(ddof, int) or ddof not in (0, 1):
+    if type(ddof) is not int or ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof!r}, expected 0 or 1")
     eps, shape = check_number("eps", eps, minimum=0.0), rewards.shape[:-1]
     group_ids, group_size = checked_groups(rewards, tuple(shape), group_size, group_ids)

@@ -84,7 +84,7 @@ def plan(
 
     settings, say, status = recipe_file.load_recipe(recipe, overrides), log.Console().say, 0
     tensor = settings.parallel.tensor
-    if devices < 1 or devices % tensor or prompt_tokens < 1 or (memory is not None and memory <= 0):
+    if devices < 1 or devices % tensor or prompt_tokens < 1 or not (memory is None or memory > 0):
         raise errors.ConfigError(f"--devices {devices}, --memory {memory}, --prompt-tokens {prompt_tokens}: expected "
                                  f"positive numbers, and devices that 'parallel.tensor' ({tensor}) divides")
     available = memory * plan.GIB if memory else plan.memory_of(settings.device)

@@ -32,12 +32,6 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _PROBE_LOGIT, _PROBE_TOLERANCE = 200.0, 0.02
 
 
-def check_device(device: str) -> None:
-    """Refuses a device that torch cannot use here."""
-    with naming(f"'device' is {device!r}, which cannot be used here"):
-        torch.zeros(1, device=device).item()
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer, unchanged; but if it has no padding token, the end token becomes its padding token."""
     if str(path).startswith((".", "~", "/")) and not Path(path).is_dir():

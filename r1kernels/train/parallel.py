@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from r1kernels.train.errors import ConfigError, Interrupt, Interrupted, RunError, TrainingError, is_lost_contact
+from r1kernels.train.errors import ConfigError, Interrupt, Interrupted, RunError, TrainingError, is_lost_contact, naming
 
 BEAT_S = 2.0  # seconds between two signs of life of a rank
 Result = TypeVar("Result")
@@ -42,8 +42,10 @@ def ranks() -> int:
 def start(device: str, timeout_s: float = 1800.0) -> None:
     """Joins the ranks of the run, unless that is done. Every collective has the time limit `timeout_s`."""
     cuda = torch.device(device).type == "cuda"
-    if cuda and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with naming(f"'device' is {device!r}, which cannot be used here"):
+        if cuda and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).item()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

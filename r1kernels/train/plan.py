@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r1kernels import linear_loss_bytes
-from r1kernels.train.errors import ConfigError
+from r1kernels.train.errors import ConfigError, naming
 from r1kernels.train.lora import add_adapters
 from r1kernels.train.model import hidden_states, load_config
 from r1kernels.train.policy import check_tensor_axis
@@ -273,5 +273,6 @@ def check_fits(recipe: Recipe, devices: int, prompt: int = 512) -> list[str]:
 def memory_of(device: str) -> int:
     """Bytes of a GPU, or those that are free for a CPU."""
     if torch.device(device).type != "cpu":
-        return torch.cuda.mem_get_info(device)[1]
+        with naming(f"'device' is {device!r}, which cannot be used here; give its memory, such as --memory 80"):
+            return torch.cuda.mem_get_info(device)[1]
     return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024

@@ -43,6 +43,14 @@ FilePath = Annotated[str, AfterValidator(os.path.abspath)]
 HubPath = Annotated[str, AfterValidator(lambda path: os.path.abspath(path) if os.path.exists(path) else path)]
 
 
+def known_device(device: str) -> str:
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError("expected a device, such as cpu, cuda or cuda:1") from None
+    return device
+
+
 class Function(Settings):
     """A function of your own, by import path. `import_from` of the recipe says where modules are looked for."""
     function: ImportPath = setting("import path `module:function`")
@@ -343,7 +351,8 @@ class Recipe(Settings):
     run_dir: FilePath = setting("directory of everything that the run writes")
     seed: int = setting("seed of all random numbers", 0, ge=0)
     threads: int | None = setting("threads of torch on the CPU; null for torch's own choice", None, ge=1, le=4096)
-    device: str = setting("device of the model, such as cpu, cuda or cuda:1", "cpu")
+    device: Annotated[str, AfterValidator(known_device)] = setting(
+        "device of the model, such as cpu, cuda or cuda:1", "cpu")
     precision: Literal["bf16", "fp32"] | None = setting("what models compute in; null: bf16 where it is fast", None)
     gradient_checkpointing: bool = setting("compute layers again in the backward: less memory, more time", False)
     optimizer_state: Literal["fp32", "8bit"] = setting("the memory of AdamW; 8bit needs the package torchao", "fp32")

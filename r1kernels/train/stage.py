@@ -18,7 +18,7 @@ from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupt, naming
 from r1kernels.train.log import Console
 from r1kernels.train.lora import add_adapters
-from r1kernels.train.model import check_device, enable_checkpointing, load_config, load_model, load_tokenizer
+from r1kernels.train.model import enable_checkpointing, load_config, load_model, load_tokenizer
 from r1kernels.train.parallel import agree, everywhere, mesh, rank
 from r1kernels.train.policy import Policy, check_tensor_axis, share_out
 from r1kernels.train.recipe import Function, Recipe
@@ -178,7 +178,6 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     """Checks before any work that devices, data, the sandbox and everything that stages need can be used, and that all
     ranks have the same recipe and data."""
     agree("the recipe", recipe.model_dump(mode="json"))
-    everywhere(lambda: check_device(recipe.device))
     mesh(recipe.device, recipe.parallel.tensor)
     if recipe.optimizer_state == "8bit":
         everywhere(lambda: require("'optimizer_state' is '8bit', which", "torchao"))

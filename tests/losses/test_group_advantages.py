@@ -269,6 +269,7 @@ def test_bad_groups(arguments: tuple[Any, ...], error: type[Exception], message:
         ({"group_size": 5, "baseline": "length_weighted", "lengths": TEN.bool()}, TypeError, "lengths has dtype torch"),
         ({"group_size": 5, "ddof": 2}, ValueError, "ddof is 2, expected 0 or 1"),
         ({"group_size": 5, "ddof": 1.0}, ValueError, "ddof is 1.0, expected 0 or 1"),
+        ({"group_size": 5, "ddof": True}, ValueError, "ddof is True, expected 0 or 1"),
         ({"group_size": 5, "eps": -1e-4}, ValueError, r"eps is -0\.0001, expected a finite number >= 0"),
         ({"group_size": 5, "eps": math.nan}, ValueError, "eps is nan, expected a finite number >= 0"),
     ],

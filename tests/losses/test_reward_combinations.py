@@ -94,6 +94,8 @@ def test_equal_rewards_in_all_groups_are_exactly_zero(eps: float) -> None:
     ((torch.ones(4, 2), 2), {"weights": 1.0}, TypeError, "weights is a float, expected numbers"),
     ((torch.ones(4, 2), 2), {"weights": torch.ones(3)}, ValueError, r"weights has shape \(3,\), expected \(2,\)"),
     ((torch.ones(4, 2), 2), {"ddof": 2}, ValueError, "ddof is 2, expected 0 or 1"),
+    ((torch.ones(4, 2), 2), {"ddof": True}, ValueError, "ddof is True, expected 0 or 1"),
+    ((torch.ones(4, 2), 2), {"weights": torch.tensor([1, math.nan])}, ValueError, r"weights is \[1.0, nan\]"),
     ((torch.ones(4, 2), 2), {"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
     ((torch.full((4, 2), math.inf), 2), {}, ValueError, r"rewards\[0\] is inf, expected a finite number, or NaN"),
 ])

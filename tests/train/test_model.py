@@ -23,7 +23,6 @@ from r1kernels.train import model as module
 from r1kernels.train.errors import ConfigError
 from r1kernels.train.model import (
     align,
-    check_device,
     check_head,
     head_of,
     hidden_states,
@@ -31,6 +30,7 @@ from r1kernels.train.model import (
     load_model,
     load_tokenizer,
 )
+from r1kernels.train.parallel import start
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -116,7 +116,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ConfigError, match=str(tmp_path)):
         load_model(tmp_path)
     with pytest.raises(ConfigError, match="'device' is 'cuda:77'"):
-        check_device("cuda:77")
+        start("cuda:77")
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
