@@ -72,7 +72,7 @@ class _LinearTokenStats(torch.autograd.Function):
         *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
         hidden, *others = tensors
         head = ctx.head._replace(token_ids=token_ids, temperatures=temperatures).with_tensors(*others)
-        targets = ctx.targets._replace(needs=Needs(*ctx.needs_input_grad[:5]))  # of this backward
+        targets = Targets(Needs(*ctx.needs_input_grad[:5]), *ctx.targets[1:])  # the needs of this backward
         # What is added to other memory is not rounded before.
         weight_dtype = targets.shapes[1][1] if targets.into is None else accumulator_dtype(hidden.dtype)
         given = (
