@@ -77,7 +77,7 @@ def _table() -> list[str]:
         for choice, unless in servers:
             about = choice.reason or "plain PyTorch"
             lines.append(f"{operation:<18}{choice.implementation:<12}{about}{', unless' if unless else ''}")
-            lines += [f"{'':<20}{reason}" for reason in unless]
+            lines += [f"{'':<20}{reason}" for reason, _ in unless]
     lines.append("the fused kernel of grpo_step reads the logits twice if")
     return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]
 

@@ -127,7 +127,13 @@ class Server(NamedTuple):
     """
 
     choice: Choice
-    unless: dict[str, Callable[..., bool | str]]
+    unless: tuple[tuple[str, Callable[..., bool | str]], ...]
+
+
+def _server(
+    name: str, about: str, unless: dict[str, Callable[..., bool | str]] | None = None, slow: bool = False
+) -> Server:
+    return Server(Choice(name, about, slow), tuple((unless or {}).items()))
 
 
 ELSEWHERE = "the tensor is on another kind of device"  # no reason that anybody must be told
@@ -139,28 +145,28 @@ def _is_float64(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def _uses_gpu_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type not in ("cpu", "meta") or _library.INTERPRETED or _library.EMULATED
+    return device_type not in ("cpu", "meta") or _library.GPU_KERNELS_ON == "cpu"
 
 
 def _operator(has_cuda_kernel: bool) -> tuple[Server, ...]:
     """Who can serve an operator. Facts: the type of the device, the dtype."""
     no_cuda_kernel = {} if has_cuda_kernel else {"there is no CUDA kernel of it": lambda device_type, dtype: True}
     return (
-        Server(Choice("cpu", "compiled extension"), {
+        _server("cpu", "compiled extension", {
             ELSEWHERE: _uses_gpu_kernels,
             FLOAT64: _is_float64,
             "the compiled extension is missing": (
                 lambda device_type, dtype: _library.extension is None and _library.no_extension()
             ),
         }),
-        Server(Choice("triton", "compiled when first used"), {
+        _server("triton", "compiled when first used", {
             ELSEWHERE: lambda device_type, dtype: not _uses_gpu_kernels(device_type, dtype),
             FLOAT64: _is_float64,
             "Triton is missing, or does not serve the device": (
                 lambda device_type, dtype: _library.triton_missing(device_type)
             ),
         }),
-        Server(Choice("cuda", "compiled ahead of time"), {
+        _server("cuda", "compiled ahead of time", {
             ELSEWHERE: lambda device_type, dtype: not _uses_gpu_kernels(device_type, dtype),
             FLOAT64: _is_float64,
             **no_cuda_kernel,
@@ -168,7 +174,7 @@ def _operator(has_cuda_kernel: bool) -> tuple[Server, ...]:
                 lambda device_type, dtype: _library.cuda_missing(device_type)
             ),
         }),
-        Server(Choice("reference", "", slow=True), {}),
+        _server("reference", "", slow=True),
     )
 
 
@@ -188,7 +194,7 @@ TABLE: dict[str, tuple[Server, ...]] = {
     **{name: _operator(name in CUDA_OPERATORS) for name in OPS},
     # Whose kernel a launch on a GPU takes. Facts: the operator, its first argument.
     "launch": (
-        Server(Choice("cuda", "CUDA"), {
+        _server("cuda", "CUDA", {
             "there is no CUDA kernel of the operator": lambda operator, like: operator not in CUDA_OPERATORS,
             "Triton is requested": lambda operator, like: _requested == "triton",
             "CUDA is missing, and not requested": (
@@ -200,12 +206,13 @@ TABLE: dict[str, tuple[Server, ...]] = {
                 and not _is_faster_in_cuda(operator, like)
             ),
         }),
-        Server(Choice("triton", "Triton"), {}),
+        _server("triton", "Triton"),
     ),
     # `grpo_loss` from logits. Facts: logits, the checked inputs of the loss. In float16, small gradients would be
     # rounded to 0 before a loss scale can save them.
     "grpo_step": (
-        Server(Choice("fused", "one CUDA kernel for statistics, loss and gradient"), {
+        _server("fused", "one CUDA kernel for statistics, loss and gradient", {
+            "no GPU kernel serves the logits": lambda logits, inputs: select(logits) not in ("cuda", "triton"),
             "no gradient is wanted": lambda logits, inputs: not (logits.requires_grad and torch.is_grad_enabled()),
             "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
             "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
@@ -214,29 +221,28 @@ TABLE: dict[str, tuple[Server, ...]] = {
             "logits are neither float32 nor bfloat16": (
                 lambda logits, inputs: logits.dtype not in (torch.float32, torch.bfloat16)
             ),
-            "no GPU kernel serves the logits": lambda logits, inputs: select(logits) not in ("cuda", "triton"),
             "the CUDA kernel is not available, not requested, or not measured to be faster": (
                 lambda logits, inputs: gpu_kernels("grpo_step", logits) != "cuda"
             ),
         }),
-        Server(Choice("separate", "token_stats and policy_loss"), {}),
+        _server("separate", "token_stats and policy_loss"),
     ),
     # Gradients of a loss from hidden states. Facts: hidden, whether a gradient is wanted. In float16, most gradients
     # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
     # slopes by autograd, which is not available inside the operators of a compiled graph.
     "linear_gradients": (
-        Server(Choice("one_pass", "gradients with the loss, in one walk over the chunks"), {
+        _server("one_pass", "gradients with the loss, in one walk over the chunks", {
             "no gradient is wanted": lambda hidden, wanted: not wanted,
             "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
             "torch.compile traces the reference": (
                 lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
             ),
         }),
-        Server(Choice("two_phases", "statistics first, then logits again for the gradients"), {}),
+        _server("two_phases", "statistics first, then logits again for the gradients"),
     ),
     # Statistics of tokens from hidden states. Facts: hidden, the head.
     "linear_statistics": (
-        Server(Choice("fused", "one kernel without a tensor of logits"), {
+        _server("fused", "one kernel without a tensor of logits", {
             "hidden states are neither bfloat16 nor float16": lambda hidden, head: hidden.dtype.itemsize != 2,
             "hidden states and weight differ in dtype": lambda hidden, head: head.weight.dtype != hidden.dtype,
             "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
@@ -247,32 +253,32 @@ TABLE: dict[str, tuple[Server, ...]] = {
                 not _serves("triton", hidden.device, hidden.dtype)
             ),
         }),
-        Server(Choice("chunks", "a product, then token_stats, for each chunk of rows"), {}),
+        _server("chunks", "a product, then token_stats, for each chunk of rows"),
     ),
     # Products of matrices. Facts: the device, the dtypes of both, and a function that tells whether the device's
     # library gives float32 results of 16-bit products.
     "product": (
-        Server(Choice("native", "our kernel"), {
+        _server("native", "our kernel", {
             "no CPU kernel serves the operands": (
                 lambda device, a, b, keeps: choose("kernels", device.type, a).implementation != "cpu"
             ),
         }),
-        Server(Choice("torch", "torch"), {
+        _server("torch", "torch", {
             "an operand has 16 bits": lambda device, a, b, keeps: a.itemsize == 2 or b.itemsize == 2,
         }),
-        Server(Choice("out_dtype", "the device's library, float32 result"), {
+        _server("out_dtype", "the device's library, float32 result", {
             "the operands differ in dtype": lambda device, a, b, keeps: a != b,
             "no library gives a float32 result": lambda device, a, b, keeps: device.type != "cuda" or not keeps(device),
         }),
-        Server(Choice("parts", "the device's library, float32 in three bfloat16 parts"), {
+        _server("parts", "the device's library, float32 in three bfloat16 parts", {
             "an operand is float16": lambda device, a, b, keeps: torch.float16 in (a, b),
             "no library gives a float32 result": lambda device, a, b, keeps: device.type != "cuda" or not keeps(device),
         }),
-        Server(Choice("copies", "torch, float32 copies block by block"), {}),
+        _server("copies", "torch, float32 copies block by block"),
     ),
     # A gradient times a factor. Facts: the gradient, the result.
     "scaled": (
-        Server(Choice("kernel", "one read and one write, without the factor's value on the host"), {
+        _server("kernel", "one read and one write, without the factor's value on the host", {
             "torch.compile traces the call": lambda grad, out: torch.compiler.is_compiling(),
             "tensors are fake": lambda grad, out: isinstance(grad, FakeTensor),
             "the reference serves the gradient": lambda grad, out: _serves("reference", grad.device, grad.dtype),
@@ -280,7 +286,7 @@ TABLE: dict[str, tuple[Server, ...]] = {
                 tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (grad, out)
             ),
         }),
-        Server(Choice("torch", "plain PyTorch"), {}),
+        _server("torch", "plain PyTorch"),
     ),
 }
 _OPERATORS = ("kernels", *OPS)
@@ -300,15 +306,16 @@ def choose(operation: str, *facts: Any) -> Choice:
         return Choice(_requested, "requested")
     told = ""
     for choice, unless in TABLE[operation]:
-        for reason, holds in unless.items():
+        for reason, holds in unless:
             if found := holds(*facts):
                 if reason != ELSEWHERE and not told:
                     told = found if isinstance(found, str) else reason
                 break
         else:
-            if told:
-                choice = choice._replace(reason=f"{choice.reason}; {told}" if choice.reason else told)
-            return choice
+            if not told:
+                return choice
+            name, about, slow = choice
+            return Choice(name, f"{about}; {told}" if about else told, slow)
     raise AssertionError(f"the table has no last server for {operation}")
 
 

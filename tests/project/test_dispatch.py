@@ -121,7 +121,7 @@ def test_a_reason_leaves_the_call_to_the_next(
     monkeypatch.setattr(_choice, "cuda_is_faster", lambda *about: True)
     monkeypatch.setattr(_dispatch, "_device_name", lambda index: "a GPU")
     if operation == "linear_statistics":  # as if Triton's kernels served tensors of the CPU
-        monkeypatch.setattr(_library, "INTERPRETED", True)
+        monkeypatch.setattr(_library, "GPU_KERNELS_ON", "cpu")
     choice = choose(operation, *facts)
     assert choice.implementation == server and reason in choice.reason
     assert (choice in [each for each, _ in TABLE[operation]]) == (reason == "")

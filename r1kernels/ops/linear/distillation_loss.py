@@ -32,7 +32,6 @@ from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
-from r1kernels.ops.linear.token_stats import no_autocast
 from r1kernels.ops.shards import Shard
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
@@ -48,8 +47,7 @@ def _run(
     hidden, *others = inputs
     full = head.with_tensors(*others)
     if shard is not None:
-        with no_autocast(hidden):
-            return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
+        return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
     return _library.call(
         torch.ops.r1kernels.linear_divergence.default, hidden, *full, mask, *teacher, factor, kind, beta, list(needs)
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 from r1kernels.ops import divergence, sharded_divergence, sharded_topk, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
-from r1kernels.ops.linear.token_stats import no_autocast
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 from r1kernels.ops.topk_divergence import Teacher
@@ -115,6 +115,7 @@ class _TopK:
         )
 
 
+@without_autocast
 def run_divergence(
     head: Head, hidden: Tensor, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor, kind: str, beta: float,
     needs: Needs, shard: Shard | None = None,
@@ -159,7 +160,6 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     fields, after = len(Head._fields), len(Head._fields) + 1
     teacher = LinearTeacher(*args[after:-4])
     factor, kind, beta, needs = args[-4:]
-    with no_autocast(hidden):
-        return run_divergence(
-            Head(*args[:fields]), hidden, args[fields], teacher, factor, divergence.KINDS[kind], beta, Needs(*needs)
-        )
+    return run_divergence(
+        Head(*args[:fields]), hidden, args[fields], teacher, factor, divergence.KINDS[kind], beta, Needs(*needs)
+    )

@@ -27,7 +27,7 @@ from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_one_pass
-from r1kernels.ops.linear.token_stats import linear_token_stats, no_autocast
+from r1kernels.ops.linear.token_stats import linear_token_stats
 from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
 from r1kernels.ops.policy_loss import (
     PolicyLoss,
@@ -98,9 +98,8 @@ class TokenObjective(NamedTuple):
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     fields = len(Head._fields)
     head, mask, tokens, needs = Head(*args[:fields]), args[fields], args[fields + 1 : -1], args[-1]
-    with no_autocast(hidden):
-        objective = TokenObjective.from_arguments(*tokens)
-        return run_one_pass(head, hidden, mask, objective.slopes, Needs(*needs), sparse=objective.sparse)
+    objective = TokenObjective.from_arguments(*tokens)
+    return run_one_pass(head, hidden, mask, objective.slopes, Needs(*needs), sparse=objective.sparse)
 
 
 class _OnePass(torch.autograd.Function):
@@ -120,10 +119,7 @@ class _OnePass(torch.autograd.Function):
             operator = torch.ops.r1kernels.linear_policy_gradient.default
             results = _library.call(operator, hidden, *full, wanted, *tokens.arguments(), list(needs))
         else:
-            with no_autocast(hidden):
-                results = run_one_pass(
-                    full, hidden, wanted, tokens.slopes, needs, sparse=tokens.sparse, shard=shard
-                )
+            results = run_one_pass(full, hidden, wanted, tokens.slopes, needs, sparse=tokens.sparse, shard=shard)
         logprobs, entropy, *grads = results
         loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads, origin)

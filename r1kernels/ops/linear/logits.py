@@ -12,7 +12,7 @@ from r1kernels.ops._checks import accumulator_dtype, check_floating
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gemm import matmul
 from r1kernels.ops.linear.options import prepare
-from r1kernels.ops.linear.token_stats import no_autocast
+from r1kernels.ops.linear.precision import no_autocast
 
 
 @torch.no_grad()

@@ -202,7 +202,8 @@ def prepare(
         row_bytes(largest, width, hidden.dtype if weight.dtype == hidden.dtype else full),
         gathers(hidden.device.type, hidden.dtype),
     )
-    return call._replace(head=head._replace(rows=buffers.logits, gradient_rows=buffers.gradient), shard=shard)
+    head = head._replace(rows=buffers.logits, gradient_rows=buffers.gradient)
+    return Call(call.tensors, head, call.into, shard)
 
 
 def _checked(

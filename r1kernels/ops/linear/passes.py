@@ -11,11 +11,13 @@ from torch import Tensor
 from r1kernels import _dispatch, _library
 from r1kernels.ops.linear.gradients import rounded
 from r1kernels.ops.linear.head import Chunk, Head, Needs
+from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
 
 
+@without_autocast
 def run_statistics(
     head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +48,7 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
+@without_autocast
 def run_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None,
     weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None,
@@ -68,6 +71,7 @@ def run_backward(
 Scalars = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
+@without_autocast
 def run_one_pass(
     head: Head, hidden: Tensor, wanted: Tensor | None, scalars: Scalars, needs: Needs, *, sparse: bool,
     shard: Shard | None = None,

@@ -7,10 +7,13 @@ last one is done.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _LOCK = threading.Lock()
 
@@ -68,6 +71,22 @@ def _ask_for_float32_sums() -> Callable[[], None]:
             setattr(matmul, name, allowed if split_k is None else (allowed, split_k))
 
     return restore
+
+
+def no_autocast(hidden: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Turns autocast off, because it would round float32 operands. Each call here chooses its precision."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function of (head, hidden, ...)."""
+
+    @functools.wraps(run)
+    def exact(head: Any, hidden: Tensor, *args: Any, **keywords: Any) -> Any:
+        with no_autocast(hidden):
+            return run(head, hidden, *args, **keywords)
+
+    return exact
 
 
 # No product in here rounds float32 operands (to TF32 or bfloat16).

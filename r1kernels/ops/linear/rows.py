@@ -59,14 +59,15 @@ def active_rows(hidden: Tensor, wanted: Tensor | None, capacity: int) -> Rows:
 
     More rows than the capacity raise an error: immediately on a CPU, on a device at its next synchronisation.
     """
-    count = hidden.shape[:-1].numel()
+    rows = Rows(hidden)
+    count = rows.total
     if wanted is None:
         _check_capacity(count, capacity)
     if wanted is None or count == 0:
-        return Rows(hidden)
+        return rows
     if capacity < 0:
         index = wanted.nonzero().squeeze(-1)
-        return Rows(hidden, None if len(index) == count else index)
+        return rows if len(index) == count else Rows(hidden, index)
     if values_are_free(wanted):
         _check_capacity(int(wanted.sum()), capacity)
     else:

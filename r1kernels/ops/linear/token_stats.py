@@ -23,23 +23,16 @@ from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_backward, run_statistics
 
 
-def no_autocast(hidden: Tensor) -> Any:
-    """Turns autocast off, because it would round float32 operands. Each call here chooses its precision."""
-    return torch.autocast(hidden.device.type, enabled=False)
-
-
 @torch.library.impl("r1kernels::linear_token_stats", "CompositeExplicitAutograd")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *head, mask = args
-    with no_autocast(hidden):
-        return run_statistics(Head(*head), hidden, mask)
+    return run_statistics(Head(*head), hidden, mask)
 
 
 @torch.library.impl("r1kernels::linear_token_stats_backward", "CompositeExplicitAutograd")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head, given, needs = Head(*args[: len(Head._fields)]), args[len(Head._fields) : -1], Needs(*args[-1])
-    with no_autocast(hidden):
-        return run_backward(head, hidden, *given, needs)
+    return run_backward(head, hidden, *given, needs)
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -56,8 +49,7 @@ class _LinearTokenStats(torch.autograd.Function):
                 torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
             )
         else:
-            with no_autocast(hidden):
-                logprobs, lse, entropy = run_statistics(full, hidden, mask, shard)
+            logprobs, lse, entropy = run_statistics(full, hidden, mask, shard)
         ctx.save_for_backward(*tensors, head.token_ids, head.temperatures, lse, entropy)
         ctx.head, ctx.shard = head._replace(token_ids=None, temperatures=None), shard
         ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
@@ -72,7 +64,7 @@ class _LinearTokenStats(torch.autograd.Function):
         *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
         hidden, *others = tensors
         head = ctx.head._replace(token_ids=token_ids, temperatures=temperatures).with_tensors(*others)
-        targets = ctx.targets._replace(needs=Needs(*ctx.needs_input_grad[:5]))  # of this backward
+        targets = Targets(Needs(*ctx.needs_input_grad[:5]), *ctx.targets[1:])  # the needs of this backward
         # What is added to other memory is not rounded before.
         weight_dtype = targets.shapes[1][1] if targets.into is None else accumulator_dtype(hidden.dtype)
         given = (
@@ -86,8 +78,7 @@ class _LinearTokenStats(torch.autograd.Function):
             operator = torch.ops.r1kernels.linear_token_stats_backward.default
             grads = _library.run(operator, hidden, *head, *given, list(targets.needs))
         else:
-            with no_autocast(hidden):
-                grads = run_backward(head, hidden, *given, targets.needs, ctx.shard)
+            grads = run_backward(head, hidden, *given, targets.needs, ctx.shard)
         return *targets.finished(grads, None), None, None
 
 

@@ -43,9 +43,7 @@ class Walk:
         self, head: Head, rows: Rows, needs: Needs | None = None, weight_dtype: torch.dtype | None = None,
         shard: Shard | None = None,
     ) -> None:
-        head = head._replace(
-            weight=_adjacent(head.weight), lora_a=_adjacent(head.lora_a), lora_b=_adjacent(head.lora_b)
-        )
+        head = _adjacent(head)
         self.head, self.rows, self.shard = head, rows, shard
         self.needs = needs or Needs(False, False, False, False, False)
         self.device, self.dtype = rows.hidden.device, rows.hidden.dtype
@@ -53,7 +51,6 @@ class Walk:
         # With a shard, the gradient of hidden is rounded after the sum over ranks.
         self.sums = GradientSums(head, self.needs, rows, weight_dtype, None if shard is None else self.accumulator)
         self._buffer: Tensor | None = None
-        self.on_gpu = runs_on_gpu(self.device.type, self.dtype)
 
     @property
     def is_empty(self) -> bool:
@@ -198,7 +195,7 @@ class Walk:
 
     def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
         """Rows of a chunk that have a gradient, or None to take them all."""
-        if self.on_gpu and not self.sums.gathers:  # they cannot be moved up in place
+        if not self.sums.gathers and runs_on_gpu(self.device.type, self.dtype):  # they cannot be moved up in place
             return None
         free = values_are_free(g)
         if not free and (not sparse or self.head.capacity >= 0 or torch.compiler.is_compiling()):
@@ -221,6 +218,10 @@ class Walk:
         return grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b
 
 
-def _adjacent(matrix: Tensor | None) -> Tensor | None:
-    """The matrix, or a copy if neither its rows nor its columns are contiguous: products need one of the two."""
-    return matrix if matrix is None or 1 in matrix.stride() else matrix.contiguous()
+def _adjacent(head: Head) -> Head:
+    """The head with copies of matrices of which neither rows nor columns are contiguous: products need one of them."""
+    matrices = {"weight": head.weight, "lora_a": head.lora_a, "lora_b": head.lora_b}
+    copies = {
+        name: value.contiguous() for name, value in matrices.items() if value is not None and 1 not in value.stride()
+    }
+    return head._replace(**copies) if copies else head
