@@ -111,7 +111,7 @@ def importance_weights(
         `metrics`, before `normalize`: "importance_mean"; "importance_cut", the share outside of [floor, cap];
         "importance_ess", the effective sample size (sum w)^2 / (n sum w^2), 0 if all are 0; "logprob_gap_mean" and
         "logprob_gap_max" of abs(d); "rollout_kl_k1" and "rollout_kl_k3", estimates of KL(mu || pi); "nan_tokens".
-        They are 0 if nothing counts, and inf for a log-prob of -inf.
+        They are 0 if nothing counts. A log-prob of -inf makes those of the gap 1e30 or infinite.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.

@@ -74,7 +74,7 @@ def multi_reward_advantages(
     Source: arXiv 2601.05242; the batch is normalised over answers, as in TRL's "normalize_then_sum".
     """
     check_floating("rewards", rewards)
-    if rewards.dim() < 2:
+    if rewards.dim() < 2 or rewards.shape[-1] == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}, expected (B, K), or (P, G, K) without group_size")
     if type(ddof) is not int or ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof!r}, expected 0 or 1")

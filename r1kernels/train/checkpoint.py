@@ -53,9 +53,8 @@ def save_checkpoint(
     except (Exception, dcp.CheckpointException) as error:
         if is_lost_contact(error):
             raise
-        failures = getattr(error, "failures", {0: (error,)})  # of a CheckpointException, which is no Exception
-        reason = _reason(next(iter(failures.values()))[0])
-        raise StorageError(f"cannot write the checkpoint {final}: {reason}; earlier ones are unchanged") from error
+        raise StorageError(
+            f"cannot write the checkpoint {final}: {_reason(error)}; earlier ones are unchanged") from error
     finally:
         if rank() == 0:
             tidy_checkpoints(directory, keep)
@@ -73,6 +72,8 @@ class _Writer(dcp.FileSystemWriter):
 
 def _reason(error: BaseException) -> BaseException:
     """The error of the system below an error of torch, which names the byte but not the reason."""
+    failures = getattr(error, "failures", {0: (error,)})  # of a CheckpointException, which is no Exception
+    error = next(iter(failures.values()))[0]
     while error.__context__ and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -134,9 +135,12 @@ def shards_of(policy: Policy, optimizer: torch.optim.Optimizer, reference: Any =
 def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, reference: Any = None) -> None:
     """Fills them from a checkpoint, also from one of another number of ranks. All ranks must call it."""
     shards = shards_of(policy, optimizer, reference)
-    with (naming(damaged(path / SHARDS), (Exception, dcp.CheckpointException), StorageError),
-          warnings.catch_warnings(action="ignore", category=UserWarning)):
-        dcp.load(shards, checkpoint_id=path / SHARDS)
+    with naming(damaged(path / SHARDS), made=StorageError), warnings.catch_warnings(
+            action="ignore", category=UserWarning):
+        try:
+            dcp.load(shards, checkpoint_id=path / SHARDS)
+        except dcp.CheckpointException as error:  # which is no Exception, and begins with a traceback
+            raise _reason(error) from None
     set_optimizer_state_dict(policy, optimizer, shards["optimizer"], options=BY_NAME)
 
 

@@ -115,7 +115,8 @@ def _describe(error: pydantic.ValidationError) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
     place, value = [str(part) for part in first["loc"]], first["input"]
-    message = "unknown key; see docs/settings.md" if first["type"] == "extra_forbidden" else first["msg"]
+    message = "unknown key; see docs/settings.md" if first["type"] == "extra_forbidden" else first["msg"].removeprefix(
+        "Value error, ")
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name for the kind
     given = "" if isinstance(value, dict) else f" is {value!r:.60}"

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards import Judge, Scorer, sandbox
 from r1kernels.train import data
-from r1kernels.train.checkpoint import MODEL, latest_checkpoint, load_checkpoint
-from r1kernels.train.errors import ConfigError, Interrupt, naming
+from r1kernels.train.checkpoint import MODEL, damaged, latest_checkpoint, load_checkpoint
+from r1kernels.train.errors import ConfigError, Interrupt, StorageError, naming
 from r1kernels.train.log import Console
 from r1kernels.train.lora import add_adapters
 from r1kernels.train.model import enable_checkpointing, load_config, load_model, load_tokenizer
@@ -80,7 +80,8 @@ class Stage:
             if new and not model_dir:
                 model, tokenizer = new()
             elif model_dir and not adapters:
-                model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+                with naming(damaged(model_dir), ConfigError, StorageError):
+                    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
             else:
                 model, tokenizer = self.load_model(self.settings.model, torch.float32, "cpu")
             if adapters:

@@ -55,9 +55,10 @@ def completion_hidden_states(model: PreTrainedModel, batch: Tokens, route: Route
     """(N, H), whose rows score the N tokens of the completions, in their order."""
     if route == "shared" and (hidden := _with_shared_prompts(model, batch)) is not None:
         return hidden[batch.mask]
-    columns = zip(batch.prompt_ids, batch.prompt_mask, batch.token_ids, batch.mask, strict=True)
+    # On the CPU, where reading a number does not wait for the device.
+    columns = [part.cpu() for part in (batch.prompt_ids, batch.prompt_mask, batch.token_ids, batch.mask)]
     samples = [Sample(torch.cat([prompt[asked], answer[given]]).int(), int(asked.sum()))
-               for prompt, asked, answer, given in columns]
+               for prompt, asked, answer, given in zip(*columns, strict=True)]
     one_row = model.config._attn_implementation.startswith("flash")  # it reads lengths
     window = (sum if one_row else max)(len(sample.ids) for sample in samples)
     rows = pack(samples, window if route == "packed" else 0)

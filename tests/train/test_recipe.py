@@ -115,7 +115,8 @@ def test_references_are_found_at_any_depth(path):
 
 
 BAD = [  # an override, and words of the message
-    ("device=gpu", "'device' 'gpu' cuda:1"), ("nonsense=1", "'nonsense' 1 settings.md"), ("seed=-1", "'seed' -1 0"),
+    ("device=gpu", "'device' 'gpu': expected cuda:1"), ("nonsense=1", "'nonsense' 1 settings.md"),
+    ("seed=-1", "'seed' -1 0"),
     ("seed=true", "'seed' True integer"), ("threads=0", "'threads' 0 1"),
     ("template=prose", "'template' 'prose' 'r1_zero' 'chat'"), ("open_think=1", "'open_think' 1 boolean"),
     ("run_dir=7", "'run_dir' 7"), ("trackers=tensorboard", "'trackers' 'tensorboard' list"),
