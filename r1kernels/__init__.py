@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
+    from r1kernels.ops.token_statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _MODULES = {
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
     "PolicyLoss": "r1kernels.ops.policy_loss",
+    "TokenStatistics": "r1kernels.ops.token_statistics",
     "backend": "r1kernels._dispatch",
     "cross_entropy": "r1kernels.ops.cross_entropy",
     "distillation_loss": "r1kernels.ops.distillation_loss",
@@ -63,6 +65,7 @@ _MODULES = {
     "release_workspace": "r1kernels._library",
     "token_logprobs": "r1kernels.ops.token_logprobs",
     "token_logprobs_and_entropy": "r1kernels.ops.token_logprobs",
+    "token_statistics": "r1kernels.ops.token_statistics",
 }
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
     "Objective",
     "PolicyBatch",
     "PolicyLoss",
+    "TokenStatistics",
     "__version__",
     "backend",
     "cross_entropy",
@@ -96,6 +100,7 @@ __all__ = [
     "release_workspace",
     "token_logprobs",
     "token_logprobs_and_entropy",
+    "token_statistics",
 ]
 
 

@@ -23,7 +23,7 @@ from r1kernels._operator_checks import CHECKS
 from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
+OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence", "token_statistics")
 # The operators that have a Triton kernel, and the module in r1kernels.triton that has it.
 TRITON_OPERATORS = {
     "token_stats": "token_stats",
@@ -36,6 +36,9 @@ TRITON_OPERATORS = {
     "divergence_backward": "divergence",
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
+    "token_statistics": "token_stats",
+    "token_statistics_backward": "token_stats_backward",
+    "token_statistics_backward_out": "token_stats_backward",
 }
 
 # ---- the request ------------------------------------------------------------------------------------------

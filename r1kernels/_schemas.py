@@ -56,6 +56,23 @@ _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
+# token_stats, and more (4, ...) float64: sum p^2, the mean of z, the largest z, and 1 if it is that of the token. `wanted`
+# is a sum of the numbers in `ops.token_statistics.WANTED`; a kernel may compute more. What it does not compute is 0.
+_declare(
+    "token_statistics(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures, "
+    "bool exact, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+# token_stats_backward and token_stats_backward_out with dL/d(sum p^2) (...); it needs sum_sq (...) float64. For the first
+# one, logits and out have the same shape (..., V).
+_declare(
+    "token_statistics_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? sum_sq, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_sum_sq, float temperature) -> Tensor"
+)
+_declare(
+    "token_statistics_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? sum_sq, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_sum_sq, float temperature, Tensor? temperatures, "
+    "float softcap, Tensor? rows, Tensor(a!) out) -> ()"
+)
 # -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
 # kl: 1, 2, 3 for k1, k2, k3, and 3 more if the ratio multiplies the term.
 _declare(
@@ -173,6 +190,23 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 @_fake("token_stats_backward_out")
+def _(*_: Any) -> None:
+    return None
+
+
+@_fake("token_statistics")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    wide = (logits.new_empty(size, dtype=torch.float64) for size in (shape, shape, (4, *shape)))
+    return logits.new_empty(shape, dtype=torch.float32), *wide
+
+
+@_fake("token_statistics_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_fake("token_statistics_backward_out")
 def _(*_: Any) -> None:
     return None
 
