@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear.grpo_loss import linear_grpo_loss
     from r1kernels.ops.linear.logits import linear_logits
     from r1kernels.ops.linear.options import LinearOptions
+    from r1kernels.ops.linear.token_statistics import linear_token_statistics
     from r1kernels.ops.linear.token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.multi_reward_advantages import multi_reward_advantages
     from r1kernels.ops.pass_at_k_advantages import pass_at_k_advantages
@@ -59,6 +60,7 @@ _MODULES = {
     "linear_loss_bytes": "r1kernels.ops.linear.budget",
     "linear_token_logprobs": "r1kernels.ops.linear.token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
+    "linear_token_statistics": "r1kernels.ops.linear.token_statistics",
     "multi_reward_advantages": "r1kernels.ops.multi_reward_advantages",
     "pass_at_k_advantages": "r1kernels.ops.pass_at_k_advantages",
     "policy_loss": "r1kernels.ops.policy_loss",
@@ -93,6 +95,7 @@ __all__ = [
     "linear_loss_bytes",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_token_statistics",
     "multi_reward_advantages",
     "objectives",
     "pass_at_k_advantages",

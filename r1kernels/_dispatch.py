@@ -243,16 +243,18 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),
     ),
-    # Statistics of tokens from hidden states. Facts: hidden, the head.
+    # Statistics of tokens from hidden states. Facts: hidden, the head, and whether more
+    # than log-prob, log-sum-exp and entropy is wanted.
     "linear_statistics": (
         _server("fused", "one kernel without a tensor of logits", {
-            "hidden states are neither bfloat16 nor float16": lambda hidden, head: hidden.dtype.itemsize != 2,
-            "hidden states and weight differ in dtype": lambda hidden, head: head.weight.dtype != hidden.dtype,
-            "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
-            "there is an adapter": lambda hidden, head: head.lora_a is not None,
-            "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
-            "this rank has no row of the vocabulary": lambda hidden, head: len(head.weight) == 0,
-            "Triton does not serve hidden states": lambda hidden, head: (
+            "more statistics are wanted": lambda hidden, head, more: more,
+            "hidden states are neither bfloat16 nor float16": lambda hidden, head, more: hidden.dtype.itemsize != 2,
+            "hidden states and weight differ in dtype": lambda hidden, head, more: head.weight.dtype != hidden.dtype,
+            "logits are rounded": lambda hidden, head, more: head.logits_dtype != torch.float32,
+            "there is an adapter": lambda hidden, head, more: head.lora_a is not None,
+            "rows of the weight are not contiguous": lambda hidden, head, more: head.weight.stride(1) != 1,
+            "this rank has no row of the vocabulary": lambda hidden, head, more: len(head.weight) == 0,
+            "Triton does not serve hidden states": lambda hidden, head, more: (
                 not _serves("triton", hidden.device, hidden.dtype)
             ),
         }),

@@ -56,13 +56,13 @@ _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
-# token_stats, and more (4, ...) float64: sum p^2, the mean of z, the largest z, and 1 if it is that of the token. `wanted`
+# token_stats, and more (4, ...) float64: sum p^2, the mean of z, the largest z, 1 if it is that of the token. `wanted`
 # is a sum of the numbers in `ops.token_statistics.WANTED`; a kernel may compute more. What it does not compute is 0.
 _declare(
     "token_statistics(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures, "
     "bool exact, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# token_stats_backward and token_stats_backward_out with dL/d(sum p^2) (...); it needs sum_sq (...) float64. For the first
+# token_stats_backward and _out with dL/d(sum p^2) (...), which needs sum_sq (...) float64. For the first
 # one, logits and out have the same shape (..., V).
 _declare(
     "token_statistics_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? sum_sq, "
@@ -107,7 +107,17 @@ _HEAD = (
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # -> log-prob, log-sum-exp and entropy (float64), each (N,). In the backward, the weight's gradient has `weight_dtype`.
 _declare(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
-# The same from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
+# token_statistics, and log-probs (N, K) float64 of selected ids (N, K), or (0,) without them.
+_declare(
+    f"linear_token_statistics({_HEAD}, Tensor? mask, Tensor? selected_ids, int wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# slopes: dL/d of log-prob, log-sum-exp, entropy, sum p^2, each (N,), and of the selected log-probs (N, K).
+_declare(
+    f"linear_token_statistics_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? sum_sq, Tensor? selected_ids, "
+    f"Tensor?[] slopes, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# linear_token_stats from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
 _declare(
     "linear_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, float temperature, "
     "Tensor? temperatures, float logit_scale, float softcap, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
@@ -260,6 +270,18 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
     statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
     return _per_token(ids, hidden), *statistics
+
+
+@_fake("linear_token_statistics")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, selected = args[4], args[-2]
+    sizes = (ids.shape, ids.shape, (4, *ids.shape), (0,) if selected is None else selected.shape)
+    return _per_token(ids, hidden), *(hidden.new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+@_fake("linear_token_statistics_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
 
 
 @_fake("linear_statistics")

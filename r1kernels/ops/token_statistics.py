@@ -123,7 +123,7 @@ def row_statistics(
     wanted: int, exact: bool = True,
 ) -> RowStatistics:
     """`token_stats.statistics`, and more, from logits (..., V). The reference takes only (N, V)."""
-    if _dispatch.select(logits, "token_statistics") != "reference":
+    if wanted and _dispatch.select(logits, "token_statistics") != "reference":
         return RowStatistics(*_library.call(
             torch.ops.r1kernels.token_statistics.default, logits, token_ids, mask, temperature, temperatures, exact,
             wanted,
@@ -193,6 +193,10 @@ class Entries(NamedTuple):
 
     ids: Tensor
     values: Tensor  # float64
+
+    def of(self, rows: Tensor | None) -> Entries:
+        """Those of some rows."""
+        return self if rows is None else Entries(self.ids[rows], self.values[rows])
 
     def write(self, grad_logits: Tensor) -> None:
         grad_logits.scatter_(-1, self.ids, self.values.to(grad_logits.dtype))
@@ -337,9 +341,12 @@ class _TokenStatistics(torch.autograd.Function):
         part, zeta = ctx.part, slopes.sum_sq_probs
         if part is None:
             counted = logits
+            squares = () if zeta is None else (zeta,)
+            operators = torch.ops.r1kernels
+            operator = operators.token_statistics_backward if squares else operators.token_stats_backward
             out = grad_logits = _library.run(
-                torch.ops.r1kernels.token_statistics_backward.default, logits, token_ids, lse, entropy, sum_sq,
-                slopes.total, slopes.entropy, zeta, ctx.temperature,
+                operator.default, logits, token_ids, lse, entropy, *([sum_sq] if squares else []), slopes.total,
+                slopes.entropy, *squares, ctx.temperature,
             )
             owned = selected_owned = None
         else:
