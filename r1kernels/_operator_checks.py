@@ -96,6 +96,30 @@ def _token_stats_backward(
         raise ValueError("grad_logprobs and grad_entropy are both None, expected at least one tensor")
 
 
+def _token_statistics(*arguments: Any) -> None:
+    _token_stats(*arguments[:-1])
+    _number("wanted", arguments[-1], 0, 7)
+
+
+def _without_squares(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments for an operator without dL/d(sum p^2), after checks of those that it does not have."""
+    logits, _, _, _, sum_sq, grad_logprobs, grad_entropy, grad_sum_sq, *others = arguments
+    check, count = _Arguments(logits), logits.shape[:-1].numel()
+    check.flat(torch.float32, count, grad_sum_sq=grad_sum_sq)
+    check.flat(torch.float64, count, sum_sq=sum_sq)
+    if grad_sum_sq is not None and sum_sq is None:
+        raise ValueError("sum_sq is None, expected a tensor like grad_sum_sq")
+    return *arguments[:4], grad_sum_sq if grad_logprobs is None else grad_logprobs, grad_entropy, *others
+
+
+def _token_statistics_backward(*arguments: Any) -> None:
+    _token_stats_backward(*_without_squares(arguments))
+
+
+def _token_statistics_backward_out(*arguments: Any) -> None:
+    _token_stats_backward_out(*_without_squares(arguments))
+
+
 def _token_stats_backward_out(*arguments: Any) -> None:
     logits, temperatures, (rows, out) = arguments[0], arguments[7], arguments[9:]
     _token_stats_backward(*arguments[:6])
@@ -211,4 +235,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "divergence_backward": _divergence_backward,
     "linear_statistics": _linear_statistics,
     "scaled": _scaled,
+    "token_statistics": _token_statistics,
+    "token_statistics_backward": _token_statistics_backward,
+    "token_statistics_backward_out": _token_statistics_backward_out,
 }
