@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(Tensor logits, Tensor token_ids, MaybeTensor mask,
                                                             double temperature, MaybeTensor temperatures,
                                                             bool /*exact*/, int64_t wanted) {
-  R1K_CHECK(wanted >= 0 && wanted < 8, "wanted is ", wanted, ", expected a number of r1kernels.ops.token_statistics");
+  R1K_CHECK(wanted >= 0 && wanted < 8, "wanted is ", wanted, ", expected a number of r1kernels.ops.row_statistics");
   std::vector<int64_t> sizes = leading_sizes(logits);
   sizes.insert(sizes.begin(), 4);
   Tensor more = empty(logits, sizes, ScalarType::Double);

@@ -57,7 +57,7 @@ _declare(
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
 # token_stats, and more (4, ...) float64: sum p^2, the mean of z, the largest z, 1 if it is that of the token. `wanted`
-# is a sum of the numbers in `ops.token_statistics.WANTED`; a kernel may compute more. What it does not compute is 0.
+# is a sum of the numbers in `ops.row_statistics.WANTED`; a kernel may compute more. What it does not compute is 0.
 _declare(
     "token_statistics(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures, "
     "bool exact, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"

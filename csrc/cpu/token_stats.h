@@ -8,7 +8,7 @@
 
 namespace r1k {
 
-// What a call may want beside log-prob, log-sum-exp and entropy; r1kernels.ops.token_statistics has the same numbers.
+// What a call may want beside log-prob, log-sum-exp and entropy; r1kernels.ops.row_statistics has the same numbers.
 enum Wanted : int { kSumSqProbs = 1, kMeanLogit = 2, kIsTop1 = 4 };
 
 struct TokenStatsForward {

@@ -3,12 +3,9 @@ r"""Statistics of each row of logits beside log-prob and entropy, from the same 
 With z = x / T, p = softmax z, token id y and selected ids s_k:
 
     lse = log sum_j e^{z_j},  l = z_y - lse,  l_k = z_{s_k} - lse,  H = -sum_j p_j log p_j,  S = sum_j p_j^2
-    dL/dx_j = (g_l 1[j = y] + sum_k g_k 1[j = s_k] - (g_l + sum_k g_k - g_lse) p_j
-               - g_H p_j (log p_j + H) + 2 g_S p_j (p_j - S)) / T
 
-`r1kernels.ops.token_stats` has the arithmetic of a row, and `r1kernels.ops.shards` puts the shards of a vocabulary
-together. The kernels add one g per row, to the entry of the token. Other entries that receive something are computed
-here, in float64.
+`r1kernels.ops.row_statistics` has the arithmetic of rows, and `r1kernels.ops.shards` puts the shards of a vocabulary
+together.
 """
 
 from __future__ import annotations
@@ -22,27 +19,18 @@ from torch import Tensor
 from r1kernels import _dispatch, _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, as_mask, check_ids_in_range, check_shape, ids_int64
-from r1kernels.ops.shards import (
-    Facts,
-    Layout,
-    Shard,
-    Split,
-    agreed_layout,
-    checksum,
-    layout_of,
-    merge_more,
-    refusals,
+from r1kernels.ops.row_statistics import (
+    RowStatistics,
+    Selected,
+    Slopes,
+    entries_of,
+    merged,
+    row_statistics,
+    selected_of,
+    wanted_number,
 )
-from r1kernels.ops.token_stats import (
-    any_nonzero,
-    checked,
-    entry_gradients,
-    gradient_into,
-    row_blocks,
-    scaled_logits,
-    statistics,
-    unrounded,
-)
+from r1kernels.ops.shards import Facts, Layout, Shard, Split, agreed_layout, checksum, layout_of, refusals
+from r1kernels.ops.token_stats import checked, gradient_into, unrounded
 
 
 class TokenStatistics(NamedTuple):
@@ -68,12 +56,6 @@ class TokenStatistics(NamedTuple):
 FIELDS = TokenStatistics._fields
 SELECTED = "selected_logprobs"
 DEFAULT_FIELDS = tuple(name for name in FIELDS if name != SELECTED)
-# The numbers by which kernels know what they compute beside log-prob, log-sum-exp and entropy: csrc/cpu/token_stats.h.
-WANTED = {"sum_sq_probs": 1, "mean_logit": 2, "is_top1": 4}
-
-
-def wanted_number(fields: Sequence[str]) -> int:
-    return sum(number for name, number in WANTED.items() if name in fields)
 
 
 # ---- arguments --------------------------------------------------------------------------------------------
@@ -105,143 +87,6 @@ def checked_selected(selected_ids: Any, token_ids: Tensor, mask: Tensor | None) 
     return selected if mask is None else torch.where(mask.reshape(-1, 1), selected, 0)
 
 
-# ---- rows of logits, without autograd ----------------------------------------------------------------------
-
-
-class RowStatistics(NamedTuple):
-    """log-prob (float32), log-sum-exp and entropy (float64), each (...), and more (4, ...) float64: the sum of p^2, the
-    mean of z, the largest z, and 1 where that is the token's. What is not wanted is 0."""
-
-    logprobs: Tensor
-    lse: Tensor
-    entropy: Tensor
-    more: Tensor
-
-
-def row_statistics(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-    wanted: int, exact: bool = True,
-) -> RowStatistics:
-    """`token_stats.statistics`, and more, from logits (..., V). The reference takes only (N, V)."""
-    if wanted and _dispatch.select(logits, "token_statistics") != "reference":
-        return RowStatistics(*_library.call(
-            torch.ops.r1kernels.token_statistics.default, logits, token_ids, mask, temperature, temperatures, exact,
-            wanted,
-        ))
-    logprobs, lse, entropy = statistics(logits, token_ids, mask, temperature, temperatures, exact)
-    more = torch.zeros(4, *token_ids.shape, dtype=torch.float64, device=logits.device)
-    for rows in row_blocks(logits) if wanted else ():
-        z = scaled_logits(logits, rows, temperature, temperatures)
-        p = (z - lse[rows, None].to(z.dtype)).exp().double()
-        largest, at = z.max(-1)
-        is_top1 = (at == token_ids[rows]) & ~logprobs[rows].isnan()
-        for out, value in zip(more, (p.square().sum(-1), z.double().mean(-1), largest, is_top1), strict=True):
-            out[rows] = value.double() if mask is None else torch.where(mask[rows], value, 0).double()
-    return RowStatistics(logprobs, lse, entropy, more)
-
-
-def selected_of(
-    logits: Tensor, selected_ids: Tensor, lse: Tensor, temperature: float, temperatures: Tensor | None,
-    owned: Tensor | None = None,
-) -> Tensor:
-    """Log-probs (..., K) of ids, float64; 0 where they are not `owned`."""
-    t = temperature if temperatures is None else temperature * temperatures.double().unsqueeze(-1)
-    z = logits.gather(-1, selected_ids).double() / t
-    return z - lse.unsqueeze(-1) if owned is None else torch.where(owned, z, 0)
-
-
-class Slopes(NamedTuple):
-    """dL/d of the statistics of rows, each (...), or None for 0; selected is (..., K)."""
-
-    logprobs: Tensor | None = None
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    sum_sq_probs: Tensor | None = None
-    selected: Tensor | None = None
-
-    def map(self, function: Any) -> Slopes:
-        return Slopes(*(None if slope is None else function(slope) for slope in self))
-
-    @property
-    def active(self) -> Tensor:
-        """Where a row (N,) has a gradient."""
-        return any_nonzero(*self[:4], self.selected)
-
-    @property
-    def total(self) -> Tensor:
-        """-dL/dz_j / p_j, of every entry (...): what log-probs add to the entries of their tokens, minus dL/dlse."""
-        terms = [
-            None if self.logprobs is None else self.logprobs.double(),
-            None if self.selected is None else self.selected.double().sum(-1),
-            None if self.lse is None else -self.lse.double(),
-        ]
-        given = [term for term in terms if term is not None]
-        if not given:
-            like = self.entropy if self.entropy is not None else self.sum_sq_probs
-            return torch.zeros_like(like)
-        dtype = next(slope for slope in self if slope is not None).dtype
-        return sum(given).to(dtype)
-
-    @property
-    def is_of_tokens(self) -> bool:
-        """Whether the kernels' entry of the token is right: no other entry receives anything, and lse nothing."""
-        return self.lse is None and self.selected is None
-
-
-class Entries(NamedTuple):
-    """Entries of the gradient that the kernels do not know, (..., K) each."""
-
-    ids: Tensor
-    values: Tensor  # float64
-
-    def of(self, rows: Tensor | None) -> Entries:
-        """Those of some rows."""
-        return self if rows is None else Entries(self.ids[rows], self.values[rows])
-
-    def write(self, grad_logits: Tensor) -> None:
-        grad_logits.scatter_(-1, self.ids, self.values.to(grad_logits.dtype))
-
-
-def entries_of(
-    logits: Tensor, token_ids: Tensor, owned: Tensor | None, selected_ids: Tensor | None, selected_owned: Tensor | None,
-    rows: tuple[Tensor, Tensor, Tensor], slopes: Slopes, temperature: float, temperatures: Tensor | None,
-    softcap: float,
-) -> Entries:
-    """The entries of the token and of the selected ids, first that of the token.
-
-    Args:
-        owned, selected_owned: where an id is in this shard, and no substitute.
-        rows: log-sum-exp, entropy, and the sum of p^2.
-    """
-    lse, entropy, sum_sq = rows
-    total = slopes.total.double()
-    given = torch.zeros_like(total) if slopes.logprobs is None else slopes.logprobs.double()
-    given = given if owned is None else torch.where(owned, given, 0)
-    ids, added = token_ids.unsqueeze(-1), given.unsqueeze(-1)
-    if selected_ids is not None and slopes.selected is not None:
-        more = slopes.selected.double()
-        more = more if selected_owned is None else torch.where(selected_owned, more, 0)
-        ids, added = torch.cat([ids, selected_ids], -1), torch.cat([added, more], -1)
-        added = _sums_of_equal(ids, added)
-    values = entry_gradients(
-        logits, ids, lse, entropy, added=added, others=total.unsqueeze(-1) - added, eta=slopes.entropy,
-        temperature=temperature, temperatures=temperatures, softcap=softcap,
-        squares=None if slopes.sum_sq_probs is None else (sum_sq, slopes.sum_sq_probs),
-    )
-    shape = total.shape
-    active = slopes.map(lambda slope: slope.reshape(total.numel(), *slope.shape[len(shape):])).active.reshape(shape)
-    return Entries(ids, torch.where(active.unsqueeze(-1), values, 0))
-
-
-def _sums_of_equal(ids: Tensor, values: Tensor) -> Tensor:
-    """For each id of a row, the sum of the values of all that are equal to it."""
-    ordered, order = ids.sort(-1)
-    new = torch.ones_like(ordered)
-    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    group = torch.zeros_like(ids).scatter_(-1, order, new.cumsum(-1) - 1)
-    return torch.zeros_like(values).scatter_add_(-1, group, values).gather(-1, group)
-
-
 # ---- autograd ---------------------------------------------------------------------------------------------
 
 
@@ -269,20 +114,11 @@ def _shard_statistics(
     return rows if part.tokens is None else merged(part.tokens, rows, mask, wanted)
 
 
-def merged(shard: Shard, rows: RowStatistics, mask: Tensor | None, wanted: int) -> RowStatistics:
-    """Statistics (N,) over the whole vocabulary from those of a shard."""
-    logprobs, lse, entropy = shard.merged(*rows[:3])
-    more = merge_more(shard, rows.lse, rows.more) if wanted else rows.more
-    return RowStatistics(*(
-        value if mask is None else torch.where(mask, value, 0) for value in (logprobs, lse, entropy, more)
-    ))
-
-
-def of_tokens(rows: RowStatistics, selected: Tensor | None, fields: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+def of_tokens(rows: RowStatistics, chosen: Tensor | None, fields: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
     """The results of autograd functions, in the order of `fields`."""
     values = {
         "logprobs": rows.logprobs, "lse": rows.lse, "entropy": rows.entropy, "sum_sq_probs": rows.more[0],
-        "mean_logit": rows.more[1], SELECTED: selected,
+        "mean_logit": rows.more[1], SELECTED: chosen,
     }
     return [rows.more[3] != 0 if name == "is_top1" else values[name].to(dtype) for name in fields]
 
@@ -313,21 +149,20 @@ class _TokenStatistics(torch.autograd.Function):
             rows = row_statistics(logits, token_ids, mask, temperature, None, wanted)
         else:
             rows = _shard_statistics(counted, token_ids, mask, temperature, wanted, part)
-        selected = None
+        chosen = None
         if selected_ids is not None:
-            owned = None if part is None or part.selected is None else part.selected.owned.reshape(selected_ids.shape)
+            selected = Selected(selected_ids, None if part is None else part.selected)
             if counted.shape[-1] == 0:
-                selected = torch.zeros(selected_ids.shape, dtype=torch.float64, device=logits.device)
+                chosen = torch.zeros(selected_ids.shape, dtype=torch.float64, device=logits.device)
             else:
-                selected = selected_of(counted, selected_ids, rows.lse, temperature, None, owned)
-            if owned is not None:
-                part.selected.add_up(selected)
-                selected -= rows.lse.unsqueeze(-1)
+                chosen = selected_of(counted, selected_ids, rows.lse, temperature, None, selected.owned)
+            if selected.shard is not None:
+                chosen = selected.merged(chosen, rows.lse)
         sum_sq = rows.more[0].contiguous() if "sum_sq_probs" in fields else None
         ctx.save_for_backward(logits, token_ids, selected_ids, rows.lse, rows.entropy, sum_sq)
         ctx.temperature, ctx.fields, ctx.part = temperature, fields, part
         ctx.set_materialize_grads(False)
-        results = of_tokens(rows, selected, fields, accumulator_dtype(logits.dtype))
+        results = of_tokens(rows, chosen, fields, accumulator_dtype(logits.dtype))
         ctx.mark_non_differentiable(*constants_of(fields, results))
         return tuple(results)
 
@@ -362,9 +197,7 @@ class _TokenStatistics(torch.autograd.Function):
                 squares=None if zeta is None else (sum_sq, zeta),
             )
             owned = None if part.tokens is None else part.tokens.owned
-            selected_owned = (
-                None if part.selected is None else part.selected.owned.reshape(selected_ids.shape)
-            )
+            selected_owned = None if part.selected is None else Selected(selected_ids, part.selected).owned
         if owned is not None or not slopes.is_of_tokens:
             entries_of(
                 counted, token_ids, owned, selected_ids, selected_owned, (lse, entropy, sum_sq), slopes,

@@ -35,6 +35,7 @@ from r1kernels.testing.oracles import (
     token_stats,
     token_stats_gradient,
 )
+from r1kernels.testing.statistics import StatisticsExpected, token_statistics, token_statistics_gradient
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -46,6 +47,7 @@ __all__ = [
     "DivergenceExpected",
     "Expected",
     "PolicyExpected",
+    "StatisticsExpected",
     "TokenStats",
     "assert_within",
     "compiled",
@@ -67,6 +69,8 @@ __all__ = [
     "random_policy",
     "random_topk",
     "rounding",
+    "token_statistics",
+    "token_statistics_gradient",
     "token_stats",
     "token_stats_gradient",
     "topk_divergence",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
+from r1kernels.ops.row_statistics import RowStatistics, Selected, Slopes, merged
 from r1kernels.ops.shards import Shard
-from r1kernels.ops.token_statistics import RowStatistics, Slopes, merged
 
 
 @without_autocast
@@ -33,18 +33,6 @@ def run_statistics(
     return logprobs.to(walk.accumulator), lse, entropy
 
 
-class Selected(NamedTuple):
-    """Selected ids (N, K) of tokens: substitutes where the `shard`, whose tokens they are, has no such row."""
-
-    ids: Tensor
-    shard: Shard | None
-
-    def at(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
-        """The ids of some tokens, and where this rank has them."""
-        owned = None if self.shard is None else self.shard.owned.reshape(self.ids.shape)[rows]
-        return self.ids[rows], owned
-
-
 @without_autocast
 def run_token_statistics(
     head: Head, hidden: Tensor, counted: Tensor | None, wanted: int, selected: Selected | None,
@@ -58,8 +46,7 @@ def run_token_statistics(
         return rows, chosen
     rows = merged(shard, rows, counted, wanted)
     if chosen is not None:
-        selected.shard.add_up(chosen)
-        chosen -= rows.lse[:, None]
+        chosen = selected.merged(chosen, rows.lse)
         chosen = chosen if counted is None else torch.where(counted[:, None], chosen, 0)
     return rows._replace(logprobs=rows.logprobs.to(walk.accumulator)), chosen
 

@@ -17,12 +17,11 @@ from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
-from r1kernels.ops.linear.passes import Selected, run_token_statistics, run_token_statistics_backward
+from r1kernels.ops.linear.passes import run_token_statistics, run_token_statistics_backward
+from r1kernels.ops.row_statistics import RowStatistics, Selected, Slopes, wanted_number
 from r1kernels.ops.shards import Shard, Split, agree, checksum, refusals
 from r1kernels.ops.token_statistics import (
     DEFAULT_FIELDS,
-    RowStatistics,
-    Slopes,
     TokenStatistics,
     checked_fields,
     checked_selected,
@@ -30,7 +29,6 @@ from r1kernels.ops.token_statistics import (
     named,
     of_tokens,
     slopes_of,
-    wanted_number,
 )
 
 

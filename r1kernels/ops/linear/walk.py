@@ -24,8 +24,8 @@ from r1kernels.ops.linear.gradients import rounded
 from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
+from r1kernels.ops.row_statistics import Slopes, entries_of, row_statistics, selected_of
 from r1kernels.ops.shards import Shard, correct_substitutes
-from r1kernels.ops.token_statistics import Slopes, entries_of, row_statistics, selected_of
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
