@@ -189,6 +189,15 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
+# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted.
+_NOT_IN_ONE_PASS = {
+    "no gradient is wanted": lambda hidden, wanted: not wanted,
+    "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
+    "torch.compile traces the reference": (
+        lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+    ),
+}
+
 TABLE: dict[str, tuple[Server, ...]] = {
     "kernels": _operator(has_cuda_kernel=True),  # of any operator
     **{name: _operator(name in CUDA_OPERATORS) for name in OPS},
@@ -231,11 +240,15 @@ TABLE: dict[str, tuple[Server, ...]] = {
     # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
     # slopes by autograd, which is not available inside the operators of a compiled graph.
     "linear_gradients": (
-        _server("one_pass", "gradients with the loss, in one walk over the chunks", {
-            "no gradient is wanted": lambda hidden, wanted: not wanted,
-            "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
-            "torch.compile traces the reference": (
-                lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+        _server("one_pass", "gradients with the loss, in one walk over the chunks", _NOT_IN_ONE_PASS),
+        _server("two_phases", "statistics first, then logits again for the gradients"),
+    ),
+    # The same for several losses, whose factors may differ.
+    "linear_multi_target": (
+        _server("one_pass", "gradients with the losses, in one walk over the chunks", {
+            **_NOT_IN_ONE_PASS,
+            "torch.compile traces the call, before the factors are known": (
+                lambda hidden, wanted: torch.compiler.is_compiling()
             ),
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),

@@ -56,6 +56,11 @@ _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
+# The same for g (1[j = y] - p_j) + shift, with g and shift (N,) float32.
+_declare(
+    "shifted_gradient_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor grad_logprobs, Tensor shift, "
+    "float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
+)
 # -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
 # kl: 1, 2, 3 for k1, k2, k3, and 3 more if the ratio multiplies the term.
 _declare(
@@ -105,6 +110,17 @@ _declare(
     "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float clip_low, float clip_high, "
     "float ratio_cap, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool[] needs) "
     f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
+# The losses of D targets of each token, with `ops.target_terms.TargetTerms`; targets (D, N) int64, weights (D, N).
+# -> losses (D, N), log-sum-exp (N,) float64, and the gradients of sum weights loss that are needed.
+_declare(
+    f"linear_targets({_HEAD}, Tensor? mask, Tensor targets, Tensor? weights, float z_loss_coef, float label_smoothing, "
+    f"bool[] needs) -> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
+# The gradients from those of the losses (D, N).
+_declare(
+    f"linear_targets_backward({_HEAD}, Tensor targets, Tensor lse, Tensor grads, float z_loss_coef, "
+    f"float label_smoothing, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
 _declare(
     "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, int scale, int ddof, float eps) -> Tensor"
@@ -177,6 +193,11 @@ def _(*_: Any) -> None:
     return None
 
 
+@_fake("shifted_gradient_out")
+def _(*_: Any) -> None:
+    return None
+
+
 @_fake("policy_loss")
 def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     entropy_coef = args[-2]
@@ -244,6 +265,18 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
     return _per_token(ids, hidden), _per_token(ids, hidden), *_head_gradients(hidden, args, args[-1])
+
+
+@_fake("linear_targets")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, targets = args[4], args[15]
+    losses = hidden.new_empty(targets.shape, dtype=_per_token(ids, hidden).dtype)
+    return losses, hidden.new_empty(ids.shape, dtype=torch.float64), *_head_gradients(hidden, args, args[-1])
+
+
+@_fake("linear_targets_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
 
 
 @_fake("group_advantages")

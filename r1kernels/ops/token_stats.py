@@ -125,17 +125,26 @@ def gradient_into(
     temperatures: Tensor | None,
     softcap: float,
     rows: Tensor | None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Writes dL/dlogits of (N, V) logits to `out` (N, V), which may be the memory of the logits, row for row.
 
     `out` has the dtype of logits; for float32 logits it may be narrower. With `softcap` c > 0 the logits are
-    c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only these rows are computed.
+    c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only these rows are computed. `shift`
+    (N,) is added to each entry of dL/dz; there is no `eta` with it.
 
     Returns:
         The first R (or N) rows of `out`.
     """
     result = out if rows is None else out[: len(rows)]
-    if _dispatch.select(logits) != "reference":
+    native = _dispatch.select(logits) != "reference"
+    if native and shift is not None:
+        _library.run(
+            torch.ops.r1kernels.shifted_gradient_out.default, logits, token_ids, lse, g, shift, temperature,
+            temperatures, softcap, rows, out,
+        )
+        return result
+    if native:
         _library.run(
             torch.ops.r1kernels.token_stats_backward_out.default, logits, token_ids, lse, entropy, g, eta, temperature,
             temperatures, softcap, rows, out,
@@ -152,10 +161,13 @@ def gradient_into(
         if eta is not None:
             finite_log_p = torch.where(log_p == -torch.inf, 0, log_p)
             grad = grad - eta[source, None] * p * (finite_log_p + entropy[source, None].to(x.dtype))
+        if shift is not None:
+            grad = grad + shift[source, None]
         grad = grad / t
         if softcap > 0:
             grad = grad * (1 - (x / softcap).square())
-        active = (g[source] != 0) if eta is None else (g[source] != 0) | (eta[source] != 0)
+        other = eta if shift is None else shift
+        active = (g[source] != 0) if other is None else (g[source] != 0) | (other[source] != 0)
         result[block] = torch.where(active[:, None], grad, 0).to(out.dtype)
     return result
 
@@ -197,6 +209,20 @@ def unrounded(
     x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
     t = temperature if temperatures is None else temperature * temperatures.double()
     return torch.where(logprobs < -0.5, x / t - lse, logprobs.double())
+
+
+def mean_logits(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, vocab: int | None = None
+) -> Tensor:
+    """The mean of z = logits / T over the vocabulary (N,), float64. It reads the logits once more.
+
+    vocab: V, if the logits are a shard; then the result is this shard's part of the mean.
+    """
+    sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for rows in row_blocks(logits):
+        sums[rows] = logits[rows].sum(-1, dtype=accumulator_dtype(logits.dtype)).double()
+    t = temperature if temperatures is None else temperature * temperatures.double()
+    return sums / t / (vocab or logits.shape[-1])
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:

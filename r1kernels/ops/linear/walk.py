@@ -25,6 +25,7 @@ from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.shards import Shard, correct_substitutes
+from r1kernels.ops.target_terms import Slopes, set_entries
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
@@ -146,6 +147,41 @@ class Walk:
             )
         return logprobs, lse, entropy
 
+    @property
+    def vocab(self) -> int:
+        """V, over all shards."""
+        return self.head.weight.shape[0] if self.shard is None else self.shard.layout.vocab
+
+    def mean_logits(self, chunk: Chunk) -> Tensor:
+        """The mean of z over the vocabulary (n,), float64."""
+        if self.is_empty:
+            mean = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
+        else:
+            mean = token_stats.mean_logits(chunk.logits, self.head.kernel_temperature, chunk.temperatures, self.vocab)
+        if self.shard is not None:
+            self.shard.add_up(mean)
+        return mean
+
+    def targets_backward(self, chunk: Chunk, lse: Tensor, slopes: Slopes) -> None:
+        """`backward` for losses of several targets, or with other terms. Their entries are written after the others."""
+        slopes = slopes if chunk.owned is None else slopes.owned_by(chunk.owned)
+        slopes = slopes if chunk.valid is None else slopes.where(chunk.valid)
+        slopes = slopes if self.head.kernel_scale == 1.0 else slopes.scaled(self.head.kernel_scale)
+        if self.is_empty:
+            self.sums.leave_out(chunk)
+            return
+        exact = slopes.entries(
+            chunk.logits, lse, self.head.kernel_temperature, chunk.temperatures, self.head.softcap
+        )
+        rows = self._active_rows(slopes.active, None, sparse=False)
+        # No kernel reads the entropy, because it has no gradient.
+        grad_logits = self._gradient(chunk, lse, lse, slopes.g, None, rows, slopes.shift)
+        if grad_logits is None:
+            return
+        taken = slice(None) if rows is None else rows
+        set_entries(grad_logits, slopes.ids[taken], exact[taken])
+        self.sums.add(chunk, grad_logits, rows, exact if self._loses_digits else None, slopes.ids)
+
     def backward(
         self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, *, sparse: bool
     ) -> None:
@@ -164,34 +200,48 @@ class Walk:
             sums.leave_out(chunk)
             return
         exact = None
-        loses_digits = sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
-        if loses_digits or chunk.owned is not None:
+        if self._loses_digits or chunk.owned is not None:
             exact = token_stats.target_gradient(
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
                 head.softcap, chunk.owned,
             )
         rows = self._active_rows(g, eta, sparse)  # last, because the device waits after a synchronisation
+        grad_logits = self._gradient(chunk, lse, entropy, g, eta, rows)
+        if grad_logits is None:
+            return
+        if chunk.owned is not None:
+            taken = slice(None) if rows is None else rows
+            correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
+        sums.add(chunk, grad_logits, rows, exact if self._loses_digits else None, chunk.token_ids)
+
+    @property
+    def _loses_digits(self) -> bool:
+        """Whether d logits are rounded, and a product sums them."""
+        return self.sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
+
+    def _gradient(
+        self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, rows: Tensor | None,
+        shift: Tensor | None = None,
+    ) -> Tensor | None:
+        """d logits of `rows` of a chunk in their memory; None if there are no rows."""
         count = len(g) if rows is None else len(rows)
         if count == 0:
-            sums.leave_out(chunk)
-            return
-        grad_logits = token_stats.gradient_into(
-            sums.memory(chunk.logits, count),
+            self.sums.leave_out(chunk)
+            return None
+        return token_stats.gradient_into(
+            self.sums.memory(chunk.logits, count),
             chunk.logits,
             chunk.token_ids,
             lse,
             entropy,
             g,
             eta,
-            temperature=head.kernel_temperature,
+            temperature=self.head.kernel_temperature,
             temperatures=chunk.temperatures,
-            softcap=head.softcap,
+            softcap=self.head.softcap,
             rows=rows,
+            shift=shift,
         )
-        if chunk.owned is not None:
-            taken = slice(None) if rows is None else rows
-            correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
-        sums.add(chunk, grad_logits, rows, exact if loses_digits else None)
 
     def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
         """Rows of a chunk that have a gradient, or None to take them all."""
