@@ -59,22 +59,23 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
 
 // All of `args` but where the result goes.
 r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
-                                      const Tensor& entropy, const MaybeTensor& grad_logprobs,
-                                      const MaybeTensor& grad_entropy, double temperature) {
+                                      const MaybeTensor& entropy, const MaybeTensor& grad_logprobs,
+                                      const MaybeTensor& grad_entropy, const float* shift, double temperature) {
   const int64_t count = token_ids.numel();
   r1k::TokenStatsBackward args = {};
   args.logits = row_view(logits);
   args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
   args.lse = data<double>(lse, "lse", ScalarType::Double, count);
-  args.entropy = data<double>(entropy, "entropy", ScalarType::Double, count);
+  args.entropy = entropy.has_value() ? data<double>(*entropy, "entropy", ScalarType::Double, count) : nullptr;
   args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
   args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
+  args.shift = shift;
   args.temperature = {temperature, nullptr};
   R1K_CHECK(logits.numel() == count * args.logits.vocab,
             "token_ids must have the shape of logits without its last dimension");
   check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
     return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
-           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
+           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0) && (shift == nullptr || shift[n] == 0);
   });
   return args;
 }
@@ -92,15 +93,15 @@ void compact_rows(char* data, int64_t row_bytes, int64_t stride_bytes, const int
   });
 }
 
-void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
-                              MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
-                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
-  const int64_t count = token_ids.numel();
+int64_t row_count_of(const MaybeTensor& rows, int64_t count) {
   R1K_CHECK(!rows.has_value() || rows->dim() == 1, "rows has ", rows->dim(), " dimensions, expected 1");
-  const int64_t row_count = rows.has_value() ? rows->numel() : count;
-  if (row_count == 0) return;
-  r1k::TokenStatsBackward args =
-      backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  return rows.has_value() ? rows->numel() : count;
+}
+
+// Writes the gradient of `rows` to `out`; `args` are those of `backward_args`.
+void write_gradient(r1k::TokenStatsBackward args, const Tensor& logits, int64_t count, const MaybeTensor& temperatures,
+                    double softcap, const MaybeTensor& rows, const Tensor& out) {
+  const int64_t row_count = row_count_of(rows, count);
   args.temperature.factors = floats(temperatures, "temperatures", count);
   args.softcap = softcap;
   const r1k::RowView out_view = row_view(out);
@@ -129,6 +130,23 @@ void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tenso
     const int64_t size = r1k::size_of(out_view.dtype);
     compact_rows(static_cast<char*>(args.out), out_view.vocab * size, args.out_stride * size, args.rows, row_count);
   }
+}
+
+void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
+                              MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
+                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
+  const int64_t count = token_ids.numel();
+  if (row_count_of(rows, count) == 0) return;
+  write_gradient(backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, nullptr, temperature),
+                 logits, count, temperatures, softcap, rows, out);
+}
+
+void shifted_gradient_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor grad_logprobs, Tensor shift,
+                          double temperature, MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
+  const int64_t count = token_ids.numel();
+  if (row_count_of(rows, count) == 0) return;
+  write_gradient(backward_args(logits, token_ids, lse, {}, grad_logprobs, {}, floats(shift, "shift", count), temperature),
+                 logits, count, temperatures, softcap, rows, out);
 }
 
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
@@ -284,6 +302,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
+  m.impl("shifted_gradient_out", TORCH_BOX(&shifted_gradient_out));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));
   m.impl("kl_estimate", TORCH_BOX(&kl_estimate));

@@ -51,10 +51,14 @@ struct RowGradient {
   double eta;      // dL/dentropy
   double lse;
   double entropy;
+  double shift;    // added to dL/dz of each entry
 };
 
-// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T, for one vector of a row.
-template <bool kSubtract, bool kCoarse, bool kEntropy>
+// What there is beside g (1[j = y] - p_j).
+enum class Other { nothing, entropy, shift };
+
+// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H) + shift) / T, for one vector of a row.
+template <bool kSubtract, bool kCoarse, Other kOther>
 class VectorGradient {
  public:
   VectorGradient(const RowGradient& in, double temperature, double softcap, const RowExp& row_exp, double factor)
@@ -73,6 +77,7 @@ class VectorGradient {
     minus_g_ = broadcast(canonical(-in.g * inv_temperature));
     minus_eta_ = broadcast(canonical(-in.eta * inv_temperature));
     slope_ = broadcast(static_cast<float>(inv_temperature));
+    shift_ = broadcast(canonical(in.shift * inv_temperature));
     inv_softcap_ = broadcast(softcap > 0 ? static_cast<float>(1.0 / softcap) : 0.0f);
   }
 
@@ -83,6 +88,14 @@ class VectorGradient {
   }
 
   VecF operator()(VecF x) const {
+    if constexpr (kOther == Other::shift) return multiple_of_p(x) + shift_;
+    return multiple_of_p(x);
+  }
+
+ private:
+  static constexpr bool kEntropy = kOther == Other::entropy;
+
+  VecF multiple_of_p(VecF x) const {
     const Power power = row_exp_.power<kSubtract, kCoarse>(x);
     VecF slope;  // with entropy: what p is multiplied with
     if constexpr (kEntropy) {
@@ -102,9 +115,8 @@ class VectorGradient {
     }
   }
 
- private:
   const RowExp row_exp_;
-  VecF factor_, factor_rest_, coarse_[5], minus_g_, pivot_, offset_, minus_eta_, slope_, inv_softcap_;
+  VecF factor_, factor_rest_, coarse_[5], minus_g_, pivot_, offset_, minus_eta_, slope_, shift_, inv_softcap_;
 };
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
@@ -113,16 +125,16 @@ double target_gradient(const RowGradient& in, double target_logit, double temper
   if (logprob > 0) logprob = 0;  // rounding only; NaN stays
   double grad = -in.g * std::expm1(logprob);
   if (in.eta != 0 && logprob != -INFINITY) grad -= in.eta * std::exp(logprob) * (logprob + in.entropy);
-  return grad / temperature;
+  return (grad + in.shift) / temperature;
 }
 
-template <typename T, typename Out, bool kSubtract, bool kEntropy, bool kSoftcap>
+template <typename T, typename Out, bool kSubtract, Other kOther, bool kSoftcap>
 void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature, double softcap,
                   const RowGradient& in, const RowExp& row_exp, double factor, Out* out, bool stream) {
   constexpr bool kCoarse = kHasScale && std::is_same_v<Out, BFloat16>;
   alignas(64) float block[kBlock];
   alignas(64) Out result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
-  const VectorGradient<kSubtract, kCoarse, kEntropy> vector(in, temperature, softcap, row_exp, factor);
+  const VectorGradient<kSubtract, kCoarse, kOther> vector(in, temperature, softcap, row_exp, factor);
   const auto gradient = [&](VecF x) {
     VecF value = vector(x);
     if constexpr (kSoftcap) value *= vector.through_softcap(x);
@@ -162,11 +174,16 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
 }
 
 template <typename T, typename Out, bool kSubtract>
-auto row_gradient_variant(bool entropy, bool softcap) {
-  if (softcap) {
-    return entropy ? row_gradient<T, Out, kSubtract, true, true> : row_gradient<T, Out, kSubtract, false, true>;
+auto row_gradient_variant(Other other, bool softcap) {
+  const auto with = [softcap](auto kOther) {
+    return softcap ? row_gradient<T, Out, kSubtract, kOther.value, true>
+                   : row_gradient<T, Out, kSubtract, kOther.value, false>;
+  };
+  switch (other) {
+    case Other::entropy: return with(std::integral_constant<Other, Other::entropy>());
+    case Other::shift: return with(std::integral_constant<Other, Other::shift>());
+    default: return with(std::integral_constant<Other, Other::nothing>());
   }
-  return entropy ? row_gradient<T, Out, kSubtract, true, false> : row_gradient<T, Out, kSubtract, false, false>;
 }
 
 template <typename T, typename Out>
@@ -178,12 +195,13 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     const double g = args.grad_logprobs != nullptr ? args.grad_logprobs[n] : 0;
     const double eta = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
     Out* out = static_cast<Out*>(args.out) + n * args.out_stride;
-    if (g == 0 && eta == 0) {  // masked or clipped: the row is not read, so nothing in it can matter
+    const double shift = args.shift != nullptr ? args.shift[n] : 0;
+    if (g == 0 && eta == 0 && shift == 0) {  // masked or clipped: the row is not read, so nothing in it can matter
       std::memset(out, 0, vocab * sizeof(Out));
       continue;
     }
     const T* row = data + args.logits.offset(n);
-    const RowGradient in = {g, eta, args.lse[n], args.entropy[n]};
+    const RowGradient in = {g, eta, args.lse[n], args.entropy != nullptr ? args.entropy[n] : 0, shift};
     const double temperature = args.temperature.of(n);
     // Without an entropy term g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent, with
     // a factor of at least 1, so that no power is beyond the range of a gradient that is within it.
@@ -195,7 +213,8 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     }
     const RowExp row_exp(in.lse * temperature, temperature, exponent);
     const auto run = (row_exp.subtract ? row_gradient_variant<T, Out, true>
-                                       : row_gradient_variant<T, Out, false>)(eta != 0, args.softcap > 0);
+                                       : row_gradient_variant<T, Out, false>)(
+        eta != 0 ? Other::entropy : shift != 0 ? Other::shift : Other::nothing, args.softcap > 0);
     run(row, args.logits.vocab_stride, vocab, args.token_ids[n], temperature, args.softcap, in, row_exp, factor, out,
         args.stream);
   }

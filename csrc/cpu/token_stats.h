@@ -28,6 +28,7 @@ struct TokenStatsBackward {
   const double* entropy;        // [N]
   const float* grad_logprobs;   // [N] or null (all zero)
   const float* grad_entropy;    // [N] or null (all zero)
+  const float* shift;           // [N] or null: added to dL/dz of each entry; without grad_entropy
   Temperature temperature;
   double softcap;               // c > 0: the logits are c tanh(u / c), and the gradient is with respect to u
   void* out;                    // row n at n * out_stride elements; may be the logits' own memory, row for row
