@@ -1,0 +1,83 @@
+"""Cross-entropies with label smoothing or z-loss from logits. The arithmetic is in `r1kernels.ops.target_terms`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1kernels import _library
+from r1kernels.ops._autograd import differentiable_once
+from r1kernels.ops._checks import accumulator_dtype
+from r1kernels.ops.shards import Layout, Shard, Split
+from r1kernels.ops.target_terms import TargetTerms, set_entries
+from r1kernels.ops.token_logprobs import split_arguments, split_statistics
+from r1kernels.ops.token_stats import gradient_into, mean_logits
+
+
+def _matrices(logits: Tensor, begin: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Views (n, V) of logits (..., V), in order, and their rows: `logits[:, :-1]` is not copied."""
+    count = logits.shape[:-1].numel()
+    try:
+        yield slice(begin, begin + count), logits.view(count, logits.shape[-1])
+    except RuntimeError:
+        for part in logits:
+            yield from _matrices(part, begin)
+            begin += part.shape[:-1].numel()
+
+
+class _TargetLosses(torch.autograd.Function):
+    """Losses (N,), 0 where `mask` is False, from logits (..., V). Their first `layout.size` entries count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, mask: Tensor, temperature: float, layout: Layout, shard: Shard | None,
+        terms: TargetTerms,
+    ) -> Tensor:
+        log_sums = torch.zeros(ids.shape, dtype=torch.float64, device=logits.device)
+        losses, means = torch.zeros_like(log_sums), torch.zeros_like(log_sums)
+        if terms.label_smoothing != 0 and layout.size > 0:
+            for rows, part in _matrices(logits[..., : layout.size]):
+                means[rows] = mean_logits(part, temperature, None, layout.vocab)
+        if terms.label_smoothing != 0 and shard is not None:
+            shard.add_up(means)
+        for rows, part in _matrices(logits[..., : layout.size]):
+            counted = mask[rows]
+            logprobs, lse, _ = split_statistics(part, ids[rows], counted, temperature, shard, rows)
+            values = terms.losses(logprobs[:, None], lse, means[rows])[:, 0]
+            losses[rows], log_sums[rows] = torch.where(counted, values, 0), lse
+        ctx.save_for_backward(logits, ids, log_sums)
+        ctx.constants = temperature, layout, None if shard is None else shard.owned, terms
+        return losses.to(accumulator_dtype(logits.dtype))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, log_sums = ctx.saved_tensors
+        temperature, layout, owned, terms = ctx.constants
+        grad_logits = _library.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+        grad_logits[..., layout.size :] = 0
+        out = grad_logits.view(len(ids), logits.shape[-1])[:, : layout.size]
+        for rows, part in _matrices(logits[..., : layout.size]) if layout.size > 0 else ():
+            lse = log_sums[rows]
+            slopes = terms.slopes(ids[rows, None], grads[rows, None], lse, layout.vocab)
+            slopes = slopes if owned is None else slopes.owned_by(owned[rows])
+            exact = slopes.entries(part, lse, temperature, None, 0.0)
+            gradient_into(  # no kernel reads the entropy, because it has no gradient
+                out[rows], part, ids[rows], lse, lse, slopes.g, None, temperature=temperature, temperatures=None,
+                softcap=0.0, rows=None, shift=slopes.shift,
+            )
+            set_entries(out[rows], slopes.ids, exact)
+        return grad_logits, *[None] * 6
+
+
+def target_losses(
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms
+) -> Tensor:
+    """The loss of each target (...), after checks; 0 where `mask` is False. Callers send gradient 0 to these."""
+    ids, flat_mask, temperature, layout, shard = split_arguments(logits, targets, mask, temperature, split, tuple(terms))
+    ids = torch.where(flat_mask, ids if shard is None else shard.ids, 0)
+    losses = _TargetLosses.apply(logits, ids, flat_mask, temperature, layout, shard, terms)
+    return losses.reshape(targets.shape)
