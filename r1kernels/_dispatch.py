@@ -29,6 +29,7 @@ TRITON_OPERATORS = {
     "token_stats": "token_stats",
     "token_stats_backward": "token_stats_backward",
     "token_stats_backward_out": "token_stats_backward",
+    "shifted_gradient_out": "shifted_gradient",
     "policy_loss": "policy_loss",
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",

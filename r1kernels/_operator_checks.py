@@ -97,8 +97,20 @@ def _token_stats_backward(
 
 
 def _token_stats_backward_out(*arguments: Any) -> None:
-    logits, temperatures, (rows, out) = arguments[0], arguments[7], arguments[9:]
     _token_stats_backward(*arguments[:6])
+    _gradient_out(arguments[0], arguments[7], *arguments[9:])
+
+
+def _shifted_gradient_out(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, grad_logprobs: Tensor, shift: Tensor, temperature: float,
+    temperatures: Tensor | None, softcap: float, rows: Tensor | None, out: Tensor,
+) -> None:
+    _token_stats_backward(logits, token_ids, lse, lse, grad_logprobs, None)
+    _Arguments(logits).flat(torch.float32, logits.shape[:-1].numel(), shift=shift)
+    _gradient_out(logits, temperatures, rows, out)
+
+
+def _gradient_out(logits: Tensor, temperatures: Tensor | None, rows: Tensor | None, out: Tensor) -> None:
     check = _Arguments(logits)
     check.rows(out=out)
     if logits.dim() != 2 or out.dim() != 2:
@@ -204,6 +216,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "token_stats": _token_stats,
     "token_stats_backward": _token_stats_backward,
     "token_stats_backward_out": _token_stats_backward_out,
+    "shifted_gradient_out": _shifted_gradient_out,
     "policy_loss": _policy_loss,
     "group_advantages": _group_advantages,
     "kl_estimate": _kl_estimate,

@@ -77,7 +77,8 @@ def target_losses(
     logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms
 ) -> Tensor:
     """The loss of each target (...), after checks; 0 where `mask` is False. Callers send gradient 0 to these."""
-    ids, flat_mask, temperature, layout, shard = split_arguments(logits, targets, mask, temperature, split, tuple(terms))
-    ids = torch.where(flat_mask, ids if shard is None else shard.ids, 0)
-    losses = _TargetLosses.apply(logits, ids, flat_mask, temperature, layout, shard, terms)
-    return losses.reshape(targets.shape)
+    shape = targets.shape
+    ids, mask, temperature, layout, shard = split_arguments(logits, targets, mask, temperature, split, tuple(terms))
+    ids = torch.where(mask, ids if shard is None else shard.ids, 0)
+    losses = _TargetLosses.apply(logits, ids, mask, temperature, layout, shard, terms)
+    return losses.reshape(shape)

@@ -34,8 +34,8 @@ def split_statistics(
     counted: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, shard: Shard | None,
     rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, log-sum-exp, entropy), each (n,), over the whole vocabulary, from the logits (n, V') that count on this
-    rank. rows: which ones of the shard's tokens these are."""
+    """(log-prob, log-sum-exp, entropy), each (n,), over the whole vocabulary, from this rank's logits (n, V') without
+    padding. rows: which ones of the shard's tokens these are."""
     if counted.shape[1] == 0:
         logprobs = torch.zeros(token_ids.shape, dtype=torch.float64, device=counted.device)
         lse, entropy = torch.full_like(logprobs, -torch.inf), logprobs

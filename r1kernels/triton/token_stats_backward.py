@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -46,8 +47,11 @@ from r1kernels.triton.token_stats_kernels import exp2_of_product, temperature_of
 
 
 @triton.jit
-def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
-    """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`.
+def tile_gradient(
+    x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr
+):
+    """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`. With SHIFTED,
+    there is no eta, and `offset` is added.
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
@@ -67,6 +71,8 @@ def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCA
     gradient = p * factor
     if EXACT:
         gradient += p * minus_g_rest
+    if SHIFTED:
+        gradient += offset
     if SOFTCAP:
         tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
         gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))
@@ -77,7 +83,7 @@ def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCA
 def walk(
     start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES: tl.constexpr, UNROLL: tl.constexpr,
     VEC: tl.constexpr, LAYOUT: tl.constexpr, EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr,
 ):
     """Writes the gradient of `size` entries; `own` is that of the entry `own_at`."""
     dtype: tl.constexpr = out_start.dtype.element_ty
@@ -90,7 +96,7 @@ def walk(
             x = widened(tl.load(word_entries(start, at, words)))
         else:
             x = tl.load(entries(start, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, SHIFTED)
         if (own_at >= at) & (own_at < at + TILE):
             gradient = tl.where(is_entry(cols, own_at - at, VEC), own, gradient)
         if WHOLE_ROW:
@@ -99,17 +105,35 @@ def walk(
     if full < size:
         inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
         x = tl.load(entries(start, full, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, SHIFTED)
         if own_at >= full:
             gradient = tl.where(is_entry(cols, own_at - full, VEC), own, gradient)
         if LAYOUT == ALIGNED:
             few = tl.load(start + last, mask=last < size, other=0).to(tl.float32)
-            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP))
+            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP, SHIFTED))
         if WHOLE_ROW:
             tl.debug_barrier()
         tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
         if LAYOUT == ALIGNED:
             tl.store(out_start + last, rounded(few, dtype), mask=last < size)
+
+
+@triton.jit
+def write_zeros(
+    out_start, size, cols, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """The gradient of a row that has none."""
+    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
+    TILE: tl.constexpr = LANES * UNROLL
+    zeros = tl.zeros((UNROLL, LANES), out_start.dtype.element_ty)
+    full = size // TILE * TILE
+    for at in range(0, full, TILE):
+        tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
+    if full < size:
+        inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
+        tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
+        if LAYOUT == ALIGNED:
+            tl.store(out_start + last, tl.zeros((1, LANES), out_start.dtype.element_ty), mask=last < size)
 
 
 @triton.jit
@@ -152,8 +176,6 @@ def gradient_kernel(
         n = tl.load(rows + r)
     out_row = out + row_offset(r, out_inner, out_outer_stride, out_inner_stride)
     row = logits + row_offset(n, inner, outer_stride, inner_stride)
-    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
-    TILE: tl.constexpr = LANES * UNROLL
     cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     begin = segment * SEGMENT
     size = (vocab - begin).to(tl.int32)
@@ -166,15 +188,7 @@ def gradient_kernel(
     if with_entropy != 0:
         eta = tl.load(grad_entropy + n)
     if (g == 0) & (eta == 0):  # masked or clipped: the row is not read, so nothing in it can matter
-        zeros = tl.zeros((UNROLL, LANES), out.dtype.element_ty)
-        full = size // TILE * TILE
-        for at in range(0, full, TILE):
-            tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
-        if full < size:
-            inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
-            tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
-            if LAYOUT == ALIGNED:
-                tl.store(out_start + last, tl.zeros((1, LANES), out.dtype.element_ty), mask=last < size)
+        write_zeros(out_start, size, cols, LANES, UNROLL, VEC, LAYOUT)
         return
 
     target = tl.minimum(tl.maximum(tl.load(token_ids + n), 0), vocab - 1)  # the forward looked: nothing outside is read
@@ -203,17 +217,17 @@ def gradient_kernel(
     if inv_softcap != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, True,
+            WHOLE_ROW, True, True, False,
         )
     elif eta != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, False,
+            WHOLE_ROW, True, False, False,
         )
     else:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, False, False,
+            WHOLE_ROW, False, False, False,
         )
 
 
@@ -225,8 +239,8 @@ def token_stats_backward(
     grad_entropy: Tensor | None, temperature: float,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    slopes = (grad_logprobs, grad_entropy)
-    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, *slopes, temperature, None, 0.0, None)
+    given = _given(token_ids, lse, entropy, grad_logprobs, grad_entropy)
+    launch_gradient(gradient_kernel, rows_of(logits), rows_of(out), given, temperature, None, 0.0, None)
     return out
 
 
@@ -235,28 +249,39 @@ def token_stats_backward_out(
     grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
     out: Tensor,
 ) -> None:
+    given = _given(token_ids, lse, entropy, grad_logprobs, grad_entropy)
+    launch_gradient(
+        gradient_kernel, *rows_of_out(logits, out, rows), given, temperature, temperatures, softcap, rows
+    )
+
+
+def _given(
+    token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Any, ...]:
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    return token_ids, lse, entropy, grad_logprobs, *optional(grad_entropy, torch.float32, token_ids)
+
+
+def rows_of_out(logits: Tensor, out: Tensor, rows: Tensor | None) -> tuple[Rows, Rows]:
+    """The rows of logits, and those that are written."""
     source, target = rows_of(logits), rows_of(out)
     if target.vocab_stride != 1:
         raise ValueError(f"out has stride {target.vocab_stride} over the vocabulary, expected 1")
     shared = logits.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     if shared and rows is not None:
         raise ValueError("rows was given with an out in the memory of logits, expected memory of its own")
-    if rows is not None:
-        target = target._replace(count=len(rows))
-    _gradient(
-        source, target, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, temperatures, softcap, rows
-    )
+    return source, target if rows is None else target._replace(count=len(rows))
 
 
-def _gradient(
-    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
+def launch_gradient(
+    kernel: Any, source: Rows, target: Rows, given: tuple[Any, ...], temperature: float, temperatures: Tensor | None,
+    softcap: float, rows: Tensor | None,
 ) -> None:
-    logits, out = source.data, target.data
+    """given: the kernel's arguments between `out` and `temperatures`. The first is token_ids."""
+    logits, out, token_ids = source.data, target.data, given[0]
     device = device_of(logits)
     chosen = config((target.count, source.vocab), logits.dtype, device)
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(grad_entropy)
     whole = out.dtype.itemsize < logits.dtype.itemsize
     if whole and source.vocab >= 2**31:
         raise ValueError(f"logits has {source.vocab} entries a row, expected fewer than 2^31 for a narrower out")
@@ -265,17 +290,16 @@ def _gradient(
         layout = UNIT_STRIDE.value
     segments = 1 if whole else triton.cdiv(source.vocab, SEGMENT)
     launch(
-        gradient_kernel, (target.count * segments,), logits, *source.arguments(), out, target.inner,
-        target.outer_stride, target.inner_stride, token_ids, lse, entropy, grad_logprobs,
-        *optional(grad_entropy, torch.float32, token_ids), *optional(temperatures, torch.float32, token_ids),
+        kernel, (target.count * segments,), logits, *source.arguments(), out, target.inner,
+        target.outer_stride, target.inner_stride, *given, *optional(temperatures, torch.float32, token_ids),
         temperature, 1 / softcap if softcap > 0 else 0.0, *optional(rows, torch.int64, token_ids), source.vocab,
         segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
         **chosen.gradient_constants(logits.dtype, device, layout),
     )
 
 
-def variants(device: Device) -> Iterator[Variant]:
-    """Every compilation that a launch above can ask for."""
+def gradient_variants(kernel: Any, device: Device, **given: str) -> Iterator[Variant]:
+    """Every compilation that `launch_gradient` can ask for; `given` are the types of pointers."""
     for dtype in DTYPES:
         for chosen in configs(dtype, device):
             options = {"num_warps": chosen.num_warps, "num_stages": 1}
@@ -283,10 +307,10 @@ def variants(device: Device) -> Iterator[Variant]:
             for narrow, layout in itertools.product(narrower, LAYOUTS):
                 constants = chosen.gradient_constants(dtype, device, layout)
                 yield Variant(
-                    gradient_kernel,
+                    kernel,
                     signature(
-                        gradient_kernel, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
-                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", temperatures="*fp32", rows="*i64",
+                        kernel, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
+                        grad_logprobs="*fp32", temperatures="*fp32", rows="*i64", **given,
                     ),
                     {
                         "SEGMENT": SEGMENT, "EXACT": narrow == torch.float32,
@@ -296,3 +320,7 @@ def variants(device: Device) -> Iterator[Variant]:
                     ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),
                     loop_of(constants["UNROLL"], dtype),
                 )
+
+
+def variants(device: Device) -> Iterator[Variant]:
+    return gradient_variants(gradient_kernel, device, entropy="*fp64", grad_entropy="*fp32")

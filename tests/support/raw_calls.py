@@ -71,6 +71,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, tokens().abs() + 1, 0.0,
         torch.tensor([0, 2, 5]), torch.zeros(N, V),
     ),
+    "shifted_gradient_out": lambda: (
+        matrix(N, V), ids(), tokens(torch.float64) + 5, tokens(), tokens() + 3, 1.0, tokens().abs() + 1, 0.0,
+        torch.tensor([0, 2, 5]), torch.zeros(N, V),
+    ),
     "policy_loss": policy,
     "grpo_step": lambda: (
         matrix(N, V), ids(), torch.ones(3), tokens(), tokens(), mask(), cu_seqlens(), torch.ones(3), torch.tensor(4.0),
@@ -92,6 +96,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "linear_token_stats": lambda: (*head(), mask()),
     "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), torch.float32, [True] * 5),
+    "linear_targets": lambda: (*head(), mask(), ids()[None], tokens()[None], 0.1, 0.1, [True] * 5),
+    "linear_targets_backward": lambda: (
+        *head(), ids()[None], statistics()[0], tokens()[None], 0.1, 0.1, torch.float32, [True] * 5,
+    ),
     "linear_policy_gradient": lambda: (
         *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,

@@ -167,6 +167,12 @@ def token_stats_backward_out(draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def shifted_gradient_out(draw: Draw) -> tuple[Any, ...]:
+    logits, tokens, lse, _, _, _, temperature, *rest = token_stats_backward_out(draw)
+    count = len(tokens)
+    return logits, tokens, lse, floats(count), floats(count), temperature, *rest
+
+
 def small_enough(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape that can be written: fewer rows of a giant one."""
     return (2**7, *shape[1:]) if math.prod(shape) > ENTRIES else shape
@@ -254,8 +260,8 @@ def scaled(draw: Draw) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
-        token_stats, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
-        divergence, divergence_backward, linear_statistics, scaled,
+        token_stats, token_stats_backward, token_stats_backward_out, shifted_gradient_out, policy_loss,
+        group_advantages, kl_estimate, divergence, divergence_backward, linear_statistics, scaled,
     )
 }
 
