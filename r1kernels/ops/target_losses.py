@@ -36,37 +36,35 @@ class _TargetLosses(torch.autograd.Function):
         ctx: Any, logits: Tensor, ids: Tensor, mask: Tensor, temperature: float, layout: Layout, shard: Shard | None,
         terms: TargetTerms,
     ) -> Tensor:
-        log_sums = torch.zeros(ids.shape, dtype=torch.float64, device=logits.device)
-        losses, means = torch.zeros_like(log_sums), torch.zeros_like(log_sums)
-        if terms.label_smoothing != 0 and layout.size > 0:
-            for rows, part in _matrices(logits[..., : layout.size]):
-                means[rows] = mean_logits(part, temperature, None, layout.vocab)
-        if terms.label_smoothing != 0 and shard is not None:
-            shard.add_up(means)
-        for rows, part in _matrices(logits[..., : layout.size]):
-            counted = mask[rows]
-            logprobs, lse, _ = split_statistics(part, ids[rows], counted, temperature, shard, rows)
-            values = terms.losses(logprobs[:, None], lse, means[rows])[:, 0]
-            losses[rows], log_sums[rows] = torch.where(counted, values, 0), lse
-        ctx.save_for_backward(logits, ids, log_sums)
+        parts = list(_matrices(logits[..., : layout.size]))
+        means = None
+        if terms.label_smoothing != 0:
+            means = torch.cat([mean_logits(part, temperature, None, layout.vocab) for _, part in parts])
+            if shard is not None:
+                shard.add_up(means)
+        statistics = [
+            split_statistics(part, ids[rows], mask[rows], temperature, shard, rows) for rows, part in parts
+        ]
+        logprobs, lse, _ = (torch.cat(values) for values in zip(*statistics, strict=True))
+        losses = torch.where(mask, terms.losses(logprobs[:, None], lse, means)[:, 0], 0)
+        ctx.save_for_backward(logits, ids, lse)
         ctx.constants = temperature, layout, None if shard is None else shard.owned, terms
         return losses.to(accumulator_dtype(logits.dtype))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids, log_sums = ctx.saved_tensors
+        logits, ids, lse = ctx.saved_tensors
         temperature, layout, owned, terms = ctx.constants
         grad_logits = _library.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
         grad_logits[..., layout.size :] = 0
         out = grad_logits.view(len(ids), logits.shape[-1])[:, : layout.size]
         for rows, part in _matrices(logits[..., : layout.size]) if layout.size > 0 else ():
-            lse = log_sums[rows]
-            slopes = terms.slopes(ids[rows, None], grads[rows, None], lse, layout.vocab)
+            slopes = terms.slopes(ids[rows, None], grads[rows, None], lse[rows], layout.vocab)
             slopes = slopes if owned is None else slopes.owned_by(owned[rows])
-            exact = slopes.entries(part, lse, temperature, None, 0.0)
+            exact = slopes.entries(part, lse[rows], temperature, None, 0.0)
             gradient_into(  # no kernel reads the entropy, because it has no gradient
-                out[rows], part, ids[rows], lse, lse, slopes.g, None, temperature=temperature, temperatures=None,
+                out[rows], part, ids[rows], lse[rows], lse[rows], slopes.g, None, temperature=temperature, temperatures=None,
                 softcap=0.0, rows=None, shift=slopes.shift,
             )
             set_entries(out[rows], slopes.ids, exact)

@@ -218,11 +218,12 @@ def mean_logits(
 
     vocab: V, if the logits are a shard; then the result is this shard's part of the mean.
     """
-    sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-    for rows in row_blocks(logits):
-        sums[rows] = logits[rows].sum(-1, dtype=accumulator_dtype(logits.dtype)).double()
+    dtype = accumulator_dtype(logits.dtype)
+    # In blocks, because PyTorch converts all of 16-bit logits before it adds them up.
+    blocks = row_blocks(logits) if logits.dtype != dtype else [slice(None)]
+    sums = torch.cat([logits.new_empty(0, dtype=dtype), *(logits[rows].sum(-1, dtype=dtype) for rows in blocks)])
     t = temperature if temperatures is None else temperature * temperatures.double()
-    return sums / t / (vocab or logits.shape[-1])
+    return sums.double() / t / (vocab or logits.shape[-1])
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:

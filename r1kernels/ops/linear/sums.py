@@ -100,7 +100,7 @@ class GradientSums:
             self._hidden[chunk.write] = 0
 
     def add(
-        self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None, exact: Tensor | None, ids: Tensor
+        self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None, exact: Tensor | None, ids: Tensor | None = None
     ) -> None:
         """Adds the gradients of a chunk, at the latest when `results` is called.
 
