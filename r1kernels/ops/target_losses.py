@@ -64,8 +64,8 @@ class _TargetLosses(torch.autograd.Function):
             slopes = slopes if owned is None else slopes.owned_by(owned[rows])
             exact = slopes.entries(part, lse[rows], temperature, None, 0.0)
             gradient_into(  # no kernel reads the entropy, because it has no gradient
-                out[rows], part, ids[rows], lse[rows], lse[rows], slopes.g, None, temperature=temperature, temperatures=None,
-                softcap=0.0, rows=None, shift=slopes.shift,
+                out[rows], part, ids[rows], lse[rows], lse[rows], slopes.g, None, temperature=temperature,
+                temperatures=None, softcap=0.0, rows=None, shift=slopes.shift,
             )
             set_entries(out[rows], slopes.ids, exact)
         return grad_logits, *[None] * 6

@@ -23,8 +23,7 @@ class Slopes(NamedTuple):
     """The gradient of some rows of logits: dL/dz_j = -g p_j - pulls_d 1[j = ids_d] + shift.
 
     Attributes:
-        ids: (n, D), the targets. g: (n,) float32. pulls: (n, D) float64, the same for equal ids of a row.
-        shift: (n,) float32, or None.
+        ids: (n, D), the targets. g: (n,). pulls: (n, D) float64, the same for equal ids of a row. shift: (n,) or None.
     """
 
     ids: Tensor
@@ -100,7 +99,7 @@ class TargetTerms(NamedTuple):
 
     def slopes(self, ids: Tensor, grads: Tensor, lse: Tensor, vocab: int) -> Slopes:
         """The gradient of the logits from those of the losses (n, D). vocab: V, over all shards."""
-        grads = grads.double()
+        dtype, grads = grads.dtype, grads.double()
         total = grads.sum(-1)
         pulls = grads
         if ids.shape[1] > 1:  # equal ids share one entry
@@ -109,8 +108,8 @@ class TargetTerms(NamedTuple):
         shift = None
         if self.label_smoothing != 0:
             pulls = (1 - self.label_smoothing) * pulls
-            shift = (total * (-self.label_smoothing / vocab)).float()
-        return Slopes(ids, g.float(), pulls, shift)
+            shift = (total * (-self.label_smoothing / vocab)).to(dtype)
+        return Slopes(ids, g.to(dtype), pulls, shift)
 
 
 def set_entries(grad_logits: Tensor, ids: Tensor, entries: Tensor) -> None:

@@ -193,7 +193,7 @@ def test_compile_fullgraph(reduction: str, implementation: str) -> None:
 
 
 @shapes_only
-@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_fakes(device: str) -> None:
     with FakeTensorMode():
         logits = torch.empty(2, 3, 11, dtype=torch.bfloat16, device=device)
