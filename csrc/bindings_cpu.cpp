@@ -83,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(Tensor logits, Tenso
 
 // All of `args` but where the result goes.
 r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
-                                      const Tensor& entropy, const MaybeTensor& sum_sq,
-                                      const MaybeTensor& grad_logprobs, const MaybeTensor& grad_entropy,
-                                      const MaybeTensor& grad_sum_sq, double temperature) {
+                                      const Tensor& entropy, const MaybeTensor& grad_logprobs,
+                                      const MaybeTensor& grad_entropy, double temperature, const MaybeTensor& sum_sq,
+                                      const MaybeTensor& grad_sum_sq, const MaybeTensor& shift) {
   const int64_t count = token_ids.numel();
   r1k::TokenStatsBackward args = {};
   args.logits = row_view(logits);
@@ -99,13 +99,14 @@ r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_
     R1K_CHECK(sum_sq.has_value(), "sum_sq is None, expected a tensor like grad_sum_sq");
     args.sum_sq = data<double>(*sum_sq, "sum_sq", ScalarType::Double, count);
   }
+  args.shift = floats(shift, "shift", count);
   args.temperature = {temperature, nullptr};
   R1K_CHECK(logits.numel() == count * args.logits.vocab,
             "token_ids must have the shape of logits without its last dimension");
   check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
     return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
            (args.grad_entropy == nullptr || args.grad_entropy[n] == 0) &&
-           (args.grad_sum_sq == nullptr || args.grad_sum_sq[n] == 0);
+           (args.grad_sum_sq == nullptr || args.grad_sum_sq[n] == 0) && (args.shift == nullptr || args.shift[n] == 0);
   });
   return args;
 }
@@ -123,16 +124,16 @@ void compact_rows(char* data, int64_t row_bytes, int64_t stride_bytes, const int
   });
 }
 
-void token_statistics_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, MaybeTensor sum_sq,
-                                   MaybeTensor grad_logprobs, MaybeTensor grad_entropy, MaybeTensor grad_sum_sq,
-                                   double temperature, MaybeTensor temperatures, double softcap, MaybeTensor rows,
-                                   Tensor out) {
+void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
+                              MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
+                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out,
+                              MaybeTensor sum_sq, MaybeTensor grad_sum_sq, MaybeTensor shift) {
   const int64_t count = token_ids.numel();
   R1K_CHECK(!rows.has_value() || rows->dim() == 1, "rows has ", rows->dim(), " dimensions, expected 1");
   const int64_t row_count = rows.has_value() ? rows->numel() : count;
   if (row_count == 0) return;
-  r1k::TokenStatsBackward args = backward_args(logits, token_ids, lse, entropy, sum_sq, grad_logprobs, grad_entropy,
-                                               grad_sum_sq, temperature);
+  r1k::TokenStatsBackward args = backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy,
+                                               temperature, sum_sq, grad_sum_sq, shift);
   args.temperature.factors = floats(temperatures, "temperatures", count);
   args.softcap = softcap;
   const r1k::RowView out_view = row_view(out);
@@ -161,13 +162,6 @@ void token_statistics_backward_out(Tensor logits, Tensor token_ids, Tensor lse, 
     const int64_t size = r1k::size_of(out_view.dtype);
     compact_rows(static_cast<char*>(args.out), out_view.vocab * size, args.out_stride * size, args.rows, row_count);
   }
-}
-
-void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
-                              MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
-                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
-  token_statistics_backward_out(logits, token_ids, lse, entropy, std::nullopt, grad_logprobs, grad_entropy,
-                                std::nullopt, temperature, temperatures, softcap, rows, out);
 }
 
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
@@ -324,7 +318,6 @@ STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
   m.impl("token_statistics", TORCH_BOX(&token_statistics));
-  m.impl("token_statistics_backward_out", TORCH_BOX(&token_statistics_backward_out));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));
   m.impl("kl_estimate", TORCH_BOX(&kl_estimate));

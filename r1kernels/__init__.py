@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear.distillation_loss import linear_distillation_loss
     from r1kernels.ops.linear.grpo_loss import linear_grpo_loss
     from r1kernels.ops.linear.logits import linear_logits
+    from r1kernels.ops.linear.multi_target import linear_multi_target
     from r1kernels.ops.linear.options import LinearOptions
     from r1kernels.ops.linear.token_statistics import linear_token_statistics
     from r1kernels.ops.linear.token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
@@ -58,6 +59,7 @@ _MODULES = {
     "linear_grpo_loss": "r1kernels.ops.linear.grpo_loss",
     "linear_logits": "r1kernels.ops.linear.logits",
     "linear_loss_bytes": "r1kernels.ops.linear.budget",
+    "linear_multi_target": "r1kernels.ops.linear.multi_target",
     "linear_token_logprobs": "r1kernels.ops.linear.token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
     "linear_token_statistics": "r1kernels.ops.linear.token_statistics",
@@ -93,6 +95,7 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logits",
     "linear_loss_bytes",
+    "linear_multi_target",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "linear_token_statistics",

@@ -37,8 +37,6 @@ TRITON_OPERATORS = {
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
     "token_statistics": "token_stats",
-    "token_statistics_backward": "token_stats_backward",
-    "token_statistics_backward_out": "token_stats_backward",
 }
 
 # ---- the request ------------------------------------------------------------------------------------------
@@ -192,18 +190,29 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
+# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted.
+_NOT_IN_ONE_PASS = {
+    "no gradient is wanted": lambda hidden, wanted: not wanted,
+    "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
+    "torch.compile traces the reference": (
+        lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+    ),
+}
+
 TABLE: dict[str, tuple[Server, ...]] = {
     "kernels": _operator(has_cuda_kernel=True),  # of any operator
     **{name: _operator(name in CUDA_OPERATORS) for name in OPS},
-    # Whose kernel a launch on a GPU takes. Facts: the operator, its first argument.
+    # Whose kernel a launch on a GPU takes. Facts: the operator, its first argument, and whether there are arguments
+    # that no CUDA kernel takes.
     "launch": (
         _server("cuda", "CUDA", {
-            "there is no CUDA kernel of the operator": lambda operator, like: operator not in CUDA_OPERATORS,
-            "Triton is requested": lambda operator, like: _requested == "triton",
+            "there is no CUDA kernel of the operator": lambda operator, like, more: operator not in CUDA_OPERATORS,
+            "no CUDA kernel takes all arguments": lambda operator, like, more: more,
+            "Triton is requested": lambda operator, like, more: _requested == "triton",
             "CUDA is missing, and not requested": (
-                lambda operator, like: _requested != "cuda" and _library.cuda_missing(like.device.type)
+                lambda operator, like, more: _requested != "cuda" and _library.cuda_missing(like.device.type)
             ),
-            "Triton serves, CUDA is not measured to be faster, and not requested": lambda operator, like: (
+            "Triton serves, CUDA is not measured to be faster, and not requested": lambda operator, like, more: (
                 _requested != "cuda"
                 and not _library.triton_missing(like.device.type)
                 and not _is_faster_in_cuda(operator, like)
@@ -234,11 +243,15 @@ TABLE: dict[str, tuple[Server, ...]] = {
     # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
     # slopes by autograd, which is not available inside the operators of a compiled graph.
     "linear_gradients": (
-        _server("one_pass", "gradients with the loss, in one walk over the chunks", {
-            "no gradient is wanted": lambda hidden, wanted: not wanted,
-            "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
-            "torch.compile traces the reference": (
-                lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+        _server("one_pass", "gradients with the loss, in one walk over the chunks", _NOT_IN_ONE_PASS),
+        _server("two_phases", "statistics first, then logits again for the gradients"),
+    ),
+    # The same for several losses, whose factors may differ.
+    "linear_multi_target": (
+        _server("one_pass", "gradients with the losses, in one walk over the chunks", {
+            **_NOT_IN_ONE_PASS,
+            "torch.compile traces the call, before the factors are known": (
+                lambda hidden, wanted: torch.compiler.is_compiling()
             ),
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),
@@ -355,17 +368,28 @@ def select(tensor: Tensor, operation: str = "kernels", *others: Tensor) -> str:
 # ---- launches on a GPU ------------------------------------------------------------------------------------
 
 
-def gpu_kernels(operator: str, like: Tensor) -> str:
-    """"cuda" or "triton": whose kernel a launch takes. The speed depends on dtype and last dimension of `like`."""
-    return choose("launch", operator, like).implementation
+def gpu_kernels(operator: str, like: Tensor, more: bool = False) -> str:
+    """"cuda" or "triton": whose kernel a launch takes. The speed depends on dtype and last dimension of `like`.
+
+    more: there are arguments that no CUDA kernel takes.
+    """
+    return choose("launch", operator, like, more).implementation
+
+
+@functools.cache
+def _taken_in_cuda(name: str) -> int:
+    """How many arguments the CUDA kernel of an operator takes."""
+    return len(getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default._schema.arguments)
 
 
 def _gpu_launcher(name: str) -> Callable[..., Any]:
     """Imports Triton's kernels when an operator first runs, so that `import r1kernels` does not import a compiler."""
 
     def run(*args: Any) -> Any:
-        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0]) == "cuda":
-            return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args)
+        taken = _taken_in_cuda(name) if name in CUDA_OPERATORS else len(args)
+        more = any(value is not None for value in args[taken:])
+        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0], more) == "cuda":
+            return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args[:taken])
         missing = _library.triton_missing(_library.GPU_KERNELS_ON)
         if missing:
             raise RuntimeError(f"{NAMESPACE}::{name} has no kernel here: {missing}")

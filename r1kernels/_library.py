@@ -137,20 +137,19 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype) if isinstance(result, FakeTensor) else _memory.empty(shape, dtype)
 
 
-def _with_memory(operator: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A gradient of logits, from the operator that writes it."""
-
-    def run(logits: Tensor, *args: Any) -> Tensor:
-        out = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
-        operator(logits, *args, None, 0.0, None, out)
-        return out
-
-    return run
+def _token_stats_backward(
+    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, temperature: float, *more: Tensor | None,
+) -> Tensor:
+    out = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
+    torch.ops.r1kernels.token_stats_backward_out.default(
+        logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, None, 0.0, None, out, *more
+    )
+    return out
 
 
 if extension is not None:
-    for _name in ("token_stats_backward", "token_statistics_backward"):
-        LIBRARY.impl(_name, _with_memory(getattr(torch.ops.r1kernels, f"{_name}_out").default), "CPU")
+    LIBRARY.impl("token_stats_backward", _token_stats_backward, "CPU")
 
 
 def release_workspace() -> None:

@@ -1,8 +1,9 @@
 // The two kernels that touch the vocabulary axis.  Forward: one read of a row gives its log-prob, log-sum-exp
-// and entropy.  Backward: one read and one write give d logits from two scalars per token.  Rows are cut into
+// and entropy.  Backward: one read and one write give d logits from a few scalars per token.  Rows are cut into
 // blocks that stay in the L1 cache; what is loaded is converted to fp32, so every dtype and stride shares the
 // arithmetic below.  A row is always computed by one thread in one order: its bits do not depend on its batch.
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -57,13 +58,17 @@ struct RowGradient {
   double g;        // dL/dlogprob
   double eta;      // dL/dentropy
   double zeta;     // dL/dS
+  double shift;    // added to dL/dz of each entry
   double lse;
   double entropy;
   double sum_sq;   // S = sum_j p_j^2
 };
 
-// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H) + 2 zeta p_j (p_j - S)) / T, for one vector of a row.
-template <bool kSubtract, bool kCoarse, bool kEntropy, bool kSquares>
+// Which slopes a row has: g alone, eta too, or any. Most calls have the first two, so the others share one kernel.
+enum class Slopes { logprob, entropy, any };
+
+// dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H) + 2 zeta p_j (p_j - S) + shift) / T, for one vector of a row.
+template <bool kSubtract, bool kCoarse, Slopes kSlopes>
 class VectorGradient {
  public:
   VectorGradient(const RowGradient& in, double temperature, double softcap, const RowExp& row_exp, double factor)
@@ -84,11 +89,13 @@ class VectorGradient {
     slope_ = broadcast(static_cast<float>(inv_temperature));
     two_zeta_ = broadcast(canonical(2 * in.zeta * inv_temperature));
     sum_sq_ = broadcast(canonical(in.sum_sq));
+    shift_ = broadcast(canonical(in.shift * inv_temperature));
     inv_softcap_ = broadcast(softcap > 0 ? static_cast<float>(1.0 / softcap) : 0.0f);
   }
 
   // What the soft cap multiplies the gradient with, 1 - tanh^2(u / c), from the capped logit c tanh(u / c).
   VecF through_softcap(VecF x) const {
+    if constexpr (kSlopes == Slopes::any) x = larger(x, broadcast(-FLT_MAX));  // without a cap: -inf * 0 is NaN
     const VecF tanh = x * inv_softcap_;
     return (1.0f - tanh) * (1.0f + tanh);
   }
@@ -96,7 +103,7 @@ class VectorGradient {
   VecF operator()(VecF x) const {
     const Power power = row_exp_.power<kSubtract, kCoarse>(x);
     VecF slope;  // with entropy: what p is multiplied with
-    if constexpr (kEntropy) {
+    if constexpr (kSlopes != Slopes::logprob) {
       slope = multiply_add(minus_eta_, multiply_add(power.x - pivot_, slope_, offset_), minus_g_);
     }
     if constexpr (kCoarse) {
@@ -104,16 +111,12 @@ class VectorGradient {
       p = multiply_add(p, power.rest, coarse_[2]);
       p = multiply_add(p, power.rest, coarse_[1]);
       p = multiply_add(p, power.rest, coarse_[0]);
-      if constexpr (kSquares) {
-        p = times_power(p, power);
-        return p * multiply_add(two_zeta_, p - sum_sq_, slope);
-      }
-      if constexpr (kEntropy) p *= slope;
+      if constexpr (kSlopes == Slopes::any) return with_all(times_power(p, power), slope);
+      if constexpr (kSlopes == Slopes::entropy) p *= slope;
       return times_power(p, power);
-    } else if constexpr (kSquares) {
-      const VecF p = times_exp2(power, factor_, factor_rest_);
-      return p * multiply_add(two_zeta_, p - sum_sq_, slope);
-    } else if constexpr (kEntropy) {
+    } else if constexpr (kSlopes == Slopes::any) {
+      return with_all(times_exp2(power, factor_, factor_rest_), slope);
+    } else if constexpr (kSlopes == Slopes::entropy) {
       return times_exp2(power, factor_ * slope);
     } else {
       return times_exp2(power, factor_, factor_rest_);
@@ -121,9 +124,13 @@ class VectorGradient {
   }
 
  private:
+  VecF with_all(VecF p, VecF slope) const {
+    return multiply_add(p, multiply_add(two_zeta_, p - sum_sq_, slope), shift_);
+  }
+
   const RowExp row_exp_;
   VecF factor_, factor_rest_, coarse_[5], minus_g_, pivot_, offset_, minus_eta_, slope_, inv_softcap_;
-  VecF two_zeta_, sum_sq_;
+  VecF two_zeta_, sum_sq_, shift_;
 };
 
 // The target's own entry in double: g (1 - p) cancels as p goes to 1, g (-expm1(log p)) does not.
@@ -133,16 +140,17 @@ double target_gradient(const RowGradient& in, double target_logit, double temper
   double grad = -in.g * std::expm1(logprob);
   if (in.eta != 0 && logprob != -INFINITY) grad -= in.eta * std::exp(logprob) * (logprob + in.entropy);
   if (in.zeta != 0) grad += 2 * in.zeta * std::exp(logprob) * (std::exp(logprob) - in.sum_sq);
+  if (in.shift != 0) grad += in.shift;
   return grad / temperature;
 }
 
-template <typename T, typename Out, bool kSubtract, bool kEntropy, bool kSoftcap, bool kSquares>
+template <typename T, typename Out, bool kSubtract, Slopes kSlopes, bool kSoftcap>
 void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id, double temperature, double softcap,
                   const RowGradient& in, const RowExp& row_exp, double factor, Out* out, bool stream) {
   constexpr bool kCoarse = kHasScale && std::is_same_v<Out, BFloat16>;
   alignas(64) float block[kBlock];
   alignas(64) Out result[kBlock + kUnroll * kLanes];  // the padded tail of a block may run over
-  const VectorGradient<kSubtract, kCoarse, kEntropy, kSquares> vector(in, temperature, softcap, row_exp, factor);
+  const VectorGradient<kSubtract, kCoarse, kSlopes> vector(in, temperature, softcap, row_exp, factor);
   const auto gradient = [&](VecF x) {
     VecF value = vector(x);
     if constexpr (kSoftcap) value *= vector.through_softcap(x);
@@ -154,7 +162,7 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
   };
   const float target = to_float(row[token_id * stride]);
   double exact_target = target_gradient(in, target, temperature);
-  if constexpr (kSoftcap) exact_target *= (1 - target / softcap) * (1 + target / softcap);
+  if (kSoftcap && softcap > 0) exact_target *= (1 - target / softcap) * (1 + target / softcap);
   const Out grad_target = from_float<Out>(canonical(exact_target));
 
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -182,17 +190,14 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
 }
 
 template <typename T, typename Out, bool kSubtract>
-auto row_gradient_variant(bool entropy, bool softcap, bool squares) {
-  if (squares) {
-    return softcap ? row_gradient<T, Out, kSubtract, true, true, true>
-                   : row_gradient<T, Out, kSubtract, true, false, true>;
+auto row_gradient_variant(Slopes slopes, bool softcap) {
+  if (slopes == Slopes::any) return row_gradient<T, Out, kSubtract, Slopes::any, true>;  // with or without a soft cap
+  if (slopes == Slopes::entropy) {
+    return softcap ? row_gradient<T, Out, kSubtract, Slopes::entropy, true>
+                   : row_gradient<T, Out, kSubtract, Slopes::entropy, false>;
   }
-  if (softcap) {
-    return entropy ? row_gradient<T, Out, kSubtract, true, true, false>
-                   : row_gradient<T, Out, kSubtract, false, true, false>;
-  }
-  return entropy ? row_gradient<T, Out, kSubtract, true, false, false>
-                 : row_gradient<T, Out, kSubtract, false, false, false>;
+  return softcap ? row_gradient<T, Out, kSubtract, Slopes::logprob, true>
+                 : row_gradient<T, Out, kSubtract, Slopes::logprob, false>;
 }
 
 template <typename T, typename Out>
@@ -204,25 +209,28 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     const double g = args.grad_logprobs != nullptr ? args.grad_logprobs[n] : 0;
     const double eta = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
     const double zeta = args.grad_sum_sq != nullptr ? args.grad_sum_sq[n] : 0;
+    const double shift = args.shift != nullptr ? args.shift[n] : 0;
     Out* out = static_cast<Out*>(args.out) + n * args.out_stride;
-    if (g == 0 && eta == 0 && zeta == 0) {  // masked or clipped: the row is not read, so nothing in it can matter
+    // Masked or clipped: the row is not read, so nothing in it can matter.
+    if (g == 0 && eta == 0 && zeta == 0 && shift == 0) {
       std::memset(out, 0, vocab * sizeof(Out));
       continue;
     }
     const T* row = data + args.logits.offset(n);
-    const RowGradient in = {g, eta, zeta, args.lse[n], args.entropy[n], zeta != 0 ? args.sum_sq[n] : 0};
+    const RowGradient in = {g, eta, zeta, shift, args.lse[n], args.entropy[n], zeta != 0 ? args.sum_sq[n] : 0};
+    const Slopes slopes = zeta != 0 || shift != 0 ? Slopes::any : eta != 0 ? Slopes::entropy : Slopes::logprob;
     const double temperature = args.temperature.of(n);
-    // If p has no other factor, g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent, with
+    // Without another slope, g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent, with
     // a factor of at least 1, so that no power is beyond the range of a gradient that is within it.
     int exponent = 0;
     double factor = 1;
-    if (eta == 0 && zeta == 0) {
+    if (slopes == Slopes::logprob) {
       factor = -g / temperature;
       if (std::isfinite(factor)) factor = 2 * std::frexp(factor, &exponent), --exponent;
     }
     const RowExp row_exp(in.lse * temperature, temperature, exponent);
     const auto run = (row_exp.subtract ? row_gradient_variant<T, Out, true>
-                                       : row_gradient_variant<T, Out, false>)(eta != 0, args.softcap > 0, zeta != 0);
+                                       : row_gradient_variant<T, Out, false>)(slopes, args.softcap > 0);
     run(row, args.logits.vocab_stride, vocab, args.token_ids[n], temperature, args.softcap, in, row_exp, factor, out,
         args.stream);
   }

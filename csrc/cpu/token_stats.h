@@ -34,9 +34,10 @@ struct TokenStatsBackward {
   const double* entropy;        // [N]
   const float* grad_logprobs;   // [N] or null (all zero)
   const float* grad_entropy;    // [N] or null (all zero)
-  Temperature temperature;
-  const double* sum_sq;         // [N] or null, with grad_sum_sq
+  const double* sum_sq;         // [N], or null without grad_sum_sq
   const float* grad_sum_sq;     // [N] or null (all zero)
+  const float* shift;           // [N] or null (all zero): added to dL/dz of each entry
+  Temperature temperature;
   double softcap;               // c > 0: the logits are c tanh(u / c), and the gradient is with respect to u
   void* out;                    // row n at n * out_stride elements; may be the logits' own memory, row for row
   DType out_dtype;

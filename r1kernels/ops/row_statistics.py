@@ -143,7 +143,7 @@ class Slopes(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Entries of the gradient that the kernels do not know, (..., K) each."""
+    """Entries of the gradient that the kernels do not know, (..., K) each. Equal ids of a row have equal values."""
 
     ids: Tensor
     values: Tensor  # float64

@@ -176,12 +176,9 @@ class _TokenStatistics(torch.autograd.Function):
         part, zeta = ctx.part, slopes.sum_sq_probs
         if part is None:
             counted = logits
-            squares = () if zeta is None else (zeta,)
-            operators = torch.ops.r1kernels
-            operator = operators.token_statistics_backward if squares else operators.token_stats_backward
             out = grad_logits = _library.run(
-                operator.default, logits, token_ids, lse, entropy, *([sum_sq] if squares else []), slopes.total,
-                slopes.entropy, *squares, ctx.temperature,
+                torch.ops.r1kernels.token_stats_backward.default, logits, token_ids, lse, entropy, slopes.total,
+                slopes.entropy, ctx.temperature, *(() if zeta is None else (sum_sq, zeta)),
             )
             owned = selected_owned = None
         else:

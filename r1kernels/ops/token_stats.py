@@ -126,28 +126,26 @@ def gradient_into(
     softcap: float,
     rows: Tensor | None,
     squares: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Writes dL/dlogits of (N, V) logits to `out` (N, V), which may be the memory of the logits, row for row.
 
     `out` has the dtype of logits; for float32 logits it may be narrower. With `softcap` c > 0 the logits are
     c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only these rows are computed.
-    `squares`: S = sum_j p_j^2 and dL/dS, which add 2 dL/dS p_j (p_j - S) / T.
+    Without `eta`, any entropy will do.
+    `squares`: S = sum_j p_j^2 and dL/dS (N,), which add 2 dL/dS p_j (p_j - S) to dL/dz. `shift` (N,) is added to each
+    entry of dL/dz.
 
     Returns:
         The first R (or N) rows of `out`.
     """
     result = out if rows is None else out[: len(rows)]
     sum_sq, zeta = squares or (None, None)
-    if squares is not None and _dispatch.select(logits, "token_statistics") != "reference":
-        _library.run(
-            torch.ops.r1kernels.token_statistics_backward_out.default, logits, token_ids, lse, entropy, sum_sq, g, eta,
-            zeta, temperature, temperatures, softcap, rows, out,
-        )
-        return result
-    if squares is None and _dispatch.select(logits) != "reference":
+    more = () if squares is None and shift is None else (sum_sq, zeta, shift)
+    if _dispatch.select(logits, "token_statistics" if more else "kernels") != "reference":
         _library.run(
             torch.ops.r1kernels.token_stats_backward_out.default, logits, token_ids, lse, entropy, g, eta, temperature,
-            temperatures, softcap, rows, out,
+            temperatures, softcap, rows, out, *more,
         )
         return result
     for block in row_blocks(result):
@@ -163,10 +161,12 @@ def gradient_into(
             grad = grad - eta[source, None] * p * (finite_log_p + entropy[source, None].to(x.dtype))
         if zeta is not None:
             grad = grad + 2 * zeta[source, None] * p * (p - sum_sq[source, None].to(x.dtype))
+        if shift is not None:
+            grad = grad + shift[source, None]
         grad = grad / t
         if softcap > 0:
             grad = grad * (1 - (x / softcap).square())
-        active = any_nonzero(*(None if slope is None else slope[source] for slope in (g, eta, zeta)))
+        active = any_nonzero(*(None if slope is None else slope[source] for slope in (g, eta, zeta, shift)))
         result[block] = torch.where(active[:, None], grad, 0).to(out.dtype)
     return result
 
@@ -194,6 +194,7 @@ def entry_gradients(
     temperatures: Tensor | None,
     softcap: float,
     squares: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Some entries (..., K) of the gradient of a row, in float64 and not rounded, without cancellation as p goes to 1.
 
@@ -213,6 +214,8 @@ def entry_gradients(
     if squares is not None:
         sum_sq, zeta = (value.double().unsqueeze(-1) for value in squares)
         grad = grad + 2 * zeta * p * (p - sum_sq)
+    if shift is not None:
+        grad = grad + shift.double().unsqueeze(-1)
     if softcap > 0:
         grad = grad * (1 - (x / softcap).square())
     return grad / t
@@ -249,6 +252,21 @@ def unrounded(
     x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
     t = temperature if temperatures is None else temperature * temperatures.double()
     return torch.where(logprobs < -0.5, x / t - lse, logprobs.double())
+
+
+def mean_logits(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, vocab: int | None = None
+) -> Tensor:
+    """The mean of z = logits / T over the vocabulary (N,), float64. It reads the logits once more.
+
+    vocab: V, if the logits are a shard; then the result is this shard's part of the mean.
+    """
+    dtype = accumulator_dtype(logits.dtype)
+    # In blocks, because PyTorch converts all of 16-bit logits before it adds them up.
+    blocks = row_blocks(logits) if logits.dtype != dtype else [slice(None)]
+    sums = torch.cat([logits.new_empty(0, dtype=dtype), *(logits[rows].sum(-1, dtype=dtype) for rows in blocks)])
+    t = temperature if temperatures is None else temperature * temperatures.double()
+    return sums.double() / t / (vocab or logits.shape[-1])
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:

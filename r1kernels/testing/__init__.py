@@ -36,6 +36,7 @@ from r1kernels.testing.oracles import (
     token_stats_gradient,
 )
 from r1kernels.testing.statistics import StatisticsExpected, token_statistics, token_statistics_gradient
+from r1kernels.testing.targets import target_gradient, target_losses
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -69,6 +70,8 @@ __all__ = [
     "random_policy",
     "random_topk",
     "rounding",
+    "target_gradient",
+    "target_losses",
     "token_statistics",
     "token_statistics_gradient",
     "token_stats",

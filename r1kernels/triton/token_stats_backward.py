@@ -1,15 +1,17 @@
 r"""The gradient of token statistics with respect to the logits: one read and one write of V entries a row.
 
-    dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T,    g = dL/dlogprob,  eta = dL/dentropy
+    dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H) + 2 zeta p_j (p_j - S) + shift) / T,
+    g = dL/dlogprob,  eta = dL/dentropy,  zeta = dL/dS,  S = sum_j p_j^2
 
 Rows without a gradient are written without being read. The result may take the logits' own memory, also as narrower
-entries.
+entries. Calls with zeta or shift have kernels that are compiled with `MORE`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,17 +49,17 @@ from r1kernels.triton.token_stats_kernels import exp2_of_product, temperature_of
 
 @triton.jit
 def tile_gradient(
-    x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, SQUARES: tl.constexpr
+    x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, MORE: tl.constexpr
 ):
-    """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `_write_gradient`.
+    """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`.
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
-    With SQUARES, 2 zeta p_j (p_j - S) / T is added, zeta = dL/dS.
+    With MORE, (2 zeta p_j (p_j - S) + shift) / T is added.
     """
     (
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
-        sum_sq,
+        sum_sq, shift,
     ) = numbers
     if EXACT:
         lowest = anchor - 1000.0 / c  # as in `below`
@@ -70,11 +72,13 @@ def tile_gradient(
     if ENTROPY:
         log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
         factor += minus_eta * log_p_plus_h
-    if SQUARES:
+    if MORE:
         factor += two_zeta * (p - sum_sq)
     gradient = p * factor
     if EXACT:
         gradient += p * minus_g_rest
+    if MORE:
+        gradient += shift
     if SOFTCAP:
         tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
         gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))
@@ -85,7 +89,7 @@ def tile_gradient(
 def walk(
     start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES: tl.constexpr, UNROLL: tl.constexpr,
     VEC: tl.constexpr, LAYOUT: tl.constexpr, EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr, SQUARES: tl.constexpr,
+    SOFTCAP: tl.constexpr, MORE: tl.constexpr,
 ):
     """Writes the gradient of `size` entries; `own` is that of the entry `own_at`."""
     dtype: tl.constexpr = out_start.dtype.element_ty
@@ -98,7 +102,7 @@ def walk(
             x = widened(tl.load(word_entries(start, at, words)))
         else:
             x = tl.load(entries(start, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, SQUARES)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, MORE)
         if (own_at >= at) & (own_at < at + TILE):
             gradient = tl.where(is_entry(cols, own_at - at, VEC), own, gradient)
         if WHOLE_ROW:
@@ -107,17 +111,35 @@ def walk(
     if full < size:
         inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
         x = tl.load(entries(start, full, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, SQUARES)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, MORE)
         if own_at >= full:
             gradient = tl.where(is_entry(cols, own_at - full, VEC), own, gradient)
         if LAYOUT == ALIGNED:
             few = tl.load(start + last, mask=last < size, other=0).to(tl.float32)
-            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP, SQUARES))
+            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP, MORE))
         if WHOLE_ROW:
             tl.debug_barrier()
         tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
         if LAYOUT == ALIGNED:
             tl.store(out_start + last, rounded(few, dtype), mask=last < size)
+
+
+@triton.jit
+def _write_zeros(
+    out_start, size, cols, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """The gradient of a row that has none."""
+    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
+    TILE: tl.constexpr = LANES * UNROLL
+    zeros = tl.zeros((UNROLL, LANES), out_start.dtype.element_ty)
+    full = size // TILE * TILE
+    for at in range(0, full, TILE):
+        tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
+    if full < size:
+        inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
+        tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
+        if LAYOUT == ALIGNED:
+            tl.store(out_start + last, tl.zeros((1, LANES), out_start.dtype.element_ty), mask=last < size)
 
 
 @triton.jit
@@ -130,25 +152,31 @@ def last_entries(size, full, cols, LANES: tl.constexpr, VEC: tl.constexpr, LAYOU
 
 
 @triton.jit
-def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap, zeta, sum_sq, SQUARES: tl.constexpr):
-    """(g (1 - p) - eta p (log p + H) + 2 zeta p (p - S)) / T of the token itself, a scalar."""
+def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap, zeta, sum_sq, shift, MORE: tl.constexpr):
+    """(g (1 - p) - eta p (log p + H) + 2 zeta p (p - S) + shift) / T of the token itself, a scalar."""
     log_p = x.to(tl.float64) * inv_t - log_sum
     log_p = tl.where(log_p > 0, 0.0, log_p)  # rounding alone
     p = tl.exp(log_p)
     # g (1 - p) cancels as p goes to 1, -g expm1(log p) does not.
     gradient = -g * expm1(log_p.to(tl.float32), p.to(tl.float32)) - eta * tl.where(p == 0, 0.0, p * (log_p + h))
-    if SQUARES:
-        gradient += 2 * zeta * p * (p - sum_sq)
+    if MORE:
+        gradient += 2 * zeta * p * (p - sum_sq) + shift
     tanh = tl.maximum(x, LOWEST) * inv_softcap
     return (gradient * inv_t * ((1.0 - tanh) * (1.0 + tanh))).to(tl.float32)
 
 
-@triton.jit
-def _place(
-    logits, inner, outer_stride, inner_stride, out, out_inner, out_outer_stride, out_inner_stride, rows, moved, vocab,
-    segments, SEGMENT: tl.constexpr, WHOLE_ROW: tl.constexpr,
+@kernel
+def gradient_kernel(
+    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, out,
+    out_inner: tl.int64, out_outer_stride: tl.int64, out_inner_stride: tl.int64, token_ids, lse, entropy, grad_logprobs,
+    grad_entropy, with_entropy: tl.int64, sum_sq, grad_sum_sq, with_squares: tl.int64, shifts, with_shift: tl.int64,
+    temperatures, many: tl.int64, temperature: tl.float64, inv_softcap: tl.float32, rows, moved: tl.int64,
+    vocab: tl.int64, segments: tl.int64,
+    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, MORE: tl.constexpr,
 ):
-    """The row of a program, where it begins, where the result does, the segment's first entry and its length."""
+    """A segment of a row. `out` may be the logits' own memory: with entries of the same size a thread overwrites what
+    it has read itself; narrower ones land on entries before them, so one program walks the WHOLE_ROW upwards."""
     pid = tl.program_id(0)
     r = (pid // segments).to(tl.int64)
     segment = (pid % segments).to(tl.int64)
@@ -157,41 +185,32 @@ def _place(
         n = tl.load(rows + r)
     out_row = out + row_offset(r, out_inner, out_outer_stride, out_inner_stride)
     row = logits + row_offset(n, inner, outer_stride, inner_stride)
+    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     begin = segment * SEGMENT
     size = (vocab - begin).to(tl.int32)
     if not WHOLE_ROW:
         size = tl.minimum(vocab - begin, SEGMENT).to(tl.int32)
-    return n, row, out_row + begin, begin, size
+    start, out_start = row + begin * vocab_stride, out_row + begin
 
+    g = tl.load(grad_logprobs + n)
+    eta = g * 0
+    if with_entropy != 0:
+        eta = tl.load(grad_entropy + n)
+    nothing = (g == 0) & (eta == 0)
+    zeta, shift = g * 0, g * 0
+    if MORE:
+        if with_squares != 0:
+            zeta = tl.load(grad_sum_sq + n)
+        if with_shift != 0:
+            shift = tl.load(shifts + n)
+        nothing = nothing & (zeta == 0) & (shift == 0)
+    if nothing:  # masked or clipped: the row is not read, so nothing in it can matter
+        _write_zeros(out_start, size, cols, LANES, UNROLL, VEC, LAYOUT)
+        return
 
-@triton.jit
-def _write_zeros(
-    out_start, size, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
-):
-    dtype: tl.constexpr = out_start.dtype.element_ty
-    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
-    TILE: tl.constexpr = LANES * UNROLL
-    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    zeros = tl.zeros((UNROLL, LANES), dtype)
-    full = size // TILE * TILE
-    for at in range(0, full, TILE):
-        tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
-    if full < size:
-        inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
-        tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
-        if LAYOUT == ALIGNED:
-            tl.store(out_start + last, tl.zeros((1, LANES), dtype), mask=last < size)
-
-
-@triton.jit
-def _write_gradient(
-    row, vocab_stride, out_start, begin, size, target, t, log_sum, h, g, eta, zeta, sum_sq, inv_softcap, vocab,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, EXACT: tl.constexpr,
-    WHOLE_ROW: tl.constexpr, SQUARES: tl.constexpr,
-):
-    """A segment of the gradient of a row, from dL/dlogprob g, dL/dentropy eta and dL/dS zeta."""
-    cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    target = tl.minimum(tl.maximum(target, 0), vocab - 1)  # the forward looked: nothing outside is read
+    target = tl.minimum(tl.maximum(tl.load(token_ids + n), 0), vocab - 1)  # the forward looked: nothing outside is read
+    t = temperature_of(temperature, temperatures, many, n)
+    log_sum, h = tl.load(lse + n), tl.load(entropy + n)
     inv_t = 1 / t
     scale = inv_t * LOG2E
     c = scale.to(tl.float32)
@@ -204,29 +223,34 @@ def _write_gradient(
     minus_g_rest = (-g * inv_t - minus_g).to(tl.float32)
     minus_eta = (-eta * inv_t).to(tl.float32)
     slope = inv_t.to(tl.float32)
-    two_zeta, s = slope, slope  # not used without SQUARES
-    if SQUARES:
-        two_zeta, s = (2 * zeta * inv_t).to(tl.float32), sum_sq.to(tl.float32)
+    s = inv_t  # of any value where zeta is 0
+    if MORE:
+        if with_squares != 0:
+            s = tl.load(sum_sq + n)
     own = own_gradient(
-        tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap, zeta, sum_sq,
-        SQUARES,
+        tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap, zeta, s, shift,
+        MORE,
     )
     own_at = tl.where((target >= begin) & (target < begin + size), target - begin, -1).to(tl.int32)
     tl.debug_barrier()  # every thread has read the token's logit
-    start = row + begin * vocab_stride
     numbers = (
-        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
-        s,
+        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+        (2 * zeta * inv_t).to(tl.float32), s.to(tl.float32), (shift * inv_t).to(tl.float32),
     )
     if inv_softcap != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, True, SQUARES,
+            WHOLE_ROW, True, True, MORE,
         )
-    elif SQUARES or eta != 0:
+    elif MORE:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, False, SQUARES,
+            WHOLE_ROW, True, False, True,
+        )
+    elif eta != 0:
+        walk(
+            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
+            WHOLE_ROW, True, False, False,
         )
     else:
         walk(
@@ -235,100 +259,24 @@ def _write_gradient(
         )
 
 
-@kernel
-def gradient_kernel(
-    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, out,
-    out_inner: tl.int64, out_outer_stride: tl.int64, out_inner_stride: tl.int64, token_ids, lse, entropy, grad_logprobs,
-    grad_entropy, with_entropy: tl.int64, temperatures, many: tl.int64, temperature: tl.float64,
-    inv_softcap: tl.float32, rows, moved: tl.int64, vocab: tl.int64, segments: tl.int64,
-    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr,
-):
-    """A segment of a row. `out` may be the logits' own memory: with entries of the same size a thread overwrites what
-    it has read itself; narrower ones land on entries before them, so one program walks the WHOLE_ROW upwards."""
-    n, row, out_start, begin, size = _place(
-        logits, inner, outer_stride, inner_stride, out, out_inner, out_outer_stride, out_inner_stride, rows, moved,
-        vocab, segments, SEGMENT, WHOLE_ROW,
-    )
-    g = tl.load(grad_logprobs + n)
-    eta = g * 0
-    if with_entropy != 0:
-        eta = tl.load(grad_entropy + n)
-    if (g == 0) & (eta == 0):  # masked or clipped: the row is not read, so nothing in it can matter
-        _write_zeros(out_start, size, LANES, UNROLL, VEC, LAYOUT)
-        return
-    _write_gradient(
-        row, vocab_stride, out_start, begin, size, tl.load(token_ids + n),
-        temperature_of(temperature, temperatures, many, n), tl.load(lse + n), tl.load(entropy + n), g, eta, 0.0, 0.0,
-        inv_softcap, vocab, LANES, UNROLL, VEC, LAYOUT, EXACT, WHOLE_ROW, False,
-    )
-
-
-@kernel
-def gradient_of_squares_kernel(
-    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, out,
-    out_inner: tl.int64, out_outer_stride: tl.int64, out_inner_stride: tl.int64, token_ids, lse, entropy, grad_logprobs,
-    grad_entropy, with_entropy: tl.int64, temperatures, many: tl.int64, temperature: tl.float64,
-    inv_softcap: tl.float32, rows, moved: tl.int64, sum_sq, grad_sum_sq, vocab: tl.int64, segments: tl.int64,
-    SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr,
-):
-    """`gradient_kernel` with 2 zeta p_j (p_j - S) / T, zeta = dL/dS."""
-    n, row, out_start, begin, size = _place(
-        logits, inner, outer_stride, inner_stride, out, out_inner, out_outer_stride, out_inner_stride, rows, moved,
-        vocab, segments, SEGMENT, WHOLE_ROW,
-    )
-    g, zeta = tl.load(grad_logprobs + n), tl.load(grad_sum_sq + n)
-    eta = g * 0
-    if with_entropy != 0:
-        eta = tl.load(grad_entropy + n)
-    if (g == 0) & (eta == 0) & (zeta == 0):
-        _write_zeros(out_start, size, LANES, UNROLL, VEC, LAYOUT)
-        return
-    _write_gradient(
-        row, vocab_stride, out_start, begin, size, tl.load(token_ids + n),
-        temperature_of(temperature, temperatures, many, n), tl.load(lse + n), tl.load(entropy + n), g, eta, zeta,
-        tl.load(sum_sq + n), inv_softcap, vocab, LANES, UNROLL, VEC, LAYOUT, EXACT, WHOLE_ROW, True,
-    )
-
-
 # ---- launching ---------------------------------------------------------------------------------------------
 
 
 def token_stats_backward(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, temperature: float,
-) -> Tensor:
-    return token_statistics_backward(
-        logits, token_ids, lse, entropy, None, grad_logprobs, grad_entropy, None, temperature
-    )
-
-
-def token_statistics_backward(
-    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, sum_sq: Tensor | None,
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_sum_sq: Tensor | None, temperature: float,
+    grad_entropy: Tensor | None, temperature: float, sum_sq: Tensor | None = None, grad_sum_sq: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    slopes = (grad_logprobs, grad_entropy, grad_sum_sq)
-    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, sum_sq, *slopes, temperature, None, 0.0, None)
+    slopes = _Slopes(grad_logprobs, grad_entropy, sum_sq, grad_sum_sq, shift)
+    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, slopes, temperature, None, 0.0, None)
     return out
 
 
 def token_stats_backward_out(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
-    out: Tensor,
-) -> None:
-    token_statistics_backward_out(
-        logits, token_ids, lse, entropy, None, grad_logprobs, grad_entropy, None, temperature, temperatures, softcap,
-        rows, out,
-    )
-
-
-def token_statistics_backward_out(
-    logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, sum_sq: Tensor | None,
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_sum_sq: Tensor | None, temperature: float,
-    temperatures: Tensor | None, softcap: float, rows: Tensor | None, out: Tensor,
+    out: Tensor, sum_sq: Tensor | None = None, grad_sum_sq: Tensor | None = None, shift: Tensor | None = None,
 ) -> None:
     source, target = rows_of(logits), rows_of(out)
     if target.vocab_stride != 1:
@@ -338,22 +286,35 @@ def token_statistics_backward_out(
         raise ValueError("rows was given with an out in the memory of logits, expected memory of its own")
     if rows is not None:
         target = target._replace(count=len(rows))
-    _gradient(
-        source, target, token_ids, lse, entropy, sum_sq, grad_logprobs, grad_entropy, grad_sum_sq, temperature,
-        temperatures, softcap, rows,
-    )
+    slopes = _Slopes(grad_logprobs, grad_entropy, sum_sq, grad_sum_sq, shift)
+    _gradient(source, target, token_ids, lse, entropy, slopes, temperature, temperatures, softcap, rows)
+
+
+class _Slopes(NamedTuple):
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    sum_sq: Tensor | None
+    grad_sum_sq: Tensor | None
+    shift: Tensor | None
+
+    def arguments(self, token_ids: Tensor) -> tuple[Any, ...]:
+        g, eta, sum_sq, zeta, shift = self
+        if g is None:
+            g = torch.zeros_like(next(slope for slope in (eta, zeta, shift) if slope is not None))
+        squares = optional(None if zeta is None else sum_sq, torch.float64, token_ids)
+        return (
+            g, *optional(eta, torch.float32, token_ids), squares[0], *optional(zeta, torch.float32, token_ids),
+            *optional(shift, torch.float32, token_ids),
+        )
 
 
 def _gradient(
-    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, sum_sq: Tensor | None,
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_sum_sq: Tensor | None, temperature: float,
+    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, slopes: _Slopes, temperature: float,
     temperatures: Tensor | None, softcap: float, rows: Tensor | None,
 ) -> None:
     logits, out = source.data, target.data
     device = device_of(logits)
     chosen = config((target.count, source.vocab), logits.dtype, device)
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(grad_entropy if grad_sum_sq is None else grad_sum_sq)
     whole = out.dtype.itemsize < logits.dtype.itemsize
     if whole and source.vocab >= 2**31:
         raise ValueError(f"logits has {source.vocab} entries a row, expected fewer than 2^31 for a narrower out")
@@ -361,37 +322,35 @@ def _gradient(
     if layout == ALIGNED.value and target.layout != layout:
         layout = UNIT_STRIDE.value
     segments = 1 if whole else triton.cdiv(source.vocab, SEGMENT)
-    squares = () if grad_sum_sq is None else (sum_sq, grad_sum_sq)
     launch(
-        gradient_of_squares_kernel if squares else gradient_kernel, (target.count * segments,), logits,
-        *source.arguments(), out, target.inner, target.outer_stride, target.inner_stride, token_ids, lse, entropy,
-        grad_logprobs, *optional(grad_entropy, torch.float32, token_ids),
+        gradient_kernel, (target.count * segments,), logits, *source.arguments(), out, target.inner,
+        target.outer_stride, target.inner_stride, token_ids, lse, entropy, *slopes.arguments(token_ids),
         *optional(temperatures, torch.float32, token_ids), temperature, 1 / softcap if softcap > 0 else 0.0,
-        *optional(rows, torch.int64, token_ids), *squares, source.vocab, segments, num_warps=chosen.num_warps,
-        SEGMENT=SEGMENT, EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
+        *optional(rows, torch.int64, token_ids), source.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT,
+        EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
+        MORE=slopes.grad_sum_sq is not None or slopes.shift is not None,
         **chosen.gradient_constants(logits.dtype, device, layout),
     )
 
 
 def variants(device: Device) -> Iterator[Variant]:
-    """Every compilation that a launch above can ask for."""
+    """Every compilation that the launch above can ask for."""
     for dtype in DTYPES:
         for chosen in configs(dtype, device):
             options = {"num_warps": chosen.num_warps, "num_stages": 1}
             narrower = DTYPES if dtype == torch.float32 else (dtype,)
-            kernels = (gradient_kernel, gradient_of_squares_kernel)
-            for of_rows, narrow, layout in itertools.product(kernels, narrower, LAYOUTS):
+            for narrow, layout, more in itertools.product(narrower, LAYOUTS, (False, True)):
                 constants = chosen.gradient_constants(dtype, device, layout)
                 yield Variant(
-                    of_rows,
+                    gradient_kernel,
                     signature(
-                        of_rows, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
-                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", temperatures="*fp32", rows="*i64",
-                        sum_sq="*fp64", grad_sum_sq="*fp32",
+                        gradient_kernel, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
+                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", sum_sq="*fp64",
+                        grad_sum_sq="*fp32", shifts="*fp32", temperatures="*fp32", rows="*i64",
                     ),
                     {
                         "SEGMENT": SEGMENT, "EXACT": narrow == torch.float32,
-                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **constants,
+                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, "MORE": more, **constants,
                     },
                     options,
                     ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),

@@ -102,8 +102,9 @@ CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
         ("not contiguous or not aligned", (ROW[:4], ROW[1:5]), "torch"),
     ],
     "launch": [
-        ("", ("token_stats", OnGpu()), "cuda"),
-        ("there is no CUDA kernel", ("divergence", OnGpu()), "triton"),
+        ("", ("token_stats", OnGpu(), False), "cuda"),
+        ("there is no CUDA kernel", ("divergence", OnGpu(), False), "triton"),
+        ("no CUDA kernel takes all arguments", ("token_stats_backward", OnGpu(), True), "triton"),
     ],
 }
 

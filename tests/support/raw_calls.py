@@ -50,6 +50,11 @@ def statistics() -> tuple[Tensor, Tensor]:
     return tokens(torch.float64) + 5, tokens(torch.float64) + 3
 
 
+def more_slopes() -> tuple[Tensor, ...]:
+    """sum_sq, grad_sum_sq and shift, which no CUDA kernel takes."""
+    return () if testing.KERNELS == "cuda" else (tokens(torch.float64).abs(), tokens(), tokens() + 3)
+
+
 def head(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return (
         matrix(N, H, dtype), matrix(V, H, dtype), matrix(1, V, dtype)[0], matrix(H, R, dtype), matrix(R, V, dtype),
@@ -66,10 +71,10 @@ def policy() -> tuple[Any, ...]:
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "token_stats": lambda: (matrix(N, V), ids(), mask(), 1.0, tokens().abs() + 1),
-    "token_stats_backward": lambda: (matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0),
+    "token_stats_backward": lambda: (matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, *more_slopes()),
     "token_stats_backward_out": lambda: (
         matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, tokens().abs() + 1, 0.0,
-        torch.tensor([0, 2, 5]), torch.zeros(N, V),
+        torch.tensor([0, 2, 5]), torch.zeros(N, V), *more_slopes(),
     ),
     "policy_loss": policy,
     "grpo_step": lambda: (
@@ -92,6 +97,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "linear_token_stats": lambda: (*head(), mask()),
     "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), torch.float32, [True] * 5),
+    "linear_targets": lambda: (*head(), mask(), ids()[None], tokens()[None], 0.1, 0.1, [True] * 5),
+    "linear_targets_backward": lambda: (
+        *head(), ids()[None], statistics()[0], tokens()[None], 0.1, 0.1, torch.float32, [True] * 5,
+    ),
     "linear_policy_gradient": lambda: (
         *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,

@@ -138,6 +138,13 @@ def gradients(draw: Draw, tokens: tuple[int, ...]) -> tuple[Tensor | None, Tenso
     return floats(*tokens) if which != 1 else None, floats(*tokens) if which != 0 else None
 
 
+def more_slopes(draw: Draw, tokens: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """sum_sq, grad_sum_sq and shift, or nothing."""
+    which = draw.choice((0, 1, 2, 3))
+    squares = (doubles(*tokens), floats(*tokens)) if which & 1 else (None, None)
+    return (*squares, floats(*tokens) if which & 2 else None) if which else ()
+
+
 WRITTEN = LAYOUTS[:3]  # rows of entries that are adjacent, and no two in one place
 
 
@@ -146,7 +153,7 @@ def token_stats_backward(draw: Draw) -> tuple[Any, ...]:
     tokens = shape[:-1]
     return (
         draw.rows(shape, dtype), ids(*tokens), doubles(*tokens), doubles(*tokens), *gradients(draw, tokens),
-        draw.number(0.1, 3.0),
+        draw.number(0.1, 3.0), *more_slopes(draw, tokens),
     )
 
 
@@ -164,6 +171,7 @@ def token_stats_backward_out(draw: Draw) -> tuple[Any, ...]:
     return (
         logits, ids(count), doubles(count), doubles(count), *gradients(draw, (count,)), draw.number(0.1, 3.0),
         draw.maybe(floats(count)), draw.choice((0.0, draw.number(5.0, 50.0))), None if in_place else rows, out,
+        *more_slopes(draw, (count,)),
     )
 
 

@@ -26,6 +26,7 @@ from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.row_statistics import Slopes, entries_of, row_statistics, selected_of
 from r1kernels.ops.shards import Shard, correct_substitutes
+from r1kernels.ops.target_terms import TargetSlopes
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
@@ -159,6 +160,39 @@ class Walk:
             return torch.zeros(ids.shape, dtype=torch.float64, device=self.device)
         return selected_of(chunk.logits, ids, lse, self.head.kernel_temperature, chunk.temperatures, owned)
 
+    @property
+    def vocab(self) -> int:
+        """V, over all shards."""
+        return self.head.weight.shape[0] if self.shard is None else self.shard.layout.vocab
+
+    def mean_logits(self, chunk: Chunk) -> Tensor:
+        """The mean of z over the vocabulary (n,), float64."""
+        if self.is_empty:
+            mean = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
+        else:
+            mean = token_stats.mean_logits(chunk.logits, self.head.kernel_temperature, chunk.temperatures, self.vocab)
+        if self.shard is not None:
+            self.shard.add_up(mean)
+        return mean
+
+    def targets_backward(self, chunk: Chunk, lse: Tensor, slopes: TargetSlopes) -> None:
+        """`backward` for losses of several targets, or with other terms. Their entries are written after the others."""
+        slopes = slopes if chunk.owned is None else slopes.owned_by(chunk.owned)
+        slopes = slopes if chunk.valid is None else slopes.where(chunk.valid)
+        slopes = slopes if self.head.kernel_scale == 1.0 else slopes.scaled(self.head.kernel_scale)
+        if self.is_empty:
+            self.sums.leave_out(chunk)
+            return
+        entries = slopes.entries(
+            chunk.logits, lse, self.head.kernel_temperature, chunk.temperatures, self.head.softcap
+        )
+        rows = self._active_rows((slopes.active,), False)
+        grad_logits = self._gradient(chunk, rows, lse, lse, slopes.g, None, shift=slopes.shift)  # without an entropy
+        if grad_logits is None:
+            return
+        entries.of(rows).write(grad_logits)
+        self.sums.add(chunk, grad_logits, rows, entries.values if self._loses_digits else None, slopes.ids)
+
     def backward(
         self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, *, sparse: bool
     ) -> None:
@@ -177,8 +211,7 @@ class Walk:
             sums.leave_out(chunk)
             return
         exact = None
-        loses_digits = sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
-        if loses_digits or chunk.owned is not None:
+        if self._loses_digits or chunk.owned is not None:
             exact = token_stats.target_gradient(
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
                 head.softcap, chunk.owned,
@@ -190,7 +223,7 @@ class Walk:
         if chunk.owned is not None:
             taken = slice(None) if rows is None else rows
             correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
-        sums.add(chunk, grad_logits, rows, exact if loses_digits else None)
+        sums.add(chunk, grad_logits, rows, exact if self._loses_digits else None, chunk.token_ids)
 
     def backward_of_statistics(
         self, chunk: Chunk, lse: Tensor, entropy: Tensor, sum_sq: Tensor | None, slopes: Slopes,
@@ -207,10 +240,9 @@ class Walk:
         if self.is_empty:
             sums.leave_out(chunk)
             return
-        loses_digits = sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
         corrects = chunk.owned is not None or not slopes.is_of_tokens
         entries = None
-        if loses_digits or corrects:
+        if self._loses_digits or corrects:
             entries = entries_of(
                 chunk.logits, chunk.token_ids, chunk.owned, selected_ids, selected_owned, (lse, entropy, sum_sq),
                 slopes, head.kernel_temperature, chunk.temperatures, head.softcap,
@@ -222,11 +254,16 @@ class Walk:
             return
         if corrects:
             entries.of(rows).write(grad_logits)
-        sums.add(chunk, grad_logits, rows, entries.values[:, 0] if loses_digits else None)
+        sums.add(chunk, grad_logits, rows, entries.values[:, 0] if self._loses_digits else None, chunk.token_ids)
+
+    @property
+    def _loses_digits(self) -> bool:
+        """Whether d logits are rounded, and a product sums them."""
+        return self.sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
 
     def _gradient(
         self, chunk: Chunk, rows: Tensor | None, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None,
-        squares: tuple[Tensor, Tensor] | None = None,
+        squares: tuple[Tensor, Tensor] | None = None, shift: Tensor | None = None,
     ) -> Tensor | None:
         """d logits of the rows of a chunk, or None if there are none."""
         count = len(g) if rows is None else len(rows)
@@ -246,6 +283,7 @@ class Walk:
             softcap=self.head.softcap,
             rows=rows,
             squares=squares,
+            shift=shift,
         )
 
     def _active_rows(self, slopes: Iterable[Tensor | None], sparse: bool) -> Tensor | None:
