@@ -122,19 +122,25 @@ class Slopes(NamedTuple):
         return any_nonzero(*self[:4], self.selected)
 
     @property
-    def total(self) -> Tensor:
-        """-dL/dz_j / p_j, of every entry (...): what log-probs add to the entries of their tokens, minus dL/dlse."""
+    def exact_total(self) -> Tensor:
+        """(...), float64: what all log-probs add to the entries of their tokens, minus dL/dlse. All entries get
+        -total p_j from them."""
         terms = [
             None if self.logprobs is None else self.logprobs.double(),
             None if self.selected is None else self.selected.double().sum(-1),
             None if self.lse is None else -self.lse.double(),
         ]
         given = [term for term in terms if term is not None]
-        if not given:
-            like = self.entropy if self.entropy is not None else self.sum_sq_probs
-            return torch.zeros_like(like)
-        dtype = next(slope for slope in self if slope is not None).dtype
-        return sum(given).to(dtype)
+        return sum(given) if given else torch.zeros_like(self._first, dtype=torch.float64)
+
+    @property
+    def total(self) -> Tensor:
+        """`exact_total` in the dtype of the slopes."""
+        return self.exact_total.to(self._first.dtype)
+
+    @property
+    def _first(self) -> Tensor:
+        return next(slope for slope in self if slope is not None)
 
     @property
     def is_of_tokens(self) -> bool:
@@ -168,7 +174,7 @@ def entries_of(
         rows: log-sum-exp, entropy, and the sum of p^2.
     """
     lse, entropy, sum_sq = rows
-    total = slopes.total.double()
+    total = slopes.exact_total
     given = torch.zeros_like(total) if slopes.logprobs is None else slopes.logprobs.double()
     given = given if owned is None else torch.where(owned, given, 0)
     ids, added = token_ids.unsqueeze(-1), given.unsqueeze(-1)

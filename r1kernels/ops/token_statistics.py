@@ -239,7 +239,7 @@ def named(fields: Sequence[str], values: Sequence[Tensor], mask: Tensor | None, 
     """Results (N,) or (...), and (N, K), as they are returned: 0 where the mask (...) is False, with no gradient."""
     results: dict[str, Tensor | None] = dict.fromkeys(FIELDS)
     for name, value in zip(fields, values, strict=True):
-        value = value.reshape(*shape, *((value.shape[-1],) if name == SELECTED else ()))
+        value = value.reshape((*shape, value.shape[-1]) if name == SELECTED else shape)
         if mask is not None:
             value = torch.where(mask.unsqueeze(-1) if name == SELECTED else mask, value, torch.zeros_like(value))
         results[name] = value

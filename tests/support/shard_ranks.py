@@ -17,6 +17,8 @@ import torch
 from ranks import Traffic, error_of, fork_ranks
 from shard_cases import DTYPES, LEAD, OPTIONS, SPLITS, VOCAB, WIDTH, batch, make, make_logits, mask, shard_of
 from shard_distillation import DISTILLED, distilled, with_listed, with_teacher
+from shard_statistics import STATISTICS
+from shard_statistics import bad_calls as bad_statistics
 from target_cases import TERMS
 from torch import Tensor
 
@@ -151,6 +153,7 @@ CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, 
        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
        for what in ("statistics", "policy", "cross entropy")},
     "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
+    **STATISTICS,
 }
 
 
@@ -258,7 +261,7 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
-        for name, call in bad_distillations(rank, groups[2]):
+        for name, call in [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2])]:
             results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])

@@ -65,7 +65,7 @@ class Walk:
         return torch.zeros(*several, self.rows.padded, dtype=dtype, device=self.device)
 
     def trim(self, per_token: Tensor) -> Tensor:
-        return per_token[..., : self.rows.total]
+        return per_token[..., : self.rows.total].contiguous()
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, ready for statistics. Each chunk overwrites the previous one."""
