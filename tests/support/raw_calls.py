@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import r1kernels.ops.linear.distillation_loss
-import r1kernels.ops.linear.grpo_loss  # noqa: F401  (these modules implement the operators of hidden states)
+import r1kernels.ops.linear.grpo_loss
+import r1kernels.ops.linear.targets  # noqa: F401  (these modules implement the operators of hidden states)
 from r1kernels import testing
 from r1kernels._dispatch import TRITON_OPERATORS
 from r1kernels._schemas import CUDA_OPERATORS
