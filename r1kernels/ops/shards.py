@@ -312,6 +312,6 @@ def merged_entropy(lse: Tensor, entropy: Tensor) -> Tensor:
 
 def correct_substitutes(grad_logits: Tensor, ids: Tensor, owned: Tensor, exact: Tensor) -> None:
     """Sets the entries of substitute tokens in d logits (n, V) to `exact` (n,)."""
-    entries = ids[:, None]
-    values = torch.where(owned[:, None], grad_logits.gather(1, entries), exact[:, None].to(grad_logits.dtype))
-    grad_logits.scatter_(1, entries, values)
+    values = torch.where(owned, grad_logits.gather(1, ids[:, None]).squeeze(1), exact.to(grad_logits.dtype))
+    # On a CPU, scatter_ takes a pass over all of a 16-bit matrix.
+    grad_logits.index_put_((torch.arange(len(ids), device=ids.device), ids), values)

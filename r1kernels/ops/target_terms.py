@@ -114,7 +114,9 @@ class TargetTerms(NamedTuple):
 
 def set_entries(grad_logits: Tensor, ids: Tensor, entries: Tensor) -> None:
     """Writes the entries (n, D) of the targets to a gradient (n, V). Equal ids of a row have equal entries."""
-    grad_logits.scatter_(1, ids, entries.to(grad_logits.dtype))
+    # On a CPU, scatter_ takes a pass over all of a 16-bit matrix.
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    grad_logits.index_put_((rows, ids), entries.to(grad_logits.dtype))
 
 
 def is_repeated(ids: Tensor) -> Tensor:
