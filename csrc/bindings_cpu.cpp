@@ -57,6 +57,16 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   return {logprobs, lse, entropy};
 }
 
+Tensor logit_sums(Tensor logits, MaybeTensor mask) {
+  Tensor sums = empty(logits, leading_sizes(logits), ScalarType::Double);
+  const int64_t count = sums.numel();
+  if (count == 0) return sums;
+  const r1k::LogitSums args = {row_view(logits), bools(mask, "mask", count), static_cast<double*>(sums.data_ptr())};
+  const auto run = r1k::active_kernels()->token_stats->sums;
+  parallel_ranges(count, row_grain(args.logits.vocab), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return sums;
+}
+
 // All of `args` but where the result goes.
 r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
                                       const MaybeTensor& entropy, const MaybeTensor& grad_logprobs,
@@ -145,8 +155,9 @@ void shifted_gradient_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor gr
                           double temperature, MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
   const int64_t count = token_ids.numel();
   if (row_count_of(rows, count) == 0) return;
-  write_gradient(backward_args(logits, token_ids, lse, {}, grad_logprobs, {}, floats(shift, "shift", count), temperature),
-                 logits, count, temperatures, softcap, rows, out);
+  const float* shifts = floats(shift, "shift", count);
+  write_gradient(backward_args(logits, token_ids, lse, {}, grad_logprobs, {}, shifts, temperature), logits, count,
+                 temperatures, softcap, rows, out);
 }
 
 // Packed tokens may be as many as their sequences (some are empty then, or all hold one): per sequence it is.
@@ -302,6 +313,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
+  m.impl("logit_sums", TORCH_BOX(&logit_sums));
   m.impl("shifted_gradient_out", TORCH_BOX(&shifted_gradient_out));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));

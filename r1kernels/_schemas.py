@@ -56,6 +56,8 @@ _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
 )
+# The sum of each row (...), float64. Masked rows are not read and give 0. PyTorch's own sum serves GPUs.
+_declare("logit_sums(Tensor logits, Tensor? mask=None) -> Tensor")
 # The same for g (1[j = y] - p_j) + shift, with g and shift (N,) float32.
 _declare(
     "shifted_gradient_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor grad_logprobs, Tensor shift, "
@@ -191,6 +193,11 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 @_fake("token_stats_backward_out")
 def _(*_: Any) -> None:
     return None
+
+
+@_fake("logit_sums")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float64)
 
 
 @_fake("shifted_gradient_out")

@@ -23,6 +23,7 @@ namespace r1k {
 struct TokenStatsKernels {
   void (*forward)(const TokenStatsForward&, int64_t row_begin, int64_t row_end);
   void (*backward)(const TokenStatsBackward&, int64_t row_begin, int64_t row_end);
+  void (*sums)(const LogitSums&, int64_t row_begin, int64_t row_end);
 };
 
 struct DivergenceKernels {

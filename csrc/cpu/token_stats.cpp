@@ -221,6 +221,35 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
   if (args.stream) stream_fence();
 }
 
+// The sums of rows, in float32 within a block and in double over the blocks.
+template <typename T>
+void sum_rows(const LogitSums& args, int64_t row_begin, int64_t row_end) {
+  const int64_t vocab = args.logits.vocab, stride = args.logits.vocab_stride;
+  for (int64_t n = row_begin; n < row_end; ++n) {
+    args.sums[n] = 0;
+    if (args.mask != nullptr && !args.mask[n]) continue;
+    const T* row = static_cast<const T*>(args.logits.data) + args.logits.offset(n);
+    int64_t at = 0;
+    while (stride == 1 && at + 4 * kLanes <= vocab) {
+      VecF sums[4] = {};
+      const int64_t end = vocab - at < kBlock ? vocab : at + kBlock;
+      for (; at + 4 * kLanes <= end; at += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) sums[u] += load(row + at + u * kLanes);
+      }
+      args.sums[n] += horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    for (; at < vocab; ++at) args.sums[n] += to_float(row[at * stride]);
+  }
+}
+
+void sums(const LogitSums& args, int64_t row_begin, int64_t row_end) {
+  switch (args.logits.dtype) {
+    case DType::float32: return sum_rows<float>(args, row_begin, row_end);
+    case DType::bfloat16: return sum_rows<BFloat16>(args, row_begin, row_end);
+    case DType::float16: return sum_rows<Float16>(args, row_begin, row_end);
+  }
+}
+
 void forward(const TokenStatsForward& args, int64_t row_begin, int64_t row_end) {
   const FlushSubnormals flush;
   switch (args.logits.dtype) {
@@ -246,7 +275,7 @@ void backward(const TokenStatsBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const TokenStatsKernels token_stats_kernels = {forward, backward};
+const TokenStatsKernels token_stats_kernels = {forward, backward, sums};
 
 }  // namespace R1K_ISA
 }  // namespace r1k

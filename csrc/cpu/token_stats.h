@@ -37,4 +37,10 @@ struct TokenStatsBackward {
   bool stream;                  // write past the caches: the gradient is larger than they are
 };
 
+struct LogitSums {
+  RowView logits;
+  const bool* mask;  // [N] or null; a false row is not read and gives 0
+  double* sums;      // [N]
+};
+
 }  // namespace r1k

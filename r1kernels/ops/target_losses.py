@@ -39,7 +39,7 @@ class _TargetLosses(torch.autograd.Function):
         parts = list(_matrices(logits[..., : layout.size]))
         means = None
         if terms.label_smoothing != 0:
-            means = torch.cat([mean_logits(part, temperature, None, layout.vocab) for _, part in parts])
+            means = torch.cat([mean_logits(part, mask[rows], temperature, None, layout.vocab) for rows, part in parts])
             if shard is not None:
                 shard.add_up(means)
         statistics = [

@@ -212,18 +212,18 @@ def unrounded(
 
 
 def mean_logits(
-    logits: Tensor, temperature: float, temperatures: Tensor | None, vocab: int | None = None
+    logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None, vocab: int
 ) -> Tensor:
-    """The mean of z = logits / T over the vocabulary (N,), float64. It reads the logits once more.
-
-    vocab: V, if the logits are a shard; then the result is this shard's part of the mean.
+    """The mean of z = logits / T over a vocabulary of `vocab` (N,), float64; 0 where `mask` is False. It reads the
+    logits once more. Of a shard, it is this shard's part of the mean.
     """
-    dtype = accumulator_dtype(logits.dtype)
-    # In blocks, because PyTorch converts all of 16-bit logits before it adds them up.
-    blocks = row_blocks(logits) if logits.dtype != dtype else [slice(None)]
-    sums = torch.cat([logits.new_empty(0, dtype=dtype), *(logits[rows].sum(-1, dtype=dtype) for rows in blocks)])
+    if _dispatch.select(logits) == "cpu":
+        sums = _library.run(torch.ops.r1kernels.logit_sums.default, logits, mask)
+    else:
+        sums = logits.sum(-1, dtype=accumulator_dtype(logits.dtype)).double()
+        sums = sums if mask is None else torch.where(mask, sums, 0)
     t = temperature if temperatures is None else temperature * temperatures.double()
-    return sums.double() / t / (vocab or logits.shape[-1])
+    return sums / t / vocab
 
 
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:

@@ -72,6 +72,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, tokens().abs() + 1, 0.0,
         torch.tensor([0, 2, 5]), torch.zeros(N, V),
     ),
+    "logit_sums": lambda: (matrix(N, V), mask()),
     "shifted_gradient_out": lambda: (
         matrix(N, V), ids(), tokens(torch.float64) + 5, tokens(), tokens() + 3, 1.0, tokens().abs() + 1, 0.0,
         torch.tensor([0, 2, 5]), torch.zeros(N, V),

@@ -157,7 +157,9 @@ class Walk:
         if self.is_empty:
             mean = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
         else:
-            mean = token_stats.mean_logits(chunk.logits, self.head.kernel_temperature, chunk.temperatures, self.vocab)
+            mean = token_stats.mean_logits(
+                chunk.logits, chunk.valid, self.head.kernel_temperature, chunk.temperatures, self.vocab
+            )
         if self.shard is not None:
             self.shard.add_up(mean)
         return mean
