@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1kernels import _dispatch, _library
 from r1kernels.ops.shards import Shard, merge_more
-from r1kernels.ops.token_stats import any_nonzero, entry_gradients, row_blocks, scaled_logits, statistics
+from r1kernels.ops.token_stats import any_nonzero, entry_gradients, row_blocks, scaled_logits, statistics, unrounded
 
 # The numbers by which kernels know what they compute beside log-prob, log-sum-exp and entropy: csrc/cpu/token_stats.h.
 WANTED = {"sum_sq_probs": 1, "mean_logit": 2, "is_top1": 4}
@@ -60,10 +60,29 @@ def row_statistics(
     return RowStatistics(logprobs, lse, entropy, more)
 
 
-def merged(shard: Shard, rows: RowStatistics, mask: Tensor | None, wanted: int) -> RowStatistics:
-    """Statistics (N,) over the whole vocabulary from those of a shard."""
-    logprobs, lse, entropy = shard.merged(*rows[:3])
-    more = merge_more(shard, rows.lse, rows.more) if wanted else rows.more
+def split_statistics(
+    counted: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, shard: Shard | None, wanted: int = 0,
+    tokens: slice = slice(None),
+) -> RowStatistics:
+    """Statistics (n,) over the whole vocabulary, from this rank's logits (n, V') without padding. tokens: which ones of
+    the shard's tokens these are."""
+    if counted.shape[1] == 0:
+        zeros = torch.zeros(token_ids.shape, dtype=torch.float64, device=counted.device)
+        nothing = torch.full_like(zeros, -torch.inf)
+        rows = RowStatistics(zeros, nothing, zeros, torch.stack([zeros, zeros, nothing, zeros]))
+    else:
+        rows = row_statistics(counted, token_ids, mask, temperature, None, wanted)
+        if shard is not None:
+            rows = rows._replace(logprobs=unrounded(rows.logprobs, rows.lse, counted, token_ids, temperature, None))
+    return rows if shard is None else merged(shard, rows, mask, wanted, tokens)
+
+
+def merged(
+    shard: Shard, rows: RowStatistics, mask: Tensor | None, wanted: int, tokens: slice = slice(None)
+) -> RowStatistics:
+    """Statistics (n,) of some of a shard's tokens over the whole vocabulary, from those of the shard."""
+    logprobs, lse, entropy = shard.merged(*rows[:3], tokens)
+    more = merge_more(shard, rows.lse, rows.more, tokens) if wanted else rows.more
     return RowStatistics(*(
         value if mask is None else torch.where(mask, value, 0) for value in (logprobs, lse, entropy, more)
     ))
@@ -159,7 +178,11 @@ class Entries(NamedTuple):
         return self if rows is None else Entries(self.ids[rows], self.values[rows])
 
     def write(self, grad_logits: Tensor) -> None:
-        grad_logits.scatter_(-1, self.ids, self.values.to(grad_logits.dtype))
+        # On a CPU, scatter_ takes a pass over all of a 16-bit matrix.
+        matrix = grad_logits if grad_logits.dim() == 2 else grad_logits.view(-1, grad_logits.shape[-1])
+        ids = self.ids.reshape(len(matrix), self.ids.shape[-1])
+        rows = torch.arange(len(matrix), device=ids.device)[:, None]
+        matrix.index_put_((rows, ids), self.values.reshape(ids.shape).to(matrix.dtype))
 
 
 def entries_of(

@@ -11,10 +11,11 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype
+from r1kernels.ops.row_statistics import split_statistics
 from r1kernels.ops.shards import Layout, Shard, Split
 from r1kernels.ops.target_terms import TargetTerms
-from r1kernels.ops.token_logprobs import split_arguments, split_statistics
-from r1kernels.ops.token_stats import gradient_into, mean_logits
+from r1kernels.ops.token_logprobs import split_arguments
+from r1kernels.ops.token_stats import gradient_into
 
 
 def _matrices(logits: Tensor, begin: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -37,16 +38,13 @@ class _TargetLosses(torch.autograd.Function):
         terms: TargetTerms,
     ) -> Tensor:
         parts = list(_matrices(logits[..., : layout.size]))
-        means = None
-        if terms.label_smoothing != 0:
-            means = torch.cat([mean_logits(part, temperature, None, layout.vocab) for _, part in parts])
-            if shard is not None:
-                shard.add_up(means)
         statistics = [
-            split_statistics(part, ids[rows], mask[rows], temperature, shard, rows) for rows, part in parts
+            split_statistics(part, ids[rows], mask[rows], temperature, shard, terms.wanted, rows)
+            for rows, part in parts
         ]
-        logprobs, lse, _ = (torch.cat(values) for values in zip(*statistics, strict=True))
-        losses = torch.where(mask, terms.losses(logprobs[:, None], lse, means)[:, 0], 0)
+        logprobs, lse = (torch.cat([each[k] for each in statistics]) for k in (0, 1))
+        mean = torch.cat([each.more[1] for each in statistics])
+        losses = torch.where(mask, terms.losses(logprobs[:, None], lse, mean)[:, 0], 0)
         ctx.save_for_backward(logits, ids, lse)
         ctx.constants = temperature, layout, None if shard is None else shard.owned, terms
         return losses.to(accumulator_dtype(logits.dtype))

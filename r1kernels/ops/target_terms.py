@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.ops._checks import check_number
-from r1kernels.ops.row_statistics import Entries
+from r1kernels.ops.row_statistics import WANTED, Entries
 from r1kernels.ops.token_stats import entry_gradients
 
 
@@ -85,8 +85,14 @@ class TargetTerms(NamedTuple):
     def given(self) -> bool:
         return self.z_loss_coef != 0 or self.label_smoothing != 0
 
-    def losses(self, logprobs: Tensor, lse: Tensor, mean: Tensor | None) -> Tensor:
-        """(n, D) float64, from the log-probs of the targets (n, D), the log-sum-exp and the mean of z (n,)."""
+    @property
+    def wanted(self) -> int:
+        """What `row_statistics` computes for the losses beside log-probs and log-sum-exp."""
+        return WANTED["mean_logit"] if self.label_smoothing != 0 else 0
+
+    def losses(self, logprobs: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
+        """(n, D) float64, from the log-probs of the targets (n, D), the log-sum-exp and the mean of z (n,), which is
+        read if it is `wanted`."""
         logprobs, lse = logprobs.double(), lse.double()[:, None]
         losses = -logprobs
         if self.label_smoothing != 0:

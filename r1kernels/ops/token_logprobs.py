@@ -15,6 +15,7 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_ids_in_range
+from r1kernels.ops.row_statistics import split_statistics
 from r1kernels.ops.shards import (
     NOT_SHARDED,
     Facts,
@@ -27,28 +28,7 @@ from r1kernels.ops.shards import (
     layout_of,
     refusals,
 )
-from r1kernels.ops.token_stats import checked, gradient_into, statistics, target_gradient, token_stats, unrounded
-
-
-def split_statistics(
-    counted: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, shard: Shard | None,
-    rows: slice = slice(None),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, log-sum-exp, entropy), each (n,), over the whole vocabulary, from this rank's logits (n, V') without
-    padding. rows: which ones of the shard's tokens these are."""
-    if counted.shape[1] == 0:
-        logprobs = torch.zeros(token_ids.shape, dtype=torch.float64, device=counted.device)
-        lse, entropy = torch.full_like(logprobs, -torch.inf), logprobs
-    else:
-        logprobs, lse, entropy = statistics(counted, token_ids, mask, temperature, None)
-    if shard is not None:
-        if counted.shape[1] > 0:
-            logprobs = unrounded(logprobs, lse, counted, token_ids, temperature, None)
-        logprobs, lse, entropy = (
-            value if mask is None else torch.where(mask, value, 0)
-            for value in shard.merged(logprobs, lse, entropy, rows)
-        )
-    return logprobs, lse, entropy
+from r1kernels.ops.token_stats import checked, gradient_into, target_gradient, token_stats
 
 
 class _SplitTokenStats(torch.autograd.Function):
@@ -60,7 +40,7 @@ class _SplitTokenStats(torch.autograd.Function):
         shard: Shard | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulator_dtype(logits.dtype)
-        logprobs, lse, entropy = split_statistics(logits[:, : layout.size], token_ids, mask, temperature, shard)
+        logprobs, lse, entropy, _ = split_statistics(logits[:, : layout.size], token_ids, mask, temperature, shard)
         ctx.save_for_backward(logits, token_ids, lse, entropy)
         ctx.temperature, ctx.size, ctx.owned = temperature, layout.size, None if shard is None else shard.owned
         ctx.set_materialize_grads(False)

@@ -24,13 +24,13 @@ from r1kernels.ops.row_statistics import (
     Selected,
     Slopes,
     entries_of,
-    merged,
     row_statistics,
     selected_of,
+    split_statistics,
     wanted_number,
 )
 from r1kernels.ops.shards import Facts, Layout, Shard, Split, agreed_layout, checksum, layout_of, refusals
-from r1kernels.ops.token_stats import checked, gradient_into, unrounded
+from r1kernels.ops.token_stats import checked, gradient_into
 
 
 class TokenStatistics(NamedTuple):
@@ -98,22 +98,6 @@ class _Part(NamedTuple):
     selected: Shard | None
 
 
-def _shard_statistics(
-    counted: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, wanted: int, part: _Part
-) -> RowStatistics:
-    """Statistics of logits (N, V of this shard) over the whole vocabulary."""
-    if part.layout.size == 0:
-        zeros = torch.zeros(token_ids.shape, dtype=torch.float64, device=counted.device)
-        empty = torch.full_like(zeros, -torch.inf)
-        rows = RowStatistics(zeros, empty, zeros, torch.stack([zeros, zeros, empty, zeros]))
-    else:
-        rows = row_statistics(counted, token_ids, mask, temperature, None, wanted)
-        if part.tokens is not None:
-            logprobs = unrounded(rows.logprobs, rows.lse, counted, token_ids, temperature, None)
-            rows = rows._replace(logprobs=logprobs)
-    return rows if part.tokens is None else merged(part.tokens, rows, mask, wanted)
-
-
 def of_tokens(rows: RowStatistics, chosen: Tensor | None, fields: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
     """The results of autograd functions, in the order of `fields`."""
     values = {
@@ -148,7 +132,7 @@ class _TokenStatistics(torch.autograd.Function):
         if part is None:
             rows = row_statistics(logits, token_ids, mask, temperature, None, wanted)
         else:
-            rows = _shard_statistics(counted, token_ids, mask, temperature, wanted, part)
+            rows = split_statistics(counted, token_ids, mask, temperature, part.tokens, wanted)
         chosen = None
         if selected_ids is not None:
             selected = Selected(selected_ids, None if part is None else part.selected)

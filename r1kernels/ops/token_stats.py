@@ -254,21 +254,6 @@ def unrounded(
     return torch.where(logprobs < -0.5, x / t - lse, logprobs.double())
 
 
-def mean_logits(
-    logits: Tensor, temperature: float, temperatures: Tensor | None, vocab: int | None = None
-) -> Tensor:
-    """The mean of z = logits / T over the vocabulary (N,), float64. It reads the logits once more.
-
-    vocab: V, if the logits are a shard; then the result is this shard's part of the mean.
-    """
-    dtype = accumulator_dtype(logits.dtype)
-    # In blocks, because PyTorch converts all of 16-bit logits before it adds them up.
-    blocks = row_blocks(logits) if logits.dtype != dtype else [slice(None)]
-    sums = torch.cat([logits.new_empty(0, dtype=dtype), *(logits[rows].sum(-1, dtype=dtype) for rows in blocks)])
-    t = temperature if temperatures is None else temperature * temperatures.double()
-    return sums.double() / t / (vocab or logits.shape[-1])
-
-
 def row_blocks(matrix: Tensor, elements: int = 4 << 20) -> Iterator[slice]:
     """Blocks of rows with about `elements` elements. The default is 16 MiB of float32: the memory that plain PyTorch
     may use in addition to a chunk."""

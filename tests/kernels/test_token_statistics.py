@@ -351,8 +351,8 @@ def test_opcheck(dtype: torch.dtype, masked: bool) -> None:
     torch.library.opcheck(torch.ops.r1kernels.token_statistics, (logits, ids, mask, 0.7, None, True, 7))
     _, lse, entropy, more = torch.ops.r1kernels.token_statistics(logits, ids, mask, 0.7, None, True, 7)
     g = torch.ones(2, 3) * (1 if mask is None else mask)
-    arguments = (logits, ids, lse, entropy, more[0].contiguous(), g, g, g, 0.7)
-    torch.library.opcheck(torch.ops.r1kernels.token_statistics_backward, arguments)
+    arguments = (logits, ids, lse, entropy, g, g, 0.7, more[0].contiguous(), g, g)
+    torch.library.opcheck(torch.ops.r1kernels.token_stats_backward, arguments)
 
 
 @pytest.mark.few(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import r1kernels.ops.linear.distillation_loss
 import r1kernels.ops.linear.grpo_loss
+import r1kernels.ops.linear.targets
 import r1kernels.ops.linear.token_statistics  # noqa: F401  (these modules implement the operators of hidden states)
 from r1kernels import testing
 from r1kernels._dispatch import TRITON_OPERATORS

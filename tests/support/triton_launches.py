@@ -133,6 +133,10 @@ def token_stats(draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def token_statistics(draw: Draw) -> tuple[Any, ...]:
+    return *token_stats(draw), 7
+
+
 def gradients(draw: Draw, tokens: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
     which = draw.choice((0, 1, 2))
     return floats(*tokens) if which != 1 else None, floats(*tokens) if which != 0 else None
@@ -262,7 +266,7 @@ def scaled(draw: Draw) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
-        token_stats, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
+        token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
         divergence, divergence_backward, linear_statistics, scaled,
     )
 }

@@ -36,20 +36,20 @@ def _ids(chunk: Chunk, targets: Tensor) -> Tensor:
     return (ids if chunk.valid is None else torch.where(chunk.valid[:, None], ids, 0)).contiguous()
 
 
-def _logprobs(walk: Walk, chunk: Chunk, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probs of the targets (n, D), and the log-sum-exp (n,) float64."""
+def _statistics(walk: Walk, chunk: Chunk, ids: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probs of the targets (n, D), the log-sum-exp (n,) float64, and if it is wanted, the mean of z (n,)."""
     if ids.shape[1] == 1:
-        logprobs, lse, entropy = walk.statistics(chunk)
+        logprobs, lse, entropy, more = walk.statistics(chunk, wanted)
         if walk.shard is not None:
             logprobs, lse, _ = walk.shard.merged(logprobs, lse, entropy, chunk.rows)
-        return logprobs[:, None], lse
+        return logprobs[:, None], lse, walk.mean_logit(more[1]) if wanted else more[1]
     # Only one target can have a log-prob near 0, where z - lse is not exact enough. The kernel gets this one.
     x = chunk.logits.gather(1, ids)
     best = ids.gather(1, x.argmax(1, keepdim=True))
-    exact, lse, _ = walk.statistics(chunk._replace(token_ids=best.squeeze(1)))
+    exact, lse, _, more = walk.statistics(chunk._replace(token_ids=best.squeeze(1)), wanted)
     t = walk.head.kernel_temperature
     t = t if chunk.temperatures is None else t * chunk.temperatures.double()[:, None]
-    return torch.where(ids == best, exact.double()[:, None], x.double() / t - lse[:, None]), lse
+    return torch.where(ids == best, exact.double()[:, None], x.double() / t - lse[:, None]), lse, more[1]
 
 
 @without_autocast
@@ -69,8 +69,7 @@ def run_targets(
     log_sums = walk.per_token(torch.float64)
     for chunk in walk.chunks():
         ids = _ids(chunk, targets)
-        logprobs, lse = _logprobs(walk, chunk, ids)
-        mean = walk.mean_logits(chunk) if terms.label_smoothing != 0 else None
+        logprobs, lse, mean = _statistics(walk, chunk, ids, terms.wanted)
         losses[:, chunk.write] = terms.losses(logprobs, lse, mean).t().to(losses.dtype)
         log_sums[chunk.write] = lse
         if any(needs):

@@ -165,15 +165,12 @@ class Walk:
         """V, over all shards."""
         return self.head.weight.shape[0] if self.shard is None else self.shard.layout.vocab
 
-    def mean_logits(self, chunk: Chunk) -> Tensor:
-        """The mean of z over the vocabulary (n,), float64."""
-        if self.is_empty:
-            mean = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
-        else:
-            mean = token_stats.mean_logits(chunk.logits, self.head.kernel_temperature, chunk.temperatures, self.vocab)
+    def mean_logit(self, of_rows: Tensor) -> Tensor:
+        """The mean of z over the vocabulary (n,), from the mean over the rows of the weight."""
         if self.shard is not None:
-            self.shard.add_up(mean)
-        return mean
+            of_rows = of_rows * (self.head.weight.shape[0] / self.vocab)
+            self.shard.add_up(of_rows)
+        return of_rows
 
     def targets_backward(self, chunk: Chunk, lse: Tensor, slopes: TargetSlopes) -> None:
         """`backward` for losses of several targets, or with other terms. Their entries are written after the others."""
