@@ -266,8 +266,8 @@ def scaled(draw: Draw) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
-        token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
-        divergence, divergence_backward, linear_statistics, scaled,
+        token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages,
+        kl_estimate, divergence, divergence_backward, linear_statistics, scaled,
     )
 }
 
