@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, shapes_only
+from backends import checks_only, compiles, reference_only, shapes_only, without_cuda_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +18,8 @@ TERMS = {
     "smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss_coef": 0.02},
     "both": {"label_smoothing": 0.3, "z_loss_coef": 0.02},
 }
+
+pytestmark = without_cuda_kernels
 
 
 def batch(dtype: torch.dtype = torch.float32, vocab: int = 500) -> tuple[Tensor, Tensor]:
