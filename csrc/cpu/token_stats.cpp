@@ -3,7 +3,6 @@
 // blocks that stay in the L1 cache; what is loaded is converted to fp32, so every dtype and stride shares the
 // arithmetic below.  A row is always computed by one thread in one order: its bits do not depend on its batch.
 
-#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -95,7 +94,6 @@ class VectorGradient {
 
   // What the soft cap multiplies the gradient with, 1 - tanh^2(u / c), from the capped logit c tanh(u / c).
   VecF through_softcap(VecF x) const {
-    if constexpr (kSlopes == Slopes::any) x = larger(x, broadcast(-FLT_MAX));  // without a cap: -inf * 0 is NaN
     const VecF tanh = x * inv_softcap_;
     return (1.0f - tanh) * (1.0f + tanh);
   }
@@ -162,7 +160,7 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
   };
   const float target = to_float(row[token_id * stride]);
   double exact_target = target_gradient(in, target, temperature);
-  if (kSoftcap && softcap > 0) exact_target *= (1 - target / softcap) * (1 + target / softcap);
+  if constexpr (kSoftcap) exact_target *= (1 - target / softcap) * (1 + target / softcap);
   const Out grad_target = from_float<Out>(canonical(exact_target));
 
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -191,13 +189,15 @@ void row_gradient(const T* row, int64_t stride, int64_t vocab, int64_t token_id,
 
 template <typename T, typename Out, bool kSubtract>
 auto row_gradient_variant(Slopes slopes, bool softcap) {
-  if (slopes == Slopes::any) return row_gradient<T, Out, kSubtract, Slopes::any, true>;  // with or without a soft cap
-  if (slopes == Slopes::entropy) {
-    return softcap ? row_gradient<T, Out, kSubtract, Slopes::entropy, true>
-                   : row_gradient<T, Out, kSubtract, Slopes::entropy, false>;
+  const auto with = [softcap](auto kSlopes) {
+    return softcap ? row_gradient<T, Out, kSubtract, kSlopes.value, true>
+                   : row_gradient<T, Out, kSubtract, kSlopes.value, false>;
+  };
+  switch (slopes) {
+    case Slopes::logprob: return with(std::integral_constant<Slopes, Slopes::logprob>());
+    case Slopes::entropy: return with(std::integral_constant<Slopes, Slopes::entropy>());
+    default: return with(std::integral_constant<Slopes, Slopes::any>());
   }
-  return softcap ? row_gradient<T, Out, kSubtract, Slopes::logprob, true>
-                 : row_gradient<T, Out, kSubtract, Slopes::logprob, false>;
 }
 
 template <typename T, typename Out>
