@@ -87,8 +87,7 @@ class OtherVersion:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.child.stdin.close()
-        self.child.wait()
+        self.child.communicate()
 
 
 def checksum(results: tuple[Tensor, Tensor]) -> str:
