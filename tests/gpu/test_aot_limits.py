@@ -32,6 +32,7 @@ def test_enough_bytes_are_in_flight(version: str) -> None:
     rows = [row for row in rows_of(version) if "wide_loads" in row["expects"]]
     assert {row["kernel"] for row in rows} == {
         "token_stats_kernels.segment_kernel", "token_stats_backward.gradient_kernel",
+        "shifted_gradient.shifted_gradient_kernel",
         "divergence_kernels.terms_kernel", "divergence_kernels.gradient_kernel",
     }
     few = {(row["kernel"], row["variant"]): aot.bytes_in_flight(row) for row in rows}
