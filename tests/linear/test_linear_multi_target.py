@@ -249,6 +249,36 @@ def test_temperatures_of_shared_rows(implementation: str) -> None:
     testing.assert_within(run(case, torch.ones(3), "none")[0], values, 1e-5)
 
 
+def test_losses_near_0_keep_their_relative_accuracy() -> None:
+    """Whichever of the targets of a row has a probability near 1."""
+    hidden, weight = 16 * torch.eye(12)[[3, 4, 5]], torch.eye(37, 12)
+    ids = torch.tensor([[5, 4, 1], [3, 4, 2], [0, 2, 5]])
+    with backend(testing.KERNELS):
+        losses = linear_multi_target(hidden, weight, ids, reduction="none")
+    exact = testing.target_losses(hidden.double() @ weight.double().T, ids)
+    assert (exact < 1e-5).sum() == 4
+    testing.assert_within(losses, exact, 1e-6 * exact)
+
+
+@pytest.mark.not_on("triton", "cuda", reason="tests the sums of the host")
+def test_the_rounding_error_of_a_repeated_target_is_added_once() -> None:
+    """In 16 bits, entries of targets are rounded, and their rows of the weight's gradient get what was lost."""
+    case = cases.make("plain", 40, vocab=5, dtype=torch.bfloat16)
+    case["hidden"] = case["hidden"].abs()  # all errors of a row of the weight's gradient have one sign
+    case["token_ids"] = torch.zeros(3, 40).long()
+    case["masks"] = torch.ones(3, 40, dtype=torch.bool)
+    with backend(testing.KERNELS):
+        weight = case["weight"].clone().requires_grad_()
+        into = torch.zeros(5, 12)
+        linear_multi_target(
+            case["hidden"], weight, case["token_ids"], reduction="sum", grad_accumulation_into=into
+        ).sum().backward()
+    _, _, z = cases.logits(case)
+    grad = testing.target_gradient(z, case["token_ids"], torch.ones(3, 40)).value
+    exact = grad.T @ case["hidden"].double()
+    assert float((into[0] - exact[0]).norm() / exact[0].norm()) < 1e-6
+
+
 # ---- the operators ------------------------------------------------------------------------------------------
 
 
