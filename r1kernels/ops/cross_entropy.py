@@ -40,7 +40,7 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
         z_loss_coef: c >= 0 of the z-loss, which keeps lse near 0.
-        label_smoothing: eps from 0 to 1. It reads the logits once more than the loss without it.
+        label_smoothing: eps from 0 to 1. Its mean over the vocabulary comes from the same read of the logits.
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
 
     Returns:
