@@ -251,7 +251,7 @@ def test_temperatures_of_shared_rows(implementation: str) -> None:
 
 def test_losses_near_0_keep_their_relative_accuracy() -> None:
     """Whichever of the targets of a row has a probability near 1."""
-    hidden, weight = 16 * torch.eye(12)[[3, 4, 5]], torch.eye(37, 12)
+    hidden, weight = (16 * torch.eye(12)[[3, 4, 5]]).bfloat16(), torch.eye(37, 12).bfloat16()
     ids = torch.tensor([[5, 4, 1], [3, 4, 2], [0, 2, 5]])
     with backend(testing.KERNELS):
         losses = linear_multi_target(hidden, weight, ids, reduction="none")

@@ -43,13 +43,13 @@ def _statistics(walk: Walk, chunk: Chunk, ids: Tensor, wanted: int) -> tuple[Ten
         if walk.shard is not None:
             logprobs, lse, _ = walk.shard.merged(logprobs, lse, entropy, chunk.rows)
         return logprobs[:, None], lse, walk.mean_logit(more[1]) if wanted else more[1]
-    # Only one target can have a log-prob near 0, where z - lse is not exact enough. The kernel gets this one.
+    # A kernel adds its token to the sum in float64. With the likeliest target there, z - lse is exact near 0, too.
     x = chunk.logits.gather(1, ids)
     best = ids.gather(1, x.argmax(1, keepdim=True))
-    exact, lse, _, more = walk.statistics(chunk._replace(token_ids=best.squeeze(1)), wanted)
+    _, lse, _, more = walk.statistics(chunk._replace(token_ids=best.squeeze(1)), wanted)
     t = walk.head.kernel_temperature
     t = t if chunk.temperatures is None else t * chunk.temperatures.double()[:, None]
-    return torch.where(ids == best, exact.double()[:, None], x.double() / t - lse[:, None]), lse, more[1]
+    return (x.double() / t - lse[:, None]).clamp(max=0), lse, more[1]
 
 
 @without_autocast
