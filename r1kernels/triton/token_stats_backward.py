@@ -55,8 +55,8 @@ def tile_gradient(
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
-    With MORE, shift / T is added, and with ENTROPY too 2 zeta p_j (p_j - S) / T. To save registers, `minus_g` is then all
-    of the factor of p_j that depends neither on x nor on p_j, and `minus_eta` has the slope.
+    With MORE, shift / T is added, and with ENTROPY too 2 zeta p_j (p_j - S) / T. To save registers, `minus_g` is then
+    all of the factor of p_j that depends neither on x nor on p_j, and `minus_eta` has the slope.
     """
     (
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
