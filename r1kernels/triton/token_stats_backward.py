@@ -198,7 +198,6 @@ def gradient_kernel(
     eta = g * 0
     if with_entropy != 0:
         eta = tl.load(grad_entropy + n)
-    has_factor = eta != 0  # of p, beside g
     nothing = (g == 0) & (eta == 0)
     zeta, shift = g * 0, g * 0
     if MORE:
@@ -206,7 +205,6 @@ def gradient_kernel(
             zeta = tl.load(grad_sum_sq + n)
         if with_shift != 0:
             shift = tl.load(shifts + n)
-        has_factor = has_factor | (zeta != 0)
         nothing = nothing & (zeta == 0) & (shift == 0)
     if nothing:  # masked or clipped: the row is not read, so nothing in it can matter
         _write_zeros(out_start, size, cols, LANES, UNROLL, VEC, LAYOUT)
@@ -246,6 +244,9 @@ def gradient_kernel(
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
         (2 * zeta * inv_t).to(tl.float32), (shift * inv_t).to(tl.float32),
     )
+    has_factor = eta != 0  # of p, beside g
+    if MORE:
+        has_factor = has_factor | (zeta != 0)
     if inv_softcap != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
