@@ -15,6 +15,20 @@ AGGREGATES = ("sequence_mean", "token_mean", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLocal:
+    """A user's `function(logprobs, entropies, tokens) -> loss` of single tokens: see `Objective.token_local`."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     r"""A description of the loss that `policy_loss` computes from log-probs.
 
@@ -35,7 +49,7 @@ class Objective:
             "ipo" -rA + tau (log r)^2, without its first term where p - p_old > clip_high or p_old - p > clip_low;
             "vespo" -sg[phi(w)] A l, log phi(w) = tau + k log w - tau w with w the ratio within [1e-8, e^20], and k
             and tau by the sign of A. A callable `(logprobs, batch) -> per-token loss` is differentiated by autograd
-            (see `policy_loss`).
+            (see `policy_loss`); `Objective.token_local` is for functions of single tokens.
         ratio: "token"; "sequence" for one ratio s = exp(mean_t (l - l_old)) per sequence (GSPO); "sequence_token" for
             sg[s] e^(l - sg[l]), whose value is s and whose gradient is the token's own (GSPO-token);
             "sequence_product" for the constant exp(sum_t (l - l_old)), only for "vespo".
@@ -134,6 +148,46 @@ class Objective:
             bound = "" if minimum == -math.inf else f" {'>' if strict else '>='} {minimum:g}"
             raise ValueError(f"{field} is {value!r}, expected a finite number{bound}")
 
+    @staticmethod
+    def token_local(function: Callable[..., Any], **overrides: Any) -> Objective:
+        r"""An objective from a function of single tokens, which costs no more than a preset does.
+
+        loss = sum_t w_t (iw_t f(l_t, H_t, tokens_t) + kl_coef kl_t - entropy_coef H_t)
+
+        From hidden states, the gradient is computed in the same walk as the log-probs, and tokens whose derivative is
+        exactly 0 cost no backward products (with `kl_coef` and `entropy_coef` 0). A callable of the whole batch, given
+        as `surrogate`, needs a second walk.
+
+        Args:
+            function: `(logprobs, entropies, tokens) -> loss`, all of shape (n,), for any n tokens at a time: those of
+                one chunk, or all. autograd differentiates it with respect to logprobs and entropies (nats, float32;
+                float64 for float64 inputs; entropies are None if `policy_loss` gets none). `tokens` is a `PolicyBatch`
+                of constants with one value per token: `advantages`, `old_logprobs`, `ref_logprobs`,
+                `importance_weights`; what the caller did not give is None. The loss of a token must depend on nothing
+                but that token: `r1kernels.testing.check_token_local` finds functions that mix tokens. The function is
+                called twice per token, and must return the same both times. Values behind the mask are 0.
+            **overrides: the other fields of `Objective`; "token_mean" is the default aggregate.
+
+        `importance_weights` multiply all that the function returns, also a KL term in it. The term of `kl_coef` is not
+        multiplied: use that field, or divide by `tokens.importance_weights`, if the correction shall not weigh the KL.
+
+        Raises:
+            TypeError: function is not callable. ValueError: as `Objective`. When the loss is computed, ValueError: the
+                function returns no tensor of shape (n,), one without a gradient, or, on CPUs, NaN. On a GPU, the metric
+                `nonfinite_tokens` counts NaN.
+
+        Equivalent to: `Objective(surrogate=lambda logprobs, batch: function(logprobs, batch.entropy, batch), ...)`.
+        """
+        if not callable(function):
+            raise TypeError(f"function is {function!r}, expected a callable (logprobs, entropies, tokens)")
+        return _with_overrides("Objective.token_local", overrides, surrogate=TokenLocal(function),
+                               aggregate="token_mean")
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether the surrogate is a function given to `token_local`."""
+        return isinstance(self.surrogate, TokenLocal)
+
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss depends on where sequences begin and end."""
@@ -148,11 +202,15 @@ class Objective:
 _FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
 
 
-def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+def _with_overrides(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
     for field in overrides:
         if field not in _FIELDS:
-            raise ValueError(f"objectives.{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
+            raise ValueError(f"{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
     return Objective(**{**defaults, **overrides})
+
+
+def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+    return _with_overrides(f"objectives.{name}", overrides, **defaults)
 
 
 def grpo(**overrides: Any) -> Objective:

@@ -111,6 +111,12 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     batch, normalizer, objective, group = inputs
     if group is not None:
         return _with_group(logprobs, entropy, inputs)
+    if objective.is_token_local:  # autograd says which tokens have a gradient
+        with torch.enable_grad():
+            logprobs, entropy = (value.detach().requires_grad_() for value in (logprobs, entropy))
+            batch = batch._replace(entropy=entropy)
+            loss, metrics = policy_loss_reference.reference(logprobs, batch, normalizer, objective)
+        return loss.detach(), metrics
     if _dispatch.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
         return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
@@ -246,7 +252,8 @@ def policy_loss(
             accumulation or data parallelism; the summed gradient then equals that of the whole batch.
         objective: an `Objective` (see `r1kernels.objectives`), or a callable `(logprobs, batch) -> per-token loss`
             with the shape of logprobs, averaged over counted tokens and differentiated by autograd; `batch` is a
-            `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it.
+            `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it, and
+            `Objective.token_local` is for functions of single tokens.
         sequence_group: each sequence is split over these ranks (sequence or context parallelism): every rank gives the
             same sequences in the same order, each with the tokens that it has, maybe none. Lengths, means and sequence
             ratios are those of whole sequences. The losses of the ranks add up to that of one process, and so do the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.objectives import Objective
-from r1kernels.ops import kl_estimate
+from r1kernels.ops import kl_estimate, token_local
 from r1kernels.ops._checks import check_positive, values_are_free
 from r1kernels.ops.sequence_group import sum_over_ranks
 
@@ -168,11 +168,6 @@ def _binary_kl(logprobs: Tensor, old: Tensor) -> Tensor:
     return torch.where(p_old == 0, 0, p_old * (old - logprobs)) + of_rest
 
 
-def _times_ratio(kl: Tensor, log_ratio: Tensor) -> Tensor:
-    """r k, and 0 where k is 0 even if r overflows."""
-    return kl * torch.where(kl == 0, log_ratio.clamp(max=80), log_ratio).exp()
-
-
 def _moves_kl(objective: Objective, logp: Tensor, ref: Tensor, per_sequence: Any) -> Tensor:
     """Tokens whose KL term has a gradient."""
     d = ref - logp
@@ -237,7 +232,13 @@ def reference(
         log_ratio = mean if objective.ratio == "sequence" else mean.detach() + (logp - logp.detach())
 
     known = True  # which tokens have a gradient
-    if callable(objective.surrogate):
+    if objective.is_token_local:
+        tokens = PolicyBatch(advantages, old, ref, None, None, None, importance)
+        loss = token_local.loss_of(objective.surrogate, logp, entropy, tokens, mask)
+        moves, never = _moves_callable(loss, logp, entropy), torch.zeros_like(mask)
+        known = moves is not None
+        terms = _Surrogate(loss, mask if moves is None else moves, never, never, never)
+    elif callable(objective.surrogate):
         tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
         view = batch._replace(
             **{name: None if value is None else value.reshape(shape) for name, value in tokens.items()},
@@ -267,7 +268,7 @@ def reference(
     per_token = surrogate
     kl = None if ref is None else kl_estimate.reference(logp, ref, objective.kl)
     if kl is not None and objective.kl_ratio:
-        kl = _times_ratio(kl, log_ratio)
+        kl = kl_estimate.times_ratio(kl, log_ratio)
     if objective.kl_coef != 0:
         per_token = per_token + objective.kl_coef * kl
         moved = _moves_kl(objective, logp.detach(), ref, lambda value: sequences.sum(value)[sequences.index])

@@ -35,6 +35,7 @@ from r1kernels.testing.oracles import (
     token_stats,
     token_stats_gradient,
 )
+from r1kernels.testing.token_local import check_token_local
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -48,6 +49,7 @@ __all__ = [
     "PolicyExpected",
     "TokenStats",
     "assert_within",
+    "check_token_local",
     "compiled",
     "divergence",
     "generator",

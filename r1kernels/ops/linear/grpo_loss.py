@@ -4,8 +4,8 @@ With a ratio per token, the slope of a token's loss depends only on that token's
 does everything: product -> statistics -> slopes -> d logits -> two products. It takes 3 units of 2 N H V
 floating-point operations. If only a share k of the tokens has a gradient, it takes 1 + 2 k units, or 3 k if the other
 tokens are known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables
-and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics of all tokens,
-then d logits of the tokens with a gradient. The second phase computes their logits again.
+of the whole batch and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics
+of all tokens, then d logits of the tokens with a gradient. The second phase computes their logits again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
+from r1kernels.ops import token_local
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_positive, check_tensor
 from r1kernels.ops.linear.dtensor import local_tensors
@@ -76,7 +77,7 @@ class TokenObjective(NamedTuple):
     def sparse(self) -> bool:
         """Whether a token's slopes may be 0: a bound may hold, and no other term gives a gradient."""
         o = self.objective
-        return o.surrogate in ("clip", "dppo_tv", "dppo_kl") and o.zero_without_advantage
+        return (o.is_token_local or o.surrogate in ("clip", "dppo_tv", "dppo_kl")) and o.zero_without_advantage
 
     def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
@@ -88,8 +89,11 @@ class TokenObjective(NamedTuple):
             taken(self.advantages), taken(self.old_logprobs), taken(self.ref_logprobs), None, None, None,
             taken(self.importance_weights),
         )
-        one = logprobs.new_ones(())
-        _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
+        if self.objective.is_token_local:
+            g, eta = token_local.slopes(self.objective, logprobs, entropy, batch)
+        else:
+            one = logprobs.new_ones(())
+            _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
         weights = self.weights[rows]
         return g * weights, None if eta is None else eta * weights
 
@@ -115,7 +119,7 @@ class _OnePass(torch.autograd.Function):
         tensors = (hidden, weight, bias, lora_a, lora_b)
         ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
         full, needs = head.with_tensors(*tensors[1:]), ctx.targets.needs
-        if shard is None:
+        if shard is None and not tokens.objective.is_token_local:  # an operator takes no function
             operator = torch.ops.r1kernels.linear_policy_gradient.default
             results = _library.call(operator, hidden, *full, wanted, *tokens.arguments(), list(needs))
         else:
@@ -161,7 +165,8 @@ class _Plan(NamedTuple):
 
 def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all: bool) -> _Plan:
     batch, normalizer, objective, group = inputs
-    if callable(objective.surrogate):
+    in_chunks = objective.is_token_local and not torch.compiler.is_compiling()  # a graph has no function in an operator
+    if callable(objective.surrogate) and not in_chunks:
         return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
     check_positive("normalizer", normalizer)
     dtype = batch.advantages.dtype
@@ -180,7 +185,7 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     tokens = TokenObjective(
         weights, advantages, *flat, importance, dataclasses.replace(objective, aggregate="token_mean", max_length=None)
     )
-    if measure_all or not objective.zero_without_advantage:
+    if measure_all or in_chunks or not objective.zero_without_advantage:
         return _Plan(mask, tokens, inputs, None)
     moving = advantages != 0
     if importance is not None:
@@ -304,7 +309,8 @@ def linear_grpo_loss(
         loss, metrics = _OnePass.apply(
             *call.tensors, call.constants, plan.wanted, plan.tokens, plan.inputs, shape, origin_of(*call.tensors)
         )
-        metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)
+        bounds = not plan.inputs.objective.is_token_local
+        metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True, bounds=bounds)
     else:
         logprobs, entropy = linear_token_stats(call, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
