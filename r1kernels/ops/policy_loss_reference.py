@@ -16,7 +16,7 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.objectives import Objective
 from r1kernels.ops import kl_estimate, token_local
-from r1kernels.ops._checks import check_positive, values_are_free
+from r1kernels.ops._checks import check_positive, ids_int64, values_are_free
 from r1kernels.ops.sequence_group import sum_over_ranks
 
 
@@ -71,6 +71,21 @@ class Sequences:
     def whole(self, value: Tensor) -> Tensor:
         """The sum of the values of all ranks that have these sequences."""
         return value if self.group is None else sum_over_ranks(value, self.group)
+
+
+def sequences_of(name: str, tokens: Tensor, cu_seqlens: Any, why: str, group: Any = None) -> Sequences:
+    """The sequences of the argument `name`, (B, T), or packed (N,) with cu_seqlens. `why` says what needs them."""
+    if cu_seqlens is None:
+        if tokens.dim() < 2:
+            raise ValueError(f"cu_seqlens is None for packed tokens of shape {tuple(tokens.shape)}, expected (S + 1,): "
+                             f"{why} need sequences (or give (B, T))")
+        return Sequences(tokens, None, group)
+    if tokens.dim() != 1:
+        raise ValueError(f"cu_seqlens was given with {name} of shape {tuple(tokens.shape)}, expected packed (N,)")
+    cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, tokens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
+    return Sequences(tokens, cu_seqlens, group)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
