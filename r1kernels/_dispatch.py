@@ -208,6 +208,14 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("triton", "Triton"),
     ),
+    # The loss and its slopes from log-probs. Facts: the log-probs, the objective.
+    "policy_terms": (
+        _server("kernel", "the operator policy_loss", {
+            "the kernels do not know the surrogate": lambda logprobs, objective: not objective.has_kernels,
+            "the reference serves log-probs": lambda logprobs, objective: select(logprobs) == "reference",
+        }),
+        _server("autograd", "plain PyTorch on [tokens]"),
+    ),
     # `grpo_loss` from logits. Facts: logits, the checked inputs of the loss. In float16, small gradients would be
     # rounded to 0 before a loss scale can save them.
     "grpo_step": (

@@ -110,7 +110,7 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
     batch, normalizer, objective, group = inputs
     if group is not None:
-        return _with_group(logprobs, entropy, inputs)
+        return _in_float64(logprobs, entropy, inputs)
     if objective.is_token_local:  # autograd says which tokens have a gradient
         with torch.enable_grad():
             logprobs, entropy = (value.detach().requires_grad_() for value in (logprobs, entropy))
@@ -124,8 +124,8 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     return loss, metrics
 
 
-def _with_group(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) of this rank's tokens. In float64, parts of sums over ranks are not rounded."""
+def _in_float64(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) of this rank's tokens. In float64, sums do not round, over ranks or in another order."""
     def wide(value: Tensor | None) -> Tensor | None:
         return value.double() if value is not None and value.is_floating_point() else value
 
@@ -183,9 +183,9 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
     batch, normalizer, objective, group = inputs
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
-    if group is not None:
-        loss, metrics = _with_group(logprobs, entropy, inputs)
-    elif callable(objective.surrogate) or _dispatch.select(logprobs) == "reference":
+    if group is not None or objective.surrogate == "gmpo":
+        loss, metrics = _in_float64(logprobs, entropy, inputs)
+    elif _dispatch.choose("policy_terms", logprobs, objective).implementation == "autograd":
         loss, metrics = policy_loss_reference.reference(
             logprobs, batch._replace(entropy=entropy), normalizer, objective
         )

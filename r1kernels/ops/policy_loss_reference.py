@@ -128,6 +128,9 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         bound = bound.masked_fill(clipped_high, up)
         r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound)
         return _Surrogate(-r * advantages, flows, clipped_low, clipped_high, capped)
+    if objective.surrogate == "gmpo":  # -s A
+        r = torch.where(nonzero, torch.where(nonzero, log_ratio, 0).exp(), 0)
+        return _Surrogate(-r * advantages, nonzero, never, never, never)
     if objective.surrogate == "cispo":
         clipped_high, clipped_low = nonzero & (ratio > high), nonzero & (ratio < low)
         weight = torch.where(nonzero, ratio.clamp(min=low, max=high), 0) * advantages
@@ -243,6 +246,11 @@ def reference(
     if objective.ratio == "sequence_product":
         log_ratio = sequences.sum(log_ratio)[sequences.index]
     elif objective.ratio != "token":
+        if objective.surrogate == "gmpo":  # tokens are clipped before the mean, so a clipped one has no gradient
+            held_high = (advantages > 0) & (log_ratio > objective.clip_high)
+            held_low = (advantages < 0) & (log_ratio < -objective.clip_low)
+            log_ratio = log_ratio.masked_fill(held_high, objective.clip_high)
+            log_ratio = log_ratio.masked_fill(held_low, -objective.clip_low)
         mean = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
         log_ratio = mean if objective.ratio == "sequence" else mean.detach() + (logp - logp.detach())
 
@@ -272,13 +280,16 @@ def reference(
         if importance is not None:  # a weight of 0 rejects the token: its advantage becomes 0, to avoid 0 * inf
             advantages = torch.where(importance == 0, 0, advantages)
         terms = _surrogate(objective, log_ratio, advantages, logp)
+        if objective.surrogate == "gmpo":
+            terms = terms._replace(clipped_low=held_low, clipped_high=held_high)
     active = terms.active
     surrogate = terms.loss
     if importance is not None:
         surrogate = surrogate * importance
         active = active & (importance != 0)
-    if objective.ratio == "sequence" and objective.surrogate in ("clip", "sapo"):
+    if objective.ratio == "sequence" and objective.surrogate in ("clip", "sapo", "gmpo"):
         active = (sequences.sum(active.to(logprobs.dtype)) > 0)[sequences.index]
+        active = active & ~(terms.clipped_low | terms.clipped_high) if objective.surrogate == "gmpo" else active
 
     per_token = surrogate
     kl = None if ref is None else kl_estimate.reference(logp, ref, objective.kl)

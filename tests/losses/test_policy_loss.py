@@ -30,7 +30,7 @@ def test_reference_gradcheck(name: str) -> None:
     if constant:
         del inputs["old_logprobs"]
     else:
-        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo"))
+        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo", "gmpo"))
     logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
     if constant or objective.ratio == "token":
         inputs["advantages"] = inputs["advantages"].abs()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import r1kernels
-from r1kernels import _choice, _dispatch, _library, backend
+from r1kernels import Objective, _choice, _dispatch, _library, backend, objectives
 from r1kernels._dispatch import OPS, TABLE, choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -77,6 +77,12 @@ CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
         ("no gradient is wanted", (ROW, False), "two_phases"),
         ("hidden states are float16", (ROW.half(), True), "two_phases"),
     ],
+    "policy_terms": [
+        ("", (ROW, objectives.grpo()), "kernel"),
+        ("do not know the surrogate", (ROW, objectives.gmpo()), "autograd"),
+        ("do not know the surrogate", (ROW, Objective.token_local(torch.add)), "autograd"),
+        ("the reference serves", (ROW.double(), objectives.grpo()), "autograd"),
+    ],
     "linear_statistics": [
         ("", (HIDDEN, head(WEIGHT)), "fused"),
         ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float())), "chunks"),
@@ -119,6 +125,7 @@ def test_a_reason_leaves_the_call_to_the_next(
     monkeypatch.setattr(_library, "_missing", {"cuda": "", "cpu": ""})
     monkeypatch.setattr(_library, "_cuda_missing", {"cuda": ""})
     monkeypatch.setattr(_choice, "cuda_is_faster", lambda *about: True)
+    monkeypatch.setattr(_dispatch, "_warned", {_dispatch.FLOAT64})
     monkeypatch.setattr(_dispatch, "_device_name", lambda index: "a GPU")
     if operation == "linear_statistics":  # as if Triton's kernels served tensors of the CPU
         monkeypatch.setattr(_library, "GPU_KERNELS_ON", "cpu")
