@@ -106,17 +106,24 @@ def _kernel(
     )
 
 
+def _by_autograd(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) by plain PyTorch, differentiable."""
+    batch, normalizer, objective, group = inputs
+    if group is not None or objective.surrogate == "gmpo":
+        return _in_float64(logprobs, entropy, inputs)
+    return policy_loss_reference.reference(logprobs, batch._replace(entropy=entropy), normalizer, objective)
+
+
 def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
     batch, normalizer, objective, group = inputs
-    if group is not None:
-        return _in_float64(logprobs, entropy, inputs)
     if objective.is_token_local:  # autograd says which tokens have a gradient
         with torch.enable_grad():
             logprobs, entropy = (value.detach().requires_grad_() for value in (logprobs, entropy))
-            batch = batch._replace(entropy=entropy)
-            loss, metrics = policy_loss_reference.reference(logprobs, batch, normalizer, objective)
+            loss, metrics = _by_autograd(logprobs, entropy, inputs)
         return loss.detach(), metrics
+    if group is not None:
+        return _in_float64(logprobs, entropy, inputs)
     if _dispatch.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
         return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
@@ -183,12 +190,8 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
     batch, normalizer, objective, group = inputs
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
-    if group is not None or objective.surrogate == "gmpo":
-        loss, metrics = _in_float64(logprobs, entropy, inputs)
-    elif _dispatch.choose("policy_terms", logprobs, objective).implementation == "autograd":
-        loss, metrics = policy_loss_reference.reference(
-            logprobs, batch._replace(entropy=entropy), normalizer, objective
-        )
+    if group is not None or _dispatch.choose("policy_terms", logprobs, objective).implementation == "autograd":
+        loss, metrics = _by_autograd(logprobs, entropy, inputs)
     else:
         loss, metrics = _PolicyLoss.apply(
             logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective,
