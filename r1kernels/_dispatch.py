@@ -225,6 +225,9 @@ TABLE: dict[str, tuple[Server, ...]] = {
             "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
             "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
             "the ratio is of sequences": lambda logits, inputs: inputs.objective.ratio != "token",
+            "the entropy has other weights than the loss": lambda logits, inputs: (
+                inputs.objective.aggregate == "constant" and inputs.objective.entropy_coef != 0
+            ),
             "the tokens of a sequence are split over ranks": lambda logits, inputs: inputs.group is not None,
             "logits are neither float32 nor bfloat16": (
                 lambda logits, inputs: logits.dtype not in (torch.float32, torch.bfloat16)

@@ -102,8 +102,9 @@ _declare(
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float clip_low, float clip_high, "
-    "float ratio_cap, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool[] needs) "
+    "Tensor? ref_logprobs, Tensor? importance_weights, Tensor? entropy_weights, int surrogate, int kl, "
+    "float clip_low, float clip_high, float ratio_cap, float tau_pos, float tau_neg, float kl_coef, "
+    "float entropy_coef, bool[] needs) "
     f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
 )
 _declare(

@@ -73,7 +73,9 @@ class Objective:
         kl_ratio: multiply the KL term by the ratio, before any bound, and let the gradient flow through both
             (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's `use_bias_correction_kl`). With the token's ratio, r k1 and
             r k3 are unbiased for KL(pi || ref) and its gradient when samples come from the old policy.
-        entropy_coef: weight of the entropy bonus. If it is not 0, the loss needs the entropy.
+        entropy_coef: weight of the entropy bonus, which is a mean of entropies under every aggregate: over the tokens
+            with "token_mean", else over sequences of the mean over their tokens. If it is not 0, the loss needs the
+            entropy.
         aggregate: "sequence_mean" mean over sequences of the mean over their tokens; "token_mean" sum over
             tokens / number of counted tokens; "constant" sum over tokens / (sequences * max_length).
         max_length: the largest number of tokens of a sequence; only for "constant".

@@ -21,7 +21,7 @@ from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
 from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
-from r1kernels.ops.policy_loss_reference import PolicyBatch
+from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences
 from r1kernels.ops.sequence_group import checked_sequence_group, whole_metrics
 
 # In the order of `enum Metric` in csrc/common/objective.h.
@@ -106,6 +106,42 @@ def _kernel(
     )
 
 
+def entropy_scale(inputs: LossInputs, sequences: Sequences, counts: Tensor) -> Tensor | None:
+    """By what the entropy of each token (N,) is multiplied so that its term is a mean, or None for 1.
+
+    Under "constant", it is the mean over sequences of the mean over their tokens: `entropy_coef` then does not depend
+    on `max_length`, nor on the lengths of sequences. The denominator is max_length times their number.
+    """
+    objective = inputs.objective
+    if objective.aggregate != "constant" or objective.entropy_coef == 0:
+        return None
+    return (float(objective.max_length or 1) / sequences.lengths(counts))[sequences.index]
+
+
+class _Weighed(NamedTuple):
+    """The entropy as the kernels get it, and how its metric is restored."""
+
+    entropy: Tensor | None
+    mean: Tensor | None  # of the true entropies
+
+    @staticmethod
+    def of(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> _Weighed:
+        objective, batch = inputs.objective, inputs.batch
+        if entropy is None or objective.aggregate != "constant" or objective.entropy_coef == 0:
+            return _Weighed(entropy, None)
+        mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
+        counts = mask.reshape(-1).to(entropy.dtype)
+        scale = entropy_scale(inputs, Sequences(logprobs, batch.cu_seqlens, inputs.group), counts)
+        mean = torch.where(mask, entropy.detach(), 0).sum() / counts.sum().clamp(min=1)
+        return _Weighed(entropy * scale.reshape(entropy.shape), mean)
+
+    def restored(self, metrics: Tensor) -> Tensor:
+        if self.mean is None:
+            return metrics
+        place = METRICS.index("entropy")
+        return torch.cat([metrics[:place], self.mean.to(metrics.dtype)[None], metrics[place + 1 :]])
+
+
 def _by_autograd(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) by plain PyTorch, differentiable."""
     batch, normalizer, objective, group = inputs
@@ -116,6 +152,12 @@ def _by_autograd(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -
 
 def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
+    weighed = _Weighed.of(logprobs, entropy, inputs)
+    loss, metrics = _measured(logprobs, weighed.entropy, inputs)
+    return loss, weighed.restored(metrics)
+
+
+def _measured(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     batch, normalizer, objective, group = inputs
     if objective.is_token_local:  # autograd says which tokens have a gradient
         with torch.enable_grad():
@@ -190,6 +232,8 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
     batch, normalizer, objective, group = inputs
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
+    weighed = _Weighed.of(logprobs, entropy, inputs)
+    entropy = weighed.entropy
     if group is not None or _dispatch.choose("policy_terms", logprobs, objective).implementation == "autograd":
         loss, metrics = _by_autograd(logprobs, entropy, inputs)
     else:
@@ -197,7 +241,7 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
             logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective,
             origin_of(logprobs, entropy),
         )
-    return named(loss, metrics, inputs, entropy=entropy is not None)
+    return named(loss, weighed.restored(metrics), inputs, entropy=entropy is not None)
 
 
 def over_ranks(result: PolicyLoss, group: Any) -> PolicyLoss:

@@ -206,6 +206,8 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
 
     for tokens in counted:
         weight = 1 / float(normalizer) / (len(tokens) if tokens and o.aggregate == "sequence_mean" else 1)
+        # The entropy's term is a mean over tokens, or over sequences, under every aggregate.
+        of_entropy = weight * ((o.max_length or 1) / max(len(tokens), 1) if o.aggregate == "constant" else 1)
         log_ratios = {t: 0.0 if on_policy else logp[t] - old[t] for t in tokens}
         held: dict[int, str] = {}
         if o.surrogate == "gmpo":
@@ -249,8 +251,8 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
                 g_terms[t] += weight * abs(o.kl_coef) * error * more
             if has_entropy:
                 add("entropy", entropy[t])
-                add("loss", -weight * o.entropy_coef * entropy[t])
-            eta[t] = -weight * o.entropy_coef
+                add("loss", -of_entropy * o.entropy_coef * entropy[t])
+            eta[t] = -of_entropy * o.entropy_coef
         for t in tokens:
             given = [] if held.get(t) else slopes.values() if shared else [slopes[t]]
             g[t] += weight / len(tokens) * o.kl_coef * kl_share

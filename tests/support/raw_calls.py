@@ -93,7 +93,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear_token_stats": lambda: (*head(), mask()),
     "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), torch.float32, [True] * 5),
     "linear_policy_gradient": lambda: (
-        *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
+        *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,
     ),
     "linear_divergence": lambda: (

@@ -55,6 +55,7 @@ OBJECTIVES: dict[str, Any] = {
     "gspo, token mean": objectives.gspo(clip_low=0.6, clip_high=0.9, aggregate="token_mean"),
     "cispo of sequences": objectives.cispo(ratio="sequence", aggregate="sequence_mean"),
     "sapo of sequences": objectives.sapo(ratio="sequence"),
+    "dr_grpo, entropy": objectives.dr_grpo(max_length=10, entropy_coef=0.3),
     "gmpo": objectives.gmpo(clip_low=0.1, clip_high=0.15, kl_coef=0.1),
     "KL times ratio": objectives.grpo(kl_coef=0.1, kl_ratio=True),
     "KL times ratio of sequences": objectives.gspo(clip_low=0.6, clip_high=0.9, kl_coef=0.1, kl="k1", kl_ratio=True),

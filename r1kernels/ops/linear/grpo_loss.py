@@ -34,6 +34,7 @@ from r1kernels.ops.policy_loss import (
     PolicyLoss,
     coefficients_of,
     compute,
+    entropy_scale,
     evaluate,
     kl_number,
     measure,
@@ -47,23 +48,25 @@ from r1kernels.ops.sequence_group import checked_sequence_group
 
 
 class TokenObjective(NamedTuple):
-    """The inputs of each token's slope, flattened to (N,). `weights` are the weights of the reduction."""
+    """The inputs of each token's slope, flattened to (N,). `weights` are the weights of the reduction, and
+    `entropy_weights` those of the entropy, if they differ."""
 
     weights: Tensor
     advantages: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    entropy_weights: Tensor | None
     objective: Objective
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the operator `linear_policy_gradient`."""
         o = self.objective
-        return *self[:5], objectives.SURROGATES.index(o.surrogate), kl_number(o), *coefficients_of(o)[:-1]
+        return *self[:6], objectives.SURROGATES.index(o.surrogate), kl_number(o), *coefficients_of(o)[:-1]
 
     @staticmethod
     def from_arguments(*arguments: Any) -> TokenObjective:
-        tensors, (surrogate, kl, *coefficients) = arguments[:5], arguments[5:]
+        tensors, (surrogate, kl, *coefficients) = arguments[:6], arguments[6:]
         clip_low, clip_high, ratio_cap, tau_pos, tau_neg, kl_coef, entropy_coef = coefficients
         objective = Objective(
             surrogate=objectives.SURROGATES[surrogate], clip_low=clip_low, clip_high=clip_high,
@@ -95,7 +98,8 @@ class TokenObjective(NamedTuple):
             one = logprobs.new_ones(())
             _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
         weights = self.weights[rows]
-        return g * weights, None if eta is None else eta * weights
+        of_entropy = weights if self.entropy_weights is None else self.entropy_weights[rows]
+        return g * weights, None if eta is None else eta * of_entropy
 
 
 @torch.library.impl("r1kernels::linear_policy_gradient", "CompositeExplicitAutograd")
@@ -141,7 +145,7 @@ def one_pass_sum(
     call: Call, wanted: Tensor, weights: Tensor, advantages: Tensor, objective: Objective
 ) -> Tensor:
     """sum_t weights_t loss_t over the tokens where `wanted` (N,) is True, differentiable; without KL or entropy."""
-    tokens = TokenObjective(weights, advantages, None, None, None, objective)
+    tokens = TokenObjective(weights, advantages, None, None, None, None, objective)
     batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
     whole = LossInputs(batch, weights.new_ones(()), objective)
     return _OnePass.apply(
@@ -182,8 +186,10 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
 
     advantages, importance = per_token(batch.advantages), per_token(batch.importance_weights)
     flat = [None if value is None else value.reshape(-1) for value in (batch.old_logprobs, batch.ref_logprobs)]
+    scale = entropy_scale(inputs, sequences, counts)
     tokens = TokenObjective(
-        weights, advantages, *flat, importance, dataclasses.replace(objective, aggregate="token_mean", max_length=None)
+        weights, advantages, *flat, importance, None if scale is None else weights * scale,
+        dataclasses.replace(objective, aggregate="token_mean", max_length=None),
     )
     if measure_all or in_chunks or not objective.zero_without_advantage:
         return _Plan(mask, tokens, inputs, None)
