@@ -151,8 +151,8 @@ class ObjectiveSettings(Settings):
     """The policy loss: a preset of `r1kernels.objectives`, or a function of your own, which returns an `Objective` or a
     callable `(logprobs, batch) -> loss per token`."""
     preset: Literal[
-        "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "dppo", "ipo", "vespo",
-        "reinforce",
+        "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "gmpo", "luspo", "cispo", "sapo", "dppo", "ipo",
+        "vespo", "reinforce",
     ] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
     options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
