@@ -119,6 +119,9 @@ _declare("add_rows(Tensor(a!) out, Tensor ids, Tensor factors, Tensor rows) -> (
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
 # bits depend only on its row and column. coarse: 16 bits of float32 operands are enough.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool coarse=False) -> ()")
+# (..., V) -> ids of the k largest entries (..., k) in descending order; of equal entries, the smaller id comes first.
+# In a row with NaN, any k ids.
+_declare("top_k_ids(Tensor logits, int k) -> Tensor")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
 _declare(
@@ -269,6 +272,11 @@ def _(out: Tensor, *_: Any) -> None:
 @_fake("scaled")
 def _(*_: Any) -> None:
     return None
+
+
+@_fake("top_k_ids")
+def _(logits: Tensor, k: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:-1], k), dtype=torch.int64)
 
 
 @_fake("divergence")
