@@ -135,11 +135,13 @@ _declare(
     "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
 )
 # Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
-# float64. -> the rows of `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+# float64. top_k > 0: K tokens are chosen from logits. -> the divergence and the rows of
+# `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
 _declare(
     f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "
-    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, Tensor factor, int kind, float beta, bool[] needs) "
+    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, int top_k, str top_k_of, str tail, Tensor factor, int kind, "
+    "float beta, bool[] needs) "
     f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
@@ -295,7 +297,9 @@ def _(*_: Any) -> None:
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids, teacher_hidden = args[4], args[15]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
+    top_k, _, tail = args[24:27]
+    listed = teacher_hidden is None or top_k > 0
     measured = hidden.new_empty(
-        (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
+        (4 if listed and tail != "renormalize" else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
     )
     return measured, *_head_gradients(hidden, args, args[-1])

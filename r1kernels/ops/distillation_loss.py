@@ -27,16 +27,19 @@ from r1kernels.ops.divergence import divergence as _divergence
 from r1kernels.ops.sharded_divergence import sharded_divergence
 from r1kernels.ops.sharded_topk import sharded_topk
 from r1kernels.ops.shards import NOT_SHARDED, Facts, Layout, Shard, Split, agreed_layout, layout_of, refusals
-from r1kernels.ops.topk_divergence import Teacher, check_values, make_teacher, topk_divergence
+from r1kernels.ops.topk_choice import TOP_K_OF, Scorer, chosen_teacher
+from r1kernels.ops.topk_divergence import measures, topk_divergence
+from r1kernels.ops.topk_teacher import TAILS, Teacher, check_values, make_teacher
 
 
 class DistillationLoss(NamedTuple):
     """`loss`: 0-d, float32, differentiable. `metrics`: name -> 0-d float32 tensor on the loss's device.
 
     Means are over counted tokens. `tokens`: how many there are. `divergence`: its mean, whatever the normalizer.
-    `student_entropy`, and `teacher_entropy` (full teachers). `teacher_tail_mass`, `student_tail_mass`: probability
-    outside the listed tokens (top-k teachers). `nonfinite_tokens`: tokens whose divergence is inf or NaN, even if
-    their gradient is finite; a token whose gradient is NaN is one of them. If it is not 0, the loss is not finite.
+    `student_entropy`, and `teacher_entropy` (full teachers). If K tokens are compared: `student_tail_mass` and, unless
+    tail="renormalize", `teacher_tail_mass`, the probability outside the listed tokens. `nonfinite_tokens`: tokens
+    whose divergence is inf or NaN, even if their gradient is finite; a token whose gradient is NaN is one of them. If
+    it is not 0, the loss is not finite.
     """
 
     loss: Tensor
@@ -52,6 +55,54 @@ def check_teacher_kind(full: dict[str, Any], teacher_token_ids: Any, teacher_log
             f"the teacher is given by {' and '.join(given) or 'nothing'}, expected {' and '.join(full)}, or "
             f"{' and '.join(topk)}"
         )
+
+
+class TopK(NamedTuple):
+    """Which tokens are compared, and what becomes of the others: 0 for `k` if they are given, or are all."""
+
+    k: int
+    of: str
+    tail: str
+
+
+def check_top_k(
+    top_k: Any, top_k_of: Any, tail: Any, full: dict[str, Any], teacher_token_ids: Any, teacher_logprobs: Any,
+    vocab: int, group: Any,
+) -> TopK:
+    """Checks the teacher as `check_teacher_kind` does, and how K tokens are chosen. `full`: arguments of a teacher of
+    the whole vocabulary."""
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}, expected one of {', '.join(TAILS)}")
+    if top_k_of not in TOP_K_OF:
+        raise ValueError(f"top_k_of is {top_k_of!r}, expected one of {', '.join(TOP_K_OF)}")
+    if top_k is None:
+        if callable(teacher_logprobs):
+            raise ValueError("teacher_logprobs is a function and top_k is None, expected the number of tokens")
+        check_teacher_kind(full, teacher_token_ids, teacher_logprobs)
+        for name, value, default in (("top_k_of", top_k_of, "student"), ("tail", tail, "bucket")):
+            if value != default and (name == "top_k_of" or teacher_token_ids is None):
+                raise ValueError(f"{name} is {value!r} and top_k is None, expected top_k, the number of tokens")
+        return TopK(0, top_k_of, tail)
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k is {top_k!r}, expected a Python integer")
+    if teacher_token_ids is not None:
+        raise ValueError("top_k and teacher_token_ids are given, expected one of them: top_k chooses the ids")
+    if group is not None:
+        raise ValueError(
+            "top_k and process_group are given, expected one of them: over a sharded vocabulary, give teacher_token_ids"
+        )
+    if not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k is {top_k}, expected a number from 1 to V = {vocab}")
+    if teacher_logprobs is None:
+        check_teacher_kind(full, None, None)
+    elif any(value is not None for value in full.values()) or not callable(teacher_logprobs):
+        raise ValueError(
+            f"top_k is given with teacher_logprobs (a {type(teacher_logprobs).__name__}), expected either a function "
+            f"of the chosen ids or {' and '.join(full)}"
+        )
+    elif top_k_of != "student":
+        raise ValueError(f"top_k_of is {top_k_of!r} and teacher_logprobs is a function, expected 'student'")
+    return TopK(top_k, top_k_of, tail)
 
 
 def check_settings(divergence: Any, beta: Any, temperature: Any) -> tuple[str, float, float]:
@@ -145,7 +196,10 @@ def distillation_loss(
     teacher_logits: Tensor | None = None,
     *,
     teacher_token_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
+    teacher_logprobs: Tensor | Scorer | None = None,
+    top_k: int | None = None,
+    top_k_of: str = "student",
+    tail: str = "bucket",
     mask: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -213,35 +267,45 @@ def distillation_loss(
     Source: Hinton et al. 2015 (1503.02531); generalised JSD: Agarwal et al. 2023 (2306.13649), eq. 2.
     """
     kind, beta, temperature = check_settings(divergence, beta, temperature)
-    check_teacher_kind({"teacher_logits": teacher_logits}, teacher_token_ids, teacher_logprobs)
+    full = {"teacher_logits": teacher_logits}
     check_floating("student_logits", student_logits)
     split = Split(process_group, vocab_size)
     group, vocab_size = split.checked()
     if student_logits.dim() == 0 or (student_logits.shape[-1] == 0 and group is None):
         raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (..., V) with V >= 1")
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
+    among = vocab if group is not None or vocab_size is None else layout_of((vocab,), vocab_size).vocab
+    choice = check_top_k(top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs, among, group)
     mask = as_mask(mask, student_logits, shape)
     normalizer = check_positive_normalizer(normalizer, student_logits)
-    if teacher_logits is None:
+    if teacher_logits is not None:
+        with refusals(group, student_logits):
+            _check_teacher_logits(teacher_logits, student_logits)
+    settings = (kind, beta, temperature)
+    if choice.k:
+        student = student_logits[..., :among]
+        given = teacher_logprobs if teacher_logits is None else teacher_logits[..., :among]
+        teacher = chosen_teacher(student.detach(), given, mask, *choice[:2], temperature)
+        rows = topk_divergence(student, teacher, mask, *settings, tail)
+        names = measures(tail)
+    elif teacher_logits is None:
         shard = None
         if split != NOT_SHARDED:
-            settings = (kind, beta, "top-k")
-            layout, shard = _layout(split, student_logits, student_logits.dtype, mask, temperature, settings)
+            facts = (kind, beta, "top-k", tail)
+            layout, shard = _layout(split, student_logits, student_logits.dtype, mask, temperature, facts)
             vocab = layout.vocab
             student_logits = student_logits if shard else student_logits[..., :vocab]
         teacher = check_topk(teacher_token_ids, teacher_logprobs, student_logits, shape, vocab, mask)
-        arguments = (student_logits, teacher, mask, kind, beta, temperature)
+        arguments = (student_logits, teacher, mask, *settings, tail)
         rows = topk_divergence(*arguments) if shard is None else sharded_topk(*arguments, shard)
-        names = ("student_entropy", "teacher_tail_mass", "student_tail_mass")
+        names = measures(tail)
     else:
-        with refusals(group, student_logits):
-            _check_teacher_logits(teacher_logits, student_logits)
-        arguments = (student_logits, teacher_logits, mask, kind, beta, temperature)
+        arguments = (student_logits, teacher_logits, mask, *settings)
         if split == NOT_SHARDED:
             rows = _divergence(*arguments)
         else:
-            settings = (kind, beta, "a whole teacher")
-            split_up = _layout(split, student_logits, teacher_logits.dtype, mask, temperature, settings)
+            facts = (kind, beta, "a whole teacher")
+            split_up = _layout(split, student_logits, teacher_logits.dtype, mask, temperature, facts)
             rows = sharded_divergence(*arguments, *split_up)
         names = ("student_entropy", "teacher_entropy")
     return reduce(rows[0], mask, normalizer, dict(zip(names, (row.detach() for row in rows[1:]), strict=True)))

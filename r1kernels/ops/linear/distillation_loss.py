@@ -20,7 +20,7 @@ from r1kernels.ops.distillation_loss import (
     DistillationLoss,
     check_positive_normalizer,
     check_settings,
-    check_teacher_kind,
+    check_top_k,
     check_topk,
     reduce,
     shape_text,
@@ -33,21 +33,23 @@ from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.shards import Shard
+from r1kernels.ops.topk_choice import Scorer
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
 _OUTCOME_BYTES = 128
+_TEACHER_TENSORS = ("hidden", "weight", "bias", "lora_a", "lora_b", "token_ids", "logprobs")
 _NO_GRADIENTS = Needs(False, False, False, False, False)
 
 
 def _run(
     inputs: tuple[Tensor | None, ...], head: Head, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor,
-    kind: int, beta: float, needs: Needs, shard: Shard | None,
+    kind: int, beta: float, needs: Needs, shard: Shard | None, scorer: Scorer | None,
 ) -> tuple[Tensor, ...]:
     hidden, *others = inputs
     full = head.with_tensors(*others)
-    if shard is not None:
-        return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
+    if shard is not None or scorer is not None:
+        return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard, scorer)
     return _library.call(
         torch.ops.r1kernels.linear_divergence.default, hidden, *full, mask, *teacher, factor, kind, beta, list(needs)
     )
@@ -73,8 +75,8 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, constants: Constants, mask: Tensor | None, teacher: LinearTeacher,
-        normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
-        origin: Tensor | None,
+        scorer: Scorer | None, normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool,
+        two_phases: bool, origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         head, into, shard = constants
         inputs = (hidden, weight, bias, lora_a, lora_b)
@@ -82,17 +84,18 @@ class _LinearDivergence(torch.autograd.Function):
         factor = _factor(head, mask, normalizer)
         measured, *grads = _run(
             inputs, head, mask, teacher, factor, kind, beta, ctx.targets.needs if one_pass else _NO_GRADIENTS,
-            shard,
+            shard, scorer,
         )
         value, *rows = measured.unbind(0)
         loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
         if one_pass:
             ctx.save_for_backward(*grads, origin)
         elif two_phases:
-            tensors = [value for value in teacher if not isinstance(value, float)]
+            tensors = [getattr(teacher, name) for name in _TEACHER_TENSORS]
             ctx.save_for_backward(*inputs, head.token_ids, mask, factor, *tensors)
             ctx.arguments = head._replace(token_ids=None), kind, beta
-            ctx.teacher_scalars = teacher.logit_scale, teacher.softcap
+            ctx.teacher = teacher._replace(**dict.fromkeys(_TEACHER_TENSORS))
+        ctx.scorer = scorer
         ctx.one_pass, ctx.shard = one_pass, shard
         ctx.mark_non_differentiable(*metrics.values())
         return loss, *metrics.values()
@@ -108,11 +111,11 @@ class _LinearDivergence(torch.autograd.Function):
             head, kind, beta = ctx.arguments
             _, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
-                LinearTeacher(*teacher[:5], *ctx.teacher_scalars, *teacher[5:]), factor * grad_loss, kind, beta,
-                ctx.targets.needs, ctx.shard,
+                ctx.teacher._replace(**dict(zip(_TEACHER_TENSORS, teacher, strict=True))), factor * grad_loss, kind,
+                beta, ctx.targets.needs, ctx.shard, ctx.scorer,
             )
             upstream = None
-        return *ctx.targets.finished(grads, upstream), *[None] * 9
+        return *ctx.targets.finished(grads, upstream), *[None] * 10
 
 
 def _full_teacher(
@@ -138,7 +141,7 @@ def _full_teacher(
     )
     head = call.head.with_tensors(*call.tensors[1:])
     constants = [None if value is None else value.detach() for value in (hidden, *head[:4])]
-    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap, None, None)
+    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap)
     sizes = _rows_of_ranks(call)
     return teacher, sizes, row_bytes(max(sizes), hidden.shape[-1], head.logits_dtype)
 
@@ -159,7 +162,10 @@ def linear_distillation_loss(
     teacher_weight: Tensor | None = None,
     *,
     teacher_token_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
+    teacher_logprobs: Tensor | Scorer | None = None,
+    top_k: int | None = None,
+    top_k_of: str = "student",
+    tail: str = "bucket",
     mask: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -205,34 +211,43 @@ def linear_distillation_loss(
     names = Names("student_hidden", "student_weight")
     student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
-    check_teacher_kind(
-        {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}, teacher_token_ids, teacher_logprobs
-    )
     check_floating("student_hidden", student_hidden)
+    check_floating("student_weight", student_weight)
+    full = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    choice = check_top_k(
+        top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs,
+        _vocab(student_weight, options.get("vocab_size")), options.get("process_group"),
+    )
+    k = (2 if top_k_of == "union" else 1) * choice.k or _listed_count(teacher_token_ids)
     shape = student_hidden.shape[:-1]
     mask = as_mask(mask, student_hidden, shape)
     normalizer = check_positive_normalizer(normalizer, student_hidden)
     if teacher_hidden is not None:
         split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
         teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)
+        if choice.k:
+            teacher = teacher._replace(top_k=choice.k, top_k_of=top_k_of, tail=tail)
+            extra = (0 if teacher.is_scored_at_ids else extra) + _OUTCOME_BYTES * (k + 1)
     elif teacher_options is not None:
         raise ValueError("teacher_options is given with teacher_logprobs, but it needs teacher_hidden")
     else:
-        teacher, extra = None, _OUTCOME_BYTES * (_outcomes(teacher_token_ids))
+        teacher, extra = LinearTeacher(top_k=choice.k, tail=tail), _OUTCOME_BYTES * (k + 1)
     function = ""
     if options.get("process_group") is not None:  # otherwise, a compiled graph would keep beta as a constant
-        of_teacher = "a whole teacher" if teacher else f"{_outcomes(teacher_token_ids) - 1} tokens of the teacher"
+        of_teacher = f"{k} tokens of the teacher, tail {tail}" if teacher.has_list else "a whole teacher"
         function = f"linear_distillation_loss with {kind}, beta {beta} and {of_teacher}"
     call = prepare(
         student_hidden, student_weight, _no_tokens(student_hidden), dict(options), mask=mask, names=names,
         extra_row_bytes=extra, function=function,
     )
     rows = _rows_of_ranks(call)
-    if teacher is None:
+    scorer = None
+    if teacher.hidden is None and choice.k:
+        scorer = teacher_logprobs
+    elif teacher.hidden is None:
         listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, sum(rows), mask)
-        k = listed.token_ids.shape[-1]
-        flat = (value.reshape(-1, k) for value in listed)
-        teacher = LinearTeacher(None, None, None, None, None, 1.0, 0.0, *flat)
+        flat = (value.reshape(-1, listed.token_ids.shape[-1]) for value in listed)
+        teacher = teacher._replace(**dict(zip(("token_ids", "logprobs"), flat, strict=False)))
     elif sizes != rows:
         theirs, ours = (
             each[0] if len(each) == 1 else f"{sum(each)} (of the ranks: {each})" for each in (sizes, rows)
@@ -242,13 +257,19 @@ def linear_distillation_loss(
             "same tokens in the same order"
         )
     loss, *metrics = _LinearDivergence.apply(
-        *call.tensors, call.constants, None if mask is None else mask.reshape(-1), teacher, normalizer,
+        *call.tensors, call.constants, None if mask is None else mask.reshape(-1), teacher, scorer, normalizer,
         KINDS.index(kind), beta, call.one_pass, call.wanted and not call.one_pass, origin_of(*call.tensors),
     )
     named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")
     return DistillationLoss(loss, dict(zip(named, metrics, strict=True)))
 
 
-def _outcomes(token_ids: Any) -> int:
-    """K + 1; `check_topk` refuses ids without a dimension K."""
-    return token_ids.shape[-1] + 1 if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 1
+def _vocab(weight: Tensor, vocab_size: Any) -> int:
+    """V without padding, as far as it is known before `prepare` checks both."""
+    rows = weight.shape[:1].numel()
+    return min(rows, vocab_size) if isinstance(vocab_size, int) else rows
+
+
+def _listed_count(token_ids: Any) -> int:
+    """K; `check_topk` refuses ids without a dimension K."""
+    return token_ids.shape[-1] if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 0
