@@ -285,7 +285,7 @@ def distillation_loss(
     if choice.k:
         student = student_logits[..., :among]
         given = teacher_logprobs if teacher_logits is None else teacher_logits[..., :among]
-        teacher = chosen_teacher(student.detach(), given, mask, *choice[:2], temperature)
+        teacher = chosen_teacher(student.detach(), given, mask, *choice, temperature)
         rows = topk_divergence(student, teacher, mask, *settings, tail)
         names = measures(tail)
     elif teacher_logits is None:

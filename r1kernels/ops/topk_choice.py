@@ -62,8 +62,15 @@ def chosen_ids(student: Tensor, teacher: Tensor | None, k: int, of: str) -> tupl
 
 
 @torch.no_grad()
-def logprobs_at(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """Log-probs (..., K) in float64 of (..., V) logits."""
+def logprobs_at(
+    logits: Tensor, ids: Tensor, present: Tensor, mask: Tensor | None, temperature: float, tail: str
+) -> Tensor:
+    """Log-probs (..., K) in float64 of (..., V) logits. If they are renormalized, those among the K tokens, which need
+    no read of the whole row."""
+    z = logits.gather(-1, ids).double() / temperature
+    if tail == "renormalize":
+        lse = torch.where(present, z, -torch.inf).logsumexp(-1, keepdim=True)
+        return z - torch.where(lse == -torch.inf, 0, lse)
     first = ids[..., 0].contiguous()
     if _dispatch.select(logits) == "reference":  # it takes matrices
         flat = None if mask is None else mask.reshape(-1)
@@ -71,7 +78,7 @@ def logprobs_at(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: f
         lse = token_stats.statistics(matrix, first.reshape(-1), flat, temperature, None)[1].reshape(first.shape)
     else:
         lse = token_stats.statistics(logits, first, mask, temperature, None)[1]
-    return logits.gather(-1, ids).double() / temperature - lse.unsqueeze(-1)
+    return z - lse.unsqueeze(-1)
 
 
 @torch.no_grad()
@@ -85,12 +92,12 @@ def scored(scorer: Scorer, ids: Tensor, rows: Tensor, vocab: int, mask: Tensor |
 
 
 def chosen_teacher(
-    student: Tensor, teacher: Tensor | Scorer, mask: Tensor | None, k: int, of: str, temperature: float
+    student: Tensor, teacher: Tensor | Scorer, mask: Tensor | None, k: int, of: str, tail: str, temperature: float
 ) -> Teacher:
     """The teacher at the chosen ids of (..., V) logits, as constants."""
     if isinstance(teacher, Tensor):
         ids, present = chosen_ids(student, teacher, k, of)
-        logprobs = logprobs_at(teacher, ids, mask, temperature)
+        logprobs = logprobs_at(teacher, ids, present, mask, temperature, tail)
     else:
         ids, present = chosen_ids(student, None, k, of)
         count = ids.shape[:-1].numel()

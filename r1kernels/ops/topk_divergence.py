@@ -196,7 +196,19 @@ def chunk_gradient_into(
     # Absent entries repeat the first present one, id and value.
     first = top.gather(-1, present.to(torch.int8).argmax(-1, keepdim=True))
     top = torch.where(some, torch.where(present, top, first), other.unsqueeze(-1))
-    return out.scatter_(-1, teacher.token_ids, top.to(out.dtype))
+    _write_entries(out, teacher.token_ids, top.to(out.dtype))
+    return out
+
+
+def _write_entries(out: Tensor, ids: Tensor, values: Tensor) -> None:
+    """out[n, ids[n]] = values[n]. torch would copy a matrix (n, V) with gaps between its rows, so it gets one row."""
+    if out.is_contiguous() or out.stride(-1) != 1:
+        out.scatter_(-1, ids, values)
+        return
+    row = out.stride(0)
+    flat = out.as_strided(((len(out) - 1) * row + out.shape[1],), (1,))
+    at = ids + torch.arange(len(out), device=out.device).unsqueeze(-1) * row
+    flat.scatter_(0, at.reshape(-1), values.reshape(-1))
 
 
 def chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

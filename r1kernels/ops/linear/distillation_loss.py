@@ -227,7 +227,7 @@ def linear_distillation_loss(
         teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)
         if choice.k:
             teacher = teacher._replace(top_k=choice.k, top_k_of=top_k_of, tail=tail)
-            extra = (0 if teacher.is_scored_at_ids else extra) + _OUTCOME_BYTES * (k + 1)
+            extra += _OUTCOME_BYTES * (k + 1)
     elif teacher_options is not None:
         raise ValueError("teacher_options is given with teacher_logprobs, but it needs teacher_hidden")
     else:

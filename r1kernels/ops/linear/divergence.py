@@ -1,9 +1,8 @@
 r"""Divergence of a student from a teacher, both given by hidden states, in one walk over row chunks.
 
 Student's and teacher's logits -> divergence -> d logits -> products with W and h. The student takes 3 units of 2 N H V
-floating-point operations, the teacher takes 1, and each has a buffer of vocabulary width. The teacher needs neither if
-its log-probs at K tokens are given, or if the student chooses K tokens whose probabilities are renormalized: then K dot
-products a row are enough. On a CPU, d logits take the memory of the student's logits.
+floating-point operations, the teacher takes 1, and each has a buffer of vocabulary width. If K log-probs of a row are
+given, the teacher needs neither. On a CPU, d logits take the memory of the student's logits.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor
 from r1kernels.ops import divergence, sharded_divergence, sharded_topk, topk_choice, topk_divergence
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear.head import Chunk, Head, Needs
-from r1kernels.ops.linear.listed import logits_at
 from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
@@ -43,21 +41,14 @@ class LinearTeacher(NamedTuple):
     tail: str = "bucket"
 
     def walk(self, student: Walk) -> Walk | None:
-        """The chunks of the teacher that belong to the chunks of the student, if its logits are needed."""
-        if self.hidden is None or self.is_scored_at_ids:
+        """The chunks of the teacher that belong to the chunks of the student."""
+        if self.hidden is None:
             return None
-        return Walk(self.head(student.head), student.rows.of(self.hidden))
-
-    def head(self, student: Head) -> Head:
-        return student._replace(
+        head = student.head._replace(
             weight=self.weight, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, logit_scale=self.logit_scale,
             softcap=self.softcap, logits_dtype=accumulator_dtype(self.hidden.dtype),
         )
-
-    @property
-    def is_scored_at_ids(self) -> bool:
-        """Whether logits at K ids are enough: the log-sum-exp over the vocabulary does not matter."""
-        return self.top_k > 0 and self.tail == "renormalize" and self.top_k_of == "student"
+        return Walk(head, student.rows.of(self.hidden))
 
     @property
     def has_list(self) -> bool:
@@ -116,12 +107,10 @@ def _listed(walk: Walk, chunk: Chunk, teacher: LinearTeacher, logits: Tensor | N
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=ids.device)
         logprobs = topk_choice.scored(scorer, ids, rows, chunk.logits.shape[-1], chunk.valid)
-    elif logits is None:
-        head = teacher.head(walk.head)
-        logprobs = logits_at(head, walk.rows.of(teacher.hidden).take(chunk.rows), ids) / head.temperature
-        logprobs = logprobs.log_softmax(-1)
     else:
-        logprobs = topk_choice.logprobs_at(logits, ids, chunk.valid, walk.head.kernel_temperature)
+        logprobs = topk_choice.logprobs_at(
+            logits, ids, present, chunk.valid, walk.head.kernel_temperature, teacher.tail
+        )
     return make_teacher(ids, logprobs, chunk.valid, present)
 
 
@@ -172,9 +161,7 @@ def run_divergence(
     """
     walk = Walk(head, active_rows(hidden, mask, head.capacity), needs, shard=shard)
     other = teacher.walk(walk)
-    dtype = walk.accumulator
-    if teacher.hidden is not None:
-        dtype = torch.promote_types(dtype, accumulator_dtype(teacher.hidden.dtype))
+    dtype = walk.accumulator if other is None else torch.promote_types(walk.accumulator, other.accumulator)
     measured = torch.zeros(1 + len(measures(teacher)), walk.rows.padded, dtype=dtype, device=walk.device)
     others = None if other is None else other.chunks()
     for chunk in walk.chunks():
