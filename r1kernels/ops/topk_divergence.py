@@ -116,7 +116,7 @@ def hide_listed(logits: Tensor, teacher: Teacher) -> None:
     """Sets the listed logits of (n, V) rows to -inf, in place."""
     some = teacher.present.any(-1, keepdim=True)
     hidden = torch.where(some, -torch.inf, logits.gather(-1, teacher.token_ids)).to(logits.dtype)
-    logits.scatter_(-1, teacher.token_ids, hidden)
+    _write_entries(logits, teacher.token_ids, hidden)
 
 
 class Outcomes(NamedTuple):
@@ -201,14 +201,13 @@ def chunk_gradient_into(
 
 
 def _write_entries(out: Tensor, ids: Tensor, values: Tensor) -> None:
-    """out[n, ids[n]] = values[n]. torch would copy a matrix (n, V) with gaps between its rows, so it gets one row."""
-    if out.is_contiguous() or out.stride(-1) != 1:
+    """out[n, ids[n]] = values[n]. On a CPU, torch's scatter of 16-bit numbers copies the whole matrix twice."""
+    if out.device.type != "cpu" or out.dtype.itemsize != 2 or out.stride(-1) != 1 or len(out) == 0:
         out.scatter_(-1, ids, values)
         return
-    row = out.stride(0)
-    flat = out.as_strided(((len(out) - 1) * row + out.shape[1],), (1,))
-    at = ids + torch.arange(len(out), device=out.device).unsqueeze(-1) * row
-    flat.scatter_(0, at.reshape(-1), values.reshape(-1))
+    flat = out.as_strided(((len(out) - 1) * out.stride(0) + out.shape[1],), (1,))
+    at = ids + torch.arange(len(out), device=out.device).unsqueeze(-1) * out.stride(0)
+    flat.index_copy_(0, at.reshape(-1), values.reshape(-1))
 
 
 def chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
