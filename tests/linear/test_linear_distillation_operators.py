@@ -38,6 +38,21 @@ def test_opcheck(dtype: torch.dtype, weight_dtype: torch.dtype, k: int | None) -
 
 
 @pytest.mark.few(2)
+@registration_only
+@pytest.mark.parametrize("choice", [(4, "student", "bucket"), (3, "union", "renormalize"), (2, "teacher", "truncate")])
+def test_opcheck_of_chosen_tokens(choice: tuple[int, str, str]) -> None:
+    case = Case("everything", "everything", lead=(6,))
+    s, t = case.student, case.teacher
+    arguments = (
+        s["hidden"], s["weight"], s["bias"], *s["lora"], torch.zeros(6, dtype=torch.int64), None, 0.8,
+        s["logit_scale"], s["softcap"], torch.float32, 4, 0, -1, False, MASK.reshape(-1)[:6],
+        t["hidden"], t["weight"], t["bias"], *t["lora"], t["logit_scale"], t["softcap"], None, None, *choice,
+        torch.tensor(0.1).double(), 1, 0.3, [True] * 5,
+    )
+    torch.library.opcheck(torch.ops.r1kernels.linear_divergence, arguments)
+
+
+@pytest.mark.few(2)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
