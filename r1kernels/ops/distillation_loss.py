@@ -7,6 +7,7 @@ The vocabulary axis is `r1kernels.ops.divergence` (full teachers) and `r1kernels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from r1kernels.ops.divergence import divergence as _divergence
 from r1kernels.ops.sharded_divergence import sharded_divergence
 from r1kernels.ops.sharded_topk import sharded_topk
 from r1kernels.ops.shards import NOT_SHARDED, Facts, Layout, Shard, Split, agreed_layout, layout_of, refusals
+from r1kernels.ops.teacher_mixture import check_coefs, mixed_logits
 from r1kernels.ops.topk_choice import TOP_K_OF, Scorer, chosen_teacher
 from r1kernels.ops.topk_divergence import measures, topk_divergence
 from r1kernels.ops.topk_teacher import TAILS, Teacher, check_values, make_teacher
@@ -193,8 +195,9 @@ def _layout(
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | Sequence[Tensor] | None = None,
     *,
+    teacher_coefs: Tensor | None = None,
     teacher_token_ids: Tensor | None = None,
     teacher_logprobs: Tensor | Scorer | None = None,
     top_k: int | None = None,
@@ -218,13 +221,22 @@ def distillation_loss(
 
     Args:
         student_logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
-        teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient.
+        teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient. Or a list
+            of M such tensors, several teachers: q is the mixture sum_m c_m q_m.
+        teacher_coefs: (M,) or (..., M), float, >= 0, sum 1: the weights c of several teachers. A row with a single 1
+            chooses a teacher.
         teacher_token_ids: (..., K), int64 or int32, in [0, V), distinct in a row, 1 <= K <= V; instead of
-            teacher_logits.
+            teacher_logits. Any K tokens: the teacher's likeliest, those that the student proposed, or candidates.
         teacher_logprobs: (..., K), float: their log-probs, used unchanged (at the temperature of the request to the
             teacher). -inf marks an absent entry, whose id is ignored. A value up to 1e-3 above 0 is rounding and
             counts as 0. A row whose probabilities add up to a little more than 1 is scaled down; above 1.01 it is
-            refused.
+            refused. With `top_k`, a function instead of teacher_logits: (chosen ids (n, K), rows (n,), the numbers of
+            their tokens) -> log-probs (n, K), of which -inf means probability 0.
+        top_k: Python integer from 1 to V: only K tokens of a row are compared, chosen from logits in this call. The
+            choice is a constant. Of equal logits, the smaller id is chosen.
+        top_k_of: "student", its K likeliest tokens (on-policy distillation), "teacher", or "union" of both, up to 2 K.
+        tail: of the tokens that are not compared, if K are. "bucket": they are one more outcome. "truncate": their terms
+            are left out. "renormalize": the K probabilities of both are scaled to the sum 1.
         mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         beta: Python number; from 1e-6 to 1 - 1e-6 for "jsd", unused otherwise. As beta goes to 0, jsd / beta goes to
@@ -238,7 +250,7 @@ def distillation_loss(
         vocab_size: V without padding, of both. Entries (over all ranks) from this one on are not read, and get
             gradient 0.
 
-    A top-k teacher is compared over K + 1 outcomes: the K tokens, and all the others together. Here
+    With tail="bucket", K tokens are compared as K + 1 outcomes: the K tokens, and all the others together. Here
     q_rest = max(1e-7, 1 - sum q_k), and p_rest is the sum over the tail, not 1 - sum. The result is a lower bound of
     the full divergence (except for the floor): it does not depend on how the student spreads its tail. Log-probs are
     rounded, so a tail below 1e-7 may not really be 0. With the floor, the q_k are scaled to add up to 1 - 1e-7, and no
@@ -246,6 +258,11 @@ def distillation_loss(
     loss pushes the student's tail down as if the teacher's tail were 1e-7: in reverse_kl its term is
     p_rest log(p_rest / 1e-7). Where the student has no tail (K = V, or -inf outside the list), a teacher's tail below
     1e-3 counts as 0 too; K = V gives the full divergence.
+
+    tail="truncate" is the sum of the terms of the K tokens, with the probabilities of the whole vocabulary. It is no
+    divergence: it can be negative, and the student can lower it by moving probability out of the list.
+    tail="renormalize" is the divergence of q_k / sum q and p_k / sum p: its gradient is 0 outside the list, and it does
+    not depend on how much probability the list has. If one of them gives the list none, it is inf, with gradient 0.
 
     Where q_j > 0 = p_j, forward_kl is inf and its gradient p - q is finite. Where p_j > 0 = q_j, reverse_kl is inf and
     its gradient is 0, because no finite change of the logits makes it finite. jsd is always finite. A batch without
@@ -261,10 +278,12 @@ def distillation_loss(
 
     Memory: 70 bytes a token at the peak of the forward; 24 of them are kept for the backward. The gradient is the only
     buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak (24 (K + 1) are kept), and two
-    buffers of 8 MiB (or a row) at a time, in the backward too.
+    buffers of 8 MiB (or a row) at a time, in the backward too. The mixture of several teachers is a float32 tensor of
+    the shape of student_logits, and takes a second one while it is computed.
 
     Equivalent to: `torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum") / tokens` (forward_kl).
-    Source: Hinton et al. 2015 (1503.02531); generalised JSD: Agarwal et al. 2023 (2306.13649), eq. 2.
+    Source: Hinton et al. 2015 (1503.02531); generalised JSD, on-policy distillation: Agarwal et al. 2023 (2306.13649),
+    eq. 2; the student's top-k, renormalized: 2604.13016; the table of docs/distillation.md.
     """
     kind, beta, temperature = check_settings(divergence, beta, temperature)
     full = {"teacher_logits": teacher_logits}
@@ -278,9 +297,15 @@ def distillation_loss(
     choice = check_top_k(top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs, among, group)
     mask = as_mask(mask, student_logits, shape)
     normalizer = check_positive_normalizer(normalizer, student_logits)
+    coefs = check_coefs(teacher_coefs, "teacher_logits", teacher_logits, shape, student_logits, mask, group)
     if teacher_logits is not None:
         with refusals(group, student_logits):
-            _check_teacher_logits(teacher_logits, student_logits)
+            for teacher in [teacher_logits] if coefs is None else teacher_logits:
+                _check_teacher_logits(teacher, student_logits)
+    if coefs is not None:
+        parts = [teacher[..., :among] for teacher in teacher_logits]
+        teacher_logits = mixed_logits(parts, coefs, mask, temperature)
+        teacher_logits = torch.nn.functional.pad(teacher_logits, (0, vocab - among), value=-torch.inf)
     settings = (kind, beta, temperature)
     if choice.k:
         student = student_logits[..., :among]

@@ -71,14 +71,19 @@ def logprobs_at(
     if tail == "renormalize":
         lse = torch.where(present, z, -torch.inf).logsumexp(-1, keepdim=True)
         return z - torch.where(lse == -torch.inf, 0, lse)
-    first = ids[..., 0].contiguous()
-    if _dispatch.select(logits) == "reference":  # it takes matrices
-        flat = None if mask is None else mask.reshape(-1)
-        matrix = logits.reshape(-1, logits.shape[-1])
-        lse = token_stats.statistics(matrix, first.reshape(-1), flat, temperature, None)[1].reshape(first.shape)
-    else:
-        lse = token_stats.statistics(logits, first, mask, temperature, None)[1]
-    return z - lse.unsqueeze(-1)
+    return z - log_sum_exp(logits, mask, temperature).unsqueeze(-1)
+
+
+@torch.no_grad()
+def log_sum_exp(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """(...) float64 of (..., V) logits; 0 where `mask` is False."""
+    shape = logits.shape[:-1]
+    ids = torch.zeros(shape, dtype=torch.int64, device=logits.device)
+    if _dispatch.select(logits) != "reference":
+        return token_stats.statistics(logits, ids, mask, temperature, None)[1]
+    flat = None if mask is None else mask.reshape(-1)  # the reference takes matrices
+    matrix = logits.reshape(shape.numel(), logits.shape[-1])
+    return token_stats.statistics(matrix, ids.reshape(-1), flat, temperature, None)[1].reshape(shape)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "top_k > V": (ValueError, FULL | {"top_k": 6}, "top_k is 6, expected a number from 1 to V = 5"),
     "top_k > vocab_size": (ValueError, FULL | {"top_k": 5, "vocab_size": 4}, "top_k is 5, expected .* 1 to V = 4"),
     "tail alone": (ValueError, FULL | {"tail": "truncate"}, "tail is 'truncate' and top_k is None, expected top_k"),
-    "function and teacher": (ValueError, FULL | {"top_k": 2, "teacher_logprobs": len}, "a function of the chosen ids or"),
+    "function, two": (ValueError, FULL | {"top_k": 2, "teacher_logprobs": len}, "a function of the chosen ids or"),
     "function alone": (ValueError, {"teacher_logprobs": len}, "teacher_logprobs is a function and top_k is None"),
     "function, shape": (ValueError, {"teacher_logprobs": lambda ids, rows: torch.zeros(2), "top_k": 2},
                         r"the result of teacher_logprobs has shape \(2,\), expected \(6, 2\)"),

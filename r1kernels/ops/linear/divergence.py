@@ -7,6 +7,7 @@ given, the teacher needs neither. On a CPU, d logits take the memory of the stud
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
+from r1kernels.ops.teacher_mixture import mixed_logits
 from r1kernels.ops.topk_choice import Scorer
 from r1kernels.ops.topk_teacher import Teacher, make_teacher
 
@@ -67,10 +69,41 @@ def _left_of_scale(head: Head) -> float:
     return 1.0 if head.softcap > 0 else head.logit_scale
 
 
-def _teacher_logits(walk: Walk, teacher: Walk, chunk: Chunk) -> Tensor:
-    """Those of a chunk, for the temperature of the student's kernels, which includes the student's scale."""
-    scale = _left_of_scale(teacher.head) / _left_of_scale(walk.head)
-    return chunk.logits if scale == 1.0 else chunk.logits.mul_(scale)
+class Mixture(NamedTuple):
+    """Teachers beside the first, and the weights (N, M) of all."""
+
+    others: tuple[LinearTeacher, ...]
+    coefs: Tensor
+
+
+class _TeacherLogits:
+    """Those of each chunk, for the temperature of the student's kernels, which includes the student's scale."""
+
+    def __init__(self, walk: Walk, teacher: LinearTeacher, mixture: Mixture | None) -> None:
+        self.walk, self.coefs = walk, None if mixture is None else mixture.coefs
+        teachers = (teacher, *(() if mixture is None else mixture.others))
+        self.walks = [each for each in (one.walk(walk) for one in teachers) if each is not None]
+        self.chunks = [each.chunks() for each in self.walks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtypes = [each.accumulator for each in (self.walk, *self.walks)]
+        return torch.float64 if torch.float64 in dtypes else dtypes[0]
+
+    def of(self, chunk: Chunk) -> Tensor | None:
+        """None if the teacher has no logits."""
+        logits = [self._scaled(*pair) for pair in zip(self.walks, self.chunks, strict=True)]
+        if self.coefs is None:
+            return logits[0] if logits else None
+        if any(each.dtype == torch.float64 for each in logits):
+            logits = [each.double() for each in logits]
+        temperature = self.walk.head.kernel_temperature
+        return mixed_logits(logits, self.coefs[chunk.rows], chunk.valid, temperature, in_place=True)
+
+    def _scaled(self, walk: Walk, chunks: Iterator[Chunk]) -> Tensor:
+        logits = next(chunks).logits
+        scale = _left_of_scale(walk.head) / _left_of_scale(self.walk.head)
+        return logits if scale == 1.0 else logits.mul_(scale)
 
 
 class _Full:
@@ -145,7 +178,7 @@ class _TopK:
 @without_autocast
 def run_divergence(
     head: Head, hidden: Tensor, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor, kind: str, beta: float,
-    needs: Needs, shard: Shard | None = None, scorer: Scorer | None = None,
+    needs: Needs, shard: Shard | None = None, scorer: Scorer | None = None, mixture: Mixture | None = None,
 ) -> tuple[Tensor, ...]:
     """Measurements and gradients in one walk.
 
@@ -155,17 +188,17 @@ def run_divergence(
         mask: (N,); rows where it is False are not computed and give 0.
         factor: 0-d; the gradients are those of factor * sum_t D_t.
         scorer: the teacher, as a function that is called once a chunk.
+        mixture: the teacher is the first of several.
 
     Returns:
         (M, N): the divergence and the `measures`; then the gradients.
     """
     walk = Walk(head, active_rows(hidden, mask, head.capacity), needs, shard=shard)
-    other = teacher.walk(walk)
-    dtype = walk.accumulator if other is None else torch.promote_types(walk.accumulator, other.accumulator)
+    of_teacher = _TeacherLogits(walk, teacher, mixture)
+    dtype = of_teacher.dtype
     measured = torch.zeros(1 + len(measures(teacher)), walk.rows.padded, dtype=dtype, device=walk.device)
-    others = None if other is None else other.chunks()
     for chunk in walk.chunks():
-        logits = None if others is None else _teacher_logits(walk, other, next(others))
+        logits = of_teacher.of(chunk)
         if teacher.has_list:
             part = _TopK(walk, chunk, _listed(walk, chunk, teacher, logits, scorer), kind, beta, teacher.tail)
         else:
