@@ -221,8 +221,8 @@ def distillation_loss(
 
     Args:
         student_logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
-        teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient. Or a list
-            of M such tensors, several teachers: q is the mixture sum_m c_m q_m.
+        teacher_logits: (..., V), the same shape, any of these dtypes. A constant: the teacher gets no gradient. Or a
+            list of M such tensors, several teachers: q is the mixture sum_m c_m q_m.
         teacher_coefs: (M,) or (..., M), float, >= 0, sum 1: the weights c of several teachers. A row with a single 1
             chooses a teacher.
         teacher_token_ids: (..., K), int64 or int32, in [0, V), distinct in a row, 1 <= K <= V; instead of
@@ -235,8 +235,8 @@ def distillation_loss(
         top_k: Python integer from 1 to V: only K tokens of a row are compared, chosen from logits in this call. The
             choice is a constant. Of equal logits, the smaller id is chosen.
         top_k_of: "student", its K likeliest tokens (on-policy distillation), "teacher", or "union" of both, up to 2 K.
-        tail: of the tokens that are not compared, if K are. "bucket": they are one more outcome. "truncate": their terms
-            are left out. "renormalize": the K probabilities of both are scaled to the sum 1.
+        tail: what becomes of the tokens that are not compared. "bucket": they are one more outcome. "truncate": their
+            terms are left out. "renormalize": the K probabilities of both are scaled to the sum 1.
         mask: (...), True or nonzero = counts. Nothing behind a False matters, not even NaN, and its row is not used.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         beta: Python number; from 1e-6 to 1 - 1e-6 for "jsd", unused otherwise. As beta goes to 0, jsd / beta goes to
@@ -259,8 +259,8 @@ def distillation_loss(
     p_rest log(p_rest / 1e-7). Where the student has no tail (K = V, or -inf outside the list), a teacher's tail below
     1e-3 counts as 0 too; K = V gives the full divergence.
 
-    tail="truncate" is the sum of the terms of the K tokens, with the probabilities of the whole vocabulary. It is no
-    divergence: it can be negative, and the student can lower it by moving probability out of the list.
+    tail="truncate" is the sum of the terms of the K tokens, with the probabilities of the whole vocabulary. It is not
+    a divergence: it can be negative, and the student can lower it by moving probability out of the list.
     tail="renormalize" is the divergence of q_k / sum q and p_k / sum p: its gradient is 0 outside the list, and it does
     not depend on how much probability the list has. If one of them gives the list none, it is inf, with gradient 0.
 

@@ -19,7 +19,7 @@ That is `tail="bucket"`. The other two compare the K tokens alone, by probabilit
     truncate     D = sum_k d(q_k, P_k),  d the term of a divergence;  w_i = s_i - P_i sum_k s_k,  s_i = P_i dd/dP_i
     renormalize  D of q_k / sum q and P_k / sum P;  w_rest = 0
 
-A truncated sum is no divergence: it can be negative, and a student can lower it by moving probability into its tail.
+A truncated sum is not a divergence: it can be negative, and a student can lower it by moving probability into its tail.
 
 So the gradient kernel of `token_stats` runs on a copy of the logits in which the listed ones are -inf, and then K
 entries of each row are overwritten.

@@ -34,7 +34,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "student weight 1-d": (ValueError, FULL | {"student_weight": torch.zeros(5)}, r"student_weight has shape \(5,\)"),
     "student V 0": (ValueError, FULL | {"student_weight": torch.zeros(0, 4)}, r"student_weight has shape \(0, 4\)"),
     "student dtypes": (TypeError, FULL | {"student_weight": torch.zeros(5, 4).double()}, "student_weight .*student_hi"),
-    "teacher a list": (TypeError, FULL | {"teacher_hidden": [1.0]}, "teacher_hidden is a list, expected a torch.Tens"),
+    "teacher a list": (ValueError, FULL | {"teacher_hidden": [1.0]}, "teacher_hidden has 1 teachers and teacher_coefs"),
     "teacher weight a list": (TypeError, FULL | {"teacher_weight": [1]}, "teacher_weight is a list, expected a torch"),
     "teacher rows": (ValueError, FULL | {"teacher_hidden": torch.zeros(3, 2, 6)},
                      r"teacher_hidden has shape \(3, 2, 6\), expected \(2, 3, H\): one row"),

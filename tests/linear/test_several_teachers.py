@@ -75,6 +75,16 @@ def test_weights_of_a_single_1_choose_a_teacher(implementation: str) -> None:
         testing.assert_within(grad, exact, 32 * testing.EPS32)
 
 
+def test_a_call_for_each_teacher_adds_up_to_a_choice(implementation: str) -> None:
+    student, teachers, _ = make(6, 40)
+    which = torch.tensor([0, 1, 2, 2, 1, 0])
+    coefs, settings = torch.nn.functional.one_hot(which, 3).float(), {"top_k": 5, "divergence": "reverse_kl"}
+    (loss, _), grad = gradient(student, teachers, teacher_coefs=coefs, **settings)
+    parts = [gradient(student, x, mask=which == m, normalizer=6, **settings) for m, x in enumerate(teachers)]
+    testing.assert_within(loss, sum(part.loss for part, _ in parts), 32 * testing.EPS32 * (1 + loss))
+    testing.assert_within(grad, sum(grad for _, grad in parts), 32 * testing.EPS32)
+
+
 def test_forward_kl_of_a_mixture_has_the_weighted_sum_of_gradients(implementation: str) -> None:
     student, teachers, _ = make(6, 40)
     coefs = torch.tensor([0.2, 0.5, 0.3])

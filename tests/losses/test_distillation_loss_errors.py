@@ -35,7 +35,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "student ints": (TypeError, FULL | {"student_logits": LOGITS.long()}, "student_logits has dtype torch.int64"),
     "student 0-d": (ValueError, FULL | {"student_logits": torch.tensor(1.0)}, r"student_logits has shape \(\), expec"),
     "no vocabulary": (ValueError, FULL | {"student_logits": LOGITS[..., :0]}, r"student_logits has shape \(2, 3, 0\)"),
-    "teacher a list": (TypeError, {"teacher_logits": [1.0]}, "teacher_logits is a list, expected a torch.Tensor"),
+    "teacher a list": (ValueError, {"teacher_logits": [1.0]}, "teacher_logits has 1 teachers and teacher_coefs"),
     "teacher ints": (TypeError, {"teacher_logits": LOGITS.long()}, "teacher_logits has dtype torch.int64, expected"),
     "teacher device": (ValueError, {"teacher_logits": LOGITS.to("meta")}, "teacher_logits is on meta, expected cpu"),
     "vocabularies": (ValueError, {"teacher_logits": torch.zeros(2, 3, 6)}, "vocabulary of 6 and student_logits one"),
