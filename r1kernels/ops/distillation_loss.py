@@ -277,7 +277,7 @@ def distillation_loss(
         error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
 
     Memory: 70 bytes a token at the peak of the forward; 24 of them are kept for the backward. The gradient is the only
-    buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak (24 (K + 1) are kept), and two
+    buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak (17 (K + 1) are kept), and two
     buffers of 8 MiB (or a row) at a time, in the backward too. The mixture of several teachers is a float32 tensor of
     the shape of student_logits, and takes a second one while it is computed.
 

@@ -60,7 +60,7 @@ class _ShardedTopK(torch.autograd.Function):
             chunks = [chunk_outcomes(*chunk, temperature) for chunk in parts(student[:, :size], local, mask)]
             found = Outcomes(*(torch.cat(part) for part in zip(*chunks, strict=True)))
         statistics = statistics_of(merged(found, shard), teacher, mask, kind, beta, tail)
-        ctx.save_for_backward(student, *local, statistics.weights, statistics.lse_rest)
+        ctx.save_for_backward(student, local.token_ids, local.present, statistics.weights, statistics.lse_rest)
         ctx.temperature, ctx.size = temperature, size
         value, *measures = (part.to(accumulator_dtype(student.dtype)) for part in statistics.rows(tail))
         ctx.mark_non_differentiable(*measures)
@@ -69,11 +69,11 @@ class _ShardedTopK(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, token_ids, logprobs, present, weights, lse_rest = ctx.saved_tensors
+        student, token_ids, present, weights, lse_rest = ctx.saved_tensors
         out = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
         out[:, ctx.size :] = 0
         if ctx.size > 0 and len(student) > 0:
-            local, kept = Teacher(token_ids, logprobs, present), slice(0, ctx.size)
+            local, kept = Teacher(token_ids, None, present), slice(0, ctx.size)
             write_gradient(out[:, kept], student[:, kept], local, weights, lse_rest, grad, ctx.temperature)
         return out, *[None] * 9
 

@@ -252,7 +252,7 @@ class _TopKDivergence(torch.autograd.Function):
         else:
             none = logprobs.new_empty(0)
             statistics = ChunkStatistics(none, logprobs.new_empty(0, k + 1), none, none, none, none)
-        ctx.save_for_backward(student, *teacher, statistics.weights, statistics.lse_rest)
+        ctx.save_for_backward(student, teacher.token_ids, teacher.present, statistics.weights, statistics.lse_rest)
         ctx.temperature = temperature
         results = tuple(part.float().reshape(lead) for part in statistics.rows(tail))
         ctx.mark_non_differentiable(*results[1:])
@@ -261,9 +261,9 @@ class _TopKDivergence(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, token_ids, logprobs, present, weights, lse_rest = ctx.saved_tensors
+        student, token_ids, present, weights, lse_rest = ctx.saved_tensors
         grad_student = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
-        by_row, teacher = grad_student.view(-1, student.shape[-1]), Teacher(token_ids, logprobs, present)
+        by_row, teacher = grad_student.view(-1, student.shape[-1]), Teacher(token_ids, None, present)
         write_gradient(by_row, student, teacher, weights, lse_rest, grad.reshape(-1), ctx.temperature)
         return grad_student, *[None] * 8
 

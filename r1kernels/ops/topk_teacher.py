@@ -27,11 +27,11 @@ class Teacher(NamedTuple):
     """
 
     token_ids: Tensor  # (..., K)
-    logprobs: Tensor  # (..., K)
+    logprobs: Tensor | None  # (..., K); the gradient does without
     present: Tensor  # (..., K), bool
 
     def rows(self, rows: slice) -> Teacher:
-        return Teacher(*(part[rows] for part in self))
+        return Teacher(*(None if part is None else part[rows] for part in self))
 
     def tail_mass(self) -> Tensor:
         return (1 - self.logprobs.exp().sum(-1)).clamp(min=0)
