@@ -9,6 +9,8 @@ from backends import checks_only
 from torch import Tensor
 
 from r1kernels import distillation_loss
+from r1kernels.ops.distillation_loss import check_top_k
+from r1kernels.ops.teacher_mixture import check_coefs
 
 pytestmark = checks_only
 
@@ -113,3 +115,10 @@ def test_only_jsd_has_a_beta(beta: float, kind: str, implementation: str) -> Non
     for teacher in (FULL, TOPK):
         given = {"student_logits": student, "divergence": kind} | teacher
         assert torch.equal(distillation_loss(**given, beta=beta).loss, distillation_loss(**given).loss)
+
+
+def test_a_choice_over_a_sharded_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="top_k and process_group are given, expected one of them"):
+        check_top_k(2, "student", "bucket", FULL, None, None, 5, object())
+    with pytest.raises(ValueError, match="teacher_logits is a list and process_group is given, expected one of them"):
+        check_coefs(torch.ones(1), "teacher_logits", [LOGITS], (2, 3), LOGITS, None, object())

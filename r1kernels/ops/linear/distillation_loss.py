@@ -33,7 +33,7 @@ from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
-from r1kernels.ops.shards import Shard
+from r1kernels.ops.shards import Shard, Split
 from r1kernels.ops.teacher_mixture import check_coefs, is_several
 from r1kernels.ops.topk_choice import Scorer
 
@@ -244,10 +244,11 @@ def linear_distillation_loss(
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
     check_floating("student_hidden", student_hidden)
     check_floating("student_weight", student_weight)
+    group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
     full = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     choice = check_top_k(
         top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs,
-        _vocab(student_weight, options.get("vocab_size")), options.get("process_group"),
+        _vocab(student_weight, options.get("vocab_size")), group,
     )
     k = (2 if top_k_of == "union" else 1) * choice.k or _listed_count(teacher_token_ids)
     shape = student_hidden.shape[:-1]
@@ -257,7 +258,7 @@ def linear_distillation_loss(
     if teacher_hidden is not None:
         split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
         coefs = check_coefs(
-            teacher_coefs, "teacher_hidden", teacher_hidden, shape, student_hidden, mask, options.get("process_group")
+            teacher_coefs, "teacher_hidden", teacher_hidden, shape, student_hidden, mask, group
         )
         given = (teacher_hidden, teacher_weight, teacher_options)
         checked = [_full_teacher(*one, student_hidden, split) for one in _each_teacher(given, coefs is not None)]
