@@ -37,7 +37,7 @@ X86_ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
-PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats")]
+PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats", "top_k")]
 WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_policy.cpp"]
@@ -97,6 +97,7 @@ extension = Extension(
         "csrc/bindings_cpu.cpp",
         "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",
+        "csrc/bindings_top_k.cpp",
         "csrc/compatibility.cpp",
         "csrc/cuda_methods.cpp",
         "csrc/cpu/group_advantages.cpp",

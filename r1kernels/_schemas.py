@@ -120,6 +120,9 @@ _declare("add_rows(Tensor(a!) out, Tensor ids, Tensor factors, Tensor rows) -> (
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
 # bits depend only on its row and column. coarse: 16 bits of float32 operands are enough.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool coarse=False) -> ()")
+# (..., V) -> ids of the k largest entries (..., k) in descending order; of equal entries, the smaller id comes first.
+# In a row with NaN, any k ids.
+_declare("top_k_ids(Tensor logits, int k) -> Tensor")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
 _declare(
@@ -133,11 +136,13 @@ _declare(
     "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
 )
 # Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
-# float64. -> the rows of `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+# float64. top_k > 0: K tokens are chosen from logits. -> the divergence and the rows of
+# `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
 _declare(
     f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "
-    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, Tensor factor, int kind, float beta, bool[] needs) "
+    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, int top_k, str top_k_of, str tail, Tensor factor, int kind, "
+    "float beta, bool[] needs) "
     f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
@@ -272,6 +277,11 @@ def _(*_: Any) -> None:
     return None
 
 
+@_fake("top_k_ids")
+def _(logits: Tensor, k: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:-1], k), dtype=torch.int64)
+
+
 @_fake("divergence")
 def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = student.shape[:-1]
@@ -288,7 +298,9 @@ def _(*_: Any) -> None:
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids, teacher_hidden = args[4], args[15]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
+    top_k, _, tail = args[24:27]
+    listed = teacher_hidden is None or top_k > 0
     measured = hidden.new_empty(
-        (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
+        (4 if listed and tail != "renormalize" else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
     )
     return measured, *_head_gradients(hidden, args, args[-1])

@@ -13,6 +13,7 @@
 #include "divergence.h"
 #include "gemm.h"
 #include "token_stats.h"
+#include "top_k.h"
 
 #ifndef R1K_ISA
 #define R1K_ISA baseline
@@ -35,12 +36,17 @@ struct AccumulateKernels {
   void (*add_rows)(const AddRows&, int64_t begin, int64_t end);  // a range of the columns
 };
 
+struct TopKKernels {
+  void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end);
+};
+
 #define R1K_DECLARE_KERNELS(isa)                      \
   namespace isa {                                     \
   extern const TokenStatsKernels token_stats_kernels; \
   extern const DivergenceKernels divergence_kernels;  \
   extern const GemmKernels gemm_kernels;              \
   extern const AccumulateKernels accumulate_kernels;  \
+  extern const TopKKernels top_k_kernels;             \
   }
 R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
@@ -56,6 +62,7 @@ struct Kernels {
   const DivergenceKernels* divergence;
   const GemmKernels* gemm;
   const AccumulateKernels* accumulate;
+  const TopKKernels* top_k;
 };
 
 // Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
@@ -71,7 +78,8 @@ inline bool may_use_tiles() {
 }
 
 #define R1K_KERNELS(isa) \
-  {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels}
+  {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels, \
+   &isa::top_k_kernels}
 
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {

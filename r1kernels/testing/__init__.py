@@ -36,6 +36,7 @@ from r1kernels.testing.oracles import (
     token_stats_gradient,
 )
 from r1kernels.testing.token_local import check_token_local
+from r1kernels.testing.top_k import TopKExpected, top_k_divergence
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -48,6 +49,7 @@ __all__ = [
     "Expected",
     "PolicyExpected",
     "TokenStats",
+    "TopKExpected",
     "assert_within",
     "check_token_local",
     "compiled",
@@ -71,5 +73,6 @@ __all__ = [
     "rounding",
     "token_stats",
     "token_stats_gradient",
+    "top_k_divergence",
     "topk_divergence",
 ]

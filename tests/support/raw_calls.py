@@ -80,6 +80,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "kl_estimate": lambda: (tokens(), tokens() + 1, 3),
     "scaled": lambda: (matrix(N, V), torch.tensor(2.0), torch.zeros(N, V), True),
     "add_rows": lambda: (torch.zeros(V, H), ids(), tokens(), matrix(N, H)),
+    "top_k_ids": lambda: (matrix(N, V), 2),
     "gemm_f32": lambda: (matrix(N, H), matrix(H, V), torch.zeros(N, V), True),
     "divergence": lambda: (matrix(N, V), matrix(N, V) + 1, mask(), 2, 0.3, 1.0),
     "divergence_backward": lambda: (
@@ -97,8 +98,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,
     ),
     "linear_divergence": lambda: (
-        *head(), mask(), matrix(N, H), matrix(V, H), None, None, None, 1.0, 0.0, None, None, torch.tensor(1.0), 2, 0.3,
-        [True] * 5,
+        *head(), mask(), matrix(N, H), matrix(V, H), None, None, None, 1.0, 0.0, None, None, 0, "student", "bucket",
+        torch.tensor(1.0), 2, 0.3, [True] * 5,
     ),
 }
 
