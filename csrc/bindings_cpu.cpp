@@ -32,8 +32,10 @@ void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& 
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
-                                               double temperature, MaybeTensor temperatures, bool /*exact*/) {
+// log-prob, log-sum-exp and entropy; with `more`, also what `wanted` names.
+std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& logits, const Tensor& token_ids, const MaybeTensor& mask,
+                                              double temperature, const MaybeTensor& temperatures, int wanted,
+                                              double* more) {
   const std::vector<int64_t> sizes = leading_sizes(logits);
   const int64_t count = token_ids.numel();
   Tensor logprobs = empty(logits, sizes, ScalarType::Float);
@@ -52,15 +54,38 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, 
   args.logprobs = static_cast<float*>(logprobs.data_ptr());
   args.lse = static_cast<double*>(lse.data_ptr());
   args.entropy = static_cast<double*>(entropy.data_ptr());
+  args.wanted = wanted;
+  args.more = more;
+  args.count = count;
   const auto forward = r1k::active_kernels()->token_stats->forward;
   parallel_ranges(count, row_grain(args.logits.vocab), [&](int64_t begin, int64_t end) { forward(args, begin, end); });
   return {logprobs, lse, entropy};
 }
 
+std::tuple<Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor token_ids, MaybeTensor mask,
+                                               double temperature, MaybeTensor temperatures, bool /*exact*/) {
+  return statistics(logits, token_ids, mask, temperature, temperatures, 0, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(Tensor logits, Tensor token_ids, MaybeTensor mask,
+                                                            double temperature, MaybeTensor temperatures,
+                                                            bool /*exact*/, int64_t wanted) {
+  R1K_CHECK(wanted >= 0 && wanted < 8, "wanted is ", wanted, ", expected a number of r1kernels.ops.row_statistics");
+  std::vector<int64_t> sizes = leading_sizes(logits);
+  sizes.insert(sizes.begin(), 4);
+  Tensor more = empty(logits, sizes, ScalarType::Double);
+  double* const values = static_cast<double*>(more.data_ptr());
+  std::fill(values, values + more.numel(), 0.0);  // of rows behind the mask, and what is not wanted
+  auto [logprobs, lse, entropy] =
+      statistics(logits, token_ids, mask, temperature, temperatures, static_cast<int>(wanted), values);
+  return {logprobs, lse, entropy, more};
+}
+
 // All of `args` but where the result goes.
 r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_ids, const Tensor& lse,
                                       const Tensor& entropy, const MaybeTensor& grad_logprobs,
-                                      const MaybeTensor& grad_entropy, double temperature) {
+                                      const MaybeTensor& grad_entropy, double temperature, const MaybeTensor& sum_sq,
+                                      const MaybeTensor& grad_sum_sq, const MaybeTensor& shift) {
   const int64_t count = token_ids.numel();
   r1k::TokenStatsBackward args = {};
   args.logits = row_view(logits);
@@ -69,12 +94,19 @@ r1k::TokenStatsBackward backward_args(const Tensor& logits, const Tensor& token_
   args.entropy = data<double>(entropy, "entropy", ScalarType::Double, count);
   args.grad_logprobs = floats(grad_logprobs, "grad_logprobs", count);
   args.grad_entropy = floats(grad_entropy, "grad_entropy", count);
+  args.grad_sum_sq = floats(grad_sum_sq, "grad_sum_sq", count);
+  if (grad_sum_sq.has_value()) {
+    R1K_CHECK(sum_sq.has_value(), "sum_sq is None, expected a tensor like grad_sum_sq");
+    args.sum_sq = data<double>(*sum_sq, "sum_sq", ScalarType::Double, count);
+  }
+  args.shift = floats(shift, "shift", count);
   args.temperature = {temperature, nullptr};
   R1K_CHECK(logits.numel() == count * args.logits.vocab,
             "token_ids must have the shape of logits without its last dimension");
   check_ids(args.token_ids, count, args.logits.vocab, [&](int64_t n) {
     return (args.grad_logprobs == nullptr || args.grad_logprobs[n] == 0) &&
-           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0);
+           (args.grad_entropy == nullptr || args.grad_entropy[n] == 0) &&
+           (args.grad_sum_sq == nullptr || args.grad_sum_sq[n] == 0) && (args.shift == nullptr || args.shift[n] == 0);
   });
   return args;
 }
@@ -94,13 +126,14 @@ void compact_rows(char* data, int64_t row_bytes, int64_t stride_bytes, const int
 
 void token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy,
                               MaybeTensor grad_logprobs, MaybeTensor grad_entropy, double temperature,
-                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out) {
+                              MaybeTensor temperatures, double softcap, MaybeTensor rows, Tensor out,
+                              MaybeTensor sum_sq, MaybeTensor grad_sum_sq, MaybeTensor shift) {
   const int64_t count = token_ids.numel();
   R1K_CHECK(!rows.has_value() || rows->dim() == 1, "rows has ", rows->dim(), " dimensions, expected 1");
   const int64_t row_count = rows.has_value() ? rows->numel() : count;
   if (row_count == 0) return;
-  r1k::TokenStatsBackward args =
-      backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature);
+  r1k::TokenStatsBackward args = backward_args(logits, token_ids, lse, entropy, grad_logprobs, grad_entropy,
+                                               temperature, sum_sq, grad_sum_sq, shift);
   args.temperature.factors = floats(temperatures, "temperatures", count);
   args.softcap = softcap;
   const r1k::RowView out_view = row_view(out);
@@ -284,6 +317,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&token_stats));
   m.impl("token_stats_backward_out", TORCH_BOX(&token_stats_backward_out));
+  m.impl("token_statistics", TORCH_BOX(&token_statistics));
   m.impl("policy_loss", TORCH_BOX(&policy_loss));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));
   m.impl("kl_estimate", TORCH_BOX(&kl_estimate));

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from r1kernels.ops.linear.distillation_loss import linear_distillation_loss
     from r1kernels.ops.linear.grpo_loss import linear_grpo_loss
     from r1kernels.ops.linear.logits import linear_logits
+    from r1kernels.ops.linear.multi_target import linear_multi_target
     from r1kernels.ops.linear.options import LinearOptions
+    from r1kernels.ops.linear.token_statistics import linear_token_statistics
     from r1kernels.ops.linear.token_stats import linear_token_logprobs, linear_token_logprobs_and_entropy
     from r1kernels.ops.multi_reward_advantages import multi_reward_advantages
     from r1kernels.ops.pass_at_k_advantages import pass_at_k_advantages
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.policy_loss_reference import PolicyBatch
     from r1kernels.ops.token_filters import clip_cov_filter, high_entropy_filter, off_policy_filter
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
+    from r1kernels.ops.token_statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
 
@@ -42,6 +45,7 @@ _MODULES = {
     "Objective": "r1kernels.objectives",
     "PolicyBatch": "r1kernels.ops.policy_loss_reference",
     "PolicyLoss": "r1kernels.ops.policy_loss",
+    "TokenStatistics": "r1kernels.ops.token_statistics",
     "backend": "r1kernels._dispatch",
     "clip_cov_filter": "r1kernels.ops.token_filters",
     "cross_entropy": "r1kernels.ops.cross_entropy",
@@ -58,8 +62,10 @@ _MODULES = {
     "linear_grpo_loss": "r1kernels.ops.linear.grpo_loss",
     "linear_logits": "r1kernels.ops.linear.logits",
     "linear_loss_bytes": "r1kernels.ops.linear.budget",
+    "linear_multi_target": "r1kernels.ops.linear.multi_target",
     "linear_token_logprobs": "r1kernels.ops.linear.token_stats",
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
+    "linear_token_statistics": "r1kernels.ops.linear.token_statistics",
     "multi_reward_advantages": "r1kernels.ops.multi_reward_advantages",
     "off_policy_filter": "r1kernels.ops.token_filters",
     "pass_at_k_advantages": "r1kernels.ops.pass_at_k_advantages",
@@ -67,6 +73,7 @@ _MODULES = {
     "release_workspace": "r1kernels._library",
     "token_logprobs": "r1kernels.ops.token_logprobs",
     "token_logprobs_and_entropy": "r1kernels.ops.token_logprobs",
+    "token_statistics": "r1kernels.ops.token_statistics",
 }
 
 __all__ = [
@@ -76,6 +83,7 @@ __all__ = [
     "Objective",
     "PolicyBatch",
     "PolicyLoss",
+    "TokenStatistics",
     "__version__",
     "backend",
     "clip_cov_filter",
@@ -93,8 +101,10 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logits",
     "linear_loss_bytes",
+    "linear_multi_target",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_token_statistics",
     "multi_reward_advantages",
     "objectives",
     "off_policy_filter",
@@ -103,6 +113,7 @@ __all__ = [
     "release_workspace",
     "token_logprobs",
     "token_logprobs_and_entropy",
+    "token_statistics",
 ]
 
 

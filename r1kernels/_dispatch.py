@@ -23,7 +23,7 @@ from r1kernels._operator_checks import CHECKS
 from r1kernels._schemas import CUDA_NAMESPACE, CUDA_OPERATORS, LIBRARY, NAMESPACE
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence")
+OPS = ("token_stats", "policy_loss", "group_advantages", "kl_estimate", "divergence", "token_statistics")
 # The operators that have a Triton kernel, and the module in r1kernels.triton that has it.
 TRITON_OPERATORS = {
     "token_stats": "token_stats",
@@ -36,6 +36,7 @@ TRITON_OPERATORS = {
     "divergence_backward": "divergence",
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
+    "token_statistics": "token_stats",
 }
 
 # ---- the request ------------------------------------------------------------------------------------------
@@ -189,18 +190,29 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
+# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted.
+_NOT_IN_ONE_PASS = {
+    "no gradient is wanted": lambda hidden, wanted: not wanted,
+    "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
+    "torch.compile traces the reference": (
+        lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+    ),
+}
+
 TABLE: dict[str, tuple[Server, ...]] = {
     "kernels": _operator(has_cuda_kernel=True),  # of any operator
     **{name: _operator(name in CUDA_OPERATORS) for name in OPS},
-    # Whose kernel a launch on a GPU takes. Facts: the operator, its first argument.
+    # Whose kernel a launch on a GPU takes. Facts: the operator, its first argument, and whether there are arguments
+    # that no CUDA kernel takes.
     "launch": (
         _server("cuda", "CUDA", {
-            "there is no CUDA kernel of the operator": lambda operator, like: operator not in CUDA_OPERATORS,
-            "Triton is requested": lambda operator, like: _requested == "triton",
+            "there is no CUDA kernel of the operator": lambda operator, like, more: operator not in CUDA_OPERATORS,
+            "no CUDA kernel takes all arguments": lambda operator, like, more: more,
+            "Triton is requested": lambda operator, like, more: _requested == "triton",
             "CUDA is missing, and not requested": (
-                lambda operator, like: _requested != "cuda" and _library.cuda_missing(like.device.type)
+                lambda operator, like, more: _requested != "cuda" and _library.cuda_missing(like.device.type)
             ),
-            "Triton serves, CUDA is not measured to be faster, and not requested": lambda operator, like: (
+            "Triton serves, CUDA is not measured to be faster, and not requested": lambda operator, like, more: (
                 _requested != "cuda"
                 and not _library.triton_missing(like.device.type)
                 and not _is_faster_in_cuda(operator, like)
@@ -242,25 +254,31 @@ TABLE: dict[str, tuple[Server, ...]] = {
     # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
     # slopes by autograd, which is not available inside the operators of a compiled graph.
     "linear_gradients": (
-        _server("one_pass", "gradients with the loss, in one walk over the chunks", {
-            "no gradient is wanted": lambda hidden, wanted: not wanted,
-            "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
-            "torch.compile traces the reference": (
-                lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+        _server("one_pass", "gradients with the loss, in one walk over the chunks", _NOT_IN_ONE_PASS),
+        _server("two_phases", "statistics first, then logits again for the gradients"),
+    ),
+    # The same for several losses, whose factors may differ.
+    "linear_multi_target": (
+        _server("one_pass", "gradients with the losses, in one walk over the chunks", {
+            **_NOT_IN_ONE_PASS,
+            "torch.compile traces the call, before the factors are known": (
+                lambda hidden, wanted: torch.compiler.is_compiling()
             ),
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),
     ),
-    # Statistics of tokens from hidden states. Facts: hidden, the head.
+    # Statistics of tokens from hidden states. Facts: hidden, the head, and whether more
+    # than log-prob, log-sum-exp and entropy is wanted.
     "linear_statistics": (
         _server("fused", "one kernel without a tensor of logits", {
-            "hidden states are neither bfloat16 nor float16": lambda hidden, head: hidden.dtype.itemsize != 2,
-            "hidden states and weight differ in dtype": lambda hidden, head: head.weight.dtype != hidden.dtype,
-            "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
-            "there is an adapter": lambda hidden, head: head.lora_a is not None,
-            "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
-            "this rank has no row of the vocabulary": lambda hidden, head: len(head.weight) == 0,
-            "Triton does not serve hidden states": lambda hidden, head: (
+            "more statistics are wanted": lambda hidden, head, more: more,
+            "hidden states are neither bfloat16 nor float16": lambda hidden, head, more: hidden.dtype.itemsize != 2,
+            "hidden states and weight differ in dtype": lambda hidden, head, more: head.weight.dtype != hidden.dtype,
+            "logits are rounded": lambda hidden, head, more: head.logits_dtype != torch.float32,
+            "there is an adapter": lambda hidden, head, more: head.lora_a is not None,
+            "rows of the weight are not contiguous": lambda hidden, head, more: head.weight.stride(1) != 1,
+            "this rank has no row of the vocabulary": lambda hidden, head, more: len(head.weight) == 0,
+            "Triton does not serve hidden states": lambda hidden, head, more: (
                 not _serves("triton", hidden.device, hidden.dtype)
             ),
         }),
@@ -361,17 +379,28 @@ def select(tensor: Tensor, operation: str = "kernels", *others: Tensor) -> str:
 # ---- launches on a GPU ------------------------------------------------------------------------------------
 
 
-def gpu_kernels(operator: str, like: Tensor) -> str:
-    """"cuda" or "triton": whose kernel a launch takes. The speed depends on dtype and last dimension of `like`."""
-    return choose("launch", operator, like).implementation
+def gpu_kernels(operator: str, like: Tensor, more: bool = False) -> str:
+    """"cuda" or "triton": whose kernel a launch takes. The speed depends on dtype and last dimension of `like`.
+
+    more: there are arguments that no CUDA kernel takes.
+    """
+    return choose("launch", operator, like, more).implementation
+
+
+@functools.cache
+def _taken_in_cuda(name: str) -> int:
+    """How many arguments the CUDA kernel of an operator takes."""
+    return len(getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default._schema.arguments)
 
 
 def _gpu_launcher(name: str) -> Callable[..., Any]:
     """Imports Triton's kernels when an operator first runs, so that `import r1kernels` does not import a compiler."""
 
     def run(*args: Any) -> Any:
-        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0]) == "cuda":
-            return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args)
+        taken = _taken_in_cuda(name) if name in CUDA_OPERATORS else len(args)
+        more = any(value is not None for value in args[taken:])
+        if name not in TRITON_OPERATORS or gpu_kernels(name, args[0], more) == "cuda":
+            return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default(*args[:taken])
         missing = _library.triton_missing(_library.GPU_KERNELS_ON)
         if missing:
             raise RuntimeError(f"{NAMESPACE}::{name} has no kernel here: {missing}")

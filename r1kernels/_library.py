@@ -139,11 +139,11 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _token_stats_backward(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, temperature: float,
+    grad_entropy: Tensor | None, temperature: float, *more: Tensor | None,
 ) -> Tensor:
     out = empty(*logits.shape, dtype=logits.dtype, device=logits.device)
     torch.ops.r1kernels.token_stats_backward_out.default(
-        logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, None, 0.0, None, out
+        logits, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, None, 0.0, None, out, *more
     )
     return out
 

@@ -83,22 +83,33 @@ def _words(logits: Tensor, count: int) -> None:
 
 def _token_stats_backward(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, *_: Any,
+    grad_entropy: Tensor | None, temperature: float, sum_sq: Tensor | None = None, grad_sum_sq: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> None:
     check = _Arguments(logits)
     check.rows(logits=logits)
     count = logits.shape[:-1].numel()
     check.flat(torch.int64, count, token_ids=token_ids)
-    check.flat(torch.float64, count, lse=lse, entropy=entropy)
-    check.flat(torch.float32, count, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
+    check.flat(torch.float64, count, lse=lse, entropy=entropy, sum_sq=sum_sq)
+    slopes = {
+        "grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy, "grad_sum_sq": grad_sum_sq, "shift": shift,
+    }
+    check.flat(torch.float32, count, **slopes)
     _words(logits, count)
-    if grad_logprobs is None and grad_entropy is None:
-        raise ValueError("grad_logprobs and grad_entropy are both None, expected at least one tensor")
+    if all(slope is None for slope in slopes.values()):
+        raise ValueError(f"{', '.join(slopes)} are all None, expected at least one tensor")
+    if grad_sum_sq is not None and sum_sq is None:
+        raise ValueError("sum_sq is None, expected a tensor like grad_sum_sq")
+
+
+def _token_statistics(*arguments: Any) -> None:
+    _token_stats(*arguments[:-1])
+    _number("wanted", arguments[-1], 0, 7)
 
 
 def _token_stats_backward_out(*arguments: Any) -> None:
-    logits, temperatures, (rows, out) = arguments[0], arguments[7], arguments[9:]
-    _token_stats_backward(*arguments[:6])
+    logits, temperatures, (rows, out, *more) = arguments[0], arguments[7], arguments[9:]
+    _token_stats_backward(*arguments[:7], *more)
     check = _Arguments(logits)
     check.rows(out=out)
     if logits.dim() != 2 or out.dim() != 2:
@@ -211,4 +222,5 @@ CHECKS: dict[str, Callable[..., None]] = {
     "divergence_backward": _divergence_backward,
     "linear_statistics": _linear_statistics,
     "scaled": _scaled,
+    "token_statistics": _token_statistics,
 }

@@ -27,16 +27,20 @@ CUDA_OPERATORS = (
 TRACED: list[str] = []
 
 
-def _declare(schema: str) -> None:
-    LIBRARY.define(schema)
-    name, _, rest = schema.partition("(")
+def _declare(schema: str, more: str = "") -> None:
+    """more: the last arguments, in the place of `{}`, which no CUDA kernel takes."""
+    name = schema.partition("(")[0]
     if name in CUDA_OPERATORS:
-        _CUDA_LIBRARY.define(schema)
+        _CUDA_LIBRARY.define(schema.format(""))
+    schema = schema.format(more)
+    rest = schema.partition("(")[2]
+    LIBRARY.define(schema)
     if re.search(r"\bfloat ", rest):
         TRACED.append(name)
         LIBRARY.define(f"{name}_traced(int[] at, Tensor[] values, {rest}", tags=(torch.Tag.cudagraph_unsafe,))
 
 
+_MORE_SLOPES = ", Tensor? sum_sq=None, Tensor? grad_sum_sq=None, Tensor? shift=None"
 # (..., V), (...) -> log-prob, log-sum-exp and entropy (float64), each (...). Masked rows are not read and give 0.
 # `temperatures` (...) float32 multiply `temperature`. exact=False: float32 logits are products of 16-bit operands, so a
 # kernel may take their exponents as it does those of 16-bit logits, with one rounding each.
@@ -44,17 +48,25 @@ _declare(
     "token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures=None, "
     "bool exact=True) -> (Tensor, Tensor, Tensor)"
 )
-# d logits (..., V) from dL/dlogprob and dL/dentropy (...); rows where both are 0 are not read and give 0.
+# d logits (..., V) from dL/dlogprob and dL/dentropy (...), and on some calls dL/d(sum p^2), which needs sum_sq (...)
+# float64, and `shift`, which is added to dL/dz of each entry. Rows where all of them are 0 are not read and give 0.
 _declare(
     "token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, "
-    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature) -> Tensor"
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature{}) -> Tensor", _MORE_SLOPES
 )
 # The same for (N, V) logits. `out` has their dtype or a narrower one; it is new memory, or that of the logits, row for
 # row. softcap > 0: the logits are softcap * tanh(u / softcap), and the gradient is that of u. With `rows` (R,),
 # ascending, only these rows are computed, and moved to the top of `out`.
 _declare(
     "token_stats_backward_out(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out) -> ()"
+    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, Tensor? rows, Tensor(a!) out{}) "
+    "-> ()", _MORE_SLOPES
+)
+# token_stats, and more (4, ...) float64: sum p^2, the mean of z, the largest z, 1 if it is that of the token. `wanted`
+# is a sum of the numbers in `ops.row_statistics.WANTED`; a kernel may compute more. What it does not compute is 0.
+_declare(
+    "token_statistics(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures, "
+    "bool exact, int wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # -> loss (), dloss/dlogprob (...), dloss/dentropy (...) or (0,) where entropy_coef is 0, metrics (METRICS,).
 # kl: 1, 2, 3 for k1, k2, k3, and 3 more if the ratio multiplies the term.
@@ -90,7 +102,17 @@ _HEAD = (
 _HEAD_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # -> log-prob, log-sum-exp and entropy (float64), each (N,). In the backward, the weight's gradient has `weight_dtype`.
 _declare(f"linear_token_stats({_HEAD}, Tensor? mask) -> (Tensor, Tensor, Tensor)")
-# The same from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
+# token_statistics, and log-probs (N, K) float64 of selected ids (N, K), or (0,) without them.
+_declare(
+    f"linear_token_statistics({_HEAD}, Tensor? mask, Tensor? selected_ids, int wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# slopes: dL/d of log-prob, log-sum-exp, entropy, sum p^2, each (N,), and of the selected log-probs (N, K).
+_declare(
+    f"linear_token_statistics_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? sum_sq, Tensor? selected_ids, "
+    f"Tensor?[] slopes, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# linear_token_stats from hidden (N, H) and weight (V, H), with contiguous rows, in 16 bits, without a tensor of logits.
 _declare(
     "linear_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, float temperature, "
     "Tensor? temperatures, float logit_scale, float softcap, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
@@ -106,6 +128,17 @@ _declare(
     "float clip_low, float clip_high, float ratio_cap, float tau_pos, float tau_neg, float kl_coef, "
     "float entropy_coef, bool[] needs) "
     f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
+# The losses of D targets of each token, with `ops.target_terms.TargetTerms`; targets (D, N) int64, weights (D, N).
+# -> losses (D, N), log-sum-exp (N,) float64, and the gradients of sum weights loss that are needed.
+_declare(
+    f"linear_targets({_HEAD}, Tensor? mask, Tensor targets, Tensor? weights, float z_loss_coef, float label_smoothing, "
+    f"bool[] needs) -> (Tensor, Tensor, {_HEAD_GRADIENTS})"
+)
+# The gradients from those of the losses (D, N).
+_declare(
+    f"linear_targets_backward({_HEAD}, Tensor targets, Tensor lse, Tensor grads, float z_loss_coef, "
+    f"float label_smoothing, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
 _declare(
     "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, int scale, int ddof, float eps) -> Tensor"
@@ -183,6 +216,13 @@ def _(*_: Any) -> None:
     return None
 
 
+@_fake("token_statistics")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    wide = (logits.new_empty(size, dtype=torch.float64) for size in (shape, shape, (4, *shape)))
+    return logits.new_empty(shape, dtype=torch.float32), *wide
+
+
 @_fake("policy_loss")
 def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     entropy_coef = args[-2]
@@ -234,6 +274,18 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _per_token(ids, hidden), *statistics
 
 
+@_fake("linear_token_statistics")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, selected = args[4], args[-2]
+    sizes = (ids.shape, ids.shape, (4, *ids.shape), (0,) if selected is None else selected.shape)
+    return _per_token(ids, hidden), *(hidden.new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+@_fake("linear_token_statistics_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
+
+
 @_fake("linear_statistics")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[2]
@@ -250,6 +302,18 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
     return _per_token(ids, hidden), _per_token(ids, hidden), *_head_gradients(hidden, args, args[-1])
+
+
+@_fake("linear_targets")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, targets = args[4], args[15]
+    losses = hidden.new_empty(targets.shape, dtype=_per_token(ids, hidden).dtype)
+    return losses, hidden.new_empty(ids.shape, dtype=torch.float64), *_head_gradients(hidden, args, args[-1])
+
+
+@_fake("linear_targets_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
 
 
 @_fake("group_advantages")

@@ -8,6 +8,9 @@
 
 namespace r1k {
 
+// What a call may want beside log-prob, log-sum-exp and entropy; r1kernels.ops.row_statistics has the same numbers.
+enum Wanted : int { kSumSqProbs = 1, kMeanLogit = 2, kIsTop1 = 4 };
+
 struct TokenStatsForward {
   RowView logits;
   const int64_t* token_ids;  // [N]
@@ -16,6 +19,9 @@ struct TokenStatsForward {
   float* logprobs;           // [N]
   double* lse;               // [N]
   double* entropy;           // [N]
+  int wanted;                // of the statistics below
+  double* more;              // [4, N] or null: sum of p^2, mean of z, largest z, 1 if it is the token's and the first
+  int64_t count;             // N
 };
 
 // The gradient of `rows` of the logits (of all of them where it is null) in rows of their own, in the dtype of the
@@ -28,6 +34,9 @@ struct TokenStatsBackward {
   const double* entropy;        // [N]
   const float* grad_logprobs;   // [N] or null (all zero)
   const float* grad_entropy;    // [N] or null (all zero)
+  const double* sum_sq;         // [N], or null without grad_sum_sq
+  const float* grad_sum_sq;     // [N] or null (all zero)
+  const float* shift;           // [N] or null (all zero): added to dL/dz of each entry
   Temperature temperature;
   double softcap;               // c > 0: the logits are c tanh(u / c), and the gradient is with respect to u
   void* out;                    // row n at n * out_stride elements; may be the logits' own memory, row for row

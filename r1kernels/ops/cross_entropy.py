@@ -9,6 +9,8 @@ from torch import Tensor
 
 from r1kernels.ops._checks import check_floating, check_normalizer, check_positive, check_shape, ids_int64
 from r1kernels.ops.shards import Split
+from r1kernels.ops.target_losses import target_losses
+from r1kernels.ops.target_terms import TargetTerms
 from r1kernels.ops.token_logprobs import logprobs_and_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -21,19 +23,24 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    z_loss_coef: float = 0.0,
+    label_smoothing: float = 0.0,
     temperature: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of targets under softmax(logits / temperature).
 
-    loss = -sum_t log softmax(logits_t / T)[target_t] / (number of targets that are not ignored)
+    loss = sum_t ((1 - eps) (-log p_t[target_t]) + eps mean_v (-log p_t[v]) + c lse_t^2) / (number of targets that are
+    not ignored),  z = logits / T,  p = softmax z,  lse = log sum_v e^{z_v}
 
     Args:
         logits: (..., V), as in `token_logprobs`. Row t scores target t: shift before the call.
         targets: (...), int64 or int32, in [0, V) or `ignore_index`. Rows of ignored targets are not read.
         reduction: "mean", "sum" or "none".
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
+        z_loss_coef: c >= 0 of the z-loss, which keeps lse near 0.
+        label_smoothing: eps from 0 to 1. Its mean over the vocabulary comes from the same read of the logits.
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
 
     Returns:
@@ -45,16 +52,18 @@ def cross_entropy(
 
     Memory: the gradient of logits, and less than 64 bytes a token.
 
-    Equivalent to: `torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())`
+    Equivalent to: `torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())`, with the same
+    `label_smoothing`.
+    Source: label smoothing, arXiv 1512.00567, section 7; z-loss, arXiv 2204.02311, section 5.
     """
     check_reduction(reduction, ignore_index, normalizer)
+    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
     check_floating("logits", logits)
     targets = ids_int64("targets", targets, logits)
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
     mask = targets != ignore_index
-    # token_stats gives 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
-    split = Split(process_group, vocab_size)
-    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature, split), 0)
+    # These give 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
+    losses = torch.where(mask, _losses(logits, targets, mask, temperature, Split(process_group, vocab_size), terms), 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -62,9 +71,13 @@ def cross_entropy(
     return losses.sum() / denominator(mask, normalizer, losses.dtype)
 
 
-def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split) -> Tensor:
+def _losses(
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms
+) -> Tensor:
     try:
-        return logprobs_and_entropy(logits, targets, mask, temperature, split)[0]
+        if terms.given:
+            return target_losses(logits, targets, mask, temperature, split, terms)
+        return -logprobs_and_entropy(logits, targets, mask, temperature, split)[0]
     except ValueError as error:  # the argument is called targets here
         raise ValueError(str(error).replace("token_ids", "targets")) from None
 

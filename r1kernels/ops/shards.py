@@ -294,6 +294,25 @@ def merge(logprob: Tensor, lse: Tensor, entropy: Tensor, owner: Tensor) -> tuple
     return merged, total, merged_entropy(lse, entropy)
 
 
+def merge_more(shard: Shard, lse: Tensor, more: Tensor, rows: slice = slice(None)) -> Tensor:
+    """More statistics (4, n) over the whole vocabulary: the sum of p^2, the mean of z, the largest z, and 1 where that
+    is the token's. `lse` (n,) and `more` (4, n), float64, are those of this rank's rows, for some tokens."""
+    if lse.numel() == 0:  # on all ranks
+        return more
+    gathered = all_gathered(shard.layout.group, torch.cat([lse[None], more]))
+    lse, sum_sq, mean, largest, is_top1 = gathered.unbind(1)
+    total, log_share = shares(lse)
+    nowhere = (lse == -torch.inf) & (total > -torch.inf)
+    sum_sq = torch.where(nowhere, 0, (2 * log_share).exp() * sum_sq).sum(0)
+    sizes = shard.layout.sizes
+    mean = sum(value * (size / sum(sizes)) for value, size in zip(mean, sizes, strict=True) if size > 0)
+    ranks, owner = torch.arange(len(sizes), device=lse.device)[:, None], shard.owner[None, rows]
+    top = largest.gather(0, owner)
+    ahead = torch.where(ranks < owner, largest >= top, (ranks > owner) & (largest > top)).any(0)
+    is_top1 = is_top1.gather(0, owner).squeeze(0) * (~ahead & ~total.isnan())
+    return torch.stack([sum_sq, mean, largest.amax(0), is_top1])
+
+
 def shares(lse: Tensor) -> tuple[Tensor, Tensor]:
     """The log-sum-exp over all ranks (n,), and the log of the probability of each rank's rows (ranks, n)."""
     top, where = lse.max(0)
@@ -312,6 +331,6 @@ def merged_entropy(lse: Tensor, entropy: Tensor) -> Tensor:
 
 def correct_substitutes(grad_logits: Tensor, ids: Tensor, owned: Tensor, exact: Tensor) -> None:
     """Sets the entries of substitute tokens in d logits (n, V) to `exact` (n,)."""
-    entries = ids[:, None]
-    values = torch.where(owned[:, None], grad_logits.gather(1, entries), exact[:, None].to(grad_logits.dtype))
-    grad_logits.scatter_(1, entries, values)
+    values = torch.where(owned, grad_logits.gather(1, ids[:, None]).squeeze(1), exact.to(grad_logits.dtype))
+    # On a CPU, scatter_ takes a pass over all of a 16-bit matrix.
+    grad_logits.index_put_((torch.arange(len(ids), device=ids.device), ids), values)

@@ -15,6 +15,7 @@ from torch import Tensor
 from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype, check_ids_in_range
+from r1kernels.ops.row_statistics import split_statistics
 from r1kernels.ops.shards import (
     NOT_SHARDED,
     Facts,
@@ -27,7 +28,7 @@ from r1kernels.ops.shards import (
     layout_of,
     refusals,
 )
-from r1kernels.ops.token_stats import checked, gradient_into, statistics, target_gradient, token_stats, unrounded
+from r1kernels.ops.token_stats import checked, gradient_into, target_gradient, token_stats
 
 
 class _SplitTokenStats(torch.autograd.Function):
@@ -38,20 +39,8 @@ class _SplitTokenStats(torch.autograd.Function):
         ctx: Any, logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, layout: Layout,
         shard: Shard | None,
     ) -> tuple[Tensor, Tensor]:
-        counted = logits[:, : layout.size]
         dtype = accumulator_dtype(logits.dtype)
-        if layout.size == 0:
-            logprobs = torch.zeros(token_ids.shape, dtype=torch.float64, device=logits.device)
-            lse, entropy = torch.full_like(logprobs, -torch.inf), logprobs
-        else:
-            logprobs, lse, entropy = statistics(counted, token_ids, mask, temperature, None)
-        if shard is not None:
-            if layout.size > 0:
-                logprobs = unrounded(logprobs, lse, counted, token_ids, temperature, None)
-            logprobs, lse, entropy = (
-                value if mask is None else torch.where(mask, value, 0)
-                for value in shard.merged(logprobs, lse, entropy)
-            )
+        logprobs, lse, entropy, _ = split_statistics(logits[:, : layout.size], token_ids, mask, temperature, shard)
         ctx.save_for_backward(logits, token_ids, lse, entropy)
         ctx.temperature, ctx.size, ctx.owned = temperature, layout.size, None if shard is None else shard.owned
         ctx.set_materialize_grads(False)
@@ -78,13 +67,17 @@ class _SplitTokenStats(torch.autograd.Function):
         return grad_logits, *[None] * 5
 
 
-def _split_token_stats(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split
-) -> tuple[Tensor, Tensor]:
+def split_arguments(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split,
+    options: tuple[Any, ...] = (),
+) -> tuple[Tensor, Tensor | None, float, Layout, Shard | None]:
+    """token_ids and mask (N,), the temperature, the layout of the vocabulary and this rank's shard, after checks.
+
+    options: other facts that must be the same on all ranks.
+    """
     group, vocab_size = split.checked()
     with refusals(group, logits):
         token_ids, temperature = checked(logits, token_ids, temperature, sharded=group is not None)
-    flat, shape = logits.reshape(token_ids.numel(), logits.shape[-1]), token_ids.shape
     ids, mask = token_ids.reshape(-1), None if mask is None else mask.reshape(-1)
     if group is None:
         layout = layout_of((logits.shape[-1],), vocab_size)
@@ -92,11 +85,19 @@ def _split_token_stats(
         count = ids.numel() if mask is None else mask.sum()
         facts = Facts(
             "token_stats", ids.numel(), count, checksum(ids, mask), 0, vocab_size or -1, (logits.dtype,), temperature,
-            (), (),
+            (), options,
         )
         layout = agreed_layout(group, logits.shape[-1], facts, logits.device)
     check_ids_in_range("token_ids", ids, layout.vocab, mask)
-    shard = None if group is None else Shard(layout, ids, mask)
+    return ids, mask, temperature, layout, None if group is None else Shard(layout, ids, mask)
+
+
+def _split_token_stats(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split
+) -> tuple[Tensor, Tensor]:
+    shape = token_ids.shape
+    ids, mask, temperature, layout, shard = split_arguments(logits, token_ids, mask, temperature, split)
+    flat = logits.reshape(ids.numel(), logits.shape[-1])
     results = _SplitTokenStats.apply(flat, ids if shard is None else shard.ids, mask, temperature, layout, shard)
     logprobs, entropy = (value.reshape(shape) for value in results)
     return logprobs, entropy

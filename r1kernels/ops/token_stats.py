@@ -97,7 +97,7 @@ def statistics(
         )
     results = [token_ids.new_empty(token_ids.shape, dtype=torch.float64) for _ in range(3)]
     for rows in row_blocks(logits):
-        z, ids = _scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]
+        z, ids = scaled_logits(logits, rows, temperature, temperatures), token_ids[rows]
         if mask is not None:
             z = torch.where(mask[rows, None], z, 0)
             ids = torch.where(mask[rows], ids, 0)
@@ -125,20 +125,27 @@ def gradient_into(
     temperatures: Tensor | None,
     softcap: float,
     rows: Tensor | None,
+    squares: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Writes dL/dlogits of (N, V) logits to `out` (N, V), which may be the memory of the logits, row for row.
 
     `out` has the dtype of logits; for float32 logits it may be narrower. With `softcap` c > 0 the logits are
     c tanh(u / c), and the gradient is that of u. With `rows` (R,), ascending, only these rows are computed.
+    Without `eta`, any entropy will do.
+    `squares`: S = sum_j p_j^2 and dL/dS (N,), which add 2 dL/dS p_j (p_j - S) to dL/dz. `shift` (N,) is added to each
+    entry of dL/dz.
 
     Returns:
         The first R (or N) rows of `out`.
     """
     result = out if rows is None else out[: len(rows)]
-    if _dispatch.select(logits) != "reference":
+    sum_sq, zeta = squares or (None, None)
+    more = () if squares is None and shift is None else (sum_sq, zeta, shift)
+    if _dispatch.select(logits, "token_statistics" if more else "kernels") != "reference":
         _library.run(
             torch.ops.r1kernels.token_stats_backward_out.default, logits, token_ids, lse, entropy, g, eta, temperature,
-            temperatures, softcap, rows, out,
+            temperatures, softcap, rows, out, *more,
         )
         return result
     for block in row_blocks(result):
@@ -152,12 +159,66 @@ def gradient_into(
         if eta is not None:
             finite_log_p = torch.where(log_p == -torch.inf, 0, log_p)
             grad = grad - eta[source, None] * p * (finite_log_p + entropy[source, None].to(x.dtype))
+        if zeta is not None:
+            grad = grad + 2 * zeta[source, None] * p * (p - sum_sq[source, None].to(x.dtype))
+        if shift is not None:
+            grad = grad + shift[source, None]
         grad = grad / t
         if softcap > 0:
             grad = grad * (1 - (x / softcap).square())
-        active = (g[source] != 0) if eta is None else (g[source] != 0) | (eta[source] != 0)
+        active = any_nonzero(*(None if slope is None else slope[source] for slope in (g, eta, zeta, shift)))
         result[block] = torch.where(active[:, None], grad, 0).to(out.dtype)
     return result
+
+
+def any_nonzero(*slopes: Tensor | None) -> Tensor:
+    """Where one of the slopes (N,), or one in its row (N, K), is not 0."""
+    result: Tensor | None = None
+    for slope in slopes:
+        if slope is not None:
+            nonzero = slope != 0 if slope.dim() == 1 else (slope != 0).any(-1)
+            result = nonzero if result is None else result | nonzero
+    return result
+
+
+def entry_gradients(
+    logits: Tensor,
+    entries: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    *,
+    added: Tensor,
+    others: Tensor | None,
+    eta: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    squares: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Some entries (..., K) of the gradient of a row, in float64 and not rounded, without cancellation as p goes to 1.
+
+    Of g (1[j = y] - p_j), or a sum of several, `added` (..., K) is what an entry adds, and `others` (..., K) what those
+    of other entries add: a (1 - p) - o p.
+    """
+    x = logits.gather(-1, entries).double()
+    t = temperature if temperatures is None else temperature * temperatures.double().unsqueeze(-1)
+    logprobs = (x / t - lse.unsqueeze(-1)).clamp(max=0)
+    p = logprobs.exp()
+    grad = -added.double() * torch.expm1(logprobs)
+    if others is not None:
+        grad = grad - others.double() * p
+    if eta is not None:
+        surprise = torch.where(logprobs == -torch.inf, 0, logprobs) + entropy.unsqueeze(-1)
+        grad = grad - eta.double().unsqueeze(-1) * p * surprise
+    if squares is not None:
+        sum_sq, zeta = (value.double().unsqueeze(-1) for value in squares)
+        grad = grad + 2 * zeta * p * (p - sum_sq)
+    if shift is not None:
+        grad = grad + shift.double().unsqueeze(-1)
+    if softcap > 0:
+        grad = grad * (1 - (x / softcap).square())
+    return grad / t
 
 
 def target_gradient(
@@ -174,20 +235,14 @@ def target_gradient(
 ) -> Tensor:
     """For each row, the entry of its token in the gradient (N,), in float64 and not rounded. Where `owned` is False,
     the id is a substitute: the gradient of the entry of another token."""
-    x = logits.gather(-1, token_ids[:, None]).squeeze(-1).double()
-    t = temperature if temperatures is None else temperature * temperatures.double()
-    logprobs = (x / t - lse).clamp(max=0)
-    ahead = torch.expm1(logprobs)  # p - 1[j = y]
+    added, others = g, None
     if owned is not None:
-        ahead = torch.where(owned, ahead, logprobs.exp())
-    grad = -g.double() * ahead
-    if eta is not None:
-        surprise = torch.where(logprobs == -torch.inf, 0, logprobs) + entropy
-        grad = grad - eta.double() * logprobs.exp() * surprise
-    if softcap > 0:
-        grad = grad * (1 - (x / softcap).square())
-    inactive = g == 0 if eta is None else (g == 0) & (eta == 0)
-    return torch.where(inactive, 0, grad / t)
+        added, others = torch.where(owned, g, 0), torch.where(owned, 0, g).unsqueeze(-1)
+    grad = entry_gradients(
+        logits, token_ids.unsqueeze(-1), lse, entropy, added=added.unsqueeze(-1), others=others, eta=eta,
+        temperature=temperature, temperatures=temperatures, softcap=softcap,
+    ).squeeze(-1)
+    return torch.where(any_nonzero(g, eta), grad, 0)
 
 
 def unrounded(
@@ -210,7 +265,7 @@ def _row_temperatures(x: Tensor, rows: slice | Tensor, temperature: float, tempe
     return temperature if temperatures is None else temperature * temperatures[rows, None].to(x.dtype)
 
 
-def _scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures: Tensor | None) -> Tensor:
+def scaled_logits(logits: Tensor, rows: slice, temperature: float, temperatures: Tensor | None) -> Tensor:
     x = logits[rows].to(accumulator_dtype(logits.dtype))
     return x / _row_temperatures(x, rows, temperature, temperatures)
 

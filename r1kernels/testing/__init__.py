@@ -35,6 +35,8 @@ from r1kernels.testing.oracles import (
     token_stats,
     token_stats_gradient,
 )
+from r1kernels.testing.statistics import StatisticsExpected, token_statistics, token_statistics_gradient
+from r1kernels.testing.targets import target_gradient, target_losses
 from r1kernels.testing.token_local import check_token_local
 from r1kernels.testing.top_k import TopKExpected, top_k_divergence
 
@@ -48,6 +50,7 @@ __all__ = [
     "DivergenceExpected",
     "Expected",
     "PolicyExpected",
+    "StatisticsExpected",
     "TokenStats",
     "TopKExpected",
     "assert_within",
@@ -71,6 +74,10 @@ __all__ = [
     "random_policy",
     "random_topk",
     "rounding",
+    "target_gradient",
+    "target_losses",
+    "token_statistics",
+    "token_statistics_gradient",
     "token_stats",
     "token_stats_gradient",
     "top_k_divergence",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,7 +34,12 @@ from r1kernels.triton.common import (
     signature,
 )
 from r1kernels.triton.tables import SIZES, tuned
-from r1kernels.triton.token_stats_kernels import merge_kernel, segment_kernel
+from r1kernels.triton.token_stats_kernels import (
+    merge_kernel,
+    merge_more_kernel,
+    segment_kernel,
+    segment_more_kernel,
+)
 
 LAYOUTS = (ALIGNED.value, UNIT_STRIDE.value, STRIDED.value)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,14 +93,14 @@ def search_space(device: Device) -> list[Config]:
 
 def launch_segments(
     rows: Rows, token_ids: Tensor, mask: tuple[Tensor, int], temperatures: tuple[Tensor, int], temperature: float,
-    partials: Tensor, exact: bool = True,
+    partials: Tensor, exact: bool = True, of_segments: Any = segment_kernel,
 ) -> bool:
     """`segment_kernel` on all rows, and whether it was EXACT; token ids of -1 leave nothing out of the sums."""
     logits, device, segments = rows.data, device_of(rows.data), partials.shape[1]
     chosen = config((rows.count, rows.vocab), logits.dtype, device)
     exact = exact and logits.dtype == torch.float32
     launch(
-        segment_kernel, (rows.count * segments,), logits, *rows.arguments(), token_ids, *mask, *temperatures,
+        of_segments, (rows.count * segments,), logits, *rows.arguments(), token_ids, *mask, *temperatures,
         temperature, partials, rows.count, rows.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT,
         EXACT=exact, **chosen.constants(logits.dtype, device, rows.layout),
     )
@@ -106,19 +111,39 @@ def token_stats(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None = None,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _statistics(logits, token_ids, mask, temperature, temperatures, exact, None)
+
+
+def token_statistics(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+    exact: bool, wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All statistics together, whatever is wanted: the read of the logits takes the time."""
+    more = torch.empty((4, *logits.shape[:-1]), dtype=torch.float64, device=logits.device)
+    return *_statistics(logits, token_ids, mask, temperature, temperatures, exact, more), more
+
+
+def _statistics(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+    exact: bool, more: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, shape = rows_of(logits), logits.shape[:-1]
     logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(shape, dtype=torch.float64, device=logits.device)
     entropy = torch.empty(shape, dtype=torch.float64, device=logits.device)
     segments = triton.cdiv(rows.vocab, SEGMENT)
-    partials = torch.empty((4, segments, rows.count), dtype=torch.float32, device=logits.device)
+    planes, of_segments, merge = 4, segment_kernel, merge_kernel
+    if more is not None:
+        planes, of_segments, merge = 7, segment_more_kernel, merge_more_kernel
+    partials = torch.empty((planes, segments, rows.count), dtype=torch.float32, device=logits.device)
     masking = optional(mask, torch.bool, token_ids)
     tempering = optional(temperatures, torch.float32, token_ids)
     tokens = (token_ids, *masking, *tempering)
-    exact = launch_segments(rows, token_ids, masking, tempering, temperature, partials, exact)
+    exact = launch_segments(rows, token_ids, masking, tempering, temperature, partials, exact, of_segments)
+    results = (logprobs, lse, entropy, *(() if more is None else (more,)))
     launch(
-        merge_kernel, (triton.cdiv(rows.count, MERGE_ROWS),), logits, *rows.arguments(), *tokens, temperature, partials,
-        logprobs, lse, entropy, rows.count, rows.vocab, segments, int(exact), num_warps=MERGE_WARPS, BLOCK=MERGE_ROWS,
+        merge, (triton.cdiv(rows.count, MERGE_ROWS),), logits, *rows.arguments(), *tokens, temperature, partials,
+        *results, rows.count, rows.vocab, segments, int(exact), num_warps=MERGE_WARPS, BLOCK=MERGE_ROWS,
     )
     return logprobs, lse, entropy
 
@@ -132,18 +157,23 @@ def variants(device: Device) -> Iterator[Variant]:
     tokens = {"token_ids": "*i64", "mask": "*i1", "temperatures": "*fp32", "partials": "*fp32"}
     for dtype in DTYPES:
         exactness = (True, False) if dtype == torch.float32 else (False,)
-        for chosen, layout, exact in itertools.product(configs(dtype, device), LAYOUTS, exactness):
+        kernels = (segment_kernel, segment_more_kernel)
+        for of_segments, chosen, layout, exact in itertools.product(
+            kernels, configs(dtype, device), LAYOUTS, exactness
+        ):
             yield Variant(
-                segment_kernel,
-                signature(segment_kernel, logits=POINTERS[dtype], **tokens),
+                of_segments,
+                signature(of_segments, logits=POINTERS[dtype], **tokens),
                 {"SEGMENT": SEGMENT, "EXACT": exact, **chosen.constants(dtype, device, layout)},
                 {"num_warps": chosen.num_warps, "num_stages": 1},
                 ("wide_loads",) if layout == ALIGNED.value else (),
                 loop_of(chosen.unroll, dtype),
             )
-        yield Variant(
-            merge_kernel,
-            signature(merge_kernel, logits=POINTERS[dtype], logprobs="*fp32", lse="*fp64", entropy="*fp64", **tokens),
-            {"BLOCK": MERGE_ROWS},
-            {"num_warps": MERGE_WARPS, "num_stages": 1},
-        )
+        results = {"logprobs": "*fp32", "lse": "*fp64", "entropy": "*fp64", "more": "*fp64"}
+        for merge in (merge_kernel, merge_more_kernel):
+            yield Variant(
+                merge,
+                signature(merge, logits=POINTERS[dtype], **results, **tokens),
+                {"BLOCK": MERGE_ROWS},
+                {"num_warps": MERGE_WARPS, "num_stages": 1},
+            )

@@ -1,15 +1,17 @@
 r"""The gradient of token statistics with respect to the logits: one read and one write of V entries a row.
 
-    dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T,    g = dL/dlogprob,  eta = dL/dentropy
+    dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H) + 2 zeta p_j (p_j - S) + shift) / T,
+    g = dL/dlogprob,  eta = dL/dentropy,  zeta = dL/dS,  S = sum_j p_j^2
 
 Rows without a gradient are written without being read. The result may take the logits' own memory, also as narrower
-entries.
+entries. Calls with zeta or shift have kernels that are compiled with `MORE`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,13 +48,19 @@ from r1kernels.triton.token_stats_kernels import exp2_of_product, temperature_of
 
 
 @triton.jit
-def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+def tile_gradient(
+    x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, MORE: tl.constexpr
+):
     """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`.
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
+    With MORE, (2 zeta p_j (p_j - S) + shift) / T is added.
     """
-    c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap = numbers
+    (
+        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
+        sum_sq, shift,
+    ) = numbers
     if EXACT:
         lowest = anchor - 1000.0 / c  # as in `below`
         x = tl.where(x < lowest, lowest, x)
@@ -64,9 +72,13 @@ def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCA
     if ENTROPY:
         log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
         factor += minus_eta * log_p_plus_h
+    if MORE:
+        factor += two_zeta * (p - sum_sq)
     gradient = p * factor
     if EXACT:
         gradient += p * minus_g_rest
+    if MORE:
+        gradient += shift
     if SOFTCAP:
         tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
         gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))
@@ -77,7 +89,7 @@ def tile_gradient(x, numbers, EXACT: tl.constexpr, ENTROPY: tl.constexpr, SOFTCA
 def walk(
     start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES: tl.constexpr, UNROLL: tl.constexpr,
     VEC: tl.constexpr, LAYOUT: tl.constexpr, EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, MORE: tl.constexpr,
 ):
     """Writes the gradient of `size` entries; `own` is that of the entry `own_at`."""
     dtype: tl.constexpr = out_start.dtype.element_ty
@@ -90,7 +102,7 @@ def walk(
             x = widened(tl.load(word_entries(start, at, words)))
         else:
             x = tl.load(entries(start, at, cols, vocab_stride, LAYOUT)).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, MORE)
         if (own_at >= at) & (own_at < at + TILE):
             gradient = tl.where(is_entry(cols, own_at - at, VEC), own, gradient)
         if WHOLE_ROW:
@@ -99,17 +111,35 @@ def walk(
     if full < size:
         inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
         x = tl.load(entries(start, full, cols, vocab_stride, LAYOUT), mask=inside, other=0).to(tl.float32)
-        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP)
+        gradient = tile_gradient(x, numbers, EXACT, ENTROPY, SOFTCAP, MORE)
         if own_at >= full:
             gradient = tl.where(is_entry(cols, own_at - full, VEC), own, gradient)
         if LAYOUT == ALIGNED:
             few = tl.load(start + last, mask=last < size, other=0).to(tl.float32)
-            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP))
+            few = tl.where(last == own_at, own, tile_gradient(few, numbers, EXACT, ENTROPY, SOFTCAP, MORE))
         if WHOLE_ROW:
             tl.debug_barrier()
         tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), rounded(gradient, dtype), mask=inside)
         if LAYOUT == ALIGNED:
             tl.store(out_start + last, rounded(few, dtype), mask=last < size)
+
+
+@triton.jit
+def _write_zeros(
+    out_start, size, cols, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """The gradient of a row that has none."""
+    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
+    TILE: tl.constexpr = LANES * UNROLL
+    zeros = tl.zeros((UNROLL, LANES), out_start.dtype.element_ty)
+    full = size // TILE * TILE
+    for at in range(0, full, TILE):
+        tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
+    if full < size:
+        inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
+        tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
+        if LAYOUT == ALIGNED:
+            tl.store(out_start + last, tl.zeros((1, LANES), out_start.dtype.element_ty), mask=last < size)
 
 
 @triton.jit
@@ -122,13 +152,15 @@ def last_entries(size, full, cols, LANES: tl.constexpr, VEC: tl.constexpr, LAYOU
 
 
 @triton.jit
-def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap):
-    """(g (1 - p) - eta p (log p + H)) / T of the token itself, a scalar."""
+def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap, zeta, sum_sq, shift, MORE: tl.constexpr):
+    """(g (1 - p) - eta p (log p + H) + 2 zeta p (p - S) + shift) / T of the token itself, a scalar."""
     log_p = x.to(tl.float64) * inv_t - log_sum
     log_p = tl.where(log_p > 0, 0.0, log_p)  # rounding alone
     p = tl.exp(log_p)
     # g (1 - p) cancels as p goes to 1, -g expm1(log p) does not.
     gradient = -g * expm1(log_p.to(tl.float32), p.to(tl.float32)) - eta * tl.where(p == 0, 0.0, p * (log_p + h))
+    if MORE:
+        gradient += 2 * zeta * p * (p - sum_sq) + shift
     tanh = tl.maximum(x, LOWEST) * inv_softcap
     return (gradient * inv_t * ((1.0 - tanh) * (1.0 + tanh))).to(tl.float32)
 
@@ -137,10 +169,11 @@ def own_gradient(x, log_sum, h, inv_t, g, eta, inv_softcap):
 def gradient_kernel(
     logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, out,
     out_inner: tl.int64, out_outer_stride: tl.int64, out_inner_stride: tl.int64, token_ids, lse, entropy, grad_logprobs,
-    grad_entropy, with_entropy: tl.int64, temperatures, many: tl.int64, temperature: tl.float64,
-    inv_softcap: tl.float32, rows, moved: tl.int64, vocab: tl.int64, segments: tl.int64,
+    grad_entropy, with_entropy: tl.int64, sum_sq, grad_sum_sq, with_squares: tl.int64, shifts, with_shift: tl.int64,
+    temperatures, many: tl.int64, temperature: tl.float64, inv_softcap: tl.float32, rows, moved: tl.int64,
+    vocab: tl.int64, segments: tl.int64,
     SEGMENT: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr,
+    EXACT: tl.constexpr, WHOLE_ROW: tl.constexpr, MORE: tl.constexpr,
 ):
     """A segment of a row. `out` may be the logits' own memory: with entries of the same size a thread overwrites what
     it has read itself; narrower ones land on entries before them, so one program walks the WHOLE_ROW upwards."""
@@ -152,8 +185,6 @@ def gradient_kernel(
         n = tl.load(rows + r)
     out_row = out + row_offset(r, out_inner, out_outer_stride, out_inner_stride)
     row = logits + row_offset(n, inner, outer_stride, inner_stride)
-    OUT_LAYOUT: tl.constexpr = ALIGNED if LAYOUT == ALIGNED else UNIT_STRIDE
-    TILE: tl.constexpr = LANES * UNROLL
     cols = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     begin = segment * SEGMENT
     size = (vocab - begin).to(tl.int32)
@@ -165,16 +196,16 @@ def gradient_kernel(
     eta = g * 0
     if with_entropy != 0:
         eta = tl.load(grad_entropy + n)
-    if (g == 0) & (eta == 0):  # masked or clipped: the row is not read, so nothing in it can matter
-        zeros = tl.zeros((UNROLL, LANES), out.dtype.element_ty)
-        full = size // TILE * TILE
-        for at in range(0, full, TILE):
-            tl.store(entries(out_start, at, cols, 1, OUT_LAYOUT), zeros)
-        if full < size:
-            inside, last = last_entries(size, full, cols, LANES, VEC, LAYOUT)
-            tl.store(entries(out_start, full, cols, 1, OUT_LAYOUT), zeros, mask=inside)
-            if LAYOUT == ALIGNED:
-                tl.store(out_start + last, tl.zeros((1, LANES), out.dtype.element_ty), mask=last < size)
+    nothing = (g == 0) & (eta == 0)
+    zeta, shift = g * 0, g * 0
+    if MORE:
+        if with_squares != 0:
+            zeta = tl.load(grad_sum_sq + n)
+        if with_shift != 0:
+            shift = tl.load(shifts + n)
+        nothing = nothing & (zeta == 0) & (shift == 0)
+    if nothing:  # masked or clipped: the row is not read, so nothing in it can matter
+        _write_zeros(out_start, size, cols, LANES, UNROLL, VEC, LAYOUT)
         return
 
     target = tl.minimum(tl.maximum(tl.load(token_ids + n), 0), vocab - 1)  # the forward looked: nothing outside is read
@@ -192,28 +223,39 @@ def gradient_kernel(
     minus_g_rest = (-g * inv_t - minus_g).to(tl.float32)
     minus_eta = (-eta * inv_t).to(tl.float32)
     slope = inv_t.to(tl.float32)
+    s = inv_t  # of any value where zeta is 0
+    if MORE:
+        if with_squares != 0:
+            s = tl.load(sum_sq + n)
     own = own_gradient(
-        tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap
+        tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap, zeta, s, shift,
+        MORE,
     )
     own_at = tl.where((target >= begin) & (target < begin + size), target - begin, -1).to(tl.int32)
     tl.debug_barrier()  # every thread has read the token's logit
     numbers = (
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+        (2 * zeta * inv_t).to(tl.float32), s.to(tl.float32), (shift * inv_t).to(tl.float32),
     )
     if inv_softcap != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, True,
+            WHOLE_ROW, True, True, MORE,
+        )
+    elif MORE:
+        walk(
+            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
+            WHOLE_ROW, True, False, True,
         )
     elif eta != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, False,
+            WHOLE_ROW, True, False, False,
         )
     else:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, False, False,
+            WHOLE_ROW, False, False, False,
         )
 
 
@@ -222,18 +264,19 @@ def gradient_kernel(
 
 def token_stats_backward(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, temperature: float,
+    grad_entropy: Tensor | None, temperature: float, sum_sq: Tensor | None = None, grad_sum_sq: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    slopes = (grad_logprobs, grad_entropy)
-    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, *slopes, temperature, None, 0.0, None)
+    slopes = _Slopes(grad_logprobs, grad_entropy, sum_sq, grad_sum_sq, shift)
+    _gradient(rows_of(logits), rows_of(out), token_ids, lse, entropy, slopes, temperature, None, 0.0, None)
     return out
 
 
 def token_stats_backward_out(
     logits: Tensor, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
-    out: Tensor,
+    out: Tensor, sum_sq: Tensor | None = None, grad_sum_sq: Tensor | None = None, shift: Tensor | None = None,
 ) -> None:
     source, target = rows_of(logits), rows_of(out)
     if target.vocab_stride != 1:
@@ -243,20 +286,35 @@ def token_stats_backward_out(
         raise ValueError("rows was given with an out in the memory of logits, expected memory of its own")
     if rows is not None:
         target = target._replace(count=len(rows))
-    _gradient(
-        source, target, token_ids, lse, entropy, grad_logprobs, grad_entropy, temperature, temperatures, softcap, rows
-    )
+    slopes = _Slopes(grad_logprobs, grad_entropy, sum_sq, grad_sum_sq, shift)
+    _gradient(source, target, token_ids, lse, entropy, slopes, temperature, temperatures, softcap, rows)
+
+
+class _Slopes(NamedTuple):
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    sum_sq: Tensor | None
+    grad_sum_sq: Tensor | None
+    shift: Tensor | None
+
+    def arguments(self, token_ids: Tensor) -> tuple[Any, ...]:
+        g, eta, sum_sq, zeta, shift = self
+        if g is None:
+            g = torch.zeros_like(next(slope for slope in (eta, zeta, shift) if slope is not None))
+        squares = optional(None if zeta is None else sum_sq, torch.float64, token_ids)
+        return (
+            g, *optional(eta, torch.float32, token_ids), squares[0], *optional(zeta, torch.float32, token_ids),
+            *optional(shift, torch.float32, token_ids),
+        )
 
 
 def _gradient(
-    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, rows: Tensor | None,
+    source: Rows, target: Rows, token_ids: Tensor, lse: Tensor, entropy: Tensor, slopes: _Slopes, temperature: float,
+    temperatures: Tensor | None, softcap: float, rows: Tensor | None,
 ) -> None:
     logits, out = source.data, target.data
     device = device_of(logits)
     chosen = config((target.count, source.vocab), logits.dtype, device)
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(grad_entropy)
     whole = out.dtype.itemsize < logits.dtype.itemsize
     if whole and source.vocab >= 2**31:
         raise ValueError(f"logits has {source.vocab} entries a row, expected fewer than 2^31 for a narrower out")
@@ -266,31 +324,33 @@ def _gradient(
     segments = 1 if whole else triton.cdiv(source.vocab, SEGMENT)
     launch(
         gradient_kernel, (target.count * segments,), logits, *source.arguments(), out, target.inner,
-        target.outer_stride, target.inner_stride, token_ids, lse, entropy, grad_logprobs,
-        *optional(grad_entropy, torch.float32, token_ids), *optional(temperatures, torch.float32, token_ids),
-        temperature, 1 / softcap if softcap > 0 else 0.0, *optional(rows, torch.int64, token_ids), source.vocab,
-        segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT, EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
+        target.outer_stride, target.inner_stride, token_ids, lse, entropy, *slopes.arguments(token_ids),
+        *optional(temperatures, torch.float32, token_ids), temperature, 1 / softcap if softcap > 0 else 0.0,
+        *optional(rows, torch.int64, token_ids), source.vocab, segments, num_warps=chosen.num_warps, SEGMENT=SEGMENT,
+        EXACT=out.dtype == torch.float32, WHOLE_ROW=whole,
+        MORE=slopes.grad_sum_sq is not None or slopes.shift is not None,
         **chosen.gradient_constants(logits.dtype, device, layout),
     )
 
 
 def variants(device: Device) -> Iterator[Variant]:
-    """Every compilation that a launch above can ask for."""
+    """Every compilation that the launch above can ask for."""
     for dtype in DTYPES:
         for chosen in configs(dtype, device):
             options = {"num_warps": chosen.num_warps, "num_stages": 1}
             narrower = DTYPES if dtype == torch.float32 else (dtype,)
-            for narrow, layout in itertools.product(narrower, LAYOUTS):
+            for narrow, layout, more in itertools.product(narrower, LAYOUTS, (False, True)):
                 constants = chosen.gradient_constants(dtype, device, layout)
                 yield Variant(
                     gradient_kernel,
                     signature(
                         gradient_kernel, logits=POINTERS[dtype], out=POINTERS[narrow], token_ids="*i64", lse="*fp64",
-                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", temperatures="*fp32", rows="*i64",
+                        entropy="*fp64", grad_logprobs="*fp32", grad_entropy="*fp32", sum_sq="*fp64",
+                        grad_sum_sq="*fp32", shifts="*fp32", temperatures="*fp32", rows="*i64",
                     ),
                     {
                         "SEGMENT": SEGMENT, "EXACT": narrow == torch.float32,
-                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, **constants,
+                        "WHOLE_ROW": narrow.itemsize < dtype.itemsize, "MORE": more, **constants,
                     },
                     options,
                     ("wide_loads", "wide_stores") if layout == ALIGNED.value else (),

@@ -1,7 +1,7 @@
-"""Kernels of the token statistics: a segment of a row to four float32 numbers, and the merge of a row's segments.
+"""Kernels of the token statistics: a segment of a row to some float32 numbers, and the merge of a row's segments.
 
-A thread keeps the sums of the entries that it reads: `VEC` neighbours, 16 bytes, of each of `UNROLL` vectors of a tile.
-Which entries these are, and the order of the sums, depend on the tile alone, not on how the row lies in memory.
+A thread keeps the sums of the entries that it reads (`token_stats_tiles`). Their order depends on the tile alone, not
+on how the row lies in memory.
 """
 
 from __future__ import annotations
@@ -10,145 +10,18 @@ import triton
 import triton.language as tl
 
 from r1kernels.triton.common import (
-    ALIGNED,
     LN2,
     LOG2E,
     LOWEST,
-    UNIT_STRIDE,
     checking_kernel,
     difference_error,
-    entries,
     fma,
     kernel,
     product_error,
     row_offset,
     wide,
-    widened,
-    word_entries,
 )
-
-# ---- the entries of a tile (THREADS, VEC * UNROLL) ---------------------------------------------------------
-#
-# Shapes decide which thread has which entry. Loads are of (THREADS, VEC) in vectors, or of (THREADS,): the compiler
-# can only give a row of either to one thread, and joins of tensors stay in a thread.
-
-
-@triton.jit
-def columns(THREADS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr):
-    """Where the entries of a tile are, seen from its first: vector u of a thread is THREADS * VEC after u - 1."""
-    entry = tl.arange(0, VEC * UNROLL)[None, :]
-    first = tl.arange(0, THREADS)[:, None] * VEC
-    return first + entry // UNROLL + entry % UNROLL * (THREADS * VEC)
-
-
-@triton.jit
-def _joined(a, b, c, d, UNROLL: tl.constexpr):
-    """The entries of up to four vectors, those of one place in the vectors next to each other."""
-    if UNROLL == 4:
-        x = tl.join(tl.join(a, c), tl.join(b, d))
-    elif UNROLL == 2:
-        x = tl.join(a, b)
-    else:
-        x = a
-    return tl.reshape(x, (a.shape[0], a.shape[1] * UNROLL))
-
-
-@triton.jit
-def _vectors(start, at, left, THREADS: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
-    """float32 of a vector for each thread; with MASKED -inf beyond `left` entries, which are whole vectors."""
-    first = tl.arange(0, THREADS)[:, None] * VEC
-    if start.dtype.element_ty == tl.bfloat16:
-        pointers = word_entries(start, at, first // 2 + tl.arange(0, VEC // 2)[None, :])
-        if MASKED:
-            words = tl.load(pointers, mask=first < left, other=-8323200)  # 0xff80 twice: -inf
-        else:
-            words = tl.load(pointers)
-        x = widened(words)
-    else:
-        pointers = entries(start, at, first + tl.arange(0, VEC)[None, :], 1, ALIGNED)
-        if MASKED:
-            x = tl.load(pointers, mask=first < left, other=float("-inf")).to(tl.float32)
-        else:
-            x = tl.load(pointers).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _single(
-    start, at, k: tl.constexpr, stride, left, THREADS: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Entry k of each thread's vector."""
-    entry = tl.arange(0, THREADS) * VEC + k
-    if UNIT:
-        pointers = start + at + entry
-    else:
-        pointers = start + (at + tl.arange(0, THREADS) * VEC).to(tl.int64) * stride + k * stride
-    if MASKED:
-        return tl.load(pointers, mask=entry < left, other=float("-inf")).to(tl.float32)
-    else:
-        return tl.load(pointers).to(tl.float32)
-
-
-@triton.jit
-def _singles(
-    start, at, stride, left, THREADS: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr
-):
-    """The same entries as `_vectors`, one by one."""
-    even = tl.join(
-        _single(start, at, 0, stride, left, THREADS, VEC, UNIT, MASKED),
-        _single(start, at, VEC // 2, stride, left, THREADS, VEC, UNIT, MASKED),
-    )
-    odd = tl.join(
-        _single(start, at, 1, stride, left, THREADS, VEC, UNIT, MASKED),
-        _single(start, at, VEC // 2 + 1, stride, left, THREADS, VEC, UNIT, MASKED),
-    )
-    if VEC == 8:
-        even = tl.join(even, tl.join(
-            _single(start, at, 2, stride, left, THREADS, VEC, UNIT, MASKED),
-            _single(start, at, 6, stride, left, THREADS, VEC, UNIT, MASKED),
-        ))
-        odd = tl.join(odd, tl.join(
-            _single(start, at, 3, stride, left, THREADS, VEC, UNIT, MASKED),
-            _single(start, at, 7, stride, left, THREADS, VEC, UNIT, MASKED),
-        ))
-    return tl.reshape(tl.join(even, odd), (THREADS, VEC))
-
-
-@triton.jit
-def _part(
-    start, at, stride, left, THREADS: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, MASKED: tl.constexpr
-):
-    """A vector of each thread from entry `at` on; with MASKED `left` entries of the row are from there on."""
-    if LAYOUT == ALIGNED:
-        if MASKED:
-            if left % VEC == 0:
-                x = _vectors(start, at, left, THREADS, VEC, MASKED)
-            else:
-                x = _singles(start, at, stride, left, THREADS, VEC, True, MASKED)
-        else:
-            x = _vectors(start, at, left, THREADS, VEC, MASKED)
-    else:
-        x = _singles(start, at, stride, left, THREADS, VEC, LAYOUT == UNIT_STRIDE, MASKED)
-    return x
-
-
-@triton.jit
-def load_tile(
-    start, at, stride, left, THREADS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """float32 of the entries from `at` on, a multiple of VEC; with MASKED only `left` are there, and -inf beyond."""
-    STEP: tl.constexpr = THREADS * VEC
-    a = _part(start, at, stride, left, THREADS, VEC, LAYOUT, MASKED)
-    b, c, d = a, a, a
-    if UNROLL >= 2:
-        b = _part(start, at + STEP, stride, left - STEP, THREADS, VEC, LAYOUT, MASKED)
-    if UNROLL == 4:
-        c = _part(start, at + 2 * STEP, stride, left - 2 * STEP, THREADS, VEC, LAYOUT, MASKED)
-        d = _part(start, at + 3 * STEP, stride, left - 3 * STEP, THREADS, VEC, LAYOUT, MASKED)
-    return _joined(a, b, c, d, UNROLL)
-
+from r1kernels.triton.token_stats_tiles import columns, load_tile
 
 # ---- a thread's sums ---------------------------------------------------------------------------------------
 
@@ -184,6 +57,35 @@ def reference_of(top, c):
     product = top * c
     near = tl.abs(product) < FAR_EXPONENT
     return tl.where(near, 0.0, top), tl.where(near, product, 0.0)
+
+
+@triton.jit
+def raised_squares(top, new_top, squares, count, c, c_rest, EXACT: tl.constexpr):
+    """The sum of squares (`add_squares`) relative to a maximum that is no less; called before `raised`."""
+    if EXACT:
+        _, factor = below(top, new_top, c, c_rest)
+        squares = factor * factor * tl.where(new_top > top, squares + count, squares)
+    else:
+        base, r = reference_of(top, c)
+        new_base, new_r = reference_of(new_top, c)
+        factor = tl.exp2(fma(base - new_base, c, r - new_r))
+        squares = factor * factor * squares
+    return squares
+
+
+@triton.jit
+def add_squares(x, top, squares, count, c, c_rest, EXACT: tl.constexpr):
+    """Adds the squares of the powers that `add_tile` adds to `rest`, and is called before it."""
+    new_top = tl.maximum(top, tl.max(x, 1))
+    squares = raised_squares(top, new_top, squares, count, c, c_rest, EXACT)
+    at = new_top[:, None]
+    if EXACT:
+        d, e = below(x, at, c, c_rest)
+        e = tl.where(d == 0, 0.0, e)
+    else:
+        base, r = reference_of(new_top, c)
+        e = tl.exp2(fma(x - base[:, None], c, -r[:, None]))
+    return squares + tl.sum(e * e, 1)
 
 
 @triton.jit
@@ -243,6 +145,75 @@ def temperature_of(temperature, temperatures, many, n):
     return t
 
 
+@triton.jit
+def _walk_segment(
+    row, vocab_stride, target, t, partials, n, segment, count, vocab, segments,
+    SEGMENT: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    EXACT: tl.constexpr, MORE: tl.constexpr,
+):
+    """The planes of partials of one segment of a row whose token has the id `target`."""
+    scale = 1 / t * LOG2E
+    c = scale.to(tl.float32)
+    c_rest = (scale - c).to(tl.float32)
+    TILE: tl.constexpr = THREADS * UNROLL * VEC
+    cols = columns(THREADS, UNROLL, VEC)
+    top = tl.full((THREADS,), LOWEST, tl.float32)
+    rest = tl.zeros((THREADS,), tl.float32)
+    weighted = tl.zeros((THREADS,), tl.float32)
+    maxima = tl.zeros((THREADS,), tl.float32)
+    if MORE:
+        squares = tl.zeros((THREADS,), tl.float32)
+        total = tl.zeros((THREADS,), tl.float32)
+
+    begin = segment * SEGMENT
+    size = tl.minimum(vocab - begin, SEGMENT).to(tl.int32)
+    target -= begin
+    own = tl.where((target >= 0) & (target < size), target, -1).to(tl.int32)
+    start = row + begin * vocab_stride
+    full = size // TILE * TILE
+    for at in range(0, full, TILE):
+        x = load_tile(start, at, vocab_stride, 0, THREADS, UNROLL, VEC, LAYOUT, False)
+        if MORE:
+            total += tl.sum(x, 1)
+        if (own >= at) & (own < at + TILE):
+            x = tl.where(cols == own - at, float("-inf"), x)
+        if MORE:
+            squares = add_squares(x, top, squares, maxima, c, c_rest, EXACT)
+        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, c_rest, EXACT)
+    if full < size:
+        x = load_tile(start, full, vocab_stride, size - full, THREADS, UNROLL, VEC, LAYOUT, True)
+        if MORE:
+            total += tl.sum(tl.where(cols < size - full, x, 0.0), 1)
+        if own >= full:
+            x = tl.where(cols == own - full, float("-inf"), x)
+        if MORE:
+            squares = add_squares(x, top, squares, maxima, c, c_rest, EXACT)
+        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, c_rest, EXACT)
+
+    highest = tl.max(top, 0)
+    if MORE:
+        squares = raised_squares(top, highest, squares, maxima, c, c_rest, EXACT)
+    rest, weighted, maxima = raised(top, highest, rest, weighted, maxima, c, c_rest, EXACT)
+    out = partials + segment * count + n
+    plane = segments * count
+    tl.store(out, highest)
+    tl.store(out + plane, tl.sum(rest, 0))
+    tl.store(out + 2 * plane, tl.sum(weighted, 0))
+    tl.store(out + 3 * plane, tl.sum(maxima, 0))
+    if MORE:
+        known = (target + begin >= 0) & (target + begin < vocab)
+        x = tl.load(row + (target + begin) * vocab_stride, mask=known, other=0).to(tl.float32)
+        ahead = ((highest > x) | ((highest == x) & (target >= size))).to(tl.float32)
+        if (own >= 0) & (highest == x):  # of equal logits, the first one is the largest
+            for at in range(0, own, TILE):
+                tile = load_tile(start, at, vocab_stride, size - at, THREADS, UNROLL, VEC, LAYOUT, True)
+                equal = ((tile == x) & (cols < own - at)).to(tl.float32)
+                ahead = tl.maximum(ahead, tl.max(tl.max(equal, 1), 0))
+        tl.store(out + 4 * plane, tl.sum(squares, 0))
+        tl.store(out + 5 * plane, tl.sum(total, 0))
+        tl.store(out + 6 * plane, ahead)
+
+
 @kernel
 def segment_kernel(
     logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, token_ids, mask,
@@ -259,41 +230,35 @@ def segment_kernel(
         if not tl.load(mask + n):
             return
     row = logits + row_offset(n, inner, outer_stride, inner_stride)
-    scale = 1 / temperature_of(temperature, temperatures, many, n) * LOG2E
-    c = scale.to(tl.float32)
-    c_rest = (scale - c).to(tl.float32)
-    TILE: tl.constexpr = THREADS * UNROLL * VEC
-    cols = columns(THREADS, UNROLL, VEC)
-    top = tl.full((THREADS,), LOWEST, tl.float32)
-    rest = tl.zeros((THREADS,), tl.float32)
-    weighted = tl.zeros((THREADS,), tl.float32)
-    maxima = tl.zeros((THREADS,), tl.float32)
+    t = temperature_of(temperature, temperatures, many, n)
+    _walk_segment(
+        row, vocab_stride, tl.load(token_ids + n), t, partials, n, segment, count, vocab, segments, SEGMENT, THREADS,
+        UNROLL, VEC, LAYOUT, EXACT, False,
+    )
 
-    begin = segment * SEGMENT
-    size = tl.minimum(vocab - begin, SEGMENT).to(tl.int32)
-    target = tl.load(token_ids + n) - begin
-    own = tl.where((target >= 0) & (target < size), target, -1).to(tl.int32)
-    start = row + begin * vocab_stride
-    full = size // TILE * TILE
-    for at in range(0, full, TILE):
-        x = load_tile(start, at, vocab_stride, 0, THREADS, UNROLL, VEC, LAYOUT, False)
-        if (own >= at) & (own < at + TILE):
-            x = tl.where(cols == own - at, float("-inf"), x)
-        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, c_rest, EXACT)
-    if full < size:
-        x = load_tile(start, full, vocab_stride, size - full, THREADS, UNROLL, VEC, LAYOUT, True)
-        if own >= full:
-            x = tl.where(cols == own - full, float("-inf"), x)
-        top, rest, weighted, maxima = add_tile(x, top, rest, weighted, maxima, c, c_rest, EXACT)
 
-    highest = tl.max(top, 0)
-    rest, weighted, maxima = raised(top, highest, rest, weighted, maxima, c, c_rest, EXACT)
-    out = partials + segment * count + n
-    plane = segments * count
-    tl.store(out, highest)
-    tl.store(out + plane, tl.sum(rest, 0))
-    tl.store(out + 2 * plane, tl.sum(weighted, 0))
-    tl.store(out + 3 * plane, tl.sum(maxima, 0))
+@kernel
+def segment_more_kernel(
+    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, token_ids, mask,
+    masked: tl.int64, temperatures, many: tl.int64, temperature: tl.float64, partials, count: tl.int64, vocab: tl.int64,
+    segments: tl.int64,
+    SEGMENT: tl.constexpr, THREADS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """partials (7, segments, N): those of `segment_kernel`, the sum of squares (`add_squares`), the sum of x with the
+    token's, and 1 if another entry is larger than the token's, or equal and before it, else 0."""
+    pid = tl.program_id(0)
+    n = (pid // segments).to(tl.int64)
+    segment = (pid % segments).to(tl.int64)
+    if masked != 0:
+        if not tl.load(mask + n):
+            return
+    row = logits + row_offset(n, inner, outer_stride, inner_stride)
+    t = temperature_of(temperature, temperatures, many, n)
+    _walk_segment(
+        row, vocab_stride, tl.load(token_ids + n), t, partials, n, segment, count, vocab, segments, SEGMENT, THREADS,
+        UNROLL, VEC, LAYOUT, EXACT, True,
+    )
 
 
 # ---- the row as a whole, in float64 ------------------------------------------------------------------------
@@ -348,14 +313,45 @@ def row_statistics(partials, x, n, counts, count, segments, t, exact):
     return logprob, lse, log_total - mean * octaves * LN2
 
 
-@checking_kernel
-def merge_kernel(
-    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, token_ids, mask,
-    masked: tl.int64, temperatures, many: tl.int64, temperature: tl.float64, partials, logprobs, lse, entropy,
-    count: tl.int64, vocab: tl.int64, segments: tl.int64, exact: tl.int64, BLOCK: tl.constexpr,
+@triton.jit
+def row_more(partials, x, n, counts, count, segments, vocab, t, exact):
+    """The sum of p^2, the mean of z, the largest z, and whether it is that of the first entry with this logit x, of
+    rows n, from the partials of `segment_more_kernel`. The other arguments are those of `row_statistics`."""
+    exact = exact != 0
+    scale = 1 / t * LOG2E
+    c = scale.to(tl.float32)
+    scale = tl.where(exact, scale, c.to(tl.float64))
+    octaves = tl.where(exact, scale, 1.0)
+    own = tl.where(exact, x, x * scale)
+
+    plane = segments * count
+    top, largest = own, x
+    for s in range(0, segments):
+        highest = tl.load(partials + s * count + n, mask=counts, other=0)
+        top = tl.maximum(top, _segment_reference(highest, c, exact))
+        # The maxima of threads begin with the lowest finite number.
+        largest = tl.maximum(largest, tl.where(highest == LOWEST, float("-inf"), highest).to(tl.float64))
+    e = tl.exp2((own - top) * octaves)
+    total, squares = e, e * e
+    sum_x = tl.zeros_like(x)
+    ahead = tl.zeros_like(x)
+    for s in range(0, segments):
+        at = partials + s * count + n
+        factor = tl.exp2((_segment_reference(tl.load(at, mask=counts, other=0), c, exact) - top) * octaves)
+        maxima = tl.load(at + 3 * plane, mask=counts, other=0).to(tl.float64)
+        total += factor * (tl.load(at + plane, mask=counts, other=0).to(tl.float64) + maxima)
+        squares += factor * factor * (tl.load(at + 4 * plane, mask=counts, other=0).to(tl.float64) + maxima)
+        sum_x += tl.load(at + 5 * plane, mask=counts, other=0).to(tl.float64)
+        ahead = tl.maximum(ahead, tl.load(at + 6 * plane, mask=counts, other=0).to(tl.float64))
+    return squares / (total * total), sum_x / vocab / t, largest / t, ahead == 0
+
+
+@triton.jit
+def _tokens(
+    logits, inner, outer_stride, inner_stride, vocab_stride, token_ids, mask, masked, temperatures, many, temperature,
+    n, count, vocab, BLOCK: tl.constexpr,
 ):
-    """The segments of BLOCK rows and their tokens' own logits -> log-prob, log-sum-exp, entropy."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Of rows n: which ones count, their temperatures, and the logits of their tokens, in float64."""
     counts = n < count
     if masked != 0:
         counts = counts & tl.load(mask + n, mask=counts, other=0).to(tl.int1)
@@ -367,8 +363,48 @@ def merge_kernel(
         t = t * tl.load(temperatures + n, mask=counts, other=1).to(tl.float64)
     own = row_offset(n, inner, outer_stride, inner_stride) + target * vocab_stride
     x = tl.load(logits + own, mask=counts & known, other=0).to(tl.float64)
+    return counts, t, x
+
+
+@checking_kernel
+def merge_kernel(
+    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, token_ids, mask,
+    masked: tl.int64, temperatures, many: tl.int64, temperature: tl.float64, partials, logprobs, lse, entropy,
+    count: tl.int64, vocab: tl.int64, segments: tl.int64, exact: tl.int64, BLOCK: tl.constexpr,
+):
+    """The segments of BLOCK rows and their tokens' own logits -> log-prob, log-sum-exp, entropy."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    counts, t, x = _tokens(
+        logits, inner, outer_stride, inner_stride, vocab_stride, token_ids, mask, masked, temperatures, many,
+        temperature, n, count, vocab, BLOCK,
+    )
     of_token, of_row, h = row_statistics(partials, x, n, counts, count, segments, t, exact)
     keep = n < count
     tl.store(logprobs + n, tl.where(counts, of_token, 0.0).to(tl.float32), mask=keep)
     tl.store(lse + n, tl.where(counts, of_row, 0.0), mask=keep)
     tl.store(entropy + n, tl.where(counts, h, 0.0), mask=keep)
+
+
+@checking_kernel
+def merge_more_kernel(
+    logits, inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, vocab_stride: tl.int64, token_ids, mask,
+    masked: tl.int64, temperatures, many: tl.int64, temperature: tl.float64, partials, logprobs, lse, entropy, more,
+    count: tl.int64, vocab: tl.int64, segments: tl.int64, exact: tl.int64, BLOCK: tl.constexpr,
+):
+    """`merge_kernel`, and more (4, N): the results of `row_more`."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    counts, t, x = _tokens(
+        logits, inner, outer_stride, inner_stride, vocab_stride, token_ids, mask, masked, temperatures, many,
+        temperature, n, count, vocab, BLOCK,
+    )
+    of_token, of_row, h = row_statistics(partials, x, n, counts, count, segments, t, exact)
+    keep = n < count
+    tl.store(logprobs + n, tl.where(counts, of_token, 0.0).to(tl.float32), mask=keep)
+    tl.store(lse + n, tl.where(counts, of_row, 0.0), mask=keep)
+    tl.store(entropy + n, tl.where(counts, h, 0.0), mask=keep)
+    sum_sq, mean, largest, is_first = row_more(partials, x, n, counts, count, segments, vocab, t, exact)
+    is_top1 = (is_first & (of_token == of_token)).to(tl.float64)
+    tl.store(more + n, tl.where(counts, sum_sq, 0.0), mask=keep)
+    tl.store(more + count + n, tl.where(counts, mean, 0.0), mask=keep)
+    tl.store(more + 2 * count + n, tl.where(counts, largest, 0.0), mask=keep)
+    tl.store(more + 3 * count + n, tl.where(counts, is_top1, 0.0), mask=keep)

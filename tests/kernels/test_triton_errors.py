@@ -44,6 +44,7 @@ OF_IDS: dict[str, Callable[[Tensor, Tensor | None], object]] = {
         LOGITS.transpose(0, 2).contiguous().transpose(0, 2), ids, mask
     ),
     "token_logprobs, bfloat16": lambda ids, mask: r1kernels.ops.token_stats.token_stats(LOGITS.bfloat16(), ids, mask),
+    "token_statistics": lambda ids, mask: torch.ops.r1kernels.token_statistics(LOGITS, ids, mask, 1.0, None, True, 7),
     "grpo_loss": lambda ids, mask: r1kernels.grpo_loss(LOGITS, ids, torch.ones(2), mask=mask),
     "linear_statistics": lambda ids, mask: torch.ops.r1kernels.linear_statistics(
         HIDDEN.flatten(0, 1), WEIGHT, None, ids.flatten(), None if mask is None else mask.flatten(), 1.0, None, 1.0,

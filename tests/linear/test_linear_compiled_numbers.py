@@ -15,6 +15,7 @@ from r1kernels import (
     linear_cross_entropy,
     linear_distillation_loss,
     linear_grpo_loss,
+    linear_multi_target,
     linear_token_logprobs,
     objectives,
     testing,
@@ -49,6 +50,10 @@ LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logprobs": lambda hidden, number: linear_token_logprobs(hidden, WEIGHT, IDS, **numbers(number)).square().sum(),
     "cross_entropy": lambda hidden, number: linear_cross_entropy(
         hidden, WEIGHT, IDS, **numbers(number), normalizer=number),
+    "cross_entropy with other terms": lambda hidden, number: linear_cross_entropy(
+        hidden, WEIGHT, IDS, **numbers(number), z_loss_coef=number / 9, label_smoothing=number / 8),
+    "multi_target": lambda hidden, number: linear_multi_target(
+        hidden, WEIGHT, IDS[None], **numbers(number), normalizer=number, z_loss_coef=number / 9).sum(),
     "grpo": lambda hidden, number: of_grpo(hidden, number, objectives.grpo(
         clip_low=number / 9, clip_high=number / 8, ratio_cap=1 + number, kl_coef=number / 7, entropy_coef=number / 6)),
     "gspo": lambda hidden, number: of_grpo(hidden, number, objectives.gspo(clip_low=number / 9, clip_high=number / 8)),

@@ -198,6 +198,16 @@ DISAGREEMENTS = {
     "refused": [("rank 1 of process_group raised an error", ""), ("softcap is -1.0", "expected")],
     "width": [("rank 1 of process_group raised an error", ""), ("expected the same H", "(400, 23)")],
     "id out of range": [("is 1000, expected an id in [0, 1000)", "")] * 2,
+    "selected ids of hidden": [("the checksum of selected ids is", "on rank 1"),
+                               ("the checksum of selected ids is", "on rank 0")],
+    "selected ids of logits": [("the checksum of the token ids is", "on rank 1"),
+                               ("the checksum of the token ids is", "on rank 0")],
+    "fields of hidden": [("linear_token_statistics of ('lse',)", "different on rank 1"),
+                         ("linear_token_statistics of ('lse', 'entropy')", "different on rank 0")],
+    "fields of logits": [("another option is (('lse',)", "different on rank 1"),
+                         ("another option is (('lse', 'entropy')", "different on rank 0")],
+    "refused fields of hidden": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
+    "refused fields of logits": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
 }
 
 

@@ -55,6 +55,8 @@ def of_distillation(logits: Tensor, number: float, **teacher: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "cross entropy with other terms": lambda logits, number: cross_entropy(
+        logits, IDS, temperature=number, z_loss_coef=number / 9, label_smoothing=number / 8),
     "policy": lambda logits, number: of_policy(logits, number, objective=clip(number)),
     "policy, sapo": lambda logits, number: of_policy(logits, number, objective=sapo(number)),
     "policy, cispo": lambda logits, number: of_policy(logits, number, objective=objectives.cispo(clip_high=number)),

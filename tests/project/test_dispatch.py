@@ -84,13 +84,14 @@ CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
         ("the reference serves", (ROW.double(), objectives.grpo()), "autograd"),
     ],
     "linear_statistics": [
-        ("", (HIDDEN, head(WEIGHT)), "fused"),
-        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float())), "chunks"),
-        ("differ in dtype", (HIDDEN, head(WEIGHT.float())), "chunks"),
-        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF)), "chunks"),
-        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT)), "chunks"),
-        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t())), "chunks"),
-        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0])), "chunks"),
+        ("", (HIDDEN, head(WEIGHT), False), "fused"),
+        ("more statistics are wanted", (HIDDEN, head(WEIGHT), True), "chunks"),
+        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), False), "chunks"),
+        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), False), "chunks"),
+        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), False), "chunks"),
+        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), False), "chunks"),
+        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), False), "chunks"),
+        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), False), "chunks"),
     ],
     "product": [
         ("", (CPU, HALF, SINGLE, KEEPS), "native"),
@@ -108,8 +109,9 @@ CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
         ("not contiguous or not aligned", (ROW[:4], ROW[1:5]), "torch"),
     ],
     "launch": [
-        ("", ("token_stats", OnGpu()), "cuda"),
-        ("there is no CUDA kernel", ("divergence", OnGpu()), "triton"),
+        ("", ("token_stats", OnGpu(), False), "cuda"),
+        ("there is no CUDA kernel", ("divergence", OnGpu(), False), "triton"),
+        ("no CUDA kernel takes all arguments", ("token_stats_backward", OnGpu(), True), "triton"),
     ],
 }
 

@@ -122,19 +122,28 @@ def exact(case: dict[str, Any], g: Tensor | None = None, eta: Tensor | None = No
     """Statistics, and the gradients for dL/dlogprob = g and dL/dentropy = eta, both (...), 0 unless given."""
     shape = case["token_ids"].shape
     ids = case["token_ids"].reshape(-1)
-    _, v, z = logits(case)
+    _, _, z = logits(case)
     stats = testing.token_stats(z, ids)
     zero = torch.zeros(ids.shape, dtype=torch.float64)
     g, eta = (zero if value is None else value.detach().double().reshape(-1) for value in (g, eta))
     grad_z = testing.token_stats_gradient(z, ids, g, eta).value
+    # A gradient of logits is itself a difference: g (1[j = y] - p_j) and the entropy's terms.
+    p = stats.log_p.exp()
+    rough = (g.abs()[:, None] + eta.abs()[:, None] * (1 + stats.entropy[:, None] + stats.log_p.abs())) * p
+    rough = rough + g.abs()[:, None] * torch.nn.functional.one_hot(ids, p.shape[-1])
+    return Exact(stats.logprobs.reshape(shape), stats.entropy.reshape(shape), *products(case, grad_z, rough))
+
+
+def products(case: dict[str, Any], grad_z: Tensor, rough: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`Exact.grads` and `Exact.terms` from the gradient of z (N, V), and the sums of its terms' absolute values."""
+    _, v, _ = logits(case)
     slope = case.get("logit_scale", 1.0) / _temperatures(case)
     if case.get("softcap") is not None:
         slope = slope * (1 - (v / case["softcap"]) ** 2)
-    grad_x = grad_z * slope
     hidden = case["hidden"].detach().double().reshape(-1, case["hidden"].shape[-1])
     weight = case["weight"].detach().double()
 
-    def products(d: Tensor, h: Tensor, w: Tensor, lora: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    def of(d: Tensor, h: Tensor, w: Tensor, lora: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
         grads = {"hidden": d @ w, "weight": d.T @ h, "bias": d.sum(0)}
         if lora is not None:
             a, b = lora
@@ -145,16 +154,7 @@ def exact(case: dict[str, Any], g: Tensor | None = None, eta: Tensor | None = No
 
     lora = tuple(matrix.detach().double() for matrix in case["lora"]) if "lora" in case else None
     absolute = None if lora is None else tuple(matrix.abs() for matrix in lora)
-    # A gradient of logits is itself a difference: g (1[j = y] - p_j) and the entropy's terms.
-    p = stats.log_p.exp()
-    rough = (g.abs()[:, None] + eta.abs()[:, None] * (1 + stats.entropy[:, None] + stats.log_p.abs())) * p
-    rough = (rough + g.abs()[:, None] * torch.nn.functional.one_hot(ids, p.shape[-1])) * slope.abs()
-    return Exact(
-        stats.logprobs.reshape(shape),
-        stats.entropy.reshape(shape),
-        products(grad_x, hidden, weight, lora),
-        products(rough, hidden.abs(), weight.abs(), absolute),
-    )
+    return of(grad_z * slope, hidden, weight, lora), of(rough * slope.abs(), hidden.abs(), weight.abs(), absolute)
 
 
 def assert_gradients(got: dict[str, Tensor], expected: Exact, relative: float) -> None:

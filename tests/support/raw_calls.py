@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import r1kernels.ops.linear.distillation_loss
-import r1kernels.ops.linear.grpo_loss  # noqa: F401  (these modules implement the operators of hidden states)
+import r1kernels.ops.linear.grpo_loss
+import r1kernels.ops.linear.targets
+import r1kernels.ops.linear.token_statistics  # noqa: F401  (these modules implement the operators of hidden states)
 from r1kernels import testing
 from r1kernels._dispatch import TRITON_OPERATORS
 from r1kernels._schemas import CUDA_OPERATORS
@@ -50,6 +52,11 @@ def statistics() -> tuple[Tensor, Tensor]:
     return tokens(torch.float64) + 5, tokens(torch.float64) + 3
 
 
+def more_slopes() -> tuple[Tensor, ...]:
+    """sum_sq, grad_sum_sq and shift, which no CUDA kernel takes."""
+    return () if testing.KERNELS == "cuda" else (tokens(torch.float64).abs(), tokens(), tokens() + 3)
+
+
 def head(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return (
         matrix(N, H, dtype), matrix(V, H, dtype), matrix(1, V, dtype)[0], matrix(H, R, dtype), matrix(R, V, dtype),
@@ -66,11 +73,12 @@ def policy() -> tuple[Any, ...]:
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "token_stats": lambda: (matrix(N, V), ids(), mask(), 1.0, tokens().abs() + 1),
-    "token_stats_backward": lambda: (matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0),
+    "token_stats_backward": lambda: (matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, *more_slopes()),
     "token_stats_backward_out": lambda: (
         matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, tokens().abs() + 1, 0.0,
-        torch.tensor([0, 2, 5]), torch.zeros(N, V),
+        torch.tensor([0, 2, 5]), torch.zeros(N, V), *more_slopes(),
     ),
+    "token_statistics": lambda: (matrix(N, V), ids(), mask(), 1.0, tokens().abs() + 1, True, 7),
     "policy_loss": policy,
     "grpo_step": lambda: (
         matrix(N, V), ids(), torch.ones(3), tokens(), tokens(), mask(), cu_seqlens(), torch.ones(3), torch.tensor(4.0),
@@ -93,6 +101,15 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "linear_token_stats": lambda: (*head(), mask()),
     "linear_token_stats_backward": lambda: (*head(), *statistics(), tokens(), tokens(), torch.float32, [True] * 5),
+    "linear_targets": lambda: (*head(), mask(), ids()[None], tokens()[None], 0.1, 0.1, [True] * 5),
+    "linear_targets_backward": lambda: (
+        *head(), ids()[None], statistics()[0], tokens()[None], 0.1, 0.1, torch.float32, [True] * 5,
+    ),
+    "linear_token_statistics": lambda: (*head(), mask(), torch.zeros(N, 2, dtype=torch.int64), 7),
+    "linear_token_statistics_backward": lambda: (
+        *head(), *statistics(), tokens(torch.float64), torch.zeros(N, 2, dtype=torch.int64),
+        [tokens(), tokens(), tokens(), tokens(), matrix(N, 2)], torch.float32, [True] * 5,
+    ),
     "linear_policy_gradient": lambda: (
         *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,

@@ -17,6 +17,9 @@ import torch
 from ranks import Traffic, error_of, fork_ranks
 from shard_cases import DTYPES, LEAD, OPTIONS, SPLITS, VOCAB, WIDTH, batch, make, make_logits, mask, shard_of
 from shard_distillation import DISTILLED, distilled, with_listed, with_teacher
+from shard_statistics import STATISTICS
+from shard_statistics import bad_calls as bad_statistics
+from target_cases import TERMS
 from torch import Tensor
 
 from r1kernels import (
@@ -25,6 +28,7 @@ from r1kernels import (
     grpo_loss,
     linear_cross_entropy,
     linear_grpo_loss,
+    linear_multi_target,
     linear_token_logprobs_and_entropy,
     objectives,
     token_logprobs_and_entropy,
@@ -61,6 +65,16 @@ def linear_nll(case: dict[str, Any], reduction: str, **options: Any) -> dict[str
         linear_cross_entropy, case, lambda loss: loss.square().sum(), reduction=reduction, **options
     )
     return {"loss": loss.detach(), **grads}
+
+
+def multi_target(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """Two targets of the same hidden states."""
+    ids = torch.stack([case["token_ids"], case["token_ids"].roll(1, -1)])
+    losses, grads = cases.gradients(
+        linear_multi_target, case | {"token_ids": ids}, lambda losses: losses.sum(), masks=torch.stack([mask()] * 2),
+        **options,
+    )
+    return {"loss": losses.detach(), **grads}
 
 
 def padded(sizes: tuple[int, ...], rank: int | None) -> dict[str, Any]:
@@ -127,12 +141,19 @@ CALLS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str, 
     "policy capacity": (policy, lambda: make("plain"), OPTIONS | {"objective": objectives.dapo(), "capacity": 22}),
     **{f"cross entropy {reduction}": (linear_nll, lambda: make("softcap"), OPTIONS | {"reduction": reduction})
        for reduction in ("mean", "none")},
+    **{f"cross entropy {reduction} with other terms": (
+        linear_nll, lambda: make("everything"), OPTIONS | {"reduction": reduction} | TERMS["both"])
+       for reduction in ("mean", "none")},
+    "logits cross entropy with other terms": (
+        from_logits, lambda: make_logits(torch.float32), {"what": "cross entropy"} | TERMS["both"]),
+    "several targets": (multi_target, lambda: make("scale and temperatures"), OPTIONS | TERMS["both"]),
     "rounded logits": (statistics, lambda: make("bias", "bfloat16"), OPTIONS | {"logits_dtype": torch.bfloat16}),
     "no logits in a shard": (statistics, no_logits_in_a_shard, {}),
     **{f"logits {what}, {name}": (from_logits, lambda d=dtype: make_logits(d), {"what": what})
        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
        for what in ("statistics", "policy", "cross entropy")},
     "accumulated": (accumulated, lambda: make("plain", "float32"), {}),
+    **STATISTICS,
 }
 
 
@@ -240,7 +261,7 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
-        for name, call in bad_distillations(rank, groups[2]):
+        for name, call in [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2])]:
             results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])

@@ -133,9 +133,20 @@ def token_stats(draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def token_statistics(draw: Draw) -> tuple[Any, ...]:
+    return *token_stats(draw), 7
+
+
 def gradients(draw: Draw, tokens: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
     which = draw.choice((0, 1, 2))
     return floats(*tokens) if which != 1 else None, floats(*tokens) if which != 0 else None
+
+
+def more_slopes(draw: Draw, tokens: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """sum_sq, grad_sum_sq and shift, or nothing."""
+    which = draw.choice((0, 1, 2, 3))
+    squares = (doubles(*tokens), floats(*tokens)) if which & 1 else (None, None)
+    return (*squares, floats(*tokens) if which & 2 else None) if which else ()
 
 
 WRITTEN = LAYOUTS[:3]  # rows of entries that are adjacent, and no two in one place
@@ -146,7 +157,7 @@ def token_stats_backward(draw: Draw) -> tuple[Any, ...]:
     tokens = shape[:-1]
     return (
         draw.rows(shape, dtype), ids(*tokens), doubles(*tokens), doubles(*tokens), *gradients(draw, tokens),
-        draw.number(0.1, 3.0),
+        draw.number(0.1, 3.0), *more_slopes(draw, tokens),
     )
 
 
@@ -164,6 +175,7 @@ def token_stats_backward_out(draw: Draw) -> tuple[Any, ...]:
     return (
         logits, ids(count), doubles(count), doubles(count), *gradients(draw, (count,)), draw.number(0.1, 3.0),
         draw.maybe(floats(count)), draw.choice((0.0, draw.number(5.0, 50.0))), None if in_place else rows, out,
+        *more_slopes(draw, (count,)),
     )
 
 
@@ -254,8 +266,8 @@ def scaled(draw: Draw) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
-        token_stats, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages, kl_estimate,
-        divergence, divergence_backward, linear_statistics, scaled,
+        token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages,
+        kl_estimate, divergence, divergence_backward, linear_statistics, scaled,
     )
 }
 

@@ -12,7 +12,9 @@ from r1kernels.ops.cross_entropy import check_reduction, denominator
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.grpo_loss import one_pass_sum
 from r1kernels.ops.linear.options import LinearOptions, prepare
+from r1kernels.ops.linear.targets import target_losses, target_sums
 from r1kernels.ops.linear.token_stats import linear_token_stats
+from r1kernels.ops.target_terms import TargetTerms
 
 
 def linear_cross_entropy(
@@ -23,6 +25,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    z_loss_coef: float = 0.0,
+    label_smoothing: float = 0.0,
     **options: Unpack[LinearOptions],
 ) -> Tensor:
     r"""Negative log-likelihood of targets from hidden states, without a tensor of logits.
@@ -37,6 +41,7 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none". With "none" the gradients depend on those of the losses, so backward
             computes the logits again.
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
+        z_loss_coef, label_smoothing: as in `cross_entropy`.
         **options: the keywords of `LinearOptions`.
 
     Returns:
@@ -50,6 +55,7 @@ def linear_cross_entropy(
     Equivalent to: `cross_entropy(hidden.float() @ weight.float().T, targets)`
     """
     check_reduction(reduction, ignore_index, normalizer)
+    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
     hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     targets = ids_int64("targets", targets, hidden)
@@ -60,12 +66,18 @@ def linear_cross_entropy(
     wanted = mask.reshape(-1)
     dtype = accumulator_dtype(hidden.dtype)
     if reduction == "none" or not call.one_pass:
-        logprobs = linear_token_stats(call, wanted)[0].reshape(targets.shape)
-        losses = torch.where(mask, -logprobs, 0)
+        if terms.given:
+            losses = target_losses(call, wanted, call.head.token_ids[None], terms)
+        else:
+            losses = -linear_token_stats(call, wanted)[0]
+        losses = torch.where(mask, losses.reshape(targets.shape), 0)
         if reduction == "none":
             return losses
         total = losses.sum()
         return total if reduction == "sum" else total / denominator(mask, normalizer, dtype)
     divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
+    if terms.given:
+        weights = (wanted.to(dtype) / divisor)[None]
+        return target_sums(call, wanted, call.head.token_ids[None], terms, weights, 1)[0]
     ones = torch.ones(wanted.shape, dtype=dtype, device=hidden.device)
     return one_pass_sum(call, wanted, ones / divisor, ones, objectives.reinforce())

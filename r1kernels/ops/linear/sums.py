@@ -19,6 +19,7 @@ from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.linear.gemm import add_rounded, add_rows, has_rounded_sums, matmul, place_rows
 from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.rows import Rows, write_rows
+from r1kernels.ops.target_terms import is_repeated
 
 
 class _Part(NamedTuple):
@@ -27,7 +28,7 @@ class _Part(NamedTuple):
     write: Tensor | slice  # rows of the results
     hidden: Tensor | None
     lora_hidden: Tensor | None
-    token_ids: Tensor | None
+    token_ids: Tensor | None  # (n,), or several of each row (n, D)
     lost: Tensor | None  # rounding errors of d logits in the tokens' entries
 
 
@@ -98,14 +99,16 @@ class GradientSums:
         if self.needs.hidden and isinstance(chunk.write, slice):
             self._hidden[chunk.write] = 0
 
-    def add(self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None, exact: Tensor | None) -> None:
+    def add(
+        self, chunk: Chunk, grad_logits: Tensor, rows: Tensor | None, exact: Tensor | None, ids: Tensor | None = None
+    ) -> None:
         """Adds the gradients of a chunk, at the latest when `results` is called.
 
         Args:
             grad_logits: in `memory`: d logits of `rows` (R,), or of all rows of the chunk.
-            exact: (n,), the entries of the tokens in d logits before they were rounded.
+            exact: (n,) or (n, D), the entries of the tokens `ids` in d logits before they were rounded.
         """
-        write, hidden, lora_hidden, ids = chunk.write, chunk.hidden, chunk.lora_hidden, chunk.token_ids
+        write, hidden, lora_hidden = chunk.write, chunk.hidden, chunk.lora_hidden
         needs = self.needs
         if rows is not None:
             self.leave_out(chunk)
@@ -115,7 +118,9 @@ class GradientSums:
         lost = None
         if exact is not None:
             ids = ids[where]
-            lost = (exact - grad_logits.gather(-1, ids[:, None]).squeeze(-1)).to(self.accumulator)
+            lost = (exact - grad_logits.gather(-1, ids.view(len(ids), -1)).view(ids.shape)).to(self.accumulator)
+            if ids.dim() == 2 and ids.shape[1] > 1:
+                lost = torch.where(is_repeated(ids), 0, lost)
         self._parts.append(_Part(
             write,
             hidden[where] if needs.weight or needs.lora_a else None,
@@ -168,12 +173,13 @@ class GradientSums:
             vocab, width = self.head.weight.shape
             self._weight = torch.zeros(vocab, width, dtype=self.weight_dtype, device=self.device)
             if lost is not None:  # small beside the sums, so that their own rounding is no error of the result
-                place_rows(self._weight, ids, lost, hidden)
+                place_rows(self._weight, ids.reshape(-1), lost.reshape(-1), _repeated(hidden, ids))
             add_rounded(grad_logits.t(), hidden, self._weight)
             return
         self._weight = self._accumulated(self._weight, grad_logits.t(), hidden)
         if lost is not None:
-            add_rows(self._weight, ids, lost, hidden)
+            for column, factors in zip(_columns(ids), _columns(lost), strict=True):
+                add_rows(self._weight, column, factors, hidden)
 
     def _product(self, a: Tensor, b: Tensor, **how: bool) -> Tensor:
         out = _library.empty(a.shape[0], b.shape[1], dtype=self.accumulator, device=self.device)
@@ -203,6 +209,16 @@ class GradientSums:
             total(needs.lora_a, self._lora_a, head.lora_a),
             total(needs.lora_b, self._lora_b, head.lora_b),
         )
+
+
+def _columns(values: Tensor) -> list[Tensor]:
+    """The columns of (n, D), or (n,) itself."""
+    return [values] if values.dim() == 1 else [column.contiguous() for column in values.unbind(1)]
+
+
+def _repeated(rows: Tensor, ids: Tensor) -> Tensor:
+    """The rows (n, H) as often as each has ids (n,) or (n, D)."""
+    return rows if ids.dim() == 1 else rows.repeat_interleave(ids.shape[1], 0)
 
 
 def empty_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:

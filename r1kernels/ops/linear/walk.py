@@ -11,7 +11,7 @@ chunks (`r1kernels.ops.linear.sums`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from r1kernels.ops.linear.gradients import rounded
 from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
+from r1kernels.ops.row_statistics import Slopes, entries_of, row_statistics, selected_of
 from r1kernels.ops.shards import Shard, correct_substitutes
+from r1kernels.ops.target_terms import TargetSlopes
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
@@ -57,12 +59,13 @@ class Walk:
         """Whether this rank has no row of a sharded vocabulary."""
         return self.head.weight.shape[0] == 0
 
-    def per_token(self, dtype: torch.dtype) -> Tensor:
-        """Zeros for one result per token. Chunks write at `Chunk.write`, and `trim` cuts off the padding."""
-        return torch.zeros(self.rows.padded, dtype=dtype, device=self.device)
+    def per_token(self, dtype: torch.dtype, *several: int) -> Tensor:
+        """Zeros for one result per token, or (several, tokens). Chunks write at `Chunk.write`, and `trim` cuts off the
+        padding."""
+        return torch.zeros(*several, self.rows.padded, dtype=dtype, device=self.device)
 
     def trim(self, per_token: Tensor) -> Tensor:
-        return per_token[: self.rows.total]
+        return per_token[..., : self.rows.total].contiguous()
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks with their logits, ready for statistics. Each chunk overwrites the previous one."""
@@ -131,20 +134,61 @@ class Walk:
         if head.softcap > 0:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
 
-    def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-prob, log-sum-exp float64, entropy float64), each (n,), over the rows of the weight."""
+    def statistics(self, chunk: Chunk, wanted: int | None = None) -> tuple[Tensor, ...]:
+        """(log-prob, log-sum-exp float64, entropy float64), each (n,), over the rows of the weight. If anything is
+        `wanted`, also more (4, n): `RowStatistics`."""
         if self.is_empty:
             zeros = torch.zeros(len(chunk.token_ids), dtype=torch.float64, device=self.device)
-            return zeros, torch.full_like(zeros, -torch.inf), zeros
-        logprobs, lse, entropy = token_stats.statistics(
-            chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures,
-            exact=self.dtype.itemsize > 2 and self.head.weight.dtype.itemsize > 2,
-        )
+            nothing = torch.full_like(zeros, -torch.inf)
+            more = () if wanted is None else (torch.stack([zeros, zeros, nothing, zeros]),)
+            return zeros, nothing, zeros, *more
+        given = (chunk.logits, chunk.token_ids, chunk.valid, self.head.kernel_temperature, chunk.temperatures)
+        exact = self.dtype.itemsize > 2 and self.head.weight.dtype.itemsize > 2
+        if wanted is None:
+            logprobs, *others = token_stats.statistics(*given, exact=exact)
+        else:
+            logprobs, *others = row_statistics(*given, wanted, exact)
         if self.shard is not None:
             logprobs = token_stats.unrounded(
-                logprobs, lse, chunk.logits, chunk.token_ids, self.head.kernel_temperature, chunk.temperatures
+                logprobs, others[0], chunk.logits, chunk.token_ids, self.head.kernel_temperature, chunk.temperatures
             )
-        return logprobs, lse, entropy
+        return logprobs, *others
+
+    def selected(self, chunk: Chunk, ids: Tensor, owned: Tensor | None, lse: Tensor) -> Tensor:
+        """Log-probs (n, K) of ids; with a shard, the owned z, and 0 for others."""
+        if self.is_empty:
+            return torch.zeros(ids.shape, dtype=torch.float64, device=self.device)
+        return selected_of(chunk.logits, ids, lse, self.head.kernel_temperature, chunk.temperatures, owned)
+
+    @property
+    def vocab(self) -> int:
+        """V, over all shards."""
+        return self.head.weight.shape[0] if self.shard is None else self.shard.layout.vocab
+
+    def mean_logit(self, of_rows: Tensor) -> Tensor:
+        """The mean of z over the vocabulary (n,), from the mean over the rows of the weight."""
+        if self.shard is not None:
+            of_rows = of_rows * (self.head.weight.shape[0] / self.vocab)
+            self.shard.add_up(of_rows)
+        return of_rows
+
+    def targets_backward(self, chunk: Chunk, lse: Tensor, slopes: TargetSlopes) -> None:
+        """`backward` for losses of several targets, or with other terms. Their entries are written after the others."""
+        slopes = slopes if chunk.owned is None else slopes.owned_by(chunk.owned)
+        slopes = slopes if chunk.valid is None else slopes.where(chunk.valid)
+        slopes = slopes if self.head.kernel_scale == 1.0 else slopes.scaled(self.head.kernel_scale)
+        if self.is_empty:
+            self.sums.leave_out(chunk)
+            return
+        entries = slopes.entries(
+            chunk.logits, lse, self.head.kernel_temperature, chunk.temperatures, self.head.softcap
+        )
+        rows = self._active_rows((slopes.active,), False)
+        grad_logits = self._gradient(chunk, rows, lse, lse, slopes.g, None, shift=slopes.shift)  # without an entropy
+        if grad_logits is None:
+            return
+        entries.of(rows).write(grad_logits)
+        self.sums.add(chunk, grad_logits, rows, entries.values if self._loses_digits else None, slopes.ids)
 
     def backward(
         self, chunk: Chunk, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None, *, sparse: bool
@@ -164,51 +208,97 @@ class Walk:
             sums.leave_out(chunk)
             return
         exact = None
-        loses_digits = sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
-        if loses_digits or chunk.owned is not None:
+        if self._loses_digits or chunk.owned is not None:
             exact = token_stats.target_gradient(
                 chunk.logits, chunk.token_ids, lse, entropy, g, eta, head.kernel_temperature, chunk.temperatures,
                 head.softcap, chunk.owned,
             )
-        rows = self._active_rows(g, eta, sparse)  # last, because the device waits after a synchronisation
-        count = len(g) if rows is None else len(rows)
-        if count == 0:
+        rows = self._active_rows((g, eta), sparse)  # last, because the device waits after a synchronisation
+        grad_logits = self._gradient(chunk, rows, lse, entropy, g, eta)
+        if grad_logits is None:
+            return
+        if chunk.owned is not None:
+            taken = slice(None) if rows is None else rows
+            correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
+        sums.add(chunk, grad_logits, rows, exact if self._loses_digits else None, chunk.token_ids)
+
+    def backward_of_statistics(
+        self, chunk: Chunk, lse: Tensor, entropy: Tensor, sum_sq: Tensor | None, slopes: Slopes,
+        selected_ids: Tensor | None, selected_owned: Tensor | None,
+    ) -> None:
+        """`backward` for all statistics that have a derivative."""
+        head, sums = self.head, self.sums
+        if chunk.valid is not None:
+            slopes = slopes.map(lambda slope: torch.where(
+                chunk.valid if slope.dim() == 1 else chunk.valid[:, None], slope, 0
+            ))
+        if head.kernel_scale != 1.0:
+            slopes = slopes.map(lambda slope: slope * head.kernel_scale)
+        if self.is_empty:
             sums.leave_out(chunk)
             return
-        grad_logits = token_stats.gradient_into(
-            sums.memory(chunk.logits, count),
+        corrects = chunk.owned is not None or not slopes.is_of_tokens
+        entries = None
+        if self._loses_digits or corrects:
+            entries = entries_of(
+                chunk.logits, chunk.token_ids, chunk.owned, selected_ids, selected_owned, (lse, entropy, sum_sq),
+                slopes, head.kernel_temperature, chunk.temperatures, head.softcap,
+            )
+        rows = self._active_rows(slopes, False)
+        squares = None if slopes.sum_sq_probs is None else (sum_sq, slopes.sum_sq_probs)
+        grad_logits = self._gradient(chunk, rows, lse, entropy, slopes.total, slopes.entropy, squares)
+        if grad_logits is None:
+            return
+        if corrects:
+            entries.of(rows).write(grad_logits)
+        sums.add(chunk, grad_logits, rows, entries.values[:, 0] if self._loses_digits else None, chunk.token_ids)
+
+    @property
+    def _loses_digits(self) -> bool:
+        """Whether d logits are rounded, and a product sums them."""
+        return self.sums.grad_dtype != self.accumulator and (self.needs.weight or self.needs.bias)
+
+    def _gradient(
+        self, chunk: Chunk, rows: Tensor | None, lse: Tensor, entropy: Tensor, g: Tensor, eta: Tensor | None,
+        squares: tuple[Tensor, Tensor] | None = None, shift: Tensor | None = None,
+    ) -> Tensor | None:
+        """d logits of the rows of a chunk, or None if there are none."""
+        count = len(g) if rows is None else len(rows)
+        if count == 0:
+            self.sums.leave_out(chunk)
+            return None
+        return token_stats.gradient_into(
+            self.sums.memory(chunk.logits, count),
             chunk.logits,
             chunk.token_ids,
             lse,
             entropy,
             g,
             eta,
-            temperature=head.kernel_temperature,
+            temperature=self.head.kernel_temperature,
             temperatures=chunk.temperatures,
-            softcap=head.softcap,
+            softcap=self.head.softcap,
             rows=rows,
+            squares=squares,
+            shift=shift,
         )
-        if chunk.owned is not None:
-            taken = slice(None) if rows is None else rows
-            correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
-        sums.add(chunk, grad_logits, rows, exact if loses_digits else None)
 
-    def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
+    def _active_rows(self, slopes: Iterable[Tensor | None], sparse: bool) -> Tensor | None:
         """Rows of a chunk that have a gradient, or None to take them all."""
         if not self.sums.gathers and runs_on_gpu(self.device.type, self.dtype):  # they cannot be moved up in place
             return None
-        free = values_are_free(g)
+        given = [slope for slope in slopes if slope is not None]
+        free = values_are_free(given[0])
         if not free and (not sparse or self.head.capacity >= 0 or torch.compiler.is_compiling()):
             return None
-        active = g != 0 if eta is None else (g != 0) | (eta != 0)
-        rows = active.nonzero().squeeze(-1)
-        return rows if len(rows) < len(g) else None
+        rows = token_stats.any_nonzero(*given).nonzero().squeeze(-1)
+        return rows if len(rows) < len(given[0]) else None
 
     def gradients(self) -> tuple[Tensor, ...]:
         """`GradientSums.results`, with the gradient of hidden (N, H) in its dtype. With a shard, those of hidden and
         lora_a are sums over all ranks, and the others belong to this rank's rows."""
         grad_hidden, grad_weight, grad_bias, grad_lora_a, grad_lora_b = self.sums.results()
-        grad_hidden = self.trim(grad_hidden)
+        grad_hidden = grad_hidden[: self.rows.total]
         if self.shard is not None:
             if self.needs.hidden:
                 self.shard.add_up(grad_hidden)
