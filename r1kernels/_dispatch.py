@@ -109,6 +109,9 @@ def faster_in_cuda(device_name: str) -> list[str]:
 # ---- the table --------------------------------------------------------------------------------------------
 
 
+SUPPORT_SHARE = 16  # benchmarks/support.py: larger sets take less time in the walk over all of the weight
+
+
 class Choice(NamedTuple):
     """The name of an implementation, what it is or why it serves, and whether its use is worth a warning."""
 
@@ -257,6 +260,20 @@ TABLE: dict[str, tuple[Server, ...]] = {
             ),
         }),
         _server("chunks", "a product, then token_stats, for each chunk of rows"),
+    ),
+    # Small sets of ids. Facts: hidden, the head.
+    "support": (
+        _server("gathered", f"rows of the weight for sets of at most V / {SUPPORT_SHARE} ids; others take the walk", {
+            "neither CPU kernels nor Triton serve hidden states": lambda hidden, head: (
+                choose("kernels", hidden.device.type, hidden.dtype).implementation not in ("cpu", "triton")
+            ),
+            "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
+            "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
+            "a capacity forbids reading the sizes of sets on the device": (
+                lambda hidden, head: head.capacity >= 0 and hidden.device.type != "cpu"
+            ),
+        }),
+        _server("walk", "logits of -inf outside the sets, chunk by chunk"),
     ),
     # Products of matrices. Facts: the device, the dtypes of both, and a function that tells whether the device's
     # library gives float32 results of 16-bit products.

@@ -108,6 +108,31 @@ _declare(
     f"linear_support_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"{_SETS}, Tensor products, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
+# The entries (token, id) of sets that have `largest` ids at most, where `mask` (N,) is True, by ascending id. -> the place
+# of each token in its set (N,), where the entries of each id begin (blocks, V + 1), and for each entry its place among
+# support_ids and its token, (M,) each, all three int32. An id that a set has twice has one entry.
+_declare(
+    "support_index(Tensor support_ids, Tensor support_offsets, Tensor token_ids, Tensor? mask, int vocab, int largest) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_INDEX = "Tensor starts, Tensor entries, Tensor tokens"
+# values (M,) float32 [entry] = or += hidden[token] . weight[id], in float32.
+_declare(f"support_products(Tensor hidden, Tensor weight, {_INDEX}, Tensor(a!) values, bool accumulate) -> ()")
+# out (N, H) float32 [token] += sum of values[entry] weight[id].
+_declare(f"support_grad_hidden(Tensor values, Tensor weight, {_INDEX}, Tensor(a!) out) -> ()")
+# out (V, H) [id] = or += sum of values[entry] hidden[token], summed in float32.
+_declare(f"support_grad_weight(Tensor values, Tensor hidden, {_INDEX}, Tensor(a!) out, bool accumulate) -> ()")
+# `token_stats` of sets: rows values[offsets[n] : offsets[n + 1]] of float32 logits, and places of tokens in these rows.
+_declare(
+    "support_stats(Tensor values, Tensor support_offsets, Tensor targets, Tensor? mask, float temperature, "
+    "Tensor? temperatures) -> (Tensor, Tensor, Tensor)"
+)
+# `token_stats_backward_out` of sets.
+_declare(
+    "support_stats_backward(Tensor values, Tensor support_offsets, Tensor targets, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, "
+    "Tensor(a!) out) -> ()"
+)
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
@@ -163,6 +188,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+SUPPORT_BLOCK_TOKENS = 2048  # of `support_index` on a CPU, csrc/cpu/support.h
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/common/objective.h
 
 
@@ -259,6 +285,26 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @_fake("linear_support_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
+
+
+@_fake("support_index")
+def _(
+    support_ids: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
+) -> tuple[Tensor, ...]:
+    blocks = max(-(-token_ids.numel() // SUPPORT_BLOCK_TOKENS), 1)
+    places = (support_ids.new_empty(support_ids.shape, dtype=torch.int32) for _ in range(2))
+    starts = support_ids.new_empty((blocks, vocab + 1), dtype=torch.int32)
+    return token_ids.new_empty(token_ids.shape), starts, *places
+
+
+for _name in ("support_products", "support_grad_hidden", "support_grad_weight", "support_stats_backward"):
+    _fake(_name)(lambda *_: None)
+
+
+@_fake("support_stats")
+def _(values: Tensor, offsets: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    statistics = (values.new_empty(targets.shape, dtype=torch.float64) for _ in range(2))
+    return values.new_empty(targets.shape), *statistics
 
 
 @_fake("linear_policy_gradient")

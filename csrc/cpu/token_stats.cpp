@@ -38,8 +38,10 @@ void forward_rows(const TokenStatsForward& args, int64_t row_begin, int64_t row_
       args.entropy[n] = 0;
       continue;
     }
-    const RowStats stats = row_stats(data + args.logits.offset(n), args.logits.vocab_stride, args.logits.vocab,
-                                     args.token_ids[n], args.temperature.of(n));
+    const int64_t at = args.offsets != nullptr ? args.offsets[n] : args.logits.offset(n);
+    const int64_t vocab = args.offsets != nullptr ? args.offsets[n + 1] - at : args.logits.vocab;
+    const RowStats stats =
+        row_stats(data + at, args.logits.vocab_stride, vocab, args.token_ids[n], args.temperature.of(n));
     args.logprobs[n] = static_cast<float>(stats.logprob);
     args.lse[n] = stats.lse;
     args.entropy[n] = stats.entropy;
@@ -172,17 +174,17 @@ auto row_gradient_variant(bool entropy, bool softcap) {
 template <typename T, typename Out>
 void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
   const T* data = static_cast<const T*>(args.logits.data);
-  const int64_t vocab = args.logits.vocab;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = args.rows != nullptr ? args.rows[r] : r;
+    const int64_t vocab = args.offsets != nullptr ? args.offsets[n + 1] - args.offsets[n] : args.logits.vocab;
     const double g = args.grad_logprobs != nullptr ? args.grad_logprobs[n] : 0;
     const double eta = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
-    Out* out = static_cast<Out*>(args.out) + n * args.out_stride;
+    Out* out = static_cast<Out*>(args.out) + (args.offsets != nullptr ? args.offsets[n] : n * args.out_stride);
     if (g == 0 && eta == 0) {  // masked or clipped: the row is not read, so nothing in it can matter
       std::memset(out, 0, vocab * sizeof(Out));
       continue;
     }
-    const T* row = data + args.logits.offset(n);
+    const T* row = data + (args.offsets != nullptr ? args.offsets[n] : args.logits.offset(n));
     const RowGradient in = {g, eta, args.lse[n], args.entropy[n]};
     const double temperature = args.temperature.of(n);
     // Without an entropy term g is part of the power, so that a tiny g costs no digits: -g/T = factor 2^exponent, with
