@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -147,6 +148,46 @@ void parallel_ids(const SupportIndex& index, int64_t first_block, int64_t end_bl
   }
 }
 
+// A copy of the matrix in segments, in `memory`.
+r1k::Segments segments_of(const Tensor& matrix, const char* name, Tensor& memory) {
+  constexpr int64_t kColumns = r1k::kSupportColumns;
+  const r1k::Rows rows = rows_of(matrix, name);
+  const int64_t count = matrix.size(0), width = matrix.size(1), size = r1k::size_of(rows.dtype);
+  const int64_t segments = (width + kColumns - 1) / kColumns;
+  memory = empty(matrix, {segments, count, kColumns}, matrix.scalar_type());
+  char* const to = static_cast<char*>(memory.data_ptr());
+  const char* const from = static_cast<const char*>(rows.data);
+  parallel_ranges(count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      const int64_t column = segment * kColumns, bytes = std::min(kColumns, width - column) * size;
+      for (int64_t n = begin; n < end; ++n) {
+        std::memcpy(to + (segment * count + n) * kColumns * size, from + (n * rows.stride + column) * size, bytes);
+      }
+    }
+  });
+  return {to, rows.dtype, count, kColumns};
+}
+
+// run(at) for the entries of the index, in parts.
+template <typename Run>
+void for_entries(const SupportIndex& index, const Run& run) {
+  for (int64_t block = 0; block < index.blocks; ++block) {
+    const int32_t* const starts = index.starts_of(block);
+    parallel_ranges(starts[index.vocab] - starts[0], 1 << 16, [&](int64_t begin, int64_t end) {
+      for (int64_t at = starts[0] + begin; at < starts[0] + end; ++at) run(at);
+    });
+  }
+}
+
+// Values in the order of the index, in `memory`: the kernels read them several times.
+const float* ordered(const Tensor& values, const SupportIndex& index, Tensor& memory) {
+  memory = empty(values, {values.numel()}, ScalarType::Float);
+  const float* const from = floats(values, "values", values.numel());
+  float* const to = static_cast<float*>(memory.data_ptr());
+  for_entries(index, [&](int64_t at) { to[at] = from[index.entries[at]]; });
+  return to;
+}
+
 struct IdRange {
   int64_t block, begin, end;
 };
@@ -159,13 +200,15 @@ int64_t parts_of(const SupportIndex& index, int64_t entries) {
 void support_products(Tensor hidden, Tensor weight, Tensor starts, Tensor entries, Tensor tokens, Tensor values,
                       bool accumulate) {
   r1k::SupportProducts args;
-  args.hidden = rows_of(hidden, "hidden");
+  Tensor memory;
+  args.hidden = segments_of(hidden, "hidden", memory);
   args.index = index_of(starts, entries, tokens, hidden.size(0));
   args.weight = rows_of(weight, "weight");
   args.width = hidden.size(1);
-  args.accumulate = accumulate;
   R1K_CHECK(weight.size(1) == args.width && weight.size(0) == args.index.vocab, "weight must be (V, H)");
-  args.values = const_cast<float*>(floats(values, "values", entries.numel()));
+  float* const out = const_cast<float*>(floats(values, "values", entries.numel()));
+  Tensor in_order = empty(values, {entries.numel()}, ScalarType::Float);
+  args.values = static_cast<float*>(in_order.data_ptr());
   std::vector<IdRange> ranges;
   const int64_t parts = parts_of(args.index, entries.numel() / args.index.blocks);
   for (int64_t block = 0; block < args.index.blocks; ++block) {
@@ -174,6 +217,10 @@ void support_products(Tensor hidden, Tensor weight, Tensor starts, Tensor entrie
   }
   const auto run = r1k::active_kernels()->support->products;
   parallel_ranges(ranges.size(), 1, [&](int64_t k, int64_t) { run(args, ranges[k].block, ranges[k].begin, ranges[k].end); });
+  for_entries(args.index, [&](int64_t at) {
+    float& value = out[args.index.entries[at]];
+    value = accumulate ? value + args.values[at] : args.values[at];
+  });
 }
 
 void support_grad_hidden(Tensor values, Tensor weight, Tensor starts, Tensor entries, Tensor tokens, Tensor out) {
@@ -184,9 +231,14 @@ void support_grad_hidden(Tensor values, Tensor weight, Tensor starts, Tensor ent
   args.width = weight.size(1);
   R1K_CHECK(weight.size(0) == args.index.vocab, "weight must be (V, H)");
   R1K_CHECK(out.size(1) == args.width, "out has ", out.size(1), " columns, expected ", args.width);
-  args.values = floats(values, "values", entries.numel());
+  R1K_CHECK(values.numel() == entries.numel(), "values must be (M,)");
+  Tensor in_order;
+  args.values = ordered(values, args.index, in_order);
   args.out = const_cast<float*>(floats(out, "out", out.numel()));
   const int64_t parts = (args.width + r1k::kSupportHiddenColumns - 1) / r1k::kSupportHiddenColumns;
+  args.tokens = out.size(0);
+  Tensor sums = empty(out, {parts, args.tokens, r1k::kSupportHiddenColumns}, ScalarType::Float);
+  args.sums = static_cast<float*>(sums.data_ptr());
   const auto run = r1k::active_kernels()->support->grad_hidden;
   parallel_ranges(parts * args.index.blocks, 1, [&](int64_t k, int64_t) {
     run(args, k / parts, k % parts * r1k::kSupportHiddenColumns);
@@ -196,12 +248,15 @@ void support_grad_hidden(Tensor values, Tensor weight, Tensor starts, Tensor ent
 void support_grad_weight(Tensor values, Tensor hidden, Tensor starts, Tensor entries, Tensor tokens, Tensor out,
                          bool accumulate) {
   r1k::SupportGradWeight args;
-  args.hidden = rows_of(hidden, "hidden");
+  Tensor memory;
+  args.hidden = segments_of(hidden, "hidden", memory);
   args.index = index_of(starts, entries, tokens, hidden.size(0));
   args.width = hidden.size(1);
   R1K_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(1) == args.width && out.size(0) == args.index.vocab,
             "out must be contiguous (V, H)");
-  args.values = floats(values, "values", entries.numel());
+  R1K_CHECK(values.numel() == entries.numel(), "values must be (M,)");
+  Tensor in_order;
+  args.values = ordered(values, args.index, in_order);
   args.out = out.data_ptr();
   args.out_dtype = dtype_of(out, "out");
   args.accumulate = accumulate;
@@ -210,10 +265,10 @@ void support_grad_weight(Tensor values, Tensor hidden, Tensor starts, Tensor ent
   std::vector<IdRange> ranges;
   parallel_ids(args.index, 0, args.index.blocks, parts_of(args.index, entries.numel()),
                [&](int64_t begin, int64_t end) { ranges.push_back({0, begin, end}); });
-  const int64_t count = ranges.size(), parts = (args.width + r1k::kSupportWeightColumns - 1) / r1k::kSupportWeightColumns;
+  const int64_t count = ranges.size(), parts = (args.width + r1k::kSupportColumns - 1) / r1k::kSupportColumns;
   const auto run = r1k::active_kernels()->support->grad_weight;
   parallel_ranges(parts * count, 1, [&](int64_t k, int64_t) {
-    run(args, k / count * r1k::kSupportWeightColumns, ranges[k % count].begin, ranges[k % count].end);
+    run(args, k / count * r1k::kSupportColumns, ranges[k % count].begin, ranges[k % count].end);
   });
 }
 

@@ -14,7 +14,6 @@ namespace r1k {
 namespace R1K_ISA {
 namespace {
 
-constexpr int64_t kProductColumns = 256;
 constexpr int kGroup = 8;  // entries of one id whose products are summed side by side
 
 #if defined(__AVX512BF16__)
@@ -26,6 +25,24 @@ constexpr bool kHasDot = false;
 template <typename T>
 const T* row_of(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const T*>(rows.data) + row * rows.stride + column;
+}
+
+// The segment that begins with a column.
+template <typename T>
+const T* segment_of(const Segments& matrix, int64_t column) {
+  return static_cast<const T*>(matrix.data) + matrix.rows * column;
+}
+
+// The same order of additions whatever stands beside the vector.
+inline float lane_sum(VecF x) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
+  return static_cast<float>(horizontal_sum(x));
+#endif
 }
 
 // sums[k] = hidden[k] . weight over `width` columns.
@@ -48,9 +65,9 @@ void dot_rows(const T* const* hidden, const W* weight, int64_t width, float* sum
     for (int k = 0; k < kCount; ++k) sum[k] = multiply_add(load(hidden[k] + c), w, sum[k]);
   }
   for (int k = 0; k < kCount; ++k) {
-    double total = horizontal_sum(sum[k]);
-    for (int64_t tail = c; tail < width; ++tail) total += double(to_float(hidden[k][tail])) * to_float(weight[tail]);
-    sums[k] = canonical(total);
+    float total = lane_sum(sum[k]);
+    for (int64_t tail = c; tail < width; ++tail) total += to_float(hidden[k][tail]) * to_float(weight[tail]);
+    sums[k] = total;
   }
 }
 
@@ -58,22 +75,23 @@ template <typename T, typename W>
 void products_of(const SupportProducts& args, int64_t block, int64_t id_begin, int64_t id_end) {
   const SupportIndex& index = args.index;
   const int32_t* const starts = index.starts_of(block);
-  for (int64_t column = 0; column < args.width; column += kProductColumns) {
-    const int64_t width = args.width - column < kProductColumns ? args.width - column : kProductColumns;
-    const bool add = args.accumulate || column > 0;
+  for (int64_t column = 0; column < args.width; column += kSupportColumns) {
+    const int64_t width = args.width - column < kSupportColumns ? args.width - column : kSupportColumns;
+    const T* const segment = segment_of<T>(args.hidden, column);
+    const bool add = column > 0;
     for (int64_t id = id_begin; id < id_end; ++id) {
       const W* const weight = row_of<W>(args.weight, id, column);
       for (int32_t at = starts[id]; at < starts[id + 1]; at += kGroup) {
         const int count = starts[id + 1] - at < kGroup ? starts[id + 1] - at : kGroup;
         const T* hidden[kGroup];
         float sums[kGroup];
-        for (int k = 0; k < count; ++k) hidden[k] = row_of<T>(args.hidden, index.tokens[at + k], column);
+        for (int k = 0; k < count; ++k) hidden[k] = segment + index.tokens[at + k] * kSupportColumns;
         int k = 0;
         if (count == kGroup) dot_rows<kGroup>(hidden, weight, width, sums), k = kGroup;
         for (; k + 4 <= count; k += 4) dot_rows<4>(hidden + k, weight, width, sums + k);
         for (; k < count; ++k) dot_rows<1>(hidden + k, weight, width, sums + k);
         for (k = 0; k < count; ++k) {
-          float& value = args.values[index.entries[at + k]];
+          float& value = args.values[at + k];
           value = add ? value + sums[k] : sums[k];
         }
       }
@@ -87,6 +105,10 @@ void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) 
   const SupportIndex& index = args.index;
   const int32_t* const starts = index.starts_of(block);
   const int64_t end = part + kSupportHiddenColumns < args.width ? part + kSupportHiddenColumns : args.width;
+  const int64_t first = block * SupportIndex::kBlockTokens, rest = args.tokens - first;
+  const int64_t count = rest < SupportIndex::kBlockTokens ? rest : SupportIndex::kBlockTokens;
+  float* const sums = args.sums + args.tokens * part;
+  std::memset(sums + first * kSupportHiddenColumns, 0, count * kSupportHiddenColumns * sizeof(float));
   for (int64_t column = part; column < end;) {
     const bool whole = column + kVectors * kLanes <= end;
     const int64_t next = whole ? column + kVectors * kLanes : end;
@@ -98,10 +120,10 @@ void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) 
         for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
       }
       for (int32_t at = starts[id]; at < starts[id + 1]; ++at) {
-        const float value = args.values[index.entries[at]];
+        const float value = args.values[at];
         if (value == 0) continue;  // the token has no gradient
         const VecF factor = broadcast(value);
-        float* const out = args.out + index.tokens[at] * args.width + column;
+        float* const out = sums + index.tokens[at] * kSupportHiddenColumns + (column - part);
         if (whole) {
           for (int v = 0; v < kVectors; ++v) {
             store(out + v * kLanes, multiply_add(factor, w[v], load(out + v * kLanes)));
@@ -115,20 +137,26 @@ void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) 
     }
     column = next;
   }
+  for (int64_t n = first; n < first + count; ++n) {
+    const float* const from = sums + n * kSupportHiddenColumns;
+    float* const out = args.out + n * args.width + part;
+    for (int64_t c = 0; c < end - part; ++c) out[c] += from[c];
+  }
 }
 
 // One segment of a row of the weight's gradient.
 template <int kVectors, typename T, typename Out>
-void add_tokens(const SupportGradWeight& args, int64_t id, int64_t column, Out* out) {
+void add_tokens(const SupportGradWeight& args, int64_t id, int64_t part, int64_t column, Out* out) {
   const SupportIndex& index = args.index;
+  const T* const segment = segment_of<T>(args.hidden, part) + (column - part);
   VecF sum[kVectors] = {};
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int32_t* const starts = index.starts_of(block);
     for (int32_t at = starts[id]; at < starts[id + 1]; ++at) {
-      const float value = args.values[index.entries[at]];
+      const float value = args.values[at];
       if (value == 0) continue;
       const VecF factor = broadcast(value);
-      const T* const hidden = row_of<T>(args.hidden, index.tokens[at], column);
+      const T* const hidden = segment + index.tokens[at] * kSupportColumns;
       for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(factor, load(hidden + v * kLanes), sum[v]);
     }
   }
@@ -141,15 +169,16 @@ void add_tokens(const SupportGradWeight& args, int64_t id, int64_t column, Out* 
 }
 
 template <typename T, typename Out>
-void add_tail(const SupportGradWeight& args, int64_t id, int64_t column, Out* out) {
+void add_tail(const SupportGradWeight& args, int64_t id, int64_t part, int64_t column, Out* out) {
   const SupportIndex& index = args.index;
+  const T* const segment = segment_of<T>(args.hidden, part) + (column - part);
   float sum = 0;
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int32_t* const starts = index.starts_of(block);
     for (int32_t at = starts[id]; at < starts[id + 1]; ++at) {
-      const float value = args.values[index.entries[at]];
+      const float value = args.values[at];
       if (value == 0) continue;
-      const float entry = to_float(*row_of<T>(args.hidden, index.tokens[at], column));
+      const float entry = to_float(segment[index.tokens[at] * kSupportColumns]);
       sum = multiply_add(broadcast(value), broadcast(entry), broadcast(sum))[0];
     }
   }
@@ -172,7 +201,7 @@ template <typename T, typename Out>
 void grad_weight_of(const SupportGradWeight& args, int64_t part, int64_t id_begin, int64_t id_end) {
   const SupportIndex& index = args.index;
   Out* const out = static_cast<Out*>(args.out);
-  const int64_t end = part + kSupportWeightColumns < args.width ? part + kSupportWeightColumns : args.width;
+  const int64_t end = part + kSupportColumns < args.width ? part + kSupportColumns : args.width;
   const auto is_used = [&](int64_t id) {
     for (int64_t block = 0; block < index.blocks; ++block) {
       const int32_t* const starts = index.starts_of(block);
@@ -192,10 +221,10 @@ void grad_weight_of(const SupportGradWeight& args, int64_t part, int64_t id_begi
     Out* const row = out + id * args.width;
     int64_t c = part;
     constexpr int kMost = kLanes == 16 ? 16 : 8;
-    for (; c + kMost * kLanes <= end; c += kMost * kLanes) add_tokens<kMost, T>(args, id, c, row + c);
-    for (; c + 4 * kLanes <= end; c += 4 * kLanes) add_tokens<4, T>(args, id, c, row + c);
-    for (; c + kLanes <= end; c += kLanes) add_tokens<1, T>(args, id, c, row + c);
-    for (; c < end; ++c) add_tail<T>(args, id, c, row + c);
+    for (; c + kMost * kLanes <= end; c += kMost * kLanes) add_tokens<kMost, T>(args, id, part, c, row + c);
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) add_tokens<4, T>(args, id, part, c, row + c);
+    for (; c + kLanes <= end; c += kLanes) add_tokens<1, T>(args, id, part, c, row + c);
+    for (; c < end; ++c) add_tail<T>(args, id, part, c, row + c);
   }
   if (args.stream) stream_fence();
 }
