@@ -192,6 +192,10 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
+def _lacks_support_kernels(tensor: Tensor) -> bool:
+    return select(tensor) != "cpu"
+
+
 TABLE: dict[str, tuple[Server, ...]] = {
     "kernels": _operator(has_cuda_kernel=True),  # of any operator
     **{name: _operator(name in CUDA_OPERATORS) for name in OPS},
@@ -261,12 +265,17 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("chunks", "a product, then token_stats, for each chunk of rows"),
     ),
-    # Small sets of ids. Facts: hidden, the head.
+    # Sets of ids from logits. Fact: logits.
+    "support_logits": (
+        _server("entries", "reads and writes the entries of the sets", {
+            "neither CPU kernels nor Triton serve logits": _lacks_support_kernels,
+        }),
+        _server("walk", "token_stats of a copy of the logits with -inf outside the sets"),
+    ),
+    # Small sets of ids from hidden states. Facts: hidden, the head.
     "support": (
         _server("gathered", f"rows of the weight for sets of at most V / {SUPPORT_SHARE} ids; others take the walk", {
-            "neither CPU kernels nor Triton serve hidden states": lambda hidden, head: (
-                choose("kernels", hidden.device.type, hidden.dtype).implementation not in ("cpu", "triton")
-            ),
+            "neither CPU kernels nor Triton serve hidden states": lambda hidden, head: _lacks_support_kernels(hidden),
             "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
             "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
             "a capacity forbids reading the sizes of sets on the device": (

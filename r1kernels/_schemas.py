@@ -100,15 +100,27 @@ _declare(
     f"ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
 # The same over sets of ids in compressed rows (`r1kernels.ops.support`), support_ids (M,) and support_offsets (N + 1,).
-# The forward also gives the products (M,) of hidden with the rows of the weight, where the sets are small; the backward
-# takes them.
+# The forward also gives the logits (M,) of small sets, float32, and their `support_index`; the backward takes them.
 _SETS = "Tensor support_ids, Tensor support_offsets"
-_declare(f"linear_support_stats({_HEAD}, Tensor? mask, {_SETS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_KEPT = "Tensor values, Tensor targets, Tensor starts, Tensor entries, Tensor tokens"
+_declare(
+    f"linear_support_stats({_HEAD}, Tensor? mask, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _declare(
     f"linear_support_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    f"{_SETS}, Tensor products, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+    f"{_SETS}, {_KEPT}, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
-# The entries (token, id) of sets that have `largest` ids at most, where `mask` (N,) is True, by ascending id. -> the place
+# The same from logits (..., V), for N flattened tokens.
+_declare(
+    f"support_token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_declare(
+    "support_token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
+    f"Tensor? grad_entropy, float temperature, {_SETS}, {_KEPT}) -> Tensor"
+)
+# The entries (token, id) of sets of at most `largest` ids where `mask` (N,) is True, by ascending id. -> the place
 # of each token in its set (N,), where the entries of each id begin (blocks, V + 1), and for each entry its place among
 # support_ids and its token, (M,) each, all three int32. An id that a set has twice has one entry.
 _declare(
@@ -275,26 +287,48 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
 
 
+def _support_index(
+    support_ids: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
+) -> tuple[Tensor, ...]:
+    tokens = token_ids.numel()
+    blocks = max(-(-tokens // SUPPORT_BLOCK_TOKENS), 1) if token_ids.device.type == "cpu" else 1
+    places = (support_ids.new_empty(support_ids.shape, dtype=torch.int32) for _ in range(2))
+    return (
+        token_ids.new_empty((tokens,)), support_ids.new_empty((blocks, vocab + 1), dtype=torch.int32), *places,
+    )
+
+
+_fake("support_index")(_support_index)
+
+
+@_fake("support_token_stats")
+def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, *sets: Tensor) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    statistics = (logits.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    values = logits.new_empty(sets[0].shape, dtype=torch.float32)
+    return (
+        logits.new_empty(shape, dtype=torch.float32), *statistics, values,
+        *_support_index(*sets, token_ids, None, logits.shape[-1], 0),
+    )
+
+
+@_fake("support_token_stats_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
 @_fake("linear_support_stats")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    ids, support_ids = args[4], args[-2]
+    weight, ids, (support_ids, offsets) = args[0], args[4], args[-2:]
     statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
-    return _per_token(ids, hidden), *statistics, hidden.new_empty(support_ids.shape, dtype=torch.float32)
+    values = hidden.new_empty(support_ids.shape, dtype=torch.float32)
+    index = _support_index(support_ids, offsets, ids, None, len(weight), 0)
+    return _per_token(ids, hidden), *statistics, values, *index
 
 
 @_fake("linear_support_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
-
-
-@_fake("support_index")
-def _(
-    support_ids: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
-) -> tuple[Tensor, ...]:
-    blocks = max(-(-token_ids.numel() // SUPPORT_BLOCK_TOKENS), 1)
-    places = (support_ids.new_empty(support_ids.shape, dtype=torch.int32) for _ in range(2))
-    starts = support_ids.new_empty((blocks, vocab + 1), dtype=torch.int32)
-    return token_ids.new_empty(token_ids.shape), starts, *places
 
 
 for _name in ("support_products", "support_grad_hidden", "support_grad_weight", "support_stats_backward"):

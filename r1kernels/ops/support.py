@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from r1kernels._schemas import SUPPORT_BLOCK_TOKENS
 from r1kernels.ops._checks import check_tensor, ids_int64
 
 
@@ -32,6 +33,43 @@ class Support(NamedTuple):
         """(M,), the token of each id."""
         return torch.searchsorted(self.offsets, torch.arange(len(self.token_ids), device=self.offsets.device),
                                   right=True) - 1
+
+
+class Index(NamedTuple):
+    """The entries of sets by ascending id: the results of the operator `support_index`.
+
+    Attributes:
+        targets: (N,) int64, the place of each token in its set.
+        starts: (blocks, V + 1) int32, where the entries of each id begin, for blocks of tokens.
+        entries, tokens: (M,) int32, the place among all ids, and the token, of each entry.
+    """
+
+    targets: Tensor
+    starts: Tensor
+    entries: Tensor
+    tokens: Tensor
+
+    @staticmethod
+    def of(support: Support, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int) -> Index:
+        """Of the sets where `mask` (N,) is True that have at most `largest` ids. The kernel checks all values."""
+        return Index(*torch.ops.r1kernels.support_index.default(*support, token_ids, mask, vocab, largest))
+
+    @staticmethod
+    def unused(support: Support, token_ids: Tensor, vocab: int) -> Index:
+        """Memory in the same shapes."""
+        blocks = max(-(-len(token_ids) // SUPPORT_BLOCK_TOKENS), 1) if token_ids.device.type == "cpu" else 1
+        places = [torch.empty(support.token_ids.shape, dtype=torch.int32, device=token_ids.device) for _ in range(2)]
+        starts = torch.empty(blocks, vocab + 1, dtype=torch.int32, device=token_ids.device)
+        return Index(torch.empty_like(token_ids), starts, *places)
+
+    def listed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(entries, tokens, valid): int64, and on a device (M,) which of them are entries; None for all."""
+        if self.starts.device.type == "cpu":
+            ends = self.starts[:, [0, -1]].tolist()
+            parts = [slice(begin, end) for begin, end in ends]
+            return *(torch.cat([value[part] for part in parts]).long() for value in self[2:]), None
+        valid = torch.arange(len(self.entries), device=self.starts.device) < self.starts[0, -1]
+        return self.entries.long(), self.tokens.long(), valid
 
 
 def checked_support(value: Any, like: Tensor, count: int, group: Any = None) -> Support | None:

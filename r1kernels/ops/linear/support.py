@@ -9,8 +9,6 @@ ones, which mean the whole vocabulary, take the walk over all of the weight.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -22,17 +20,9 @@ from r1kernels.ops.linear.head import Head, Needs
 from r1kernels.ops.linear.passes import run_backward, run_statistics
 from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
-from r1kernels.ops.support import Support, check_sets
+from r1kernels.ops.support import Index, Support, check_sets
 
 _ops = torch.ops.r1kernels
-
-
-class _Index(NamedTuple):
-    """Where the entries of each id begin, and the place and the token of each entry: see `support_index`."""
-
-    starts: Tensor
-    entries: Tensor
-    tokens: Tensor
 
 
 class _Gathered:
@@ -42,19 +32,21 @@ class _Gathered:
         rest: (N,), the other tokens that count, or None if there are none.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, counted: Tensor | None, support: Support) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, counted: Tensor | None, support: Support, index: Index | None = None
+    ) -> None:
         self.head, self.support = head, support
-        sizes, vocab = support.offsets.diff(), len(head.weight)
+        vocab = len(head.weight)
         largest = vocab // _dispatch.SUPPORT_SHARE
+        if index is None:  # before anything else, because it checks the sets
+            index = Index.of(support, head.token_ids, counted, vocab, largest)
+        self.index = index
+        sizes = support.offsets.diff()
         small = (sizes > 0) & (sizes <= largest)
         rest = ~small
         if counted is not None:
             small, rest = small & counted, rest & counted
         self.small, self.rest = small, rest if bool(rest.any()) else None
-        self.targets, *index = _library.call(
-            _ops.support_index.default, *support, head.token_ids, counted, vocab, largest
-        )
-        self.index = _Index(*index)
         flat = hidden.reshape(-1, hidden.shape[-1])
         self.hidden = flat if flat.stride(1) == 1 else flat.contiguous()
         self.lora_b = None if head.lora_b is None else head.lora_b.t().contiguous()
@@ -74,7 +66,7 @@ class _Gathered:
         head = self.head
 
         def add(hidden: Tensor, weight: Tensor, values: Tensor, accumulate: bool) -> Tensor:
-            _ops.support_products.default(hidden, weight, *self.index, values, accumulate)
+            _ops.support_products.default(hidden, weight, *self.index[1:], values, accumulate)
             return values
 
         empty = torch.full(self.support.token_ids.shape, -torch.inf, device=self.hidden.device)
@@ -91,7 +83,7 @@ class _Gathered:
 
     def statistics(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _ops.support_stats.default(
-            values, self.support.offsets, self.targets, self.small, self.head.kernel_temperature,
+            values, self.support.offsets, self.index.targets, self.small, self.head.kernel_temperature,
             self.head.temperatures,
         )
 
@@ -102,7 +94,7 @@ class _Gathered:
         ]
         out = torch.empty_like(values)
         _ops.support_stats_backward.default(
-            values, self.support.offsets, self.targets, lse, entropy, *scaled, self.head.kernel_temperature,
+            values, self.support.offsets, self.index.targets, lse, entropy, *scaled, self.head.kernel_temperature,
             self.head.temperatures, self.head.softcap, out,
         )
         return out
@@ -115,12 +107,12 @@ class _Gathered:
 
         def for_tokens(rows: Tensor) -> Tensor:
             out = torch.zeros(len(hidden), rows.shape[1], device=hidden.device)
-            _ops.support_grad_hidden.default(grad, rows, *self.index, out)
+            _ops.support_grad_hidden.default(grad, rows, *self.index[1:], out)
             return out
 
         def for_ids(rows: Tensor, out: Tensor | None = None) -> Tensor:
             out = torch.empty(len(head.weight), rows.shape[1], device=hidden.device) if out is None else out
-            _ops.support_grad_weight.default(grad, rows, *self.index, out, accumulate and out is weight)
+            _ops.support_grad_weight.default(grad, rows, *self.index[1:], out, accumulate and out is weight)
             return out
 
         inner = None
@@ -145,12 +137,14 @@ class _Gathered:
 @without_autocast
 def run_support_statistics(
     head: Head, hidden: Tensor, wanted: Tensor | None, support: Support
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False, and the logits (M,) of small sets."""
+) -> tuple[Tensor, ...]:
+    """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False; the logits (M,) and the index of small
+    sets."""
     if _dispatch.choose("support", hidden, head).implementation == "walk":
         check_sets(support, head.token_ids, len(head.weight), wanted)
         values = torch.empty(support.token_ids.shape, dtype=torch.float32, device=hidden.device)
-        return *run_statistics(head, hidden, wanted, support=support), values
+        index = Index.unused(support, head.token_ids, len(head.weight))
+        return *run_statistics(head, hidden, wanted, support=support), values, *index
     if head.capacity >= 0:  # its check
         active_rows(hidden, wanted, head.capacity)
     gathered = _Gathered(head, hidden, wanted, support)
@@ -159,20 +153,20 @@ def run_support_statistics(
     if gathered.rest is not None:
         others = run_statistics(head, hidden, gathered.rest, support=support)
         results = tuple(torch.where(gathered.rest, b, a) for a, b in zip(results, others, strict=True))
-    return *results, values
+    return *results, values, *gathered.index
 
 
 @without_autocast
 def run_support_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None, support: Support,
-    values: Tensor, weight_dtype: torch.dtype, needs: Needs,
+    values: Tensor, index: Index, weight_dtype: torch.dtype, needs: Needs,
 ) -> tuple[Tensor, ...]:
     """The gradients of `run_backward`."""
     g = torch.zeros_like(eta) if g is None else g
     if _dispatch.choose("support", hidden, head).implementation == "walk":
         return run_backward(head, hidden, lse, entropy, g, eta, weight_dtype, needs, support=support)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    gathered = _Gathered(head, hidden, active, support)
+    gathered = _Gathered(head, hidden, active, support, index)
     others: tuple[Tensor, ...] | None = None
     if gathered.rest is None:
         weight = _library.empty(*head.weight.shape, dtype=weight_dtype, device=hidden.device) if needs.weight else None

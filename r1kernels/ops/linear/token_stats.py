@@ -22,7 +22,7 @@ from r1kernels.ops.linear.head import Head, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_backward, run_statistics
 from r1kernels.ops.linear.support import run_support_backward, run_support_statistics
-from r1kernels.ops.support import Support
+from r1kernels.ops.support import Index, Support
 
 
 @torch.library.impl("r1kernels::linear_token_stats", "CompositeExplicitAutograd")
@@ -46,8 +46,10 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("r1kernels::linear_support_stats_backward", "CompositeExplicitAutograd")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head, given, needs = Head(*args[: len(Head._fields)]), args[len(Head._fields) : -1], Needs(*args[-1])
-    *slopes, token_ids, offsets, products, weight_dtype = given
-    return run_support_backward(head, hidden, *slopes, Support(token_ids, offsets), products, weight_dtype, needs)
+    slopes, (token_ids, offsets, values, *index), weight_dtype = given[:4], given[4:-1], given[-1]
+    return run_support_backward(
+        head, hidden, *slopes, Support(token_ids, offsets), values, Index(*index), weight_dtype, needs
+    )
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -59,12 +61,12 @@ class _LinearTokenStats(torch.autograd.Function):
         head, into, shard = constants
         tensors = (hidden, weight, bias, lora_a, lora_b)
         full = head.with_tensors(*tensors[1:])
-        sets: tuple[Tensor, ...] = ()  # and their products
+        sets: tuple[Tensor, ...] = ()  # and what the forward keeps of them
         if support is not None:
-            logprobs, lse, entropy, products = _library.call(
+            logprobs, lse, entropy, *kept = _library.call(
                 torch.ops.r1kernels.linear_support_stats.default, hidden, *full, mask, *support
             )
-            sets = (*support, products)
+            sets = (*support, *kept)
         elif shard is None:
             logprobs, lse, entropy = _library.call(
                 torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
