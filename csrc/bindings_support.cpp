@@ -107,9 +107,10 @@ r1k::Rows rows_of(const Tensor& matrix, const char* name) {
 
 // The index, of tokens below `count`.
 SupportIndex index_of(const Tensor& starts, const Tensor& entries, const Tensor& tokens, int64_t count) {
-  R1K_CHECK(starts.dim() == 2 && starts.size(0) > 0 && starts.size(1) > 1, "starts must be (blocks, V + 1)");
+  const int64_t blocks = std::max<int64_t>(blocks_of(count), 1);
+  R1K_CHECK(starts.dim() == 2 && starts.size(0) == blocks && starts.size(1) > 1, "starts must be (", blocks, ", V + 1)");
   SupportIndex index;
-  index.blocks = starts.size(0);
+  index.blocks = blocks;
   index.vocab = starts.size(1) - 1;
   index.starts = data<int32_t>(starts, "starts", ScalarType::Int, starts.numel());
   index.entries = data<int32_t>(entries, "entries", ScalarType::Int, entries.numel());

@@ -27,6 +27,16 @@ const T* row_of(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const T*>(rows.data) + row * rows.stride + column;
 }
 
+// Fetches the columns of the row that is needed `kAhead` ids later, which is in no cache. Rows of unused ids are fetched in
+// vain, which costs less than looking for the next one.
+constexpr int64_t kAhead = 4;
+template <typename W>
+void fetch_ahead(const Rows& rows, int64_t id, int64_t end, int64_t column, int64_t width) {
+  if (id + kAhead >= end) return;
+  const char* const from = reinterpret_cast<const char*>(row_of<W>(rows, id + kAhead, column));
+  for (int64_t byte = 0; byte < width * int64_t(sizeof(W)); byte += 64) __builtin_prefetch(from + byte);
+}
+
 // The segment that begins with a column.
 template <typename T>
 const T* segment_of(const Segments& matrix, int64_t column) {
@@ -80,6 +90,8 @@ void products_of(const SupportProducts& args, int64_t block, int64_t id_begin, i
     const T* const segment = segment_of<T>(args.hidden, column);
     const bool add = column > 0;
     for (int64_t id = id_begin; id < id_end; ++id) {
+      if (starts[id] == starts[id + 1]) continue;
+      fetch_ahead<W>(args.weight, id, id_end, column, width);
       const W* const weight = row_of<W>(args.weight, id, column);
       for (int32_t at = starts[id]; at < starts[id + 1]; at += kGroup) {
         const int count = starts[id + 1] - at < kGroup ? starts[id + 1] - at : kGroup;
@@ -114,6 +126,7 @@ void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) 
     const int64_t next = whole ? column + kVectors * kLanes : end;
     for (int64_t id = 0; id < index.vocab; ++id) {
       if (starts[id] == starts[id + 1]) continue;
+      fetch_ahead<W>(args.weight, id, index.vocab, column, next - column);
       const W* const weight = row_of<W>(args.weight, id, column);
       VecF w[kVectors];
       if (whole) {
@@ -160,12 +173,15 @@ void add_tokens(const SupportGradWeight& args, int64_t id, int64_t part, int64_t
       for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(factor, load(hidden + v * kLanes), sum[v]);
     }
   }
+  alignas(64) Out result[kVectors * kLanes];
+  Out* const to = args.stream ? result : out;
   for (int v = 0; v < kVectors; ++v) {
     VecF value = sum[v];
     if (args.accumulate) value += load(out + v * kLanes);
     if constexpr (sizeof(Out) == 2) value = value == value ? value : broadcast(__builtin_nanf(""));
-    store(out + v * kLanes, value);
+    store(to + v * kLanes, value);
   }
+  if (args.stream) stream_copy(out, result, sizeof(result));
 }
 
 template <typename T, typename Out>
