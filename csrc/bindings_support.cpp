@@ -52,50 +52,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> support_index(Tensor support_ids, Ten
   int32_t* const start = static_cast<int32_t*>(starts.data_ptr());
   int32_t* const entry = static_cast<int32_t*>(entries.data_ptr());
   int32_t* const row = static_cast<int32_t*>(rows.data_ptr());
-  for (int64_t n = 0; n < count; ++n) {
-    target[n] = 0;
-    if ((counted != nullptr && !counted[n]) || at[n] == at[n + 1]) continue;
-    int64_t found = -1;
-    for (int64_t e = at[n + 1] - 1; e >= at[n]; --e) {
-      R1K_CHECK(ids[e] >= 0 && ids[e] < vocab, "support token_ids[", e, "] is ", ids[e], ", expected an id in [0, ",
-                vocab, ")");
-      found = ids[e] == tokens[n] ? e : found;
+  parallel_ranges(count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      target[n] = 0;
+      if ((counted != nullptr && !counted[n]) || at[n] == at[n + 1]) continue;
+      int64_t found = -1;
+      for (int64_t e = at[n + 1] - 1; e >= at[n]; --e) {
+        R1K_CHECK(ids[e] >= 0 && ids[e] < vocab, "support token_ids[", e, "] is ", ids[e], ", expected an id in [0, ",
+                  vocab, ")");
+        found = ids[e] == tokens[n] ? e : found;
+      }
+      R1K_CHECK(found >= 0, "token_ids[", n, "] is ", tokens[n], ", expected an id of its set, support token_ids[",
+                at[n], ":", at[n + 1], "] (position counted over all dimensions)");
+      target[n] = found - at[n];
     }
-    R1K_CHECK(found >= 0, "token_ids[", n, "] is ", tokens[n], ", expected an id of its set, support token_ids[", at[n],
-              ":", at[n + 1], "] (position counted over all dimensions)");
-    target[n] = found - at[n];
-  }
-  // A counting sort of each block; a block's entries have the memory of its sets.
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t block_begin, int64_t block_end) {
-    std::vector<int32_t> last(vocab);  // the token whose set had the id last
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      const int64_t first = block * SupportIndex::kBlockTokens;
-      const int64_t end = std::min(first + SupportIndex::kBlockTokens, count);
-      int32_t* const begins = start + block * (vocab + 1);
-      const auto walk = [&](const auto& visit) {
-        std::fill(last.begin(), last.end(), -1);
-        for (int64_t n = first; n < end; ++n) {
+  });
+  // A counting sort of each block, whose entries have the memory of its sets.  Threads count, and place, the entries of
+  // parts of its tokens.
+  const int64_t parts = std::clamp<int64_t>(size / blocks / 65536, 1, torch::stable::get_num_threads());
+  std::vector<int32_t> places(parts * vocab);  // of the next entry of each id, in each part
+  const auto in_parts = [&](int64_t first, int64_t end, const auto& visit) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin_part, int64_t end_part) {
+      std::vector<int32_t> last(vocab, -1);  // the token whose set had the id last
+      for (int64_t part = begin_part; part < end_part; ++part) {
+        int32_t* const place = places.data() + part * vocab;
+        const int64_t part_end = first + (end - first) * (part + 1) / parts;
+        for (int64_t n = first + (end - first) * part / parts; n < part_end; ++n) {
           if ((counted != nullptr && !counted[n]) || at[n + 1] - at[n] > largest) continue;
           for (int64_t e = at[n]; e < at[n + 1]; ++e) {
             if (last[ids[e]] == n) continue;
             last[ids[e]] = static_cast<int32_t>(n);
-            visit(n, e);
+            visit(place[ids[e]]++, n, e);
           }
         }
-      };
-      std::fill(begins, begins + vocab + 1, 0);
-      walk([&](int64_t, int64_t e) { ++begins[ids[e] + 1]; });
-      begins[0] = first < count ? static_cast<int32_t>(at[first]) : 0;
-      for (int64_t v = 0; v < vocab; ++v) begins[v + 1] += begins[v];
-      walk([&](int64_t n, int64_t e) {
-        const int32_t place = begins[ids[e]]++;
-        entry[place] = static_cast<int32_t>(e);
-        row[place] = static_cast<int32_t>(n);
-      });
-      for (int64_t v = vocab; v > 0; --v) begins[v] = begins[v - 1];  // back to where each id begins
-      begins[0] = first < count ? static_cast<int32_t>(at[first]) : 0;
+      }
+    });
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = std::min(block * SupportIndex::kBlockTokens, count);
+    const int64_t end = std::min(first + SupportIndex::kBlockTokens, count);
+    int32_t* const begins = start + block * (vocab + 1);
+    std::fill(places.begin(), places.end(), 0);
+    in_parts(first, end, [](int32_t, int64_t, int64_t) {});
+    int32_t next = static_cast<int32_t>(at[first]);
+    for (int64_t v = 0; v < vocab; ++v) {
+      begins[v] = next;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int32_t number = places[part * vocab + v];
+        places[part * vocab + v] = next;
+        next += number;
+      }
     }
-  });
+    begins[vocab] = next;
+    in_parts(first, end, [&](int32_t place, int64_t n, int64_t e) {
+      entry[place] = static_cast<int32_t>(e);
+      row[place] = static_cast<int32_t>(n);
+    });
+  }
   return {targets, starts, entries, rows};
 }
 

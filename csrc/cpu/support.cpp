@@ -55,6 +55,31 @@ inline float lane_sum(VecF x) {
 #endif
 }
 
+// The same sums of eight vectors at once, each in the same order.
+template <int kCount>
+void lane_sums(const VecF* x, float* sums) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 8) {
+    __m256 half[8], quarter[4], pair[2];
+    for (int k = 0; k < 8; ++k) {
+      half[k] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[k]), _mm512_extractf32x8_ps((__m512)x[k], 1));
+    }
+    for (int k = 0; k < 4; ++k) {  // k and k + 4 in the halves
+      quarter[k] = _mm256_add_ps(_mm256_permute2f128_ps(half[k], half[k + 4], 0x20),
+                                 _mm256_permute2f128_ps(half[k], half[k + 4], 0x31));
+    }
+    for (int k = 0; k < 2; ++k) {
+      pair[k] = _mm256_add_ps(_mm256_shuffle_ps(quarter[2 * k], quarter[2 * k + 1], 0x44),
+                              _mm256_shuffle_ps(quarter[2 * k], quarter[2 * k + 1], 0xee));
+    }
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88),
+                                         _mm256_shuffle_ps(pair[0], pair[1], 0xdd)));
+    return;
+  }
+#endif
+  for (int k = 0; k < kCount; ++k) sums[k] = lane_sum(x[k]);
+}
+
 // sums[k] = hidden[k] . weight over `width` columns.
 template <int kCount, typename T, typename W>
 void dot_rows(const T* const* hidden, const W* weight, int64_t width, float* sums) {
@@ -74,10 +99,9 @@ void dot_rows(const T* const* hidden, const W* weight, int64_t width, float* sum
     const VecF w = load(weight + c);
     for (int k = 0; k < kCount; ++k) sum[k] = multiply_add(load(hidden[k] + c), w, sum[k]);
   }
+  lane_sums<kCount>(sum, sums);
   for (int k = 0; k < kCount; ++k) {
-    float total = lane_sum(sum[k]);
-    for (int64_t tail = c; tail < width; ++tail) total += to_float(hidden[k][tail]) * to_float(weight[tail]);
-    sums[k] = total;
+    for (int64_t tail = c; tail < width; ++tail) sums[k] += to_float(hidden[k][tail]) * to_float(weight[tail]);
   }
 }
 
@@ -157,6 +181,38 @@ void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) 
   }
 }
 
+// sum += factor * entries.  Of bfloat16 entries, with AVX-512 and kVectors > 1, a vector of `sum` has every second entry,
+// which takes fewer instructions; `in_order` then puts them in order.
+template <int kVectors, typename T>
+void add_product(VecF* sum, VecF factor, const T* entries) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16> && kVectors > 1) {
+    for (int v = 0; v < kVectors; v += 2) {
+      const VecI both = load_unaligned<VecI>(entries + v * kLanes);
+      sum[v] = multiply_add(factor, bit_cast<VecF>(both << 16), sum[v]);
+      sum[v + 1] = multiply_add(factor, bit_cast<VecF>(both & int32_t(0xffff0000)), sum[v + 1]);
+    }
+    return;
+  }
+#endif
+  for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(factor, load(entries + v * kLanes), sum[v]);
+}
+
+template <int kVectors, typename T>
+void in_order([[maybe_unused]] VecF* sum) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16> && kVectors > 1) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int v = 0; v < kVectors; v += 2) {
+      const __m512 even = (__m512)sum[v], odd = (__m512)sum[v + 1];
+      sum[v] = (VecF)_mm512_permutex2var_ps(even, first, odd);
+      sum[v + 1] = (VecF)_mm512_permutex2var_ps(even, last, odd);
+    }
+  }
+#endif
+}
+
 // One segment of a row of the weight's gradient.
 template <int kVectors, typename T, typename Out>
 void add_tokens(const SupportGradWeight& args, int64_t id, int64_t part, int64_t column, Out* out) {
@@ -170,9 +226,10 @@ void add_tokens(const SupportGradWeight& args, int64_t id, int64_t part, int64_t
       if (value == 0) continue;
       const VecF factor = broadcast(value);
       const T* const hidden = segment + index.tokens[at] * kSupportColumns;
-      for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(factor, load(hidden + v * kLanes), sum[v]);
+      add_product<kVectors>(sum, factor, hidden);
     }
   }
+  in_order<kVectors, T>(sum);
   alignas(64) Out result[kVectors * kLanes];
   Out* const to = args.stream ? result : out;
   for (int v = 0; v < kVectors; ++v) {
