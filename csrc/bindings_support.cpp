@@ -52,21 +52,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> support_index(Tensor support_ids, Ten
   int32_t* const start = static_cast<int32_t*>(starts.data_ptr());
   int32_t* const entry = static_cast<int32_t*>(entries.data_ptr());
   int32_t* const row = static_cast<int32_t*>(rows.data_ptr());
+  // An error must not leave a thread, so the threads only note which sets are wrong.
+  std::vector<char> wrong(count, 0);
   parallel_ranges(count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       target[n] = 0;
       if ((counted != nullptr && !counted[n]) || at[n] == at[n + 1]) continue;
       int64_t found = -1;
+      bool inside = true;
       for (int64_t e = at[n + 1] - 1; e >= at[n]; --e) {
-        R1K_CHECK(ids[e] >= 0 && ids[e] < vocab, "support token_ids[", e, "] is ", ids[e], ", expected an id in [0, ",
-                  vocab, ")");
+        inside &= ids[e] >= 0 && ids[e] < vocab;
         found = ids[e] == tokens[n] ? e : found;
       }
-      R1K_CHECK(found >= 0, "token_ids[", n, "] is ", tokens[n], ", expected an id of its set, support token_ids[",
-                at[n], ":", at[n + 1], "] (position counted over all dimensions)");
+      wrong[n] = !inside || found < 0;
       target[n] = found - at[n];
     }
   });
+  for (int64_t n = 0; n < count; ++n) {
+    if (!wrong[n]) continue;
+    for (int64_t e = at[n]; e < at[n + 1]; ++e) {
+      R1K_CHECK(ids[e] >= 0 && ids[e] < vocab, "support token_ids[", e, "] is ", ids[e], ", expected an id in [0, ",
+                vocab, ")");
+    }
+    R1K_CHECK(false, "token_ids[", n, "] is ", tokens[n], ", expected an id of its set, support token_ids[", at[n], ":",
+              at[n + 1], "] (position counted over all dimensions)");
+  }
   // A counting sort of each block, whose entries have the memory of its sets.  Threads count, and place, the entries of
   // parts of its tokens.
   const int64_t parts = std::clamp<int64_t>(size / blocks / 65536, 1, torch::stable::get_num_threads());
