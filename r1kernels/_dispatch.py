@@ -36,6 +36,12 @@ TRITON_OPERATORS = {
     "divergence_backward": "divergence",
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
+    "support_index": "support",
+    "support_products": "support",
+    "support_grad_hidden": "support",
+    "support_grad_weight": "support",
+    "support_stats": "support",
+    "support_stats_backward": "support",
 }
 
 # ---- the request ------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
 
 
 def _lacks_support_kernels(tensor: Tensor) -> bool:
-    return select(tensor) != "cpu"
+    return select(tensor) not in ("cpu", "triton")
 
 
 TABLE: dict[str, tuple[Server, ...]] = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from r1kernels import _dispatch
 from r1kernels._schemas import SUPPORT_BLOCK_TOKENS
 from r1kernels.ops._checks import check_tensor, ids_int64
 
@@ -51,7 +52,10 @@ class Index(NamedTuple):
 
     @staticmethod
     def of(support: Support, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int) -> Index:
-        """Of the sets where `mask` (N,) is True that have at most `largest` ids. The kernel checks all values."""
+        """Of the sets where `mask` (N,) is True that have at most `largest` ids, with a check of all values. On a CPU,
+        it is the kernel's, which reads them anyway."""
+        if _dispatch.choose("kernels", token_ids.device.type, torch.float32).implementation != "cpu":
+            check_sets(support, token_ids, vocab, mask)
         return Index(*torch.ops.r1kernels.support_index.default(*support, token_ids, mask, vocab, largest))
 
     @staticmethod
@@ -64,7 +68,7 @@ class Index(NamedTuple):
 
     def listed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(entries, tokens, valid): int64, and on a device (M,) which of them are entries; None for all."""
-        if self.starts.device.type == "cpu":
+        if self.starts.device.type == "cpu":  # a block of tokens may have fewer entries than its sets
             ends = self.starts[:, [0, -1]].tolist()
             parts = [slice(begin, end) for begin, end in ends]
             return *(torch.cat([value[part] for part in parts]).long() for value in self[2:]), None
