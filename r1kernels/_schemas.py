@@ -121,6 +121,52 @@ _declare(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
+# The same over sets of ids in compressed rows (`r1kernels.ops.support`), support_ids (M,) and support_offsets (N + 1,).
+# The forward also gives the logits (M,) of small sets, float32, and their `support_index`; the backward takes them.
+_SETS = "Tensor support_ids, Tensor support_offsets"
+_KEPT = "Tensor values, Tensor targets, Tensor starts, Tensor entries, Tensor tokens"
+_declare(
+    f"linear_support_stats({_HEAD}, Tensor? mask, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_declare(
+    f"linear_support_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"{_SETS}, {_KEPT}, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# The same from logits (..., V), for N flattened tokens.
+_declare(
+    f"support_token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_declare(
+    "support_token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
+    f"Tensor? grad_entropy, float temperature, {_SETS}, {_KEPT}) -> Tensor"
+)
+# The entries (token, id) of sets of at most `largest` ids where `mask` (N,) is True, by ascending id. -> the place
+# of each token in its set (N,), where the entries of each id begin (blocks, V + 1), and for each entry its place among
+# support_ids and its token, (M,) each, all three int32. An id that a set has twice has one entry.
+_declare(
+    "support_index(Tensor support_ids, Tensor support_offsets, Tensor token_ids, Tensor? mask, int vocab, int largest) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_INDEX = "Tensor starts, Tensor entries, Tensor tokens"
+# values (M,) float32 [entry] = or += hidden[token] . weight[id], in float32.
+_declare(f"support_products(Tensor hidden, Tensor weight, {_INDEX}, Tensor(a!) values, bool accumulate) -> ()")
+# out (N, H) float32 [token] += sum of values[entry] weight[id].
+_declare(f"support_grad_hidden(Tensor values, Tensor weight, {_INDEX}, Tensor(a!) out) -> ()")
+# out (V, H) [id] = or += sum of values[entry] hidden[token], summed in float32.
+_declare(f"support_grad_weight(Tensor values, Tensor hidden, {_INDEX}, Tensor(a!) out, bool accumulate) -> ()")
+# `token_stats` of sets: rows values[offsets[n] : offsets[n + 1]] of float32 logits, and places of tokens in these rows.
+_declare(
+    "support_stats(Tensor values, Tensor support_offsets, Tensor targets, Tensor? mask, float temperature, "
+    "Tensor? temperatures) -> (Tensor, Tensor, Tensor)"
+)
+# `token_stats_backward_out` of sets.
+_declare(
+    "support_stats_backward(Tensor values, Tensor support_offsets, Tensor targets, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, "
+    "Tensor(a!) out) -> ()"
+)
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
@@ -193,6 +239,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+SUPPORT_BLOCK_TOKENS = 2048  # of `support_index` on a CPU, csrc/cpu/support.h
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/common/objective.h
 
 
@@ -296,6 +343,60 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @_fake("linear_token_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
+
+
+def _support_index(
+    support_ids: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
+) -> tuple[Tensor, ...]:
+    tokens = token_ids.numel()
+    blocks = max(-(-tokens // SUPPORT_BLOCK_TOKENS), 1) if token_ids.device.type == "cpu" else 1
+    places = (support_ids.new_empty(support_ids.shape, dtype=torch.int32) for _ in range(2))
+    return (
+        token_ids.new_empty((tokens,)), support_ids.new_empty((blocks, vocab + 1), dtype=torch.int32), *places,
+    )
+
+
+_fake("support_index")(_support_index)
+
+
+@_fake("support_token_stats")
+def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, *sets: Tensor) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    statistics = (logits.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    values = logits.new_empty(sets[0].shape, dtype=torch.float32)
+    return (
+        logits.new_empty(shape, dtype=torch.float32), *statistics, values,
+        *_support_index(*sets, token_ids, None, logits.shape[-1], 0),
+    )
+
+
+@_fake("support_token_stats_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_fake("linear_support_stats")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, ids, (support_ids, offsets) = args[0], args[4], args[-2:]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    values = hidden.new_empty(support_ids.shape, dtype=torch.float32)
+    index = _support_index(support_ids, offsets, ids, None, len(weight), 0)
+    return _per_token(ids, hidden), *statistics, values, *index
+
+
+@_fake("linear_support_stats_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
+
+
+for _name in ("support_products", "support_grad_hidden", "support_grad_weight", "support_stats_backward"):
+    _fake(_name)(lambda *_: None)
+
+
+@_fake("support_stats")
+def _(values: Tensor, offsets: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    statistics = (values.new_empty(targets.shape, dtype=torch.float64) for _ in range(2))
+    return values.new_empty(targets.shape), *statistics
 
 
 @_fake("linear_policy_gradient")

@@ -12,6 +12,7 @@
 #include "accumulate.h"
 #include "divergence.h"
 #include "gemm.h"
+#include "support.h"
 #include "token_stats.h"
 #include "top_k.h"
 
@@ -40,6 +41,12 @@ struct TopKKernels {
   void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end);
 };
 
+struct SupportKernels {
+  void (*products)(const SupportProducts&, int64_t block, int64_t id_begin, int64_t id_end);
+  void (*grad_hidden)(const SupportGradHidden&, int64_t block, int64_t part);
+  void (*grad_weight)(const SupportGradWeight&, int64_t part, int64_t id_begin, int64_t id_end);
+};
+
 #define R1K_DECLARE_KERNELS(isa)                      \
   namespace isa {                                     \
   extern const TokenStatsKernels token_stats_kernels; \
@@ -47,12 +54,13 @@ struct TopKKernels {
   extern const GemmKernels gemm_kernels;              \
   extern const AccumulateKernels accumulate_kernels;  \
   extern const TopKKernels top_k_kernels;             \
+  extern const SupportKernels support_kernels;        \
   }
 R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
 R1K_DECLARE_KERNELS(avx2)
 R1K_DECLARE_KERNELS(avx512)
-R1K_DECLARE_KERNELS(avx512_bf16)  // with gemm_kernels and token_stats_kernels alone
+R1K_DECLARE_KERNELS(avx512_bf16)  // with those of gemm, support and token_stats alone
 R1K_DECLARE_KERNELS(amx_bf16)     // with gemm_kernels alone
 #endif
 
@@ -63,6 +71,7 @@ struct Kernels {
   const GemmKernels* gemm;
   const AccumulateKernels* accumulate;
   const TopKKernels* top_k;
+  const SupportKernels* support;
 };
 
 // Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
@@ -79,7 +88,7 @@ inline bool may_use_tiles() {
 
 #define R1K_KERNELS(isa) \
   {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels, \
-   &isa::top_k_kernels}
+   &isa::top_k_kernels, &isa::support_kernels}
 
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {
@@ -100,6 +109,7 @@ inline std::vector<Kernels> find_supported_kernels() {
   kernels.name = "avx512_bf16";
   kernels.token_stats = &avx512_bf16::token_stats_kernels;
   kernels.gemm = &avx512_bf16::gemm_kernels;
+  kernels.support = &avx512_bf16::support_kernels;
   supported.push_back(kernels);
   if (!may_use_tiles()) return supported;
   kernels.name = "amx_bf16";

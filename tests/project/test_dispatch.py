@@ -73,9 +73,10 @@ KEEPS: Callable[[torch.device], bool] = lambda device: True  # noqa: E731
 CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
     # the reason that is told, the facts, who serves
     "linear_gradients": [
-        ("", (ROW, True), "one_pass"),
-        ("no gradient is wanted", (ROW, False), "two_phases"),
-        ("hidden states are float16", (ROW.half(), True), "two_phases"),
+        ("", (ROW, True, None), "one_pass"),
+        ("no gradient is wanted", (ROW, False, None), "two_phases"),
+        ("hidden states are float16", (ROW.half(), True, None), "two_phases"),
+        ("log-probs are over sets", (ROW, True, ()), "two_phases"),
     ],
     "policy_terms": [
         ("", (ROW, objectives.grpo()), "kernel"),
@@ -84,14 +85,15 @@ CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
         ("the reference serves", (ROW.double(), objectives.grpo()), "autograd"),
     ],
     "linear_statistics": [
-        ("", (HIDDEN, head(WEIGHT), False), "fused"),
-        ("more statistics are wanted", (HIDDEN, head(WEIGHT), True), "chunks"),
-        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), False), "chunks"),
-        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), False), "chunks"),
-        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), False), "chunks"),
-        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), False), "chunks"),
-        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), False), "chunks"),
-        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), False), "chunks"),
+        ("", (HIDDEN, head(WEIGHT), False, None), "fused"),
+        ("more statistics are wanted", (HIDDEN, head(WEIGHT), True, None), "chunks"),
+        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), False, None), "chunks"),
+        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), False, None), "chunks"),
+        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), False, None), "chunks"),
+        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), False, None), "chunks"),
+        ("log-probs are over sets", (HIDDEN, head(WEIGHT), False, ()), "chunks"),
+        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), False, None), "chunks"),
+        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), False, None), "chunks"),
     ],
     "product": [
         ("", (CPU, HALF, SINGLE, KEEPS), "native"),

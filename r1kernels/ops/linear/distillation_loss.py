@@ -34,6 +34,7 @@ from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.shards import Shard, Split
+from r1kernels.ops.support import refuse_support
 from r1kernels.ops.teacher_mixture import check_coefs, is_several
 from r1kernels.ops.topk_choice import Scorer
 
@@ -239,6 +240,7 @@ def linear_distillation_loss(
     teacher_hidden.float() @ teacher_weight.float().T)`
     Source: as in `distillation_loss`.
     """
+    refuse_support(options, "linear_distillation_loss")
     names = Names("student_hidden", "student_weight")
     student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
