@@ -199,8 +199,8 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
-# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted, the sets of
-# ids or None.
+# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted, the sets
+# of ids or None.
 _NOT_IN_ONE_PASS = {
     "no gradient is wanted": lambda hidden, wanted, support: not wanted,
     "hidden states are float16": lambda hidden, wanted, support: hidden.dtype == torch.float16,

@@ -67,7 +67,8 @@ def _walk_statistics(
     if selected is not None:
         chosen = torch.zeros(walk.rows.padded, selected.ids.shape[1], dtype=torch.float64, device=walk.device)
     has_more = bool(wanted) or selected is not None
-    without_logits = _dispatch.choose("linear_statistics", hidden, head, has_more, walk.support).implementation == "fused"
+    choice = _dispatch.choose("linear_statistics", hidden, head, has_more, walk.support)
+    without_logits = choice.implementation == "fused"
     for chunk in walk.blocks() if without_logits else walk.chunks():
         values = _fused_statistics(head, chunk) if without_logits else walk.statistics(chunk, wanted)
         for result, value in zip(results, values, strict=not without_logits):
