@@ -45,11 +45,7 @@ class Sampling:
     seed: int = 0
     top_k: int | None = None
     min_p: float = 0.0
-    replay: bool = False  # where tokens are left out, the completions have the sets that were kept
-
-    @property
-    def records(self) -> bool:
-        return self.replay and (self.top_p < 1 or self.top_k is not None or self.min_p > 0)
+    replay: bool = False  # the completions have the sets that were kept
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ class TransformersSampler(Sampler):
             scores = r1kernels.linear_logits(hidden, temperature=sampling.temperature, **head)
             kept = kept_weights(scores, sampling)
             tokens, logprobs = draw(scores, *kept, uniform_at(seeds[rows], step))
-            sets = kept_ids(*kept) if sampling.records else [None] * len(rows)
+            sets = kept_ids(*kept) if sampling.replay else [None] * len(rows)
             drawn = zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), sets, strict=True)
             for row, token, logprob, ids in compress(drawn, active.tolist()):
                 found.token_ids[row].append(token)

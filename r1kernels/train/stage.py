@@ -65,7 +65,8 @@ class Stage:
             return TransformersSampler(*self.load_model(name), self.interrupt.check)
         path = self.model_path(name)
         tokenizer = load_tokenizer(path)
-        sampler = VLLMSampler(self.recipe.sampler, tokenizer, end_tokens(path, tokenizer), check=self.interrupt.check)
+        sampler = VLLMSampler(self.recipe.sampler, tokenizer, end_tokens(path, tokenizer), check=self.interrupt.check,
+                              replay=getattr(self.settings, "replays", False))
         if loaded:
             sampler.update(path)
         return sampler
