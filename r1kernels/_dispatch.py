@@ -227,29 +227,32 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("separate", "token_stats and policy_loss"),
     ),
-    # Gradients of a loss from hidden states. Facts: hidden, whether a gradient is wanted. In float16, most gradients
-    # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
-    # slopes by autograd, which is not available inside the operators of a compiled graph.
+    # Gradients of a loss from hidden states. Facts: hidden, whether a gradient is wanted, the sets of ids or None. In
+    # float16, most gradients would be rounded to 0, because only the backward knows the loss scale of mixed precision.
+    # The reference computes slopes by autograd, which is not available inside the operators of a compiled graph. For
+    # small sets of ids, the second phase costs next to nothing.
     "linear_gradients": (
         _server("one_pass", "gradients with the loss, in one walk over the chunks", {
-            "no gradient is wanted": lambda hidden, wanted: not wanted,
-            "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
+            "no gradient is wanted": lambda hidden, wanted, support: not wanted,
+            "hidden states are float16": lambda hidden, wanted, support: hidden.dtype == torch.float16,
+            "log-probs are over sets of ids": lambda hidden, wanted, support: support is not None,
             "torch.compile traces the reference": (
-                lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+                lambda hidden, wanted, support: torch.compiler.is_compiling() and select(hidden) == "reference"
             ),
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),
     ),
-    # Statistics of tokens from hidden states. Facts: hidden, the head.
+    # Statistics of tokens from hidden states. Facts: hidden, the head, the sets of ids or None.
     "linear_statistics": (
         _server("fused", "one kernel without a tensor of logits", {
-            "hidden states are neither bfloat16 nor float16": lambda hidden, head: hidden.dtype.itemsize != 2,
-            "hidden states and weight differ in dtype": lambda hidden, head: head.weight.dtype != hidden.dtype,
-            "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
-            "there is an adapter": lambda hidden, head: head.lora_a is not None,
-            "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
-            "this rank has no row of the vocabulary": lambda hidden, head: len(head.weight) == 0,
-            "Triton does not serve hidden states": lambda hidden, head: (
+            "hidden states are neither bfloat16 nor float16": lambda hidden, head, support: hidden.dtype.itemsize != 2,
+            "hidden states and weight differ in dtype": lambda hidden, head, support: head.weight.dtype != hidden.dtype,
+            "logits are rounded": lambda hidden, head, support: head.logits_dtype != torch.float32,
+            "there is an adapter": lambda hidden, head, support: head.lora_a is not None,
+            "log-probs are over sets of ids": lambda hidden, head, support: support is not None,
+            "rows of the weight are not contiguous": lambda hidden, head, support: head.weight.stride(1) != 1,
+            "this rank has no row of the vocabulary": lambda hidden, head, support: len(head.weight) == 0,
+            "Triton does not serve hidden states": lambda hidden, head, support: (
                 not _serves("triton", hidden.device, hidden.dtype)
             ),
         }),

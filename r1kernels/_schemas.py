@@ -99,6 +99,15 @@ _declare(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
+# The same over sets of ids in compressed rows (`r1kernels.ops.support`), support_ids (M,) and support_offsets (N + 1,).
+# The forward also gives the products (M,) of hidden with the rows of the weight, where the sets are small; the backward
+# takes them.
+_SETS = "Tensor support_ids, Tensor support_offsets"
+_declare(f"linear_support_stats({_HEAD}, Tensor? mask, {_SETS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_declare(
+    f"linear_support_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"{_SETS}, Tensor products, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
@@ -236,6 +245,18 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @_fake("linear_token_stats_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
+
+
+@_fake("linear_support_stats")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    ids, support_ids = args[4], args[-2]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    return _per_token(ids, hidden), *statistics, hidden.new_empty(support_ids.shape, dtype=torch.float32)
+
+
+@_fake("linear_support_stats_backward")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def cross_entropy(
     temperature: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of targets under softmax(logits / temperature).
 
@@ -35,6 +37,8 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         normalizer: 0-d tensor or number > 0; replaces the count in "mean" (gradient accumulation).
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
+        support: the sets of ids over which targets are scored, as in `token_logprobs`; those of ignored targets may
+            hold anything.
 
     Returns:
         0-d, or (...) for "none"; float32, nats. Ignored targets give 0; if all targets are ignored, the mean is 0
@@ -54,7 +58,7 @@ def cross_entropy(
     mask = targets != ignore_index
     # token_stats gives 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
     split = Split(process_group, vocab_size)
-    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature, split), 0)
+    losses = torch.where(mask, -_logprobs(logits, targets, mask, temperature, split, support), 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -62,11 +66,18 @@ def cross_entropy(
     return losses.sum() / denominator(mask, normalizer, losses.dtype)
 
 
-def _logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split) -> Tensor:
+def _logprobs(
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, support: Any
+) -> Tensor:
     try:
-        return logprobs_and_entropy(logits, targets, mask, temperature, split)[0]
-    except ValueError as error:  # the argument is called targets here
-        raise ValueError(str(error).replace("token_ids", "targets")) from None
+        return logprobs_and_entropy(logits, targets, mask, temperature, split, support)[0]
+    except ValueError as error:
+        raise ValueError(named_targets(str(error))) from None
+
+
+def named_targets(message: str) -> str:
+    """A message about token_ids, which are called targets here."""
+    return re.sub(r"(?<!support )\btoken_ids", "targets", message)
 
 
 def check_reduction(reduction: Any, ignore_index: Any, normalizer: Any) -> None:

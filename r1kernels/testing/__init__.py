@@ -35,6 +35,7 @@ from r1kernels.testing.oracles import (
     token_stats,
     token_stats_gradient,
 )
+from r1kernels.testing.supports import over_support, random_support
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -56,6 +57,7 @@ __all__ = [
     "kl_term",
     "length_mask",
     "multi_reward_advantages",
+    "over_support",
     "packed",
     "pass_at_k_advantages",
     "poisoned",
@@ -65,6 +67,7 @@ __all__ = [
     "random_logits",
     "random_pair",
     "random_policy",
+    "random_support",
     "random_topk",
     "rounding",
     "token_stats",

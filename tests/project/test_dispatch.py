@@ -73,18 +73,20 @@ KEEPS: Callable[[torch.device], bool] = lambda device: True  # noqa: E731
 CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
     # the reason that is told, the facts, who serves
     "linear_gradients": [
-        ("", (ROW, True), "one_pass"),
-        ("no gradient is wanted", (ROW, False), "two_phases"),
-        ("hidden states are float16", (ROW.half(), True), "two_phases"),
+        ("", (ROW, True, None), "one_pass"),
+        ("no gradient is wanted", (ROW, False, None), "two_phases"),
+        ("hidden states are float16", (ROW.half(), True, None), "two_phases"),
+        ("log-probs are over sets", (ROW, True, ()), "two_phases"),
     ],
     "linear_statistics": [
-        ("", (HIDDEN, head(WEIGHT)), "fused"),
-        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float())), "chunks"),
-        ("differ in dtype", (HIDDEN, head(WEIGHT.float())), "chunks"),
-        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF)), "chunks"),
-        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT)), "chunks"),
-        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t())), "chunks"),
-        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0])), "chunks"),
+        ("", (HIDDEN, head(WEIGHT), None), "fused"),
+        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), None), "chunks"),
+        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), None), "chunks"),
+        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), None), "chunks"),
+        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), None), "chunks"),
+        ("log-probs are over sets", (HIDDEN, head(WEIGHT), ()), "chunks"),
+        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), None), "chunks"),
+        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), None), "chunks"),
     ],
     "product": [
         ("", (CPU, HALF, SINGLE, KEEPS), "native"),

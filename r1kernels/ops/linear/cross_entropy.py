@@ -8,10 +8,10 @@ from typing_extensions import Unpack
 
 from r1kernels import objectives
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
-from r1kernels.ops.cross_entropy import check_reduction, denominator
+from r1kernels.ops.cross_entropy import check_reduction, denominator, named_targets
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.grpo_loss import one_pass_sum
-from r1kernels.ops.linear.options import LinearOptions, prepare
+from r1kernels.ops.linear.options import Call, LinearOptions, prepare
 from r1kernels.ops.linear.token_stats import linear_token_stats
 
 
@@ -60,7 +60,7 @@ def linear_cross_entropy(
     wanted = mask.reshape(-1)
     dtype = accumulator_dtype(hidden.dtype)
     if reduction == "none" or not call.one_pass:
-        logprobs = linear_token_stats(call, wanted)[0].reshape(targets.shape)
+        logprobs = _logprobs(call, wanted).reshape(targets.shape)
         losses = torch.where(mask, -logprobs, 0)
         if reduction == "none":
             return losses
@@ -69,3 +69,10 @@ def linear_cross_entropy(
     divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
     ones = torch.ones(wanted.shape, dtype=dtype, device=hidden.device)
     return one_pass_sum(call, wanted, ones / divisor, ones, objectives.reinforce())
+
+
+def _logprobs(call: Call, wanted: Tensor) -> Tensor:
+    try:
+        return linear_token_stats(call, wanted)[0]
+    except ValueError as error:
+        raise ValueError(named_targets(str(error))) from None

@@ -33,6 +33,7 @@ from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.shards import Shard
+from r1kernels.ops.support import refuse_support
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
@@ -202,6 +203,7 @@ def linear_distillation_loss(
     teacher_hidden.float() @ teacher_weight.float().T)`
     Source: as in `distillation_loss`.
     """
+    refuse_support(options, "linear_distillation_loss")
     names = Names("student_hidden", "student_weight")
     student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))

@@ -15,19 +15,20 @@ from r1kernels.ops.linear.precision import without_autocast
 from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.shards import Shard
+from r1kernels.ops.support import Support
 
 
 @without_autocast
 def run_statistics(
-    head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None
+    head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None, support: Support | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, active_rows(hidden, wanted, head.capacity), shard=shard)
+    walk = Walk(head, active_rows(hidden, wanted, head.capacity), shard=shard, support=support)
     results = (
         walk.per_token(walk.accumulator if shard is None else torch.float64), walk.per_token(torch.float64),
         walk.per_token(torch.float64),
     )
-    without_logits = _dispatch.choose("linear_statistics", hidden, walk.head).implementation == "fused"
+    without_logits = _dispatch.choose("linear_statistics", hidden, walk.head, support).implementation == "fused"
     for chunk in walk.blocks() if without_logits else walk.chunks():
         values = _fused_statistics(walk.head, chunk) if without_logits else walk.statistics(chunk)
         for result, value in zip(results, values, strict=True):
@@ -51,7 +52,7 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
 @without_autocast
 def run_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None,
-    weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None,
+    weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None, support: Support | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient.
 
@@ -60,7 +61,7 @@ def run_backward(
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, active_rows(hidden, active, head.capacity), needs, weight_dtype, shard)
+    walk = Walk(head, active_rows(hidden, active, head.capacity), needs, weight_dtype, shard, support)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)

@@ -25,6 +25,7 @@ from r1kernels.ops.linear.head import Chunk, Head, Needs
 from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.shards import Shard, correct_substitutes
+from r1kernels.ops.support import Support, fill_outside
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
 BLOCK_BYTES = 64 << 20
@@ -37,14 +38,15 @@ class Walk:
         needs: gradients to collect; None for statistics only.
         weight_dtype: see `GradientSums`.
         shard: the weight has only this rank's rows of a vocabulary, and the head has the ids of the shard.
+        support: the ids of each token that count. The other logits become -inf.
     """
 
     def __init__(
         self, head: Head, rows: Rows, needs: Needs | None = None, weight_dtype: torch.dtype | None = None,
-        shard: Shard | None = None,
+        shard: Shard | None = None, support: Support | None = None,
     ) -> None:
         head = _adjacent(head)
-        self.head, self.rows, self.shard = head, rows, shard
+        self.head, self.rows, self.shard, self.support = head, rows, shard, support
         self.needs = needs or Needs(False, False, False, False, False)
         self.device, self.dtype = rows.hidden.device, rows.hidden.dtype
         self.accumulator = accumulator_dtype(self.dtype)
@@ -130,6 +132,8 @@ class Walk:
             logits += head.bias
         if head.softcap > 0:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+        if self.support is not None:
+            fill_outside(logits, self.support, chunk.write, -torch.inf)
 
     def statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(log-prob, log-sum-exp float64, entropy float64), each (n,), over the rows of the weight."""
@@ -191,6 +195,11 @@ class Walk:
         if chunk.owned is not None:
             taken = slice(None) if rows is None else rows
             correct_substitutes(grad_logits, chunk.token_ids[taken], chunk.owned[taken], exact[taken])
+        if self.support is not None and head.softcap > 0:  # where the slope of the soft cap at -inf is -inf
+            write = chunk.write
+            if rows is not None:
+                write = write[rows] if isinstance(write, Tensor) else rows + write.start
+            fill_outside(grad_logits, self.support, write, 0.0)
         sums.add(chunk, grad_logits, rows, exact if loses_digits else None)
 
     def _active_rows(self, g: Tensor, eta: Tensor | None, sparse: bool) -> Tensor | None:
