@@ -58,6 +58,9 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
         if recipe.parallel.tensor > 1 and getattr(stage, "lora", None):
             raise ConfigError(f"'parallel.tensor' is {recipe.parallel.tensor}, and 'stages.{name}.lora' is set; "
                               "adapters cannot be split")
+        if recipe.parallel.tensor > 1 and getattr(stage, "replays", False):
+            raise ConfigError(f"'parallel.tensor' is {recipe.parallel.tensor}, and 'stages.{name}.sampling_replay' is "
+                              "true; log-probs over what sampling kept need the whole vocabulary on each rank")
         if recipe.sampler.kind == "vllm" and getattr(stage, "replays", False) and stage.top_k is None:
             raise ConfigError(f"'stages.{name}.top_k' is None, and vLLM returns what sampling kept only with a limit; "
                               "set it, for example to 512, or set 'sampling_replay' to false")

@@ -198,6 +198,12 @@ def test_replay_with_vllm_needs_a_limit(path):
         assert recipe.stages["r1"].replays == ("top_k" in change) and not recipe.stages["r1-2"].replays
 
 
+def test_replay_needs_the_whole_vocabulary(path):
+    with pytest.raises(ConfigError, match=r"'parallel\.tensor' is 2.*'stages\.r1\.sampling_replay'"):
+        load_recipe(path, ["parallel.tensor=2", "stages.r1.min_p=0.1"])
+    load_recipe(path, ["parallel.tensor=2", "stages.r1.min_p=0.1", "stages.r1.sampling_replay=false"])
+
+
 def test_long_values_are_cut(path):
     with pytest.raises(ConfigError) as error:
         load_recipe(path, [f"seed={'x' * 1000}"])
