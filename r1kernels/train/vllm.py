@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import shutil
 import uuid
@@ -41,6 +40,7 @@ from r1kernels.train.rollout import Collector, Sampler, Sampling
 
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
 REPLAY = "--return-sampling-mask --enable-scale-out"
+NOT_FINITE = -9999.0  # vLLM writes -inf and NaN so
 ALL_TOKENS = 2**31 - 1  # a server with --return-sampling-mask refuses top_k -1
 Row = tuple[list[int], list[float], list[torch.Tensor]]  # token ids, their log-probs, and what sampling kept
 
@@ -180,7 +180,7 @@ class VLLMSampler(Sampler):
         logprobs = [*map(float, values)]
         if not all(0 <= token < len(self.tokenizer) for token in ids):
             raise ValueError(f"token ids {ids[:3]}, expected ids below {len(self.tokenizer)}")
-        if len(ids) != len(logprobs) or not all(-math.inf < value <= 0 for value in logprobs):
+        if len(ids) != len(logprobs) or not all(NOT_FINITE < value <= 0 for value in logprobs):
             raise ValueError(f"log-probs {logprobs[:3]} of {len(ids)} tokens, expected a finite one <= 0 for each")
         if not 0 < len(ids) <= limit or (len(ids) < limit and ids[-1] not in self.stops):
             raise ValueError(f"{len(ids)} tokens that end in {ids[-1:]}, expected {limit} or an end with {self.stops}")

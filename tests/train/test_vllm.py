@@ -151,6 +151,7 @@ def with_logprobs(**values):
     (with_logprobs(token_logprobs=[0.5] * 6), "log-probs .0.5"),
     (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[float("nan")] * 6), "log-probs .nan"),
     (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[-float("inf")] * 6), "log-probs .-inf"),
+    (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[-9999.0] * 6), "log-probs .-9999"),
     (with_logprobs(token_logprobs=[None] * 6), "TypeError"),
     (with_logprobs(tokens=["token_id:7"], token_logprobs=[-1.0]), r"1 tokens that end in .7., expected 6"),
     (with_logprobs(tokens=["token_id:7"] * 7, token_logprobs=[-1.0] * 7), "7 tokens"),
