@@ -57,7 +57,7 @@ class GRPOTrainer:
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
         self.test_problems = stage.problems(recipe.eval_problems, "test")
-        self.sampler = stage.sampler(settings.model, loaded=False)
+        self.sampler = stage.sampler(settings.model, loaded=False, replay=settings.replays)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
                                     dtype=recipe.dtype)
@@ -180,8 +180,7 @@ class GRPOTrainer:
         prompts = [self.template.render(problem.question) for problem in self.questions(step)]
         return partial(self.sampler.draw, prompts, Sampling(
             settings.temperature, settings.limit(step), settings.top_p, settings.rollout_batch_size,
-            seed_at(self.seed, settings.name, "rollout", step), settings.top_k, settings.min_p,
-            settings.replays))
+            seed_at(self.seed, settings.name, "rollout", step), settings.top_k, settings.min_p, settings.replays))
 
     def score(self, problems: list[Problem], completions: Completions, limit: int) -> Scores:
         """The scores of the completions."""

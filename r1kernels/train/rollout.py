@@ -209,7 +209,8 @@ class TransformersSampler(Sampler):
                     hidden, mask, positions = hidden[copies], mask[copies], positions[copies]
             scores = r1kernels.linear_logits(hidden, temperature=sampling.temperature, **head)
             kept = kept_weights(scores, sampling)
-            tokens, logprobs = draw(scores, *kept, uniform_at(seeds[rows], step))
+            tokens, logprobs = draw(*kept, uniform_at(seeds[rows], step))
+            tokens.clamp_(max=scores.shape[-1] - 1)  # where weights are NaN, so that the run ends with its own error
             sets = kept_ids(*kept) if sampling.replay else [None] * len(rows)
             drawn = zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), sets, strict=True)
             for row, token, logprob, ids in compress(drawn, active.tolist()):
@@ -305,9 +306,9 @@ def kept_ids(weights: Tensor, order: Tensor | None) -> list[Tensor]:
     return list(ids.split(rows.bincount(minlength=len(weights)).tolist()))
 
 
-def draw(scores: Tensor, weights: Tensor, order: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(weights: Tensor, order: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (B,) and their log-probs, where the cumulative distribution of `kept_weights` reaches uniform (B,)."""
-    count, size = scores.shape
+    count = len(weights)
     # A token is found by its block: a cumulative sum of the whole vocabulary would take longer than a layer.
     blocks = weights.view(count, -1, BLOCK)
     cumulative = blocks.sum(-1).double().cumsum(-1)
@@ -316,9 +317,8 @@ def draw(scores: Tensor, weights: Tensor, order: Tensor | None, uniform: Tensor)
     before = F.pad(cumulative, (1, 0)).gather(-1, block)
     inside = blocks[torch.arange(count, device=block.device), block[:, 0]].double().cumsum(-1) + before
     places = block * BLOCK + first_above(inside, uniform[:, None] * mass)
-    tokens = (places if order is None else order.gather(-1, places)).clamp(max=size - 1)
-    logprobs = scores.gather(-1, tokens) - scores.amax(-1, keepdim=True) - mass.log()
-    return tokens[:, 0], logprobs.clamp(max=0).float()[:, 0]
+    logprobs = weights.gather(-1, places).log() - mass.log()
+    return (places if order is None else order.gather(-1, places))[:, 0], logprobs.clamp(max=0).float()[:, 0]
 
 
 def first_above(cumulative: Tensor, target: Tensor) -> Tensor:

@@ -131,8 +131,7 @@ def batch_loss(
         ref_logprobs=tokens_of(batch.ref_logprobs) if objective.kl_coef else None,
         importance_weights=tokens_of(batch.importance_weights), normalizer=normalizer, temperature=temperature,
         cu_seqlens=F.pad(batch.mask.sum(-1).cumsum(-1), (1, 0)), objective=objective, measure_all=True,
-        support=batch.support,
-        **head_of(model))
+        support=batch.support, **head_of(model))
 
 
 def minibatch_gradient(

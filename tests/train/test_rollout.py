@@ -102,7 +102,7 @@ def test_the_sets_are_what_sampling_can_draw(size, top_p, top_k, min_p):
     assert [set(ids.tolist()) for ids in sets] == [expected_set(row, top_p, top_k, min_p) for row in scores]
     assert all(ids.dtype == torch.int32 and len(ids.unique()) == len(ids) for ids in sets)
     for value in (0.0, 0.3, 1 - 2**-53):
-        tokens, logprobs = draw(scores, *kept, torch.full((16,), value, dtype=torch.float64))
+        tokens, logprobs = draw(*kept, torch.full((16,), value, dtype=torch.float64))
         for row, ids in enumerate(sets):
             exact = scores[row].double()[ids.long()].log_softmax(-1)[(ids == tokens[row]).nonzero().item()]
             torch.testing.assert_close(logprobs[row].double(), exact, rtol=1e-5, atol=1e-5)
@@ -254,7 +254,7 @@ def test_random_numbers_are_uniform_and_independent():
 
 
 def drawn_with(scores, uniform, top_p):
-    return draw(scores, *kept_weights(scores, Sampling(1.0, 1, top_p)), uniform)
+    return draw(*kept_weights(scores, Sampling(1.0, 1, top_p)), uniform)
 
 
 def test_draws_follow_the_distribution():
@@ -279,8 +279,9 @@ def test_a_model_without_numbers_or_cache_is_refused(tokenizer):
     model = tiny("llama", tokenizer)
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    with pytest.raises(TrainingError, match="LlamaForCausalLM"):
-        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+    for options in ({}, {"top_p": 0.9, "replay": True}, {"top_k": 5, "replay": True}, {"min_p": 0.1}):
+        with pytest.raises(TrainingError, match="LlamaForCausalLM"):
+            TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4, **options))
     forward = model.model.forward
     model.model.forward = lambda **inputs: dataclasses.replace(forward(**inputs), past_key_values=None)
     with pytest.raises(ConfigError, match="LlamaForCausalLM"):

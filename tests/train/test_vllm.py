@@ -409,6 +409,16 @@ class TestStages:
         lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
         assert all(line["logprob_gap_max"] < 1e-3 for line in lines[:2])
 
+    def test_grpo_over_what_the_server_kept(self, stage, server, tmp_path):
+        server.sampling_mask = True
+        GRPOTrainer(stage("steps=1", "top_k=5", load=True)).run()
+        line = json.loads((tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()[0])
+        assert line["logprob_gap_max"] < 1e-3 and line["first_ratio_deviation"] < 1e-4
+        assert len(server.bodies("/inference/v1/generate")) == 4 and len(server.bodies("/v1/completions")) == 2 * 3
+        server.sampling_mask = False
+        with pytest.raises(EndpointError, match=f"{server.url} .*--return-sampling-mask"):
+            GRPOTrainer(stage("steps=1", "top_k=5", load=True))
+
     def test_a_run_that_goes_on_with_updates_leaves_the_device_to_them(self, stage, server, tmp_path):
         """The checkpoint holds a rollout, and the server is awake."""
         one = stage("steps=1", ".sampler.sleep=true", load=True)
