@@ -78,15 +78,15 @@ def largest_error(policy: Policy, done: Completions, rows: Tensor) -> float:
     return policy(errors, batch).item()
 
 
-def compare(model: Any, tokenizer: Any, prompts: list[str], top_p: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The numbers of one top-p, and the ratios before the update, with and without replay."""
+def compare(model: Any, tokenizer: Any, prompts: list[str], top_p: float) -> dict[str, Any]:
+    """The numbers of one top-p, with and without replay."""
     sampler = TransformersSampler(round_parameters(copy.deepcopy(model), torch.bfloat16), tokenizer)
     done = sampler.sample(prompts, Sampling(TEMPERATURE, NEW_TOKENS, top_p, batch_size=64, replay=True))
     sizes = torch.cat([counts for _, counts in done.supports]).double()
     result: dict[str, Any] = {
         "top_p": top_p, "temperature": TEMPERATURE, "tokens": int(done.mask.sum()), "mean_set": sizes.mean().item(),
         "largest_set": int(sizes.max())}
-    ratios, order = {}, torch.arange(len(prompts))
+    order = torch.arange(len(prompts))
     places = micro_batches((done.prompt_mask.sum(-1) + done.mask.sum(-1)).tolist(), MICRO_BATCH_TOKENS, 1)[0]
     batches = [order[part] for part in places]
     advantages = torch.randn(len(prompts), generator=torch.Generator().manual_seed(0))
@@ -106,25 +106,26 @@ def compare(model: Any, tokenizer: Any, prompts: list[str], top_p: float) -> tup
         optimizer_step(policy, optimizer, metrics["loss"], LEARNING_RATE, 1.0, name)
         new = completion_logprobs(policy, seen, batches, TEMPERATURE, "packed")
         before, sampled, after = (part[done.mask] for part in (old, done.logprobs, new))
-        ratios[name] = (before - sampled).exp()
+        ratio = (before - sampled).exp().clamp(BINS[0], BINS[-1])
         result[name] = {"first_ratio_deviation": metrics["ratio_deviation"], "before": summary(before, sampled),
-                        "after one step": summary(after, sampled)}
-    return result, ratios
+                        "after one step": summary(after, sampled),
+                        "tokens_by_ratio": torch.histogram(ratio, BINS)[0].int().tolist()}
+    return result
 
 
-def draw(path: Path, results: list[dict[str, Any]], ratios: list[dict[str, Tensor]]) -> None:
+def draw(path: Path, results: list[dict[str, Any]]) -> None:
     """Histograms of the ratios before any update, a panel for each top-p."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "r1kernels", "font.size": 9}):
         figure = Figure(figsize=(8, 2.8), layout="constrained")
         axes = figure.subplots(1, len(results), squeeze=False)[0]
-        for panel, result, spread in zip(axes, results, ratios, strict=True):
-            for (name, values), color in zip(spread.items(), ("#1b7837", "#c51b7d"), strict=True):
+        for panel, result in zip(axes, results, strict=True):
+            for name, color in (("replay", "#1b7837"), ("whole vocabulary", "#c51b7d")):
                 found = result[name]["before"]
-                counts = torch.histogram(values.clamp(BINS[0], BINS[-1]), BINS)[0] / len(values)
-                panel.stairs(counts, BINS, fill=True, alpha=0.6, color=color, label=(
+                shares = torch.tensor(result[name]["tokens_by_ratio"]) / result["tokens"]
+                panel.stairs(shares, BINS, fill=True, alpha=0.6, color=color, label=(
                     f"{name}: mean {found['mean_ratio']:.3f}, {100 * found['outside_0.9_1.1']:.0f} % outside"))
             panel.set(title=f"top_p {result['top_p']:g}", xlabel="policy / sampler, before any update", yscale="log",
-                      ylabel="share of tokens")
+                      ylabel="share of tokens", ylim=(1 / (2 * result["tokens"]), 20))  # with room for the legend
             panel.axvspan(0.9, 1.1, color="0.9", zorder=0)
             panel.legend(loc="upper left", fontsize=7)
         figure.savefig(path, format="svg", metadata={"Date": None})
@@ -162,17 +163,15 @@ def main() -> None:
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                              add_generation_prompt=True)
                for question in QUESTIONS for _ in range(given.completions)]
-    results, ratios = [], []
+    results = []
     for top_p in given.top_p:
-        result, spread = compare(model, tokenizer, prompts, top_p)
-        results.append(result)
-        ratios.append(spread)
-        print(json.dumps(result), flush=True)
+        results.append(compare(model, tokenizer, prompts, top_p))
+        print(json.dumps(results[-1]), flush=True)
     folder = report.save([{"op": "sampling_replay", "model": Path(given.model).name, "dtype": "bfloat16",
                            "transformers": transformers.__version__,
                            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **result}
                           for result in results])
-    draw(given.picture, results, ratios)
+    draw(given.picture, results)
     write_table(given.picture.with_name("sampling.md"), results)
     print(f"{folder}/sampling_replay.json, {given.picture}, and the table of the page beside it")
 
