@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> support_stats(Tensor values, Tensor offsets, 
   Tensor logprobs = empty(values, {count}, ScalarType::Float);
   Tensor lse = empty(values, {count}, ScalarType::Double);
   Tensor entropy = empty(values, {count}, ScalarType::Double);
-  r1k::TokenStatsForward args;
+  r1k::TokenStatsForward args = {};
   args.logits = row_view(values);
   args.offsets = boundaries(offsets, values.numel());
   args.token_ids = data<int64_t>(targets, "targets", ScalarType::Long, count);

@@ -13,7 +13,7 @@ enum Wanted : int { kSumSqProbs = 1, kMeanLogit = 2, kIsTop1 = 4 };
 
 struct TokenStatsForward {
   RowView logits;
-  const int64_t* offsets = nullptr;  // [N + 1]: rows differ in length, and row n is [offsets[n], offsets[n + 1])
+  const int64_t* offsets;    // [N + 1] or null: rows differ in length, and row n is [offsets[n], offsets[n + 1])
   const int64_t* token_ids;  // [N]
   const bool* mask;          // [N] or null; a false row is not read and gives zeros
   Temperature temperature;
