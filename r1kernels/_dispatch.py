@@ -36,7 +36,6 @@ TRITON_OPERATORS = {
     "divergence_backward": "divergence",
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
-    "support_index": "support",
     "support_products": "support",
     "support_grad_hidden": "support",
     "support_grad_weight": "support",
