@@ -37,7 +37,6 @@ TRITON_OPERATORS = {
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
     "token_statistics": "token_stats",
-    "support_index": "support",
     "support_products": "support",
     "support_grad_hidden": "support",
     "support_grad_weight": "support",

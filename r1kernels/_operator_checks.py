@@ -211,18 +211,6 @@ def _scaled(grad: Tensor, factor: Tensor, out: Tensor, *_: Any) -> None:
         )
 
 
-def _support_index(
-    support_ids: Tensor, support_offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, *_: Any
-) -> None:
-    check, count = _Arguments(support_ids), token_ids.numel()
-    check.flat(torch.int64, support_ids.numel(), support_ids=support_ids)
-    check.flat(torch.int64, count + 1, support_offsets=support_offsets)
-    check.flat(torch.int64, count, token_ids=token_ids)
-    check.flat(torch.bool, count, mask=mask)
-    _vectors(support_ids=support_ids, support_offsets=support_offsets, token_ids=token_ids)
-    _number("vocab", vocab, 1, 2**31 - 2)
-
-
 def _vectors(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() != 1:
@@ -313,7 +301,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "divergence_backward": _divergence_backward,
     "linear_statistics": _linear_statistics,
     "scaled": _scaled,
-    "support_index": _support_index,
     "support_products": _support_products,
     "support_grad_hidden": _support_grad_hidden,
     "support_grad_weight": _support_grad_weight,

@@ -76,6 +76,33 @@ class Index(NamedTuple):
         return self.entries.long(), self.tokens.long(), valid
 
 
+@torch.library.impl("r1kernels::support_index", "CompositeExplicitAutograd")
+def _(
+    support_ids: Tensor, support_offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For devices other than a CPU, where the caller has checked the values. By two stable sorts: the second puts
+    entries of masked and large sets, and repeated ids, behind all others. Their tokens remain right."""
+    size, count, device = len(support_ids), len(token_ids), support_ids.device
+    places = torch.arange(size, device=device)
+    rows = (torch.searchsorted(support_offsets, places, right=True) - 1).clamp(0, max(count - 1, 0))
+    counted = support_offsets.diff() <= largest
+    if mask is not None:
+        counted = counted & mask
+    listed = counted[rows] if count else torch.zeros(0, dtype=torch.bool, device=device)
+    keys, order = torch.where(listed, support_ids, vocab).sort(stable=True)
+    again = (keys[1:] == keys[:-1]) & (rows[order[1:]] == rows[order[:-1]])
+    keys = torch.where(torch.nn.functional.pad(again, (1, 0)), vocab, keys)
+    keys, second = keys.sort(stable=True)
+    order = order[second]
+    starts = torch.searchsorted(keys, torch.arange(vocab + 1, device=device))
+    found = torch.full((count,), size, device=device)
+    if count:
+        own = torch.where(support_ids == token_ids[rows], places, size)
+        found.scatter_reduce_(0, rows, own, "amin")
+    targets = torch.where(found < size, found - support_offsets[:count], 0)
+    return targets, starts[None].int(), order.int(), rows[order].int()
+
+
 def checked_support(value: Any, like: Tensor, count: int, group: Any = None) -> Support | None:
     """The argument `support` of `count` tokens, or None. `check_sets` checks its values.
 

@@ -39,34 +39,8 @@ class Config(NamedTuple):
 
 
 def config(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Config:
-    """Tiles of 4,096 entries: 32 registers a thread."""
-    return Config(entries=16, columns=256, block=256, num_warps=4)
-
-
-def support_index(
-    support_ids: Tensor, support_offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By two stable sorts: the second puts entries of masked and large sets, and repeated ids, behind all others. Their
-    tokens remain right. The caller has checked the values."""
-    size, count, device = len(support_ids), len(token_ids), support_ids.device
-    places = torch.arange(size, device=device)
-    rows = (torch.searchsorted(support_offsets, places, right=True) - 1).clamp(0, max(count - 1, 0))
-    counted = support_offsets.diff() <= largest
-    if mask is not None:
-        counted = counted & mask
-    listed = counted[rows] if count else torch.zeros(0, dtype=torch.bool, device=device)
-    keys, order = torch.where(listed, support_ids, vocab).sort(stable=True)
-    again = (keys[1:] == keys[:-1]) & (rows[order[1:]] == rows[order[:-1]])
-    keys = torch.where(torch.nn.functional.pad(again, (1, 0)), vocab, keys)
-    keys, second = keys.sort(stable=True)
-    order = order[second]
-    starts = torch.searchsorted(keys, torch.arange(vocab + 1, device=device))
-    found = torch.full((count,), size, device=device)
-    if count:
-        own = torch.where(support_ids == token_ids[rows], places, size)
-        found.scatter_reduce_(0, rows, own, "amin")
-    targets = torch.where(found < size, found - support_offsets[:count], 0)
-    return targets, starts[None].int(), order.int(), rows[order].int()
+    """Tiles of 2,048 entries: 16 registers a thread, and as many addresses of 64 bits."""
+    return Config(entries=8, columns=256, block=256, num_warps=4)
 
 
 def support_products(

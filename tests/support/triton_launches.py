@@ -268,12 +268,6 @@ def sets(draw: Draw) -> tuple[int, int, tuple[Tensor, ...]]:
     return size, vocab, tuple(torch.zeros(n, dtype=torch.int32) for n in (vocab + 1, size, size))
 
 
-def support_index(draw: Draw) -> tuple[Any, ...]:
-    count, vocab = draw.count(100), draw.count(1000)
-    given = torch.zeros(count, dtype=torch.int64), torch.arange(count + 1), torch.zeros(count, dtype=torch.int64)
-    return *given, draw.maybe(mask(count)), vocab, vocab
-
-
 def support_products(draw: Draw) -> tuple[Any, ...]:
     size, vocab, (starts, *places) = sets(draw)
     dtype, width = draw.choice(DTYPES), draw.count(ENTRIES // 2**15)
@@ -320,7 +314,7 @@ CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
         token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages,
-        kl_estimate, divergence, divergence_backward, linear_statistics, scaled, support_index, support_products,
+        kl_estimate, divergence, divergence_backward, linear_statistics, scaled, support_products,
         support_grad_hidden, support_grad_weight, support_stats, support_stats_backward,
     )
 }
