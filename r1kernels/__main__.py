@@ -32,6 +32,7 @@ PUBLIC_OPS = {
     "group_advantages": "group_advantages",
     "kl_estimate": "kl_estimate",
     "divergence": "distillation_loss",
+    "token_statistics": "token_statistics; linear_token_statistics = products + token_statistics",
 }
 
 
