@@ -146,6 +146,19 @@ def test_what_is_missing_is_not_launched(missing: str, server: str, monkeypatch:
     assert _dispatch.gpu_kernels("token_stats", OnGpu()) == server
 
 
+@pytest.mark.parametrize(("more", "beyond"), [((), False), ((None, None, None), False), ((None, None, ROW), True)])
+def test_a_launch_knows_what_no_cuda_kernel_takes(
+    more: tuple[Any, ...], beyond: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sum_sq, grad_sum_sq and shift of the gradient of logits."""
+    asked = []
+    monkeypatch.setattr(_dispatch, "gpu_kernels", lambda *facts: asked.append(facts) or "triton")
+    monkeypatch.setattr(_library, "triton_missing", lambda device_type: "it is not installed")
+    with pytest.raises(RuntimeError, match="it is not installed"):
+        _dispatch._gpu_launcher("token_stats_backward")(*[ROW] * 6, 1.0, *more)
+    assert [(name, said) for name, _, said in asked] == [("token_stats_backward", beyond)]
+
+
 # ---- nothing else decides ---------------------------------------------------------------------------------------
 
 FACTS = {"cuda_missing", "triton_missing", "extension", "cuda_is_faster", "INTERPRETED", "EMULATED", "_requested"}
