@@ -115,7 +115,7 @@ def faster_in_cuda(device_name: str) -> list[str]:
 # ---- the table --------------------------------------------------------------------------------------------
 
 
-SUPPORT_SHARE = 16  # benchmarks/support.py: larger sets take less time in the walk over all of the weight
+SUPPORT_SHARE = 16  # benchmarks/support.py --crossover: larger sets take less time in the walk over all of the weight
 
 
 class Choice(NamedTuple):

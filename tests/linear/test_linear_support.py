@@ -114,11 +114,13 @@ def test_every_width_and_more_than_one_block_of_tokens(
 
 @given(
     tokens=st.integers(0, 6), vocab=st.integers(1, 40), most=st.integers(1, 40), whole=st.sampled_from([0.0, 0.4]),
-    share=st.sampled_from([1, 2, 5, 100]), seed=st.integers(0, 1000),
+    share=st.sampled_from([1, 2, 5, 100]), head=st.sampled_from(["bias", "lora"]), seed=st.integers(0, 1000),
 )
 @slow_on_gpu_kernels
-def test_any_sets_and_masks(tokens: int, vocab: int, most: int, whole: float, share: int, seed: int) -> None:
-    case = make("bias", tokens, vocab=vocab, most=most, whole=whole, seed=seed)
+def test_any_sets_and_masks(
+    tokens: int, vocab: int, most: int, whole: float, share: int, head: str, seed: int
+) -> None:
+    case = make(head, tokens, vocab=vocab, most=most, whole=whole, seed=seed)
     mask = torch.rand(tokens, generator=testing.generator(seed)) < 0.7
     ids, offsets = case["support"]
     behind = ~mask.repeat_interleave(offsets.diff())
