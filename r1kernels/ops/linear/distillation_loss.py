@@ -29,7 +29,7 @@ from r1kernels.ops.distillation_loss import (
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear.budget import row_bytes
 from r1kernels.ops.linear.divergence import LinearTeacher, Mixture, measures, run_divergence
-from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
@@ -245,12 +245,13 @@ def linear_distillation_loss(
     student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
     check_floating("student_hidden", student_hidden)
-    check_floating("student_weight", student_weight)
+    local_weight = probes(student_weight, options)[1]
+    check_floating("student_weight", local_weight)
     group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
     full = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     choice = check_top_k(
         top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs,
-        _vocab(student_weight, options.get("vocab_size")), group,
+        _vocab(local_weight, options.get("vocab_size")), group,
     )
     k = (2 if top_k_of == "union" else 1) * choice.k or _listed_count(teacher_token_ids)
     shape = student_hidden.shape[:-1]

@@ -21,7 +21,7 @@ from r1kernels.ops._checks import (
     values_are_free,
 )
 from r1kernels.ops.cross_entropy import check_reduction
-from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.options import LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
 from r1kernels.ops.shards import Split
@@ -124,7 +124,7 @@ def linear_multi_target(
     function = f"linear_multi_target with reduction {reduction}"
     if shared:
         _, vocab_size = Split(None, options.get("vocab_size")).checked()
-        check_ids_in_range("token_ids", token_ids, vocab_size or len(weight), mask)
+        check_ids_in_range("token_ids", token_ids, vocab_size or len(probes(weight, options)[1]), mask)
         targets = (token_ids if mask is None else torch.where(mask, token_ids, 0)).reshape(depths, -1)
         wanted = None if mask is None else mask.any(0)
         call = prepare(hidden, weight, targets[0].reshape(shape[1:]), dict(options), mask=wanted, function=function)
