@@ -37,8 +37,9 @@ X86_ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16", *QUIET],
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
-PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "token_stats")]
-WITH_BF16 = {"avx512_bf16": ["csrc/cpu/gemm.cpp", "csrc/cpu/token_stats.cpp"], "amx_bf16": ["csrc/cpu/gemm.cpp"]}
+PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "support", "token_stats", "top_k")]
+USE_BF16 = [f"csrc/cpu/{name}.cpp" for name in ("gemm", "support", "token_stats")]
+WITH_BF16 = {"avx512_bf16": USE_BF16, "amx_bf16": USE_BF16[:1]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_policy.cpp"]
 CUDA_BINDINGS += ["csrc/bindings_cuda_step.cpp"]
@@ -97,10 +98,11 @@ extension = Extension(
         "csrc/bindings_cpu.cpp",
         "csrc/bindings_divergence.cpp",
         "csrc/bindings_gemm.cpp",
+        "csrc/bindings_top_k.cpp",
+        "csrc/bindings_support.cpp",
         "csrc/compatibility.cpp",
         "csrc/cuda_methods.cpp",
-        "csrc/cpu/group_advantages.cpp",
-        "csrc/cpu/policy_loss.cpp",
+        *(f"csrc/cpu/{name}.cpp" for name in ("group_advantages", "policy_loss")),
         *PER_ISA,
     ],
     library_dirs=[str(TORCH / "lib")],

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& logits, const Tensor
   R1K_CHECK(logprobs.numel() == count, "token_ids must have the shape of logits without its last dimension");
   if (count == 0) return {logprobs, lse, entropy};
 
-  r1k::TokenStatsForward args;
+  r1k::TokenStatsForward args = {};
   args.logits = row_view(logits);
   args.token_ids = data<int64_t>(token_ids, "token_ids", ScalarType::Long, count);
   args.mask = bools(mask, "mask", count);

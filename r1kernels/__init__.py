@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.pass_at_k_advantages import pass_at_k_advantages
     from r1kernels.ops.policy_loss import PolicyLoss, policy_loss
     from r1kernels.ops.policy_loss_reference import PolicyBatch
+    from r1kernels.ops.token_filters import clip_cov_filter, high_entropy_filter, off_policy_filter
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
     from r1kernels.ops.token_statistics import TokenStatistics, token_statistics
 
@@ -46,12 +47,14 @@ _MODULES = {
     "PolicyLoss": "r1kernels.ops.policy_loss",
     "TokenStatistics": "r1kernels.ops.token_statistics",
     "backend": "r1kernels._dispatch",
+    "clip_cov_filter": "r1kernels.ops.token_filters",
     "cross_entropy": "r1kernels.ops.cross_entropy",
     "distillation_loss": "r1kernels.ops.distillation_loss",
     "global_normalizer": "r1kernels.ops.global_normalizer",
     "group_advantages": "r1kernels.ops.group_advantages",
     "grpo_loss": "r1kernels.ops.grpo_loss",
     "has_fast_bf16": "r1kernels._library",
+    "high_entropy_filter": "r1kernels.ops.token_filters",
     "importance_weights": "r1kernels.ops.importance_weights",
     "kl_estimate": "r1kernels.ops.kl_estimate",
     "linear_cross_entropy": "r1kernels.ops.linear.cross_entropy",
@@ -64,6 +67,7 @@ _MODULES = {
     "linear_token_logprobs_and_entropy": "r1kernels.ops.linear.token_stats",
     "linear_token_statistics": "r1kernels.ops.linear.token_statistics",
     "multi_reward_advantages": "r1kernels.ops.multi_reward_advantages",
+    "off_policy_filter": "r1kernels.ops.token_filters",
     "pass_at_k_advantages": "r1kernels.ops.pass_at_k_advantages",
     "policy_loss": "r1kernels.ops.policy_loss",
     "release_workspace": "r1kernels._library",
@@ -82,12 +86,14 @@ __all__ = [
     "TokenStatistics",
     "__version__",
     "backend",
+    "clip_cov_filter",
     "cross_entropy",
     "distillation_loss",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
     "has_fast_bf16",
+    "high_entropy_filter",
     "importance_weights",
     "kl_estimate",
     "linear_cross_entropy",
@@ -101,6 +107,7 @@ __all__ = [
     "linear_token_statistics",
     "multi_reward_advantages",
     "objectives",
+    "off_policy_filter",
     "pass_at_k_advantages",
     "policy_loss",
     "release_workspace",

@@ -37,6 +37,11 @@ TRITON_OPERATORS = {
     "linear_statistics": "linear_statistics",
     "scaled": "scaled",
     "token_statistics": "token_stats",
+    "support_products": "support",
+    "support_grad_hidden": "support",
+    "support_grad_weight": "support",
+    "support_stats": "support",
+    "support_stats_backward": "support",
 }
 
 # ---- the request ------------------------------------------------------------------------------------------
@@ -108,6 +113,9 @@ def faster_in_cuda(device_name: str) -> list[str]:
 
 
 # ---- the table --------------------------------------------------------------------------------------------
+
+
+SUPPORT_SHARE = 16  # benchmarks/support.py --crossover: larger sets take less time in the walk over all of the weight
 
 
 class Choice(NamedTuple):
@@ -190,14 +198,22 @@ def _is_faster_in_cuda(operator: str, like: Tensor) -> bool:
     return _choice.cuda_is_faster(operator, _device_name(like.device.index), like.dtype, vocab)
 
 
-# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted.
+# Why gradients are not computed with a loss from hidden states. Facts: hidden, whether a gradient is wanted, the sets
+# of ids or None.
 _NOT_IN_ONE_PASS = {
-    "no gradient is wanted": lambda hidden, wanted: not wanted,
-    "hidden states are float16": lambda hidden, wanted: hidden.dtype == torch.float16,
+    "no gradient is wanted": lambda hidden, wanted, support: not wanted,
+    "hidden states are float16": lambda hidden, wanted, support: hidden.dtype == torch.float16,
+    "log-probs are over sets of ids": lambda hidden, wanted, support: support is not None,
     "torch.compile traces the reference": (
-        lambda hidden, wanted: torch.compiler.is_compiling() and select(hidden) == "reference"
+        lambda hidden, wanted, support: torch.compiler.is_compiling() and select(hidden) == "reference"
     ),
 }
+
+
+def _lacks_support_kernels(tensor: Tensor) -> bool:
+    return select(tensor) not in ("cpu", "triton")
+
+
 
 TABLE: dict[str, tuple[Server, ...]] = {
     "kernels": _operator(has_cuda_kernel=True),  # of any operator
@@ -220,6 +236,14 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("triton", "Triton"),
     ),
+    # The loss and its slopes from log-probs. Facts: the log-probs, the objective.
+    "policy_terms": (
+        _server("kernel", "the operator policy_loss", {
+            "the kernels do not know the surrogate": lambda logprobs, objective: not objective.has_kernels,
+            "the reference serves log-probs": lambda logprobs, objective: select(logprobs) == "reference",
+        }),
+        _server("autograd", "plain PyTorch on [tokens]"),
+    ),
     # `grpo_loss` from logits. Facts: logits, the checked inputs of the loss. In float16, small gradients would be
     # rounded to 0 before a loss scale can save them.
     "grpo_step": (
@@ -229,6 +253,9 @@ TABLE: dict[str, tuple[Server, ...]] = {
             "torch.compile traces the call": lambda logits, inputs: torch.compiler.is_compiling(),
             "the objective is a callable": lambda logits, inputs: callable(inputs.objective.surrogate),
             "the ratio is of sequences": lambda logits, inputs: inputs.objective.ratio != "token",
+            "the entropy has other weights than the loss": lambda logits, inputs: (
+                inputs.objective.aggregate == "constant" and inputs.objective.entropy_coef != 0
+            ),
             "the tokens of a sequence are split over ranks": lambda logits, inputs: inputs.group is not None,
             "logits are neither float32 nor bfloat16": (
                 lambda logits, inputs: logits.dtype not in (torch.float32, torch.bfloat16)
@@ -239,9 +266,10 @@ TABLE: dict[str, tuple[Server, ...]] = {
         }),
         _server("separate", "token_stats and policy_loss"),
     ),
-    # Gradients of a loss from hidden states. Facts: hidden, whether a gradient is wanted. In float16, most gradients
-    # would be rounded to 0, because only the backward knows the loss scale of mixed precision. The reference computes
-    # slopes by autograd, which is not available inside the operators of a compiled graph.
+    # Gradients of a loss from hidden states. Facts: hidden, whether a gradient is wanted, the sets of ids or None. In
+    # float16, most gradients would be rounded to 0, because only the backward knows the loss scale of mixed precision.
+    # The reference computes slopes by autograd, which is not available inside the operators of a compiled graph. For
+    # small sets of ids, the second phase costs next to nothing.
     "linear_gradients": (
         _server("one_pass", "gradients with the loss, in one walk over the chunks", _NOT_IN_ONE_PASS),
         _server("two_phases", "statistics first, then logits again for the gradients"),
@@ -251,27 +279,51 @@ TABLE: dict[str, tuple[Server, ...]] = {
         _server("one_pass", "gradients with the losses, in one walk over the chunks", {
             **_NOT_IN_ONE_PASS,
             "torch.compile traces the call, before the factors are known": (
-                lambda hidden, wanted: torch.compiler.is_compiling()
+                lambda hidden, wanted, support: torch.compiler.is_compiling()
             ),
         }),
         _server("two_phases", "statistics first, then logits again for the gradients"),
     ),
-    # Statistics of tokens from hidden states. Facts: hidden, the head, and whether more
-    # than log-prob, log-sum-exp and entropy is wanted.
+    # Statistics of tokens from hidden states. Facts: hidden, the head, whether more than log-prob, log-sum-exp and
+    # entropy is wanted, the sets of ids or None.
     "linear_statistics": (
         _server("fused", "one kernel without a tensor of logits", {
-            "more statistics are wanted": lambda hidden, head, more: more,
-            "hidden states are neither bfloat16 nor float16": lambda hidden, head, more: hidden.dtype.itemsize != 2,
-            "hidden states and weight differ in dtype": lambda hidden, head, more: head.weight.dtype != hidden.dtype,
-            "logits are rounded": lambda hidden, head, more: head.logits_dtype != torch.float32,
-            "there is an adapter": lambda hidden, head, more: head.lora_a is not None,
-            "rows of the weight are not contiguous": lambda hidden, head, more: head.weight.stride(1) != 1,
-            "this rank has no row of the vocabulary": lambda hidden, head, more: len(head.weight) == 0,
-            "Triton does not serve hidden states": lambda hidden, head, more: (
+            "more statistics are wanted": lambda hidden, head, more, support: more,
+            "hidden states are neither bfloat16 nor float16": (
+                lambda hidden, head, more, support: hidden.dtype.itemsize != 2
+            ),
+            "hidden states and weight differ in dtype": (
+                lambda hidden, head, more, support: head.weight.dtype != hidden.dtype
+            ),
+            "logits are rounded": lambda hidden, head, more, support: head.logits_dtype != torch.float32,
+            "there is an adapter": lambda hidden, head, more, support: head.lora_a is not None,
+            "log-probs are over sets of ids": lambda hidden, head, more, support: support is not None,
+            "rows of the weight are not contiguous": lambda hidden, head, more, support: head.weight.stride(1) != 1,
+            "this rank has no row of the vocabulary": lambda hidden, head, more, support: len(head.weight) == 0,
+            "Triton does not serve hidden states": lambda hidden, head, more, support: (
                 not _serves("triton", hidden.device, hidden.dtype)
             ),
         }),
         _server("chunks", "a product, then token_stats, for each chunk of rows"),
+    ),
+    # Sets of ids from logits. Fact: logits.
+    "support_logits": (
+        _server("entries", "reads and writes the entries of the sets", {
+            "neither CPU kernels nor Triton serve logits": _lacks_support_kernels,
+        }),
+        _server("walk", "token_stats of a copy of the logits with -inf outside the sets"),
+    ),
+    # Small sets of ids from hidden states. Facts: hidden, the head.
+    "support": (
+        _server("gathered", f"rows of the weight for sets of at most V / {SUPPORT_SHARE} ids; others take the walk", {
+            "neither CPU kernels nor Triton serve hidden states": lambda hidden, head: _lacks_support_kernels(hidden),
+            "logits are rounded": lambda hidden, head: head.logits_dtype != torch.float32,
+            "rows of the weight are not contiguous": lambda hidden, head: head.weight.stride(1) != 1,
+            "a capacity forbids reading the sizes of sets on the device": (
+                lambda hidden, head: head.capacity >= 0 and hidden.device.type != "cpu"
+            ),
+        }),
+        _server("walk", "logits of -inf outside the sets, chunk by chunk"),
     ),
     # Products of matrices. Facts: the device, the dtypes of both, and a function that tells whether the device's
     # library gives float32 results of 16-bit products.

@@ -211,6 +211,85 @@ def _scaled(grad: Tensor, factor: Tensor, out: Tensor, *_: Any) -> None:
         )
 
 
+def _vectors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, expected 1")
+
+
+def _support_entries(values: Tensor, starts: Tensor, entries: Tensor, tokens: Tensor, vocab: int) -> None:
+    check, size = _Arguments(values), values.numel()
+    check.flat(torch.float32, size, values=values)
+    check.flat(torch.int32, vocab + 1, starts=starts)
+    check.flat(torch.int32, size, entries=entries, tokens=tokens)
+    if starts.dim() != 2 or len(starts) != 1:
+        raise ValueError(f"starts has shape {tuple(starts.shape)}, expected (1, V + 1)")
+    _vectors(values=values, entries=entries, tokens=tokens)
+
+
+def _support_matrix(like: Tensor, columns: int | None = None, **tensors: Tensor) -> None:
+    check = _Arguments(like)
+    check.rows(**tensors)
+    for name, tensor in tensors.items():
+        wrong = tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1)
+        if wrong or (columns is not None and tensor.shape[1] != columns):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected a matrix with "
+                f"{'' if columns is None else f'{columns} '}adjacent columns"
+            )
+
+
+def _support_products(
+    hidden: Tensor, weight: Tensor, starts: Tensor, entries: Tensor, tokens: Tensor, values: Tensor, *_: Any
+) -> None:
+    _support_matrix(values, hidden=hidden)
+    _support_matrix(values, hidden.shape[1], weight=weight)
+    _support_entries(values, starts, entries, tokens, len(weight))
+
+
+def _support_grad_hidden(
+    values: Tensor, weight: Tensor, starts: Tensor, entries: Tensor, tokens: Tensor, out: Tensor
+) -> None:
+    _support_matrix(values, weight=weight)
+    _support_matrix(values, weight.shape[1], out=out)
+    _Arguments(values).flat(torch.float32, out.numel(), out=out)
+    _support_entries(values, starts, entries, tokens, len(weight))
+
+
+def _support_grad_weight(
+    values: Tensor, hidden: Tensor, starts: Tensor, entries: Tensor, tokens: Tensor, out: Tensor, *_: Any
+) -> None:
+    _support_matrix(values, hidden=hidden)
+    _support_matrix(values, hidden.shape[1], out=out)
+    _Arguments(values).flat(out.dtype, out.numel(), out=out)
+    _support_entries(values, starts, entries, tokens, len(out))
+
+
+def _support_stats(
+    values: Tensor, support_offsets: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
+    temperatures: Tensor | None, *_: Any,
+) -> None:
+    check, count = _Arguments(values), targets.numel()
+    check.flat(torch.float32, values.numel(), values=values)
+    check.flat(torch.int64, count + 1, support_offsets=support_offsets)
+    check.flat(torch.int64, count, targets=targets)
+    check.flat(torch.bool, count, mask=mask)
+    check.flat(torch.float32, count, temperatures=temperatures)
+    _vectors(values=values, support_offsets=support_offsets, targets=targets)
+
+
+def _support_stats_backward(
+    values: Tensor, support_offsets: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor,
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, temperature: float, temperatures: Tensor | None,
+    softcap: float, out: Tensor,
+) -> None:
+    _support_stats(values, support_offsets, targets, None, temperature, temperatures)
+    check, count = _Arguments(values), targets.numel()
+    check.flat(torch.float64, count, lse=lse, entropy=entropy)
+    check.flat(torch.float32, count, grad_logprobs=grad_logprobs, grad_entropy=grad_entropy)
+    check.flat(torch.float32, values.numel(), out=out)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "token_stats": _token_stats,
     "token_stats_backward": _token_stats_backward,
@@ -222,5 +301,10 @@ CHECKS: dict[str, Callable[..., None]] = {
     "divergence_backward": _divergence_backward,
     "linear_statistics": _linear_statistics,
     "scaled": _scaled,
+    "support_products": _support_products,
+    "support_grad_hidden": _support_grad_hidden,
+    "support_grad_weight": _support_grad_weight,
+    "support_stats": _support_stats,
+    "support_stats_backward": _support_stats_backward,
     "token_statistics": _token_statistics,
 }

@@ -121,11 +121,58 @@ _declare(
     f"linear_token_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
     f"ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
 )
+# The same over sets of ids in compressed rows (`r1kernels.ops.support`), support_ids (M,) and support_offsets (N + 1,).
+# The forward also gives the logits (M,) of small sets, float32, and their `support_index`; the backward takes them.
+_SETS = "Tensor support_ids, Tensor support_offsets"
+_KEPT = "Tensor values, Tensor targets, Tensor starts, Tensor entries, Tensor tokens"
+_declare(
+    f"linear_support_stats({_HEAD}, Tensor? mask, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_declare(
+    f"linear_support_stats_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"{_SETS}, {_KEPT}, ScalarType weight_dtype, bool[] needs) -> ({_HEAD_GRADIENTS})"
+)
+# The same from logits (..., V), for N flattened tokens.
+_declare(
+    f"support_token_stats(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, {_SETS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_declare(
+    "support_token_stats_backward(Tensor logits, Tensor token_ids, Tensor lse, Tensor entropy, Tensor? grad_logprobs, "
+    f"Tensor? grad_entropy, float temperature, {_SETS}, {_KEPT}) -> Tensor"
+)
+# The entries (token, id) of sets of at most `largest` ids where `mask` (N,) is True, by ascending id. -> the place
+# of each token in its set (N,), where the entries of each id begin (blocks, V + 1), and for each entry its place among
+# support_ids and its token, (M,) each, all three int32. An id that a set has twice has one entry.
+_declare(
+    "support_index(Tensor support_ids, Tensor support_offsets, Tensor token_ids, Tensor? mask, int vocab, int largest) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_INDEX = "Tensor starts, Tensor entries, Tensor tokens"
+# values (M,) float32 [entry] = or += hidden[token] . weight[id], in float32.
+_declare(f"support_products(Tensor hidden, Tensor weight, {_INDEX}, Tensor(a!) values, bool accumulate) -> ()")
+# out (N, H) float32 [token] += sum of values[entry] weight[id].
+_declare(f"support_grad_hidden(Tensor values, Tensor weight, {_INDEX}, Tensor(a!) out) -> ()")
+# out (V, H) [id] = or += sum of values[entry] hidden[token], summed in float32.
+_declare(f"support_grad_weight(Tensor values, Tensor hidden, {_INDEX}, Tensor(a!) out, bool accumulate) -> ()")
+# `token_stats` of sets: rows values[offsets[n] : offsets[n + 1]] of float32 logits, and places of tokens in these rows.
+_declare(
+    "support_stats(Tensor values, Tensor support_offsets, Tensor targets, Tensor? mask, float temperature, "
+    "Tensor? temperatures) -> (Tensor, Tensor, Tensor)"
+)
+# `token_stats_backward_out` of sets.
+_declare(
+    "support_stats_backward(Tensor values, Tensor support_offsets, Tensor targets, Tensor lse, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, "
+    "Tensor(a!) out) -> ()"
+)
 # -> log-prob and entropy (N,), and the gradients of sum_t weights_t loss_t, for an objective with a ratio per token.
 _declare(
     f"linear_policy_gradient({_HEAD}, Tensor? mask, Tensor weights, Tensor advantages, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? importance_weights, int surrogate, int kl, float clip_low, float clip_high, "
-    "float ratio_cap, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool[] needs) "
+    "Tensor? ref_logprobs, Tensor? importance_weights, Tensor? entropy_weights, int surrogate, int kl, "
+    "float clip_low, float clip_high, float ratio_cap, float tau_pos, float tau_neg, float kl_coef, "
+    "float entropy_coef, bool[] needs) "
     f"-> (Tensor, Tensor, {_HEAD_GRADIENTS})"
 )
 # The losses of D targets of each token, with `ops.target_terms.TargetTerms`; targets (D, N) int64, weights (D, N).
@@ -152,6 +199,9 @@ _declare("add_rows(Tensor(a!) out, Tensor ids, Tensor factors, Tensor rows) -> (
 # out (M, N) fp32 = or += a (M, K) @ b (K, N), of one dtype, or one of them float32 and the other in 16 bits; an entry's
 # bits depend only on its row and column. coarse: 16 bits of float32 operands are enough.
 _declare("gemm_f32(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool coarse=False) -> ()")
+# (..., V) -> ids of the k largest entries (..., k) in descending order; of equal entries, the smaller id comes first.
+# In a row with NaN, any k ids.
+_declare("top_k_ids(Tensor logits, int k) -> Tensor")
 # Student and teacher (..., V) -> per row: the divergence (float32), both log-sum-exps, the constant of its gradient and
 # both entropies (float64), each (...). Masked rows are not read and give 0.
 _declare(
@@ -165,11 +215,13 @@ _declare(
     "Tensor grad, int kind, float beta, float temperature, Tensor(a!) out, float softcap=0.0) -> ()"
 )
 # Student and teacher from hidden states. Full teachers have hidden and weight (V, H'), others ids and log-probs (N, K),
-# float64. -> the rows of `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
+# float64. top_k > 0: K tokens are chosen from logits. -> the divergence and the rows of
+# `ops.linear.divergence.measures` (M, N), and the gradients of factor sum_t D_t.
 _declare(
     f"linear_divergence({_HEAD}, Tensor? mask, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_lora_a, Tensor? teacher_lora_b, float teacher_logit_scale, float teacher_softcap, "
-    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, Tensor factor, int kind, float beta, bool[] needs) "
+    "Tensor? teacher_token_ids, Tensor? teacher_logprobs, int top_k, str top_k_of, str tail, Tensor factor, int kind, "
+    "float beta, bool[] needs) "
     f"-> (Tensor, {_HEAD_GRADIENTS})"
 )
 
@@ -187,6 +239,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+SUPPORT_BLOCK_TOKENS = 2048  # of `support_index` on a CPU, csrc/cpu/support.h
 POLICY_METRICS = 15  # length of policy_loss's metrics, csrc/common/objective.h
 
 
@@ -292,6 +345,60 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _head_gradients(hidden, args, args[-1], args[-2])
 
 
+def _support_index(
+    support_ids: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None, vocab: int, largest: int
+) -> tuple[Tensor, ...]:
+    tokens = token_ids.numel()
+    blocks = max(-(-tokens // SUPPORT_BLOCK_TOKENS), 1) if token_ids.device.type == "cpu" else 1
+    places = (support_ids.new_empty(support_ids.shape, dtype=torch.int32) for _ in range(2))
+    return (
+        token_ids.new_empty((tokens,)), support_ids.new_empty((blocks, vocab + 1), dtype=torch.int32), *places,
+    )
+
+
+_fake("support_index")(_support_index)
+
+
+@_fake("support_token_stats")
+def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, *sets: Tensor) -> tuple[Tensor, ...]:
+    shape = logits.shape[:-1]
+    statistics = (logits.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    values = logits.new_empty(sets[0].shape, dtype=torch.float32)
+    return (
+        logits.new_empty(shape, dtype=torch.float32), *statistics, values,
+        *_support_index(*sets, token_ids, None, logits.shape[-1], 0),
+    )
+
+
+@_fake("support_token_stats_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_fake("linear_support_stats")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, ids, (support_ids, offsets) = args[0], args[4], args[-2:]
+    statistics = (hidden.new_empty(ids.shape, dtype=torch.float64) for _ in range(2))
+    values = hidden.new_empty(support_ids.shape, dtype=torch.float32)
+    index = _support_index(support_ids, offsets, ids, None, len(weight), 0)
+    return _per_token(ids, hidden), *statistics, values, *index
+
+
+@_fake("linear_support_stats_backward")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _head_gradients(hidden, args, args[-1], args[-2])
+
+
+for _name in ("support_products", "support_grad_hidden", "support_grad_weight", "support_stats_backward"):
+    _fake(_name)(lambda *_: None)
+
+
+@_fake("support_stats")
+def _(values: Tensor, offsets: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    statistics = (values.new_empty(targets.shape, dtype=torch.float64) for _ in range(2))
+    return values.new_empty(targets.shape), *statistics
+
+
 @_fake("linear_policy_gradient")
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids = args[4]
@@ -335,6 +442,11 @@ def _(*_: Any) -> None:
     return None
 
 
+@_fake("top_k_ids")
+def _(logits: Tensor, k: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:-1], k), dtype=torch.int64)
+
+
 @_fake("divergence")
 def _(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = student.shape[:-1]
@@ -351,7 +463,9 @@ def _(*_: Any) -> None:
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     ids, teacher_hidden = args[4], args[15]
     wide = torch.float64 in (hidden.dtype, torch.float32 if teacher_hidden is None else teacher_hidden.dtype)
+    top_k, _, tail = args[24:27]
+    listed = teacher_hidden is None or top_k > 0
     measured = hidden.new_empty(
-        (4 if teacher_hidden is None else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
+        (4 if listed and tail != "renormalize" else 3, ids.numel()), dtype=torch.float64 if wide else torch.float32
     )
     return measured, *_head_gradients(hidden, args, args[-1])

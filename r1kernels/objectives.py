@@ -7,11 +7,25 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-SURROGATES = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "vespo")
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "vespo", "gmpo")
 RATIOS = ("token", "sequence", "sequence_token", "sequence_product")
 CAPPED = ("clip", "dppo_tv", "dppo_kl")  # surrogates with a ratio_cap
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATES = ("sequence_mean", "token_mean", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLocal:
+    """A user's `function(logprobs, entropies, tokens) -> loss` of single tokens: see `Objective.token_local`."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +48,18 @@ class Objective:
             difference's size, in the same directions;
             "ipo" -rA + tau (log r)^2, without its first term where p - p_old > clip_high or p_old - p > clip_low;
             "vespo" -sg[phi(w)] A l, log phi(w) = tau + k log w - tau w with w the ratio within [1e-8, e^20], and k
-            and tau by the sign of A. A callable `(logprobs, batch) -> per-token loss` is differentiated by autograd
-            (see `policy_loss`).
+            and tau by the sign of A;
+            "gmpo" -sA with the sequence's s = exp(mean_t d_t), where d = l - l_old is clipped before the mean: to
+            at most clip_high if A > 0, to at least -clip_low if A < 0. A callable `(logprobs, batch) -> per-token loss`
+            is differentiated by autograd (see `policy_loss`); `Objective.token_local` is for functions of single
+            tokens.
         ratio: "token"; "sequence" for one ratio s = exp(mean_t (l - l_old)) per sequence (GSPO); "sequence_token" for
             sg[s] e^(l - sg[l]), whose value is s and whose gradient is the token's own (GSPO-token);
             "sequence_product" for the constant exp(sum_t (l - l_old)), only for "vespo".
         clip_low, clip_high: distances of the bounds from 1, >= 0. `clip_low` may exceed 1 (R1 used 10), and with
             "cispo" `clip_high` may be negative, >= -clip_low and >= -1: the upper bound is any number >= 0. They bound
-            p - p_old with "dppo_tv" and "ipo", and the KL divergence with "dppo_kl"; "sapo", "vespo" and "reinforce"
-            do not use them.
+            p - p_old with "dppo_tv" and "ipo", the KL divergence with "dppo_kl", and log r with "gmpo"; "sapo", "vespo"
+            and "reinforce" do not use them.
         ratio_cap: > 0. "clip": two-sided ("dual") clip -min(min(r, ratio_cap) A, clip(r, ...) A), which limits the
             ratio if A < 0; a cap below 1 + clip_high limits it if A > 0, and 1 + clip_high if A < 0. "dppo_tv",
             "dppo_kl": the largest weight of a token. None: no cap.
@@ -56,7 +73,9 @@ class Objective:
         kl_ratio: multiply the KL term by the ratio, before any bound, and let the gradient flow through both
             (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's `use_bias_correction_kl`). With the token's ratio, r k1 and
             r k3 are unbiased for KL(pi || ref) and its gradient when samples come from the old policy.
-        entropy_coef: weight of the entropy bonus. If it is not 0, the loss needs the entropy.
+        entropy_coef: weight of the entropy bonus, which is a mean of entropies under every aggregate: over the tokens
+            with "token_mean", else over sequences of the mean over their tokens. If it is not 0, the loss needs the
+            entropy.
         aggregate: "sequence_mean" mean over sequences of the mean over their tokens; "token_mean" sum over
             tokens / number of counted tokens; "constant" sum over tokens / (sequences * max_length).
         max_length: the largest number of tokens of a sequence; only for "constant".
@@ -115,8 +134,13 @@ class Objective:
         if (self.ratio == "sequence_product") != (self.surrogate == "vespo"):
             expected = "'sequence_product'" if self.surrogate == "vespo" else "another one: only 'vespo' uses it"
             raise ValueError(f"ratio is {self.ratio!r} with surrogate {self.surrogate!r}, expected {expected}")
+        if self.surrogate == "gmpo" and self.ratio != "sequence":
+            raise ValueError(f"ratio is {self.ratio!r} with surrogate 'gmpo', expected 'sequence': it is "
+                             "a mean over the sequence")
         if not isinstance(self.kl_ratio, bool):
             raise ValueError(f"kl_ratio is {self.kl_ratio!r}, expected True or False")
+        if self.kl_ratio and self.surrogate == "gmpo":
+            raise ValueError("kl_ratio is True with surrogate 'gmpo', expected False: its ratio is clipped")
         if self.kl_ratio and self.ratio == "sequence_product":
             raise ValueError("kl_ratio is True with ratio 'sequence_product', expected False: a product over a "
                              "sequence is no weight of one token's KL")
@@ -134,6 +158,53 @@ class Objective:
             bound = "" if minimum == -math.inf else f" {'>' if strict else '>='} {minimum:g}"
             raise ValueError(f"{field} is {value!r}, expected a finite number{bound}")
 
+    @staticmethod
+    def token_local(function: Callable[..., Any], **overrides: Any) -> Objective:
+        r"""An objective from a function of single tokens, which costs no more than a preset does.
+
+        loss = sum_t w_t (iw_t f(l_t, H_t, tokens_t) + kl_coef kl_t - entropy_coef H_t)
+
+        From hidden states, the gradient is computed in the same walk as the log-probs, and tokens whose derivative is
+        exactly 0 cost no backward products (with `kl_coef` and `entropy_coef` 0). A callable of the whole batch, given
+        as `surrogate`, needs a second walk.
+
+        Args:
+            function: `(logprobs, entropies, tokens) -> loss`, all of shape (n,), for any n tokens at a time: those of
+                one chunk, or all. autograd differentiates it with respect to logprobs and entropies (nats, float32;
+                float64 for float64 inputs; entropies are None if `policy_loss` gets none). `tokens` is a `PolicyBatch`
+                of constants with one value per token: `advantages`, `old_logprobs`, `ref_logprobs`,
+                `importance_weights`; what the caller did not give is None. The loss of a token must depend on nothing
+                but that token: `r1kernels.testing.check_token_local` finds functions that mix tokens. The function is
+                called twice per token, and must return the same both times. Values behind the mask are 0.
+            **overrides: the other fields of `Objective`; "token_mean" is the default aggregate.
+
+        `importance_weights` multiply all that the function returns, also a KL term in it. The term of `kl_coef` is not
+        multiplied: use that field, or divide by `tokens.importance_weights`, if the correction shall not weigh the KL.
+
+        Raises:
+            TypeError: function is not callable. ValueError: as `Objective`. When the loss is computed, ValueError: the
+                function returns no tensor of shape (n,), one without a gradient, or, on CPUs, NaN. On a GPU, the metric
+                `nonfinite_tokens` counts NaN.
+
+        Equivalent to: `Objective(surrogate=lambda logprobs, batch: function(logprobs, batch.entropy, batch), ...)`.
+        """
+        if not callable(function):
+            raise TypeError(f"function is {function!r}, expected a callable (logprobs, entropies, tokens)")
+        return _with_overrides("Objective.token_local", overrides, surrogate=TokenLocal(function),
+                               aggregate="token_mean")
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether the surrogate is a function given to `token_local`."""
+        return isinstance(self.surrogate, TokenLocal)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the kernels know the surrogate. They do not know callables; and in "gmpo" the ratio of a sequence has
+        a gradient at some of its tokens only, while kernels give all tokens of a sequence the same share. Plain PyTorch
+        computes these on [tokens], on any device."""
+        return not callable(self.surrogate) and self.surrogate != "gmpo"
+
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss depends on where sequences begin and end."""
@@ -148,11 +219,15 @@ class Objective:
 _FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
 
 
-def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+def _with_overrides(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
     for field in overrides:
         if field not in _FIELDS:
-            raise ValueError(f"objectives.{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
+            raise ValueError(f"{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
     return Objective(**{**defaults, **overrides})
+
+
+def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+    return _with_overrides(f"objectives.{name}", overrides, **defaults)
 
 
 def grpo(**overrides: Any) -> Objective:
@@ -204,6 +279,17 @@ def gspo_token(**overrides: Any) -> Objective:
     return _preset("gspo_token", overrides, ratio="sequence_token", clip_low=3e-4, clip_high=4e-4)
 
 
+def gmpo(**overrides: Any) -> Objective:
+    """GMPO: the geometric mean of the token ratios, each clipped beforehand to e^-0.4 .. e^0.4 (arXiv 2507.20673).
+
+    A token is clipped only in the direction of its advantage. The definition is that of the paper, of verl's "geo_mean"
+    and of TRL's `GMPOTrainer`; `clip_low` and `clip_high` are their bounds of log r. With advantages of tokens, each
+    token has its own sign and weight, where verl takes their mean. `importance_weights` multiply the loss; verl takes
+    the geometric mean of those of tokens.
+    """
+    return _preset("gmpo", overrides, surrogate="gmpo", ratio="sequence", clip_low=0.4, clip_high=0.4)
+
+
 def luspo(**overrides: Any) -> Objective:
     """LUSPO: GSPO with each sequence's loss multiplied by its length (arXiv 2602.05261).
 
@@ -232,7 +318,8 @@ def dppo(divergence: str = "tv", **overrides: Any) -> Objective:
 
     -sg[min(r, 20)] A l, and 0 for tokens that have moved too far in the direction of A. `divergence` is "tv", by
     abs(p - p_old) with the bound 0.15, or "kl", by KL(Bernoulli(p_old) || Bernoulli(p)) with the bound 0.05.
-    `clip_high` is the bound if A > 0, `clip_low` if A < 0.
+    `clip_high` is the bound if A > 0, `clip_low` if A < 0. Bounds and cap are those of verl (examples/dppo_trainer, and
+    `clip_ratio_c` of its "dppo_tv"); prime-rl had bounds of 0.2.
     """
     bounds = {"tv": 0.15, "kl": 0.05}
     if divergence not in bounds:
@@ -246,7 +333,8 @@ def ipo(**overrides: Any) -> Objective:
     """IPO of prime-rl: -rA without the tokens whose probability moved by more than 0.1, + 0.001 (log r)^2, token mean.
 
     The bound holds in both directions, whatever the sign of A. `tau_pos` and `tau_neg` weigh (log r)^2, of which every
-    counted token has a gradient.
+    counted token has a gradient. 0.1 and 0.001 are the defaults of the `IPOLossConfig` that has `kl_tau`; later
+    releases have a bound of 0.3 and no (log r)^2: `ipo(clip_low=0.3, clip_high=0.3, tau_pos=0.0, tau_neg=0.0)`.
     """
     return _preset("ipo", overrides, surrogate="ipo", clip_low=0.1, clip_high=0.1, tau_pos=1e-3, tau_neg=1e-3,
                    aggregate="token_mean")

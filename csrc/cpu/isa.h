@@ -12,7 +12,9 @@
 #include "accumulate.h"
 #include "divergence.h"
 #include "gemm.h"
+#include "support.h"
 #include "token_stats.h"
+#include "top_k.h"
 
 #ifndef R1K_ISA
 #define R1K_ISA baseline
@@ -35,18 +37,30 @@ struct AccumulateKernels {
   void (*add_rows)(const AddRows&, int64_t begin, int64_t end);  // a range of the columns
 };
 
+struct TopKKernels {
+  void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end);
+};
+
+struct SupportKernels {
+  void (*products)(const SupportProducts&, int64_t block, int64_t id_begin, int64_t id_end);
+  void (*grad_hidden)(const SupportGradHidden&, int64_t block, int64_t part);
+  void (*grad_weight)(const SupportGradWeight&, int64_t part, int64_t id_begin, int64_t id_end);
+};
+
 #define R1K_DECLARE_KERNELS(isa)                      \
   namespace isa {                                     \
   extern const TokenStatsKernels token_stats_kernels; \
   extern const DivergenceKernels divergence_kernels;  \
   extern const GemmKernels gemm_kernels;              \
   extern const AccumulateKernels accumulate_kernels;  \
+  extern const TopKKernels top_k_kernels;             \
+  extern const SupportKernels support_kernels;        \
   }
 R1K_DECLARE_KERNELS(baseline)
 #ifdef R1K_X86
 R1K_DECLARE_KERNELS(avx2)
 R1K_DECLARE_KERNELS(avx512)
-R1K_DECLARE_KERNELS(avx512_bf16)  // with gemm_kernels and token_stats_kernels alone
+R1K_DECLARE_KERNELS(avx512_bf16)  // with those of gemm, support and token_stats alone
 R1K_DECLARE_KERNELS(amx_bf16)     // with gemm_kernels alone
 #endif
 
@@ -56,6 +70,8 @@ struct Kernels {
   const DivergenceKernels* divergence;
   const GemmKernels* gemm;
   const AccumulateKernels* accumulate;
+  const TopKKernels* top_k;
+  const SupportKernels* support;
 };
 
 // Whether there are matrix tiles for bfloat16 (AMX) that this process may use.  Linux wants a process to request them
@@ -71,7 +87,8 @@ inline bool may_use_tiles() {
 }
 
 #define R1K_KERNELS(isa) \
-  {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels}
+  {#isa, &isa::token_stats_kernels, &isa::divergence_kernels, &isa::gemm_kernels, &isa::accumulate_kernels, \
+   &isa::top_k_kernels, &isa::support_kernels}
 
 // What this processor can run, narrowest first.
 inline std::vector<Kernels> find_supported_kernels() {
@@ -92,6 +109,7 @@ inline std::vector<Kernels> find_supported_kernels() {
   kernels.name = "avx512_bf16";
   kernels.token_stats = &avx512_bf16::token_stats_kernels;
   kernels.gemm = &avx512_bf16::gemm_kernels;
+  kernels.support = &avx512_bf16::support_kernels;
   supported.push_back(kernels);
   if (!may_use_tiles()) return supported;
   kernels.name = "amx_bf16";

@@ -16,8 +16,10 @@ namespace {
 
 template <typename T, bool kSquares, bool kTotal>
 void forward_row(const TokenStatsForward& args, int64_t n) {
-  const T* row = static_cast<const T*>(args.logits.data) + args.logits.offset(n);
-  const int64_t stride = args.logits.vocab_stride, vocab = args.logits.vocab, token_id = args.token_ids[n];
+  const int64_t at = args.offsets != nullptr ? args.offsets[n] : args.logits.offset(n);
+  const T* row = static_cast<const T*>(args.logits.data) + at;
+  const int64_t stride = args.logits.vocab_stride, token_id = args.token_ids[n];
+  const int64_t vocab = args.offsets != nullptr ? args.offsets[n + 1] - at : args.logits.vocab;
   const double temperature = args.temperature.of(n);
   const double inv_temperature = 1.0 / temperature;
   const RowState state = row_state<kSquares, kTotal>(row, stride, vocab, temperature);
@@ -203,20 +205,20 @@ auto row_gradient_variant(Slopes slopes, bool softcap) {
 template <typename T, typename Out>
 void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
   const T* data = static_cast<const T*>(args.logits.data);
-  const int64_t vocab = args.logits.vocab;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t n = args.rows != nullptr ? args.rows[r] : r;
+    const int64_t vocab = args.offsets != nullptr ? args.offsets[n + 1] - args.offsets[n] : args.logits.vocab;
     const double g = args.grad_logprobs != nullptr ? args.grad_logprobs[n] : 0;
     const double eta = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
     const double zeta = args.grad_sum_sq != nullptr ? args.grad_sum_sq[n] : 0;
     const double shift = args.shift != nullptr ? args.shift[n] : 0;
-    Out* out = static_cast<Out*>(args.out) + n * args.out_stride;
+    Out* out = static_cast<Out*>(args.out) + (args.offsets != nullptr ? args.offsets[n] : n * args.out_stride);
     // Masked or clipped: the row is not read, so nothing in it can matter.
     if (g == 0 && eta == 0 && zeta == 0 && shift == 0) {
       std::memset(out, 0, vocab * sizeof(Out));
       continue;
     }
-    const T* row = data + args.logits.offset(n);
+    const T* row = data + (args.offsets != nullptr ? args.offsets[n] : args.logits.offset(n));
     const RowGradient in = {g, eta, zeta, shift, args.lse[n], args.entropy[n], zeta != 0 ? args.sum_sq[n] : 0};
     const Slopes slopes = zeta != 0 || shift != 0 ? Slopes::any : eta != 0 ? Slopes::entropy : Slopes::logprob;
     const double temperature = args.temperature.of(n);

@@ -13,6 +13,7 @@ enum Wanted : int { kSumSqProbs = 1, kMeanLogit = 2, kIsTop1 = 4 };
 
 struct TokenStatsForward {
   RowView logits;
+  const int64_t* offsets;    // [N + 1] or null: rows differ in length, and row n is [offsets[n], offsets[n + 1])
   const int64_t* token_ids;  // [N]
   const bool* mask;          // [N] or null; a false row is not read and gives zeros
   Temperature temperature;
@@ -28,6 +29,7 @@ struct TokenStatsForward {
 // logits or, from float32 logits, a narrower one.
 struct TokenStatsBackward {
   RowView logits;
+  const int64_t* offsets;       // [N + 1] or null, as in the forward; `out` has the same rows
   const int64_t* rows;          // [R] or null: row r of the launch is row rows[r] of everything below
   const int64_t* token_ids;     // [N]
   const double* lse;            // [N]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from r1kernels.ops._checks import check_floating, check_normalizer, check_positive, check_shape, ids_int64
 from r1kernels.ops.shards import Split
+from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_losses import target_losses
 from r1kernels.ops.target_terms import TargetTerms
 from r1kernels.ops.token_logprobs import logprobs_and_entropy
@@ -28,6 +30,7 @@ def cross_entropy(
     temperature: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of targets under softmax(logits / temperature).
 
@@ -42,6 +45,8 @@ def cross_entropy(
         z_loss_coef: c >= 0 of the z-loss, which keeps lse near 0.
         label_smoothing: eps from 0 to 1. Its mean over the vocabulary comes from the same read of the logits.
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
+        support: the sets of ids over which targets are scored, as in `token_logprobs`; those of ignored targets may
+            hold anything.
 
     Returns:
         0-d, or (...) for "none"; float32, nats. Ignored targets give 0; if all targets are ignored, the mean is 0
@@ -63,7 +68,8 @@ def cross_entropy(
     check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
     mask = targets != ignore_index
     # These give 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
-    losses = torch.where(mask, _losses(logits, targets, mask, temperature, Split(process_group, vocab_size), terms), 0)
+    split = Split(process_group, vocab_size)
+    losses = torch.where(mask, _losses(logits, targets, mask, temperature, split, terms, support), 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -72,14 +78,21 @@ def cross_entropy(
 
 
 def _losses(
-    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms, support: Any
 ) -> Tensor:
+    if terms.given:
+        refuse_support({"support": support}, "cross_entropy with z_loss_coef or label_smoothing")
     try:
         if terms.given:
             return target_losses(logits, targets, mask, temperature, split, terms)
-        return -logprobs_and_entropy(logits, targets, mask, temperature, split)[0]
-    except ValueError as error:  # the argument is called targets here
-        raise ValueError(str(error).replace("token_ids", "targets")) from None
+        return -logprobs_and_entropy(logits, targets, mask, temperature, split, support)[0]
+    except ValueError as error:
+        raise ValueError(named_targets(str(error))) from None
+
+
+def named_targets(message: str) -> str:
+    """A message about token_ids, which are called targets here."""
+    return re.sub(r"(?<!support )\btoken_ids", "targets", message)
 
 
 def check_reduction(reduction: Any, ignore_index: Any, normalizer: Any) -> None:

@@ -70,6 +70,20 @@ def log_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float, inner: Te
     return (1 - beta if kind == "jsd" else 1) * weights
 
 
+def truncated_gradient(log_p: Tensor, log_p_rest: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """(n, K + 1): the gradient of `of_log_probs` of K outcomes with respect to the log P of all outcomes, the rest
+    last, through a softmax over all of them. P_i dD/dP_i = s_i gives w_i = s_i - P_i sum_k s_k."""
+    p = log_p.exp()
+    if kind == "forward_kl":
+        slopes = -log_q.exp()
+    else:
+        log_ratio, infinite = _log_ratio(log_p, log_q, kind, beta)
+        slopes = p * (log_ratio + 1) if kind == "reverse_kl" else (1 - beta) * p * log_ratio
+        slopes = torch.where(infinite, 0, slopes)
+    all_p = torch.cat([p, log_p_rest.exp().unsqueeze(-1)], -1)
+    return torch.nn.functional.pad(slopes, (0, 1)) - all_p * slopes.sum(-1, keepdim=True)
+
+
 def _log_ratio(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
     """log P - log Q, or log P - log M, where it counts; and in which rows it is infinite."""
     log_other = log_q

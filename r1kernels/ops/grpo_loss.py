@@ -37,6 +37,7 @@ def grpo_loss(
     sequence_group: torch.distributed.ProcessGroup | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> PolicyLoss:
     r"""Policy-gradient loss from logits: the drop-in for log_softmax, gather, entropy, ratio, clip and KL.
 
@@ -51,6 +52,7 @@ def grpo_loss(
         temperature: Python number > 0; use the temperature with which the tokens were sampled.
         sequence_group: as in `policy_loss`. logits, token_ids and all values per token are those of this rank's tokens.
         process_group, vocab_size: logits of a sharded or padded vocabulary, as in `token_logprobs`.
+        support: the sets of ids over which tokens are scored, as in `token_logprobs`.
 
     The other arguments are those of `policy_loss`. Masked rows of logits are never read.
 
@@ -89,9 +91,10 @@ def grpo_loss(
         group=checked_sequence_group(sequence_group),
     )
     split = Split(process_group, vocab_size)
-    if split == NOT_SHARDED and _dispatch.choose("grpo_step", logits, inputs).implementation == "fused":
+    whole = split == NOT_SHARDED and support is None
+    if whole and _dispatch.choose("grpo_step", logits, inputs).implementation == "fused":
         ids, temperature = checked(logits, token_ids, temperature)
         loss, metrics = grpo_step.grpo_step(logits, ids, inputs, temperature)
         return named(loss, metrics, inputs, entropy=True)
-    logprobs, entropy = logprobs_and_entropy(logits, token_ids, inputs.batch.mask, temperature, split)
+    logprobs, entropy = logprobs_and_entropy(logits, token_ids, inputs.batch.mask, temperature, split, support)
     return over_ranks(compute(logprobs, entropy, inputs), inputs.group)

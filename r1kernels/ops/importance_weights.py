@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import as_mask, check_floating, check_number, check_shape, ids_int64
-from r1kernels.ops.policy_loss_reference import Sequences
+from r1kernels.ops._checks import as_mask, check_floating, check_number, check_shape
+from r1kernels.ops.policy_loss_reference import Sequences, sequences_of
 from r1kernels.ops.shards import agree, all_gathered, checked_group, refusals
 
 LEVELS = ("token", "sequence", "sequence_mean")
@@ -106,12 +106,12 @@ def importance_weights(
     Returns:
         `weights`: float32, no gradient, never NaN or inf: (B, T) or (N,) of tokens, 0 behind the mask; (B,) or (S,) of
         sequences, 1 for one without a counted token. `policy_loss` takes either. Equal log-probs weigh exactly 1
-        before `normalize`, also if both are -inf. Logs of weights above 80 count as 80. A NaN log-prob makes the
-        weight of its token, or sequence, 0.
+        before `normalize`, also if both are -inf. Logs of weights above 80 count as 80. A log-prob that is NaN or
+        +inf makes the weight of its token, or sequence, 0.
         `metrics`, before `normalize`: "importance_mean"; "importance_cut", the share outside of [floor, cap];
         "importance_ess", the effective sample size (sum w)^2 / (n sum w^2), 0 if all are 0; "logprob_gap_mean" and
-        "logprob_gap_max" of abs(d); "rollout_kl_k1" and "rollout_kl_k3", estimates of KL(mu || pi); "nan_tokens".
-        They are 0 if nothing counts. A log-prob of -inf makes those of the gap 1e30 or infinite.
+        "logprob_gap_max" of abs(d); "rollout_kl_k1" and "rollout_kl_k3", estimates of KL(mu || pi); "nan_tokens",
+        those with NaN or +inf. They are 0 if nothing counts. A log-prob of -inf makes the gap's 1e30 or infinite.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
@@ -129,6 +129,8 @@ def importance_weights(
         check_floating("old_logprobs", old_logprobs)
         check_floating("sampler_logprobs", sampler_logprobs, old_logprobs)
         shape = tuple(old_logprobs.shape)
+        if shape == ():
+            raise ValueError("old_logprobs is 0-d, expected (B, T) or (N,)")
         check_shape("sampler_logprobs", sampler_logprobs, shape, "one log-prob per token")
         counts = as_mask(mask, old_logprobs, shape)
         sequences = _sequences(old_logprobs, cu_seqlens, level)
@@ -139,7 +141,7 @@ def importance_weights(
     old, sampler = (value.detach().double().reshape(-1) for value in (old_logprobs, sampler_logprobs))
     counts = torch.ones_like(old, dtype=torch.bool) if counts is None else counts.reshape(-1)
     gap = torch.where(counts & (old != sampler), old - sampler, 0)
-    bad = gap.isnan()
+    bad = gap.isnan() | (counts & ((old == torch.inf) | (sampler == torch.inf)))  # no log of a probability is +inf
     gap = torch.where(bad, 0, gap).clamp(max=LARGEST_GAP)
     measured = counts & ~bad
 
@@ -171,12 +173,12 @@ def importance_weights(
 
 def _checked_options(level: Any, mode: Any, floor: Any, cap: Any, normalize: Any) -> tuple[float, float]:
     for name, value, known in (("level", level, LEVELS), ("mode", mode, MODES)):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize is {normalize!r}, expected True or False")
     floor = check_number("floor", floor, minimum=0.0)
-    cap = math.inf if cap == math.inf else check_number("cap", cap, minimum=0.0, strict=True)
+    cap = math.inf if isinstance(cap, float) and cap == math.inf else check_number("cap", cap, minimum=0.0, strict=True)
     if floor > min(cap, math.exp(LARGEST)):
         raise ValueError(f"floor is {floor}, expected at most cap = {cap} and e^{LARGEST:g}")
     return floor, cap
@@ -184,17 +186,7 @@ def _checked_options(level: Any, mode: Any, floor: Any, cap: Any, normalize: Any
 
 def _sequences(logprobs: Tensor, cu_seqlens: Any, level: str) -> Sequences | None:
     """The sequences of the tokens, or None for weights of tokens."""
-    if cu_seqlens is not None:
-        if logprobs.dim() != 1:
-            raise ValueError(f"cu_seqlens was given with old_logprobs of shape {tuple(logprobs.shape)}, expected "
-                             "packed (N,)")
-        cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, logprobs)
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
-    elif level != "token" and logprobs.dim() < 2:
-        raise ValueError(f"cu_seqlens is None for packed tokens of shape {tuple(logprobs.shape)}, expected (S + 1,): "
-                         f"weights of level {level!r} need sequences (or give (B, T))")
-    elif level == "token":
+    if level == "token" and cu_seqlens is None:
         return None
-    sequences = Sequences(logprobs, cu_seqlens)
+    sequences = sequences_of("old_logprobs", logprobs, cu_seqlens, f"weights of level {level!r}")
     return None if level == "token" else sequences

@@ -39,6 +39,11 @@ def reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     return torch.where(small, series * near.square(), exact)
 
 
+def times_ratio(kl: Tensor, log_ratio: Tensor) -> Tensor:
+    """r k, and 0 where k is 0 even if r overflows."""
+    return kl * torch.where(kl == 0, log_ratio.clamp(max=80), log_ratio).exp()
+
+
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
     def forward(

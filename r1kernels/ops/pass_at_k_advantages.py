@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_number
+from r1kernels.ops._checks import check_floating, check_number, values_are_free
 from r1kernels.ops.group_advantages import check_finite, checked_groups, groups_of
 
 
@@ -98,7 +98,7 @@ def pass_at_k_advantages(
     Args:
         rewards: (B,), float. NaN marks an unscorable answer, which is in no subset and gets 0. (P, G) is read as P
             groups of G when neither `group_size` nor `group_ids` is given.
-        k: answers of a subset, >= 1 and less than `group_size`.
+        k: answers of a subset, >= 1 and less than `group_size`, or, on CPUs, than the size of the largest group.
         group_size: G; answers of one prompt are consecutive. Must divide B.
         group_ids: (B,), int64 or int32, instead of `group_size`. Groups may differ in size and be in any order.
         eps: added to the std, >= 0.
@@ -124,5 +124,9 @@ def pass_at_k_advantages(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1 or (group_size is not None and k >= group_size):
         limit = "" if group_size is None else f" and < group_size = {group_size}"
         raise ValueError(f"k is {k!r}, expected an integer >= 1{limit}")
+    if group_ids is not None and len(group_ids) and values_are_free(group_ids):
+        largest = int(group_ids.unique(return_counts=True)[1].max())
+        if k >= largest:
+            raise ValueError(f"k is {k}, expected fewer than the {largest} answers of the largest group of group_ids")
     result = reference(rewards.detach().reshape(-1), group_ids, group_size or 1, k, eps)
     return result.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32).reshape(rewards.shape)

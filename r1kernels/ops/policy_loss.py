@@ -21,7 +21,7 @@ from r1kernels.ops import policy_loss_reference
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape
 from r1kernels.ops.policy_inputs import CustomObjective, LossInputs, check_inputs
-from r1kernels.ops.policy_loss_reference import PolicyBatch
+from r1kernels.ops.policy_loss_reference import PolicyBatch, Sequences
 from r1kernels.ops.sequence_group import checked_sequence_group, whole_metrics
 
 # In the order of `enum Metric` in csrc/common/objective.h.
@@ -106,11 +106,66 @@ def _kernel(
     )
 
 
+def entropy_scale(inputs: LossInputs, sequences: Sequences, counts: Tensor) -> Tensor | None:
+    """By what the entropy of each token (N,) is multiplied so that its term is a mean, or None for 1.
+
+    Under "constant", it is the mean over sequences of the mean over their tokens: `entropy_coef` then does not depend
+    on `max_length`, nor on the lengths of sequences. The denominator is max_length times their number.
+    """
+    objective = inputs.objective
+    if objective.aggregate != "constant" or objective.entropy_coef == 0:
+        return None
+    return (float(objective.max_length or 1) / sequences.lengths(counts))[sequences.index]
+
+
+class _Weighed(NamedTuple):
+    """The entropy as the kernels get it, and how its metric is restored."""
+
+    entropy: Tensor | None
+    mean: Tensor | None  # of the true entropies
+
+    @staticmethod
+    def of(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> _Weighed:
+        objective, batch = inputs.objective, inputs.batch
+        if entropy is None or objective.aggregate != "constant" or objective.entropy_coef == 0:
+            return _Weighed(entropy, None)
+        mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
+        counts = mask.reshape(-1).to(entropy.dtype)
+        scale = entropy_scale(inputs, Sequences(logprobs, batch.cu_seqlens, inputs.group), counts)
+        mean = torch.where(mask, entropy.detach(), 0).sum() / counts.sum().clamp(min=1)
+        return _Weighed(entropy * scale.reshape(entropy.shape), mean)
+
+    def restored(self, metrics: Tensor) -> Tensor:
+        if self.mean is None:
+            return metrics
+        place = METRICS.index("entropy")
+        return torch.cat([metrics[:place], self.mean.to(metrics.dtype)[None], metrics[place + 1 :]])
+
+
+def _by_autograd(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) by plain PyTorch, differentiable."""
+    batch, normalizer, objective, group = inputs
+    if group is not None or objective.surrogate == "gmpo":
+        return _in_float64(logprobs, entropy, inputs)
+    return policy_loss_reference.reference(logprobs, batch._replace(entropy=entropy), normalizer, objective)
+
+
 def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) as values. Plain PyTorch runs without autograd here, so torch.compile can trace it."""
+    weighed = _Weighed.of(logprobs, entropy, inputs)
+    loss, metrics = _measured(logprobs, weighed.entropy, inputs)
+    return loss, weighed.restored(metrics)
+
+
+def _measured(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     batch, normalizer, objective, group = inputs
+    if objective.is_token_local:  # autograd says which tokens have a gradient
+        with torch.enable_grad():
+            logprobs, entropy = (value.detach().requires_grad_() for value in (logprobs, entropy))
+            loss, metrics = _by_autograd(logprobs, entropy, inputs)
+        return loss.detach(), metrics
     if group is not None:
-        return _with_group(logprobs, entropy, inputs)
+        return _in_float64(logprobs, entropy, inputs)
     if _dispatch.select(logprobs) == "reference":
         batch = batch._replace(entropy=entropy)
         return policy_loss_reference.reference(logprobs, batch, normalizer, objective)
@@ -118,8 +173,8 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
     return loss, metrics
 
 
-def _with_group(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) of this rank's tokens. In float64, parts of sums over ranks are not rounded."""
+def _in_float64(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) of this rank's tokens. In float64, sums do not round, over ranks or in another order."""
     def wide(value: Tensor | None) -> Tensor | None:
         return value.double() if value is not None and value.is_floating_point() else value
 
@@ -177,18 +232,16 @@ def compute(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Pol
     batch, normalizer, objective, group = inputs
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor: objective.entropy_coef is {objective.entropy_coef}")
-    if group is not None:
-        loss, metrics = _with_group(logprobs, entropy, inputs)
-    elif callable(objective.surrogate) or _dispatch.select(logprobs) == "reference":
-        loss, metrics = policy_loss_reference.reference(
-            logprobs, batch._replace(entropy=entropy), normalizer, objective
-        )
+    weighed = _Weighed.of(logprobs, entropy, inputs)
+    entropy = weighed.entropy
+    if group is not None or _dispatch.choose("policy_terms", logprobs, objective).implementation == "autograd":
+        loss, metrics = _by_autograd(logprobs, entropy, inputs)
     else:
         loss, metrics = _PolicyLoss.apply(
             logprobs.contiguous(), None if entropy is None else entropy.contiguous(), batch, normalizer, objective,
             origin_of(logprobs, entropy),
         )
-    return named(loss, metrics, inputs, entropy=entropy is not None)
+    return named(loss, weighed.restored(metrics), inputs, entropy=entropy is not None)
 
 
 def over_ranks(result: PolicyLoss, group: Any) -> PolicyLoss:
@@ -246,7 +299,8 @@ def policy_loss(
             accumulation or data parallelism; the summed gradient then equals that of the whole batch.
         objective: an `Objective` (see `r1kernels.objectives`), or a callable `(logprobs, batch) -> per-token loss`
             with the shape of logprobs, averaged over counted tokens and differentiated by autograd; `batch` is a
-            `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it.
+            `PolicyBatch`. `Objective(surrogate=callable, ...)` adds KL, entropy or another aggregate to it, and
+            `Objective.token_local` is for functions of single tokens.
         sequence_group: each sequence is split over these ranks (sequence or context parallelism): every rank gives the
             same sequences in the same order, each with the tokens that it has, maybe none. Lengths, means and sequence
             ratios are those of whole sequences. The losses of the ranks add up to that of one process, and so do the

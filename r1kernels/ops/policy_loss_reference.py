@@ -15,8 +15,8 @@ from torch import Tensor
 
 from r1kernels import _library
 from r1kernels.objectives import Objective
-from r1kernels.ops import kl_estimate
-from r1kernels.ops._checks import check_positive, values_are_free
+from r1kernels.ops import kl_estimate, token_local
+from r1kernels.ops._checks import check_positive, ids_int64, values_are_free
 from r1kernels.ops.sequence_group import sum_over_ranks
 
 
@@ -73,6 +73,21 @@ class Sequences:
         return value if self.group is None else sum_over_ranks(value, self.group)
 
 
+def sequences_of(name: str, tokens: Tensor, cu_seqlens: Any, why: str, group: Any = None) -> Sequences:
+    """The sequences of the argument `name`, (B, T), or packed (N,) with cu_seqlens. `why` says what needs them."""
+    if cu_seqlens is None:
+        if tokens.dim() < 2:
+            raise ValueError(f"cu_seqlens is None for packed tokens of shape {tuple(tokens.shape)}, expected (S + 1,): "
+                             f"{why} need sequences (or give (B, T))")
+        return Sequences(tokens, None, group)
+    if tokens.dim() != 1:
+        raise ValueError(f"cu_seqlens was given with {name} of shape {tuple(tokens.shape)}, expected packed (N,)")
+    cu_seqlens = ids_int64("cu_seqlens", cu_seqlens, tokens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (S + 1,)")
+    return Sequences(tokens, cu_seqlens, group)
+
+
 def _check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
     if not values_are_free(cu_seqlens):
         return
@@ -113,6 +128,9 @@ def _surrogate(objective: Objective, log_ratio: Tensor, advantages: Tensor, logp
         bound = bound.masked_fill(clipped_high, up)
         r = torch.where(flows, torch.where(flows, log_ratio, 0).exp(), bound)
         return _Surrogate(-r * advantages, flows, clipped_low, clipped_high, capped)
+    if objective.surrogate == "gmpo":  # -s A
+        r = torch.where(nonzero, torch.where(nonzero, log_ratio, 0).exp(), 0)
+        return _Surrogate(-r * advantages, nonzero, never, never, never)
     if objective.surrogate == "cispo":
         clipped_high, clipped_low = nonzero & (ratio > high), nonzero & (ratio < low)
         weight = torch.where(nonzero, ratio.clamp(min=low, max=high), 0) * advantages
@@ -166,11 +184,6 @@ def _binary_kl(logprobs: Tensor, old: Tensor) -> Tensor:
     p_old, rest, rest_old = old.exp(), (-logprobs.expm1()).clamp(min=0), -old.expm1()
     of_rest = torch.where(rest_old <= 0, 0, rest_old * (rest_old.log() - rest.log()))
     return torch.where(p_old == 0, 0, p_old * (old - logprobs)) + of_rest
-
-
-def _times_ratio(kl: Tensor, log_ratio: Tensor) -> Tensor:
-    """r k, and 0 where k is 0 even if r overflows."""
-    return kl * torch.where(kl == 0, log_ratio.clamp(max=80), log_ratio).exp()
 
 
 def _moves_kl(objective: Objective, logp: Tensor, ref: Tensor, per_sequence: Any) -> Tensor:
@@ -233,11 +246,22 @@ def reference(
     if objective.ratio == "sequence_product":
         log_ratio = sequences.sum(log_ratio)[sequences.index]
     elif objective.ratio != "token":
+        if objective.surrogate == "gmpo":  # tokens are clipped before the mean, so a clipped one has no gradient
+            held_high = (advantages > 0) & (log_ratio > objective.clip_high)
+            held_low = (advantages < 0) & (log_ratio < -objective.clip_low)
+            log_ratio = log_ratio.masked_fill(held_high, objective.clip_high)
+            log_ratio = log_ratio.masked_fill(held_low, -objective.clip_low)
         mean = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
         log_ratio = mean if objective.ratio == "sequence" else mean.detach() + (logp - logp.detach())
 
     known = True  # which tokens have a gradient
-    if callable(objective.surrogate):
+    if objective.is_token_local:
+        tokens = PolicyBatch(advantages, old, ref, None, None, None, importance)
+        loss = token_local.loss_of(objective.surrogate, logp, entropy, tokens, mask)
+        moves, never = _moves_callable(loss, logp, entropy), torch.zeros_like(mask)
+        known = moves is not None
+        terms = _Surrogate(loss, mask if moves is None else moves, never, never, never)
+    elif callable(objective.surrogate):
         tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
         view = batch._replace(
             **{name: None if value is None else value.reshape(shape) for name, value in tokens.items()},
@@ -256,18 +280,21 @@ def reference(
         if importance is not None:  # a weight of 0 rejects the token: its advantage becomes 0, to avoid 0 * inf
             advantages = torch.where(importance == 0, 0, advantages)
         terms = _surrogate(objective, log_ratio, advantages, logp)
+        if objective.surrogate == "gmpo":
+            terms = terms._replace(clipped_low=held_low, clipped_high=held_high)
     active = terms.active
     surrogate = terms.loss
     if importance is not None:
         surrogate = surrogate * importance
         active = active & (importance != 0)
-    if objective.ratio == "sequence" and objective.surrogate in ("clip", "sapo"):
+    if objective.ratio == "sequence" and objective.surrogate in ("clip", "sapo", "gmpo"):
         active = (sequences.sum(active.to(logprobs.dtype)) > 0)[sequences.index]
+        active = active & ~(terms.clipped_low | terms.clipped_high) if objective.surrogate == "gmpo" else active
 
     per_token = surrogate
     kl = None if ref is None else kl_estimate.reference(logp, ref, objective.kl)
     if kl is not None and objective.kl_ratio:
-        kl = _times_ratio(kl, log_ratio)
+        kl = kl_estimate.times_ratio(kl, log_ratio)
     if objective.kl_coef != 0:
         per_token = per_token + objective.kl_coef * kl
         moved = _moves_kl(objective, logp.detach(), ref, lambda value: sequences.sum(value)[sequences.index])

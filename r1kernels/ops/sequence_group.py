@@ -51,7 +51,8 @@ def agree_on_sequences(group: Any, count: int, objective: Any, normalizer: Any, 
     """The check that all ranks have the same sequences and make the same call."""
     fields = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     if callable(objective.surrogate):  # its address is another one in each process
-        fields["surrogate"] = getattr(objective.surrogate, "__qualname__", "a callable")
+        function = objective.surrogate.function if objective.is_token_local else objective.surrogate
+        fields["surrogate"] = objective.is_token_local, getattr(function, "__qualname__", "a callable")
     facts = {
         "the number of sequences": count, "the objective": tuple(fields.items()), "normalizer": normalizer is None,
     }

@@ -16,16 +16,17 @@ from r1kernels import _library
 from r1kernels.ops._autograd import differentiable_once
 from r1kernels.ops._checks import accumulator_dtype
 from r1kernels.ops.shards import Layout, Shard, all_gathered, merged_entropy, shares
-from r1kernels.ops.topk_divergence import Outcomes, Teacher, chunk_outcomes, parts, statistics_of, write_gradient
+from r1kernels.ops.topk_divergence import Outcomes, chunk_outcomes, parts, statistics_of, write_gradient
+from r1kernels.ops.topk_teacher import Teacher
 
 
 def local_teacher(teacher: Teacher, layout: Layout) -> Teacher:
     """The entries (n, K) among this rank's rows, with ids in them. The others are absent."""
     ids = teacher.token_ids - layout.start
-    here = teacher.present() & (ids >= 0) & (ids < layout.size)
+    here = teacher.present & (ids >= 0) & (ids < layout.size)
     ids = torch.where(here, ids, 0)
     first = ids.gather(-1, here.to(torch.int8).argmax(-1, keepdim=True))
-    return Teacher(torch.where(here, ids, first), torch.where(here, teacher.logprobs, -torch.inf))
+    return Teacher(torch.where(here, ids, first), torch.where(here, teacher.logprobs, -torch.inf), here)
 
 
 def merged(outcomes: Outcomes, shard: Shard) -> Outcomes:
@@ -48,40 +49,42 @@ class _ShardedTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, token_ids: Tensor, logprobs: Tensor, mask: Tensor | None, kind: str, beta: float,
-        temperature: float, shard: Shard,
+        ctx: Any, student: Tensor, token_ids: Tensor, logprobs: Tensor, present: Tensor, mask: Tensor | None, kind: str,
+        beta: float, temperature: float, tail: str, shard: Shard,
     ) -> tuple[Tensor, ...]:
-        teacher, size = Teacher(token_ids, logprobs), shard.layout.size
+        teacher, size = Teacher(token_ids, logprobs, present), shard.layout.size
         local = local_teacher(teacher, shard.layout)
         if size == 0 or len(student) == 0:
             found = chunk_outcomes(student[:, :0], local, mask, temperature)
         else:
             chunks = [chunk_outcomes(*chunk, temperature) for chunk in parts(student[:, :size], local, mask)]
             found = Outcomes(*(torch.cat(part) for part in zip(*chunks, strict=True)))
-        statistics = statistics_of(merged(found, shard), teacher, mask, kind, beta)
-        ctx.save_for_backward(student, *local, statistics.weights, statistics.lse_rest)
+        statistics = statistics_of(merged(found, shard), teacher, mask, kind, beta, tail)
+        ctx.save_for_backward(student, local.token_ids, local.present, statistics.weights, statistics.lse_rest)
         ctx.temperature, ctx.size = temperature, size
-        value, _, _, *measures = (part.to(accumulator_dtype(student.dtype)) for part in statistics)
+        value, *measures = (part.to(accumulator_dtype(student.dtype)) for part in statistics.rows(tail))
         ctx.mark_non_differentiable(*measures)
         return value, *measures
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, token_ids, logprobs, weights, lse_rest = ctx.saved_tensors
+        student, token_ids, present, weights, lse_rest = ctx.saved_tensors
         out = _library.empty(*student.shape, dtype=student.dtype, device=student.device)
         out[:, ctx.size :] = 0
         if ctx.size > 0 and len(student) > 0:
-            local, kept = Teacher(token_ids, logprobs), slice(0, ctx.size)
+            local, kept = Teacher(token_ids, None, present), slice(0, ctx.size)
             write_gradient(out[:, kept], student[:, kept], local, weights, lse_rest, grad, ctx.temperature)
-        return out, *[None] * 7
+        return out, *[None] * 9
 
 
 def sharded_topk(
-    student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float, shard: Shard
+    student: Tensor, teacher: Teacher, mask: Tensor | None, kind: str, beta: float, temperature: float, tail: str,
+    shard: Shard,
 ) -> tuple[Tensor, ...]:
-    """(divergence, student's entropy, teacher's tail mass, student's tail mass) of checked logits (..., V_rank)."""
+    """The divergence of checked logits (..., V_rank), and its `measures`."""
     shape, k = student.shape[:-1], teacher.token_ids.shape[-1]
     flat = (student.reshape(shape.numel(), student.shape[-1]), *(part.reshape(-1, k) for part in teacher))
-    results = _ShardedTopK.apply(*flat, None if mask is None else mask.reshape(-1), kind, beta, temperature, shard)
+    settings = kind, beta, temperature, tail
+    results = _ShardedTopK.apply(*flat, None if mask is None else mask.reshape(-1), *settings, shard)
     return tuple(part.reshape(shape) for part in results)

@@ -28,6 +28,8 @@ from r1kernels.ops.shards import (
     layout_of,
     refusals,
 )
+from r1kernels.ops.support import checked_support
+from r1kernels.ops.support_stats import support_stats
 from r1kernels.ops.token_stats import checked, gradient_into, target_gradient, token_stats
 
 
@@ -104,9 +106,16 @@ def _split_token_stats(
 
 
 def logprobs_and_entropy(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, split: Split, support: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """`token_stats`, of a sharded or padded vocabulary too."""
+    """`token_stats`, of a sharded or padded vocabulary too, and over sets of ids (the argument `support`)."""
+    if support is not None:
+        group, vocab_size = split.checked()
+        token_ids, temperature = checked(logits, token_ids, temperature)
+        sets = checked_support(support, logits, token_ids.numel(), group)
+        if vocab_size is not None:
+            logits = logits[..., : layout_of((logits.shape[-1],), vocab_size).size]
+        return support_stats(logits, token_ids, mask, temperature, sets)
     if split == NOT_SHARDED:
         return token_stats(logits, token_ids, mask, temperature)
     return _split_token_stats(logits, token_ids, mask, temperature, split)
@@ -119,6 +128,7 @@ def token_logprobs(
     temperature: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     r"""Log-probability of each token under softmax(logits / temperature).
 
@@ -133,6 +143,11 @@ def token_logprobs(
             order of the ranks, of any size. All other arguments are the same on all ranks; token ids are those of the
             whole vocabulary. Results have the same bits on all ranks. See docs/parallel.md, and `LinearOptions`.
         vocab_size: V without padding. Entries (over all ranks) from this one on are not read, and get gradient 0.
+        support: (token_ids (M,), offsets (N + 1,)), int32 or int64, for N tokens in the order of token_ids.flatten().
+            Row n is scored over the set token_ids[offsets[n] : offsets[n + 1]], in any order: the ids that top-p, top-k
+            or min-p sampling kept. A set has its token, and an id that it has twice counts once. An empty set means the
+            whole vocabulary. All other entries of the row have probability 0, and get gradient 0. See
+            docs/objectives.md.
 
     Returns:
         (...), float32 (float64 for float64 logits), nats. Differentiable once with respect to logits; the
@@ -146,7 +161,7 @@ def token_logprobs(
 
     Equivalent to: `(logits.float() / temperature).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]`
     """
-    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size))[0]
+    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size), support)[0]
 
 
 def token_logprobs_and_entropy(
@@ -156,6 +171,7 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probability of each token and entropy of each row, in one read of the logits.
 
@@ -168,4 +184,4 @@ def token_logprobs_and_entropy(
 
     Equivalent to: `token_logprobs` and `torch.distributions.Categorical(logits=logits / temperature).entropy()`
     """
-    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size))
+    return logprobs_and_entropy(logits, token_ids, None, temperature, Split(process_group, vocab_size), support)

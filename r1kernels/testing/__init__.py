@@ -36,7 +36,10 @@ from r1kernels.testing.oracles import (
     token_stats_gradient,
 )
 from r1kernels.testing.statistics import StatisticsExpected, token_statistics, token_statistics_gradient
+from r1kernels.testing.supports import over_support, random_support
 from r1kernels.testing.targets import target_gradient, target_losses
+from r1kernels.testing.token_local import check_token_local
+from r1kernels.testing.top_k import TopKExpected, top_k_divergence
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
@@ -50,7 +53,9 @@ __all__ = [
     "PolicyExpected",
     "StatisticsExpected",
     "TokenStats",
+    "TopKExpected",
     "assert_within",
+    "check_token_local",
     "compiled",
     "divergence",
     "generator",
@@ -59,6 +64,7 @@ __all__ = [
     "kl_term",
     "length_mask",
     "multi_reward_advantages",
+    "over_support",
     "packed",
     "pass_at_k_advantages",
     "poisoned",
@@ -68,6 +74,7 @@ __all__ = [
     "random_logits",
     "random_pair",
     "random_policy",
+    "random_support",
     "random_topk",
     "rounding",
     "target_gradient",
@@ -76,5 +83,6 @@ __all__ = [
     "token_statistics_gradient",
     "token_stats",
     "token_stats_gradient",
+    "top_k_divergence",
     "topk_divergence",
 ]

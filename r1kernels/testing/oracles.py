@@ -133,6 +133,8 @@ def _surrogate(o: Objective, log_ratio: float, a: float, logp: float) -> _Token:
         phi = math.exp(tau + power * log_w - tau * math.exp(log_w))
         sensitive = abs(log_w) * (power + tau * math.exp(log_w))
         return _Token(-_product(phi, a, logp), -phi * a, 3 + tau + 2 * sensitive)
+    if o.surrogate == "gmpo":
+        return _Token(-r * a, -r * a, condition)
     if o.surrogate == "sapo":
         tau = o.tau_pos if a > 0 else o.tau_neg
         x = tau * (r - 1)
@@ -204,17 +206,25 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
 
     for tokens in counted:
         weight = 1 / float(normalizer) / (len(tokens) if tokens and o.aggregate == "sequence_mean" else 1)
+        # The entropy's term is a mean over tokens, or over sequences, under every aggregate.
+        of_entropy = weight * ((o.max_length or 1) / max(len(tokens), 1) if o.aggregate == "constant" else 1)
         log_ratios = {t: 0.0 if on_policy else logp[t] - old[t] for t in tokens}
+        held: dict[int, str] = {}
+        if o.surrogate == "gmpo":
+            for t in tokens:
+                held[t] = ("high" if a[t] > 0 and log_ratios[t] > o.clip_high else
+                           "low" if a[t] < 0 and log_ratios[t] < -o.clip_low else "")
+                log_ratios[t] = {"high": o.clip_high, "low": -o.clip_low}.get(held[t], log_ratios[t])
         if o.ratio != "token":
             size = 1 if o.ratio == "sequence_product" else max(len(tokens), 1)
             log_ratios = dict.fromkeys(tokens, sum(log_ratios.values()) / size)
-        shared = o.ratio == "sequence" and o.surrogate in ("clip", "sapo")
+        shared = o.ratio == "sequence" and o.surrogate in ("clip", "sapo", "gmpo")
         slopes: dict[int, tuple[float, float]] = {}
         kl_share = 0.0  # of the KL's ratio, where it is the sequence's
         for t in tokens:
             token = _surrogate(o, log_ratios[t], a[t], logp[t])
             slopes[t] = (_product(iw[t], token.slope), token.condition)
-            clips.append(token.clip)
+            clips.append(held.get(t, token.clip))
             add("loss", weight * _product(iw[t], token.loss), token.condition)
             add("surrogate_loss", weight * _product(iw[t], token.loss), token.condition)
             ratio = _exp(log_ratios[t])
@@ -241,10 +251,10 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
                 g_terms[t] += weight * abs(o.kl_coef) * error * more
             if has_entropy:
                 add("entropy", entropy[t])
-                add("loss", -weight * o.entropy_coef * entropy[t])
-            eta[t] = -weight * o.entropy_coef
+                add("loss", -of_entropy * o.entropy_coef * entropy[t])
+            eta[t] = -of_entropy * o.entropy_coef
         for t in tokens:
-            given = slopes.values() if shared else [slopes[t]]
+            given = [] if held.get(t) else slopes.values() if shared else [slopes[t]]
             g[t] += weight / len(tokens) * o.kl_coef * kl_share
             g_terms[t] += weight / len(tokens) * abs(o.kl_coef * kl_share) * (4 + abs(log_ratios[t]))
             share = weight / len(tokens) if shared else weight

@@ -57,7 +57,7 @@ class GRPOTrainer:
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
         self.test_problems = stage.problems(recipe.eval_problems, "test")
-        self.sampler = stage.sampler(settings.model, loaded=False)
+        self.sampler = stage.sampler(settings.model, loaded=False, replay=settings.replays)
         self.reward_models = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
                                     dtype=recipe.dtype)
@@ -146,8 +146,8 @@ class GRPOTrainer:
                 advantages, learned = self.advantages(rewards[rows], kept, old_logprobs, ref_logprobs)
         metrics = measure(completions, rewards, scores) | judged | spread | gap | learned | {"limit": limit}
         return Rollout(kept.prompt_ids, kept.prompt_mask, kept.token_ids, kept.mask, advantages=advantages,
-                       old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights
-                       ), evaluated | metrics
+                       old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weights=weights,
+                       supports=kept.supports), evaluated | metrics
 
     def questions(self, step: int) -> list[Problem]:
         """The problems of a step, each once for every completion. It includes open ones only if something judges them.
@@ -179,8 +179,8 @@ class GRPOTrainer:
         settings = self.settings
         prompts = [self.template.render(problem.question) for problem in self.questions(step)]
         return partial(self.sampler.draw, prompts, Sampling(
-            settings.temperature, settings.limit(step), batch_size=settings.rollout_batch_size,
-            seed=seed_at(self.seed, settings.name, "rollout", step)))
+            settings.temperature, settings.limit(step), settings.top_p, settings.rollout_batch_size,
+            seed_at(self.seed, settings.name, "rollout", step), settings.top_k, settings.min_p, settings.replays))
 
     def score(self, problems: list[Problem], completions: Completions, limit: int) -> Scores:
         """The scores of the completions."""

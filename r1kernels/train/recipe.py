@@ -151,8 +151,8 @@ class ObjectiveSettings(Settings):
     """The policy loss: a preset of `r1kernels.objectives`, or a function of your own, which returns an `Objective` or a
     callable `(logprobs, batch) -> loss per token`."""
     preset: Literal[
-        "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "dppo", "ipo", "vespo",
-        "reinforce",
+        "grpo", "r1", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "gmpo", "luspo", "cispo", "sapo", "dppo", "ipo",
+        "vespo", "reinforce",
     ] = setting("name of a preset", "r1")
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
     options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
@@ -284,10 +284,16 @@ class GRPO(StageSettings):
     temperature: float = setting("sampling temperature", 1.0, gt=0)
     max_new_tokens: int = setting("tokens of a completion at most", 64, ge=1)
     length_schedule: dict[int, pydantic.PositiveInt] = setting("step: value of max_new_tokens from there on", {})
+    top_p: float = setting("share of the probability that is sampled from", 1.0, gt=0, le=1)
+    top_k: int | None = setting("number of likeliest tokens that are sampled from; null: all", None, ge=1)
+    min_p: float = setting("least probability, as a share of the highest, that is sampled from", 0.0, ge=0, lt=1)
+    sampling_replay: bool = setting(
+        "where these leave tokens out, log-probs are over the tokens that sampling kept; see docs/sampling.md", True)
     lora: Lora | None = setting("train adapters; null trains all weights", None)
     ref_refresh_every: int = setting("steps after which the reference becomes the current model", 400, ge=1)
     advantage_baseline: Literal["mean", "leave_one_out", "length_weighted"] = setting(
-        "what is subtracted: the mean of the group (GRPO), of its other rewards (RLOO), or by length (OPO)", "mean")
+        "what is subtracted from a reward: the mean of its group (GRPO), the mean of the other rewards of the group "
+        "(RLOO), or the mean weighted by length (OPO); for the last two set `advantage_scale: none`", "mean")
     advantage_scale: Literal["group_std", "batch_std", "none"] = setting("what divides group advantages", "group_std")
     advantages: Function | None = setting("`function(trainer, **options)` in place of these; see examples/ppo", None)
     objective: ObjectiveSettings = setting("the policy loss", ObjectiveSettings())
@@ -298,6 +304,11 @@ class GRPO(StageSettings):
     @property
     def updates(self) -> int:
         return self.epochs * self.minibatches
+
+    @property
+    def replays(self) -> bool:
+        """Whether log-probs are over what sampling kept, because it leaves tokens out."""
+        return self.sampling_replay and (self.top_p < 1 or self.top_k is not None or self.min_p > 0)
 
     def limit(self, step: int) -> int:
         """The largest number of tokens of a completion at a step."""

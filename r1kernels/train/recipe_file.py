@@ -38,6 +38,8 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
         raise ConfigError(f"the recipe is {values!r:.60}; expected a mapping")
     if isinstance(folders := values.get("import_from"), list):
         folders = [str((directory / str(folder)).resolve()) for folder in folders]
+        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+            raise ConfigError(f"'import_from' names {missing[0]!r}; expected a directory that exists")
         values = {**values, "import_from": folders}
         sys.path[:] = [*folders, *(entry for entry in sys.path if entry not in folders)]
     if isinstance(stages := values.get("stages"), dict):  # every stage knows its name
@@ -46,7 +48,7 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(_describe(error)) from None
+        raise ConfigError(_describe(error, values)) from None
     _check_names(recipe)
     for key in ("urls", "weights_dir") if recipe.sampler.kind == "vllm" else ():
         if not (value := getattr(recipe.sampler, key)) and not (key == "weights_dir" and recipe.sampler.weights):
@@ -56,6 +58,12 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
         if recipe.parallel.tensor > 1 and getattr(stage, "lora", None):
             raise ConfigError(f"'parallel.tensor' is {recipe.parallel.tensor}, and 'stages.{name}.lora' is set; "
                               "adapters cannot be split")
+        if recipe.parallel.tensor > 1 and getattr(stage, "replays", False):
+            raise ConfigError(f"'parallel.tensor' is {recipe.parallel.tensor}, and 'stages.{name}.sampling_replay' is "
+                              "true; log-probs over what sampling kept need the whole vocabulary on each rank")
+        if recipe.sampler.kind == "vllm" and getattr(stage, "replays", False) and stage.top_k is None:
+            raise ConfigError(f"'stages.{name}.top_k' is None, and vLLM returns what sampling kept only with a limit; "
+                              "set it, for example to 512, or set 'sampling_replay' to false")
         if recipe.sampler.sleep and getattr(stage, "rollout_ahead", 0):
             raise ConfigError(f"'sampler.sleep' is true, and 'stages.{name}.rollout_ahead' is 1; a server that sleeps "
                               "during updates cannot sample")
@@ -107,11 +115,14 @@ def _check_stage(where: str, stage: Any) -> None:
         if stage.rollout_ahead and stage.importance.mode == "none":
             raise ConfigError(f"'{where}.rollout_ahead' is 1, and '{where}.importance.mode' is 'none'; samples come "
                               "from older weights, so it must be 'truncate' or 'mask'")
+        if stage.importance.normalize and stage.importance.mode == "none":
+            raise ConfigError(f"'{where}.importance.normalize' is true, and '{where}.importance.mode' is 'none'; there "
+                              "are no weights to normalize without 'truncate' or 'mask'")
     if stage.kind == "distill" and (stage.teacher is not None) != (stage.method == "logits"):
         raise ConfigError(f"'{where}.teacher' is {stage.teacher!r}; method 'logits' needs one, and only it has one")
 
 
-def _describe(error: pydantic.ValidationError) -> str:
+def _describe(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
     """The first error of pydantic: the dotted key, its value, and the expectation."""
     first = error.errors(include_url=False)[0]
     place, value = [str(part) for part in first["loc"]], first["input"]
@@ -119,6 +130,9 @@ def _describe(error: pydantic.ValidationError) -> str:
         "Value error, ")
     if place[:1] in (["data"], ["stages"]):
         del place[2:3]  # pydantic's name for the kind
+        if first["type"] == "union_tag_not_found":
+            known = [name for name, part in values[place[0]].items() if isinstance(part, dict) and "kind" in part]
+            message = f"it has no 'kind', which a new one needs; '{place[0]}' has {known}"
     given = "" if isinstance(value, dict) else f" is {value!r:.60}"
     return f"'{'.'.join(place)}'{given}: {message}"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,36 @@ from r1kernels.train.policy import Policy
 LEAVING_SHARE = 0.25
 BLOCK = 128  # tokens whose probabilities are summed together
 SEARCHED = 8 * BLOCK  # tokens in which top-p looks first; sorting the whole vocabulary takes longer than the model
+Support = tuple[Tensor, Tensor]  # int32: the ids that sampling kept, token after token, and how many each token has
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; `batch_size` completions at a time, or all at once. Servers ignore the seed."""
+    """How tokens are drawn; `batch_size` completions at a time, or all at once. Servers ignore the seed.
+
+    Of the distribution at this temperature, tokens below `min_p` of the highest probability are left out, then all but
+    the `top_k` likeliest, then all but the likeliest that first reach `top_p` together. This is the order of vLLM.
+    """
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     batch_size: int | None = None
     seed: int = 0
+    top_k: int | None = None
+    min_p: float = 0.0
+    replay: bool = False  # the completions have the sets that were kept
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Prompts (B, P), padded on the left, and completions (B, T), padded on the right. The masks are bool; that of the
-    completions is true up to and including the end token."""
+    completions is true up to and including the end token. `supports` are the sets of the policy's log-probs, one for
+    each row; None is the whole vocabulary."""
     prompt_ids: Tensor
     prompt_mask: Tensor
     token_ids: Tensor
     mask: Tensor
+    supports: list[Support] | None = field(default=None, kw_only=True)
 
     def rows(self, index: Tensor) -> Self:
         """Some of the rows (n,), without columns that are padding in all of these rows."""
@@ -61,6 +72,14 @@ class Tokens:
 
         return type(self)(**{name: part(name, value) for name, value in vars(self).items()})
 
+    @property
+    def support(self) -> tuple[Tensor, Tensor] | None:
+        """The sets of the N tokens of the completions as `support=` of the losses: token ids and offsets (N + 1,)."""
+        if self.supports is None:
+            return None
+        ids, counts = map(torch.cat, zip(*self.supports, strict=True))
+        return ids.to(self.mask.device), F.pad(counts.long().cumsum(-1), (1, 0)).to(self.mask.device)
+
     def to(self, device: torch.device | str) -> Self:
         """The same with its tensors on a device."""
         return type(self)(**{name: value.to(device) if isinstance(value, Tensor) else value
@@ -70,7 +89,7 @@ class Tokens:
 @dataclass(frozen=True)
 class Completions(Tokens):
     """Sampled completions of B prompts."""
-    logprobs: Tensor  # (B, T), in the distribution that a token was drawn from, after top-p; 0 behind the mask
+    logprobs: Tensor  # (B, T), in the distribution that a token was drawn from: over what was kept; 0 behind the mask
     texts: list[str]  # without the end token
     finished: Tensor  # (B,) bool, false where `max_new_tokens` cut the completion off
 
@@ -79,33 +98,44 @@ class Completions(Tokens):
         return self.mask.sum(-1)
 
 
+Row = tuple[list[int], list[float], Support | None]  # token ids, their log-probs, and what sampling kept
+
+
 class Collector:
-    """Unfinished completions. A sampler fills `token_ids` and `logprobs` of this rank's share of the rows."""
+    """Unfinished completions. A sampler fills `token_ids`, `logprobs` and, for each token, `kept` (int32 ids), of this
+    rank's share of the rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int]) -> None:
         self.tokenizer, self.stops, self.prompts = tokenizer, stops, prompt_tokens(tokenizer, prompts)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.kept: list[list[Tensor]] = [[] for _ in prompts]  # stays empty where nothing is recorded
         self.rows = list(share(range(len(prompts))))
 
-    def completions(self, rows: Iterable[tuple[list[int], list[float]]]) -> Completions:
+    def row(self, number: int) -> Row:
+        """A row of this rank's share, for other ranks."""
+        kept = self.kept[number]
+        support = (torch.cat(kept), torch.tensor([*map(len, kept)], dtype=torch.int32)) if kept else None
+        return self.token_ids[number], self.logprobs[number], support
+
+    def completions(self, rows: Iterable[Row]) -> Completions:
         """The completions, from the rows of all ranks. Texts contain special tokens such as tags, but no end or padding
         tokens."""
-        self.token_ids, self.logprobs = map(list, zip(*rows, strict=True))
+        self.token_ids, self.logprobs, supports = map(list, zip(*rows, strict=True))
         pad, finished = self.tokenizer.pad_token_id, torch.tensor([ids[-1] in self.stops for ids in self.token_ids])
         dropped = {*self.stops, self.tokenizer.eos_token_id, pad}
         texts = [self.tokenizer.decode([token for token in ids if token not in dropped]) for ids in self.token_ids]
         tensors = *padded(self.prompts, pad, "left"), *padded(self.token_ids, pad), padded(self.logprobs, 0.0)[0]
-        return Completions(*tensors, texts, finished)
+        return Completions(*tensors, texts, finished, supports=None if None in supports else supports)
 
 
 def collect(draw: Callable[[], Collector]) -> Completions:
     """The completions that all ranks drew, on every rank. All ranks must call it."""
     drawn: list[Collector] = []
 
-    def own() -> list[tuple[list[int], list[float]]]:
+    def own() -> list[Row]:
         drawn.append(draw())
-        return [(drawn[0].token_ids[row], drawn[0].logprobs[row]) for row in drawn[0].rows]
+        return [*map(drawn[0].row, drawn[0].rows)]
 
     rows = [row for part in everywhere(own) for row in part]
     return drawn[0].completions(rows)
@@ -178,10 +208,16 @@ class TransformersSampler(Sampler):
                     cache.reorder_cache(copies)
                     hidden, mask, positions = hidden[copies], mask[copies], positions[copies]
             scores = r1kernels.linear_logits(hidden, temperature=sampling.temperature, **head)
-            tokens, logprobs = draw(scores, uniform_at(seeds[rows], step), sampling.top_p)
-            for row, token, logprob in zip(*(part[active].tolist() for part in (rows, tokens, logprobs)), strict=True):
+            kept = kept_weights(scores, sampling)
+            tokens, logprobs = draw(*kept, uniform_at(seeds[rows], step))
+            tokens.clamp_(max=scores.shape[-1] - 1)  # where weights are NaN, so that the run ends with its own error
+            sets = kept_ids(*kept) if sampling.replay else [None] * len(rows)
+            drawn = zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), sets, strict=True)
+            for row, token, logprob, ids in compress(drawn, active.tolist()):
                 found.token_ids[row].append(token)
                 found.logprobs[row].append(logprob)
+                if ids is not None:
+                    found.kept[row].append(ids)
             active &= torch.isin(tokens, stops, invert=True)
             inputs, positions = tokens[:, None], positions[:, -1:] + 1
             left = int(active.sum())
@@ -235,16 +271,44 @@ def uniform_at(seeds: Tensor, step: int) -> Tensor:
     return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
-def draw(scores: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probs, where the cumulative softmax of scores (B, V) reaches uniform (B,).
-
-    Below 1, `top_p` leaves the likeliest tokens whose probabilities first reach it together, and shares 1 among them.
-    """
+def kept_weights(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Weights (B, W) in proportion to the probabilities of scores (B, V), where the highest is 1 and a token that is
+    left out has 0, and the tokens (B, W) that they belong to; None for the tokens 0 to W."""
     (count, size), order = scores.shape, None
-    highest, weights = scores.amax(-1, keepdim=True), scores.new_zeros(count, -(-size // BLOCK) * BLOCK)
-    torch.sub(scores, highest, out=weights[:, :size]).exp_()
-    if top_p < 1:
-        weights, order = likeliest(weights, top_p)
+    weights = scores.new_zeros(count, -(-size // BLOCK) * BLOCK)
+    torch.sub(scores, scores.amax(-1, keepdim=True), out=weights[:, :size]).exp_()
+    if sampling.min_p > 0:
+        weights.masked_fill_(weights < sampling.min_p, 0)
+    if sampling.top_k is not None or sampling.top_p < 1:
+        weights, order = likeliest(weights, sampling.top_p, sampling.top_k)
+    return weights, order
+
+
+def likeliest(weights: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """The `top_k` largest weights (B, a multiple of `BLOCK`) in their order, 0 after those that first reach `top_p` of
+    their sum, and their places."""
+    whole = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    for most in (SEARCHED, weights.shape[-1]) if top_k is None else (-(-top_k // BLOCK) * BLOCK,):
+        largest, order = weights.topk(min(most, weights.shape[-1]))
+        if top_k is not None:
+            largest[:, top_k:] = 0
+        cumulative = largest.double().cumsum(-1)
+        needed = top_p * (whole if top_k is None else cumulative[:, -1:])
+        if bool((cumulative[:, -1:] >= needed).all()):
+            break
+    return largest.masked_fill(F.pad(cumulative[:, :-1], (1, 0)) >= needed, 0) if top_p < 1 else largest, order
+
+
+def kept_ids(weights: Tensor, order: Tensor | None) -> list[Tensor]:
+    """The tokens of each row, int32 on the CPU, that `kept_weights` kept."""
+    rows, places = weights.nonzero(as_tuple=True)
+    ids = (places if order is None else order[rows, places]).int().cpu()
+    return list(ids.split(rows.bincount(minlength=len(weights)).tolist()))
+
+
+def draw(weights: Tensor, order: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) and their log-probs, where the cumulative distribution of `kept_weights` reaches uniform (B,)."""
+    count = len(weights)
     # A token is found by its block: a cumulative sum of the whole vocabulary would take longer than a layer.
     blocks = weights.view(count, -1, BLOCK)
     cumulative = blocks.sum(-1).double().cumsum(-1)
@@ -252,21 +316,9 @@ def draw(scores: Tensor, uniform: Tensor, top_p: float) -> tuple[Tensor, Tensor]
     block = first_above(cumulative, uniform[:, None] * mass)
     before = F.pad(cumulative, (1, 0)).gather(-1, block)
     inside = blocks[torch.arange(count, device=block.device), block[:, 0]].double().cumsum(-1) + before
-    tokens = (block * BLOCK + first_above(inside, uniform[:, None] * mass)).clamp(max=size - 1)
-    tokens = tokens if order is None else order.gather(-1, tokens).clamp(max=size - 1)
-    return tokens[:, 0], (scores.gather(-1, tokens) - highest - mass.log()).clamp(max=0).float()[:, 0]
-
-
-def likeliest(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The largest weights (B, a multiple of `BLOCK`) in their order, 0 after those that first reach `top_p` of the sum,
-    and their places."""
-    needed = top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
-    for most in (SEARCHED, weights.shape[-1]):
-        largest, order = weights.topk(min(most, weights.shape[-1]))
-        cumulative = largest.double().cumsum(-1)
-        if bool((cumulative[:, -1:] >= needed).all()):
-            break
-    return largest.masked_fill(F.pad(cumulative[:, :-1], (1, 0)) >= needed, 0), order
+    places = block * BLOCK + first_above(inside, uniform[:, None] * mass)
+    logprobs = weights.gather(-1, places).log() - mass.log()
+    return (places if order is None else order.gather(-1, places))[:, 0], logprobs.clamp(max=0).float()[:, 0]
 
 
 def first_above(cumulative: Tensor, target: Tensor) -> Tensor:

@@ -58,14 +58,15 @@ class Stage:
         model = load_model(path, device=device, dtype=dtype, overrides=overrides)
         return model, load_tokenizer(path)
 
-    def sampler(self, name: str, *, loaded: bool = True) -> Sampler:
+    def sampler(self, name: str, *, loaded: bool = True, replay: bool = False) -> Sampler:
         """A sampler from the model that a stage left. vLLM servers load its directory, unless `update` will follow, and
-        this process does not."""
+        this process does not. With `replay` they must be able to say what sampling kept."""
         if self.recipe.sampler.kind == "transformers":
             return TransformersSampler(*self.load_model(name), self.interrupt.check)
         path = self.model_path(name)
         tokenizer = load_tokenizer(path)
-        sampler = VLLMSampler(self.recipe.sampler, tokenizer, end_tokens(path, tokenizer), check=self.interrupt.check)
+        sampler = VLLMSampler(self.recipe.sampler, tokenizer, end_tokens(path, tokenizer), check=self.interrupt.check,
+                              replay=replay)
         if loaded:
             sampler.update(path)
         return sampler

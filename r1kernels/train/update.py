@@ -93,10 +93,10 @@ def _with_shared_prompts(model: PreTrainedModel, batch: Tokens) -> Tensor | None
 
 
 def batch_logprobs(model: PreTrainedModel, batch: Tokens, temperature: float, route: Route) -> Tensor:
-    """Log-probs (N,) of the tokens of the completions."""
+    """Log-probs (N,) of the tokens of the completions, over what sampling kept."""
     return r1kernels.linear_token_logprobs(
         completion_hidden_states(model, batch, route), token_ids=batch.token_ids[batch.mask], temperature=temperature,
-        **head_of(model))
+        support=batch.support, **head_of(model))
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def batch_loss(
         ref_logprobs=tokens_of(batch.ref_logprobs) if objective.kl_coef else None,
         importance_weights=tokens_of(batch.importance_weights), normalizer=normalizer, temperature=temperature,
         cu_seqlens=F.pad(batch.mask.sum(-1).cumsum(-1), (1, 0)), objective=objective, measure_all=True,
-        **head_of(model))
+        support=batch.support, **head_of(model))
 
 
 def minibatch_gradient(

@@ -5,22 +5,29 @@
 The variable opens the end points that load new weights. With `processed_logprobs`, log-probs belong to the distribution
 that tokens are drawn from; by default they are at temperature 1. Prompts and completions are sent as token ids, so that
 nothing depends on how the server reads or writes text.
+
+With `sampling_replay`, and sampling that leaves tokens out, the server also needs
+
+    --return-sampling-mask --enable-scale-out
+
+and its model runner V2, which needs Triton. vLLM documents this in docs/training/sampling_mask.md: all requests need
+top_k > 0, and answers of the end point `/inference/v1/generate` have `sampling_mask`, a list of ids for each token.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
+from operator import contains, itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from r1kernels.rewards.endpoint import Endpoint, EndpointError, Endpoints
@@ -32,7 +39,10 @@ from r1kernels.train.recipe import SamplerSettings
 from r1kernels.train.rollout import Collector, Sampler, Sampling
 
 MAX_ANSWER = 2**28  # bytes: the ids and log-probs of a group of long completions
-Row = tuple[list[int], list[float]]  # token ids and their log-probs
+REPLAY = "--return-sampling-mask --enable-scale-out"
+NOT_FINITE = -9999.0  # vLLM writes -inf and NaN so
+ALL_TOKENS = 2**31 - 1  # a server with --return-sampling-mask refuses top_k -1
+Row = tuple[list[int], list[float], list[torch.Tensor]]  # token ids, their log-probs, and what sampling kept
 
 
 class VLLMSampler(Sampler):
@@ -44,9 +54,10 @@ class VLLMSampler(Sampler):
     """
 
     def __init__(self, settings: SamplerSettings, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *,
-                 check: Callable[[], None] = lambda: None) -> None:
+                 check: Callable[[], None] = lambda: None, replay: bool = False) -> None:
         self.settings, self.tokenizer, self.stops = settings, tokenizer, stops
         self.weights_dir, self.version = Path(settings.weights_dir or os.devnull).resolve(), ""
+        self.no_top_k: dict[Endpoint, int] = {}
         begin = rank() % len(settings.urls)  # so that ranks do not all begin with the same server
         urls = [url.rstrip("/").removesuffix("/v1") for url in settings.urls[begin:] + settings.urls[:begin]]
         self.servers = Endpoints(urls,
@@ -59,10 +70,13 @@ class VLLMSampler(Sampler):
         self.send = settings.weights.call(self.servers).send if settings.weights else self._save_and_load
         for server, config in zip(self.servers.servers, found, strict=True):
             model = config["model_config"]
+            self.no_top_k[server] = ALL_TOKENS if model.get("return_sampling_mask") else -1
             for option, given in {"--logprobs-mode processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
-                                  "--enable-sleep-mode": model["enable_sleep_mode"] or not settings.sleep}.items():
+                                  "--enable-sleep-mode": model["enable_sleep_mode"] or not settings.sleep,
+                                  REPLAY: model.get("return_sampling_mask") or not replay}.items():
                 if not given:
-                    raise EndpointError(f"{server.url} was started without {option}, which 'sampler' needs")
+                    needs = "'sampling_replay'" if option == REPLAY else "'sampler'"
+                    raise EndpointError(f"{server.url} was started without {option}, which {needs} needs")
 
     def draw(self, prompts: Sequence[str], sampling: Sampling) -> Collector:
         """One completion of each prompt of this rank's share. The servers choose their own batches."""
@@ -70,8 +84,8 @@ class VLLMSampler(Sampler):
         groups = [[*rows] for _, rows in itertools.groupby(found.rows, key=found.prompts.__getitem__)]
         requests = [partial(self._complete, found.prompts[rows[0]], len(rows), sampling) for rows in groups]
         for number, done in self.servers.share(requests):
-            for row, (tokens, logprobs) in zip(groups[number], done, strict=True):
-                found.token_ids[row], found.logprobs[row] = tokens, logprobs
+            for row, (tokens, logprobs, kept) in zip(groups[number], done, strict=True):
+                found.token_ids[row], found.logprobs[row], found.kept[row] = tokens, logprobs, kept
         self._check_version()
         return found
 
@@ -133,26 +147,41 @@ class VLLMSampler(Sampler):
                                     f"{self.version!r}; it was started again, or another run loads weights into it")
 
     async def _complete(self, prompt: list[int], count: int, sampling: Sampling, server: Endpoint) -> list[Row]:
-        """`count` completions of a prompt."""
+        """`count` completions of a prompt. One end point speaks of tokens as text, the other has what sampling kept."""
 
         def read(answer: Any) -> list[Row]:
-            found = {choice["index"]: choice["logprobs"] for choice in answer["choices"]}
-            return [self._row(found[index], sampling.max_new_tokens) for index in range(count)]
+            found = {choice["index"]: choice for choice in answer["choices"]}
+            return [self._row(found[index], sampling) for index in range(count)]
 
-        return await server.request("post", "/v1/completions", read, body={
-            "prompt": prompt, "n": count, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+        chosen = {
+            "n": count, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
             # The server takes all other settings from the model's generation_config.json.
-            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "ignore_eos": True, "stop_token_ids": self.stops, "logprobs": 0, "return_tokens_as_token_ids": True})
+            "top_p": sampling.top_p, "top_k": sampling.top_k or self.no_top_k[server], "min_p": sampling.min_p,
+            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "ignore_eos": True, "stop_token_ids": self.stops, "logprobs": 0}
+        if sampling.replay:
+            path, body = "/inference/v1/generate", {"token_ids": prompt, "sampling_params": chosen}
+        else:
+            path, body = "/v1/completions", {"prompt": prompt, "return_tokens_as_token_ids": True, **chosen}
+        return await server.request("post", path, read, body=body)
 
-    def _row(self, found: dict[str, Any], limit: int) -> Row:
-        ids = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
-        logprobs = [float(value) for value in found["token_logprobs"]]
+    def _row(self, choice: dict[str, Any], sampling: Sampling) -> Row:
+        limit, kept = sampling.max_new_tokens, []
+        if sampling.replay:
+            ids, values = choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
+            if (kept := choice.get("sampling_mask")) is None:
+                raise ValueError(f"no 'sampling_mask'; start the server with {REPLAY}")
+            if len(kept) != len(ids) or not all(map(contains, kept, ids)):
+                raise ValueError(f"'sampling_mask' has {len(kept)} sets for {len(ids)} tokens, expected a set for each "
+                                 "token, with the token")
+        else:
+            ids = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+            values = choice["logprobs"]["token_logprobs"]
+        logprobs = [*map(float, values)]
         if not all(0 <= token < len(self.tokenizer) for token in ids):
             raise ValueError(f"token ids {ids[:3]}, expected ids below {len(self.tokenizer)}")
-        if len(ids) != len(logprobs) or not all(-math.inf < value <= 0 for value in logprobs):
+        if len(ids) != len(logprobs) or not all(NOT_FINITE < value <= 0 for value in logprobs):
             raise ValueError(f"log-probs {logprobs[:3]} of {len(ids)} tokens, expected a finite one <= 0 for each")
         if not 0 < len(ids) <= limit or (len(ids) < limit and ids[-1] not in self.stops):
             raise ValueError(f"{len(ids)} tokens that end in {ids[-1:]}, expected {limit} or an end with {self.stops}")
-        return ids, logprobs
+        return ids, logprobs, [torch.tensor(part, dtype=torch.int32) for part in kept]

@@ -9,15 +9,15 @@ from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
 from r1kernels import backend, testing
-from r1kernels.ops import divergence, topk_divergence
+from r1kernels.ops import divergence, topk_divergence, topk_teacher
 
 pytestmark = without_cuda_kernels
 
 DISTANCES = [1e-3, 0.1, 1.0, 6.0]  # from nearly equal to hardly overlapping
 
 
-def make_teacher(logits: Tensor, k: int, mask: Tensor | None = None) -> topk_divergence.Teacher:
-    return topk_divergence.make_teacher(*testing.random_topk(logits, k), mask)
+def make_teacher(logits: Tensor, k: int, mask: Tensor | None = None) -> topk_teacher.Teacher:
+    return topk_teacher.make_teacher(*testing.random_topk(logits, k), mask)
 
 
 # ---- 1. gradcheck -----------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def test_topk(k: int, kind: str, dtype: torch.dtype) -> None:
         source = student.clone().requires_grad_()
         expected = testing.topk_divergence(student, ids, logprobs, kind, 0.3, temperature)
         with backend(testing.KERNELS):
-            teacher = topk_divergence.make_teacher(ids, logprobs, None)
-            value, entropy, teacher_tail, student_tail = topk_divergence.topk_divergence(
+            teacher = topk_teacher.make_teacher(ids, logprobs, None)
+            value, entropy, student_tail, teacher_tail = topk_divergence.topk_divergence(
                 source, teacher, None, kind, 0.3, temperature
             )
         (grad,) = torch.autograd.grad(value, source, g)
@@ -164,9 +164,9 @@ def test_a_small_tail_of_the_student_does_not_cancel() -> None:
     """1 - p of the listed tokens is 1e-13: as 1 - sum it is 0, and reverse KL would lose it."""
     student = torch.zeros(1, 50)
     student[0, 7] = 34.0
-    teacher = topk_divergence.make_teacher(torch.tensor([[7]]), torch.tensor([[-1e-3]]), None)
+    teacher = topk_teacher.make_teacher(torch.tensor([[7]]), torch.tensor([[-1e-3]]), None)
     with backend(testing.KERNELS):
-        value, _, _, tail = topk_divergence.topk_divergence(student, teacher, None, "forward_kl", 0.5, 1.0)
+        value, _, tail, _ = topk_divergence.topk_divergence(student, teacher, None, "forward_kl", 0.5, 1.0)
     exact = 49 * math.exp(-34.0) / (1 + 49 * math.exp(-34.0))
     assert abs(tail.item() / exact - 1) < 1e-6
     q_rest = -math.expm1(float(torch.tensor(-1e-3)))

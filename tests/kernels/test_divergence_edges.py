@@ -12,8 +12,8 @@ from torch import Tensor
 from r1kernels import backend, testing
 from r1kernels.ops import topk_divergence
 from r1kernels.ops.divergence import divergence as full
-from r1kernels.ops.topk_divergence import Teacher, make_teacher
 from r1kernels.ops.topk_divergence import topk_divergence as topk
+from r1kernels.ops.topk_teacher import make_teacher
 
 pytestmark = without_cuda_kernels
 
@@ -24,7 +24,7 @@ pytestmark = without_cuda_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tokens(kind: str, shape: tuple[int, ...], implementation: str) -> None:
     student = torch.empty(shape, requires_grad=True)
-    teacher = Teacher(torch.empty(*shape[:-1], 2, dtype=torch.int64), torch.empty(*shape[:-1], 2, dtype=torch.float64))
+    teacher = make_teacher(torch.zeros(*shape[:-1], 2, dtype=torch.int64), torch.empty(*shape[:-1], 2), None)
     results = *full(student, student.detach(), None, kind, 0.5, 1.0), *topk(student, teacher, None, kind, 0.5, 1.0)
     (results[0].sum() + results[3].sum()).backward()
     assert all(result.shape == shape[:-1] for result in results)

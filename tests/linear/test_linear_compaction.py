@@ -11,6 +11,7 @@ from torch import Tensor
 
 from r1kernels import Objective, backend, linear_cross_entropy, linear_grpo_loss, linear_token_logprobs, testing
 from r1kernels.ops.linear import sums, walk
+from r1kernels.ops.linear.grpo_loss import TokenObjective
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -66,6 +67,18 @@ def test_tokens_known_to_be_still_are_not_computed(
     torch.testing.assert_close(whole.loss, result.loss, rtol=1e-6, atol=1e-7)
     for key, grad in grads.items():
         torch.testing.assert_close(grad, whole_grads[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("objective", "sparse"), [
+    (Objective(**OBJECTIVES["grpo"]), True), (Objective(**OBJECTIVES["dppo_tv"]), True),
+    (Objective(**OBJECTIVES["dppo_kl"]), True), (Objective.token_local(torch.add), True),
+    (Objective(**OBJECTIVES["cispo"]), False), (Objective(**OBJECTIVES["ipo"]), False),
+    (Objective(**OBJECTIVES["dppo_tv"], kl_coef=0.1), False), (Objective.token_local(torch.add, kl_coef=0.1), False),
+])
+def test_a_walk_looks_for_zeros_only_where_there_may_be_some(objective: Objective, sparse: bool) -> None:
+    """On a device this look is a synchronisation; without it, tokens that a bound holds would cost products."""
+    tokens = TokenObjective(torch.ones(1), torch.ones(1), None, None, None, None, objective)
+    assert tokens.sparse == sparse
 
 
 @pytest.mark.parametrize(

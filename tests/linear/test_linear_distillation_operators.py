@@ -28,12 +28,28 @@ def test_opcheck(dtype: torch.dtype, weight_dtype: torch.dtype, k: int | None) -
         s["hidden"], s["weight"], s["bias"], *s["lora"], torch.zeros(6, dtype=torch.int64), None, 0.8,
         s["logit_scale"], s["softcap"], torch.float32, 4, 0,
     )
-    full = (t["hidden"], t["weight"], t["bias"], *t["lora"], t["logit_scale"], t["softcap"], None, None)
-    topk = (None, None, None, None, None, 1.0, 0.0, *case.given.values())
+    given = (0, "student", "bucket")
+    full = (t["hidden"], t["weight"], t["bias"], *t["lora"], t["logit_scale"], t["softcap"], None, None, *given)
+    topk = (None, None, None, None, None, 1.0, 0.0, *case.given.values(), *given)
     for capacity, needs in ((-1, [True] * 5), (5, [True, False, True, False, False]), (-1, [False] * 5)):
         mask = None if capacity < 0 else MASK.reshape(-1)[:6]
         arguments = (*head, capacity, False, mask, *(full if k is None else topk), torch.tensor(0.1).double(), 2, 0.3)
         torch.library.opcheck(torch.ops.r1kernels.linear_divergence, (*arguments, needs))
+
+
+@pytest.mark.few(2)
+@registration_only
+@pytest.mark.parametrize("choice", [(4, "student", "bucket"), (3, "union", "renormalize"), (2, "teacher", "truncate")])
+def test_opcheck_of_chosen_tokens(choice: tuple[int, str, str]) -> None:
+    case = Case("everything", "everything", lead=(6,))
+    s, t = case.student, case.teacher
+    arguments = (
+        s["hidden"], s["weight"], s["bias"], *s["lora"], torch.zeros(6, dtype=torch.int64), None, 0.8,
+        s["logit_scale"], s["softcap"], torch.float32, 4, 0, -1, False, MASK.reshape(-1)[:6],
+        t["hidden"], t["weight"], t["bias"], *t["lora"], t["logit_scale"], t["softcap"], None, None, *choice,
+        torch.tensor(0.1).double(), 1, 0.3, [True] * 5,
+    )
+    torch.library.opcheck(torch.ops.r1kernels.linear_divergence, arguments)
 
 
 @pytest.mark.few(2)

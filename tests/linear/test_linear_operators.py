@@ -63,7 +63,7 @@ def test_opcheck(
             torch.library.opcheck(
                 torch.ops.r1kernels.linear_token_stats_backward, (*arguments, lse, entropy, *upstream, dtype, needs)
             )
-        tokens = (torch.ones(6), torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), 0, 2)
+        tokens = (torch.ones(6), torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), None, 0, 2)
         coefficients = (0.2, 0.2, float("inf"), 1.0, 1.05, 0.1, 0.01)
         torch.library.opcheck(
             torch.ops.r1kernels.linear_policy_gradient, (*arguments, mask, *tokens, *coefficients, needs)

@@ -9,6 +9,8 @@ from backends import checks_only
 from torch import Tensor
 
 from r1kernels import distillation_loss
+from r1kernels.ops.distillation_loss import check_top_k
+from r1kernels.ops.teacher_mixture import check_coefs
 
 pytestmark = checks_only
 
@@ -35,7 +37,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "student ints": (TypeError, FULL | {"student_logits": LOGITS.long()}, "student_logits has dtype torch.int64"),
     "student 0-d": (ValueError, FULL | {"student_logits": torch.tensor(1.0)}, r"student_logits has shape \(\), expec"),
     "no vocabulary": (ValueError, FULL | {"student_logits": LOGITS[..., :0]}, r"student_logits has shape \(2, 3, 0\)"),
-    "teacher a list": (TypeError, {"teacher_logits": [1.0]}, "teacher_logits is a list, expected a torch.Tensor"),
+    "teacher a list": (ValueError, {"teacher_logits": [1.0]}, "teacher_logits has 1 teachers and teacher_coefs"),
     "teacher ints": (TypeError, {"teacher_logits": LOGITS.long()}, "teacher_logits has dtype torch.int64, expected"),
     "teacher device": (ValueError, {"teacher_logits": LOGITS.to("meta")}, "teacher_logits is on meta, expected cpu"),
     "vocabularies": (ValueError, {"teacher_logits": torch.zeros(2, 3, 6)}, "vocabulary of 6 and student_logits one"),
@@ -68,6 +70,26 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "log-prob > 0": (ValueError, TOPK | {"teacher_logprobs": at(0.1, 0, 1, 1)}, r"\[0, 1, 1\] is 0\.1.*, expected a"),
     "log-prob NaN": (ValueError, TOPK | {"teacher_logprobs": at(math.nan, 1, 1, 1)}, r"\[1, 1, 1\] is nan, expected"),
     "log-prob inf": (ValueError, TOPK | {"teacher_logprobs": at(math.inf, 1, 1, 1)}, r"\[1, 1, 1\] is inf, expected"),
+    "top_k with ids": (ValueError, TOPK | {"top_k": 2}, "top_k and teacher_token_ids are given, expected one of them"),
+    "top_k without": (ValueError, {"top_k": 2}, "given by nothing, expected teacher_logits"),
+    "top_k with log-probs": (ValueError, {"top_k": 2, "teacher_logprobs": LOGPROBS}, r"teacher_logprobs \(a Tensor"),
+    "top_k, two": (ValueError, FULL | {"top_k": 2, "teacher_logprobs": len}, "a function of the chosen ids or te"),
+    "top_k 0": (ValueError, FULL | {"top_k": 0}, "top_k is 0, expected a number from 1 to V = 5"),
+    "top_k > V": (ValueError, FULL | {"top_k": 6}, "top_k is 6, expected a number from 1 to V = 5"),
+    "top_k > vocab_size": (ValueError, FULL | {"top_k": 5, "vocab_size": 4}, "top_k is 5, expected .* to V = 4"),
+    "top_k float": (TypeError, FULL | {"top_k": 2.0}, r"top_k is 2\.0, expected a Python integer"),
+    "top_k_of": (ValueError, FULL | {"top_k": 2, "top_k_of": "both"}, "top_k_of is 'both', expected one of student"),
+    "top_k_of alone": (ValueError, FULL | {"top_k_of": "union"}, "top_k_of is 'union' and top_k is None, expected top"),
+    "tail": (ValueError, TOPK | {"tail": "drop"}, "tail is 'drop', expected one of bucket, truncate, renormalize"),
+    "tail alone": (ValueError, FULL | {"tail": "truncate"}, "tail is 'truncate' and top_k is None, expected top_k"),
+    "function alone": (ValueError, {"teacher_logprobs": len}, "teacher_logprobs is a function and top_k is None"),
+    "function of a union": (ValueError, {"teacher_logprobs": len, "top_k": 2, "top_k_of": "union"},
+                            "top_k_of is 'union' and teacher_logprobs is a function, expected 'student'"),
+    "function, list": (TypeError, {"teacher_logprobs": lambda ids, rows: [1], "top_k": 2}, "logprobs is a list"),
+    "function, shape": (ValueError, {"teacher_logprobs": lambda ids, rows: LOGPROBS, "top_k": 2},
+                        r"the result of teacher_logprobs has shape \(2, 3, 2\), expected \(6, 2\)"),
+    "function, value": (ValueError, {"teacher_logprobs": lambda ids, rows: LOGPROBS.reshape(6, 2) + 2, "top_k": 2},
+                        r"teacher_logprobs\[0, 0\] is 1\.0, expected a log-prob"),
     "too much": (ValueError, TOPK | {"teacher_logprobs": at(-0.1, 1, 1, 1)}, r"\[1, 1\] add up to a probability"),
 }
 
@@ -93,3 +115,10 @@ def test_only_jsd_has_a_beta(beta: float, kind: str, implementation: str) -> Non
     for teacher in (FULL, TOPK):
         given = {"student_logits": student, "divergence": kind} | teacher
         assert torch.equal(distillation_loss(**given, beta=beta).loss, distillation_loss(**given).loss)
+
+
+def test_a_choice_over_a_sharded_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="top_k and process_group are given, expected one of them"):
+        check_top_k(2, "student", "bucket", FULL, None, None, 5, object())
+    with pytest.raises(ValueError, match="teacher_logits is a list and process_group is given, expected one of them"):
+        check_coefs(torch.ones(1), "teacher_logits", [LOGITS], (2, 3), LOGITS, None, object())

@@ -104,6 +104,16 @@ def test_a_sequence_with_one_impossible_token_is_impossible() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_a_log_prob_of_plus_infinity_weighs_nothing(level: str) -> None:
+    old, sampler, mask = policies()
+    expected = importance_weights(old, torch.where(torch.arange(COLUMNS) == 2, math.nan, sampler), mask, level=level)
+    for place in (old, sampler):
+        place[:, 2] = math.inf
+        found = importance_weights(old, sampler, mask, level=level)
+        assert torch.equal(found.weights, expected.weights) and found.metrics == expected.metrics
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_nothing_counts_or_nothing_is_kept(level: str) -> None:
     old, sampler, mask = policies()
     for counts, given in ((torch.zeros_like(mask), sampler), (mask, old - 30)):
@@ -185,6 +195,9 @@ ONE = torch.zeros(2, 3)
     ((ONE, ONE), {"cap": math.nan}, ValueError, "cap is nan, expected"),
     ((ONE, ONE), {"floor": 3.0}, ValueError, "floor is 3.0, expected at most cap = 2.0"),
     ((ONE, ONE), {"floor": 1e35, "cap": math.inf}, ValueError, r"floor is 1e\+35, expected at most .* e\^80"),
+    ((ONE, ONE), {"cap": torch.ones(2)}, TypeError, r"cap is tensor\(\[1., 1.\]\), expected a Python number"),
+    ((ONE, ONE), {"level": torch.ones(2)}, ValueError, r"level is tensor\(\[1., 1.\]\), expected one of token"),
+    ((ONE.sum(), ONE.sum()), {}, ValueError, r"old_logprobs is 0-d, expected \(B, T\) or \(N,\)"),
     ((ONE, ONE), {"normalize": 1}, TypeError, "normalize is 1, expected True or False"),
     ((ONE[0], ONE[0]), {"level": "sequence"}, ValueError, r"cu_seqlens is None for packed tokens of shape \(3,\)"),
     ((ONE, ONE), {"cu_seqlens": torch.tensor([0, 3])}, ValueError, r"cu_seqlens was given with old_logprobs of shape"),

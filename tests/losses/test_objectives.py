@@ -21,6 +21,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dapo": ({}, {"clip_high": 0.28, "aggregate": "token_mean"}),
     "gspo": ({}, {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}),
     "gspo_token": ({}, {"ratio": "sequence_token", "clip_low": 3e-4, "clip_high": 4e-4}),
+    "gmpo": ({}, {"surrogate": "gmpo", "ratio": "sequence", "clip_low": 0.4, "clip_high": 0.4}),
     "luspo": (
         {}, {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "constant", "max_length": 1},
     ),
@@ -97,6 +98,8 @@ def test_an_objective_is_frozen_and_hashable() -> None:
         ({"ratio": "sequence_product"}, "ratio is 'sequence_product' with surrogate 'clip'"),
         ({"surrogate": "vespo"}, "ratio is 'token' with surrogate 'vespo', expected 'sequence_product'"),
         ({"surrogate": "vespo", "ratio": "sequence_product", "kl_ratio": True}, "kl_ratio is True with ratio"),
+        ({"surrogate": "gmpo"}, "ratio is 'token' with surrogate 'gmpo', expected 'sequence'"),
+        ({"surrogate": "gmpo", "ratio": "sequence", "kl_ratio": True}, "kl_ratio is True with surrogate 'gmpo'"),
         ({"ratio_cap": math.inf}, "ratio_cap is inf, expected a finite number"),
         ({"ratio_cap": 3.0, "surrogate": "cispo"}, "ratio_cap is 3.0 with surrogate 'cispo', expected None"),
         ({"ratio": "sequence", "surrogate": "reinforce"}, "ratio is 'sequence' with surrogate 'reinforce'"),

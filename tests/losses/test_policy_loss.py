@@ -30,7 +30,7 @@ def test_reference_gradcheck(name: str) -> None:
     if constant:
         del inputs["old_logprobs"]
     else:
-        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo"))
+        objective = dataclasses.replace(objective, kl_ratio=name not in ("grpo", "gspo", "gmpo"))
     logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
     if constant or objective.ratio == "token":
         inputs["advantages"] = inputs["advantages"].abs()
@@ -265,3 +265,25 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(device: str, layout: str, d
     for value in (result.loss, *result.metrics.values()):
         assert (value.shape, value.dtype, value.device.type) == ((), compute, device)
     assert list(result.metrics) == list(METRICS)
+
+
+# ---- the entropy's term ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "luspo", "bnpo"])
+@pytest.mark.parametrize("extra", ["plain", "holes", "normalizer"])
+def test_an_entropy_coefficient_weighs_a_mean_under_every_aggregate(preset: str, extra: str) -> None:
+    """Over sequences of the mean over their tokens, or over tokens: never over `max_length`."""
+    inputs = with_extras(extra)
+    arguments = {"max_length": 50} if preset == "dr_grpo" else {}
+    if extra == "normalizer":  # as of twice as many sequences or tokens
+        inputs["normalizer"] = {"dr_grpo": 500.0, "bnpo": 70.0}.get(preset, 10.0)
+    results = [evaluate(inputs, getattr(objectives, preset)(**arguments, entropy_coef=coef)) for coef in (0.0, 0.4)]
+    entropy, mask = inputs["entropy"].double(), inputs.get("mask", torch.ones(5, 7, dtype=torch.bool)).double()
+    weight = mask / mask.sum() if preset == "bnpo" else mask / mask.sum(1, keepdim=True).clamp(min=1) / 5
+    weight = weight / 2 if extra == "normalizer" else weight
+    without, found = results
+    torch.testing.assert_close(without[0].loss - found[0].loss, (0.4 * weight * entropy).sum().float(), rtol=1e-4,
+                               atol=1e-6)
+    torch.testing.assert_close(found[2], (-0.4 * weight).float(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[0].metrics["entropy"], ((mask * entropy).sum() / mask.sum()).float())

@@ -106,7 +106,7 @@ def test_bad_several(arguments: Any, keywords: Any, error: type[Exception], mess
 
 # ---- the best of k answers ----
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 40])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 10])
 @pytest.mark.parametrize("eps", [1e-6, 1e-4])
 def test_the_best_of_all_subsets(k: int, eps: float) -> None:
     rewards, group_ids = groups(48)
@@ -198,9 +198,10 @@ def test_both_compile_fullgraph() -> None:
     ((torch.ones(4), 1.0, 2), ValueError, "k is 1.0, expected an integer"),
     ((torch.ones(4), True, 2), ValueError, "k is True, expected an integer"),
     ((torch.ones(2, 2), 1, 2), ValueError, r"rewards has shape \(2, 2\), expected \(B,\)"),
+    ((torch.ones(4), 3, None, torch.tensor([0, 1, 0, 0])), ValueError, "k is 3, expected fewer than the 3 answers of"),
     ((torch.ones(4), 1), ValueError, "neither of group_size and group_ids"),
     ((torch.full((4,), -math.inf), 1, 4), ValueError, r"rewards\[0\] is -inf, expected a finite number"),
 ])
 def test_bad_best_of_k(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pass_at_k_advantages(*arguments)
+        pass_at_k_advantages(*arguments[:3], group_ids=arguments[3] if len(arguments) > 3 else None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import r1kernels
-from r1kernels import _choice, _dispatch, _library, backend
+from r1kernels import Objective, _choice, _dispatch, _library, backend, objectives
 from r1kernels._dispatch import OPS, TABLE, choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -73,19 +73,27 @@ KEEPS: Callable[[torch.device], bool] = lambda device: True  # noqa: E731
 CASES: dict[str, list[tuple[str, tuple[Any, ...], str]]] = {
     # the reason that is told, the facts, who serves
     "linear_gradients": [
-        ("", (ROW, True), "one_pass"),
-        ("no gradient is wanted", (ROW, False), "two_phases"),
-        ("hidden states are float16", (ROW.half(), True), "two_phases"),
+        ("", (ROW, True, None), "one_pass"),
+        ("no gradient is wanted", (ROW, False, None), "two_phases"),
+        ("hidden states are float16", (ROW.half(), True, None), "two_phases"),
+        ("log-probs are over sets", (ROW, True, ()), "two_phases"),
+    ],
+    "policy_terms": [
+        ("", (ROW, objectives.grpo()), "kernel"),
+        ("do not know the surrogate", (ROW, objectives.gmpo()), "autograd"),
+        ("do not know the surrogate", (ROW, Objective.token_local(torch.add)), "autograd"),
+        ("the reference serves", (ROW.double(), objectives.grpo()), "autograd"),
     ],
     "linear_statistics": [
-        ("", (HIDDEN, head(WEIGHT), False), "fused"),
-        ("more statistics are wanted", (HIDDEN, head(WEIGHT), True), "chunks"),
-        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), False), "chunks"),
-        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), False), "chunks"),
-        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), False), "chunks"),
-        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), False), "chunks"),
-        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), False), "chunks"),
-        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), False), "chunks"),
+        ("", (HIDDEN, head(WEIGHT), False, None), "fused"),
+        ("more statistics are wanted", (HIDDEN, head(WEIGHT), True, None), "chunks"),
+        ("neither bfloat16 nor float16", (HIDDEN.float(), head(WEIGHT.float()), False, None), "chunks"),
+        ("differ in dtype", (HIDDEN, head(WEIGHT.float()), False, None), "chunks"),
+        ("logits are rounded", (HIDDEN, head(WEIGHT, logits_dtype=HALF), False, None), "chunks"),
+        ("there is an adapter", (HIDDEN, head(WEIGHT, lora_a=WEIGHT), False, None), "chunks"),
+        ("log-probs are over sets", (HIDDEN, head(WEIGHT), False, ()), "chunks"),
+        ("rows of the weight are not contiguous", (HIDDEN, head(WEIGHT.t().contiguous().t()), False, None), "chunks"),
+        ("no row of the vocabulary", (HIDDEN, head(WEIGHT[:0]), False, None), "chunks"),
     ],
     "product": [
         ("", (CPU, HALF, SINGLE, KEEPS), "native"),
@@ -121,6 +129,7 @@ def test_a_reason_leaves_the_call_to_the_next(
     monkeypatch.setattr(_library, "_missing", {"cuda": "", "cpu": ""})
     monkeypatch.setattr(_library, "_cuda_missing", {"cuda": ""})
     monkeypatch.setattr(_choice, "cuda_is_faster", lambda *about: True)
+    monkeypatch.setattr(_dispatch, "_warned", {_dispatch.FLOAT64})
     monkeypatch.setattr(_dispatch, "_device_name", lambda index: "a GPU")
     if operation == "linear_statistics":  # as if Triton's kernels served tensors of the CPU
         monkeypatch.setattr(_library, "GPU_KERNELS_ON", "cpu")

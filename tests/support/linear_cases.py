@@ -123,13 +123,16 @@ def exact(case: dict[str, Any], g: Tensor | None = None, eta: Tensor | None = No
     shape = case["token_ids"].shape
     ids = case["token_ids"].reshape(-1)
     _, _, z = logits(case)
+    if "support" in case:
+        z = testing.over_support(z, case["support"])
     stats = testing.token_stats(z, ids)
     zero = torch.zeros(ids.shape, dtype=torch.float64)
     g, eta = (zero if value is None else value.detach().double().reshape(-1) for value in (g, eta))
     grad_z = testing.token_stats_gradient(z, ids, g, eta).value
     # A gradient of logits is itself a difference: g (1[j = y] - p_j) and the entropy's terms.
     p = stats.log_p.exp()
-    rough = (g.abs()[:, None] + eta.abs()[:, None] * (1 + stats.entropy[:, None] + stats.log_p.abs())) * p
+    surprise = 1 + stats.entropy[:, None] + torch.where(p == 0, 0, stats.log_p).abs()
+    rough = (g.abs()[:, None] + eta.abs()[:, None] * surprise) * p
     rough = rough + g.abs()[:, None] * torch.nn.functional.one_hot(ids, p.shape[-1])
     return Exact(stats.logprobs.reshape(shape), stats.entropy.reshape(shape), *products(case, grad_z, rough))
 

@@ -23,6 +23,7 @@ class Case:
         dtype: torch.dtype = torch.float32, teacher_dtype: torch.dtype | None = None, lead: tuple[int, ...] = (3, 5),
         temperature: float = 0.8, mask: Tensor | None = None, vocab: int = 37, width: int = 12,
         weight_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+        choice: dict[str, Any] | None = None,
     ) -> None:
         self.student, self.teacher = (
             {n: v for n, v in case.items() if n not in ("token_ids", "temperature")}
@@ -41,6 +42,8 @@ class Case:
                 "teacher_weight": self.teacher["weight"],
                 "teacher_options": {name: v for name, v in self.teacher.items() if name in OF_TEACHERS},
             }
+            if choice is not None:  # top_k, top_k_of and tail
+                self.dense, self.given = (given | choice for given in (self.dense, self.given))
         else:
             ids, logprobs = testing.random_topk(teacher_logits, k, temperature)
             self.dense = self.given = {"teacher_token_ids": ids, "teacher_logprobs": logprobs}

@@ -29,8 +29,10 @@ from r1kernels import (
     linear_distillation_loss,
     linear_grpo_loss,
     linear_logits,
+    linear_multi_target,
     linear_token_logprobs,
     linear_token_logprobs_and_entropy,
+    linear_token_statistics,
     objectives,
 )
 
@@ -86,9 +88,22 @@ def distillation(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     ).loss
 
 
+def two_targets(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
+    case = dict(case)
+    ids = case.pop("token_ids")
+    ids = torch.stack([ids, case["weight"].shape[0] - 1 - ids])
+    masks = mask()[rows].expand(ids.shape)
+    return linear_multi_target(**case, token_ids=ids, masks=masks, normalizer=10, label_smoothing=0.1, **options).sum()
+
+
+def more_statistics(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
+    values = linear_token_statistics(**case, mask=mask()[rows], **options)
+    return (values.logprobs + values.lse + values.entropy + values.sum_sq_probs).sum().float()
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "statistics": statistics, "policy": policy, "two phases": two_phases, "cross entropy": linear_nll,
-    "distillation": distillation,
+    "distillation": distillation, "two targets": two_targets, "more statistics": more_statistics,
 }
 CASES = {name: (name, "plain", "float32") for name in LOSSES} | {
     f"{name}, {head}, {dtypes}": (name, head, dtypes)

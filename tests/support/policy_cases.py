@@ -25,6 +25,7 @@ OBJECTIVES = {
     "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.01, "clip_high": 0.02},
     "ipo": {"surrogate": "ipo", "clip_low": 0.1, "clip_high": 0.05, "tau_pos": 0.1, "tau_neg": 0.0},
     "vespo": {"surrogate": "vespo", "ratio": "sequence_product", "tau_pos": 3.0, "tau_neg": 2.0},
+    "gmpo": {"surrogate": "gmpo", "ratio": "sequence", "clip_low": 0.1, "clip_high": 0.15},
     "sapo": {"surrogate": "sapo"},
     "sapo_sequence": {"surrogate": "sapo", "ratio": "sequence", "tau_pos": 0.7, "tau_neg": 2.0},
     "reinforce": {"surrogate": "reinforce"},
@@ -45,9 +46,9 @@ AGGREGATES = {
 
 
 def objective_of(name: str, kl: str, aggregate: str) -> Objective:
-    """The product of a sequence's ratios multiplies no KL term."""
+    """A product over a sequence, and a clipped ratio, multiply no KL term."""
     fields = OBJECTIVES[name] | KLS[kl] | AGGREGATES[aggregate]
-    return Objective(**fields | ({"kl_ratio": False} if name == "vespo" else {}))
+    return Objective(**fields | ({"kl_ratio": False} if name in ("vespo", "gmpo") else {}))
 
 
 # What a caller may add: {name: {keyword: value}}; the values are made by `with_extras`.

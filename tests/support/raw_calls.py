@@ -71,6 +71,23 @@ def policy() -> tuple[Any, ...]:
     )
 
 
+def sets() -> tuple[Tensor, Tensor]:
+    return torch.tensor([0, 3, 1, 2, 30, 3, 4, 7, 5, 36]), torch.tensor([0, 2, 3, 5, 6, 8, 10])
+
+
+def index() -> tuple[Tensor, ...]:
+    """Places of tokens, then where ids begin, entries and their tokens."""
+    ids, offsets = sets()
+    order = ids.argsort(stable=True)
+    starts = torch.searchsorted(ids[order], torch.arange(V + 1))
+    rows = torch.arange(N).repeat_interleave(offsets.diff())
+    return torch.zeros(N, dtype=torch.int64), starts[None].int(), order.int(), rows[order].int()
+
+
+def values() -> Tensor:
+    return torch.linspace(-1, 1, 10)
+
+
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "token_stats": lambda: (matrix(N, V), ids(), mask(), 1.0, tokens().abs() + 1),
     "token_stats_backward": lambda: (matrix(N, V), ids(), *statistics(), tokens(), tokens(), 1.0, *more_slopes()),
@@ -88,11 +105,20 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "kl_estimate": lambda: (tokens(), tokens() + 1, 3),
     "scaled": lambda: (matrix(N, V), torch.tensor(2.0), torch.zeros(N, V), True),
     "add_rows": lambda: (torch.zeros(V, H), ids(), tokens(), matrix(N, H)),
+    "top_k_ids": lambda: (matrix(N, V), 2),
     "gemm_f32": lambda: (matrix(N, H), matrix(H, V), torch.zeros(N, V), True),
     "divergence": lambda: (matrix(N, V), matrix(N, V) + 1, mask(), 2, 0.3, 1.0),
     "divergence_backward": lambda: (
         matrix(N, V), matrix(N, V) + 1, *statistics(), tokens(torch.float64), tokens(), 2, 0.3, 1.0, torch.zeros(N, V),
         0.0,
+    ),
+    "support_index": lambda: (*sets(), torch.tensor([0, 1, 2, 3, 4, 5]), mask(), V, V),
+    "support_products": lambda: (matrix(N, H), matrix(V, H), *index()[1:], values(), True),
+    "support_grad_hidden": lambda: (values(), matrix(V, H), *index()[1:], torch.zeros(N, H)),
+    "support_grad_weight": lambda: (values(), matrix(N, H), *index()[1:], torch.zeros(V, H), True),
+    "support_stats": lambda: (values(), sets()[1], index()[0], mask(), 1.0, tokens().abs() + 1),
+    "support_stats_backward": lambda: (
+        values(), sets()[1], index()[0], *statistics(), tokens(), tokens(), 1.0, tokens().abs() + 1, 0.0, values(),
     ),
     "linear_statistics": lambda: (
         matrix(N, H, torch.bfloat16), matrix(V, H, torch.bfloat16), None, ids(), mask(), 1.0, tokens().abs() + 1, 1.0,
@@ -110,12 +136,12 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         [tokens(), tokens(), tokens(), tokens(), matrix(N, 2)], torch.float32, [True] * 5,
     ),
     "linear_policy_gradient": lambda: (
-        *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
+        *head(), mask(), tokens(), tokens(), tokens(), tokens(), tokens(), tokens(), 0, 2,
         0.2, 0.2, math.inf, 1.0, 1.05, 0.1, 0.01, [True] * 5,
     ),
     "linear_divergence": lambda: (
-        *head(), mask(), matrix(N, H), matrix(V, H), None, None, None, 1.0, 0.0, None, None, torch.tensor(1.0), 2, 0.3,
-        [True] * 5,
+        *head(), mask(), matrix(N, H), matrix(V, H), None, None, None, 1.0, 0.0, None, None, 0, "student", "bucket",
+        torch.tensor(1.0), 2, 0.3, [True] * 5,
     ),
 }
 

@@ -94,6 +94,10 @@ DISTILLED: dict[str, Any] = {
        for kind in KINDS for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))},
     **{f"top-k of all words {kind}": (
            distilled, lambda: with_listed(make_logits(torch.float32), VOCAB), {"divergence": kind}) for kind in KINDS},
+    **{f"top-k, {tail}, of {name}": (
+           distilled, lambda m=make_case: with_listed(m(), 6), more | {"divergence": "reverse_kl", "tail": tail})
+       for tail in ("truncate", "renormalize") for name, make_case, more in (
+           ("logits", lambda: make_logits(torch.float32), {}), ("hidden", lambda: make("softcap"), LISTED_OPTIONS))},
     **{f"distillation near 0, {kind}": (
            distilled, lambda: with_teacher(make_logits(torch.float32), 1e-3), {"divergence": kind}) for kind in KINDS},
 }

@@ -21,6 +21,7 @@ from ranks import Traffic, error_of, fork_ranks
 from torch import Tensor
 
 from r1kernels import (
+    Objective,
     global_normalizer,
     grpo_loss,
     linear_grpo_loss,
@@ -41,6 +42,11 @@ def downweighted(logprobs: Tensor, batch: Any) -> Tensor:
     return -(logprobs - batch.old_logprobs).exp().sqrt() * batch.advantages
 
 
+def of_tokens(logprobs: Tensor, entropies: Tensor, tokens: Any) -> Tensor:
+    """A token-local objective, whose gradient reaches the entropy."""
+    return downweighted(logprobs, tokens) * (1 + entropies)
+
+
 OBJECTIVES: dict[str, Any] = {
     "grpo": objectives.grpo(), "r1": objectives.r1(), "bnpo": objectives.bnpo(),
     "dr_grpo": objectives.dr_grpo(max_length=10), "dapo": objectives.dapo(), "gspo": objectives.gspo(),
@@ -49,7 +55,12 @@ OBJECTIVES: dict[str, Any] = {
     "gspo, token mean": objectives.gspo(clip_low=0.6, clip_high=0.9, aggregate="token_mean"),
     "cispo of sequences": objectives.cispo(ratio="sequence", aggregate="sequence_mean"),
     "sapo of sequences": objectives.sapo(ratio="sequence"),
+    "dr_grpo, entropy": objectives.dr_grpo(max_length=10, entropy_coef=0.3),
+    "gmpo": objectives.gmpo(clip_low=0.1, clip_high=0.15, kl_coef=0.1),
+    "KL times ratio": objectives.grpo(kl_coef=0.1, kl_ratio=True),
+    "KL times ratio of sequences": objectives.gspo(clip_low=0.6, clip_high=0.9, kl_coef=0.1, kl="k1", kl_ratio=True),
     "a callable": downweighted,
+    "a function of tokens": Objective.token_local(of_tokens, aggregate="sequence_mean"),
 }
 FUNCTIONS = ("policy_loss", "packed", "per token", "grpo_loss", "linear_grpo_loss", "measure_all")
 

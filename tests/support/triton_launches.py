@@ -260,12 +260,60 @@ def scaled(draw: Draw) -> tuple[Any, ...]:
     return grad, floats().reshape(()), out, draw.choice((True, False))
 
 
+def sets(draw: Draw) -> tuple[int, int, tuple[Tensor, ...]]:
+    """(M, V, the index of M entries)."""
+    size, vocab = draw.count(10_000), draw.count(2**15)
+    return size, vocab, tuple(torch.zeros(n, dtype=torch.int32) for n in (vocab + 1, size, size))
+
+
+def support_products(draw: Draw) -> tuple[Any, ...]:
+    size, vocab, (starts, *places) = sets(draw)
+    dtype, width = draw.choice(DTYPES), draw.count(ENTRIES // 2**15)
+    other = draw.choice(DTYPES if dtype == torch.float32 else (dtype, torch.float32))
+    return (
+        draw.rows((draw.count(1000), width), dtype, WRITTEN), draw.rows((vocab, width), other, WRITTEN), starts[None],
+        *places, floats(size), draw.choice((True, False)),
+    )
+
+
+def support_grad_hidden(draw: Draw) -> tuple[Any, ...]:
+    size, vocab, (starts, *places) = sets(draw)
+    width = draw.count(ENTRIES // 2**15)
+    weight = draw.rows((vocab, width), draw.choice(DTYPES), WRITTEN)
+    return floats(size), weight, starts[None], *places, floats(draw.count(1000), width)
+
+
+def support_grad_weight(draw: Draw) -> tuple[Any, ...]:
+    size, vocab, (starts, *places) = sets(draw)
+    hidden = draw.rows((draw.count(1000), draw.count(ENTRIES // 2**15)), draw.choice(DTYPES), WRITTEN)
+    out = torch.empty(vocab, hidden.shape[1], dtype=draw.choice(DTYPES))
+    return floats(size), hidden, starts[None], *places, out, draw.choice((True, False))
+
+
+def support_stats(draw: Draw) -> tuple[Any, ...]:
+    count, size = draw.count(1000), draw.count(10_000)
+    return (
+        floats(size), torch.zeros(count + 1, dtype=torch.int64), ids(count), draw.maybe(mask(count)),
+        draw.number(0.1, 3.0), draw.maybe(floats(count)),
+    )
+
+
+def support_stats_backward(draw: Draw) -> tuple[Any, ...]:
+    values, offsets, targets, _, temperature, temperatures = support_stats(draw)
+    count = len(targets)
+    return (
+        values, offsets, targets, doubles(count), doubles(count), draw.maybe(floats(count)), draw.maybe(floats(count)),
+        temperature, temperatures, draw.choice((0.0, draw.number(5.0, 50.0))), torch.empty_like(values),
+    )
+
+
 # Launcher -> its arguments.
 CALLS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     arguments.__name__: arguments
     for arguments in (
         token_stats, token_statistics, token_stats_backward, token_stats_backward_out, policy_loss, group_advantages,
-        kl_estimate, divergence, divergence_backward, linear_statistics, scaled,
+        kl_estimate, divergence, divergence_backward, linear_statistics, scaled, support_products,
+        support_grad_hidden, support_grad_weight, support_stats, support_stats_backward,
     )
 }
 

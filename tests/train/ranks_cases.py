@@ -51,7 +51,7 @@ OTHERS = RECIPE + """
   scores: {{kind: preference, model: base, pairs: pairs, epochs: 2, batch_size: 3, micro_batch_size: 1,
            learning_rate: 1.0e-3}}
   ppo: {{kind: grpo, model: base, problems: [sums], rewards: {{"ranks_cases:parity": 1.0}}, steps: 2, questions: 4,
-        group_size: 2, micro_batch_tokens: 600, learning_rate: 1.0e-3, max_new_tokens: 6, minibatches: 2,
+        group_size: 2, micro_batch_tokens: 600, learning_rate: 1.0e-3, max_new_tokens: 6, minibatches: 2, top_p: 0.9,
         advantages: {{function: "ppo:critic", options: {{value_learning_rate: 1.0e-3, kl_coef: 0.01}}}},
         objective: {{preset: grpo, options: {{aggregate: token_mean}}}}}}
   lora: {{kind: grpo, model: base, problems: [sums], rewards: {{"ranks_cases:parity": 1.0}}, steps: 2, questions: 4,

@@ -77,6 +77,47 @@ def test_one_step_ahead_it_samples_from_weights_one_step_older(tmp_path):
     assert all(line["first_ratio_deviation"] < 1e-4 for line in lines[:3])  # to the weights before the updates
 
 
+@pytest.mark.parametrize("truncated", ["top_p=0.8", "top_k=9", "min_p=0.1"])
+def test_truncated_sampling_is_replayed(tmp_path, truncated):
+    """The sampler and the policy score the same sets, those of a step ahead too; without replay they differ."""
+    ahead = ["rollout_ahead=1", "importance.mode=truncate", "learning_rate=1e-6"]
+    stage = stage_of(tmp_path, [truncated, "steps=2", *ahead])
+    GRPOTrainer(stage).run()
+    lines = read_lines(stage.directory / "metrics.jsonl")[:2]
+    assert all(line["first_ratio_deviation"] < 1e-4 and line["logprob_gap_max"] < 1e-3 for line in lines)
+    plain = stage_of(tmp_path / "plain", [truncated, "sampling_replay=false", "steps=1"])
+    GRPOTrainer(plain).run()
+    assert read_lines(plain.directory / "metrics.jsonl")[0]["logprob_gap_max"] > 1e-2
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_checkpoint_holds_what_sampling_kept(tmp_path, monkeypatch, ahead):
+    """Of a rollout between two updates, and of a step that was sampled ahead."""
+    settings = ["top_p=0.8", "steps=2", ".checkpoint.every=1", f"rollout_ahead={ahead}", "importance.mode=mask"]
+
+    def stop(trainer, *arguments):
+        if len(trainer.updates) == 1 or (trainer.step == 1 and ahead):
+            raise Interrupted("SIGTERM")
+        return work(trainer, *arguments)
+
+    name = "score" if ahead else "update"
+    work = getattr(GRPOTrainer, name)
+    monkeypatch.setattr(GRPOTrainer, name, stop)
+    stage = stage_of(tmp_path / "stopped", settings)
+    with pytest.raises(Interrupted):
+        GRPOTrainer(stage).run()
+    monkeypatch.undo()
+    state = torch.load(latest_checkpoint(stage.directory) / "state.pt", weights_only=True)
+    held = state["sampled"] if ahead else state["rollout"][0]
+    assert [len(counts) for _, counts in held["supports"]] == held["mask"].sum(-1).tolist()
+    GRPOTrainer(stage).run()
+    assert all(line["first_ratio_deviation"] < 1e-4 for line in read_lines(stage.directory / "metrics.jsonl")[:2])
+    if not ahead:  # else the resumed run samples the next step from newer weights
+        whole = stage_of(tmp_path / "whole", settings)
+        GRPOTrainer(whole).run()
+        assert equal(outcome(stage.directory), outcome(whole.directory))
+
+
 def test_each_epoch_asks_every_question_once(tmp_path):
     trainer = GRPOTrainer(stage_of(tmp_path, ["questions=3", "oversample=1", "minibatches=1"]))
     asked = []

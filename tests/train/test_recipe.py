@@ -167,6 +167,12 @@ BAD = [  # an override, and words of the message
      "'stages.cold.teacher' 'r0' r1"),
     ("=3", "'' 3"), ("eval..samples=3", "'eval.'"), ("stages.r1.steps", "--set 'stages.r1.steps' KEY=VALUE"),
     ("stages.r1.steps=[", "YAML"), ("seed=2024-13-45", "month"), ("stages.r2.steps=3", "'stages.r2' 'kind'"),
+    ("stages.rl.steps=3", "'stages.rl' 'kind' 'stages' 'base' 'cold' 'r1'"),
+    ("data.sms.split=x", "'data.sms' 'kind' 'data' 'sums'"),
+    ("import_from=[nowhere]", "'import_from' nowhere directory"),
+    ("stages.r1.importance={normalize: true}", "'stages.r1.importance.normalize' true 'none' 'truncate'"),
+    ("stages.r1.top_p=0", "'stages.r1.top_p' 0"), ("stages.r1.top_k=0", "'stages.r1.top_k' 0"),
+    ("stages.r1.min_p=1", "'stages.r1.min_p' 1"),
     ("template.x=3", "'template' 'r1_zero'"), ("run_dir.x=3", "'run_dir' string"),
 ]
 
@@ -179,6 +185,23 @@ def test_a_wrong_setting_is_named(path, override, words):
     assert str(path) in message
     missing = [word for word in words.split() if word not in message]
     assert not missing, f"{missing} not in: {message}"
+
+
+VLLM = "sampler={kind: vllm, urls: ['http://a'], weights_dir: w}"
+
+
+def test_replay_with_vllm_needs_a_limit(path):
+    with pytest.raises(ConfigError, match=r"'stages\.r1\.top_k' is None.*'sampling_replay'"):
+        load_recipe(path, [VLLM, "stages.r1.top_p=0.9"])
+    for change in ("stages.r1.top_k=512", "stages.r1.sampling_replay=false"):
+        recipe = load_recipe(path, [VLLM, "stages.r1.top_p=0.9", change])
+        assert recipe.stages["r1"].replays == ("top_k" in change) and not recipe.stages["r1-2"].replays
+
+
+def test_replay_needs_the_whole_vocabulary(path):
+    with pytest.raises(ConfigError, match=r"'parallel\.tensor' is 2.*'stages\.r1\.sampling_replay'"):
+        load_recipe(path, ["parallel.tensor=2", "stages.r1.min_p=0.1"])
+    load_recipe(path, ["parallel.tensor=2", "stages.r1.min_p=0.1", "stages.r1.sampling_replay=false"])
 
 
 def test_long_values_are_cut(path):

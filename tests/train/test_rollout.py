@@ -20,6 +20,8 @@ from r1kernels.train.rollout import (
     Sampling,
     TransformersSampler,
     draw,
+    kept_ids,
+    kept_weights,
     padded,
     prompt_tokens,
     uniform_at,
@@ -73,6 +75,68 @@ def test_with_top_p_log_probs_are_those_of_what_is_left(model, tokenizer):
         kept = TopPLogitsWarper(0.6)(None, logits / 0.7).log_softmax(-1)
         expected = kept.gather(-1, tokens[:, None])[:, 0]
         torch.testing.assert_close(found.logprobs[row][found.mask[row]], expected, rtol=1e-4, atol=1e-4)
+
+
+# Truncated sampling: (top_p, top_k, min_p).
+TRUNCATED = [(0.8, None, 0.0), (1.0, 7, 0.0), (1.0, None, 0.2), (0.7, 9, 0.05), (0.95, 5000, 0.0), (1e-9, None, 0.0)]
+
+
+def expected_set(scores, top_p, top_k, min_p):
+    """The tokens that vLLM would keep, in float64 by the definition: min-p, then top-k, then top-p."""
+    probs = scores.double().softmax(-1)
+    probs = probs.where(probs >= min_p * probs.max(), 0)
+    order = probs.argsort(descending=True)[: top_k or len(probs)]
+    shares = probs[order] / probs[order].sum()
+    return {token for token, share, before in zip(order.tolist(), shares.tolist(),
+                                                  (shares.cumsum(-1) - shares).tolist(), strict=True)
+            if share > 0 and before < top_p}
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "min_p"), TRUNCATED)
+@pytest.mark.parametrize("size", [3, 80, 3000])
+def test_the_sets_are_what_sampling_can_draw(size, top_p, top_k, min_p):
+    scores = torch.randn(16, size, generator=torch.Generator().manual_seed(size)) * 2
+    sampling = Sampling(1.0, 1, top_p, top_k=top_k, min_p=min_p)
+    kept = kept_weights(scores, sampling)
+    sets = kept_ids(*kept)
+    assert [set(ids.tolist()) for ids in sets] == [expected_set(row, top_p, top_k, min_p) for row in scores]
+    assert all(ids.dtype == torch.int32 and len(ids.unique()) == len(ids) for ids in sets)
+    for value in (0.0, 0.3, 1 - 2**-53):
+        tokens, logprobs = draw(*kept, torch.full((16,), value, dtype=torch.float64))
+        for row, ids in enumerate(sets):
+            exact = scores[row].double()[ids.long()].log_softmax(-1)[(ids == tokens[row]).nonzero().item()]
+            torch.testing.assert_close(logprobs[row].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "min_p"), TRUNCATED[:4])
+def test_completions_have_the_sets_of_their_tokens(model, tokenizer, top_p, top_k, min_p):
+    """Rows that end early leave the batch, and every rank packs its rows for the others."""
+    sampling = Sampling(0.7, 12, top_p, 5, 0, top_k, min_p, replay=True)
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, sampling)
+    assert found.finished.any() and not found.finished.all()
+    for row, (ids, counts) in enumerate(found.supports):
+        prompt, tokens = found.prompt_ids[row][found.prompt_mask[row]], found.token_ids[row][found.mask[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        assert len(counts) == len(tokens) == found.lengths[row]
+        for ids_of_token, token, line, logprob in zip(ids.long().split(counts.tolist()), tokens.tolist(), logits / 0.7,
+                                                      found.logprobs[row].tolist(), strict=False):
+            expected = line[ids_of_token].log_softmax(-1)[ids_of_token.tolist().index(token)].item()
+            assert logprob == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    plain = TransformersSampler(model, tokenizer).sample(PROMPTS, dataclasses.replace(sampling, replay=False))
+    assert plain.support is None and torch.equal(plain.token_ids, found.token_ids)
+
+
+def test_sets_stay_with_their_rows(model, tokenizer):
+    found = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(0.7, 12, 0.8, replay=True))
+    some = found.rows(torch.tensor([7, 0]))
+    ids, offsets = some.support
+    assert len(offsets) == some.mask.sum() + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
+    expected = [part for row in (7, 0) for part in found.supports[row][0].split(found.supports[row][1].tolist())]
+    assert [part.tolist() for part in expected] == [
+        ids[begin:end].tolist() for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    for token, part in zip(some.token_ids[some.mask].tolist(), expected, strict=True):
+        assert token in part
 
 
 def test_rows_belong_together(completions):
@@ -189,6 +253,10 @@ def test_random_numbers_are_uniform_and_independent():
         assert torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1].abs() < 5 / math.sqrt(count)
 
 
+def drawn_with(scores, uniform, top_p):
+    return draw(*kept_weights(scores, Sampling(1.0, 1, top_p)), uniform)
+
+
 def test_draws_follow_the_distribution():
     """On a grid of uniform numbers, every token comes as often as its probability says, to one draw."""
     logprobs = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(-1)
@@ -196,23 +264,24 @@ def test_draws_follow_the_distribution():
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     for top_p in (1.0, 0.7, 1e-9):
         kept = TopPLogitsWarper(top_p)(None, logprobs) if top_p < 1 else logprobs
-        drawn, found = draw(logprobs.expand(count, -1), uniform, top_p)
+        drawn, found = drawn_with(logprobs.expand(count, -1), uniform, top_p)
         expected = kept.double().softmax(-1)[0]
         assert (drawn.bincount(minlength=50) - expected * count).abs().max() <= 1 + 1e-3
         torch.testing.assert_close(found, expected.log()[drawn].float(), rtol=1e-5, atol=1e-6)
         assert found.max() <= 0
-    assert draw(logprobs, torch.zeros(1, dtype=torch.float64), 1.0)[0].item() == 0
+    assert drawn_with(logprobs, torch.zeros(1, dtype=torch.float64), 1.0)[0].item() == 0
     certain = torch.tensor([[-math.inf, 0.0, -math.inf]])
     for value in (0.0, 1 - 2**-53):
-        assert draw(certain, torch.tensor([value], dtype=torch.float64), 1.0)[0].item() == 1
+        assert drawn_with(certain, torch.tensor([value], dtype=torch.float64), 1.0)[0].item() == 1
 
 
 def test_a_model_without_numbers_or_cache_is_refused(tokenizer):
     model = tiny("llama", tokenizer)
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    with pytest.raises(TrainingError, match="LlamaForCausalLM"):
-        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4))
+    for options in ({}, {"top_p": 0.9, "replay": True}, {"top_k": 5, "replay": True}, {"min_p": 0.1}):
+        with pytest.raises(TrainingError, match="LlamaForCausalLM"):
+            TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1.0, 4, **options))
     forward = model.model.forward
     model.model.forward = lambda **inputs: dataclasses.replace(forward(**inputs), past_key_values=None)
     with pytest.raises(ConfigError, match="LlamaForCausalLM"):
@@ -262,7 +331,7 @@ def test_tags_that_are_special_tokens_survive_decoding():
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     stop = tokenizer.convert_tokens_to_ids(">")
     rows = [[*ids, eos, pad, pad], [*ids, stop], ids]
-    found = Collector(tokenizer, ["a"] * 3, [stop]).completions((row, [-1.0] * len(row)) for row in rows)
+    found = Collector(tokenizer, ["a"] * 3, [stop]).completions((row, [-1.0] * len(row), None) for row in rows)
     assert found.texts == [text] * 3 and found.finished.tolist() == [False, True, False]
     assert found.lengths.tolist() == [len(ids) + 3, len(ids) + 1, len(ids)]
 
@@ -300,7 +369,7 @@ def test_a_token_is_found_by_its_block(size, spread, top_p):
         probs /= probs.sum(-1, keepdim=True)
     place = torch.multinomial(probs, 1, generator=generator)
     middle = (probs.cumsum(-1) - probs / 2).gather(-1, place)[:, 0]
-    tokens, logprobs = draw(scores, middle, top_p)
+    tokens, logprobs = drawn_with(scores, middle, top_p)
     assert torch.equal(tokens, order.gather(-1, place)[:, 0])
     torch.testing.assert_close(logprobs, probs.gather(-1, place).log().float()[:, 0], rtol=1e-5, atol=1e-5)
 
@@ -310,7 +379,7 @@ def test_no_uniform_number_draws_an_impossible_token(top_p):
     scores = torch.full((4, 300), -math.inf)
     scores[:, 130:140] = torch.linspace(0, -80, 10)
     for value in (0.0, 0.5, 1 - 2**-53):
-        tokens, logprobs = draw(scores, torch.full((4,), value, dtype=torch.float64), top_p)
+        tokens, logprobs = drawn_with(scores, torch.full((4,), value, dtype=torch.float64), top_p)
         assert ((tokens >= 130) & (tokens < 140)).all() and logprobs.isfinite().all()
 
 

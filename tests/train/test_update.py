@@ -73,6 +73,44 @@ def by_place(hidden, mask):
 # ---- log-probs and gradients ----
 
 
+def exact_logprobs(model, rollout):
+    """Log-probs (N,) over the sets of a rollout in float64, from the logits of each whole text."""
+    found = []
+    for row, (ids, counts) in enumerate(rollout.supports):
+        prompt, tokens = rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.token_ids[row][rollout.mask[row]]
+        logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        for line, kept, token in zip(logits, ids.long().split(counts.tolist()), tokens, strict=True):
+            found.append(line[token] - line[kept].logsumexp(-1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("sampling", [
+    Sampling(0.7, 12, 0.8, 5, replay=True), Sampling(0.7, 12, top_k=6, min_p=0.05, replay=True)],
+    ids=["top_p", "top_k"])
+def test_with_replay_the_policy_is_scored_over_what_sampling_kept(model, policy, tokenizer, sampling, route):
+    """Against float64. The first ratio is 1: to the log-probs of the trainer exactly, to the sampler's up to rounding.
+    Without replay they differ by the probability of what was left out."""
+    done = TransformersSampler(model, tokenizer).sample(PROMPTS, sampling)
+    batches, double = list(ROWS.split(5)), make_model(tokenizer, hidden_size=32, num_hidden_layers=2).double()
+    old = logprobs(policy, done, batches, route)
+    with torch.no_grad():
+        torch.testing.assert_close(old[done.mask].double(), exact_logprobs(double, done), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(old, done.logprobs, rtol=1e-4, atol=1e-4)
+    whole = logprobs(policy, dataclasses.replace(done, supports=None), batches, route)
+    assert (done.logprobs - whole)[done.mask].mean() > 0.05
+    rollout = Rollout(
+        done.prompt_ids, done.prompt_mask, done.token_ids, done.mask, advantages=torch.linspace(-1, 1, len(PROMPTS)),
+        old_logprobs=old, ref_logprobs=old, importance_weights=None, supports=done.supports)
+    found, metrics = gradient(policy, rollout, r1kernels.objectives.grpo(kl_coef=0.1), batches, route)
+    assert metrics["ratio_deviation"] == 0 and metrics["kl"] == 0
+    # At ratio 1 and KL 0 the gradient is that of -advantage x log-prob, averaged over each sequence.
+    weights = (rollout.advantages[:, None] / done.lengths[:, None] / len(PROMPTS) * done.mask)[done.mask]
+    (-(weights * exact_logprobs(double, done)).sum()).backward()
+    expected = torch.cat([weight.grad.flatten() for weight in double.parameters()]).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_rows_drop_only_padding(rollout, model, route):
     rows = torch.tensor([0, 3])

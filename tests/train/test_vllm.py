@@ -52,10 +52,11 @@ def connect(server, model, tokenizer, tmp_path):
     opened = []
 
     def connect(**options):
-        check = options.pop("check", lambda: None)
+        check, replay = options.pop("check", lambda: None), options.pop("replay", False)
         given = {"urls": [server.url], "weights_dir": str(tmp_path / "weights"), "timeout_s": 120.0, **options}
         settings = SamplerSettings(kind="vllm", **given)
-        opened.append(VLLMSampler(settings, tokenizer, end_tokens(model, tokenizer), check=check))
+        opened.append(VLLMSampler(settings, tokenizer, end_tokens(model, tokenizer), check=check,
+                                  replay=replay))
         return opened[-1]
 
     yield connect
@@ -150,6 +151,7 @@ def with_logprobs(**values):
     (with_logprobs(token_logprobs=[0.5] * 6), "log-probs .0.5"),
     (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[float("nan")] * 6), "log-probs .nan"),
     (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[-float("inf")] * 6), "log-probs .-inf"),
+    (with_logprobs(tokens=["token_id:7"] * 6, token_logprobs=[-9999.0] * 6), "log-probs .-9999"),
     (with_logprobs(token_logprobs=[None] * 6), "TypeError"),
     (with_logprobs(tokens=["token_id:7"], token_logprobs=[-1.0]), r"1 tokens that end in .7., expected 6"),
     (with_logprobs(tokens=["token_id:7"] * 7, token_logprobs=[-1.0] * 7), "7 tokens"),
@@ -163,6 +165,63 @@ def test_answers_that_cannot_be_right_are_refused(connect, server, change, messa
     server.change = change
     with pytest.raises(EndpointError, match=f"{server.url} gave no usable answer to /v1/completions .*{message}"):
         sample(sampler)
+
+
+KEPT = Sampling(0.7, 6, top_k=5, replay=True)
+
+
+def test_the_server_says_what_sampling_kept(connect, server, model):
+    """Log-probs are over the sets. Other requests to this server need a top-k too, which then keeps every token."""
+    server.sampling_mask = True
+    done = sample(connect(replay=True), KEPT)
+    asked = [body["sampling_params"] for body in server.bodies("/inference/v1/generate")]
+    assert [(one["n"], one["top_k"]) for one in asked] == [(4, 5)] * 3
+    for row, (ids, counts) in enumerate(done.supports):
+        assert ids.dtype == counts.dtype == torch.int32 and counts.tolist() == [5] * done.lengths[row]
+        prompt, tokens = done.prompt_ids[row][done.prompt_mask[row]], done.token_ids[row][done.mask[row]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1] / 0.7
+        kept = ids.long().view(-1, 5)
+        expected = logits.gather(-1, kept).log_softmax(-1)[kept == tokens[:, None]]
+        torch.testing.assert_close(done.logprobs[row][done.mask[row]], expected, rtol=1e-4, atol=1e-4)
+    whole = sample(connect(), Sampling(1.0, 6))
+    assert whole.supports is None and gap(whole, model, 1.0) < 1e-4
+    assert all(body["top_k"] > 10**6 for body in server.bodies("/v1/completions"))
+
+
+def without(key):
+    return lambda choices: [{name: value for name, value in choice.items() if name != key} for choice in choices]
+
+
+def with_sets(change):
+    return lambda choices: [{**choice, "sampling_mask": change(choice["sampling_mask"])} for choice in choices]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (without("sampling_mask"), "'sampling_mask'.*--return-sampling-mask --enable-scale-out"),
+    (with_sets(lambda sets: None), "'sampling_mask'.*--return-sampling-mask --enable-scale-out"),
+    (with_sets(lambda sets: sets[1:]), r"'sampling_mask' has \d sets for \d tokens"),
+    (with_sets(lambda sets: [*sets, [1]]), r"'sampling_mask' has \d sets for \d tokens"),
+    (with_sets(lambda sets: [[], *sets[1:]]), "'sampling_mask'.*with the token"),
+    (with_sets(lambda sets: [[999] * len(one) for one in sets]), "'sampling_mask'.*with the token"),
+    (with_sets(lambda sets: [[*one, 2**40] for one in sets]), "RuntimeError.*overflow"),
+    (with_sets(lambda sets: 3), "TypeError"),
+    (without("token_ids"), "KeyError: 'token_ids'"),
+    (without("logprobs"), "KeyError: 'logprobs'"),
+    (lambda choices: [{**choice, "logprobs": {"content": []}} for choice in choices], "log-probs .. of"),
+])
+def test_sets_that_cannot_be_right_are_refused(connect, server, change, message):
+    server.sampling_mask = True
+    sampler = connect(replay=True)
+    server.change = change
+    with pytest.raises(EndpointError, match=f"{server.url} .*/inference/v1/generate .*{message}"):
+        sample(sampler, KEPT)
+
+
+def test_a_server_without_sets_is_refused_where_they_are_needed(connect, server, second):
+    server.sampling_mask = True
+    with pytest.raises(EndpointError, match=f"{second.url} .*--return-sampling-mask .*'sampling_replay'"):
+        connect(urls=[server.url, second.url], replay=True)
 
 
 def test_no_key_follows_a_redirect(connect, server, monkeypatch):
@@ -349,6 +408,16 @@ class TestStages:
         assert len(server.bodies("/sleep?level=2")) == 3  # and the end of the stage
         lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
         assert all(line["logprob_gap_max"] < 1e-3 for line in lines[:2])
+
+    def test_grpo_over_what_the_server_kept(self, stage, server, tmp_path):
+        server.sampling_mask = True
+        GRPOTrainer(stage("steps=1", "top_k=5", load=True)).run()
+        line = json.loads((tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()[0])
+        assert line["logprob_gap_max"] < 1e-3 and line["first_ratio_deviation"] < 1e-4
+        assert len(server.bodies("/inference/v1/generate")) == 4 and len(server.bodies("/v1/completions")) == 2 * 3
+        server.sampling_mask = False
+        with pytest.raises(EndpointError, match=f"{server.url} .*--return-sampling-mask"):
+            GRPOTrainer(stage("steps=1", "top_k=5", load=True))
 
     def test_a_run_that_goes_on_with_updates_leaves_the_device_to_them(self, stage, server, tmp_path):
         """The checkpoint holds a rollout, and the server is awake."""

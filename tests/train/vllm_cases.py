@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -25,7 +26,7 @@ class Server(ThreadingHTTPServer):
         self.model, self.tokenizer, self.logprobs_mode, self.dev_mode = model, tokenizer, "processed_logprobs", True
         self.change, self.fault, self.wait = lambda choices: choices, lambda handler: False, lambda: None
         self.log, self.lock, self.version = [], threading.Lock(), "default"
-        self.sleep_mode, self.asleep = True, set()
+        self.sleep_mode, self.asleep, self.sampling_mask = True, set(), False
         self.transfer, self.workers, self.nccl, self.updating = None, 1, None, False
         self.in_flight, self.most_in_flight, self.cache_in_use = 0, 0, False
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -39,13 +40,21 @@ class Server(ThreadingHTTPServer):
 
     @torch.no_grad()
     def complete(self, index, asked):
-        generator, ids, values = torch.Generator().manual_seed(index), [], []
+        """A choice of `/v1/completions`, or of `/inference/v1/generate`, which has what sampling kept: top-k."""
+        prompt = asked.get("token_ids") or asked["prompt"]
+        generator, ids, values, sets = torch.Generator().manual_seed(index + len(prompt)), [], [], []
         while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
-            logits = self.model(input_ids=torch.tensor([asked["prompt"] + ids])).logits[0, -1]
-            sampled = (logits / asked["temperature"]).log_softmax(-1)
+            logits = self.model(input_ids=torch.tensor([prompt + ids])).logits[0, -1]
+            kept = logits.topk(min(asked["top_k"] % 2**31, len(logits))).indices  # -1 is all
+            sampled = torch.full_like(logits, -math.inf).scatter(0, kept, logits[kept] / asked["temperature"])
+            sampled = sampled.log_softmax(-1)
+            sets.append(kept.tolist())
             ids.append(torch.multinomial(sampled.exp(), 1, generator=generator).item())
             values.append(sampled[ids[-1]].item())
-        return {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": values}
+        if "token_ids" not in asked:
+            return {"index": index, "logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": values}}
+        content = [{"token_id": token, "logprob": value} for token, value in zip(ids, values, strict=True)]
+        return {"index": index, "token_ids": ids, "logprobs": {"content": content}, "sampling_mask": sets}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,23 +87,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def server_info(self, body, query):
         assert query == {"config_format": ["json"]}
-        model = {"logprobs_mode": self.server.logprobs_mode, "enable_sleep_mode": self.server.sleep_mode}
+        model = {"logprobs_mode": self.server.logprobs_mode, "enable_sleep_mode": self.server.sleep_mode,
+                 "return_sampling_mask": self.server.sampling_mask}
         return {"vllm_config": {"model_config": model, "weight_transfer_config": self.server.transfer}}
 
     def v1_completions(self, body, query):
         server, asked = self.server, {**DEFAULTS, **body}
         assert not server.asleep
-        plain = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": True}
-        assert {name: asked[name] for name in plain} == plain and asked["return_tokens_as_token_ids"]
+        plain = {"repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": True}
+        assert {name: asked[name] for name in plain} == plain
+        assert "token_ids" in asked or asked["return_tokens_as_token_ids"]
+        assert asked["top_k"] > 0 if server.sampling_mask else asked["top_k"] == -1
         with server.lock:
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         server.wait()
         with server.lock:
-            found = [{"index": index, "logprobs": server.complete(index + len(asked["prompt"]), asked)}
-                     for index in range(asked["n"])]
+            found = [server.complete(index, asked) for index in range(asked["n"])]
             server.in_flight -= 1
         return {"choices": server.change(found[::-1])}
+
+    def inference_v1_generate(self, body, query):
+        assert self.server.sampling_mask
+        return self.v1_completions({"token_ids": body["token_ids"], **body["sampling_params"]}, query)
 
     def collective_rpc(self, body, query):
         assert body["method"] == "reload_weights" and "weights" not in self.server.asleep

@@ -8,12 +8,13 @@ from typing_extensions import Unpack
 
 from r1kernels import objectives
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_shape, ids_int64
-from r1kernels.ops.cross_entropy import check_reduction, denominator
+from r1kernels.ops.cross_entropy import check_reduction, denominator, named_targets
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.grpo_loss import one_pass_sum
-from r1kernels.ops.linear.options import LinearOptions, prepare
+from r1kernels.ops.linear.options import Call, LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
 from r1kernels.ops.linear.token_stats import linear_token_stats
+from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_terms import TargetTerms
 
 
@@ -56,6 +57,8 @@ def linear_cross_entropy(
     """
     check_reduction(reduction, ignore_index, normalizer)
     terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+    if terms.given:
+        refuse_support(options, "linear_cross_entropy with z_loss_coef or label_smoothing")
     hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     targets = ids_int64("targets", targets, hidden)
@@ -69,7 +72,7 @@ def linear_cross_entropy(
         if terms.given:
             losses = target_losses(call, wanted, call.head.token_ids[None], terms)
         else:
-            losses = -linear_token_stats(call, wanted)[0]
+            losses = -_logprobs(call, wanted)
         losses = torch.where(mask, losses.reshape(targets.shape), 0)
         if reduction == "none":
             return losses
@@ -81,3 +84,10 @@ def linear_cross_entropy(
         return target_sums(call, wanted, call.head.token_ids[None], terms, weights, 1)[0]
     ones = torch.ones(wanted.shape, dtype=dtype, device=hidden.device)
     return one_pass_sum(call, wanted, ones / divisor, ones, objectives.reinforce())
+
+
+def _logprobs(call: Call, wanted: Tensor) -> Tensor:
+    try:
+        return linear_token_stats(call, wanted)[0]
+    except ValueError as error:
+        raise ValueError(named_targets(str(error))) from None

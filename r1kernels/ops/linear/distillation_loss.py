@@ -7,7 +7,8 @@ rounded. Only the backward knows the scale, so it walks over the chunks again.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,34 +21,46 @@ from r1kernels.ops.distillation_loss import (
     DistillationLoss,
     check_positive_normalizer,
     check_settings,
-    check_teacher_kind,
+    check_top_k,
     check_topk,
     reduce,
     shape_text,
 )
 from r1kernels.ops.divergence import KINDS
 from r1kernels.ops.linear.budget import row_bytes
-from r1kernels.ops.linear.divergence import LinearTeacher, measures, run_divergence
-from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.divergence import LinearTeacher, Mixture, measures, run_divergence
+from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
-from r1kernels.ops.shards import Shard
+from r1kernels.ops.shards import Shard, Split
+from r1kernels.ops.support import refuse_support
+from r1kernels.ops.teacher_mixture import check_coefs, is_several
+from r1kernels.ops.topk_choice import Scorer
 
 TEACHER_OPTIONS = ("bias", "lora", "logit_scale", "softcap")
 # Temporary float64 memory in `topk_divergence` for each of the K + 1 outcomes of a row of a top-k teacher.
 _OUTCOME_BYTES = 128
+_TEACHER_TENSORS = ("hidden", "weight", "bias", "lora_a", "lora_b", "token_ids", "logprobs")
 _NO_GRADIENTS = Needs(False, False, False, False, False)
+
+
+class Aside(NamedTuple):
+    """What an operator cannot take: the walk is then called directly."""
+
+    shard: Shard | None
+    scorer: Scorer | None
+    mixture: Mixture | None
 
 
 def _run(
     inputs: tuple[Tensor | None, ...], head: Head, mask: Tensor | None, teacher: LinearTeacher, factor: Tensor,
-    kind: int, beta: float, needs: Needs, shard: Shard | None,
+    kind: int, beta: float, needs: Needs, aside: Aside,
 ) -> tuple[Tensor, ...]:
     hidden, *others = inputs
     full = head.with_tensors(*others)
-    if shard is not None:
-        return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, shard)
+    if any(value is not None for value in aside):
+        return run_divergence(full, hidden, mask, teacher, factor, KINDS[kind], beta, needs, *aside)
     return _library.call(
         torch.ops.r1kernels.linear_divergence.default, hidden, *full, mask, *teacher, factor, kind, beta, list(needs)
     )
@@ -73,27 +86,28 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, constants: Constants, mask: Tensor | None, teacher: LinearTeacher,
-        normalizer: Tensor | float | None, kind: int, beta: float, one_pass: bool, two_phases: bool,
-        origin: Tensor | None,
+        scorer: Scorer | None, mixture: Mixture | None, normalizer: Tensor | float | None, kind: int, beta: float,
+        one_pass: bool, two_phases: bool, origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         head, into, shard = constants
+        aside = Aside(shard, scorer, mixture)
         inputs = (hidden, weight, bias, lora_a, lora_b)
         ctx.targets = Targets.of(ctx.needs_input_grad, inputs, into)
         factor = _factor(head, mask, normalizer)
         measured, *grads = _run(
             inputs, head, mask, teacher, factor, kind, beta, ctx.targets.needs if one_pass else _NO_GRADIENTS,
-            shard,
+            aside,
         )
         value, *rows = measured.unbind(0)
         loss, metrics = reduce(value, mask, normalizer, dict(zip(measures(teacher), rows, strict=True)))
         if one_pass:
             ctx.save_for_backward(*grads, origin)
         elif two_phases:
-            tensors = [value for value in teacher if not isinstance(value, float)]
+            tensors = [getattr(teacher, name) for name in _TEACHER_TENSORS]
             ctx.save_for_backward(*inputs, head.token_ids, mask, factor, *tensors)
             ctx.arguments = head._replace(token_ids=None), kind, beta
-            ctx.teacher_scalars = teacher.logit_scale, teacher.softcap
-        ctx.one_pass, ctx.shard = one_pass, shard
+            ctx.teacher = teacher._replace(**dict.fromkeys(_TEACHER_TENSORS))
+        ctx.one_pass, ctx.aside = one_pass, aside
         ctx.mark_non_differentiable(*metrics.values())
         return loss, *metrics.values()
 
@@ -108,11 +122,11 @@ class _LinearDivergence(torch.autograd.Function):
             head, kind, beta = ctx.arguments
             _, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
-                LinearTeacher(*teacher[:5], *ctx.teacher_scalars, *teacher[5:]), factor * grad_loss, kind, beta,
-                ctx.targets.needs, ctx.shard,
+                ctx.teacher._replace(**dict(zip(_TEACHER_TENSORS, teacher, strict=True))), factor * grad_loss, kind,
+                beta, ctx.targets.needs, ctx.aside,
             )
             upstream = None
-        return *ctx.targets.finished(grads, upstream), *[None] * 9
+        return *ctx.targets.finished(grads, upstream), *[None] * 11
 
 
 def _full_teacher(
@@ -138,9 +152,25 @@ def _full_teacher(
     )
     head = call.head.with_tensors(*call.tensors[1:])
     constants = [None if value is None else value.detach() for value in (hidden, *head[:4])]
-    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap, None, None)
+    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap)
     sizes = _rows_of_ranks(call)
     return teacher, sizes, row_bytes(max(sizes), hidden.shape[-1], head.logits_dtype)
+
+
+def _each_teacher(given: tuple[Any, Any, Any], several: bool) -> list[tuple[Any, Any, Any]]:
+    """(hidden, weight, options) of each teacher."""
+    if not several:
+        return [given]
+    hidden, weights, options = given
+    options = [None] * len(hidden) if options is None else options
+    for name, value in (("teacher_weight", weights), ("teacher_options", options)):
+        if not is_several(value) or len(value) != len(hidden):
+            count = f" of {len(value)}" if is_several(value) else ""
+            raise ValueError(
+                f"{name} is a {type(value).__name__}{count} and teacher_hidden a list of {len(hidden)}, expected one "
+                "for each teacher"
+            )
+    return list(zip(hidden, weights, options, strict=True))
 
 
 def _rows_of_ranks(call: Call) -> tuple[int, ...]:
@@ -155,16 +185,20 @@ def _no_tokens(hidden: Tensor) -> Tensor:
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     *,
+    teacher_coefs: Tensor | None = None,
     teacher_token_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
+    teacher_logprobs: Tensor | Scorer | None = None,
+    top_k: int | None = None,
+    top_k_of: str = "student",
+    tail: str = "bucket",
     mask: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     normalizer: Tensor | float | None = None,
-    teacher_options: LinearOptions | None = None,
+    teacher_options: LinearOptions | Sequence[LinearOptions] | None = None,
     **options: Unpack[LinearOptions],
 ) -> DistillationLoss:
     r"""Distillation from hidden states of both models: `distillation_loss` without a tensor of logits.
@@ -177,11 +211,15 @@ def linear_distillation_loss(
         student_weight: (V, H), dtype as in `linear_token_logprobs`.
         teacher_hidden: (..., H'), one row for each of student_hidden; any of these dtypes and any width.
         teacher_weight: (V, H'), dtype as in `linear_token_logprobs`. Constants: the teacher gets no gradient.
-        teacher_token_ids, teacher_logprobs: (..., K), a top-k teacher instead; as in `distillation_loss`.
+            Or lists of M hidden states and weights, several teachers, as in `distillation_loss`.
+        teacher_coefs: (M,) or (..., M), the weights of several teachers.
+        teacher_token_ids, teacher_logprobs: (..., K), a top-k teacher instead; as in `distillation_loss`. With `top_k`,
+            teacher_logprobs may be a function, which is called once a chunk; in float16, again in the backward.
+        top_k, top_k_of, tail: as in `distillation_loss`. K tokens are chosen from the logits of each chunk.
         mask: (...), True or nonzero = counts. Rows where it is False are not computed, and may hold anything.
         divergence, beta, normalizer: as in `distillation_loss`.
         teacher_options: `bias`, `lora`, `logit_scale` and `softcap` of the teacher, as in `LinearOptions`. Its logits
-            are float32.
+            are float32. Of several teachers, a list.
         **options: the keywords of `LinearOptions`, for the student. `temperature` is one number for both models, and
             `chunk_bytes` is for the logits of both; `process_group` and `vocab_size` are about both vocabularies, which
             are sharded in the same way; `batch_invariant` is about the value of a token's
@@ -202,38 +240,62 @@ def linear_distillation_loss(
     teacher_hidden.float() @ teacher_weight.float().T)`
     Source: as in `distillation_loss`.
     """
+    refuse_support(options, "linear_distillation_loss")
     names = Names("student_hidden", "student_weight")
     student_hidden, student_weight, options = local_tensors(student_hidden, student_weight, options, names)
     kind, beta, _ = check_settings(divergence, beta, options.get("temperature", 1.0))
-    check_teacher_kind(
-        {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}, teacher_token_ids, teacher_logprobs
-    )
     check_floating("student_hidden", student_hidden)
+    local_weight = probes(student_weight, options)[1]
+    check_floating("student_weight", local_weight)
+    group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    full = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    choice = check_top_k(
+        top_k, top_k_of, tail, full, teacher_token_ids, teacher_logprobs,
+        _vocab(local_weight, options.get("vocab_size")), group,
+    )
+    k = (2 if top_k_of == "union" else 1) * choice.k or _listed_count(teacher_token_ids)
     shape = student_hidden.shape[:-1]
     mask = as_mask(mask, student_hidden, shape)
     normalizer = check_positive_normalizer(normalizer, student_hidden)
+    mixture, checked = None, []
     if teacher_hidden is not None:
         split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
-        teacher, sizes, extra = _full_teacher(teacher_hidden, teacher_weight, teacher_options, student_hidden, split)
+        coefs = check_coefs(
+            teacher_coefs, "teacher_hidden", teacher_hidden, shape, student_hidden, mask, group
+        )
+        given = (teacher_hidden, teacher_weight, teacher_options)
+        checked = [_full_teacher(*one, student_hidden, split) for one in _each_teacher(given, coefs is not None)]
+        teacher, extra = checked[0][0], sum(each[2] for each in checked)
+        if coefs is not None:
+            mixture = Mixture(tuple(each[0] for each in checked[1:]), coefs.reshape(-1, len(checked)))
+        if choice.k:
+            teacher = teacher._replace(top_k=choice.k, top_k_of=top_k_of, tail=tail)
+            extra += _OUTCOME_BYTES * (k + 1)
+    elif teacher_coefs is not None:
+        raise ValueError("teacher_coefs is given without teacher_hidden, expected a list of teachers")
     elif teacher_options is not None:
         raise ValueError("teacher_options is given with teacher_logprobs, but it needs teacher_hidden")
     else:
-        teacher, extra = None, _OUTCOME_BYTES * (_outcomes(teacher_token_ids))
+        teacher, extra = LinearTeacher(top_k=choice.k, tail=tail), _OUTCOME_BYTES * (k + 1)
     function = ""
     if options.get("process_group") is not None:  # otherwise, a compiled graph would keep beta as a constant
-        of_teacher = "a whole teacher" if teacher else f"{_outcomes(teacher_token_ids) - 1} tokens of the teacher"
+        of_teacher = f"{k} tokens of the teacher, tail {tail}" if teacher.has_list else "a whole teacher"
         function = f"linear_distillation_loss with {kind}, beta {beta} and {of_teacher}"
     call = prepare(
         student_hidden, student_weight, _no_tokens(student_hidden), dict(options), mask=mask, names=names,
         extra_row_bytes=extra, function=function,
     )
     rows = _rows_of_ranks(call)
-    if teacher is None:
+    scorer = None
+    if teacher.hidden is None and choice.k:
+        scorer = teacher_logprobs
+    elif teacher.hidden is None:
         listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, sum(rows), mask)
-        k = listed.token_ids.shape[-1]
-        flat = (value.reshape(-1, k) for value in listed)
-        teacher = LinearTeacher(None, None, None, None, None, 1.0, 0.0, *flat)
-    elif sizes != rows:
+        flat = (value.reshape(-1, listed.token_ids.shape[-1]) for value in listed)
+        teacher = teacher._replace(**dict(zip(("token_ids", "logprobs"), flat, strict=False)))
+    for _, sizes, _ in checked:
+        if sizes == rows:
+            continue
         theirs, ours = (
             each[0] if len(each) == 1 else f"{sum(each)} (of the ranks: {each})" for each in (sizes, rows)
         )
@@ -241,14 +303,23 @@ def linear_distillation_loss(
             f"teacher_weight has a vocabulary of {theirs} and student_weight one of {ours}, expected the "
             "same tokens in the same order"
         )
+    if (scorer is not None or mixture is not None) and torch.compiler.is_compiling():
+        name = "teacher_hidden is a list" if scorer is None else "teacher_logprobs is a function"
+        raise ValueError(f"{name} in code that torch.compile traces, expected a call outside of it")
     loss, *metrics = _LinearDivergence.apply(
-        *call.tensors, call.constants, None if mask is None else mask.reshape(-1), teacher, normalizer,
-        KINDS.index(kind), beta, call.one_pass, call.wanted and not call.one_pass, origin_of(*call.tensors),
+        *call.tensors, call.constants, None if mask is None else mask.reshape(-1), teacher, scorer, mixture,
+        normalizer, KINDS.index(kind), beta, call.one_pass, call.wanted and not call.one_pass, origin_of(*call.tensors),
     )
     named = ("tokens", "divergence", *measures(teacher), "nonfinite_tokens")
     return DistillationLoss(loss, dict(zip(named, metrics, strict=True)))
 
 
-def _outcomes(token_ids: Any) -> int:
-    """K + 1; `check_topk` refuses ids without a dimension K."""
-    return token_ids.shape[-1] + 1 if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 1
+def _vocab(weight: Tensor, vocab_size: Any) -> int:
+    """V without padding, as far as it is known before `prepare` checks both."""
+    rows = weight.shape[:1].numel()
+    return min(rows, vocab_size) if isinstance(vocab_size, int) else rows
+
+
+def _listed_count(token_ids: Any) -> int:
+    """K; `check_topk` refuses ids without a dimension K."""
+    return token_ids.shape[-1] if isinstance(token_ids, Tensor) and token_ids.dim() > 0 else 0

@@ -4,8 +4,8 @@ With a ratio per token, the slope of a token's loss depends only on that token's
 does everything: product -> statistics -> slopes -> d logits -> two products. It takes 3 units of 2 N H V
 floating-point operations. If only a share k of the tokens has a gradient, it takes 1 + 2 k units, or 3 k if the other
 tokens are known beforehand (mask 0, or advantage 0 without KL and entropy terms). Losses of whole sequences, callables
-and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics of all tokens,
-then d logits of the tokens with a gradient. The second phase computes their logits again.
+of the whole batch and float16 (whose gradients need the loss scale before they are rounded) need two phases: statistics
+of all tokens, then d logits of the tokens with a gradient. The second phase computes their logits again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 
 from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
+from r1kernels.ops import token_local
 from r1kernels.ops._autograd import differentiable_once, origin_of
 from r1kernels.ops._checks import accumulator_dtype, check_floating, check_positive, check_tensor
 from r1kernels.ops.linear.dtensor import local_tensors
@@ -33,6 +34,7 @@ from r1kernels.ops.policy_loss import (
     PolicyLoss,
     coefficients_of,
     compute,
+    entropy_scale,
     evaluate,
     kl_number,
     measure,
@@ -46,23 +48,25 @@ from r1kernels.ops.sequence_group import checked_sequence_group
 
 
 class TokenObjective(NamedTuple):
-    """The inputs of each token's slope, flattened to (N,). `weights` are the weights of the reduction."""
+    """The inputs of each token's slope, flattened to (N,). `weights` are the weights of the reduction, and
+    `entropy_weights` those of the entropy, if they differ."""
 
     weights: Tensor
     advantages: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    entropy_weights: Tensor | None
     objective: Objective
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the operator `linear_policy_gradient`."""
         o = self.objective
-        return *self[:5], objectives.SURROGATES.index(o.surrogate), kl_number(o), *coefficients_of(o)[:-1]
+        return *self[:6], objectives.SURROGATES.index(o.surrogate), kl_number(o), *coefficients_of(o)[:-1]
 
     @staticmethod
     def from_arguments(*arguments: Any) -> TokenObjective:
-        tensors, (surrogate, kl, *coefficients) = arguments[:5], arguments[5:]
+        tensors, (surrogate, kl, *coefficients) = arguments[:6], arguments[6:]
         clip_low, clip_high, ratio_cap, tau_pos, tau_neg, kl_coef, entropy_coef = coefficients
         objective = Objective(
             surrogate=objectives.SURROGATES[surrogate], clip_low=clip_low, clip_high=clip_high,
@@ -76,7 +80,7 @@ class TokenObjective(NamedTuple):
     def sparse(self) -> bool:
         """Whether a token's slopes may be 0: a bound may hold, and no other term gives a gradient."""
         o = self.objective
-        return o.surrogate in ("clip", "dppo_tv", "dppo_kl") and o.zero_without_advantage
+        return (o.is_token_local or o.surrogate in ("clip", "dppo_tv", "dppo_kl")) and o.zero_without_advantage
 
     def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
@@ -88,10 +92,14 @@ class TokenObjective(NamedTuple):
             taken(self.advantages), taken(self.old_logprobs), taken(self.ref_logprobs), None, None, None,
             taken(self.importance_weights),
         )
-        one = logprobs.new_ones(())
-        _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
+        if self.objective.is_token_local:
+            g, eta = token_local.slopes(self.objective, logprobs, entropy, batch)
+        else:
+            one = logprobs.new_ones(())
+            _, g, eta, _ = evaluate(logprobs, entropy, LossInputs(batch, one, self.objective))
         weights = self.weights[rows]
-        return g * weights, None if eta is None else eta * weights
+        of_entropy = weights if self.entropy_weights is None else self.entropy_weights[rows]
+        return g * weights, None if eta is None else eta * of_entropy
 
 
 @torch.library.impl("r1kernels::linear_policy_gradient", "CompositeExplicitAutograd")
@@ -115,7 +123,7 @@ class _OnePass(torch.autograd.Function):
         tensors = (hidden, weight, bias, lora_a, lora_b)
         ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
         full, needs = head.with_tensors(*tensors[1:]), ctx.targets.needs
-        if shard is None:
+        if shard is None and not tokens.objective.is_token_local:  # an operator takes no function
             operator = torch.ops.r1kernels.linear_policy_gradient.default
             results = _library.call(operator, hidden, *full, wanted, *tokens.arguments(), list(needs))
         else:
@@ -137,7 +145,7 @@ def one_pass_sum(
     call: Call, wanted: Tensor, weights: Tensor, advantages: Tensor, objective: Objective
 ) -> Tensor:
     """sum_t weights_t loss_t over the tokens where `wanted` (N,) is True, differentiable; without KL or entropy."""
-    tokens = TokenObjective(weights, advantages, None, None, None, objective)
+    tokens = TokenObjective(weights, advantages, None, None, None, None, objective)
     batch = PolicyBatch(advantages, None, None, None, wanted, None, weights)
     whole = LossInputs(batch, weights.new_ones(()), objective)
     return _OnePass.apply(
@@ -161,7 +169,8 @@ class _Plan(NamedTuple):
 
 def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all: bool) -> _Plan:
     batch, normalizer, objective, group = inputs
-    if callable(objective.surrogate):
+    in_chunks = objective.is_token_local and not torch.compiler.is_compiling()  # a graph has no function in an operator
+    if callable(objective.surrogate) and not in_chunks:
         return _Plan(None if batch.mask is None else batch.mask.reshape(-1), None, inputs, None)
     check_positive("normalizer", normalizer)
     dtype = batch.advantages.dtype
@@ -177,10 +186,12 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
 
     advantages, importance = per_token(batch.advantages), per_token(batch.importance_weights)
     flat = [None if value is None else value.reshape(-1) for value in (batch.old_logprobs, batch.ref_logprobs)]
+    scale = entropy_scale(inputs, sequences, counts)
     tokens = TokenObjective(
-        weights, advantages, *flat, importance, dataclasses.replace(objective, aggregate="token_mean", max_length=None)
+        weights, advantages, *flat, importance, None if scale is None else weights * scale,
+        dataclasses.replace(objective, aggregate="token_mean", max_length=None),
     )
-    if measure_all or not objective.zero_without_advantage:
+    if measure_all or in_chunks or not objective.zero_without_advantage:
         return _Plan(mask, tokens, inputs, None)
     moving = advantages != 0
     if importance is not None:
@@ -304,7 +315,8 @@ def linear_grpo_loss(
         loss, metrics = _OnePass.apply(
             *call.tensors, call.constants, plan.wanted, plan.tokens, plan.inputs, shape, origin_of(*call.tensors)
         )
-        metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True)
+        bounds = not plan.inputs.objective.is_token_local
+        metrics = named_metrics(metrics, kl=ref_logprobs is not None, entropy=True, bounds=bounds)
     else:
         logprobs, entropy = linear_token_stats(call, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)

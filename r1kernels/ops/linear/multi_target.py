@@ -21,10 +21,11 @@ from r1kernels.ops._checks import (
     values_are_free,
 )
 from r1kernels.ops.cross_entropy import check_reduction
-from r1kernels.ops.linear.dtensor import local_tensors
+from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.options import LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
 from r1kernels.ops.shards import Split
+from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_terms import TargetTerms
 
 
@@ -108,6 +109,7 @@ def linear_multi_target(
     """
     check_reduction(reduction, 0, normalizer)
     terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+    refuse_support(options, "linear_multi_target")
     hidden, weight, options = local_tensors(hidden, weight, options)
     check_floating("hidden", hidden)
     token_ids = ids_int64("token_ids", token_ids, hidden)
@@ -122,7 +124,7 @@ def linear_multi_target(
     function = f"linear_multi_target with reduction {reduction}"
     if shared:
         _, vocab_size = Split(None, options.get("vocab_size")).checked()
-        check_ids_in_range("token_ids", token_ids, vocab_size or len(weight), mask)
+        check_ids_in_range("token_ids", token_ids, vocab_size or len(probes(weight, options)[1]), mask)
         targets = (token_ids if mask is None else torch.where(mask, token_ids, 0)).reshape(depths, -1)
         wanted = None if mask is None else mask.any(0)
         call = prepare(hidden, weight, targets[0].reshape(shape[1:]), dict(options), mask=wanted, function=function)
@@ -133,7 +135,7 @@ def linear_multi_target(
     counts = torch.ones(shape, dtype=dtype, device=hidden.device) if mask is None else mask.to(dtype)
     counts = counts.reshape(depths, -1)
     divisor = _divisor(normalizer, counts) if reduction == "mean" else 1
-    choice = _dispatch.choose("linear_multi_target", call.tensors[0], call.wanted)
+    choice = _dispatch.choose("linear_multi_target", call.tensors[0], call.wanted, None)
     if reduction != "none" and choice.implementation == "one_pass":
         weights = (counts / divisor).reshape(targets.shape)
         return target_sums(call, wanted, targets, terms, weights, depths)

@@ -29,6 +29,7 @@ from r1kernels.ops.linear.checks import (
 from r1kernels.ops.linear.dtensor import Placed, probes
 from r1kernels.ops.linear.head import Head, Names, Needs
 from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, layout_of, refusals
+from r1kernels.ops.support import Support, checked_support
 
 # Dtypes of the weight, by that of hidden states.
 WEIGHT_DTYPES = {
@@ -79,6 +80,11 @@ class LinearOptions(TypedDict, total=False):
             one dimension. Tensors of the head may be DTensors, with or without it. See docs/parallel.md.
         vocab_size: V without padding. Rows of the weight (over all ranks) from this one on count for nothing: their
             probability and their gradient are 0.
+        support: (token_ids (M,), offsets (N + 1,)), the sets of ids over which tokens are scored, as in
+            `token_logprobs`. Small sets need only their rows of the weight, so their cost depends on M and not on V.
+            This keeps M float32 logits for backward. On a GPU, a call with support synchronises once to find the large
+            and the empty sets; with `capacity`, it does not, and takes the whole vocabulary for all tokens. Not with
+            process_group.
     """
 
     bias: Tensor | None
@@ -93,6 +99,7 @@ class LinearOptions(TypedDict, total=False):
     batch_invariant: bool
     process_group: torch.distributed.ProcessGroup | None
     vocab_size: int | None
+    support: tuple[Tensor, Tensor] | None
 
 
 Constants = tuple[Head, Tensor | None, Shard | None]
@@ -106,17 +113,19 @@ class Call(NamedTuple):
         head: without these tensors (see `Head.with_tensors`).
         into: the tensor that the weight's gradient is added to.
         shard: this rank's part of a sharded vocabulary.
+        support: the sets over which tokens are scored.
     """
 
     tensors: tuple[Tensor | None, ...]
     head: Head
     into: Tensor | None
     shard: Shard | None = None
+    support: Support | None = None
 
     @property
     def constants(self) -> Constants:
         """What an autograd function gets beside the tensors."""
-        return self[1:]
+        return self.head, self.into, self.shard
 
     def opened(self, placed: dict[str, Placed]) -> Call:
         """Gathers DTensors of the head. The head has what kernels read, autograd sees what receives their gradients."""
@@ -152,7 +161,8 @@ class Call(NamedTuple):
     @property
     def one_pass(self) -> bool:
         """Whether gradients are computed with the loss."""
-        return _dispatch.choose("linear_gradients", self.tensors[0], self.wanted).implementation == "one_pass"
+        choice = _dispatch.choose("linear_gradients", self.tensors[0], self.wanted, self.support)
+        return choice.implementation == "one_pass"
 
 
 def prepare(
@@ -175,7 +185,7 @@ def prepare(
     group, vocab_size = Split(options.get("process_group"), options.get("vocab_size")).checked()
     placed, weight, options = probes(weight, options)
     with refusals(group, hidden):
-        call = _checked(hidden, weight, token_ids, options, tokens, mask, names, group is not None)
+        call = _checked(hidden, weight, token_ids, options, tokens, mask, names, group)
     vocab, width = weight.shape
     largest, layout = vocab, None
     if group is not None:
@@ -203,12 +213,12 @@ def prepare(
         gathers(hidden.device.type, hidden.dtype),
     )
     head = head._replace(rows=buffers.logits, gradient_rows=buffers.gradient)
-    return Call(call.tensors, head, call.into, shard)
+    return Call(call.tensors, head, call.into, shard, call.support)
 
 
 def _checked(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], tokens: str, mask: Tensor | None, names: Names,
-    sharded: bool,
+    group: Any,
 ) -> Call:
     """The result of `prepare` as far as this rank alone knows it: without ranges of ids and sizes of buffers."""
     check_floating(names.hidden, hidden)
@@ -221,7 +231,7 @@ def _checked(
             "the same H"
         )
     vocab = len(weight)
-    if vocab == 0 and not sharded:
+    if vocab == 0 and group is None:
         raise ValueError(f"{names.weight} has shape {tuple(weight.shape)}, expected V >= 1")
     check_dtype(names.weight, weight, dict.fromkeys(WEIGHT_DTYPES[hidden.dtype], ""),
                 f" with {names.hidden} of {hidden.dtype}: convert one of them")
@@ -261,7 +271,8 @@ def _checked(
         batch_invariant=invariant,
     )
     into = accumulation_target(options.get("grad_accumulation_into"), weight)
-    return Call((hidden, weight, bias, lora_a, lora_b), head, into)
+    support = checked_support(options.get("support"), hidden, ids.numel(), group)
+    return Call((hidden, weight, bias, lora_a, lora_b), head, into, None, support)
 
 
 def _facts(call: Call, options: dict[str, Any], counted: Tensor | None, function: str) -> Facts:

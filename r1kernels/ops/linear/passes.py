@@ -16,14 +16,15 @@ from r1kernels.ops.linear.rows import active_rows
 from r1kernels.ops.linear.walk import Walk
 from r1kernels.ops.row_statistics import RowStatistics, Selected, Slopes, merged
 from r1kernels.ops.shards import Shard
+from r1kernels.ops.support import Support
 
 
 @without_autocast
 def run_statistics(
-    head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None
+    head: Head, hidden: Tensor, wanted: Tensor | None, shard: Shard | None = None, support: Support | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy), each (N,), 0 where `wanted` is False."""
-    walk = Walk(head, active_rows(hidden, wanted, head.capacity), shard=shard)
+    walk = Walk(head, active_rows(hidden, wanted, head.capacity), shard=shard, support=support)
     results, _ = _walk_statistics(walk, None, None)
     if shard is None:
         return results
@@ -66,7 +67,8 @@ def _walk_statistics(
     if selected is not None:
         chosen = torch.zeros(walk.rows.padded, selected.ids.shape[1], dtype=torch.float64, device=walk.device)
     has_more = bool(wanted) or selected is not None
-    without_logits = _dispatch.choose("linear_statistics", hidden, head, has_more).implementation == "fused"
+    choice = _dispatch.choose("linear_statistics", hidden, head, has_more, walk.support)
+    without_logits = choice.implementation == "fused"
     for chunk in walk.blocks() if without_logits else walk.chunks():
         values = _fused_statistics(head, chunk) if without_logits else walk.statistics(chunk, wanted)
         for result, value in zip(results, values, strict=not without_logits):
@@ -86,7 +88,7 @@ def _fused_statistics(head: Head, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]
 @without_autocast
 def run_backward(
     head: Head, hidden: Tensor, lse: Tensor, entropy: Tensor, g: Tensor | None, eta: Tensor | None,
-    weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None,
+    weight_dtype: torch.dtype, needs: Needs, shard: Shard | None = None, support: Support | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients from statistics, dL/dlogprob and dL/dentropy (N,). Recomputes the logits of rows with a gradient.
 
@@ -95,7 +97,7 @@ def run_backward(
     if g is None:
         g = torch.zeros_like(eta)
     active = g != 0 if eta is None else (g != 0) | (eta != 0)
-    walk = Walk(head, active_rows(hidden, active, head.capacity), needs, weight_dtype, shard)
+    walk = Walk(head, active_rows(hidden, active, head.capacity), needs, weight_dtype, shard, support)
     for chunk in walk.chunks():
         rows = chunk.rows
         walk.backward(chunk, lse[rows], entropy[rows], g[rows], None if eta is None else eta[rows], sparse=False)

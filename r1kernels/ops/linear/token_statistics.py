@@ -20,6 +20,7 @@ from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_token_statistics, run_token_statistics_backward
 from r1kernels.ops.row_statistics import RowStatistics, Selected, Slopes, wanted_number
 from r1kernels.ops.shards import Shard, Split, agree, checksum, refusals
+from r1kernels.ops.support import refuse_support
 from r1kernels.ops.token_statistics import (
     DEFAULT_FIELDS,
     TokenStatistics,
@@ -138,6 +139,7 @@ def linear_token_statistics(
 
     Equivalent to: `token_statistics(hidden.float() @ weight.float().T, token_ids)`
     """
+    refuse_support(options, "linear_token_statistics")
     hidden, weight, options = local_tensors(hidden, weight, options)
     group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
     with refusals(group, hidden):

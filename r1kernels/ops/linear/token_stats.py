@@ -21,6 +21,8 @@ from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
 from r1kernels.ops.linear.options import Call, Constants, LinearOptions, prepare
 from r1kernels.ops.linear.passes import run_backward, run_statistics
+from r1kernels.ops.linear.support import run_support_backward, run_support_statistics
+from r1kernels.ops.support import Index, Support
 
 
 @torch.library.impl("r1kernels::linear_token_stats", "CompositeExplicitAutograd")
@@ -35,22 +37,43 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return run_backward(head, hidden, *given, needs)
 
 
+@torch.library.impl("r1kernels::linear_support_stats", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *head, mask, token_ids, offsets = args
+    return run_support_statistics(Head(*head), hidden, mask, Support(token_ids, offsets))
+
+
+@torch.library.impl("r1kernels::linear_support_stats_backward", "CompositeExplicitAutograd")
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    head, given, needs = Head(*args[: len(Head._fields)]), args[len(Head._fields) : -1], Needs(*args[-1])
+    slopes, (token_ids, offsets, values, *index), weight_dtype = given[:4], given[4:-1], given[-1]
+    return run_support_backward(
+        head, hidden, *slopes, Support(token_ids, offsets), values, Index(*index), weight_dtype, needs
+    )
+
+
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, constants: Constants, mask: Tensor | None,
+        lora_b: Tensor | None, constants: Constants, mask: Tensor | None, support: Support | None,
     ) -> tuple[Tensor, Tensor]:
         head, into, shard = constants
         tensors = (hidden, weight, bias, lora_a, lora_b)
         full = head.with_tensors(*tensors[1:])
-        if shard is None:
+        sets: tuple[Tensor, ...] = ()  # and what the forward keeps of them
+        if support is not None:
+            logprobs, lse, entropy, *kept = _library.call(
+                torch.ops.r1kernels.linear_support_stats.default, hidden, *full, mask, *support
+            )
+            sets = (*support, *kept)
+        elif shard is None:
             logprobs, lse, entropy = _library.call(
                 torch.ops.r1kernels.linear_token_stats.default, hidden, *full, mask
             )
         else:
             logprobs, lse, entropy = run_statistics(full, hidden, mask, shard)
-        ctx.save_for_backward(*tensors, head.token_ids, head.temperatures, lse, entropy)
+        ctx.save_for_backward(*tensors, head.token_ids, head.temperatures, lse, entropy, *sets)
         ctx.head, ctx.shard = head._replace(token_ids=None, temperatures=None), shard
         ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
         ctx.set_materialize_grads(False)
@@ -60,9 +83,9 @@ class _LinearTokenStats(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
-        *tensors, token_ids, temperatures, lse, entropy = ctx.saved_tensors
-        hidden, *others = tensors
+            return (None,) * 8
+        hidden, *others = ctx.saved_tensors[:5]
+        token_ids, temperatures, lse, entropy, *sets = ctx.saved_tensors[5:]
         head = ctx.head._replace(token_ids=token_ids, temperatures=temperatures).with_tensors(*others)
         targets = Targets(Needs(*ctx.needs_input_grad[:5]), *ctx.targets[1:])  # the needs of this backward
         # What is added to other memory is not rounded before.
@@ -72,14 +95,18 @@ class _LinearTokenStats(torch.autograd.Function):
             entropy,
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
+            *sets,
             weight_dtype,
         )
-        if ctx.shard is None:
+        if sets:
+            operator = torch.ops.r1kernels.linear_support_stats_backward.default
+            grads = _library.run(operator, hidden, *head, *given, list(targets.needs))
+        elif ctx.shard is None:
             operator = torch.ops.r1kernels.linear_token_stats_backward.default
             grads = _library.run(operator, hidden, *head, *given, list(targets.needs))
         else:
             grads = run_backward(head, hidden, *given, targets.needs, ctx.shard)
-        return *targets.finished(grads, None), None, None
+        return *targets.finished(grads, None), None, None, None
 
 
 def linear_token_stats(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,7 +114,7 @@ def linear_token_stats(call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]
 
     Callers send gradient 0 to masked tokens.
     """
-    return _LinearTokenStats.apply(*call.tensors, call.constants, mask)
+    return _LinearTokenStats.apply(*call.tensors, call.constants, mask, call.support)
 
 
 def _public(

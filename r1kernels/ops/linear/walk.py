@@ -26,6 +26,7 @@ from r1kernels.ops.linear.rows import Rows
 from r1kernels.ops.linear.sums import GradientSums, empty_rows
 from r1kernels.ops.row_statistics import Slopes, entries_of, row_statistics, selected_of
 from r1kernels.ops.shards import Shard, correct_substitutes
+from r1kernels.ops.support import Support, fill_outside
 from r1kernels.ops.target_terms import TargetSlopes
 
 # Size of the copies of hidden states that a kernel without logits reads at a time.
@@ -39,14 +40,15 @@ class Walk:
         needs: gradients to collect; None for statistics only.
         weight_dtype: see `GradientSums`.
         shard: the weight has only this rank's rows of a vocabulary, and the head has the ids of the shard.
+        support: the ids of each token that count. The other logits become -inf.
     """
 
     def __init__(
         self, head: Head, rows: Rows, needs: Needs | None = None, weight_dtype: torch.dtype | None = None,
-        shard: Shard | None = None,
+        shard: Shard | None = None, support: Support | None = None,
     ) -> None:
         head = _adjacent(head)
-        self.head, self.rows, self.shard = head, rows, shard
+        self.head, self.rows, self.shard, self.support = head, rows, shard, support
         self.needs = needs or Needs(False, False, False, False, False)
         self.device, self.dtype = rows.hidden.device, rows.hidden.dtype
         self.accumulator = accumulator_dtype(self.dtype)
@@ -133,6 +135,8 @@ class Walk:
             logits += head.bias
         if head.softcap > 0:
             logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+        if self.support is not None:
+            fill_outside(logits, self.support, chunk.write, -torch.inf)
 
     def statistics(self, chunk: Chunk, wanted: int | None = None) -> tuple[Tensor, ...]:
         """(log-prob, log-sum-exp float64, entropy float64), each (n,), over the rows of the weight. If anything is
@@ -267,7 +271,7 @@ class Walk:
         if count == 0:
             self.sums.leave_out(chunk)
             return None
-        return token_stats.gradient_into(
+        grad_logits = token_stats.gradient_into(
             self.sums.memory(chunk.logits, count),
             chunk.logits,
             chunk.token_ids,
@@ -282,6 +286,12 @@ class Walk:
             squares=squares,
             shift=shift,
         )
+        if self.support is not None and self.head.softcap > 0:  # where the slope of the soft cap at -inf is -inf
+            write = chunk.write
+            if rows is not None:
+                write = write[rows] if isinstance(write, Tensor) else rows + write.start
+            fill_outside(grad_logits, self.support, write, 0.0)
+        return grad_logits
 
     def _active_rows(self, slopes: Iterable[Tensor | None], sparse: bool) -> Tensor | None:
         """Rows of a chunk that have a gradient, or None to take them all."""

@@ -1,0 +1,73 @@
+// Arguments of the products over sets of ids on the CPU, on raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/row_view.h"
+
+namespace r1k {
+
+// A matrix with adjacent columns.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t stride;
+};
+
+// A matrix [N, H] in segments of `columns` columns, each [N, columns] and contiguous.  Rows of the matrix itself start at
+// multiples of a power of two, so that a segment of them would have to share a small part of the L2 cache.
+struct Segments {
+  const void* data;
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+};
+
+// The entries (token, id) of all sets, for each block of kBlockTokens tokens by ascending id, then by ascending token.
+struct SupportIndex {
+  static constexpr int64_t kBlockTokens = 2048;  // their hidden states' columns of a segment stay in the L2 cache
+  const int32_t* starts;   // [blocks, V + 1]: where the entries of each id begin in the two below
+  const int32_t* entries;  // [M] places of the entries in the sets; kernels have values in the order of the index
+  const int32_t* tokens;   // [M]
+  int64_t vocab;
+  int64_t blocks;
+
+  const int32_t* starts_of(int64_t block) const { return starts + block * (vocab + 1); }
+};
+
+// values = hidden[token] . weight[id].
+struct SupportProducts {
+  SupportIndex index;
+  Segments hidden;  // [N, H], of kSupportColumns
+  Rows weight;      // [V, H]
+  int64_t width;
+  float* values;  // [M]
+};
+
+// out[token] += sum of values weight[id], by ascending id.
+struct SupportGradHidden {
+  SupportIndex index;
+  Rows weight;
+  int64_t width;
+  const float* values;
+  float* out;   // [N, H]
+  float* sums;  // the same in segments of kSupportHiddenColumns
+  int64_t tokens;
+};
+
+// out[id] = or += sum of values hidden[token], by ascending token.
+struct SupportGradWeight {
+  SupportIndex index;
+  Segments hidden;  // of kSupportColumns
+  int64_t width;
+  const float* values;
+  void* out;  // [V, H]
+  DType out_dtype;
+  bool accumulate;
+  bool stream;  // write past the caches
+};
+
+// Columns of the segments of hidden states and of their gradient: 512 bytes of 16 bits, and of float32.
+constexpr int64_t kSupportColumns = 256, kSupportHiddenColumns = 128;
+
+}  // namespace r1k
