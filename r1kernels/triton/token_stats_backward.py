@@ -55,11 +55,12 @@ def tile_gradient(
 
     log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
     offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
-    With MORE, (2 zeta p_j (p_j - S) + shift) / T is added.
+    With MORE, shift / T is added, and with ENTROPY too 2 zeta p_j (p_j - S) / T. To save registers, `minus_g` is then
+    all of the factor of p_j that depends neither on x nor on p_j, and `minus_eta` has the slope.
     """
     (
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
-        sum_sq, shift,
+        shift,
     ) = numbers
     if EXACT:
         lowest = anchor - 1000.0 / c  # as in `below`
@@ -70,10 +71,11 @@ def tile_gradient(
         p = tl.exp2(fma(x - anchor, c, anchor_rest))
     factor = minus_g
     if ENTROPY:
-        log_p_plus_h = tl.where(p == 0, 0.0, x - pivot) * slope + offset  # 0 * (-inf) = 0
-        factor += minus_eta * log_p_plus_h
-    if MORE:
-        factor += two_zeta * (p - sum_sq)
+        d = tl.where(p == 0, 0.0, x - pivot)  # 0 * (-inf) = 0
+        if MORE:
+            factor += minus_eta * d + two_zeta * p
+        else:
+            factor += minus_eta * (d * slope + offset)
     gradient = p * factor
     if EXACT:
         gradient += p * minus_g_rest
@@ -196,6 +198,7 @@ def gradient_kernel(
     eta = g * 0
     if with_entropy != 0:
         eta = tl.load(grad_entropy + n)
+    has_factor = eta != 0  # of p, beside g
     nothing = (g == 0) & (eta == 0)
     zeta, shift = g * 0, g * 0
     if MORE:
@@ -203,6 +206,7 @@ def gradient_kernel(
             zeta = tl.load(grad_sum_sq + n)
         if with_shift != 0:
             shift = tl.load(shifts + n)
+        has_factor = has_factor | (zeta != 0)
         nothing = nothing & (zeta == 0) & (shift == 0)
     if nothing:  # masked or clipped: the row is not read, so nothing in it can matter
         _write_zeros(out_start, size, cols, LANES, UNROLL, VEC, LAYOUT)
@@ -231,31 +235,31 @@ def gradient_kernel(
         tl.load(row + target * vocab_stride).to(tl.float32), log_sum, h, inv_t, g, eta, inv_softcap, zeta, s, shift,
         MORE,
     )
+    if MORE:  # -(g + eta (log p_j + H) - 2 zeta (p_j - S)) / T without the parts that depend on p_j or x
+        rest_of_factor = (-g - eta * ((pivot - (log_sum - h) * t) * inv_t) - 2 * zeta * s) * inv_t
+        minus_g = rest_of_factor.to(tl.float32)
+        minus_g_rest = (rest_of_factor - minus_g).to(tl.float32)
+        minus_eta = (-eta * inv_t * inv_t).to(tl.float32)
     own_at = tl.where((target >= begin) & (target < begin + size), target - begin, -1).to(tl.int32)
     tl.debug_barrier()  # every thread has read the token's logit
     numbers = (
         c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
-        (2 * zeta * inv_t).to(tl.float32), s.to(tl.float32), (shift * inv_t).to(tl.float32),
+        (2 * zeta * inv_t).to(tl.float32), (shift * inv_t).to(tl.float32),
     )
     if inv_softcap != 0:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
             WHOLE_ROW, True, True, MORE,
         )
-    elif MORE:
+    elif has_factor:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, False, True,
-        )
-    elif eta != 0:
-        walk(
-            start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, True, False, False,
+            WHOLE_ROW, True, False, MORE,
         )
     else:
         walk(
             start, out_start, size, cols, vocab_stride, own_at, own, numbers, LANES, UNROLL, VEC, LAYOUT, EXACT,
-            WHOLE_ROW, False, False, False,
+            WHOLE_ROW, False, False, MORE,
         )
 
 

@@ -318,7 +318,8 @@ def row_more(partials, x, n, counts, count, segments, vocab, t, exact):
     """The sum of p^2, the mean of z, the largest z, and whether it is that of the first entry with this logit x, of
     rows n, from the partials of `segment_more_kernel`. The other arguments are those of `row_statistics`."""
     exact = exact != 0
-    scale = 1 / t * LOG2E
+    inv_t = 1 / t
+    scale = inv_t * LOG2E
     c = scale.to(tl.float32)
     scale = tl.where(exact, scale, c.to(tl.float64))
     octaves = tl.where(exact, scale, 1.0)
@@ -343,7 +344,7 @@ def row_more(partials, x, n, counts, count, segments, vocab, t, exact):
         squares += factor * factor * (tl.load(at + 4 * plane, mask=counts, other=0).to(tl.float64) + maxima)
         sum_x += tl.load(at + 5 * plane, mask=counts, other=0).to(tl.float64)
         ahead = tl.maximum(ahead, tl.load(at + 6 * plane, mask=counts, other=0).to(tl.float64))
-    return squares / (total * total), sum_x / vocab / t, largest / t, ahead == 0
+    return squares / (total * total), sum_x / vocab * inv_t, largest * inv_t, ahead == 0
 
 
 @triton.jit
