@@ -93,10 +93,10 @@ def high_entropy_filter(
         agree(group, "process_group", {"top": top}, entropy.device)
     values = torch.where(counts, entropy.detach().double().reshape(-1), torch.nan)
     ordered = _sorted(_of_all_ranks(values, group))
-    place = (1 - top) * ((~ordered.isnan()).sum() - 1).clamp(min=0)
+    place = (1 - top) * ((~ordered.isnan()).sum() - 1).clamp(min=0).double()  # a number times integers is float32
     place = torch.where((place - place.round()).abs() < 1e-9 * (1 + place), place.round(), place)  # 1 - top is rounded
-    below, above = ordered.gather(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
-    kept = values >= torch.lerp(below, above, place - place.floor())
+    # No value lies between the two neighbours of the quantile, so the upper one is the limit, also if it is inf.
+    kept = values >= ordered.gather(0, place.ceil().long()[None])
     return kept.float().reshape(entropy.shape)
 
 
@@ -168,7 +168,8 @@ def clip_cov_filter(
     r"""Weights that drop a few of the tokens by which an update would lower the entropy most (Clip-Cov).
 
     cov_t = (l_t - mean l) (A_t - mean A); of the tokens with low < cov_t < high, max(floor(share n), 1) are dropped,
-    drawn at random, or all if there are fewer; n is the number of counted tokens
+    drawn at random, or all if there are fewer; n is the number of counted tokens. A token whose log-prob or advantage
+    is not finite has no covariance: it is kept, and counts neither in the means nor in n.
 
     Args:
         logprobs: (B, T) or packed (N,), float, nats; no gradient.
@@ -200,6 +201,7 @@ def clip_cov_filter(
             raise TypeError(f"generator is {generator!r}, expected a torch.Generator")
         check_tensor("advantages", advantages)
         counts = _checked({"logprobs": logprobs, "advantages": advantages}, mask)
+        counts = counts & (logprobs.isfinite() & advantages.isfinite()).reshape(-1)
     if group is not None:
         agree(group, "process_group", {"share": share, "low": low, "high": float(high)}, logprobs.device)
     flat = [torch.where(counts, value.detach().double().reshape(-1), 0) for value in (logprobs, advantages)]
