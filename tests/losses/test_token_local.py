@@ -144,8 +144,17 @@ def test_the_constructor_names_what_is_wrong() -> None:
         Objective.token_local(3)
     with pytest.raises(ValueError, match=r"Objective\.token_local: unknown field 'clip_hihg'"):
         Objective.token_local(clipped, clip_hihg=0.3)
-    with pytest.raises(ValueError, match="ratio is 'sequence' with surrogate"):
-        Objective.token_local(clipped, ratio="sequence")
+
+
+@host_code
+@pytest.mark.parametrize("field", [
+    {"surrogate": "clip"}, {"ratio": "sequence"}, {"clip_low": 0.1}, {"clip_high": 0.3}, {"ratio_cap": 2.0},
+    {"tau_pos": 1.0}, {"tau_neg": 2.0}, {"power_pos": 1.0}, {"power_neg": 1.0},
+])
+def test_the_constructor_refuses_fields_without_effect(field: dict[str, Any]) -> None:
+    ((name, value),) = field.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, which nothing would use.* expected only kl, kl_coef"):
+        Objective.token_local(clipped, **field)
 
 
 @host_code
@@ -158,6 +167,17 @@ def test_the_constructor_names_what_is_wrong() -> None:
         (lambda p, h, t: p * (t.advantages - t.advantages.mean()), "loss of token 1 depends on advantages of token 0"),
         (lambda p, h, t: p * t.importance_weights.sum(), "on importance_weights of token 0"),
         (lambda p, h, t: (p - t.old_logprobs.flip(0)), "on old_logprobs of token 0"),
+        (lambda p, h, t: -p * t.advantages / len(p), "token 0 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: (p - p.detach()) / len(p), "token 0 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: -p * torch.arange(len(p)), "token 1 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: -p if len(p) == 5 else p, "token 0 is another one in a call with 5 of the 6 tokens"),
+        (lambda p, h, t: -p * t.advantages.roll(-1), "loss of token 5 depends on advantages of token 0"),
+        (lambda p, h, t: -p * torch.cat([t.advantages[1:], t.advantages[-1:]]), "on advantages of token 1"),
+        (lambda p, h, t: -p * t.advantages.max(), "on advantages of token"),
+        (lambda p, h, t: -p * (t.advantages > 0).double().mean(), "on advantages of token 0"),
+        (lambda p, h, t: -p * t.importance_weights[-1], "loss of token 0 depends on importance_weights of token 5"),
+        (lambda p, h, t: -p * t.ref_logprobs.min(), "on ref_logprobs of token"),
+        (lambda p, h, t: (p - p.detach()) * t.advantages.sum(), "on advantages of token 0"),
     ],
 )
 def test_functions_that_mix_tokens_are_found(function: Any, depends: str) -> None:
@@ -169,6 +189,11 @@ def test_functions_that_mix_tokens_are_found(function: Any, depends: str) -> Non
 def test_functions_of_single_tokens_pass_the_check() -> None:
     for function in (clipped, uncertain, lambda p, h, t: -p * (h.detach() > 0.5)):
         testing.check_token_local(function)
+    calls: list[int] = []
+    testing.check_token_local(lambda p, h, t: calls.append(1) or clipped(p, h, t), 4)
+    assert len(calls) == 13 * 4 + 3  # as it says
+    with pytest.raises(ValueError, match="another loss or gradient for the same tokens when it was called again"):
+        testing.check_token_local(lambda p, h, t: p * torch.rand(()))
     with pytest.raises(ValueError, match="tokens is 1, expected an integer >= 2"):
         testing.check_token_local(clipped, 1)
     with pytest.raises(ValueError, match=r"function returned a tensor of shape \(\), expected one loss for each"):
