@@ -121,6 +121,12 @@ def test_it_equals_and_hashes_by_its_function() -> None:
         (lambda p, h, t: p.detach(), "without a gradient"),
         (lambda p, h, t: p * math.nan, r"lambda.* returned a loss that is NaN at token 0 of the 35 that it got"),
         (lambda p, h, t: torch.where(t.advantages > 0, (p - 1).log(), p), "returned a loss that is NaN at token"),
+        (lambda p, h, t: (p * 0).sqrt() - p, r"lambda.* has a derivative that is NaN at token 0 of the 35 that it got"),
+        (lambda p, h, t: p * 1j, "returned losses of torch.complex64, expected a floating-point dtype"),
+        (lambda p, h, t: p.long(), "returned losses of torch.int64, expected a floating-point dtype"),
+        (lambda p, h, t: -p * t.advantages.mul_(2), r"changed tokens\.advantages in place, expected a function that"),
+        (lambda p, h, t: -p * t.importance_weights.clamp_(max=1), r"changed tokens\.importance_weights in place"),
+        (lambda p, h, t: -p.mul_(2), "changed logprobs in place"),
     ],
 )
 def test_what_it_returns_is_checked(function: Any, message: str) -> None:
@@ -128,6 +134,38 @@ def test_what_it_returns_is_checked(function: Any, message: str) -> None:
     inputs["logprobs"].requires_grad_()
     with pytest.raises(ValueError, match=message):
         policy_loss(**inputs, objective=Objective.token_local(function))
+
+
+@checks_only
+def test_nan_derivatives_are_refused_from_logits() -> None:
+    logits, ids = testing.random_logits(5, 7, 33).requires_grad_(), testing.random_ids(5, 7, vocab=33)
+    for function in (lambda p, h, t: (p * 0).sqrt() - p * t.advantages, lambda p, h, t: p + (h * 0).sqrt()):
+        with pytest.raises(ValueError, match="has a derivative that is NaN at token 0 of the 35"):
+            grpo_loss(logits, ids, torch.ones(5), objective=Objective.token_local(function))
+
+
+@checks_only
+def test_a_derivative_of_a_token_that_does_not_count_may_be_nan() -> None:
+    inputs = with_extras("holes") | {"importance_weights": torch.ones(5, 7)}
+    inputs["importance_weights"][0] = 0
+    inputs["logprobs"][0] = -4.0
+
+    def steep(logprobs: Tensor, entropies: Tensor, tokens: PolicyBatch) -> Tensor:
+        return (logprobs + 4).abs().sqrt() + logprobs.abs().sqrt()  # NaN at -4, and at the 0 behind the mask
+
+    result, grad, _ = evaluate(inputs, Objective.token_local(steep))
+    assert grad.isfinite().all() and grad.any() and result.metrics["nonfinite_tokens"] == 0
+
+
+def test_infinite_losses_and_derivatives_are_counted() -> None:
+    inputs = with_extras("holes")
+    counted = int(inputs["mask"].sum())
+    for function in (lambda p, h, t: p * math.inf, lambda p, h, t: (p - p.detach()).sqrt()):
+        result, grad, _ = evaluate(inputs, Objective.token_local(function))
+        assert result.metrics["nonfinite_tokens"] == counted and not grad[inputs["mask"]].isfinite().any()
+        callable_, _, _ = evaluate(inputs, Objective(surrogate=lambda p, batch, f=function: f(p, None, batch)))
+        assert callable_.metrics["nonfinite_tokens"] == counted
+    assert (evaluate(inputs, Objective.token_local(clipped))[0].metrics["nonfinite_tokens"]) == 0
 
 
 @checks_only

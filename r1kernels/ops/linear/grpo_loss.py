@@ -86,8 +86,11 @@ class TokenObjective(NamedTuple):
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
 
         def taken(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[rows].contiguous()
+            if value is None or not own:
+                return None if value is None else value[rows].contiguous()
+            return value[rows].clone()  # a function that writes to it is refused, and has not changed the caller's
 
+        own = self.objective.is_token_local
         batch = PolicyBatch(
             taken(self.advantages), taken(self.old_logprobs), taken(self.ref_logprobs), None, None, None,
             taken(self.importance_weights),
