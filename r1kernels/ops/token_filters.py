@@ -5,7 +5,10 @@ a policy loss. Filters, and `importance_weights`, are combined by multiplication
 but still counts in the denominator of the loss, and keeps its KL and entropy terms.
 
 From hidden states this takes two steps: statistics of all tokens, without a gradient (1 unit of 2 N H V floating-point
-operations), then the loss, which computes only the kept share k (3 k units) if it has no KL and entropy terms.
+operations), then the loss. Without KL and entropy terms, presets with the ratio of single tokens compute only the kept
+share k (3 k units), except for IPO; those with the ratio of sequences compute the sequences that keep a token.
+`Objective.token_local` computes every log-prob, and backward products of what is kept (1 + 2 k units); callables
+measure every token, too.
 
 The statistics are those of all tokens that are given, and of the ranks of `process_group`: with several micro-batches,
 concatenate their values, and split the result. These are a few operations on [tokens], in float64, on any device.

@@ -72,6 +72,22 @@ def test_one_walk_and_only_rows_with_a_gradient(monkeypatch: pytest.MonkeyPatch,
 
 
 @slow_interpreted
+def test_a_weight_of_zero_saves_the_backward_products_of_a_token(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    """As the documents say of filters: 1 + 2 k units, while a preset computes nothing of such a token."""
+    inputs = make("plain", "token_weights")
+    inputs["importance_weights"][:, ::2] = 0
+    inputs["advantages"] = torch.ones_like(inputs["advantages"])
+    kept, rows = int((inputs["importance_weights"] != 0).sum()), counting(monkeypatch)
+    given, _ = run(inputs, objective=Objective.token_local(lambda p, h, t: p))
+    assert rows == {"forward": 35, "backward": kept} and given.metrics["measured_tokens"] == 35 > kept
+    rows.update(forward=0, backward=0)
+    preset, _ = run(inputs, objective=Objective(surrogate="reinforce"))
+    assert rows == {"forward": kept, "backward": kept} and preset.metrics["measured_tokens"] == kept
+
+
+@slow_interpreted
 def test_without_a_gradient_the_loss_is_the_same(implementation: str) -> None:
     inputs, objective = make("plain", "holes"), Objective.token_local(clipped)
     with torch.no_grad():

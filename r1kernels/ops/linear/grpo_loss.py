@@ -263,7 +263,8 @@ def linear_grpo_loss(
         measure_all: also compute the log-probs of tokens whose loss is known to be 0, so that the metrics include
             them. Otherwise, if the objective has neither a KL nor an entropy term, tokens of advantage (or importance
             weight) 0 are not computed: their hidden states may hold anything, and the means in the metrics are over
-            `metrics["measured_tokens"]` tokens (NaN if there are none). Callables are always measured.
+            `metrics["measured_tokens"]` tokens (NaN if there are none). With the ratio of sequences, this holds for
+            sequences of such tokens alone. IPO, `Objective.token_local` and callables always measure every token.
         sequence_group: as in `policy_loss`. hidden, token_ids and all values per token are those of this rank's tokens.
         **options: the keywords of `LinearOptions`.
 
