@@ -23,6 +23,7 @@ from r1kernels import (
     objectives,
     testing,
 )
+from r1kernels.ops import support as support_sets
 
 SHARES = {"gathered": 3, "walk": 10_000, "mixed": 6}  # of 37 ids: sets of at most 12, 0 and 6 are gathered
 
@@ -151,6 +152,35 @@ def test_rows_of_the_weight_in_no_set_get_exactly_0(form: str, implementation: s
     unused = torch.ones(37, dtype=torch.bool)
     unused[case["support"][0]] = False
     assert unused.any() and not grads["weight"][unused].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ids_in_no_set_get_exactly_0_beside_nan(dtype: torch.dtype, form: str, implementation: str) -> None:
+    """A row of NaN in sets makes all of their gradients NaN, and no other."""
+    case = make("plain", 5, whole=0, most=6, dtype=dtype)
+    unused = torch.ones(37, dtype=torch.bool)
+    unused[case["support"][0]] = False
+    case["weight"][case["token_ids"][2]] = torch.nan
+    _, grads = cases.gradients(linear_token_logprobs_and_entropy, case, lambda r: (r[0] + r[1]).sum())
+    assert unused.any() and not grads["weight"][unused].any() and grads["weight"].isnan().any()
+
+
+@checks_only
+def test_the_walk_reads_the_entries_of_each_set_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not all entries for each chunk, nor as many of them at a time as a chunk has."""
+    monkeypatch.setattr(_dispatch, "SUPPORT_SHARE", 10_000)
+    monkeypatch.setattr(support_sets, "BLOCK_LOGITS", 2 * 37)
+    lengths = []
+    repeat = torch.repeat_interleave
+
+    def counted(*given: Any) -> Tensor:
+        lengths.append(len(out := repeat(*given)))
+        return out
+
+    monkeypatch.setattr(torch, "repeat_interleave", counted)
+    case = make("plain", 24, most=12)
+    cases.gradients(linear_token_logprobs, case, lambda r: r.sum(), chunk_bytes=cases.chunk_of(5, 37, 12))
+    assert max(lengths) <= 2 * 12 and 0 < sum(lengths) <= 3 * len(case["support"][0])
 
 
 def test_an_id_that_is_there_twice_counts_once(form: str, implementation: str) -> None:
