@@ -133,7 +133,8 @@ def checked_support(value: Any, like: Tensor, count: int, group: Any = None) -> 
 
 def refuse_support(options: Any, function: str) -> None:
     if options.get("support") is not None:
-        raise ValueError(f"support was given to {function}, expected None: it is over the whole vocabulary")
+        raise ValueError(f"support was given to {function}, expected None: {function} is over the "
+                         "whole vocabulary")
 
 
 def check_sets(support: Support, token_ids: Tensor, vocab: int, mask: Tensor | None) -> None:

@@ -205,20 +205,27 @@ def test_the_first_ratio_is_exactly_1(form: str, implementation: str) -> None:
     case = make("everything", 4, 3)
     with torch.no_grad():
         old = linear_token_logprobs(**case)
-        # The same tokens in another batch have the same bits.
+        # The same tokens in another batch have the same bits, in gathered rows on a CPU.
         half = {name: value[2:] if isinstance(value, Tensor) and value.shape[:1] == (4,) else value
                 for name, value in case.items()}
         ids, offsets = case["support"]
         half["support"] = ids[offsets[6] :], offsets[6:] - offsets[6]
-        assert form == "walk" or implementation != "cpu" or torch.equal(linear_token_logprobs(**half), old[2:])
+        if form != "walk" and implementation == "cpu":
+            assert torch.equal(linear_token_logprobs(**half), old[2:])
+        else:  # products of other shapes may sum in another order
+            testing.assert_within(linear_token_logprobs(**half), old[2:].double(), 4e-6)
     _, metrics = linear_grpo_loss(**case, advantages=torch.ones(4), old_logprobs=old)
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
 
 
 @pytest.mark.parametrize("objective", [
     objectives.grpo(kl_coef=0.1, entropy_coef=0.01), objectives.dapo(), objectives.gspo(),
+    objectives.grpo(kl_coef=0.1, kl_ratio=True), objectives.gmpo(), objectives.luspo(), objectives.vespo(),
+    objectives.dppo(), objectives.dppo("kl"), objectives.ipo(),
+    objectives.Objective.token_local(lambda logprobs, entropies, tokens: -tokens.advantages * logprobs),
     lambda logprobs, batch: -batch.advantages * logprobs,
-], ids=["grpo", "dapo", "gspo", "callable"])
+], ids=["grpo", "dapo", "gspo", "kl_ratio", "gmpo", "luspo", "vespo", "dppo", "dppo_kl", "ipo", "token_local",
+        "callable"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_objectives(objective: Any, packed: bool, form: str, implementation: str) -> None:
     case = make("bias", 3, 4)
@@ -333,7 +340,7 @@ def test_sets_that_are_wrong(form: str) -> None:
 @checks_only
 def test_functions_that_compare_whole_vocabularies_refuse_sets() -> None:
     case = make("plain", 4)
-    with pytest.raises(ValueError, match="support was given to linear_distillation_loss"):
+    with pytest.raises(ValueError, match="expected None: linear_distillation_loss is over the whole vocabulary"):
         linear_distillation_loss(case["hidden"], case["weight"], case["hidden"], case["weight"],
                                  support=case["support"])
 
