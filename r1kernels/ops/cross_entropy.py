@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.ops._checks import check_floating, check_normalizer, check_positive, check_shape, ids_int64
-from r1kernels.ops.shards import Split
+from r1kernels.ops.shards import Split, refusals
 from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_losses import target_losses
 from r1kernels.ops.target_terms import TargetTerms
@@ -81,7 +81,8 @@ def _losses(
     logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms, support: Any
 ) -> Tensor:
     if terms.given:
-        refuse_support({"support": support}, "cross_entropy with z_loss_coef or label_smoothing")
+        with refusals(split.checked()[0], logits):
+            refuse_support({"support": support}, "cross_entropy with z_loss_coef or label_smoothing")
     try:
         if terms.given:
             return target_losses(logits, targets, mask, temperature, split, terms)

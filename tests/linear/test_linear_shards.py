@@ -208,6 +208,9 @@ DISAGREEMENTS = {
                          ("another option is (('lse', 'entropy')", "different on rank 0")],
     "refused fields of hidden": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
     "refused fields of logits": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
+    "support": [("rank 1 of process_group raised an error", ""), ("support was given with process_group", "expected")],
+    "support of a cross-entropy": [("rank 1 of process_group raised an error", ""),
+                                   ("support was given to cross_entropy with z_loss_coef", "expected None")],
 }
 
 

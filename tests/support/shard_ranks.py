@@ -31,6 +31,7 @@ from r1kernels import (
     linear_multi_target,
     linear_token_logprobs_and_entropy,
     objectives,
+    token_logprobs,
     token_logprobs_and_entropy,
 )
 from r1kernels.ops import shards
@@ -214,6 +215,16 @@ def bad_distillations(rank: int, group: Any) -> Iterator[tuple[str, Callable[[],
     yield "top-k", lambda: distilled(shard_of(top, SPLITS[2], rank), "jsd", process_group=group)
 
 
+def bad_supports(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Rank 1 gives sets of ids, which a sharded vocabulary does not take."""
+    sets = (torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)) if rank else None
+    logits, ids = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
+    yield "support", lambda: token_logprobs(logits, ids, process_group=group, support=sets)
+    yield "support of a cross-entropy", lambda: cross_entropy(
+        logits, ids, process_group=group, support=sets, z_loss_coef=0.1
+    )
+
+
 def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
     """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
     shards.reads_are_free = lambda device: False
@@ -261,7 +272,8 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
-        for name, call in [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2])]:
+        bad = [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2]), *bad_supports(rank, groups[2])]
+        for name, call in bad:
             results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])

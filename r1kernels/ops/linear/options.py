@@ -82,9 +82,11 @@ class LinearOptions(TypedDict, total=False):
             probability and their gradient are 0.
         support: (token_ids (M,), offsets (N + 1,)), the sets of ids over which tokens are scored, as in
             `token_logprobs`. Small sets need only their rows of the weight, so their cost depends on M and not on V.
-            This keeps M float32 logits for backward. On a GPU, a call with support synchronises once to find the large
-            and the empty sets; with `capacity`, it does not, and takes the whole vocabulary for all tokens. Not with
-            process_group.
+            This keeps 20 bytes an id for backward: its logit in float32, its entry and token in int32, and the id in
+            int64. On a GPU, a call with support synchronises once to find the large and the empty sets, and once more
+            in backward; with `capacity`, it does not, and takes the whole vocabulary for all tokens. Not with
+            process_group, label_smoothing or z_loss_coef; `linear_distillation_loss`, `linear_multi_target` and
+            `linear_token_statistics` refuse it.
     """
 
     bias: Tensor | None
