@@ -24,7 +24,7 @@ from r1kernels.ops.cross_entropy import check_reduction
 from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.options import LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
-from r1kernels.ops.shards import Split
+from r1kernels.ops.shards import Split, refusals
 from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_terms import TargetTerms
 
@@ -107,21 +107,25 @@ def linear_multi_target(
     Equivalent to: `torch.stack([linear_cross_entropy(h, weight, t) for h, t in zip(hidden, token_ids)])`
     Source: arXiv 2412.19437, equations 24 and 25.
     """
-    check_reduction(reduction, 0, normalizer)
-    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
-    refuse_support(options, "linear_multi_target")
     hidden, weight, options = local_tensors(hidden, weight, options)
-    check_floating("hidden", hidden)
-    token_ids = ids_int64("token_ids", token_ids, hidden)
-    depths, shape = _depths(hidden, token_ids), token_ids.shape
+    group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    with refusals(group, hidden):
+        check_reduction(reduction, 0, normalizer)
+        terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+        refuse_support(options, "linear_multi_target")
+        check_floating("hidden", hidden)
+        token_ids = ids_int64("token_ids", token_ids, hidden)
+        depths, shape = _depths(hidden, token_ids), token_ids.shape
+        mask, dtype = _as_masks(masks, token_ids), accumulator_dtype(hidden.dtype)
+        counts = torch.ones(shape, dtype=dtype, device=hidden.device) if mask is None else mask.to(dtype)
+        counts = counts.reshape(depths, -1)
+        divisor = _divisor(normalizer, counts) if reduction == "mean" else 1
     shared = hidden.dim() == token_ids.dim()
-    mask = _as_masks(masks, token_ids)
-    dtype = accumulator_dtype(hidden.dtype)
     if shared and options.get("process_group") is not None:  # a shard knows one token of each row
         hidden, shared = hidden.expand(depths, *hidden.shape), False
         if isinstance(options.get("temperature"), Tensor):
             options = {**options, "temperature": options["temperature"].expand(shape)}
-    function = f"linear_multi_target with reduction {reduction}"
+    function = f"linear_multi_target of {depths} depths with reduction {reduction}{terms}"
     if shared:
         _, vocab_size = Split(None, options.get("vocab_size")).checked()
         check_ids_in_range("token_ids", token_ids, vocab_size or len(probes(weight, options)[1]), mask)
@@ -130,11 +134,8 @@ def linear_multi_target(
         call = prepare(hidden, weight, targets[0].reshape(shape[1:]), dict(options), mask=wanted, function=function)
         wanted = None if wanted is None else wanted.reshape(-1)
     else:
-        call = prepare(hidden, weight, token_ids, dict(options), mask=mask, function=function)
+        call = prepare(hidden, weight, token_ids, dict(options), mask=mask, function=function, normalizer=normalizer)
         wanted, targets = None if mask is None else mask.reshape(-1), call.head.token_ids[None]
-    counts = torch.ones(shape, dtype=dtype, device=hidden.device) if mask is None else mask.to(dtype)
-    counts = counts.reshape(depths, -1)
-    divisor = _divisor(normalizer, counts) if reduction == "mean" else 1
     choice = _dispatch.choose("linear_multi_target", call.tensors[0], call.wanted, None)
     if reduction != "none" and choice.implementation == "one_pass":
         weights = (counts / divisor).reshape(targets.shape)
