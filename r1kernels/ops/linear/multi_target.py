@@ -32,10 +32,10 @@ from r1kernels.ops.target_terms import TargetTerms
 def _depths(hidden: Tensor, token_ids: Tensor) -> int:
     """D, if the shapes agree."""
     lead, shape = tuple(hidden.shape[:-1]), tuple(token_ids.shape)
-    if hidden.dim() == 0 or not shape or lead not in (shape, shape[1:]) or shape[0] == 0:
+    if hidden.dim() == 0 or len(shape) < 2 or lead not in (shape, shape[1:]) or shape[0] == 0:
         raise ValueError(
-            f"token_ids has shape {shape} and hidden {tuple(hidden.shape)}, expected (D, ...) with D >= 1, and "
-            "(D, ..., H) or (..., H)"
+            f"token_ids has shape {shape} and hidden {tuple(hidden.shape)}, expected token_ids (D, N) or (D, ..., N) "
+            "with D >= 1 depths of N tokens, and hidden of that shape and H, (D, N, H), or without D, (N, H)"
         )
     return shape[0]
 
@@ -79,8 +79,9 @@ def linear_multi_target(
     loss_d = -sum_t log softmax(z_dt)[token_dt] / (number of tokens that count at depth d)
 
     Args:
-        hidden: (D, ..., H), the hidden states of each depth, or (..., H) for all depths. With the same hidden states,
-            the logits are computed once: 3 products in all, not 3 D. dtypes as in `linear_token_logprobs`.
+        hidden: (D, ..., H), the hidden states of each depth, or (..., H) for all depths, where ... has at least one
+            dimension. With the same hidden states, the logits are computed once: 3 products in all, not 3 D. dtypes as
+            in `linear_token_logprobs`.
         weight: (V, H), dtype as in `linear_token_logprobs`.
         token_ids: (D, ...), int64 or int32, in [0, V): the target of each row at each depth. Depth d predicts the token
             d + 1 positions ahead: shift before the call.
