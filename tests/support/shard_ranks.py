@@ -225,6 +225,31 @@ def bad_supports(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]
     )
 
 
+def bad_targets(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Cross-entropies on which two ranks disagree about keywords that only these have."""
+    part = shard_of(make("plain"), SPLITS[2], rank)
+    hidden, weight, ids = part["hidden"], part["weight"], part["token_ids"]
+    logits = shard_of(make_logits(torch.float32), SPLITS[2], rank)["logits"]
+    calls = {
+        "hidden": lambda **keywords: linear_cross_entropy(hidden, weight, ids, process_group=group, **keywords),
+        "several targets": lambda **keywords: linear_multi_target(
+            hidden, weight, torch.stack([ids, ids]), process_group=group, **keywords),
+        "logits": lambda **keywords: cross_entropy(logits, ids, process_group=group, **keywords),
+    }
+    for name, keywords in (
+        ("smoothing", {"label_smoothing": 0.1 * rank}), ("z-loss", {"z_loss_coef": 1e-3 * (1 + rank)}),
+        ("normalizer", {"normalizer": 2.0 + rank}), ("tensor of normalizer", {"normalizer": torch.tensor(2.0 + rank)}),
+        ("refused smoothing", {"label_smoothing": 3.0 if rank else 0.1}),
+        ("refused normalizer", {"normalizer": 0.0 if rank else 2.0}),
+    ):
+        for what, call in calls.items():
+            if what != "logits" or name.startswith("refused"):
+                yield f"{name} of {what}", lambda c=call, k=keywords: c(**k)
+    depths = torch.cat([ids] * 2)[:6].reshape(2 + rank, 3 - rank, -1)  # the same ids in the same order
+    yield "depths of several targets", lambda: linear_multi_target(
+        hidden[: 3 - rank], weight, depths, process_group=group)
+
+
 def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
     """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
     shards.reads_are_free = lambda device: False
@@ -272,7 +297,8 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
-        bad = [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2]), *bad_supports(rank, groups[2])]
+        bad = [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2]), *bad_supports(rank, groups[2]),
+               *bad_targets(rank, groups[2])]
         for name, call in bad:
             results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
