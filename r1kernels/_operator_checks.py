@@ -276,6 +276,12 @@ def _support_stats(
     check.flat(torch.bool, count, mask=mask)
     check.flat(torch.float32, count, temperatures=temperatures)
     _vectors(values=values, support_offsets=support_offsets, targets=targets)
+    inside = ((support_offsets >= 0) & (support_offsets <= len(values))).all()
+    if support_offsets.device.type != "cpu":  # an error at the next synchronisation
+        torch._assert_async(inside, "r1kernels: support_offsets are beyond the number of values")
+    elif not inside:
+        raise ValueError(f"support_offsets has {int(support_offsets.max())}, expected numbers from 0 to {len(values)}, "
+                         "the number of values")
 
 
 def _support_stats_backward(

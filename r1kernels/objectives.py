@@ -175,21 +175,28 @@ class Objective:
                 of constants with one value per token: `advantages`, `old_logprobs`, `ref_logprobs`,
                 `importance_weights`; what the caller did not give is None. The loss of a token must depend on nothing
                 but that token: `r1kernels.testing.check_token_local` finds functions that mix tokens. The function is
-                called twice per token, and must return the same both times. Values behind the mask are 0.
-            **overrides: the other fields of `Objective`; "token_mean" is the default aggregate.
+                called several times (for gradients and for metrics, of chunks and of all tokens), and must return the
+                same each time. Values behind the mask are 0.
+            **overrides: `kl`, `kl_coef`, `kl_ratio`, `entropy_coef`, `aggregate` ("token_mean" by default) and
+                `max_length` of `Objective`; no other field has an effect here.
 
         `importance_weights` multiply all that the function returns, also a KL term in it. The term of `kl_coef` is not
         multiplied: use that field, or divide by `tokens.importance_weights`, if the correction shall not weigh the KL.
 
         Raises:
-            TypeError: function is not callable. ValueError: as `Objective`. When the loss is computed, ValueError: the
-                function returns no tensor of shape (n,), one without a gradient, or, on CPUs, NaN. On a GPU, the metric
-                `nonfinite_tokens` counts NaN.
+            TypeError: function is not callable. ValueError: as `Objective`, or a field without effect. When the loss is
+                computed, ValueError: the function returns no floating-point tensor of shape (n,) or one without a
+                gradient, changes its inputs in place, or, on CPUs, its loss or derivative is NaN. The metric
+                `nonfinite_tokens` counts what is inf, and on GPUs also NaN (compiled, that of the loss alone).
 
         Equivalent to: `Objective(surrogate=lambda logprobs, batch: function(logprobs, batch.entropy, batch), ...)`.
         """
         if not callable(function):
             raise TypeError(f"function is {function!r}, expected a callable (logprobs, entropies, tokens)")
+        for field, value in overrides.items():
+            if field in _FIELDS and field not in _FIELDS_OF_ANY:
+                raise ValueError(f"Objective.token_local: {field} is {value!r}, which nothing would use, because the "
+                                 f"function is the surrogate; expected only {', '.join(_FIELDS_OF_ANY)}")
         return _with_overrides("Objective.token_local", overrides, surrogate=TokenLocal(function),
                                aggregate="token_mean")
 
@@ -217,6 +224,7 @@ class Objective:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
+_FIELDS_OF_ANY = ("kl", "kl_coef", "kl_ratio", "entropy_coef", "aggregate", "max_length")  # whatever the surrogate
 
 
 def _with_overrides(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:

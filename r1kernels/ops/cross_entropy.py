@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1kernels.ops._checks import check_floating, check_normalizer, check_positive, check_shape, ids_int64
-from r1kernels.ops.shards import Split
+from r1kernels.ops._checks import (
+    accumulator_dtype,
+    check_floating,
+    check_normalizer,
+    check_positive,
+    check_shape,
+    ids_int64,
+)
+from r1kernels.ops.shards import Split, refusals
 from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_losses import target_losses
 from r1kernels.ops.target_terms import TargetTerms
@@ -61,27 +68,26 @@ def cross_entropy(
     `label_smoothing`.
     Source: label smoothing, arXiv 1512.00567, section 7; z-loss, arXiv 2204.02311, section 5.
     """
-    check_reduction(reduction, ignore_index, normalizer)
-    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
-    check_floating("logits", logits)
-    targets = ids_int64("targets", targets, logits)
-    check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
-    mask = targets != ignore_index
-    # These give 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
     split = Split(process_group, vocab_size)
+    group, _ = split.checked()
+    with refusals(group, logits):
+        check_reduction(reduction, ignore_index, normalizer)
+        terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+        if terms.given:
+            refuse_support({"support": support}, "cross_entropy with z_loss_coef or label_smoothing")
+        check_floating("logits", logits)
+        targets = ids_int64("targets", targets, logits)
+        check_shape("targets", targets, logits.shape[:-1], "logits (..., V) score targets (...)")
+        mask = targets != ignore_index
+        divisor = denominator(mask, normalizer, accumulator_dtype(logits.dtype)) if reduction == "mean" else 1
+    # These give 0 already; `where` also stops the gradient of ignored targets, whose rows are not read.
     losses = torch.where(mask, _losses(logits, targets, mask, temperature, split, terms, support), 0)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / denominator(mask, normalizer, losses.dtype)
+    return losses if reduction == "none" else losses.sum() / divisor
 
 
 def _losses(
     logits: Tensor, targets: Tensor, mask: Tensor, temperature: float, split: Split, terms: TargetTerms, support: Any
 ) -> Tensor:
-    if terms.given:
-        refuse_support({"support": support}, "cross_entropy with z_loss_coef or label_smoothing")
     try:
         if terms.given:
             return target_losses(logits, targets, mask, temperature, split, terms)

@@ -116,7 +116,7 @@ def importance_weights(
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
 
-    Memory: about 80 bytes a token for a moment. With a process group, two all-gathers of 80 and 88 bytes.
+    Memory: about 80 bytes a token for a moment. With a process group, two all-gathers of 80 and 96 bytes.
 
     Equivalent to: for tokens, `(old_logprobs - sampler_logprobs).exp().clamp(floor, cap)`.
     Source: truncation: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training";

@@ -55,7 +55,7 @@ class PolicyLoss(NamedTuple):
     with DPPO's cap it limits the gradient, and IPO keeps that of (log r)^2. A callable's bounds are unknown, so these
     four are absent. `active_fraction`: tokens with any gradient (NaN for a callable while autograd is off or
     torch.compile traces it). `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; they are the reason for
-    a loss that is inf or NaN.
+    a loss or gradient that is inf or NaN.
     """
 
     loss: Tensor

@@ -196,13 +196,20 @@ def _moves_kl(objective: Objective, logp: Tensor, ref: Tensor, per_sequence: Any
     return {"k1": 1 - d, "k2": d * (d / 2 - 1), "k3": -d}[objective.kl] != 0
 
 
-def _moves_callable(loss: Tensor, *sources: Tensor | None) -> Tensor | None:
-    """Tokens (N,) of a callable's loss with a gradient; None if it cannot be known."""
+def _derivatives(loss: Tensor, *sources: Tensor | None) -> list[Tensor] | None:
+    """Of a callable's loss, by each source (N,); None if they cannot be known."""
     wanted = [source for source in sources if source is not None and source.requires_grad]
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and loss.requires_grad and wanted):
         return None
-    grads = torch.autograd.grad(loss.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.stack([grad != 0 for grad in grads]).any(0)
+    return list(torch.autograd.grad(loss.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+
+def _of_callable(loss: Tensor, mask: Tensor, derivatives: list[Tensor] | None) -> _Surrogate:
+    never = torch.zeros_like(mask)
+    if derivatives is None:
+        return _Surrogate(loss, mask, never, never, never)
+    moves = torch.stack([grad != 0 for grad in derivatives]).any(0)
+    return _Surrogate(loss, moves, never, never, never)
 
 
 def reduction_weights(
@@ -254,13 +261,13 @@ def reference(
         mean = (sequences.sum(log_ratio) / sequences.lengths(counts))[sequences.index]
         log_ratio = mean if objective.ratio == "sequence" else mean.detach() + (logp - logp.detach())
 
-    known = True  # which tokens have a gradient
+    known, derivatives = True, None  # which tokens have a gradient; those of a callable
     if objective.is_token_local:
         tokens = PolicyBatch(advantages, old, ref, None, None, None, importance)
         loss = token_local.loss_of(objective.surrogate, logp, entropy, tokens, mask)
-        moves, never = _moves_callable(loss, logp, entropy), torch.zeros_like(mask)
-        known = moves is not None
-        terms = _Surrogate(loss, mask if moves is None else moves, never, never, never)
+        derivatives = _derivatives(loss, logp, entropy)
+        token_local.check_derivatives(objective.surrogate, derivatives or [], [logp, entropy], importance, mask)
+        terms, known = _of_callable(loss, mask, derivatives), derivatives is not None
     elif callable(objective.surrogate):
         tokens = {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "entropy": entropy}
         view = batch._replace(
@@ -271,11 +278,9 @@ def reference(
         if not isinstance(loss, Tensor) or loss.shape != shape:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the custom objective returned {got}, expected a loss per token of shape {tuple(shape)}")
-        never = torch.zeros_like(mask)
         loss = torch.where(mask, loss.reshape(-1), 0)
-        moves = _moves_callable(loss, logp, entropy)
-        known = moves is not None
-        terms = _Surrogate(loss, mask if moves is None else moves, never, never, never)
+        derivatives = _derivatives(loss, logp, entropy)
+        terms, known = _of_callable(loss, mask, derivatives), derivatives is not None
     else:
         if importance is not None:  # a weight of 0 rejects the token: its advantage becomes 0, to avoid 0 * inf
             advantages = torch.where(importance == 0, 0, advantages)
@@ -319,6 +324,9 @@ def reference(
             value = getattr(torch.where(mask, ratio, fill), reduce)()
             return torch.where(tokens > 0, value, 1)
 
+        finite = per_token.isfinite()
+        for grad in derivatives or []:
+            finite = finite & grad.isfinite()
         zero = torch.zeros_like(tokens)
         clipped = (terms.clipped_low, terms.clipped_high, terms.capped)
         fractions = [mean(flag.to(logprobs.dtype)) for flag in clipped]
@@ -335,6 +343,6 @@ def reference(
             sum(fractions),
             *fractions,
             mean(active.to(logprobs.dtype)) if known else zero + torch.nan,
-            (mask & ~per_token.isfinite()).sum().to(logprobs.dtype),
+            (mask & ~finite).sum().to(logprobs.dtype),
         ])
     return loss, metrics

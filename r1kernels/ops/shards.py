@@ -41,11 +41,13 @@ class Facts(NamedTuple):
     temperature: float
     gradients: tuple[bool, ...]
     options: tuple[Any, ...]
+    normalizer: Any = None
 
 
 _NAMES = Facts(
     "the function", "the number of tokens", "the number of counted tokens", "the checksum of the token ids", "H",
     "vocab_size", "the dtype", "temperature", "requires_grad", "another option",
+    "normalizer",
 )
 _REFUSED = -1
 
@@ -166,6 +168,14 @@ def checksum(token_ids: Tensor, counted: Tensor | None) -> Tensor:
     return (values * torch.arange(1, values.numel() + 1, device=values.device)).sum()
 
 
+def fact_of_normalizer(value: Tensor | float | None) -> Any:
+    """A normalizer as one of the `Facts`. Values on a device are not read."""
+    if not isinstance(value, Tensor):
+        return None if value is None else float(value)
+    values = value.detach().double()
+    return values.tolist() if reads_are_free(value.device) else checksum(values.view(torch.int64), None)
+
+
 def reads_are_free(device: torch.device) -> bool:
     """Whether the host may read a tensor without waiting for a device."""
     return device.type == "cpu"
@@ -202,6 +212,8 @@ def _compare(headers: list[list[int]], facts: dict[str, Any], rank: int, argumen
                 here, there = fact, "different"
             elif name == "vocab_size":
                 here, there = (None if value < 0 else value for value in (here, there))
+            elif name == "normalizer":
+                here, there = "a tensor", "different"
             raise ValueError(f"{name} is {here} on rank {rank} of {argument} and {there} on rank {other}, expected "
                              "the same on all ranks")
 

@@ -15,7 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from r1kernels import _dispatch
 from r1kernels._schemas import SUPPORT_BLOCK_TOKENS
-from r1kernels.ops._checks import check_tensor, ids_int64
+from r1kernels.ops._checks import check_tensor, ids_int64, values_are_free
+
+# `fill_outside` takes about as many logits at a time, so that its memory does not grow with the sets.
+BLOCK_LOGITS = 1 << 20
 
 
 class Support(NamedTuple):
@@ -130,7 +133,8 @@ def checked_support(value: Any, like: Tensor, count: int, group: Any = None) -> 
 
 def refuse_support(options: Any, function: str) -> None:
     if options.get("support") is not None:
-        raise ValueError(f"support was given to {function}, expected None: it is over the whole vocabulary")
+        raise ValueError(f"support was given to {function}, expected None: {function} is over the "
+                         "whole vocabulary")
 
 
 def check_sets(support: Support, token_ids: Tensor, vocab: int, mask: Tensor | None) -> None:
@@ -205,7 +209,6 @@ def outside_of(support: Support, vocab: int, rows: Tensor | None = None) -> Tens
         at = torch.where(at < count, place[at.clamp(0, count)], size)
     outside = torch.zeros(size + 1, vocab, dtype=torch.bool, device=device)
     outside[:size] = limited[:, None]
-    # Sets of masked tokens may have any ids.
     outside.index_put_((at, ids.clamp(0, vocab - 1)), torch.zeros((), dtype=torch.bool, device=device))
     return outside[:size]
 
@@ -218,4 +221,33 @@ def fill_outside(logits: Tensor, support: Support, rows: Tensor | slice, value: 
     """
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=logits.device)
-    logits.masked_fill_(outside_of(support, logits.shape[1], rows), value)
+    if not values_are_free(support.offsets):  # each mask reads all of the entries, because their number is not known
+        logits.masked_fill_(outside_of(support, logits.shape[1], rows), value)
+        return
+    step = max(BLOCK_LOGITS // logits.shape[1], 1)
+    for block, tokens in zip(logits.split(step), rows.split(step), strict=True):
+        _fill_block(block, support, tokens, value)
+
+
+def _fill_block(logits: Tensor, support: Support, rows: Tensor, value: float) -> None:
+    """`fill_outside` by a copy of the entries of these sets, which is written back."""
+    ids, offsets = support
+    vocab, count = logits.shape[1], len(offsets) - 1
+    begins, ends = offsets[rows.clamp(max=count)], offsets[(rows + 1).clamp(max=count)]
+    sizes = ends - begins  # 0 for padding
+    size = int(sizes.sum())
+    if begins[0] + size == ends[-1]:  # the sets follow each other
+        kept_ids = ids[int(begins[0]) : int(ends[-1])]
+    else:
+        kept_ids = ids[torch.repeat_interleave(ends - sizes.cumsum(0), sizes) + torch.arange(size, device=ids.device)]
+    row_begins = torch.arange(len(rows), device=ids.device) * logits.stride(0)
+    places = torch.repeat_interleave(row_begins, sizes)
+    places += kept_ids.clamp(0, vocab - 1)  # sets of masked tokens may have any ids
+    flat = logits.as_strided(((len(rows) - 1) * logits.stride(0) + vocab,), (1,))
+    kept = flat.index_select(0, places)
+    limited = (sizes > 0) | (rows >= count)
+    if limited.all():
+        logits.fill_(value)
+    else:
+        logits.masked_fill_(limited[:, None], value)
+    flat.index_copy_(0, places, kept)

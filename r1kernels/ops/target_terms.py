@@ -81,6 +81,10 @@ class TargetTerms(NamedTuple):
             raise ValueError(f"label_smoothing is {label_smoothing!r}, expected a number from 0 to 1")
         return terms
 
+    def __str__(self) -> str:
+        """Both terms after the name of a function, for what the ranks of a group must agree on."""
+        return f", z_loss_coef {self.z_loss_coef!r}, label_smoothing {self.label_smoothing!r}"
+
     @property
     def given(self) -> bool:
         return self.z_loss_coef != 0 or self.label_smoothing != 0

@@ -5,7 +5,10 @@ a policy loss. Filters, and `importance_weights`, are combined by multiplication
 but still counts in the denominator of the loss, and keeps its KL and entropy terms.
 
 From hidden states this takes two steps: statistics of all tokens, without a gradient (1 unit of 2 N H V floating-point
-operations), then the loss, which computes only the kept share k (3 k units) if it has no KL and entropy terms.
+operations), then the loss. Without KL and entropy terms, presets with the ratio of single tokens compute only the kept
+share k (3 k units), except for IPO; those with the ratio of sequences compute the sequences that keep a token.
+`Objective.token_local` computes every log-prob, and backward products of what is kept (1 + 2 k units); callables
+measure every token, too.
 
 The statistics are those of all tokens that are given, and of the ranks of `process_group`: with several micro-batches,
 concatenate their values, and split the result. These are a few operations on [tokens], in float64, on any device.
@@ -93,10 +96,10 @@ def high_entropy_filter(
         agree(group, "process_group", {"top": top}, entropy.device)
     values = torch.where(counts, entropy.detach().double().reshape(-1), torch.nan)
     ordered = _sorted(_of_all_ranks(values, group))
-    place = (1 - top) * ((~ordered.isnan()).sum() - 1).clamp(min=0)
+    place = (1 - top) * ((~ordered.isnan()).sum() - 1).clamp(min=0).double()  # a number times integers is float32
     place = torch.where((place - place.round()).abs() < 1e-9 * (1 + place), place.round(), place)  # 1 - top is rounded
-    below, above = ordered.gather(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
-    kept = values >= torch.lerp(below, above, place - place.floor())
+    # No value lies between the two neighbours of the quantile, so the upper one is the limit, also if it is inf.
+    kept = values >= ordered.gather(0, place.ceil().long()[None])
     return kept.float().reshape(entropy.shape)
 
 
@@ -168,7 +171,8 @@ def clip_cov_filter(
     r"""Weights that drop a few of the tokens by which an update would lower the entropy most (Clip-Cov).
 
     cov_t = (l_t - mean l) (A_t - mean A); of the tokens with low < cov_t < high, max(floor(share n), 1) are dropped,
-    drawn at random, or all if there are fewer; n is the number of counted tokens
+    drawn at random, or all if there are fewer; n is the number of counted tokens. A token whose log-prob or advantage
+    is not finite has no covariance: it is kept, and counts neither in the means nor in n.
 
     Args:
         logprobs: (B, T) or packed (N,), float, nats; no gradient.
@@ -200,6 +204,7 @@ def clip_cov_filter(
             raise TypeError(f"generator is {generator!r}, expected a torch.Generator")
         check_tensor("advantages", advantages)
         counts = _checked({"logprobs": logprobs, "advantages": advantages}, mask)
+        counts = counts & (logprobs.isfinite() & advantages.isfinite()).reshape(-1)
     if group is not None:
         agree(group, "process_group", {"share": share, "low": low, "high": float(high)}, logprobs.device)
     flat = [torch.where(counts, value.detach().double().reshape(-1), 0) for value in (logprobs, advantages)]

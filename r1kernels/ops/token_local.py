@@ -6,6 +6,7 @@ each chunk, and leave out tokens whose slopes are exactly 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,25 +25,54 @@ def loss_of(
     A token of importance weight 0 is rejected: it gets no gradient, whatever the function's derivative is.
 
     Raises:
-        ValueError: the result is no tensor of shape (n,), has no gradient, or is NaN at a token that counts although
-            its log-prob and entropy are not. Nobody looks at values on a device, because that would synchronise.
+        ValueError: the result is no floating-point tensor of shape (n,), has no gradient, or is NaN at a token that
+            counts although its log-prob and entropy are not; or the function changed its inputs. Nobody looks at values
+            on a device, because that would synchronise.
     """
     if tokens.importance_weights is not None:
         kept = tokens.importance_weights != 0
         counts = kept if counts is None else counts & kept
         logprobs = torch.where(kept, logprobs, logprobs.detach())
         entropies = None if entropies is None else torch.where(kept, entropies, entropies.detach())
+    inputs = {"logprobs": logprobs, "entropies": entropies,
+              **{f"tokens.{name}": value for name, value in tokens._asdict().items()}}
+    versions = _versions(inputs)
     loss = surrogate.function(logprobs, entropies, tokens)
     name, shape = f"the token-local objective {surrogate.name}", tuple(logprobs.shape)
     if not isinstance(loss, Tensor) or loss.shape != shape:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"{name} returned {got}, expected one loss for each token, of shape {shape}")
+    if not loss.is_floating_point():
+        raise ValueError(f"{name} returned losses of {loss.dtype}, expected a floating-point dtype")
+    for field, version in _versions(inputs).items():
+        if version != versions[field]:
+            raise ValueError(f"{name} changed {field} in place, expected a function that leaves its inputs as they are")
     given = [value for value in (logprobs, entropies) if value is not None]
     if torch.is_grad_enabled() and any(value.requires_grad for value in given) and not loss.requires_grad:
         raise ValueError(f"{name} returned losses without a gradient, expected differentiable ones of the log-probs "
                          "or entropies that it gets")
     _check(f"{name} returned a loss that is", loss, given, counts)
     return loss if counts is None else torch.where(counts, loss, 0)
+
+
+def _versions(inputs: dict[str, Tensor | None]) -> dict[str, int]:
+    """How often each was written to, where torch counts that."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: value._version for name, value in inputs.items() if value is not None and not value.is_inference()}
+
+
+def check_derivatives(
+    surrogate: TokenLocal, derivatives: Sequence[Tensor | None], given: list[Tensor | None],
+    importance: Tensor | None, counts: Tensor | None,
+) -> None:
+    """Refuses NaN in the derivatives of tokens that count and are not rejected, on CPUs."""
+    if importance is not None:
+        counts = importance != 0 if counts is None else counts & (importance != 0)
+    for slope in derivatives:
+        if slope is not None:
+            _check(f"the token-local objective {surrogate.name} has a derivative that is", slope,
+                   [value for value in given if value is not None], counts)
 
 
 def _check(what: str, value: Tensor, given: list[Tensor], counts: Tensor | None) -> None:
@@ -81,8 +111,5 @@ def slopes(objective: Objective, logprobs: Tensor, entropies: Tensor, tokens: An
             loss = loss - objective.entropy_coef * h
         g, eta = torch.autograd.grad(loss.sum(), (logp, h), allow_unused=True)
     g = torch.zeros_like(logp) if g is None else g
-    for slope in (g, eta):
-        if slope is not None:
-            _check(f"the token-local objective {objective.surrogate.name} has a derivative that is", slope,
-                   [logprobs, entropies], None if importance is None else importance != 0)
+    check_derivatives(objective.surrogate, (g, eta), [logprobs, entropies], importance, None)
     return g.detach(), eta

@@ -111,8 +111,9 @@ def logprobs_and_entropy(
     """`token_stats`, of a sharded or padded vocabulary too, and over sets of ids (the argument `support`)."""
     if support is not None:
         group, vocab_size = split.checked()
-        token_ids, temperature = checked(logits, token_ids, temperature)
-        sets = checked_support(support, logits, token_ids.numel(), group)
+        with refusals(group, logits):
+            token_ids, temperature = checked(logits, token_ids, temperature, sharded=group is not None)
+            sets = checked_support(support, logits, token_ids.numel(), group)
         if vocab_size is not None:
             logits = logits[..., : layout_of((logits.shape[-1],), vocab_size).size]
         return support_stats(logits, token_ids, mask, temperature, sets)

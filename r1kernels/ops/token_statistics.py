@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1kernels import _dispatch, _library
 from r1kernels.ops._autograd import differentiable_once
-from r1kernels.ops._checks import accumulator_dtype, as_mask, check_ids_in_range, check_shape, ids_int64
+from r1kernels.ops._checks import accumulator_dtype, as_mask, check_ids_in_range, ids_int64
 from r1kernels.ops.row_statistics import (
     RowStatistics,
     Selected,
@@ -82,7 +82,9 @@ def checked_selected(selected_ids: Any, token_ids: Tensor, mask: Tensor | None) 
         return None
     selected = ids_int64("selected_ids", selected_ids, token_ids)
     size = selected.shape[-1] if selected.dim() else 0
-    check_shape("selected_ids", selected, (*token_ids.shape, size), "token_ids (...), and K ids for each token")
+    if selected.shape != (*token_ids.shape, size):
+        expected = ", ".join([*map(str, token_ids.shape), "K"])
+        raise ValueError(f"selected_ids has shape {tuple(selected.shape)}, expected ({expected}): K ids for each token")
     selected = selected.reshape(token_ids.numel(), size)
     return selected if mask is None else torch.where(mask.reshape(-1, 1), selected, 0)
 

@@ -10,19 +10,26 @@ from torch import Tensor
 
 from r1kernels.ops.policy_loss_reference import PolicyBatch
 
+FACTORS = (-10.0, 10.0)  # by which each value is multiplied: another sign, and beyond most of the others
+
 
 def check_token_local(function: Callable[..., Any], tokens: int = 6, *, seed: int = 0) -> None:
-    """Raises unless the loss of each token depends on nothing but that token. A debug check: 20 calls of the function.
+    """Raises unless loss and gradient of each token depend on nothing but that token.
 
-    In float64, on random values: the gradient of token i's loss with respect to log-prob and entropy of token j must be
-    exactly 0, and no other value of token j may change the loss of token i by more than rounding.
+    In float64, on random values. The gradient of token i's loss with respect to log-prob and entropy of token j must be
+    exactly 0. Loss and gradient of token i may not change by more than rounding if any value of token j changes (times
+    -10 and times 10), nor if the function gets token i alone, or all tokens but the last.
+
+    A debug check: 13 n + 3 calls of the function for n tokens. It finds what shows at these values, so a function that
+    mixes tokens only at others may pass.
 
     Args:
         function: as for `Objective.token_local`.
-        tokens: how many tokens it gets, >= 2.
+        tokens: n, how many tokens it gets, >= 2.
 
     Raises:
-        ValueError: naming the two tokens, and the input through which one depends on the other.
+        ValueError: naming the tokens, and the input through which one depends on the other; or the function returns
+            another loss when it is called again.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
         raise ValueError(f"tokens is {tokens!r}, expected an integer >= 2")
@@ -33,34 +40,59 @@ def check_token_local(function: Callable[..., Any], tokens: int = 6, *, seed: in
 
     logprobs, entropies = -draw(1).abs() - 0.1, draw(1).abs() + 0.1
     near = {"old_logprobs": logprobs + draw(0.1), "ref_logprobs": logprobs + draw(0.1)}
-    constants = {"advantages": draw(1), **near, "importance_weights": draw(1).abs() + 0.1}
-
-    def losses(logprobs: Tensor, entropies: Tensor, constants: dict[str, Tensor]) -> Tensor:
-        loss = function(logprobs, entropies, PolicyBatch(entropy=None, mask=None, cu_seqlens=None, **constants))
-        if not isinstance(loss, Tensor) or loss.shape != logprobs.shape:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"function returned {got}, expected one loss for each token, of shape {(tokens,)}")
-        return loss
-
-    leaves = {"logprobs": logprobs.requires_grad_(), "entropies": entropies.requires_grad_()}
-    loss = losses(logprobs, entropies, constants)
-    for i in range(tokens if loss.requires_grad else 0):
-        grads = torch.autograd.grad(loss[i], list(leaves.values()), retain_graph=True, allow_unused=True)
-        for name, grad in zip(leaves, grads, strict=True):
-            if grad is not None:
-                _refuse(name, i, grad.index_fill(0, torch.tensor(i), 0) != 0)
-    before, others = loss.detach(), torch.arange(tokens) != 0
-    inputs = {"logprobs": logprobs.detach(), "entropies": entropies.detach(), **constants}
-    for name, value in inputs.items():  # a value of token 0 changes, the others keep their losses
-        changed = inputs | {name: torch.where(others, value, 0.7 * value)}
-        after = losses(changed.pop("logprobs"), changed.pop("entropies"), changed).detach()
-        moved = ~torch.isclose(after, before, rtol=1e-12, atol=1e-12, equal_nan=True) & others
+    values = {"logprobs": logprobs, "entropies": entropies, "advantages": draw(1), **near,
+              "importance_weights": draw(1).abs() + 0.1}
+    every = slice(0, tokens)
+    before = _outcome(function, values, every, across=True)
+    if _moved(before, _outcome(function, values, every)).any():
+        raise ValueError("function returned another loss or gradient for the same tokens when it was called again, "
+                         "expected the same each time")
+    for j in range(tokens):
+        this = torch.arange(tokens) == j
+        for name, value in values.items():
+            for factor in FACTORS:
+                after = _outcome(function, values | {name: torch.where(this, factor * value, value)}, every)
+                moved = _moved(before, after) & ~this
+                if moved.any():
+                    _refuse(name, int(moved.nonzero()[0]), j)
+    for part in (*(slice(i, i + 1) for i in range(tokens)), slice(0, tokens - 1)):
+        moved = _moved(before[:, part], _outcome(function, values, part))
         if moved.any():
-            _refuse(name, int(moved.nonzero()[0]), ~others)
+            i = part.start + int(moved.nonzero()[0])
+            raise ValueError(f"function mixes tokens: loss or gradient of token {i} is another one in a call with "
+                             f"{len(moved)} of the {tokens} tokens, expected the same whatever tokens it gets")
 
 
-def _refuse(name: str, i: int, depends: Tensor) -> None:
-    if depends.any():
-        j = int(depends.nonzero()[0])
-        raise ValueError(f"function mixes tokens: the loss of token {i} depends on {name} of token {j}, expected only "
-                         f"values of token {i}")
+def _outcome(function: Callable[..., Any], values: dict[str, Tensor], part: slice, across: bool = False) -> Tensor:
+    """(3, n): loss and its derivatives by log-prob and entropy of some tokens. `across`: refuse derivatives across
+    tokens."""
+    given = {name: value[part].clone() for name, value in values.items()}
+    leaves = {name: given.pop(name).requires_grad_() for name in ("logprobs", "entropies")}
+    loss = function(*leaves.values(), PolicyBatch(entropy=None, mask=None, cu_seqlens=None, **given))
+    shape = leaves["logprobs"].shape
+    if not isinstance(loss, Tensor) or loss.shape != shape:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"function returned {got}, expected one loss for each token, of shape {tuple(shape)}")
+    if not loss.requires_grad:
+        return torch.stack([loss.double(), *torch.zeros(2, *shape, dtype=torch.float64)])
+
+    def gradients(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True,
+                                   materialize_grads=True)
+
+    for i in range(len(loss) if across else 0):
+        for name, grad in zip(leaves, gradients(loss[i]), strict=True):
+            depends = (grad != 0) & (torch.arange(len(loss)) != i)
+            if depends.any():
+                _refuse(name, i, int(depends.nonzero()[0]))
+    return torch.stack([loss.detach().double(), *gradients(loss.sum())])
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Tokens (n,) of which anything differs by more than rounding."""
+    return ~torch.isclose(after, before, rtol=1e-12, atol=1e-12, equal_nan=True).all(0)
+
+
+def _refuse(name: str, i: int, j: int) -> None:
+    raise ValueError(f"function mixes tokens: the loss of token {i} depends on {name} of token {j}, expected only "
+                     f"values of token {i}")

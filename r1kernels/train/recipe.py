@@ -157,10 +157,10 @@ class ObjectiveSettings(Settings):
     function: ImportPath | None = setting("import path `module:function`, in place of a preset", None)
     options: dict[str, Any] = setting("fields of the preset to override, or arguments of the function", {})
 
-    def build(self) -> Objective:
-        """The objective. Raises ConfigError for an unknown field or a value out of range."""
+    def build(self, where: str = "objective") -> Objective:
+        """The objective. Raises ConfigError for an unknown field or a value out of range; `where` is its key."""
         make = Function(function=self.function).load() if self.function else getattr(objectives, self.preset)
-        with naming("'objective.options'", (TypeError, ValueError)):
+        with naming(f"'{where}.options'", (TypeError, ValueError)):
             made = make(**self.options)
             return made if isinstance(made, Objective) else Objective(surrogate=made, aggregate="token_mean")
 

@@ -110,6 +110,8 @@ def _check_names(recipe: Recipe) -> None:
 def _check_stage(where: str, stage: Any) -> None:
     """Checks the rules that need more than one setting."""
     if stage.kind == "grpo":
+        if stage.objective.function is None:  # a function of the user is imported when the stage is checked
+            stage.objective.build(f"{where}.objective")
         if stage.questions * stage.group_size % stage.minibatches:
             raise ConfigError(f"'{where}.minibatches' is {stage.minibatches}; it must divide questions x group_size")
         if stage.rollout_ahead and stage.importance.mode == "none":

@@ -273,7 +273,7 @@ def uniform_at(seeds: Tensor, step: int) -> Tensor:
 
 def kept_weights(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Weights (B, W) in proportion to the probabilities of scores (B, V), where the highest is 1 and a token that is
-    left out has 0, and the tokens (B, W) that they belong to; None for the tokens 0 to W."""
+    left out has 0, and the tokens (B, W) that they belong to; None if these are the tokens 0 to W - 1."""
     (count, size), order = scores.shape, None
     weights = scores.new_zeros(count, -(-size // BLOCK) * BLOCK)
     torch.sub(scores, scores.amax(-1, keepdim=True), out=weights[:, :size]).exp_()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, registration_only, shapes_only
+from backends import checks_only, compiles, reference_only, registration_only, shapes_only, without_cuda_kernels
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -18,7 +18,9 @@ if testing.KERNELS == "triton":  # interpreted, which takes its time
     VOCABS = [1, 7, 2049, 33000]
 BAR = 4e-6  # the promise for |logit| <= 32 and temperature 1, whatever the dtype
 DIFFERENTIABLE = ("logprobs", "lse", "entropy", "sum_sq_probs", "selected_logprobs")
-KERNELS = "auto" if testing.KERNELS == "cuda" else testing.KERNELS  # there, the reference computes what has no kernel
+KERNELS = testing.KERNELS
+
+pytestmark = without_cuda_kernels
 slow_reference = pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
 
 
@@ -312,7 +314,8 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "fields has 'loss'", {"fields": ("lse", "loss")}),
         (ValueError, "fields is ()", {"fields": ()}),
         (ValueError, "selected_ids is None", {"fields": ("selected_logprobs",)}),
-        (ValueError, "selected_ids has shape (2, 3)", {"selected_ids": ids}),
+        (ValueError, "selected_ids has shape (2, 3), expected (2, 3, K): K ids", {"selected_ids": ids}),
+        (ValueError, "selected_ids has shape (), expected (2, 3, K): K ids", {"selected_ids": torch.tensor(1)}),
         (TypeError, "selected_ids has dtype torch.float32", {"selected_ids": torch.zeros(2, 3, 1)}),
         (ValueError, "selected_ids[5] is 7", {"selected_ids": torch.arange(2, 8).reshape(2, 3, 1)}),
         (ValueError, "temperature is 0", {"temperature": 0}),

@@ -330,7 +330,13 @@ def test_compile_fullgraph(shared: bool, implementation: str) -> None:
 BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reduction": ({"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of mean, sum, none"),
     "shape of ids": ({"token_ids": torch.zeros(3, 2, 4).long()}, ValueError,
-                     r"token_ids has shape \(3, 2, 4\) and hidden \(2, 5, 12\), expected \(D, \.\.\.\)"),
+                     r"token_ids has shape \(3, 2, 4\) and hidden \(2, 5, 12\), expected token_ids \(D, N\)"),
+    "no dimension of depths": (
+        {"hidden": torch.zeros(5, 12), "token_ids": torch.zeros(5).long(), "masks": None}, ValueError,
+        r"token_ids has shape \(5,\) and hidden \(5, 12\), expected .*\(D, N, H\), or without D, \(N, H\)"),
+    "no dimension of tokens": (
+        {"hidden": torch.zeros(12), "token_ids": torch.zeros(3).long(), "masks": None}, ValueError,
+        r"token_ids has shape \(3,\) and hidden \(12,\), expected token_ids \(D, N\)"),
     "no depth": ({"token_ids": torch.zeros(0, 2, 5).long()}, ValueError, r"token_ids has shape \(0, 2, 5\)"),
     "shape of masks": ({"masks": torch.ones(2, 5)}, ValueError, r"masks has shape \(2, 5\), expected \(3, 2, 5\)"),
     "masks": ({"masks": [True]}, TypeError, "masks is a list, expected a torch.Tensor"),

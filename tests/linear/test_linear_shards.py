@@ -154,7 +154,7 @@ def test_padding_of_logits_counts_for_nothing(world: int, ranks: Results) -> Non
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary(world: int, ranks: Results) -> None:
-    header, numbers = ("all_gather", 88), 3 * 8
+    header, numbers = ("all_gather", 96), 3 * 8
     hidden, lora_a = ("all_reduce", TOKENS * WIDTH * 4), ("all_reduce", WIDTH * 3 * 4)
     counted = int(shard_ranks.mask().sum())
     for results in ranks[:world]:
@@ -178,7 +178,7 @@ def test_bytes_of_distillation_do_not_depend_on_the_vocabulary(
         for vocab in (40, VOCAB):
             *chunks, hidden = results[f"traffic {kind}, {vocab}, {world}"]
             for _ in range(1 if kind == "top-k" else 2):  # student and teacher
-                assert chunks.pop(0) == ("all_gather", 88)
+                assert chunks.pop(0) == ("all_gather", 96)
             assert hidden == ("all_reduce", TOKENS * WIDTH * 4) and {name for name, _ in chunks} == {"all_gather"}
             assert len(chunks) < counted
             assert sum(size for _, size in chunks) == counted * sum(numbers) * 8
@@ -208,6 +208,21 @@ DISAGREEMENTS = {
                          ("another option is (('lse', 'entropy')", "different on rank 0")],
     "refused fields of hidden": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
     "refused fields of logits": [("rank 1 of process_group raised an error", ""), ("fields has 'loss'", "expected")],
+    "support": [("rank 1 of process_group raised an error", ""), ("support was given with process_group", "expected")],
+    "support of a cross-entropy": [("rank 1 of process_group raised an error", ""),
+                                   ("support was given to cross_entropy with z_loss_coef", "expected None")],
+    "depths of several targets": [("linear_multi_target of 2 depths", "different"), ("of 3 depths", "different")],
+    **{f"{name} of {what}": value for what in ("hidden", "several targets") for name, value in {
+        "smoothing": [("label_smoothing 0.0", "different on rank 1"), ("label_smoothing 0.1", "different on rank 0")],
+        "z-loss": [("z_loss_coef 0.001", "different on rank 1"), ("z_loss_coef 0.002", "different on rank 0")],
+        "normalizer": [("normalizer is 2.0", "different on rank 1"), ("normalizer is 3.0", "different on rank 0")],
+        "tensor of normalizer": [("normalizer is 2.0", "different on rank 1"),
+                                 ("normalizer is 3.0", "different on rank 0")],
+    }.items()},
+    **{f"{name} of {what}": [("rank 1 of process_group raised an error", ""), (message, "expected")]
+       for what in ("hidden", "several targets", "logits")
+       for name, message in (("refused smoothing", "label_smoothing is 3.0"),
+                             ("refused normalizer", "normalizer is 0.0"))},
 }
 
 

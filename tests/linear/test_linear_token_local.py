@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import compiles, slow_interpreted
+from backends import checks_only, compiles, slow_interpreted
 from linear_policy_cases import EVERYTHING, make, packed, run
 from policy_cases import AGGREGATES
 from test_linear_compaction import counting
@@ -72,6 +72,22 @@ def test_one_walk_and_only_rows_with_a_gradient(monkeypatch: pytest.MonkeyPatch,
 
 
 @slow_interpreted
+def test_a_weight_of_zero_saves_the_backward_products_of_a_token(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    """As the documents say of filters: 1 + 2 k units, while a preset computes nothing of such a token."""
+    inputs = make("plain", "token_weights")
+    inputs["importance_weights"][:, ::2] = 0
+    inputs["advantages"] = torch.ones_like(inputs["advantages"])
+    kept, rows = int((inputs["importance_weights"] != 0).sum()), counting(monkeypatch)
+    given, _ = run(inputs, objective=Objective.token_local(lambda p, h, t: p))
+    assert rows == {"forward": 35, "backward": kept} and given.metrics["measured_tokens"] == 35 > kept
+    rows.update(forward=0, backward=0)
+    preset, _ = run(inputs, objective=Objective(surrogate="reinforce"))
+    assert rows == {"forward": kept, "backward": kept} and preset.metrics["measured_tokens"] == kept
+
+
+@slow_interpreted
 def test_without_a_gradient_the_loss_is_the_same(implementation: str) -> None:
     inputs, objective = make("plain", "holes"), Objective.token_local(clipped)
     with torch.no_grad():
@@ -87,6 +103,31 @@ def test_its_errors_name_it() -> None:
         run(inputs, objective=Objective.token_local(lambda p, h, t: (p * 0).sqrt() + p))
     with pytest.raises(ValueError, match="is NaN at token 0"):
         run(inputs, objective=Objective.token_local(lambda p, h, t: p.log()))
+
+
+@checks_only
+@pytest.mark.parametrize("route", ["one pass", "float16", "support"])
+def test_nan_derivatives_are_refused_on_every_route(route: str) -> None:
+    inputs = make()
+    if route == "float16":
+        inputs |= {name: inputs[name].half() for name in ("hidden", "weight")}
+    elif route == "support":
+        ids = inputs["token_ids"]
+        inputs["support"] = ids.flatten(), torch.arange(ids.numel() + 1)
+    objective = Objective.token_local(lambda p, h, t: (p * 0).sqrt() * t.advantages - p * t.advantages)
+    with pytest.raises(ValueError, match=r"has a derivative that is NaN at token \d+ of the"):
+        run(inputs, objective=objective)
+
+
+@checks_only
+def test_a_function_that_writes_to_its_inputs_is_refused_and_changes_nothing() -> None:
+    inputs = make("plain", "token_advantages")
+    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+    for field in ("advantages", "old_logprobs", "importance_weights"):
+        objective = Objective.token_local(lambda p, h, t, field=field: p * getattr(t, field).mul_(2))
+        with pytest.raises(ValueError, match=f"changed tokens\\.{field} in place"):
+            run(inputs, objective=objective)
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
 
 
 @compiles

@@ -5,7 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, registration_only
+from backends import checks_only, compiles, reference_only, registration_only, without_cuda_kernels
 from test_linear_operators import MASK, head_arguments
 from torch import Tensor
 
@@ -22,7 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("logprobs", "lse", "entropy", "sum_sq_probs", "selected_logprobs")
 K = 5
 # CUDA has no kernel of all statistics: there the reference serves.
-pytestmark = pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
+pytestmark = [
+    without_cuda_kernels, pytest.mark.filterwarnings("ignore:r1kernels uses its reference implementation")
+]
 
 
 def selected_of(case: dict[str, Any]) -> Tensor:

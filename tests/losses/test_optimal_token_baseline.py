@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import torch
+from backends import without_cuda_kernels
 
 from r1kernels import testing, token_statistics
+
+pytestmark = without_cuda_kernels
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "statistics.md").read_text()
 

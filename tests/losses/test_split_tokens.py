@@ -57,7 +57,7 @@ def test_bytes_on_the_wire_are_those_of_sequences(world: int, ranks: Results) ->
         sent = results[f"{function}, {name}, {world}"]["sent"]
         header, metrics = [size for kind, size in sent if kind == "all_gather"]
         sums = [size for kind, size in sent if kind == "all_reduce"]
-        assert header == 88 and metrics <= 16 * 8
+        assert header == 96 and metrics <= 16 * 8
         by_sequence = OBJECTIVES[name] in SEQUENCE_RATIOS
         assert len(sums) <= (6 if by_sequence else 2) and all(size <= SEQUENCES * 8 for size in sums), (name, sums)
 
@@ -104,7 +104,7 @@ def test_uneven_accumulation_gives_the_gradient_of_one_process(name: str, kind: 
 
 def test_a_missing_rank_ends_the_call_after_the_time_limit_of_the_group(ranks: Results) -> None:
     message = ranks[0]["missing"]
-    assert message.startswith("RuntimeError: r1kernels: an exchange of 11 numbers between the ranks [0, 1] of")
+    assert message.startswith("RuntimeError: r1kernels: an exchange of 12 numbers between the ranks [0, 1] of")
     assert "process_group failed on rank 0" in message and "within the time limit" in message
 
 

@@ -1,6 +1,7 @@
 """Filters of tokens and sequences: oracles, what they do to a loss and to its cost, several ranks, errors."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import filter_ranks
@@ -51,6 +52,21 @@ def test_high_entropy_is_torch_quantile() -> None:
         assert high_entropy_filter(tens, top=0.1).sum() == size + 1
 
 
+@pytest.mark.parametrize("top", ["0.1", "0.2", "0.3", "0.6", "0.7", "0.8", "0.9", "0.95"])
+def test_high_entropy_counts_exactly(top: str) -> None:
+    for size in (2, 11, 51, 101, 1001, 20_001):
+        found = high_entropy_filter(torch.arange(float(size)), top=float(top)).sum()
+        assert found == size - math.ceil((1 - Fraction(top)) * (size - 1))
+
+
+def test_infinite_entropies_are_the_highest() -> None:
+    entropy = torch.arange(100.0)
+    entropy[40:] = math.inf
+    assert torch.equal(high_entropy_filter(entropy), (entropy == math.inf).float())
+    entropy[:80] = -math.inf
+    assert torch.equal(high_entropy_filter(entropy), (entropy == math.inf).float())
+
+
 def test_nothing_counts() -> None:
     none = torch.zeros(7, 9)
     assert not high_entropy_filter(VALUES["entropy"], none).any()
@@ -94,6 +110,18 @@ def test_clip_cov_drops_some_of_the_largest_covariances() -> None:
     assert int((clip_cov_filter(logprobs, PER_TOKEN, mask, low=0.2) == 0).sum()) == 1  # at least one
     again = [clip_cov_filter(logprobs, PER_TOKEN, mask, **CLIP_COV, generator=testing.generator(3)) for _ in range(2)]
     assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_clip_cov_leaves_out_what_is_not_finite(bad: float) -> None:
+    logprobs, mask = VALUES["logprobs"].clone(), VALUES["mask"].clone()
+    mask[2, :2] = True
+    logprobs[2, 1] = bad
+    without = mask.clone()
+    without[2, 1] = False
+    found = clip_cov_filter(logprobs, PER_TOKEN, mask, share=1.0, low=0.2)
+    assert torch.equal(found, clip_cov_filter(VALUES["logprobs"], PER_TOKEN, without, share=1.0, low=0.2))
+    assert found[2, 1] == 1 and not found.all()
 
 
 def test_a_loss_of_the_kept_share_computes_only_that_share() -> None:

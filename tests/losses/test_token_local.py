@@ -121,6 +121,12 @@ def test_it_equals_and_hashes_by_its_function() -> None:
         (lambda p, h, t: p.detach(), "without a gradient"),
         (lambda p, h, t: p * math.nan, r"lambda.* returned a loss that is NaN at token 0 of the 35 that it got"),
         (lambda p, h, t: torch.where(t.advantages > 0, (p - 1).log(), p), "returned a loss that is NaN at token"),
+        (lambda p, h, t: (p * 0).sqrt() - p, r"lambda.* has a derivative that is NaN at token 0 of the 35 that it got"),
+        (lambda p, h, t: p * 1j, "returned losses of torch.complex64, expected a floating-point dtype"),
+        (lambda p, h, t: p.long(), "returned losses of torch.int64, expected a floating-point dtype"),
+        (lambda p, h, t: -p * t.advantages.mul_(2), r"changed tokens\.advantages in place, expected a function that"),
+        (lambda p, h, t: -p * t.importance_weights.clamp_(max=1), r"changed tokens\.importance_weights in place"),
+        (lambda p, h, t: -p.mul_(2), "changed logprobs in place"),
     ],
 )
 def test_what_it_returns_is_checked(function: Any, message: str) -> None:
@@ -128,6 +134,38 @@ def test_what_it_returns_is_checked(function: Any, message: str) -> None:
     inputs["logprobs"].requires_grad_()
     with pytest.raises(ValueError, match=message):
         policy_loss(**inputs, objective=Objective.token_local(function))
+
+
+@checks_only
+def test_nan_derivatives_are_refused_from_logits() -> None:
+    logits, ids = testing.random_logits(5, 7, 33).requires_grad_(), testing.random_ids(5, 7, vocab=33)
+    for function in (lambda p, h, t: (p * 0).sqrt() - p * t.advantages, lambda p, h, t: p + (h * 0).sqrt()):
+        with pytest.raises(ValueError, match="has a derivative that is NaN at token 0 of the 35"):
+            grpo_loss(logits, ids, torch.ones(5), objective=Objective.token_local(function))
+
+
+@checks_only
+def test_a_derivative_of_a_token_that_does_not_count_may_be_nan() -> None:
+    inputs = with_extras("holes") | {"importance_weights": torch.ones(5, 7)}
+    inputs["importance_weights"][0] = 0
+    inputs["logprobs"][0] = -4.0
+
+    def steep(logprobs: Tensor, entropies: Tensor, tokens: PolicyBatch) -> Tensor:
+        return (logprobs + 4).abs().sqrt() + logprobs.abs().sqrt()  # NaN at -4, and at the 0 behind the mask
+
+    result, grad, _ = evaluate(inputs, Objective.token_local(steep))
+    assert grad.isfinite().all() and grad.any() and result.metrics["nonfinite_tokens"] == 0
+
+
+def test_infinite_losses_and_derivatives_are_counted() -> None:
+    inputs = with_extras("holes")
+    counted = int(inputs["mask"].sum())
+    for function in (lambda p, h, t: p * math.inf, lambda p, h, t: (p - p.detach()).sqrt()):
+        result, grad, _ = evaluate(inputs, Objective.token_local(function))
+        assert result.metrics["nonfinite_tokens"] == counted and not grad[inputs["mask"]].isfinite().any()
+        callable_, _, _ = evaluate(inputs, Objective(surrogate=lambda p, batch, f=function: f(p, None, batch)))
+        assert callable_.metrics["nonfinite_tokens"] == counted
+    assert (evaluate(inputs, Objective.token_local(clipped))[0].metrics["nonfinite_tokens"]) == 0
 
 
 @checks_only
@@ -144,8 +182,17 @@ def test_the_constructor_names_what_is_wrong() -> None:
         Objective.token_local(3)
     with pytest.raises(ValueError, match=r"Objective\.token_local: unknown field 'clip_hihg'"):
         Objective.token_local(clipped, clip_hihg=0.3)
-    with pytest.raises(ValueError, match="ratio is 'sequence' with surrogate"):
-        Objective.token_local(clipped, ratio="sequence")
+
+
+@host_code
+@pytest.mark.parametrize("field", [
+    {"surrogate": "clip"}, {"ratio": "sequence"}, {"clip_low": 0.1}, {"clip_high": 0.3}, {"ratio_cap": 2.0},
+    {"tau_pos": 1.0}, {"tau_neg": 2.0}, {"power_pos": 1.0}, {"power_neg": 1.0},
+])
+def test_the_constructor_refuses_fields_without_effect(field: dict[str, Any]) -> None:
+    ((name, value),) = field.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, which nothing would use.* expected only kl, kl_coef"):
+        Objective.token_local(clipped, **field)
 
 
 @host_code
@@ -158,6 +205,17 @@ def test_the_constructor_names_what_is_wrong() -> None:
         (lambda p, h, t: p * (t.advantages - t.advantages.mean()), "loss of token 1 depends on advantages of token 0"),
         (lambda p, h, t: p * t.importance_weights.sum(), "on importance_weights of token 0"),
         (lambda p, h, t: (p - t.old_logprobs.flip(0)), "on old_logprobs of token 0"),
+        (lambda p, h, t: -p * t.advantages / len(p), "token 0 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: (p - p.detach()) / len(p), "token 0 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: -p * torch.arange(len(p)), "token 1 is another one in a call with 1 of the 6 tokens"),
+        (lambda p, h, t: -p if len(p) == 5 else p, "token 0 is another one in a call with 5 of the 6 tokens"),
+        (lambda p, h, t: -p * t.advantages.roll(-1), "loss of token 5 depends on advantages of token 0"),
+        (lambda p, h, t: -p * torch.cat([t.advantages[1:], t.advantages[-1:]]), "on advantages of token 1"),
+        (lambda p, h, t: -p * t.advantages.max(), "on advantages of token"),
+        (lambda p, h, t: -p * (t.advantages > 0).double().mean(), "on advantages of token 0"),
+        (lambda p, h, t: -p * t.importance_weights[-1], "loss of token 0 depends on importance_weights of token 5"),
+        (lambda p, h, t: -p * t.ref_logprobs.min(), "on ref_logprobs of token"),
+        (lambda p, h, t: (p - p.detach()) * t.advantages.sum(), "on advantages of token 0"),
     ],
 )
 def test_functions_that_mix_tokens_are_found(function: Any, depends: str) -> None:
@@ -169,6 +227,11 @@ def test_functions_that_mix_tokens_are_found(function: Any, depends: str) -> Non
 def test_functions_of_single_tokens_pass_the_check() -> None:
     for function in (clipped, uncertain, lambda p, h, t: -p * (h.detach() > 0.5)):
         testing.check_token_local(function)
+    calls: list[int] = []
+    testing.check_token_local(lambda p, h, t: calls.append(1) or clipped(p, h, t), 4)
+    assert len(calls) == 13 * 4 + 3  # as it says
+    with pytest.raises(ValueError, match="another loss or gradient for the same tokens when it was called again"):
+        testing.check_token_local(lambda p, h, t: p * torch.rand(()))
     with pytest.raises(ValueError, match="tokens is 1, expected an integer >= 2"):
         testing.check_token_local(clipped, 1)
     with pytest.raises(ValueError, match=r"function returned a tensor of shape \(\), expected one loss for each"):

@@ -31,6 +31,7 @@ from r1kernels import (
     linear_multi_target,
     linear_token_logprobs_and_entropy,
     objectives,
+    token_logprobs,
     token_logprobs_and_entropy,
 )
 from r1kernels.ops import shards
@@ -214,6 +215,41 @@ def bad_distillations(rank: int, group: Any) -> Iterator[tuple[str, Callable[[],
     yield "top-k", lambda: distilled(shard_of(top, SPLITS[2], rank), "jsd", process_group=group)
 
 
+def bad_supports(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Rank 1 gives sets of ids, which a sharded vocabulary does not take."""
+    sets = (torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)) if rank else None
+    logits, ids = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
+    yield "support", lambda: token_logprobs(logits, ids, process_group=group, support=sets)
+    yield "support of a cross-entropy", lambda: cross_entropy(
+        logits, ids, process_group=group, support=sets, z_loss_coef=0.1
+    )
+
+
+def bad_targets(rank: int, group: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Cross-entropies on which two ranks disagree about keywords that only these have."""
+    part = shard_of(make("plain"), SPLITS[2], rank)
+    hidden, weight, ids = part["hidden"], part["weight"], part["token_ids"]
+    logits = shard_of(make_logits(torch.float32), SPLITS[2], rank)["logits"]
+    calls = {
+        "hidden": lambda **keywords: linear_cross_entropy(hidden, weight, ids, process_group=group, **keywords),
+        "several targets": lambda **keywords: linear_multi_target(
+            hidden, weight, torch.stack([ids, ids]), process_group=group, **keywords),
+        "logits": lambda **keywords: cross_entropy(logits, ids, process_group=group, **keywords),
+    }
+    for name, keywords in (
+        ("smoothing", {"label_smoothing": 0.1 * rank}), ("z-loss", {"z_loss_coef": 1e-3 * (1 + rank)}),
+        ("normalizer", {"normalizer": 2.0 + rank}), ("tensor of normalizer", {"normalizer": torch.tensor(2.0 + rank)}),
+        ("refused smoothing", {"label_smoothing": 3.0 if rank else 0.1}),
+        ("refused normalizer", {"normalizer": 0.0 if rank else 2.0}),
+    ):
+        for what, call in calls.items():
+            if what != "logits" or name.startswith("refused"):
+                yield f"{name} of {what}", lambda c=call, k=keywords: c(**k)
+    depths = torch.cat([ids] * 2)[:6].reshape(2 + rank, 3 - rank, -1)  # the same ids in the same order
+    yield "depths of several targets", lambda: linear_multi_target(
+        hidden[: 3 - rank], weight, depths, process_group=group)
+
+
 def as_on_a_device(rank: int, part: dict[str, Any], group: Any) -> dict[str, Any]:
     """Where reading a tensor costs a synchronisation, only the first call reads. Later ones compare on the device."""
     shards.reads_are_free = lambda device: False
@@ -261,7 +297,9 @@ def results_of(rank: int, groups: dict[int, Any]) -> dict[str, Any]:
         for name, arguments in bad_calls(rank):
             call = linear_token_logprobs_and_entropy
             results[f"error {name}"] = error_of(lambda a=arguments, c=call: c(**a, process_group=groups[2]))
-        for name, call in [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2])]:
+        bad = [*bad_distillations(rank, groups[2]), *bad_statistics(rank, groups[2]), *bad_supports(rank, groups[2]),
+               *bad_targets(rank, groups[2])]
+        for name, call in bad:
             results[f"error {name}"] = error_of(call)
         part = shard_of(make("plain"), SPLITS[2], rank)
         results["works after errors"] = statistics(part, process_group=groups[2])

@@ -174,7 +174,7 @@ def test_everything_is_checked_before_work(finished, tmp_path, monkeypatch):
         ({"data": {"sums": SUMS | {"options": {"train_size": 10**6}}}}, ["'sums'", "'train'", "1000000"]),
         ({"stages": {"base": BASE, "rl": {**RL, "model": "rl"}}}, ["'stages.rl.model'", "'rl'", "before", "'base'"]),
         ({"stages": {"base": BASE, "rl": {**RL, "objective": {"options": {"clip": 1}}}}},
-         ["'rl'", "'objective.options'", "clip"]),
+         ["'stages.rl.objective.options'", "clip"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"acuracy": 1.0}}}},
          ["'rl'", "'rewards'", "'acuracy'", "accuracy"]),
         ({"stages": {"base": BASE, "rl": {**RL, "rewards": {"judge": 1.0}}}}, ["'rl'", "'rewards'", "'judge'"]),

@@ -14,6 +14,7 @@ from r1kernels.ops.linear.grpo_loss import one_pass_sum
 from r1kernels.ops.linear.options import Call, LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
 from r1kernels.ops.linear.token_stats import linear_token_stats
+from r1kernels.ops.shards import Split, refusals
 from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_terms import TargetTerms
 
@@ -55,19 +56,21 @@ def linear_cross_entropy(
 
     Equivalent to: `cross_entropy(hidden.float() @ weight.float().T, targets)`
     """
-    check_reduction(reduction, ignore_index, normalizer)
-    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
-    if terms.given:
-        refuse_support(options, "linear_cross_entropy with z_loss_coef or label_smoothing")
     hidden, weight, options = local_tensors(hidden, weight, options)
-    check_floating("hidden", hidden)
-    targets = ids_int64("targets", targets, hidden)
-    check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")
-    mask = targets != ignore_index
-    call = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask,
-                   function=f"linear_cross_entropy with reduction {reduction}")
+    group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    with refusals(group, hidden):
+        check_reduction(reduction, ignore_index, normalizer)
+        terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+        if terms.given:
+            refuse_support(options, "linear_cross_entropy with z_loss_coef or label_smoothing")
+        check_floating("hidden", hidden)
+        targets = ids_int64("targets", targets, hidden)
+        check_shape("targets", targets, hidden.shape[:-1], "hidden (..., H) score targets (...)")
+        mask, dtype = targets != ignore_index, accumulator_dtype(hidden.dtype)
+        divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
+    call = prepare(hidden, weight, targets, dict(options), tokens="targets", mask=mask, normalizer=normalizer,
+                   function=f"linear_cross_entropy with reduction {reduction}{terms}")
     wanted = mask.reshape(-1)
-    dtype = accumulator_dtype(hidden.dtype)
     if reduction == "none" or not call.one_pass:
         if terms.given:
             losses = target_losses(call, wanted, call.head.token_ids[None], terms)
@@ -76,9 +79,7 @@ def linear_cross_entropy(
         losses = torch.where(mask, losses.reshape(targets.shape), 0)
         if reduction == "none":
             return losses
-        total = losses.sum()
-        return total if reduction == "sum" else total / denominator(mask, normalizer, dtype)
-    divisor = denominator(mask, normalizer, dtype) if reduction == "mean" else 1
+        return losses.sum() / divisor
     if terms.given:
         weights = (wanted.to(dtype) / divisor)[None]
         return target_sums(call, wanted, call.head.token_ids[None], terms, weights, 1)[0]

@@ -86,8 +86,11 @@ class TokenObjective(NamedTuple):
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
 
         def taken(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[rows].contiguous()
+            if value is None or not own:
+                return None if value is None else value[rows].contiguous()
+            return value[rows].clone()  # a function that writes to it is refused, and has not changed the caller's
 
+        own = self.objective.is_token_local
         batch = PolicyBatch(
             taken(self.advantages), taken(self.old_logprobs), taken(self.ref_logprobs), None, None, None,
             taken(self.importance_weights),
@@ -260,7 +263,8 @@ def linear_grpo_loss(
         measure_all: also compute the log-probs of tokens whose loss is known to be 0, so that the metrics include
             them. Otherwise, if the objective has neither a KL nor an entropy term, tokens of advantage (or importance
             weight) 0 are not computed: their hidden states may hold anything, and the means in the metrics are over
-            `metrics["measured_tokens"]` tokens (NaN if there are none). Callables are always measured.
+            `metrics["measured_tokens"]` tokens (NaN if there are none). With the ratio of sequences, this holds for
+            sequences of such tokens alone. IPO, `Objective.token_local` and callables always measure every token.
         sequence_group: as in `policy_loss`. hidden, token_ids and all values per token are those of this rank's tokens.
         **options: the keywords of `LinearOptions`.
 

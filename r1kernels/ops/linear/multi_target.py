@@ -24,7 +24,7 @@ from r1kernels.ops.cross_entropy import check_reduction
 from r1kernels.ops.linear.dtensor import local_tensors, probes
 from r1kernels.ops.linear.options import LinearOptions, prepare
 from r1kernels.ops.linear.targets import target_losses, target_sums
-from r1kernels.ops.shards import Split
+from r1kernels.ops.shards import Split, refusals
 from r1kernels.ops.support import refuse_support
 from r1kernels.ops.target_terms import TargetTerms
 
@@ -32,10 +32,10 @@ from r1kernels.ops.target_terms import TargetTerms
 def _depths(hidden: Tensor, token_ids: Tensor) -> int:
     """D, if the shapes agree."""
     lead, shape = tuple(hidden.shape[:-1]), tuple(token_ids.shape)
-    if hidden.dim() == 0 or not shape or lead not in (shape, shape[1:]) or shape[0] == 0:
+    if hidden.dim() == 0 or len(shape) < 2 or lead not in (shape, shape[1:]) or shape[0] == 0:
         raise ValueError(
-            f"token_ids has shape {shape} and hidden {tuple(hidden.shape)}, expected (D, ...) with D >= 1, and "
-            "(D, ..., H) or (..., H)"
+            f"token_ids has shape {shape} and hidden {tuple(hidden.shape)}, expected token_ids (D, N) or (D, ..., N) "
+            "with D >= 1 depths of N tokens, and hidden of that shape and H, (D, N, H), or without D, (N, H)"
         )
     return shape[0]
 
@@ -79,8 +79,9 @@ def linear_multi_target(
     loss_d = -sum_t log softmax(z_dt)[token_dt] / (number of tokens that count at depth d)
 
     Args:
-        hidden: (D, ..., H), the hidden states of each depth, or (..., H) for all depths. With the same hidden states,
-            the logits are computed once: 3 products in all, not 3 D. dtypes as in `linear_token_logprobs`.
+        hidden: (D, ..., H), the hidden states of each depth, or (..., H) for all depths, where ... has at least one
+            dimension. With the same hidden states, the logits are computed once: 3 products in all, not 3 D. dtypes as
+            in `linear_token_logprobs`.
         weight: (V, H), dtype as in `linear_token_logprobs`.
         token_ids: (D, ...), int64 or int32, in [0, V): the target of each row at each depth. Depth d predicts the token
             d + 1 positions ahead: shift before the call.
@@ -107,21 +108,25 @@ def linear_multi_target(
     Equivalent to: `torch.stack([linear_cross_entropy(h, weight, t) for h, t in zip(hidden, token_ids)])`
     Source: arXiv 2412.19437, equations 24 and 25.
     """
-    check_reduction(reduction, 0, normalizer)
-    terms = TargetTerms.checked(z_loss_coef, label_smoothing)
-    refuse_support(options, "linear_multi_target")
     hidden, weight, options = local_tensors(hidden, weight, options)
-    check_floating("hidden", hidden)
-    token_ids = ids_int64("token_ids", token_ids, hidden)
-    depths, shape = _depths(hidden, token_ids), token_ids.shape
+    group, _ = Split(options.get("process_group"), options.get("vocab_size")).checked()
+    with refusals(group, hidden):
+        check_reduction(reduction, 0, normalizer)
+        terms = TargetTerms.checked(z_loss_coef, label_smoothing)
+        refuse_support(options, "linear_multi_target")
+        check_floating("hidden", hidden)
+        token_ids = ids_int64("token_ids", token_ids, hidden)
+        depths, shape = _depths(hidden, token_ids), token_ids.shape
+        mask, dtype = _as_masks(masks, token_ids), accumulator_dtype(hidden.dtype)
+        counts = torch.ones(shape, dtype=dtype, device=hidden.device) if mask is None else mask.to(dtype)
+        counts = counts.reshape(depths, -1)
+        divisor = _divisor(normalizer, counts) if reduction == "mean" else 1
     shared = hidden.dim() == token_ids.dim()
-    mask = _as_masks(masks, token_ids)
-    dtype = accumulator_dtype(hidden.dtype)
     if shared and options.get("process_group") is not None:  # a shard knows one token of each row
         hidden, shared = hidden.expand(depths, *hidden.shape), False
         if isinstance(options.get("temperature"), Tensor):
             options = {**options, "temperature": options["temperature"].expand(shape)}
-    function = f"linear_multi_target with reduction {reduction}"
+    function = f"linear_multi_target of {depths} depths with reduction {reduction}{terms}"
     if shared:
         _, vocab_size = Split(None, options.get("vocab_size")).checked()
         check_ids_in_range("token_ids", token_ids, vocab_size or len(probes(weight, options)[1]), mask)
@@ -130,11 +135,8 @@ def linear_multi_target(
         call = prepare(hidden, weight, targets[0].reshape(shape[1:]), dict(options), mask=wanted, function=function)
         wanted = None if wanted is None else wanted.reshape(-1)
     else:
-        call = prepare(hidden, weight, token_ids, dict(options), mask=mask, function=function)
+        call = prepare(hidden, weight, token_ids, dict(options), mask=mask, function=function, normalizer=normalizer)
         wanted, targets = None if mask is None else mask.reshape(-1), call.head.token_ids[None]
-    counts = torch.ones(shape, dtype=dtype, device=hidden.device) if mask is None else mask.to(dtype)
-    counts = counts.reshape(depths, -1)
-    divisor = _divisor(normalizer, counts) if reduction == "mean" else 1
     choice = _dispatch.choose("linear_multi_target", call.tensors[0], call.wanted, None)
     if reduction != "none" and choice.implementation == "one_pass":
         weights = (counts / divisor).reshape(targets.shape)

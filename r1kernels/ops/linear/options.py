@@ -28,7 +28,7 @@ from r1kernels.ops.linear.checks import (
 )
 from r1kernels.ops.linear.dtensor import Placed, probes
 from r1kernels.ops.linear.head import Head, Names, Needs
-from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, layout_of, refusals
+from r1kernels.ops.shards import Facts, Shard, Split, agreed_layout, checksum, fact_of_normalizer, layout_of, refusals
 from r1kernels.ops.support import Support, checked_support
 
 # Dtypes of the weight, by that of hidden states.
@@ -82,9 +82,11 @@ class LinearOptions(TypedDict, total=False):
             probability and their gradient are 0.
         support: (token_ids (M,), offsets (N + 1,)), the sets of ids over which tokens are scored, as in
             `token_logprobs`. Small sets need only their rows of the weight, so their cost depends on M and not on V.
-            This keeps M float32 logits for backward. On a GPU, a call with support synchronises once to find the large
-            and the empty sets; with `capacity`, it does not, and takes the whole vocabulary for all tokens. Not with
-            process_group.
+            This keeps 20 bytes an id for backward: its logit in float32, its entry and token in int32, and the id in
+            int64. On a GPU, a call with support synchronises once to find the large and the empty sets, and once more
+            in backward; with `capacity`, it does not, and takes the whole vocabulary for all tokens. Not with
+            process_group, label_smoothing or z_loss_coef; `linear_distillation_loss`, `linear_multi_target` and
+            `linear_token_statistics` refuse it.
     """
 
     bias: Tensor | None
@@ -168,13 +170,14 @@ class Call(NamedTuple):
 def prepare(
     hidden: Any, weight: Any, token_ids: Any, options: dict[str, Any], *, tokens: str = "token_ids",
     mask: Tensor | None = None, names: Names = Names(), extra_row_bytes: int = 0,  # noqa: B008 - frozen
-    wanted: Tensor | None = None, function: str = "",
+    wanted: Tensor | None = None, function: str = "", normalizer: Tensor | float | None = None,
 ) -> Call:
     """Checks the arguments of a linear function.
 
     Args:
         wanted: (N,), the tokens that are computed, if they are not all that the mask counts.
-        function: its name, which must be the same on all ranks of a process group.
+        function: its name and the values of its own keywords. It must be the same on all ranks of a process group, and
+            so must the normalizer.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation.
@@ -189,7 +192,7 @@ def prepare(
     vocab, width = weight.shape
     largest, layout = vocab, None
     if group is not None:
-        facts = _facts(call, options, mask if wanted is None else wanted, function)
+        facts = _facts(call, options, mask if wanted is None else wanted, function, normalizer)
         layout = agreed_layout(group, vocab, facts, hidden.device)
     elif vocab_size is not None:
         layout = layout_of((vocab,), vocab_size)
@@ -275,7 +278,9 @@ def _checked(
     return Call((hidden, weight, bias, lora_a, lora_b), head, into, None, support)
 
 
-def _facts(call: Call, options: dict[str, Any], counted: Tensor | None, function: str) -> Facts:
+def _facts(
+    call: Call, options: dict[str, Any], counted: Tensor | None, function: str, normalizer: Tensor | float | None
+) -> Facts:
     """What the ranks of a process group must agree on."""
     (hidden, weight, bias, lora_a, _), head = call.tensors, call.head
     count = head.token_ids.numel() if counted is None else counted.sum()
@@ -286,4 +291,5 @@ def _facts(call: Call, options: dict[str, Any], counted: Tensor | None, function
         (hidden.dtype, weight.dtype), head.temperature, gradients,
         (head.logit_scale, head.softcap, head.logits_dtype, head.capacity, head.batch_invariant,
          head.temperatures is None, bias is None, lora_a is None, options.get("chunk_bytes")),
+        fact_of_normalizer(normalizer),
     )

@@ -286,7 +286,7 @@ class Walk:
             squares=squares,
             shift=shift,
         )
-        if self.support is not None and self.head.softcap > 0:  # where the slope of the soft cap at -inf is -inf
+        if self.support is not None:  # NaN where the set has one, or where the slope of the soft cap at -inf is -inf
             write = chunk.write
             if rows is not None:
                 write = write[rows] if isinstance(write, Tensor) else rows + write.start
