@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 FP32, BF16 = 4, 2
 ROLLOUT_BYTES = 30  # of a token: ids, masks, log-probs, advantages
-HEAD_BYTES, HEAD_CALL_BYTES = 24, 88  # of a token, and of a call: docs/parallel.md
+HEAD_BYTES, HEAD_CALL_BYTES = 24, 96  # of a token, and of a call: docs/parallel.md
 COLUMN_MODULES = 5  # q, k, v, gate and up: each sums the gradient of its input over the tensor axis
 ROW_MODULES = 2  # o and down: each sums its output
 
