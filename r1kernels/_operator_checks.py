@@ -280,8 +280,8 @@ def _support_stats(
     if support_offsets.device.type != "cpu":  # an error at the next synchronisation
         torch._assert_async(inside, "r1kernels: support_offsets are beyond the number of values")
     elif not inside:
-        raise ValueError(f"support_offsets has {int(support_offsets.max())}, expected numbers from 0 to {len(values)}, "
-                         "the number of values")
+        raise ValueError(f"support_offsets are from {int(support_offsets.min())} to {int(support_offsets.max())}, "
+                         f"expected from 0 to {len(values)}, the number of values")
 
 
 def _support_stats_backward(
