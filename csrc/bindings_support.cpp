@@ -2,8 +2,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -13,7 +17,10 @@
 namespace {
 
 using namespace r1k::bindings;
+using r1k::SupportEntry;
 using r1k::SupportIndex;
+using r1k::SupportRange;
+using r1k::SupportSpan;
 
 int64_t blocks_of(int64_t tokens) { return (tokens + SupportIndex::kBlockTokens - 1) / SupportIndex::kBlockTokens; }
 
@@ -141,14 +148,19 @@ SupportIndex index_of(const Tensor& starts, const Tensor& entries, const Tensor&
   const int64_t size = entries.numel();
   for (int64_t block = 0; block < index.blocks; ++block) {
     const int32_t* const begins = index.starts_of(block);
+    const int64_t first = block * SupportIndex::kBlockTokens, end = std::min(first + SupportIndex::kBlockTokens, count);
     bool ascends = begins[0] >= 0 && begins[index.vocab] <= size;
     for (int64_t v = 0; v < index.vocab; ++v) ascends &= begins[v] <= begins[v + 1];
     R1K_CHECK(ascends, "starts must ascend within [0, ", size, "]");
-    bool inside = true;
-    for (int32_t at = begins[0]; at < begins[index.vocab]; ++at) {
-      inside &= index.entries[at] >= 0 && index.entries[at] < size && index.tokens[at] >= 0 && index.tokens[at] < count;
-    }
-    R1K_CHECK(inside, "entries must be in [0, ", size, ") and tokens in [0, ", count, ")");
+    std::atomic<bool> inside = true;  // an error must not leave a thread
+    parallel_ranges(begins[index.vocab] - begins[0], 1 << 16, [&](int64_t begin, int64_t last) {
+      bool all = true;
+      for (int64_t at = begins[0] + begin; at < begins[0] + last; ++at) {
+        all &= index.entries[at] >= 0 && index.entries[at] < size && index.tokens[at] >= first && index.tokens[at] < end;
+      }
+      if (!all) inside = false;
+    });
+    R1K_CHECK(inside.load(), "entries must be in [0, ", size, ") and tokens in [", first, ", ", end, ")");
   }
   return index;
 }
@@ -212,10 +224,6 @@ const float* ordered(const Tensor& values, const SupportIndex& index, Tensor& me
   return to;
 }
 
-struct IdRange {
-  int64_t block, begin, end;
-};
-
 int64_t parts_of(const SupportIndex& index, int64_t entries) {
   constexpr int64_t kEntriesOfAPart = 8192;
   return std::clamp<int64_t>((entries + index.vocab / 16) / kEntriesOfAPart, 1, 64);
@@ -233,7 +241,7 @@ void support_products(Tensor hidden, Tensor weight, Tensor starts, Tensor entrie
   float* const out = const_cast<float*>(floats(values, "values", entries.numel()));
   Tensor in_order = empty(values, {entries.numel()}, ScalarType::Float);
   args.values = static_cast<float*>(in_order.data_ptr());
-  std::vector<IdRange> ranges;
+  std::vector<SupportRange> ranges;
   const int64_t parts = parts_of(args.index, entries.numel() / args.index.blocks);
   for (int64_t block = 0; block < args.index.blocks; ++block) {
     parallel_ids(args.index, block, block + 1, parts,
@@ -247,25 +255,81 @@ void support_products(Tensor hidden, Tensor weight, Tensor starts, Tensor entrie
   });
 }
 
+// The entries of a block of tokens in ranges of ids, by token, then by id.
+struct TokenLists {
+  std::vector<SupportRange> ranges;  // of the blocks one after another
+  std::vector<int64_t> first_range;  // [blocks + 1]
+  std::unique_ptr<SupportSpan[]> spans;
+  std::unique_ptr<SupportEntry[]> entries;
+};
+
+// A range has `rows` ids at most. Values of 0 are left out: their tokens have no gradient.
+TokenLists lists_of(const SupportIndex& index, const float* values, int64_t size, int64_t rows) {
+  constexpr int64_t kTokens = SupportIndex::kBlockTokens;
+  TokenLists lists;
+  lists.first_range.push_back(0);
+  for (int64_t block = 0; block < index.blocks; ++block) {
+    const int32_t* const starts = index.starts_of(block);
+    int64_t used = 0, begin = 0;
+    for (int64_t id = 0; id < index.vocab; ++id) {
+      used += starts[id] != starts[id + 1];
+      if (used < rows && id + 1 < index.vocab) continue;
+      if (used > 0) lists.ranges.push_back({block, begin, id + 1});
+      used = 0, begin = id + 1;
+    }
+    lists.first_range.push_back(lists.ranges.size());
+  }
+  lists.spans.reset(new SupportSpan[lists.ranges.size() * kTokens]);
+  lists.entries.reset(new SupportEntry[size]);
+  parallel_ranges(lists.ranges.size(), 1, [&](int64_t k, int64_t) {
+    const SupportRange& range = lists.ranges[k];
+    const int32_t* const starts = index.starts_of(range.block);
+    const int32_t* const tokens = index.tokens;
+    const int64_t first_token = range.block * kTokens;
+    SupportSpan* const spans = lists.spans.get() + k * kTokens;
+    std::array<int32_t, kTokens> counts = {};
+    for (int32_t at = starts[range.begin]; at < starts[range.end]; ++at) ++counts[tokens[at] - first_token];
+    int32_t begin = starts[range.begin];
+    for (int64_t n = 0; n < kTokens; ++n) {
+      spans[n] = {begin, begin};
+      begin += counts[n];
+    }
+    int32_t row = -1;
+    for (int64_t id = range.begin; id < range.end; ++id) {
+      row += starts[id] != starts[id + 1];
+      for (int32_t at = starts[id]; at < starts[id + 1]; ++at) {
+        const float value = values[index.entries[at]];
+        if (value != 0) lists.entries[spans[tokens[at] - first_token].end++] = {row, value};
+      }
+    }
+  });
+  return lists;
+}
+
 void support_grad_hidden(Tensor values, Tensor weight, Tensor starts, Tensor entries, Tensor tokens, Tensor out) {
+  constexpr int64_t kColumns = r1k::kSupportHiddenColumns;
   r1k::SupportGradHidden args;
   args.weight = rows_of(weight, "weight");
   R1K_CHECK(out.dim() == 2, "out must be (N, H)");
-  args.index = index_of(starts, entries, tokens, out.size(0));
+  args.tokens = out.size(0);
+  args.index = index_of(starts, entries, tokens, args.tokens);
   args.width = weight.size(1);
   R1K_CHECK(weight.size(0) == args.index.vocab, "weight must be (V, H)");
   R1K_CHECK(out.size(1) == args.width, "out has ", out.size(1), " columns, expected ", args.width);
-  R1K_CHECK(values.numel() == entries.numel(), "values must be (M,)");
-  Tensor in_order;
-  args.values = ordered(values, args.index, in_order);
+  const TokenLists lists = lists_of(args.index, floats(values, "values", entries.numel()), entries.numel(),
+                                    args.kRangeBytes / (kColumns * r1k::size_of(args.weight.dtype)));
+  args.ranges = lists.ranges.data();
+  args.spans = lists.spans.get();
+  args.entries = lists.entries.get();
   args.out = const_cast<float*>(floats(out, "out", out.numel()));
-  const int64_t parts = (args.width + r1k::kSupportHiddenColumns - 1) / r1k::kSupportHiddenColumns;
-  args.tokens = out.size(0);
-  Tensor sums = empty(out, {parts, args.tokens, r1k::kSupportHiddenColumns}, ScalarType::Float);
-  args.sums = static_cast<float*>(sums.data_ptr());
+  const int64_t parts = (args.width + kColumns - 1) / kColumns;
   const auto run = r1k::active_kernels()->support->grad_hidden;
-  parallel_ranges(parts * args.index.blocks, 1, [&](int64_t k, int64_t) {
-    run(args, k / parts, k % parts * r1k::kSupportHiddenColumns);
+  parallel_parts(parts * args.index.blocks, [&](const auto& next) {
+    const std::unique_ptr<r1k::SupportMemory> memory(new r1k::SupportMemory);
+    for (int64_t k = next(); k >= 0; k = next()) {
+      const int64_t block = k / parts;
+      run(args, block, lists.first_range[block], lists.first_range[block + 1], k % parts * kColumns, *memory);
+    }
   });
 }
 
@@ -286,7 +350,7 @@ void support_grad_weight(Tensor values, Tensor hidden, Tensor starts, Tensor ent
   args.accumulate = accumulate;
   constexpr int64_t kBeyondCaches = 32 << 20;
   args.stream = !accumulate && out.numel() * r1k::size_of(args.out_dtype) >= kBeyondCaches;
-  std::vector<IdRange> ranges;
+  std::vector<SupportRange> ranges;
   parallel_ids(args.index, 0, args.index.blocks, parts_of(args.index, entries.numel()),
                [&](int64_t begin, int64_t end) { ranges.push_back({0, begin, end}); });
   const int64_t count = ranges.size(), parts = (args.width + r1k::kSupportColumns - 1) / r1k::kSupportColumns;

@@ -43,7 +43,8 @@ struct TopKKernels {
 
 struct SupportKernels {
   void (*products)(const SupportProducts&, int64_t block, int64_t id_begin, int64_t id_end);
-  void (*grad_hidden)(const SupportGradHidden&, int64_t block, int64_t part);
+  void (*grad_hidden)(const SupportGradHidden&, int64_t block, int64_t first_range, int64_t end_range, int64_t part,
+                      SupportMemory& memory);
   void (*grad_weight)(const SupportGradWeight&, int64_t part, int64_t id_begin, int64_t id_end);
 };
 

@@ -1,7 +1,9 @@
-// Products of hidden states with the rows of the weight that are in the tokens' sets, and their gradients.  Entries are
-// taken id by id, so that a row of the weight, which the caches do not hold, is read once for all tokens of a block, and
-// a row of its gradient is written once.  Columns are taken in segments, so that what all tokens of a block need stays
-// in the L2 cache.  Every sum has one order: its bits depend on no other token, id or thread.
+// Products of hidden states with the rows of the weight that are in the tokens' sets, and their gradients.  Products and
+// the weight's gradient take entries id by id, so that a row of the weight, which the caches do not hold, is read once
+// for all tokens of a block, and a row of its gradient is written once.  The gradient of hidden states takes ranges of
+// ids, and in each the entries token by token, so that a token's sum stays in registers.  Columns are taken in segments,
+// so that what all tokens of a block need stays in the L2 cache.  Every sum has one order: its bits depend on no other
+// token, id or thread.
 
 #include "support.h"
 
@@ -135,52 +137,6 @@ void products_of(const SupportProducts& args, int64_t block, int64_t id_begin, i
   }
 }
 
-template <typename W>
-void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t part) {
-  constexpr int kVectors = kSupportHiddenColumns / 16;
-  const SupportIndex& index = args.index;
-  const int32_t* const starts = index.starts_of(block);
-  const int64_t end = part + kSupportHiddenColumns < args.width ? part + kSupportHiddenColumns : args.width;
-  const int64_t first = block * SupportIndex::kBlockTokens, rest = args.tokens - first;
-  const int64_t count = rest < SupportIndex::kBlockTokens ? rest : SupportIndex::kBlockTokens;
-  float* const sums = args.sums + args.tokens * part;
-  std::memset(sums + first * kSupportHiddenColumns, 0, count * kSupportHiddenColumns * sizeof(float));
-  for (int64_t column = part; column < end;) {
-    const bool whole = column + kVectors * kLanes <= end;
-    const int64_t next = whole ? column + kVectors * kLanes : end;
-    for (int64_t id = 0; id < index.vocab; ++id) {
-      if (starts[id] == starts[id + 1]) continue;
-      fetch_ahead<W>(args.weight, id, index.vocab, column, next - column);
-      const W* const weight = row_of<W>(args.weight, id, column);
-      VecF w[kVectors];
-      if (whole) {
-        for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
-      }
-      for (int32_t at = starts[id]; at < starts[id + 1]; ++at) {
-        const float value = args.values[at];
-        if (value == 0) continue;  // the token has no gradient
-        const VecF factor = broadcast(value);
-        float* const out = sums + index.tokens[at] * kSupportHiddenColumns + (column - part);
-        if (whole) {
-          for (int v = 0; v < kVectors; ++v) {
-            store(out + v * kLanes, multiply_add(factor, w[v], load(out + v * kLanes)));
-          }
-          continue;
-        }
-        for (int64_t c = 0; c < next - column; ++c) {
-          out[c] = multiply_add(factor, broadcast(to_float(weight[c])), broadcast(out[c]))[0];
-        }
-      }
-    }
-    column = next;
-  }
-  for (int64_t n = first; n < first + count; ++n) {
-    const float* const from = sums + n * kSupportHiddenColumns;
-    float* const out = args.out + n * args.width + part;
-    for (int64_t c = 0; c < end - part; ++c) out[c] += from[c];
-  }
-}
-
 // sum += factor * entries.  Of bfloat16 entries, with AVX-512 and kVectors > 1, a vector of `sum` has every second entry,
 // which takes fewer instructions; `in_order` then puts them in order.
 template <int kVectors, typename T>
@@ -211,6 +167,71 @@ void in_order([[maybe_unused]] VecF* sum) {
     }
   }
 #endif
+}
+
+// Copies a segment of the rows of a range. Where they lie, they start at multiples of a power of two, so that they would
+// have to share a small part of the L2 cache.
+template <typename W>
+void copy_rows(const SupportGradHidden& args, const SupportRange& range, int64_t column, int64_t columns, W* to) {
+  const int32_t* const starts = args.index.starts_of(range.block);
+  for (int64_t id = range.begin; id < range.end; ++id) {
+    if (starts[id] == starts[id + 1]) continue;
+    fetch_ahead<W>(args.weight, id, range.end, column, columns);
+    std::memcpy(to, row_of<W>(args.weight, id, column), columns * sizeof(W));
+    to += kSupportHiddenColumns;
+  }
+}
+
+// sums += values[k] * rows[k], by ascending k.
+template <int kVectors, typename W>
+void add_rows(const SupportEntry* begin, const SupportEntry* end, const W* rows, float* sums) {
+  VecF sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = load(sums + v * kLanes);
+  for (const SupportEntry* entry = begin; entry != end; ++entry) {
+    add_product<kVectors>(sum, broadcast(entry->value), rows + entry->row * kSupportHiddenColumns);
+  }
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, sum[v]);
+}
+
+template <typename W>
+void grad_hidden_of(const SupportGradHidden& args, int64_t block, int64_t first_range, int64_t end_range, int64_t part,
+                    W* rows, float* block_sums) {
+  constexpr int kVectors = 8;
+  const int64_t columns = args.width - part < kSupportHiddenColumns ? args.width - part : kSupportHiddenColumns;
+  const int64_t in_groups = columns - columns % (kVectors * kLanes), in_vectors = columns - columns % kLanes;
+  const int64_t first = block * SupportIndex::kBlockTokens, rest = args.tokens - first;
+  const int64_t count = rest < SupportIndex::kBlockTokens ? rest : SupportIndex::kBlockTokens;
+  std::memset(block_sums, 0, count * kSupportHiddenColumns * sizeof(float));
+  for (int64_t range = first_range; range < end_range; ++range) {
+    const SupportSpan* const spans = args.spans + range * SupportIndex::kBlockTokens;
+    copy_rows(args, args.ranges[range], part, columns, rows);
+    for (int64_t n = 0; n < count; ++n) {
+      const SupportEntry *const begin = args.entries + spans[n].begin, *const end = args.entries + spans[n].end;
+      if (begin == end) continue;
+      float* const sums = block_sums + n * kSupportHiddenColumns;
+      int64_t c = 0;
+      for (; c < in_groups; c += kVectors * kLanes) add_rows<kVectors>(begin, end, rows + c, sums + c);
+      for (; c < in_vectors; c += kLanes) add_rows<1>(begin, end, rows + c, sums + c);
+      for (; c < columns; ++c) {
+        for (const SupportEntry* entry = begin; entry != end; ++entry) {
+          const VecF weight = broadcast(to_float(rows[entry->row * kSupportHiddenColumns + c]));
+          sums[c] = multiply_add(broadcast(entry->value), weight, broadcast(sums[c]))[0];
+        }
+      }
+    }
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    const float* const sums = block_sums + n * kSupportHiddenColumns;
+    float* const out = args.out + (first + n) * args.width + part;
+    int64_t c = 0;
+    for (; c < in_groups; c += kVectors * kLanes) {
+      VecF sum[kVectors];
+      for (int v = 0; v < kVectors; ++v) sum[v] = load(sums + c + v * kLanes);
+      in_order<kVectors, W>(sum);
+      for (int v = 0; v < kVectors; ++v) store(out + c + v * kLanes, load(out + c + v * kLanes) + sum[v]);
+    }
+    for (; c < columns; ++c) out[c] += sums[c];
+  }
 }
 
 // One segment of a row of the weight's gradient.
@@ -323,8 +344,12 @@ void products(const SupportProducts& args, int64_t block, int64_t id_begin, int6
   });
 }
 
-void grad_hidden(const SupportGradHidden& args, int64_t block, int64_t part) {
-  with_type(args.weight.dtype, [&](auto weight) { grad_hidden_of<Element<decltype(weight)>>(args, block, part); });
+void grad_hidden(const SupportGradHidden& args, int64_t block, int64_t first_range, int64_t end_range, int64_t part,
+                 SupportMemory& memory) {
+  with_type(args.weight.dtype, [&](auto weight) {
+    auto* const rows = reinterpret_cast<Element<decltype(weight)>*>(memory.rows);
+    grad_hidden_of(args, block, first_range, end_range, part, rows, memory.sums);
+  });
 }
 
 void grad_weight(const SupportGradWeight& args, int64_t part, int64_t id_begin, int64_t id_end) {

@@ -7,6 +7,9 @@
 
 namespace r1k {
 
+// Columns of the segments of hidden states and of their gradient: 512 bytes of 16 bits, and of float32.
+constexpr int64_t kSupportColumns = 256, kSupportHiddenColumns = 128;
+
 // A matrix with adjacent columns.
 struct Rows {
   const void* data;
@@ -35,6 +38,11 @@ struct SupportIndex {
   const int32_t* starts_of(int64_t block) const { return starts + block * (vocab + 1); }
 };
 
+// Ids from `begin` to `end` of a block of tokens.
+struct SupportRange {
+  int64_t block, begin, end;
+};
+
 // values = hidden[token] . weight[id].
 struct SupportProducts {
   SupportIndex index;
@@ -44,15 +52,35 @@ struct SupportProducts {
   float* values;  // [M]
 };
 
-// out[token] += sum of values weight[id], by ascending id.
+// A value, and the place of its id among the ids of a range that have entries.
+struct SupportEntry {
+  int32_t row;
+  float value;
+};
+
+// Entries from `begin` to `end`.
+struct SupportSpan {
+  int32_t begin, end;
+};
+
+// out[token] += sum of values weight[id], by ascending id.  The ids of a block of tokens are taken in ranges; in each,
+// entries are ordered by token, then by id.
 struct SupportGradHidden {
+  static constexpr int64_t kRangeBytes = 1 << 18;  // of the rows of a range, in one segment: they stay in the L2 cache
   SupportIndex index;
+  const SupportRange* ranges;
+  const SupportSpan* spans;  // [ranges, kBlockTokens]
+  const SupportEntry* entries;
   Rows weight;
   int64_t width;
-  const float* values;
-  float* out;   // [N, H]
-  float* sums;  // the same in segments of kSupportHiddenColumns
   int64_t tokens;
+  float* out;  // [N, H]
+};
+
+// What a thread needs for it.
+struct SupportMemory {
+  alignas(64) float sums[SupportIndex::kBlockTokens * kSupportHiddenColumns];
+  alignas(64) char rows[SupportGradHidden::kRangeBytes];
 };
 
 // out[id] = or += sum of values hidden[token], by ascending token.
@@ -66,8 +94,5 @@ struct SupportGradWeight {
   bool accumulate;
   bool stream;  // write past the caches
 };
-
-// Columns of the segments of hidden states and of their gradient: 512 bytes of 16 bits, and of float32.
-constexpr int64_t kSupportColumns = 256, kSupportHiddenColumns = 128;
 
 }  // namespace r1k

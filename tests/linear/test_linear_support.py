@@ -97,14 +97,18 @@ def test_a_weight_of_another_dtype(dtype: torch.dtype, weight_dtype: torch.dtype
 
 
 @slow_on_gpu_kernels
-@pytest.mark.parametrize("width", [1, 33, 256, 700])
+@pytest.mark.parametrize(("width", "tokens", "vocab"), [
+    (1, 40, None), (33, 2050, None), (256, 40, None), (700, 40, None),
+    (150, 300, 3000),  # more ids with entries than a range of the gradient of hidden states has
+])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_width_and_more_than_one_block_of_tokens(
-    width: int, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+def test_every_width_and_more_than_one_block_of_tokens_or_range_of_ids(
+    width: int, tokens: int, vocab: int | None, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_dispatch, "SUPPORT_SHARE", 3)
-    tokens = 2050 if width == 33 else 40
-    case = make("bias", tokens, width=width, whole=0, dtype=dtype)
+    sizes = {} if vocab is None else {"vocab": vocab, "most": 40}
+    case = make("bias", tokens, width=width, whole=0, dtype=dtype, **sizes)
+    assert vocab is None or len(case["support"][0].unique()) > 2048
     g, eta = cases.weights_of(tokens)
     (logprobs, entropy), grads = cases.gradients(linear_token_logprobs_and_entropy, case, both(g, eta))
     expected = cases.exact(case, g, eta)
