@@ -288,7 +288,7 @@ def outcomes() -> Outcomes:
 
     def run(program: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=900,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 

@@ -58,7 +58,7 @@ def calls(environment: dict[str, str]) -> list[str]:
 
 def run(out: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [SCRIPT, out, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def statuses(out: Path) -> dict[str, str]:
@@ -93,7 +93,7 @@ def test_an_interrupted_run_still_reports(tmp_path: Path, stub: dict[str, str]) 
     while not (Path(stub["CALLS"]).exists() and "ceilings" in calls(stub)):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=30)
+    told, _ = process.communicate(timeout=600)
     assert process.returncode == 1 and "interrupted" in told
     assert calls(stub) == ["ceilings", "report"] and statuses(tmp_path / "out") == {"ceilings": "cut off"}
 

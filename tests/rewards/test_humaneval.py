@@ -124,7 +124,7 @@ def test_no_attack_passes_and_none_leaves_a_trace(rows, request):
     loops = [f"def {row['entry_point']}(*arguments):\n    while True: pass" for row in rows]
     assert score(rows, loops, memory_mb=memory_mb, timeout_s=0.1) == [0.0] * len(rows)
     assert not [place for place in places if place.exists()]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while (left := processes(memory_mb)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

@@ -63,7 +63,7 @@ def processes(memory_bytes):
     return found
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

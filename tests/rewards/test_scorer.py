@@ -20,7 +20,7 @@ from r1kernels.rewards.sandbox import SandboxError
 SURD, ROOT = r"<think>a</think> <answer>\sqrt{12}</answer>", r"2\sqrt{3}"
 PROGRAM = json.dumps({"cases": [{"args": [3], "expected": 9}], "entry_point": "square"})
 RIGHT, HANG = "def square(x): return x * x", "def square(x):\n    while True: pass"
-PATIENCE_S = 120  # on a busy machine; nothing waits that long elsewhere
+PATIENCE_S = 600  # on a machine that stands still for minutes; nothing waits that long elsewhere
 
 REWARDS = """
 seen = {}

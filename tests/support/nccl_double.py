@@ -39,7 +39,7 @@ class NCCL:
             self.sent[rank].put(tensor.clone())
 
     def receive(self, rank):
-        return self.sent[rank].get(timeout=60)
+        return self.sent[rank].get(timeout=600)
 
     def received(self):
         """Whether all ranks have received all that was sent."""

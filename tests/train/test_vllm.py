@@ -291,7 +291,7 @@ def test_servers_share_the_requests_and_each_has_few_in_flight(connect, server, 
 
 
 def test_servers_load_weights_at_the_same_time(connect, server, second, model):
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=600)
 
     def meet(handler):
         return handler.path == "/collective_rpc" and both.wait() > 1
