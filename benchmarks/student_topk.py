@@ -1,24 +1,24 @@
 """Distillation on the student's 64 likeliest tokens from hidden states, beside one log-prob pass and its gradient.
 
-    python benchmarks/student_topk.py OUT.json [--tokens 2048] [--hidden 1024] [--vocab 32768 151936] [--dtype bfloat16
-        float32] [--rounds 5]
+    python benchmarks/student_topk.py [--tokens 2048] [--hidden 1024] [--vocab 32768 151936] [--dtype bfloat16 float32]
+        [--rounds 5]
 
-measures forward and backward of each case in turns, after a check of loss and gradient against float64 on a few rows,
-and prints medians and their ratios to the log-prob pass. A unit is a product of 2 N H V operations. The log-prob pass
-takes 4 (its backward computes the logits again); cross-entropy, with its gradient in the same pass, 3; the distillation
-3 and, where the teacher's log-sum-exp is needed, one more for the teacher's logits.
+measures forward and backward of each case in turns, after a check of loss and gradient against float64 on a few rows.
+It prints medians and their ratios to the log-prob pass, and saves them as student_topk.json of this device. A unit is a
+product of 2 N H V operations. The log-prob pass takes 4 (its backward computes the logits again); cross-entropy, with
+its gradient in the same pass, 3; the distillation 3 and, where the teacher's log-sum-exp is needed, one more for the
+teacher's logits.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import report
 import torch
 from torch import Tensor
 
@@ -102,6 +102,7 @@ def measure(problem: Problem, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, run in runs.items():
             gc.collect()
+            problem.step(run)  # gets back the memory that the system took when the run before gave it up
             begin = time.perf_counter()
             problem.step(run)
             seconds[name].append(time.perf_counter() - begin)
@@ -110,7 +111,6 @@ def measure(problem: Problem, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_768, 151_936])
@@ -126,9 +126,12 @@ def main() -> None:
             print(f"V {vocab}, {dtype}, N {args.tokens}, H {args.hidden}")
             for name, value in seconds.items():
                 print(f"  {name:32s} {value:8.3f} s   {value / first:5.2f} x log-prob")
-            results.append({"vocab": vocab, "dtype": dtype, "tokens": args.tokens, "hidden": args.hidden,
-                            "top_k": K, "threads": torch.get_num_threads(), "seconds": seconds})
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+            results += [
+                {"op": "student_topk", "shape": f"{args.tokens} tokens, H {args.hidden}, V {vocab}", "dtype": dtype,
+                 "top_k": K, "implementation": name, "median_s": value, "ratio": value / first, "rounds": args.rounds}
+                for name, value in seconds.items()
+            ]
+    print(report.save(results))
 
 
 if __name__ == "__main__":
