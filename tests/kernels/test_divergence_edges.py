@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backends import without_cuda_kernels
+from backends import slow_interpreted, without_cuda_kernels
 from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
@@ -276,6 +276,7 @@ def test_operators_called_directly_refuse_memory_that_would_be_overwritten() -> 
 # ---- a row depends on itself alone --------------------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_their_batch(

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from backends import SUPPORT
+from backends import SUPPORT, slow_interpreted
 from raw_calls import CALLS
 
 from r1kernels import testing
 
+pytestmark = slow_interpreted
 HARMLESS = ("transposed", "meta", "None")  # a vector's transpose is itself; without boundaries tokens are one sequence
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from backends import compiles, reference_only, registration_only, shapes_only
+from backends import compiles, reference_only, registration_only, shapes_only, slow_interpreted
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -113,6 +113,7 @@ def test_temperatures(dtype: torch.dtype, temperature: float) -> None:
     testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g, eta, temperature))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_vocabulary_of_a_real_model(dtype: torch.dtype) -> None:
     logits = testing.random_logits(4, 151_936, dtype=dtype, scale=8).clamp(-32, 32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import checks_only
+from backends import checks_only, slow_interpreted
 from torch import Tensor
 
 from r1kernels import _dispatch, backend, testing, token_logprobs, token_logprobs_and_entropy
@@ -47,6 +47,7 @@ def test_instruction_sets_keep_to_the_same_budget(isa: str, dtype: torch.dtype, 
     check(logits, torch.full((5,), vocab - 1), temperature=0.7)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("vocab", [17, 2049, 151_936])
 def test_many_equal_terms_do_not_drift(isa: str, vocab: int) -> None:
     """One peak over a flat floor: every addition of the floor rounds the same way."""

@@ -5,6 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
+from backends import slow_interpreted
 from linear_policy_cases import EVERYTHING, make, run
 from policy_cases import OBJECTIVES
 from torch import Tensor
@@ -39,6 +40,7 @@ def still(inputs: dict[str, Any]) -> Tensor:
     return (per_token == 0) | (weights if weights.dim() == 2 else weights[:, None]).expand(5, 7).eq(0)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("name", ["grpo", "cispo", "sapo", "reinforce", "two_sided", "dppo_tv"])
 @pytest.mark.parametrize("extra", ["holes", "token_advantages"])
 def test_tokens_known_to_be_still_are_not_computed(
@@ -81,6 +83,7 @@ def test_a_walk_looks_for_zeros_only_where_there_may_be_some(objective: Objectiv
     assert tokens.sparse == sparse
 
 
+@slow_interpreted
 @pytest.mark.parametrize(
     "more", [{"kl_coef": 0.1}, {"entropy_coef": 0.01}, {"kl_coef": 0.1, "kl_ratio": True},
              OBJECTIVES["ipo"] | {"tau_neg": 0.1}],
@@ -108,6 +111,7 @@ def test_two_phases_compute_only_sequences_that_move(
     assert result.metrics["measured_tokens"] == mask.sum()
 
 
+@slow_interpreted
 @pytest.mark.parametrize("name", ["grpo", "gspo_wide", "cispo"])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("capacity", [None, 28, 35, 1000])
@@ -138,6 +142,7 @@ def test_still_rows_may_hold_anything(
         assert torch.equal(value, dirty.metrics[key]), key
 
 
+@slow_interpreted
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("function", ["logprobs", "grpo", "cross_entropy"])
 def test_the_gradient_is_that_of_a_batch_without_the_still_rows(

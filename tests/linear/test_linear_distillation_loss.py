@@ -155,6 +155,7 @@ def test_upstream_factors_and_retained_graphs(dtype: torch.dtype, k: int | None,
 # ---- masks, capacity, empty batches -------------------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("capacity", [None, 9, 100])
 @pytest.mark.parametrize("head", ["plain", "everything"])
@@ -221,6 +222,7 @@ def test_confident_topk_teachers_are_at_a_finite_distance(kind: str, implementat
 # ---- options ------------------------------------------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("k", [None, 5])
 def test_values_have_the_same_bits_whatever_the_budget(k: int | None) -> None:
     with backend(testing.KERNELS):

@@ -72,6 +72,7 @@ def test_only_full_buffers_and_the_last_one_are_multiplied(
     policy.check(inputs, Objective(aggregate="token_mean"), 2e-5)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("given", ["mask", "advantages"])
 @pytest.mark.parametrize("capacity", [None, 10, TOKENS])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=reference_only)])
@@ -141,6 +142,7 @@ def test_log_probs_and_cross_entropy(head: str, monkeypatch: pytest.MonkeyPatch)
     assert products.weight == products.hidden == [9, 9] * 2
 
 
+@slow_interpreted
 @without_cuda_kernels
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.usefixtures("gathering")
@@ -155,6 +157,7 @@ def test_distillation(k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows > BUFFER and sum(products.weight) == rows and len(products.weight) < -(-rows // CHUNK) / 2
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("two_phases", [False, True])
 def test_16_bits_are_as_exact_as_in_place(

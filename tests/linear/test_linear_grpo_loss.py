@@ -53,6 +53,7 @@ def test_inputs_in_float64(head: str, name: str, extra: str) -> None:
 # ---- 2. float32 and 16 bits, both implementations ---------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("head", cases.HEADS)
 @pytest.mark.parametrize("name", ["two_sided", "gspo_wide", "sapo"])
 @pytest.mark.parametrize("more", [{}, EVERYTHING])
@@ -226,6 +227,7 @@ def test_upstream_factors_and_retained_graphs(name: str, dtype: torch.dtype, imp
         torch.testing.assert_close(leaf.grad, 4 * once[key], **tolerance)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_an_upstream_gradient_of_nan_or_inf_does_not_bring_masked_tokens_to_life(
     factor: float, implementation: str

@@ -87,6 +87,7 @@ def test_log_probs_are_as_exact_as_those_of_float32(pair: Pair, implementation: 
         assert error <= bound, (name, ours, copies)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", ["dapo", "kl and entropy", "gspo"])
 def test_grpo_loss(name: str, pair: Pair, implementation: str) -> None:

@@ -7,7 +7,7 @@ import linear_cases as cases
 import pytest
 import target_cases
 import torch
-from backends import checks_only, compiles, reference_only, registration_only, without_cuda_kernels
+from backends import checks_only, compiles, reference_only, registration_only, slow_interpreted, without_cuda_kernels
 from gathering_cases import Products, as_on_a_gpu
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +104,7 @@ def test_values_and_gradients(
     cases.assert_gradients(grads, expected, slack + (torch.finfo(dtype).eps if dtype != torch.float32 else 0))
 
 
+@slow_interpreted
 @given(
     depths=st.integers(1, 4), tokens=st.integers(0, 5), vocab=st.sampled_from([1, 2, 5, 40]), rows=st.integers(1, 4),
     seed=st.integers(0, 99), shared=st.booleans(), masked=st.booleans(), terms=st.sampled_from(sorted(TERMS)),
@@ -162,6 +163,7 @@ def test_logits_of_shared_hidden_states_are_computed_once(factors: str, monkeypa
     assert products_of(monkeypatch, case, FACTORS[factors]) == [count] * (3 + again)
 
 
+@slow_interpreted
 def test_rows_of_all_depths_are_in_one_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     case = target_cases.make(shared=False)
     assert products_of(monkeypatch, case, FACTORS["equal"]) == [int(case["masks"].sum())] * 3
@@ -213,6 +215,7 @@ def test_normalizer(normalizer: Any, implementation: str) -> None:
     cases.assert_gradients(grads, expected, 4e-6)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_weight_gradient_may_go_elsewhere(shared: bool, implementation: str) -> None:
     case = target_cases.make(shared=shared)

@@ -5,7 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import compiles, reference_only, without_cuda_kernels
+from backends import compiles, reference_only, slow_interpreted, without_cuda_kernels
 from linear_distillation_cases import DTYPES, MASK, Case
 from torch import Tensor
 
@@ -83,6 +83,7 @@ def test_values_and_gradients(
         assert_close((result, grads), exact, tolerance)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_function_is_asked_once_a_chunk(dtype: torch.dtype, implementation: str) -> None:
     """About the active rows alone, by their numbers in the batch."""
@@ -104,6 +105,7 @@ def test_a_function_is_asked_once_a_chunk(dtype: torch.dtype, implementation: st
         testing.assert_within(grad, expected_grads[name], 1e-5 + 2 * torch.finfo(dtype).eps * grad.abs().max())
 
 
+@slow_interpreted
 @pytest.mark.parametrize("of", TOP_K_OF)
 def test_padding_of_the_vocabulary_is_not_chosen(of: str, implementation: str) -> None:
     case = Case(kind="reverse_kl", choice=choice(of, "bucket"))
@@ -142,6 +144,7 @@ def test_compile_fullgraph(of: str, dtype: torch.dtype, implementation: str) -> 
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
+@slow_interpreted
 def test_logits_in_16_bits_choose_what_the_engine_chooses(implementation: str) -> None:
     """Rounded logits have ties; the dense loss of the same rounded logits chooses the same ids."""
     case = Case(kind="reverse_kl", dtype=torch.bfloat16, choice=choice("student", "bucket"))

@@ -6,7 +6,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, registration_only, slow_on_gpu_kernels
+from backends import checks_only, compiles, reference_only, registration_only, slow_interpreted, slow_on_gpu_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -222,6 +222,7 @@ def test_the_first_ratio_is_exactly_1(form: str, implementation: str) -> None:
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
 
 
+@slow_interpreted
 @pytest.mark.parametrize("objective", [
     objectives.grpo(kl_coef=0.1, entropy_coef=0.01), objectives.dapo(), objectives.gspo(),
     objectives.grpo(kl_coef=0.1, kl_ratio=True), objectives.gmpo(), objectives.luspo(), objectives.vespo(),
@@ -255,6 +256,7 @@ def test_objectives(objective: Any, packed: bool, form: str, implementation: str
     testing.assert_within(into, grad, 1e-6)
 
 
+@slow_interpreted
 def test_cross_entropy(form: str, implementation: str) -> None:
     case = make("bias", 3, 4)
     targets = case.pop("token_ids")

@@ -95,6 +95,7 @@ def test_without_a_gradient_the_loss_is_the_same(implementation: str) -> None:
     torch.testing.assert_close(value, run(inputs, objective=objective)[0].loss, rtol=1e-6, atol=1e-7)
 
 
+@slow_interpreted
 def test_its_errors_name_it() -> None:
     inputs = make()
     with pytest.raises(ValueError, match=r"lambda.*returned a tensor of shape \(\)"):

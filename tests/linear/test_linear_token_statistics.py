@@ -5,7 +5,7 @@ from typing import Any
 import linear_cases as cases
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, registration_only, without_cuda_kernels
+from backends import checks_only, compiles, reference_only, registration_only, slow_interpreted, without_cuda_kernels
 from test_linear_operators import MASK, head_arguments
 from torch import Tensor
 
@@ -153,6 +153,7 @@ def test_log_prob_and_entropy_have_the_bits_of_their_own_function(
         assert torch.equal(value, expected)
 
 
+@slow_interpreted
 def test_the_weight_gradient_is_added_to_given_memory(implementation: str) -> None:
     case = cases.make("plain", 3, 4)
     selected = selected_of(case)
@@ -167,6 +168,7 @@ def test_the_weight_gradient_is_added_to_given_memory(implementation: str) -> No
 # ---- 3. masks -----------------------------------------------------------------------------------------------
 
 
+@slow_interpreted
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("capacity", [None, 9])
 def test_nothing_behind_the_mask_matters(head: str, capacity: int | None, implementation: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, without_cuda_kernels
+from backends import checks_only, compiles, reference_only, slow_interpreted, without_cuda_kernels
 from linear_distillation_cases import MASK, Case
 from torch import Tensor
 
@@ -61,6 +61,7 @@ def test_the_mixture_is_the_teacher(
         testing.assert_within(value, expected.metrics[name], 1e-5)
 
 
+@slow_interpreted
 def test_weights_of_a_single_1_choose_a_teacher(implementation: str) -> None:
     """What the other teachers have there does not matter, not even NaN."""
     student, teachers, _ = make(6, 40)
@@ -85,6 +86,7 @@ def test_a_call_for_each_teacher_adds_up_to_a_choice(implementation: str) -> Non
     testing.assert_within(grad, sum(grad for _, grad in parts), 32 * testing.EPS32)
 
 
+@slow_interpreted
 def test_forward_kl_of_a_mixture_has_the_weighted_sum_of_gradients(implementation: str) -> None:
     student, teachers, _ = make(6, 40)
     coefs = torch.tensor([0.2, 0.5, 0.3])
@@ -93,6 +95,7 @@ def test_forward_kl_of_a_mixture_has_the_weighted_sum_of_gradients(implementatio
     testing.assert_within(grad, sum(parts), 32 * testing.EPS32)
 
 
+@slow_interpreted
 def test_junk_behind_the_mask_and_padding_do_not_matter(implementation: str) -> None:
     student, teachers, coefs = make(2, 3, 30)
     mask = torch.tensor([[True, False, True], [False, True, False]])

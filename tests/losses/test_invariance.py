@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import slow_interpreted
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import OBJECTIVES
@@ -71,6 +72,7 @@ def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
     testing.assert_within(b[0], a[0], 1e-6 * (1 + a[0].abs()))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @given(name=st.sampled_from(list(OBJECTIVES)), lengths=LENGTHS, seed=SEED, cuts=st.sets(st.integers(1, BATCH - 1)))
 def test_micro_batches_with_the_global_normalizer(
@@ -95,6 +97,7 @@ def test_row_order(aggregate: str, name: str, lengths: list[int], seed: int, ord
     assert_same(whole, gradient(batch, objective, lambda whole: [rows(whole, order)]))
 
 
+@slow_interpreted
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @given(name=st.sampled_from(list(OBJECTIVES)), lengths=LENGTHS, seed=SEED, order=SEQUENCES, cut=st.integers(0, BATCH))
 def test_packing(aggregate: str, name: str, lengths: list[int], seed: int, order: list[int], cut: int) -> None:
@@ -108,6 +111,7 @@ def test_packing(aggregate: str, name: str, lengths: list[int], seed: int, order
     assert_same(gradient(batch, objective, lambda whole: [whole]), gradient(batch, objective, packs))
 
 
+@slow_interpreted
 @given(name=st.sampled_from(list(OBJECTIVES)), lengths=LENGTHS, seed=SEED, more=st.integers(1, 9))
 def test_padding(name: str, lengths: list[int], seed: int, more: int) -> None:
     """Longer rows of masked NaN change no bit."""
