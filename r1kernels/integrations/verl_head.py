@@ -143,6 +143,8 @@ def add_sums(any_version: bool = False, undo: ExitStack | None = None) -> None:
     """Makes verl's FSDP engine return sum p^2 with fused kernels, which it refuses."""
     check_version("verl", SUPPORTED, any_version)
     engine = hook(ENGINE, "FSDPEngineWithLMHead")
+    if "forward_step" not in vars(engine):  # its base class has one, too
+        raise ImportError(f"verl has no {ENGINE}.FSDPEngineWithLMHead.forward_step; install verl=={SUPPORTED}.*")
     step = hook(ENGINE, "FSDPEngineWithLMHead.forward_step", ("self", "micro_batch", "loss_function", "forward_only"))
     outputs = hook(
         ENGINE, "FSDPEngineWithLMHead.prepare_model_outputs",
