@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # verl's own
 from tensordict import TensorDict  # noqa: E402
 from verl.models.transformers import monkey_patch  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
+from verl.utils import torch_functional as verl_functional  # noqa: E402
 from verl.utils.experimental import torch_functional  # noqa: E402
 
 with warnings.catch_warnings(action="ignore"):  # of engines whose packages are not installed
@@ -111,6 +112,7 @@ def engine_of(model: Any) -> Any:
     engine.pad_to_length = False
     engine.use_ulysses_sp, engine.ulysses_sequence_parallel_size = False, 1
     engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+    engine.compute_entropy_from_logits = verl_functional.entropy_from_logits
     engine.get_data_parallel_group = lambda: None
     return engine
 
