@@ -1,5 +1,6 @@
 """verl's fused head and ours: values, gradients, a whole model through verl's FSDP engine, and sum p^2."""
 
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from verl.utils import tensordict_utils  # noqa: E402
 from verl.utils import torch_functional as verl_functional  # noqa: E402
 from verl.utils.experimental import torch_functional  # noqa: E402
 
-with warnings.catch_warnings(action="ignore"):  # of engines whose packages are not installed
+with warnings.catch_warnings():  # of engines whose packages are not installed
+    warnings.simplefilter("ignore")
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from r1kernels.integrations import verl_head  # noqa: E402
@@ -103,7 +105,7 @@ def tiny_model(**overrides: Any) -> Any:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """verl takes a machine without a GPU for one with."""
     for name in ("get_device_id", "get_device_name"):
-        monkeypatch.setitem(FSDPEngineWithLMHead.prepare_model_outputs.__globals__, name, lambda: "cpu")
+        monkeypatch.setattr(sys.modules[FSDPEngineWithLMHead.__module__], name, lambda: "cpu")
 
 
 def engine_of(model: Any) -> Any:
