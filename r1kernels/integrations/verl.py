@@ -80,10 +80,8 @@ def _aggregation(
 
 
 def _bounds(config: Any) -> dict[str, float]:
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    return {
-        "clip_low": config.clip_ratio if low is None else low, "clip_high": config.clip_ratio if high is None else high
-    }
+    both, low, high = config.clip_ratio, config.clip_ratio_low, config.clip_ratio_high
+    return {"clip_low": both if low is None else low, "clip_high": both if high is None else high}
 
 
 def _vanilla(config: Any, fields: dict[str, Any]) -> Objective:

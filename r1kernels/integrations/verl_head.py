@@ -51,12 +51,10 @@ class FusedLinear(torch.nn.Module):
         if self.chunk_size is not None:
             options["chunk_bytes"] = 4 * self.chunk_size * len(vocab_weights)
         wanted = _wanted.get()
-        # Outside autocast, products have the dtypes of their operands and sums are in float32.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            if wanted is None:
-                return r1kernels.linear_token_logprobs_and_entropy(hidden_states, vocab_weights, ids, **options)
-            fields = ("logprobs", "entropy", "sum_sq_probs")
-            found = r1kernels.linear_token_statistics(hidden_states, vocab_weights, ids, fields=fields, **options)
+        if wanted is None:
+            return r1kernels.linear_token_logprobs_and_entropy(hidden_states, vocab_weights, ids, **options)
+        fields = ("logprobs", "entropy", "sum_sq_probs")
+        found = r1kernels.linear_token_statistics(hidden_states, vocab_weights, ids, fields=fields, **options)
         wanted.append(found.sum_sq_probs.detach())
         return found.logprobs, found.entropy
 

@@ -64,6 +64,7 @@ def test_extreme_ratios_and_what_is_behind_the_mask(loss: str) -> None:
     logprobs = verl_cases.logprobs_near(old, 4)
     logprobs[0, 0] = logprobs[2, 1] = -0.1
     logprobs[3, 2], logprobs[4, 3] = -0.2, -45
+    old[5], logprobs[5], arguments["advantages"][5] = -15, -0.1, -1  # a whole sequence beyond GSPO's clamp
     config = verl_cases.config_of(loss, "seq-mean-token-mean")
     expected, grad, metrics = verl_cases.value_and_gradient(theirs, logprobs, arguments, config)
     value, our_grad, our_metrics = verl_cases.value_and_gradient(ours, logprobs, arguments, config)

@@ -140,20 +140,20 @@ def outputs(model: Any, *options: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["r1kernels", "torch"])
-def test_a_model_in_the_engine_of_verl(backend: str, packed: bool) -> None:
+@pytest.mark.parametrize("name", ["r1kernels", "torch"])
+def test_a_model_in_the_engine_of_verl(name: str, packed: bool) -> None:
     expected = outputs(tiny_model(), False, True, packed)
     model = tiny_model()
-    with patch_verl():
-        monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    with patch_verl(backends=() if name == "r1kernels" else (name,)):
+        monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=name)
         found = outputs(model, True, True, packed)
         without = outputs(model, True, False, packed)
     assert set(found) == set(expected) == {"log_probs", "entropy", "sum_pi_squared"}
     # The last token of a sequence has no next one; which one verl takes depends on the forward.
     kept = torch.ones(sum(LENGTHS), dtype=torch.bool)
     kept[torch.tensor(LENGTHS).cumsum(0) - 1] = packed
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name][kept], value[kept], rtol=1e-4, atol=1e-5)
+    for field, value in expected.items():
+        torch.testing.assert_close(found[field][kept], value[kept], rtol=1e-4, atol=1e-5)
     assert set(without) == {"log_probs", "entropy"}
     torch.testing.assert_close(without["log_probs"], found["log_probs"])
 
