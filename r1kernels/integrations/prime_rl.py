@@ -182,7 +182,7 @@ def _fused_forward(
     logprobs, entropy = r1kernels.linear_token_logprobs_and_entropy(
         hidden_states, head.weight, labels, bias=head.bias, temperature=temperature, softcap=softcap, support=support
     )
-    return {"logprobs": logprobs, "entropy": entropy.detach()}
+    return {"logprobs": logprobs.clone(), "entropy": entropy.detach()}  # FSDP2 warns of outputs that are views
 
 
 def _injection(module: str) -> Any:

@@ -5,12 +5,15 @@ import importlib
 import math
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import migration_pages
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from r1kernels import integrations, testing
 from r1kernels.integrations import prime_rl
@@ -85,7 +88,7 @@ def formula(row: LossInputs, name: str, settings: dict[str, float]) -> Tensor:
 
 
 CASES = {
-    "dppo": {"dppo_mask_low": 0.1, "dppo_mask_high": 0.15, "adv_tau": 0.7, "kl_tau": 0.05},
+    "dppo": {"dppo_mask_low": 0.05, "dppo_mask_high": 0.3, "adv_tau": 0.7, "kl_tau": 0.05},
     "ipo": {"ipo_threshold": 0.12, "adv_tau": 1.3, "kl_tau": 0.02},
     "grpo": {"clip_low": 0.2, "clip_high": 0.3},
     "cispo": {"clip_low": 0.4, "clip_high": 0.2},
@@ -184,6 +187,29 @@ def test_the_head_is_exact_and_reversible(softcap: float | None) -> None:
     prime_rl.restore_head(model)
     hidden = torch.randn(1, 2, 12)
     torch.testing.assert_close(model.lm_head(hidden), hidden @ model.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("first", ["head", "fsdp"])
+def test_the_head_keeps_the_hooks_of_fsdp(first: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = Tiny()
+    ids, labels, temperature = torch.randint(40, (1, 5)), torch.randint(40, (1, 5)), torch.ones(1, 5)
+    (-plain(model, ids, labels, temperature)[0].sum()).backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if first == "head":
+            prime_rl.use_fused_head(model)
+        for module in (model.lm_head, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        if first == "fsdp":
+            prime_rl.use_fused_head(model)
+        (-model(ids, labels, temperature)["logprobs"].sum()).backward()
+        grads = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(grads, expected)
 
 
 def test_sets_that_sampling_kept() -> None:
