@@ -62,7 +62,9 @@ def policy_inputs(seed: int = 0) -> dict[str, Tensor]:
     rng = testing.generator(seed)
     old = -4 + torch.randn(BATCH, LENGTH, generator=rng)
     old[0, 3] = math.nan  # torchtitan drops such tokens
-    return {"generator_logprobs": old, "advantages": torch.randn(BATCH, LENGTH, generator=rng),
+    advantages = torch.randn(BATCH, LENGTH, generator=rng)
+    advantages[1, :3] = 0  # they count in the metrics
+    return {"generator_logprobs": old, "advantages": advantages,
             "loss_mask": torch.rand(BATCH, LENGTH, generator=rng) < 0.8}
 
 
@@ -176,6 +178,17 @@ def test_the_head_keeps_the_hooks_of_fsdp(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(grads, gradients(exact), rtol=1e-4, atol=1e-6)
     assert "forward" not in vars(model.lm_head)
+
+
+def test_the_forward_that_parallelize_wrapped_is_kept() -> None:
+    model = decoder()
+    ids, labels = batch()
+    model.lm_head.forward = wrapped = functools.partial(type(model.lm_head).forward, model.lm_head)
+    loss = attach(config("hidden").build(compile_config=None), model)
+    assert loss(model(ids), labels)[0].isfinite() and vars(model.lm_head)["forward"] is wrapped
+    with pytest.raises(ValueError, match="targets"):
+        loss(model(ids), labels[:, 1:])
+    assert vars(model.lm_head)["forward"] is wrapped
 
 
 def test_a_vocabulary_that_tensor_parallelism_shards(tmp_path: Path) -> None:
