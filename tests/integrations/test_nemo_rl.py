@@ -48,7 +48,7 @@ def make_data(seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
 
     token_mask = (torch.rand(B, S, generator=rng) < 0.8).float()
     data = {"input_ids": ids, "token_mask": token_mask, "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0]),
-            "advantages": torch.randn(B, S, generator=rng), "prev_logprobs": near(0.2),
+            "advantages": torch.randn(B, S, generator=rng), "prev_logprobs": near(0.4),
             "generation_logprobs": near(0.3), "reference_policy_logprobs": near(1.0),
             "rewards": torch.tensor([1.0, 0.0, 1.0, 1.0])}
     data["reference_policy_logprobs"][0, 3] += 4  # beyond the limits of the KL
@@ -102,6 +102,10 @@ def formula(settings: dict[str, Any], data: dict[str, Tensor], now: Tensor) -> t
     elif at.truncated_importance_sampling_type == "seq-mask-tis":
         mean = (((old - gen).detach() * tokens).sum(-1, keepdim=True) / lengths[:, None]).exp()
         w = w * ((mean >= low) & (mean <= high))
+
+    def estimate(d: Tensor) -> Tensor:
+        return {"k1": -d, "k2": d * d / 2, "k3": d.exp() - 1 - d}[at.reference_policy_kl_type]
+
     loss = reduce((w if at.use_importance_sampling_correction else 1) * surrogate)
     kl = torch.zeros(())
     if not at.use_kl_in_reward:
@@ -110,7 +114,7 @@ def formula(settings: dict[str, Any], data: dict[str, Tensor], now: Tensor) -> t
         if at.kl_input_clamp_value is not None:
             p = torch.where(d.abs() <= at.kl_input_clamp_value, p, p.detach())
             d = d.clamp(-at.kl_input_clamp_value, at.kl_input_clamp_value)
-        each = p * {"k1": -d, "k2": d * d / 2, "k3": d.exp() - 1 - d}[at.reference_policy_kl_type]
+        each = p * estimate(d)
         if at.kl_output_clamp_value is not None:
             each = each.clamp(-at.kl_output_clamp_value, at.kl_output_clamp_value)
         kl = reduce(each)
@@ -125,6 +129,7 @@ def formula(settings: dict[str, Any], data: dict[str, Tensor], now: Tensor) -> t
         "loss": loss, "kl_penalty": kl, "probs_ratio": over_tokens(r), "probs_ratio_clamped": over_tokens(
             r if at.force_on_policy_ratio else bounded),
         "probs_ratio_min": r[chosen].min(), "probs_ratio_max": r[chosen].max(),
+        "gen_kl_error": over_tokens(estimate(old - gen)), "policy_kl_error": over_tokens(estimate(gen - old)),
         "token_mult_prob_error": over_tokens((gen - old).abs().exp()), "js_divergence_error": over_tokens(js),
         "approx_entropy": over_tokens(-(now - gen).exp() * now), "num_valid_samples": samples.sum(),
         **({} if at.sequence_level_importance_ratios else {"sampling_importance_ratio": over_tokens(w)}),
