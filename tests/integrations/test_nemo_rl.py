@@ -53,7 +53,8 @@ def make_data(seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
             "rewards": torch.tensor([1.0, 0.0, 1.0, 1.0])}
     data["reference_policy_logprobs"][0, 3] += 4  # beyond the limits of the KL
     data["reference_policy_logprobs"][1, 4] -= 4
-    data["token_mask"][0, 3] = data["token_mask"][1, 4] = 1
+    data["prev_logprobs"][0, 2], data["advantages"][0, 2] = now[0, 1] - 1, -1.0  # beyond a dual clip
+    data["token_mask"][0, 2] = data["token_mask"][0, 3] = data["token_mask"][1, 4] = 1
     return data, logits
 
 
