@@ -66,9 +66,7 @@ def dppo(
     return r1kernels.PolicyLoss(loss, metrics)
 
 
-def ipo(
-    inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3
-) -> r1kernels.PolicyLoss:
+def ipo(inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3) -> r1kernels.PolicyLoss:
     """The loss of `type = "ipo"`, with its three settings and its metrics.
 
     loss = sum_t w_t (-keep_t adv_tau A_t r_t + kl_tau (log r_t)^2);  keep is 0 if |p - p_old| > ipo_threshold
@@ -90,19 +88,19 @@ def policy_loss(inputs: Any, objective: str = "grpo", **fields: Any) -> r1kernel
         objective: the name of a preset of `r1kernels.objectives`: "grpo", "cispo", "gspo", "gmpo", "sapo", "vespo" ...
         fields: of `r1kernels.Objective`, such as `clip_low`, `clip_high`, `ratio_cap`.
 
-    Raises:
-        TypeError: inputs has not the fields of `LossInputs`. ValueError: an unknown objective; `aggregate`,
-        `max_length` or `entropy_coef`, which prime-rl decides; `kl_coef` together with weights of tokens.
+    ValueError: an unknown objective; `aggregate`, `max_length` or `entropy_coef`, which prime-rl decides; `kl_coef`
+    together with weights of tokens.
     """
     for field in ("aggregate", "max_length", "entropy_coef"):
         if field in fields:
             raise ValueError(f"{field} is {fields[field]!r}, expected no such setting: prime-rl divides the sum of all "
                              "tokens by their number, and gives a loss no entropy")
     _, _, advantages, _ = _constants(inputs)
-    if fields.get("kl_coef", 0) != 0 and inputs.loss_weights is not None:
-        raise ValueError(f"kl_coef is {fields['kl_coef']!r} with weights of tokens, which would not weigh the KL term; "
+    chosen = _preset(objective, fields)
+    if chosen.kl_coef != 0 and inputs.loss_weights is not None:
+        raise ValueError(f"kl_coef is {chosen.kl_coef} with weights of tokens, which would not weigh the KL term; "
                          "use kl_coef = 0, or a recipe whose algorithms give no weights")
-    result = _summed(inputs, _preset(objective, fields), advantages)
+    result = _summed(inputs, chosen, advantages)
     return result._replace(metrics={name: result.metrics[name] for name in _METRICS if name in result.metrics})
 
 
@@ -139,8 +137,8 @@ def use_fused_head(model: nn.Module) -> None:
         raise TypeError(f"model.lm_head is a {type(head).__name__}, expected a torch.nn.Linear: the fused head needs "
                         "one weight (V, H); keep prime-rl's own head for this model")
     config = getattr(model, "config", None)
-    softcap = getattr(getattr(config, "text_config", config), "final_logit_softcapping", None)
-    head.forward = functools.partial(_fused_forward, head, softcap)
+    config = getattr(config, "text_config", config)  # of a model of images and text
+    head.forward = functools.partial(_fused_forward, head, getattr(config, "final_logit_softcapping", None))
 
 
 def restore_head(model: nn.Module) -> None:
@@ -212,8 +210,10 @@ def _check_settings(**settings: float) -> None:
 
 def _preset(name: str, fields: dict[str, Any]) -> r1kernels.Objective:
     preset = getattr(r1kernels.objectives, str(name), None) if str(name).islower() else None
-    if preset is None or getattr(preset, "__module__", "") != r1kernels.objectives.__name__:
-        raise ValueError(f"objective is {name!r}, expected a preset of r1kernels.objectives, such as 'grpo'")
+    known = getattr(preset, "__module__", "") == r1kernels.objectives.__name__ and name not in ("dr_grpo", "luspo")
+    if not known:
+        raise ValueError(f"objective is {name!r}, expected a preset of r1kernels.objectives, such as 'grpo', but not "
+                         "'dr_grpo' or 'luspo', because prime-rl divides by the number of tokens")
     return preset(**fields, aggregate="token_mean")
 
 

@@ -164,10 +164,12 @@ def plain(model: Tiny, ids: Tensor, labels: Tensor, temperature: Tensor) -> tupl
     return p.gather(-1, labels[..., None])[..., 0], -(p.exp() * p).sum(-1)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_the_head_is_exact_and_reversible(softcap: float | None) -> None:
+@pytest.mark.parametrize("softcap, part", [(None, False), (3.0, False), (3.0, True)])
+def test_the_head_is_exact_and_reversible(softcap: float | None, part: bool) -> None:
     torch.manual_seed(0)
     model = Tiny(softcap=softcap)
+    if part:  # a model of images and text
+        model.config = types.SimpleNamespace(text_config=model.config)
     names = list(model.state_dict())
     ids = torch.randint(40, (2, 9))
     labels, temperature = torch.randint(40, (2, 9)), 0.5 + torch.rand(2, 9)
@@ -300,7 +302,9 @@ def test_other_versions_are_refused(fake_prime_rl: types.ModuleType, monkeypatch
     (lambda row: prime_rl.grpo(row, aggregate="sequence_mean"), "aggregate is 'sequence_mean'"),
     (lambda row: prime_rl.gspo(row, entropy_coef=0.1), "entropy_coef is 0.1"),
     (lambda row: prime_rl.policy_loss(row, "ppo"), "objective is 'ppo'"),
+    (lambda row: prime_rl.policy_loss(row, "luspo"), "objective is 'luspo'"),
     (lambda row: prime_rl.policy_loss(row, "grpo", eps=0.1), "'eps'"),
+    (lambda row: prime_rl.policy_loss(dataclasses.replace(row, loss_weights=row.advantages), "r1"), "kl_coef is 0.001"),
     (lambda row: prime_rl.grpo(dataclasses.replace(row, loss_weights=row.advantages), kl_coef=0.1), "kl_coef is 0.1"),
     (lambda row: prime_rl.grpo(dataclasses.replace(row, ref_logprobs=None), kl_coef=0.1), "ref_logprobs is None"),
     (lambda row: prime_rl.use_fused_head(nn.Sequential()), "lm_head is a NoneType"),

@@ -14,8 +14,11 @@ from ranks import fork_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+from torchtitan.distributed.utils import set_spmd_backend
 
 from r1kernels import testing
+from r1kernels.integrations.torchtitan import CrossEntropyLoss
 
 WORLD, VOCAB = 2, 51
 
@@ -28,11 +31,6 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def results_of(rank: int) -> dict[str, Any]:
-    from torchtitan.distributed.spmd_types import set_current_spmd_mesh
-    from torchtitan.distributed.utils import set_spmd_backend
-
-    from r1kernels.integrations.torchtitan import CrossEntropyLoss
-
     logits, labels = inputs()
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
     loss = CrossEntropyLoss.Config(global_vocab_size=VOCAB).build(compile_config=None)
