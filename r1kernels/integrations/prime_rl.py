@@ -47,7 +47,7 @@ def dppo(
         `PolicyLoss(loss, metrics)`: 0-d, and tensors without a gradient.
 
     Raises:
-        TypeError: inputs has not the fields above. ValueError: a setting is out of range.
+        TypeError: a field is missing. ValueError: a setting is out of range.
     """
     _check_settings(dppo_mask_low=dppo_mask_low, dppo_mask_high=dppo_mask_high, adv_tau=adv_tau, kl_tau=kl_tau)
     new, old, advantages, mask = _constants(inputs)
@@ -133,9 +133,10 @@ def use_fused_head(model: nn.Module) -> None:
         TypeError: the head is not a linear layer.
     """
     head = getattr(model, "lm_head", None)
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"model.lm_head is a {type(head).__name__}, expected a torch.nn.Linear: the fused head needs "
-                        "one weight (V, H); keep prime-rl's own head for this model")
+    # Heads of other packages, such as float8, may do more than a product with their weight.
+    if not isinstance(head, nn.Linear) or type(head).forward.__module__.split(".")[0] not in ("torch", "prime_rl"):
+        raise TypeError(f"model.lm_head is a {type(head).__name__}, expected a torch.nn.Linear or a head of prime-rl: "
+                        "the fused head needs one weight (V, H); keep prime-rl's own head for this model")
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)  # of a model of images and text
     head.forward = functools.partial(_fused_forward, head, getattr(config, "final_logit_softcapping", None))

@@ -152,9 +152,10 @@ def _cross_entropy(spmd: Any, pred: Tensor, labels: Tensor, *, global_vocab_size
 
 
 def _checked_head(head: Any, pred: Tensor, labels: Tensor, tensor_parallel: int) -> nn.Linear:
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"lm_head is a {type(head).__name__}, expected a linear layer; use torchtitan's "
-                        "ChunkedLossWrapper with CrossEntropyLoss of this module")
+    # A converted head (float8) or one that scales its logits has a forward of its own.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise TypeError(f"lm_head is a {type(head).__name__}, expected a linear layer with the forward of "
+                        "torch.nn.Linear; use torchtitan's ChunkedLossWrapper with CrossEntropyLoss of this module")
     if tensor_parallel > 1 or isinstance(pred, DTensor) or isinstance(labels, DTensor):
         raise ValueError("the head is sharded by tensor parallelism, expected a whole weight (FSDP2 is fine); use "
                          "torchtitan's ChunkedLossWrapper with CrossEntropyLoss of this module")

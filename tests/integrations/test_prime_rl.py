@@ -156,6 +156,13 @@ class Tiny(nn.Module):
         return self.lm_head(self.model(input_ids), labels, temperature=temperature)
 
 
+class Scaled(nn.Linear):
+    """A head that is more than a product with its weight."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 2 * super().forward(hidden)
+
+
 def plain(model: Tiny, ids: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     z = model.model.weight[ids] @ model.lm_head.weight.T
     if softcap := model.config.final_logit_softcapping:
@@ -308,6 +315,7 @@ def test_other_versions_are_refused(fake_prime_rl: types.ModuleType, monkeypatch
     (lambda row: prime_rl.grpo(dataclasses.replace(row, loss_weights=row.advantages), kl_coef=0.1), "kl_coef is 0.1"),
     (lambda row: prime_rl.grpo(dataclasses.replace(row, ref_logprobs=None), kl_coef=0.1), "ref_logprobs is None"),
     (lambda row: prime_rl.use_fused_head(nn.Sequential()), "lm_head is a NoneType"),
+    (lambda row: prime_rl.use_fused_head(types.SimpleNamespace(lm_head=Scaled(2, 3))), "lm_head is a Scaled"),
 ])
 def test_errors_name_what_was_wrong(call: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):

@@ -232,6 +232,18 @@ def test_errors_name_what_was_wrong(call: Any, words: str) -> None:
         call()
 
 
+def test_a_head_that_scales_its_logits_is_refused() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * super().forward(hidden)
+
+    model = decoder()
+    model.lm_head = Scaled(WIDTH, VOCAB)
+    loss = attach(config("hidden").build(compile_config=None), model)
+    with pytest.raises(TypeError, match="lm_head is a Scaled"):
+        loss(model(batch()[0]), batch()[1])
+
+
 def test_another_torchtitan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchtitan.components import loss as theirs
 
