@@ -81,6 +81,8 @@ $(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	# torchtitan asks for an older version of datasets, which its losses do not need.
+	$(PIP) install --quiet -c constraints.txt --no-deps torchtitan spmd_types
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
 
 # What was found of nvcc, and asked of it: the extension is built again when that changes.
