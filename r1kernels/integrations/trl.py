@@ -40,10 +40,12 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     # float32 hidden states and a weight of 16 bits are multiplied as they are, without a float32 copy of the weight.
     if weight.dtype != dtype and not (dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)):
         weight = weight.to(dtype)
-    elif getattr(weight, "ds_id", None) is not None:  # ZeRO-3 releases the weight before backward reads it
+    bias = None if bias is None else bias.to(weight.dtype)
+    if hasattr(weight, "ds_id"):  # ZeRO-3 releases the tensors of the head before backward reads them
         weight = weight.clone()
-    options = {"bias": None if bias is None else bias.to(weight.dtype), "temperature": temperature, "softcap": softcap,
-               "logit_scale": logit_scale}
+    if hasattr(bias, "ds_id"):
+        bias = bias.clone()
+    options = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     return hidden.to(dtype), weight, options
 
 
