@@ -174,7 +174,7 @@ class R1GRPOMixin:
 
     Raises:
         ImportError: as `patch_trl`, or the trainer lacks what the one pass reads.
-        ValueError: an option or an output layer that the one pass does not have; the message names it.
+        ValueError: an option that the one pass does not have, or another subclass's own loss; the message names it.
     """
 
     _r1_inputs: dict[str, Any] | None = None  # of the loss that is being computed
@@ -227,10 +227,6 @@ def _check_trainer(trainer: Any) -> None:
     if trainer.loss_type == "vespo" and trainer.importance_sampling_level != "token" and trainer.beta:
         raise ValueError(f"importance_sampling_level is {trainer.importance_sampling_level!r} with loss_type 'vespo' "
                          "and beta, expected 'token'")
-    head = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings()
-    if hasattr(head, "lora_A"):
-        raise ValueError("target_modules includes the output layer, whose adapter TRL's fused head leaves out; remove "
-                         "it from target_modules, or put it in modules_to_save")
 
 
 def __getattr__(name: str) -> Any:

@@ -178,7 +178,7 @@ def test_filters_and_weights_are_those_of_trl(recorded: Any) -> None:
             if "weights" in options:
                 with_settings(trainer, "grpo", options)
                 level, mode = options["weights"].split("_")
-                cap, floor = (options.get(f"vllm_importance_sampling_clip_{name}") for name in ("max", "min"))
+                cap, floor = (getattr(trainer, f"vllm_importance_sampling_clip_{name}") for name in ("max", "min"))
                 ours = importance_weights(old, sampled, mask, level=level, mode=mode, cap=cap, floor=floor or 0.0)
                 theirs = trl_weights(trainer, inputs) * (mask if level == "token" else 1)
                 torch.testing.assert_close(ours.weights.reshape(theirs.shape), theirs)
