@@ -182,3 +182,21 @@ def test_the_hook_is_as_before_after_an_error(tmp_path: Any, monkeypatch: pytest
 def test_unknown_names() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         adapter.nothing  # noqa: B018
+
+
+def test_two_ranks(tmp_path: Any, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("takes 30 s; runs with --full")
+    import trl_ranks
+    from ranks import run_ranks
+
+    ranks = run_ranks(trl_ranks, tmp_path)
+    assert len(ranks) == 2
+    for name in trl_ranks.CASES:
+        for found in ranks:
+            (start, theirs, log), (_, ours, lines) = (found[name, kind] for kind in ("GRPOTrainer", "R1GRPOTrainer"))
+            moved = (theirs - start).norm()
+            assert moved > 1e-4 and (ours - theirs).norm() <= 1e-4 * moved
+            for line, wanted in zip(lines, log, strict=True):
+                assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
+        assert torch.equal(*(found[name, "R1GRPOTrainer"][1] for found in ranks))
