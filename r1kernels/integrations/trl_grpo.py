@@ -9,6 +9,7 @@ loss is that of the pass.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -23,22 +24,36 @@ class _Layout(NamedTuple):
     """How tokens (B, T) lie in the rows that TRL scores: all positions (B, L), or those of the completions, packed."""
 
     kept: Tensor  # (B, T), True where a completion has a token
-    packed: bool
+    places: Tensor | None  # (N,) of (B, T), if they are packed
+
+    @staticmethod
+    def of(kept: Tensor, rows: int, positions: int) -> _Layout:
+        """`positions`: L, the smallest number that TRL scores of a sequence unless it packs."""
+        if rows >= len(kept) * positions:
+            return _Layout(kept, None)
+        return _Layout(kept, kept.reshape(-1).nonzero_static(size=rows)[:, 0])  # without a synchronisation
 
     def rows(self, value: Tensor | None) -> Tensor | None:
         """What the loss gets of a value per token (B, T)."""
-        return value[self.kept] if self.packed and value is not None else value
+        return value if self.places is None or value is None else value.reshape(-1)[self.places]
 
     def tokens(self, value: Tensor) -> Tensor:
         """(B, T) of what the loss gave, 0 where a completion has no token."""
-        return value.new_zeros(self.kept.shape).masked_scatter(self.kept, value) if self.packed else value
+        if self.places is None:
+            return value
+        return value.new_zeros(self.kept.numel()).index_copy(0, self.places, value).reshape(self.kept.shape)
 
     def of_trl(self, value: Tensor, rows: int) -> Tensor:
         """What TRL expects of its function: a value for each of its rows."""
-        if self.packed:
-            return value[self.kept]
+        if self.places is not None:
+            return self.rows(value)
         before = rows // len(value) - value.shape[1]
         return torch.nn.functional.pad(value, (before, 0)).reshape(-1)
+
+    def boundaries(self) -> dict[str, Tensor]:
+        if self.places is None:
+            return {}
+        return {"cu_seqlens": torch.nn.functional.pad(self.kept.sum(1).cumsum(0), (1, 0))}
 
 
 class _OnePass:
@@ -55,10 +70,9 @@ class _OnePass:
         final_logit_softcapping: float | None, logit_scale: float, outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         (count, length), rows = self.kept.shape, len(hidden)
-        positions = self.inputs["prompt_ids"].shape[1] + length - 1
-        layout = _Layout(self.kept, packed=rows < count * positions)
+        layout = _Layout.of(self.kept, rows, self.inputs["prompt_ids"].shape[1] + length - 1)
         hidden, weight, options = head_of(hidden, weight, bias, temperature, final_logit_softcapping, logit_scale)
-        if not layout.packed:
+        if layout.places is None:
             hidden = hidden.reshape(count, -1, hidden.shape[-1])[:, -length:]
             targets = targets.reshape(count, -1)[:, -length:]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -143,13 +157,12 @@ def _loss(
             normalizer, used = tokens, counted
         else:
             bonus = {"mask": rows(counted), "normalizer": tokens, "objective": objectives.reinforce(entropy_coef=coef)}
-    packed = {"cu_seqlens": torch.nn.functional.pad(layout.kept.sum(1).cumsum(0), (1, 0))} if layout.packed else {}
     into = tuple(torch.empty(head[2].shape, dtype=torch.float32, device=mask.device) for _ in range(2))
     loss = r1kernels.linear_grpo_loss(
         *head, rows(advantages.float().expand(mask.shape)), old_logprobs=rows(old), mask=rows(used),
         ref_logprobs=rows(inputs["ref_per_token_logps"]) if trainer.beta else None,
         importance_weights=rows(weights), normalizer=normalizer, objective=objective, measure_all=stats is None,
-        token_stats_into=into, **packed, **options,
+        token_stats_into=into, **layout.boundaries(), **options,
     ).loss
     if bonus is not None:
         nothing = torch.zeros(head[2].shape, device=mask.device)
@@ -212,10 +225,13 @@ class R1GRPOMixin:
 def _check_trainer(trainer: Any) -> None:
     import trl
 
-    for name in ATTRIBUTES:
-        if not hasattr(trainer, name):
-            raise ImportError(f"GRPOTrainer has no {name!r}, as in TRL {SUPPORTED}; install trl=={SUPPORTED}.*, or use "
-                              "patch_trl() alone")
+    called = "_get_per_token_logps_and_entropies"
+    missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
+    if f"self.{called}(" not in inspect.getsource(trl.GRPOTrainer._compute_loss):
+        missing.append(called)
+    if missing:
+        raise ImportError(f"GRPOTrainer does not use {missing[0]!r}, as in TRL {SUPPORTED}; install "
+                          f"trl=={SUPPORTED}.*, or use patch_trl() alone")
     kinds = type(trainer).__mro__
     owner = next(kind for kind in kinds[kinds.index(R1GRPOMixin) + 1 :] if "_compute_loss" in vars(kind))
     if owner is not trl.GRPOTrainer:

@@ -59,12 +59,17 @@ def test_trains_as_trl_does(name: str, tmp_path: Any) -> None:
     compare(tmp_path, more=lambda: dict(more), **SETTINGS[name])
 
 
-def test_lora(tmp_path: Any) -> None:
-    """The head is frozen, and the reference model is the model without its adapter."""
+@pytest.mark.parametrize("adapter_kind", ["lora", "lora and the whole head", "prompts"])
+def test_adapters_of_peft(adapter_kind: str, tmp_path: Any) -> None:
+    """The reference model is the model without its adapter. Learned prompts make sequences longer."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
     def config() -> dict[str, Any]:
-        return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")}
+        if adapter_kind == "prompts":
+            return {"peft_config": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}
+        saved = ["lm_head"] if "head" in adapter_kind else None
+        return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                                               modules_to_save=saved)}
 
     compare(tmp_path, more=config, beta=0.1, **ACCUMULATED)
 
@@ -157,8 +162,13 @@ def test_options_that_the_pass_does_not_have(arguments: dict[str, Any], text: st
 
 def test_what_trl_renames_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl_grpo, "ATTRIBUTES", (*trl_grpo.ATTRIBUTES, "another_name"))
-    with pytest.raises(ImportError, match=r"no 'another_name'.*trl==1\.16"):
+    with pytest.raises(ImportError, match=r"'another_name'.*trl==1\.16"):
         make_trainer("GRPO", tmp_path, kind=R1GRPOTrainer)
+    monkeypatch.undo()
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: self.another_name(model, inputs))
+    with pytest.raises(ImportError, match=r"'_get_per_token_logps_and_entropies'.*trl==1\.16"):
+        make_trainer("GRPO", tmp_path, kind=R1GRPOTrainer)
+    monkeypatch.undo()
     monkeypatch.setattr("r1kernels.integrations.version", lambda package: "1.17.0")
     with pytest.raises(ImportError, match=r"trl is 1\.17\.0"):
         make_trainer("GRPO", tmp_path, kind=R1GRPOTrainer)
