@@ -50,11 +50,6 @@ class _Layout(NamedTuple):
         before = rows // len(value) - value.shape[1]
         return torch.nn.functional.pad(value, (before, 0)).reshape(-1)
 
-    def boundaries(self) -> dict[str, Tensor]:
-        if self.places is None:
-            return {}
-        return {"cu_seqlens": torch.nn.functional.pad(self.kept.sum(1).cumsum(0), (1, 0))}
-
 
 class _OnePass:
     """In the place of TRL's function while a GRPO loss is computed. One token of its result carries the gradient."""
@@ -143,9 +138,8 @@ def _loss(
         counted = mask * trainer.get_high_entropy_mask(entropy, mask, 1 - quantile)
         weights = weights * counted
 
-    objective, steps = objective_of(trainer), 1.0
-    if trainer.model.training:
-        steps = float(trainer.current_gradient_accumulation_steps)
+    objective = objective_of(trainer)
+    steps = float(trainer.current_gradient_accumulation_steps) if trainer.model.training else 1.0
     normalizer, coef, bonus, used = _normalizer(trainer, inputs, mask, steps), _entropy_coef(trainer), None, mask
     if coef:  # TRL's bonus is a mean over the tokens that the filter keeps, whatever the loss type
         tokens = counted.sum().clamp(min=1) * steps
@@ -157,12 +151,13 @@ def _loss(
             normalizer, used = tokens, counted
         else:
             bonus = {"mask": rows(counted), "normalizer": tokens, "objective": objectives.reinforce(entropy_coef=coef)}
+    ends = None if layout.places is None else torch.nn.functional.pad(layout.kept.sum(1).cumsum(0), (1, 0))
     into = tuple(torch.empty(head[2].shape, dtype=torch.float32, device=mask.device) for _ in range(2))
     loss = r1kernels.linear_grpo_loss(
         *head, rows(advantages.float().expand(mask.shape)), old_logprobs=rows(old), mask=rows(used),
         ref_logprobs=rows(inputs["ref_per_token_logps"]) if trainer.beta else None,
         importance_weights=rows(weights), normalizer=normalizer, objective=objective, measure_all=stats is None,
-        token_stats_into=into, **layout.boundaries(), **options,
+        token_stats_into=into, cu_seqlens=ends, **options,
     ).loss
     if bonus is not None:
         nothing = torch.zeros(head[2].shape, device=mask.device)
@@ -175,10 +170,10 @@ def _loss(
 
 # What the one pass reads of a GRPOTrainer.
 ATTRIBUTES = (
-    "loss_type", "beta", "epsilon_low", "epsilon_high", "importance_sampling_level", "top_entropy_quantile",
-    "off_policy_mask_threshold", "use_vllm", "vllm_importance_sampling_correction", "max_completion_length",
-    "entropy_coef", "use_adaptive_entropy", "_entropy_bonus_enabled", "_last_world_entropy", "get_gamma_weights",
-    "get_off_policy_mask", "get_high_entropy_mask",
+    "loss_type", "beta", "epsilon_low", "epsilon_high", "importance_sampling_level", "top_entropy_quantile", "use_vllm",
+    "off_policy_mask_threshold", "vllm_importance_sampling_correction", "max_completion_length", "entropy_coef",
+    "use_adaptive_entropy", "_entropy_bonus_enabled", "_last_world_entropy", "get_gamma_weights", "get_off_policy_mask",
+    "get_high_entropy_mask",
 )
 
 

@@ -100,7 +100,7 @@ def compare(recorded: Any, loss_type: str, options: dict[str, Any], steps: int =
     return float((ours - theirs).norm() / moved.norm())
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(14)
 @pytest.mark.parametrize("options", ["none", *OPTIONS])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_steps_of_each_loss_and_option(loss_type: str, options: str, recorded: Any) -> None:
@@ -114,6 +114,7 @@ def test_steps_of_each_loss_and_option(loss_type: str, options: str, recorded: A
     assert compare(recorded, loss_type, given, steps) <= 1e-4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "vespo"])
 def test_packed_rows(loss_type: str, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs, TRL scores the rows of the completions alone: here as if the CPU were one."""
@@ -125,6 +126,7 @@ def test_packed_rows(loss_type: str, recorded: Any, monkeypatch: pytest.MonkeyPa
             assert compare(recorded, loss_type, OPTIONS.get(options, {}), 6) <= 1e-4
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("options", ["everything", "entropy", "off policy"])
 def test_tokens_of_tools(options: str, packed: bool, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

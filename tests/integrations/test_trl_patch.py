@@ -222,3 +222,24 @@ def test_a_head_of_a_dtensor(tmp_path: Any) -> None:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_model(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("torch.compile takes 8 s; runs with --full")
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids = torch.tensor([[3, 4, 5, 1], [4, 4, 3, 1]])
+    found = []
+    with patch_trl():
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            model = tiny_model_and_tokenizer()[0]
+            add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+            if compiled:
+                model.compile(backend="aot_eager")
+            result = model(input_ids=ids, labels=ids, fused_lm_head=True)
+            (result.loss + result.entropy.sum()).backward()
+            found.append((result.log_probs.detach(), model.lm_head.weight.grad))
+    for eager, graph in zip(*found, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from trl_cases import make_trainer, trained
+from trl_cases import make_trainer, sharded_gradients, trained
 
 from r1kernels.integrations import trl as adapter
 from r1kernels.integrations import trl_grpo
@@ -51,6 +51,7 @@ def compare(tmp_path: Any, tolerance: float = 1e-4, model: Any = None, more: Any
         assert line == pytest.approx(wanted, rel=10 * tolerance, abs=tolerance / 10, nan_ok=True)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_trains_as_trl_does(name: str, tmp_path: Any) -> None:
     import datasets
@@ -59,6 +60,7 @@ def test_trains_as_trl_does(name: str, tmp_path: Any) -> None:
     compare(tmp_path, more=lambda: dict(more), **SETTINGS[name])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("adapter_kind", ["lora", "lora and the whole head", "prompts"])
 def test_adapters_of_peft(adapter_kind: str, tmp_path: Any) -> None:
     """The reference model is the model without its adapter. Learned prompts make sequences longer."""
@@ -100,6 +102,7 @@ def test_a_head_with_a_soft_cap_and_a_scale_in_float32(tmp_path: Any) -> None:
     compare(tmp_path, model=gemma, cast_lm_head_to_fp32=True)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "cast_lm_head_to_fp32": True}])
 def test_autocast(options: dict[str, bool], tmp_path: Any) -> None:
     compare(tmp_path, tolerance=0.05, max_steps=1, **options)
@@ -133,6 +136,23 @@ def test_the_mixin_is_before_other_subclasses(tmp_path: Any) -> None:
             for kind in (Weighted, Both, R1GRPOTrainer)]
     moved = (runs[0][1] - runs[0][0]).norm()
     assert (runs[1][1] - runs[0][1]).norm() <= 1e-4 * moved < (runs[2][1] - runs[0][1]).norm()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_sharded_by_fsdp2(packed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer import utils
+
+    monkeypatch.setattr(utils, "_use_triton", lambda device: packed)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0,
+                                         world_size=1)
+    try:
+        theirs = sharded_gradients(trl.GRPOTrainer, tmp_path)
+        with adapter.patch_trl():
+            patched = sharded_gradients(trl.GRPOTrainer, tmp_path)
+        for found in (patched, sharded_gradients(R1GRPOTrainer, tmp_path)):
+            assert (found - theirs).norm() <= 1e-5 * theirs.norm()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------
@@ -210,3 +230,6 @@ def test_two_ranks(tmp_path: Any, request: pytest.FixtureRequest) -> None:
             for line, wanted in zip(lines, log, strict=True):
                 assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
         assert torch.equal(*(found[name, "R1GRPOTrainer"][1] for found in ranks))
+    for found in ranks:
+        theirs, ours = (found["sharded", kind] for kind in ("GRPOTrainer", "R1GRPOTrainer"))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -90,3 +90,24 @@ def trained(make: Callable[[], Any], patch: Callable[[], Any] = contextlib.nullc
     log = [{name: value for name, value in line.items() if not any(word in name for word in times)}
            for line in trainer.state.log_history]
     return start, parameters(trainer), log
+
+
+def sharded_gradients(kind: type, directory: Any, rank: int = 0) -> Tensor:
+    """Gradients of GRPO's loss of a model that FSDP2 shards over all ranks, each with a batch of its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    trainer = make_trainer("GRPO", directory, kind=kind, model=tiny_model_and_tokenizer()[0], loss_type="grpo")
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.model
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    rng = torch.Generator().manual_seed(rank)
+    ids = torch.randint(1, 6, (4, 7), generator=rng)
+    mask = torch.ones(4, 4, dtype=torch.int64)
+    mask[1, 2:] = 0
+    loss = trainer._compute_loss(model.train(), {
+        "prompt_ids": ids[:, :3], "prompt_mask": torch.ones_like(ids[:, :3]), "completion_ids": ids[:, 3:],
+        "completion_mask": mask, "advantages": torch.randn(4, generator=rng)})
+    loss.backward()
+    return torch.cat([value.grad.full_tensor().flatten() for value in model.parameters()])

@@ -8,7 +8,7 @@ from typing import Any
 
 import trl
 from ranks import fork_ranks
-from trl_cases import make_trainer, tiny_model_and_tokenizer, trained
+from trl_cases import make_trainer, sharded_gradients, tiny_model_and_tokenizer, trained
 
 from r1kernels.integrations.trl import R1GRPOTrainer
 
@@ -31,6 +31,8 @@ def results_of(rank: int) -> dict[str, Any]:
                                  per_device_train_batch_size=4, ddp_backend="gloo", **settings)]
             assert made[0].accelerator.num_processes == 2
             found[name, kind.__name__] = trained(made.pop)
+    for kind in (trl.GRPOTrainer, R1GRPOTrainer):
+        found["sharded", kind.__name__] = sharded_gradients(kind, Path(sys.argv[1]), rank)
     return found
 
 
