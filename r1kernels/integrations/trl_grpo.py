@@ -118,8 +118,7 @@ def _loss(
     advantages = inputs["advantages"]
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     quantile, threshold, name = trainer.top_entropy_quantile, trainer.off_policy_mask_threshold, trainer.loss_type
-    weights = torch.ones_like(mask, dtype=torch.float32)
-    counted, stats = mask, None
+    weights, counted, stats = torch.ones_like(mask, dtype=torch.float32), mask, None
     if quantile < 1 or threshold is not None or name == "vespo":
         with torch.no_grad():
             found = r1kernels.linear_token_logprobs_and_entropy(*head, mask=rows(mask), **options)
@@ -163,9 +162,8 @@ def _loss(
         nothing = torch.zeros(head[2].shape, device=mask.device)
         loss = loss + r1kernels.linear_grpo_loss(*head, nothing, **bonus, **options).loss
     logprobs, entropy = stats or tuple(map(layout.tokens, into))
-    if old is not None:  # a tool's tokens, which nothing scores: a ratio of 1 is finite in TRL's sums
-        logprobs = torch.where(mask.bool(), logprobs, old)
-    return loss, logprobs, entropy
+    # A tool's tokens, which nothing scores, get a ratio of 1, which is finite in TRL's sums.
+    return loss, logprobs if old is None else torch.where(mask.bool(), logprobs, old), entropy
 
 
 # What the one pass reads of a GRPOTrainer.
