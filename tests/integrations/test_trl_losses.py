@@ -51,8 +51,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[s
     for inputs in batches:
         mask, ids = inputs["completion_mask"], inputs["completion_ids"]
         # Equal prefixes would have equal entropies, and rounding would decide which of them a filter keeps.
-        inputs["prompt_ids"] = torch.randint(1, 6, inputs["prompt_ids"].shape, generator=rng)
-        inputs["prompt_mask"] = torch.ones_like(inputs["prompt_mask"])
+        inputs["prompt_ids"] = torch.randint(1, 6, (len(ids), 6), generator=rng)
+        inputs["prompt_mask"] = torch.ones_like(inputs["prompt_ids"])
         with torch.no_grad():
             logps = trainer._get_per_token_logps_and_entropies(
                 trainer.model, torch.cat([inputs["prompt_ids"], ids], 1),
