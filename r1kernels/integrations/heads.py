@@ -83,6 +83,7 @@ class Logits:
     def head_of_losses(self) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states, and the other arguments of the `linear_*` functions, in the dtype of autocast if it is on."""
         weight, bias, adapters = parts_of_head(self.head, self.owner)
+        check_whole(weight, self.owner)
         hidden = self.hidden.to(weight.device)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -93,6 +94,16 @@ class Logits:
             a, b = zip(*adapters, strict=True)
             options["lora"] = torch.cat(a).T.to(hidden.dtype), torch.cat(b, 1).T.to(hidden.dtype)
         return hidden, options | ({"vocab_size": self.vocab} if self.vocab < len(weight) else {})
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model with a head in a module that may wrap it."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return module
+    raise TypeError(f"model is a {type(model).__name__} without a head, expected a *ForCausalLM of transformers")
 
 
 def parts_of_head(head: nn.Module, owner: str) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
@@ -115,9 +126,13 @@ def parts_of_head(head: nn.Module, owner: str) -> tuple[Tensor, Tensor | None, l
     if type(head) is not nn.Linear:  # a subclass may compute something else
         raise TypeError(
             f"the head of {owner} is a {type(head).__module__}.{type(head).__name__}, expected torch.nn.Linear; do "
-            "not quantize or wrap the head, or train this model without apply_to"
+            "not quantize, wrap or shard the head by itself, or train this model without apply_to"
         )
-    weight = head.weight
+    return head.weight, head.bias, adapters
+
+
+def check_whole(weight: Tensor, owner: str) -> None:
+    """Raises TypeError if this process does not have the whole weight of a head now."""
     if isinstance(weight, DTensor):
         raise TypeError(
             f"the head of {owner} is a sharded DTensor where its loss is computed; call fully_shard on the layers and "
@@ -128,7 +143,6 @@ def parts_of_head(head: nn.Module, owner: str) -> tuple[Tensor, Tensor | None, l
             f"the head of {owner} has a weight that is partitioned or offloaded (DeepSpeed ZeRO-3, a device map, "
             "FSDP1); use ZeRO-2 or FSDP2, or train this model without apply_to"
         )
-    return weight, head.bias, adapters
 
 
 def _trained_copy(head: nn.Module) -> nn.Module:

@@ -13,17 +13,20 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import r1kernels
 from r1kernels.integrations import check_version
-from r1kernels.integrations.heads import Logits, parts_of_head
+from r1kernels.integrations.heads import Logits, causal_model, check_whole, parts_of_head
 
 SUPPORTED = "5"
 _SETTINGS = "_r1kernels_settings"  # the model's attribute with the keywords of its loss
+_LOSS = "_r1kernels_loss"  # its attribute with the loss function of the current forward
 _REQUEST = "_r1kernels_request"  # the keyword of its forward that asks for log-probs
 
 
@@ -120,8 +123,8 @@ def apply_to(
     """Makes `model(..., labels=labels)` compute its loss from hidden states. `logits` of its outputs is then None.
 
     Without labels, the forward is the model's own, and so is generation. Everything else that the forward does with
-    labels stays: what it adds to the loss, the class of its outputs. Call this before Accelerate, DDP or FSDP wrap the
-    model; PEFT may come before or after.
+    labels stays: what it adds to the loss, the class of its outputs. Call this before `Accelerator.prepare`, which the
+    Trainer calls; PEFT and FSDP2 may come before or after. `torch.save(model)` needs `undo()` before.
 
     Args:
         model: a `transformers` model with a causal language model's head that is a plain linear layer, or a module
@@ -135,7 +138,7 @@ def apply_to(
         TypeError: the head is not a plain linear layer, or is partitioned.
     """
     check_version("transformers", SUPPORTED, any_version)
-    model = _causal_model(model)
+    model = causal_model(model)
     name = type(model).__name__
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -143,36 +146,21 @@ def apply_to(
         raise ValueError(f"apply_to was already called for this {name}; call undo() of its result first")
     if "forward" in vars(model):
         raise ValueError(f"the forward of this {name} was replaced (by Accelerate, TRL or Liger); call apply_to before")
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        raise ImportError(f"{name}.loss_function is not a property here; install a tested version of transformers")
     if model.loss_function not in (ForCausalLMLoss, for_causal_lm_loss):
         raise ValueError(f"the loss_function of {name} is {model.loss_function!r}, expected ForCausalLMLoss")
     if "labels" not in inspect.signature(model.forward).parameters:
         raise TypeError(f"the forward of {name} has no argument labels, expected a model that computes a loss")
     if getattr(model, "_tp_size", None):
         raise TypeError(f"{name} was loaded with tensor parallelism; load it without tp_plan and use FSDP2")
-    parts_of_head(model.get_output_embeddings(), name)
-    vars(model)[_SETTINGS] = {
-        "label_smoothing": label_smoothing, "z_loss_coef": z_loss_coef, "chunk_bytes": chunk_bytes,
-    }
+    weight = parts_of_head(model.get_output_embeddings(), name)[0]
+    if not isinstance(weight, DTensor):  # during the forward of FSDP2 it is a plain tensor
+        check_whole(weight, name)
+    settings = {"label_smoothing": label_smoothing, "z_loss_coef": z_loss_coef, "chunk_bytes": chunk_bytes}
+    vars(model)[_SETTINGS] = settings
     model.__class__ = _with_our_forward(type(model))
     return Applied(model)
-
-
-def _causal_model(model: nn.Module) -> Any:
-    """The transformers model with a head in a module that may wrap it."""
-    from transformers import PreTrainedModel
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            return module
-    raise TypeError(f"model is a {type(model).__name__} without a head, expected a *ForCausalLM of transformers")
-
-
-class _Request(NamedTuple):
-    """What `token_logprobs` asks the forward for."""
-
-    shift_labels: Tensor
-    temperature: float | Tensor
-    chunk_bytes: int | None
 
 
 @functools.cache
@@ -195,12 +183,15 @@ def _with_our_forward(base: type) -> type:
         # Here, where FSDP still has the whole weight.
         hidden, head = next(value for value in values if isinstance(value, Logits)).head_of_losses()
         ids = request.shift_labels.to(hidden.device)
-        return r1kernels.linear_token_logprobs_and_entropy(
+        results = r1kernels.linear_token_logprobs_and_entropy(
             hidden, token_ids=ids, mask=ids != -100, temperature=request.temperature,
             chunk_bytes=request.chunk_bytes, **head)
+        return tuple(result.clone() for result in results)  # FSDP warns of views, whose hooks can be lost
 
     signature = inspect.signature(base.forward)
-    names = {"forward": forward, "_r1kernels_base": base, "__doc__": base.__doc__}
+    loss_function = property(lambda self: vars(self).get(_LOSS) or base.loss_function.fget(self),
+                             base.loss_function.fset)
+    names = {"forward": forward, "loss_function": loss_function, "_r1kernels_base": base, "__doc__": base.__doc__}
     # Transformers and Trainer know classes by their names.
     return type(base.__name__, (base,), names | {k: getattr(base, k) for k in ("__module__", "__qualname__")})
 
@@ -216,19 +207,14 @@ def _without_logits(model: Any, settings: dict[str, Any]) -> Iterator[None]:
             raise TypeError(f"{name} does not take its logits from get_output_embeddings(); train it without apply_to")
         return for_causal_lm_loss(logits, *args, **kwargs | settings)
 
-    changes = ((head, "forward", lambda hidden: Logits(hidden, head, name, vocab)),
-               (model, "_loss_function", loss_function))
-    before = [vars(module).get(attribute) for module, attribute, _ in changes]
+    before = {key: vars(head)[key] for key in ("forward",) if key in vars(head)}  # that of a device map
+    vars(model)[_LOSS] = loss_function
+    vars(head)["forward"] = lambda hidden: Logits(hidden, head, name, vocab)
     try:
-        for module, attribute, value in changes:
-            vars(module)[attribute] = value
         yield
     finally:
-        for (module, attribute, _), value in zip(changes, before, strict=True):
-            if value is None:
-                del vars(module)[attribute]
-            else:
-                vars(module)[attribute] = value
+        del vars(model)[_LOSS], vars(head)["forward"]
+        vars(head).update(before)
 
 
 def token_logprobs(model: nn.Module, shift_labels: Tensor, **inputs: Any) -> Tensor:
@@ -255,8 +241,10 @@ def token_logprobs_and_entropy(
     Raises:
         ValueError: `apply_to` was not called, labels are given, or shapes differ.
     """
-    if _SETTINGS not in vars(_causal_model(model)):
+    if _SETTINGS not in vars(causal_model(model)):
         raise ValueError("the model computes logits; call apply_to(model) before")
     if inputs.get("labels") is not None:
         raise ValueError("labels were given, expected shift_labels only")
-    return model(**inputs, **{_REQUEST: _Request(shift_labels, temperature, chunk_bytes)})
+    # Not a tuple or a dict: FSDP would round the temperatures in it.
+    request = SimpleNamespace(shift_labels=shift_labels, temperature=temperature, chunk_bytes=chunk_bytes)
+    return model(**inputs, **{_REQUEST: request})

@@ -1,0 +1,72 @@
+"""Two ranks that train a tiny model of transformers with FSDP2 or DDP, and the adapter.
+
+    python transformers_ranks.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from causal_models import VOCAB, build, shifted
+from ranks import error_of, fork_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from r1kernels.integrations.transformers import apply_to, token_logprobs
+
+WORLD = 2
+
+
+def sharded(model: Any, mesh: Any, reshard: bool | None) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    return {name.removeprefix("module."): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+            for name, p in model.named_parameters()}
+
+
+def results_of(rank: int) -> dict[str, Any]:
+    """The gradients of the model's own forward, and for each layout of ours."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(rank))
+    own: dict[str, Any] = {}
+    results: dict[str, Any] = {"own": own}
+    for name in ("tied", "untied"):
+        model = build(tie_word_embeddings=name == "tied")
+        sharded(model, mesh, None)
+        own[name] = gradients(model, model(input_ids=ids, labels=ids).loss)
+        for layout in ("FSDP2", "FSDP2 again sharded", "applied after FSDP2", "DDP"):
+            model = build(tie_word_embeddings=name == "tied")
+            if layout != "applied after FSDP2":
+                apply_to(model)
+            if layout == "DDP":
+                model = nn.parallel.DistributedDataParallel(model)
+            else:
+                sharded(model, mesh, True if "again" in layout else None)
+            if layout == "applied after FSDP2":
+                apply_to(model)
+            results[f"{layout}, {name}"] = gradients(model, model(input_ids=ids, labels=ids).loss)
+            if "after" not in layout and "again" not in layout:
+                continue
+            model.zero_grad()
+            loss = -token_logprobs(model, shifted(ids), input_ids=ids).sum() / 16
+            results[f"{layout}, {name}, log-probs"] = gradients(model, loss)
+    model = build()
+    fully_shard(model.lm_head, mesh=mesh)
+    results["head by itself"] = error_of(lambda: apply_to(model))
+    return results
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("default")  # those of transformers
+    fork_ranks(results_of, WORLD, Path(sys.argv[1]))
