@@ -75,8 +75,17 @@ def trained(model: Any, directory: Path, packed: bool = False, loss: Any = None,
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+def small_model(family: str, tied: bool = False) -> Any:
+    """With a head that is not larger than others, so that steps of gradient descent can be large."""
+    model = build(family, tie_word_embeddings=tied, num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.div_(20)
+    return model
+
+
 def lora(model: Any, **options: Any) -> Any:
     peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(1)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -85,41 +94,39 @@ def lora(model: Any, **options: Any) -> Any:
     return adapted
 
 
-def assert_same_training(ours: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor], start: Any) -> None:
-    """Both differ from training in float64 by rounding, which steps multiply: ours at most by four times as much."""
-    moved = max((exact[name].float() - value).abs().max() for name, value in start.named_parameters())
+def assert_same_training(ours: dict[str, Tensor], own: dict[str, Tensor], start: Any) -> None:
+    """The difference is rounding, beside the way that the parameters have gone."""
+    moved = max((own[name] - value).abs().max() for name, value in start.named_parameters())
     assert moved > 0.01
-    for name, value in exact.items():
-        error, allowed = ((part[name].double() - value.double()).abs().max() for part in (ours, own))
-        assert error <= 4 * allowed + 1e-4 * moved, f"{name}: {error:.3g}, the model's own {allowed:.3g}"
+    for name, value in own.items():
+        assert (ours[name] - value).abs().max() <= 1e-4 * moved, name
 
 
-@pytest.mark.parametrize("case", ["untied", "tied", "packed", "label smoothing", "LoRA", "LoRA on the head", "one batch"])
+CASES = ["untied", "tied", "packed", "label smoothing", "LoRA", "LoRA on the head", "mean of each batch"]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("case", CASES)
 def test_training_ends_with_the_same_parameters(case: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"packed": case == "packed"}
-    model = build("qwen2" if case == "packed" else "gemma2", tie_word_embeddings=case == "tied")
-    with torch.no_grad():
-        model.get_output_embeddings().weight.div_(20)
+    model = small_model("gemma2" if case == "LoRA on the head" else "qwen2", tied=case == "tied")
     if case.startswith("LoRA"):
         model = lora(model, target_modules=["q_proj", "lm_head"] if "head" in case else ["q_proj"])
     smoothing = 0.1 if case == "label smoothing" else 0.0
-    options["average_tokens_across_devices"] = case != "one batch"
-    own, exact, ours = (copy.deepcopy(model) for _ in range(3))
+    own, ours = copy.deepcopy(model), copy.deepcopy(model)
+    if case == "mean of each batch":  # Trainer asks the model whether it takes num_items_in_batch
+        own.accepts_loss_kwargs = ours.accepts_loss_kwargs = False
+    expected = trained(own, tmp_path, packed=case == "packed", label_smoothing_factor=smoothing)
     apply_to(ours, label_smoothing=smoothing)
-    results = trained(ours, tmp_path, **options)
-    options["label_smoothing_factor"] = smoothing
-    assert_same_training(results, trained(own, tmp_path, **options), trained(exact.double(), tmp_path, **options), model)
+    assert_same_training(trained(ours, tmp_path, packed=case == "packed"), expected, model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_function_of_trainer(smoothing: float, tmp_path: Path) -> None:
-    model = build()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.div_(20)
-    own, exact, ours = (copy.deepcopy(model) for _ in range(3))
+    model = small_model("qwen2")
+    own, ours = copy.deepcopy(model), copy.deepcopy(model)
     results = trained(ours, tmp_path, loss=functools.partial(compute_loss_func, label_smoothing=smoothing))
-    expected = (trained(m, tmp_path, label_smoothing_factor=smoothing) for m in (own, exact.double()))
-    assert_same_training(results, *expected, model)
+    assert_same_training(results, trained(own, tmp_path, label_smoothing_factor=smoothing), model)
 
 
 def test_the_loss_mapping_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +228,7 @@ def test_adapters_of_other_kinds_on_the_head_are_refused(options: dict[str, Any]
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision: str) -> None:
+    accelerate.state.AcceleratorState._reset_state(True)  # it is shared by a process
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
     model, own = build(), accelerator.prepare(build())
     apply_to(model)
@@ -230,9 +238,11 @@ def test_accelerate(precision: str) -> None:
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(got[""], expected[""], rtol=1e-3, atol=0)
     logprobs = token_logprobs(ours, shifted(batch()["labels"]), input_ids=batch()["input_ids"])
-    torch.testing.assert_close(-logprobs.sum() / (batch()["labels"] != -100)[:, 1:].sum(), got[""])
-    with pytest.raises(ValueError, match="Accelerate"):
-        apply_to(own)
+    torch.testing.assert_close(-logprobs.sum().detach() / (batch()["labels"] != -100)[:, 1:].sum(), got[""])
+    if precision == "bf16":
+        with pytest.raises(ValueError, match="Accelerate"):
+            apply_to(own)
+    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def test_fsdp2_and_ddp_on_two_ranks(tmp_path: Path) -> None:
@@ -240,7 +250,7 @@ def test_fsdp2_and_ddp_on_two_ranks(tmp_path: Path) -> None:
     for results in run_ranks(transformers_ranks, tmp_path):
         own = results.pop("own")
         assert "FSDPLinear" in results.pop("head by itself")
-        assert len(results) == 12
+        assert len(results) == 6
         for layout, gradients in results.items():
             tied = "tied" if "untied" not in layout else "untied"
             torch.testing.assert_close(gradients, own[tied], msg=lambda text, layout=layout: f"{layout}: {text}")

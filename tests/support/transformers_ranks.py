@@ -42,25 +42,24 @@ def results_of(rank: int) -> dict[str, Any]:
     own: dict[str, Any] = {}
     results: dict[str, Any] = {"own": own}
     for name in ("tied", "untied"):
-        model = build(tie_word_embeddings=name == "tied")
+        model = build(num_hidden_layers=1, tie_word_embeddings=name == "tied")
         sharded(model, mesh, None)
         own[name] = gradients(model, model(input_ids=ids, labels=ids).loss)
-        for layout in ("FSDP2", "FSDP2 again sharded", "applied after FSDP2", "DDP"):
-            model = build(tie_word_embeddings=name == "tied")
-            if layout != "applied after FSDP2":
+        for layout in ("FSDP2", "FSDP2 before") if name == "tied" else ("FSDP2 again sharded", "DDP"):
+            model = build(num_hidden_layers=1, tie_word_embeddings=name == "tied")
+            if "before" not in layout:
                 apply_to(model)
             if layout == "DDP":
                 model = nn.parallel.DistributedDataParallel(model)
             else:
                 sharded(model, mesh, True if "again" in layout else None)
-            if layout == "applied after FSDP2":
+            if "before" in layout:
                 apply_to(model)
             results[f"{layout}, {name}"] = gradients(model, model(input_ids=ids, labels=ids).loss)
-            if "after" not in layout and "again" not in layout:
-                continue
-            model.zero_grad()
-            loss = -token_logprobs(model, shifted(ids), input_ids=ids).sum() / 16
-            results[f"{layout}, {name}, log-probs"] = gradients(model, loss)
+            if name == "untied":
+                model.zero_grad()
+                loss = -token_logprobs(model, shifted(ids), input_ids=ids).sum() / 16
+                results[f"{layout}, {name}, log-probs"] = gradients(model, loss)
     model = build()
     fully_shard(model.lm_head, mesh=mesh)
     results["head by itself"] = error_of(lambda: apply_to(model))
