@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -68,4 +69,5 @@ def results_of(rank: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("default")  # those of transformers
+    importlib.import_module("transformers.models.llama.modeling_llama")  # once for all ranks
     fork_ranks(results_of, WORLD, Path(sys.argv[1]))
