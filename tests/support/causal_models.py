@@ -39,13 +39,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
 }
 
+# Those that need nothing beside the sizes.
+MORE_FAMILIES = [
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v3",
+    "diffllama", "doge", "ernie4_5", "exaone4", "falcon", "falcon_mamba", "flex_olmo", "gemma", "gemma4_unified_text",
+    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "granite_swa", "granitemoe_swa",
+    "granitemoeshared", "inkling2_text", "internlm3", "jais2", "jetmoe", "lfm2", "llama4_text", "minicpm3", "minimax",
+    "minimax_m2", "minimax_m3_vl_text", "ministral3", "mistral", "modernbert-decoder", "mpt", "nanochat", "nemotron",
+    "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "persimmon", "phi3", "phimoe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
+]
+
 
 def build(family: str = "llama", **options: Any) -> Any:
     """A model in training mode, without dropout, whose logits are large enough for a soft cap to bend them."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family] | options)
+    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, {}) | options)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
