@@ -250,6 +250,16 @@ def test_undo_leaves_nothing() -> None:
         token_logprobs(model, shifted(batch()["input_ids"]), input_ids=batch()["input_ids"])
 
 
+def test_the_hook_of_a_device_map_stays_on_the_head() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model, ids = build(), batch()["input_ids"]
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("cpu"))
+    hooked = model.lm_head.forward
+    with apply_to(model):
+        assert model(**batch()).logits is None and model.lm_head.forward is hooked
+        assert model(input_ids=ids).logits.shape == (2, 9, VOCAB)
+
+
 def test_an_error_in_the_forward_leaves_nothing() -> None:
     model = build()
     with apply_to(model):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,10 @@ def test_evaluation_in_trainer(tmp_path: Path) -> None:
     settings = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True,
                                               remove_unused_columns=False)
     trainer = transformers.Trainer(model=model, args=settings, eval_dataset=rows(False)[:8], data_collator=collate)
-    expected = trainer.evaluate()["eval_loss"]
+    expected, signature = trainer.evaluate()["eval_loss"], inspect.signature(model.forward)
     with apply_to(model):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert inspect.signature(model.forward) == signature  # by which Trainer chooses columns
 
 
 # ---- PEFT -----------------------------------------------------------------------------------------------------------
@@ -250,6 +252,7 @@ def test_fsdp2_and_ddp_on_two_ranks(tmp_path: Path) -> None:
     for results in run_ranks(transformers_ranks, tmp_path):
         own = results.pop("own")
         assert "FSDPLinear" in results.pop("head by itself")
+        assert "this model is a sharded DTensor" in results.pop("outside of the forward")
         assert len(results) == 6
         for layout, gradients in results.items():
             tied = "tied" if "untied" not in layout else "untied"

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from r1kernels.integrations.transformers import apply_to, token_logprobs
+from r1kernels.integrations.transformers import Logits, apply_to, token_logprobs
 
 WORLD = 2
 
@@ -64,10 +64,15 @@ def results_of(rank: int) -> dict[str, Any]:
     model = build()
     fully_shard(model.lm_head, mesh=mesh)
     results["head by itself"] = error_of(lambda: apply_to(model))
+    model = build(num_hidden_layers=1)
+    sharded(model, mesh, None)
+    logits = Logits(torch.zeros(2, 32), model.lm_head, "this model", VOCAB)
+    results["outside of the forward"] = error_of(logits.head_of_losses)
     return results
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("default")  # those of transformers
+    warnings.filterwarnings("error", message=".*returned a view tensor")  # that of FSDP2
     importlib.import_module("transformers.models.llama.modeling_llama")  # once for all ranks
     fork_ranks(results_of, WORLD, Path(sys.argv[1]))
