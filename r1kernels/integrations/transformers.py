@@ -157,8 +157,7 @@ def apply_to(
     weight = parts_of_head(model.get_output_embeddings(), name)[0]
     if not isinstance(weight, DTensor):  # during the forward of FSDP2 it is a plain tensor
         check_whole(weight, name)
-    settings = {"label_smoothing": label_smoothing, "z_loss_coef": z_loss_coef, "chunk_bytes": chunk_bytes}
-    vars(model)[_SETTINGS] = settings
+    vars(model)[_SETTINGS] = dict(label_smoothing=label_smoothing, z_loss_coef=z_loss_coef, chunk_bytes=chunk_bytes)
     model.__class__ = _with_our_forward(type(model))
     return Applied(model)
 
