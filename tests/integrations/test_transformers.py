@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import r1kernels
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-adapter = pytest.importorskip("r1kernels.integrations.transformers")
 from r1kernels.integrations.transformers import (  # noqa: E402
     apply_to,
     token_logprobs,
