@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-real test-wheel bench wheel FORCE
+.PHONY: build demo test test-verl test-real test-wheel bench wheel FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -23,6 +23,17 @@ TEST_OPTIONS ?= -n 2 --dist worksteal
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(MAKE) test-verl
+
+# verl asks for older transformers and packaging than constraints.txt, so it is in a folder of its own, 220 MB.
+VERL := build/verl
+test-verl: $(VENV)/dev.stamp $(VENV)/build.stamp $(VERL)/stamp
+	PYTHONPATH=$(abspath $(VERL)) $(BIN)/python -m pytest $(TEST_OPTIONS) tests/integrations/test_verl*.py
+
+$(VERL)/stamp: tests/integrations/verl-requirements.txt | $(VENV)/base.stamp
+	$(RM) -r $(VERL)
+	$(PIP) install --quiet --no-deps --target $(VERL) -r $<
+	touch $@
 
 # A real model and a real server, 3 GB from the package registry; not in CI. REAL says where they are kept.
 REAL ?= build/real
@@ -70,6 +81,8 @@ $(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	# torchtitan asks for an older version of datasets, which its losses do not need.
+	$(PIP) install --quiet -c constraints.txt --no-deps torchtitan spmd_types
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
 
 # What was found of nvcc, and asked of it: the extension is built again when that changes.

@@ -1,30 +1,11 @@
 """TRL's own GRPOTrainer takes the rewards as they are: a tiny random model, two steps on a CPU."""
 
 import pytest
+from trl_cases import tiny_model_and_tokenizer
 
 from r1kernels import rewards
 
 trl = pytest.importorskip("trl")
-
-# Two random words are sometimes a right answer, and sometimes well-formed.
-WORDS = ["<think>so</think>", "<answer>2</answer>", "<answer>3</answer>"]
-
-
-def tiny_model_and_tokenizer():
-    import tokenizers
-    import transformers
-
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    transformers.set_seed(0)
-    return transformers.LlamaForCausalLM(config), tokenizer
-
 
 @pytest.mark.filterwarnings("default")  # TRL's own
 def test_trl_takes_the_rewards_as_they_are(tmp_path):

@@ -22,7 +22,14 @@ from r1kernels import _library, objectives
 from r1kernels.objectives import Objective
 from r1kernels.ops import token_local
 from r1kernels.ops._autograd import differentiable_once, origin_of
-from r1kernels.ops._checks import accumulator_dtype, check_floating, check_positive, check_tensor
+from r1kernels.ops._checks import (
+    accumulator_dtype,
+    check_dtype,
+    check_floating,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from r1kernels.ops.linear.dtensor import local_tensors
 from r1kernels.ops.linear.gradients import Targets
 from r1kernels.ops.linear.head import Head, Needs
@@ -114,14 +121,14 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 class _OnePass(torch.autograd.Function):
-    """(log-prob, entropy) (N,) and a loss whose gradients were computed with them."""
+    """A loss whose gradients were computed with it, its metrics, and (log-prob, entropy) (N,) of its tokens."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, constants: Constants, wanted: Tensor | None, tokens: TokenObjective,
         whole: LossInputs, shape: tuple[int, ...], origin: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head, into, shard = constants
         tensors = (hidden, weight, bias, lora_a, lora_b)
         ctx.targets = Targets.of(ctx.needs_input_grad, tensors, into)
@@ -134,12 +141,12 @@ class _OnePass(torch.autograd.Function):
         logprobs, entropy, *grads = results
         loss, metrics = measure(logprobs.reshape(shape), entropy.reshape(shape), whole)
         ctx.save_for_backward(*grads, origin)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        ctx.mark_non_differentiable(metrics, logprobs, entropy)
+        return loss, metrics, logprobs, entropy
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *grads, _ = ctx.saved_tensors
         return *ctx.targets.finished(grads, grad_loss), *[None] * 6
 
@@ -234,6 +241,18 @@ def _metrics(metrics: dict[str, Tensor], plan: _Plan, sequences: int) -> dict[st
     return {**metrics, **unknown, **whole, "measured_tokens": measured}
 
 
+def _check_token_stats(given: Any, hidden: Tensor, token_ids: Tensor) -> None:
+    if given is None:
+        return
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise TypeError(f"token_stats_into is {given!r}, expected two tensors (logprobs, entropy)")
+    for name, value in zip(("logprobs", "entropy"), given, strict=True):
+        name = f"token_stats_into {name}"
+        check_tensor(name, value, hidden)
+        check_shape(name, value, tuple(token_ids.shape), "one value per token")
+        check_dtype(name, value, {accumulator_dtype(hidden.dtype): ""})
+
+
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -248,6 +267,7 @@ def linear_grpo_loss(
     normalizer: Tensor | float | None = None,
     objective: Objective | CustomObjective = objectives.grpo(),  # noqa: B008 - frozen
     measure_all: bool = False,
+    token_stats_into: tuple[Tensor, Tensor] | None = None,
     sequence_group: torch.distributed.ProcessGroup | None = None,
     **options: Unpack[LinearOptions],
 ) -> PolicyLoss:
@@ -265,6 +285,9 @@ def linear_grpo_loss(
             weight) 0 are not computed: their hidden states may hold anything, and the means in the metrics are over
             `metrics["measured_tokens"]` tokens (NaN if there are none). With the ratio of sequences, this holds for
             sequences of such tokens alone. IPO, `Objective.token_local` and callables always measure every token.
+        token_stats_into: (logprobs, entropy), float32 tensors in the shape of token_ids (float64 for float64 hidden).
+            They receive what the loss computes anyway, in nats: the log-prob of each token and the entropy of its row,
+            0 for tokens that are not computed.
         sequence_group: as in `policy_loss`. hidden, token_ids and all values per token are those of this rank's tokens.
         **options: the keywords of `LinearOptions`.
 
@@ -308,6 +331,7 @@ def linear_grpo_loss(
     )
     if not isinstance(measure_all, bool):
         raise TypeError(f"measure_all is {measure_all!r}, expected True or False")
+    _check_token_stats(token_stats_into, hidden, token_ids)
     plan = _plan(given, hidden, shape, measure_all)
     in_one_pass = plan.tokens is not None and given.objective.ratio == "token"
     call = prepare(
@@ -316,7 +340,7 @@ def linear_grpo_loss(
     )
     sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
     if in_one_pass and call.one_pass:
-        loss, metrics = _OnePass.apply(
+        loss, metrics, logprobs, entropy = _OnePass.apply(
             *call.tensors, call.constants, plan.wanted, plan.tokens, plan.inputs, shape, origin_of(*call.tensors)
         )
         bounds = not plan.inputs.objective.is_token_local
@@ -324,4 +348,6 @@ def linear_grpo_loss(
     else:
         logprobs, entropy = linear_token_stats(call, plan.wanted)
         loss, metrics = compute(logprobs.reshape(shape), entropy.reshape(shape), plan.inputs)
+    for into, value in zip(token_stats_into or (), (logprobs, entropy), strict=False):
+        into.copy_(value.detach().reshape(shape))
     return over_ranks(PolicyLoss(loss, _metrics(metrics, plan, sequences)), given.group)
