@@ -228,7 +228,7 @@ print(number, interrupted)
 
 def test_a_kill_at_any_moment_leaves_the_latest_checkpoint_complete(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=900, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert done.returncode == 0, done.stderr
     number, interrupted = map(int, done.stdout.split())

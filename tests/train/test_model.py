@@ -133,6 +133,7 @@ def test_an_adapter_is_refused(tmp_path):
 # ---- the head -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_those_of_the_models_logits(family):
     config, scale, softcap, bias = FAMILIES[family]
@@ -146,6 +147,7 @@ def test_logprobs_are_those_of_the_models_logits(family):
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "falcon_h1", "hyperclovax"])
 def test_what_a_configuration_does_not_say_is_noticed(family, monkeypatch):
     model = build(FAMILIES[family][0])

@@ -46,6 +46,7 @@ def kept_for_backward(model):
     return sum(storage.nbytes() for storage in kept.values()) / 2
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", CONFIGS)
