@@ -46,6 +46,7 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     if hasattr(bias, "ds_id"):
         bias = bias.clone()
     options = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    options["chunk_bytes"] = _patches[-1].chunk_bytes if _patches else None
     return hidden.to(dtype), weight, options
 
 
@@ -94,7 +95,8 @@ def checked_utils(any_version: bool) -> Any:
 class TRLPatch:
     """A swap of TRL's function, in force until `undo()` or the end of a `with` block."""
 
-    def __init__(self, any_version: bool = False) -> None:
+    def __init__(self, any_version: bool = False, chunk_bytes: int | None = None) -> None:
+        self.chunk_bytes = chunk_bytes
         self.utils = checked_utils(any_version)
         self.before = getattr(self.utils, HOOK) if not _patches else _patches[0].before
         _patches.append(self)
@@ -114,13 +116,18 @@ class TRLPatch:
         self.undo()
 
 
-def patch_trl(any_version: bool = False) -> TRLPatch:
+def patch_trl(any_version: bool = False, chunk_bytes: int | None = None) -> TRLPatch:
     """Makes TRL's trainers compute log-probs and entropies with r1kernels; `undo()` or `with` ends it.
+
+    Args:
+        any_version: accept a version of TRL other than 1.16 that calls the same function.
+        chunk_bytes: memory for logits, as in `r1kernels.LinearOptions`, while this patch is the last one in force;
+            `R1GRPOTrainer` follows it too.
 
     Raises:
         ImportError: TRL is missing or another version (`any_version` accepts all), or does not call what is swapped.
     """
-    return TRLPatch(any_version)
+    return TRLPatch(any_version, chunk_bytes)
 
 
 @contextlib.contextmanager

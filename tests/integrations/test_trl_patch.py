@@ -113,6 +113,24 @@ def test_trainers(name: str, tmp_path: Any) -> None:
         assert lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-5, nan_ok=True)
 
 
+def test_chunk_bytes_sets_the_memory_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int | None] = []
+
+    def logprobs(*_: Any, chunk_bytes: int | None, **__: Any) -> Any:
+        given.append(chunk_bytes)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(adapter.r1kernels, "linear_token_logprobs", logprobs)
+    arguments = torch.ones(2, 4), torch.ones(9, 4), None, torch.zeros(2).long(), 1.0, 16, None, 1.0, ()
+    with patch_trl(chunk_bytes=2**20):
+        hook().apply(*arguments)
+        with patch_trl():
+            hook().apply(*arguments)
+        hook().apply(*arguments)
+    adapter.LogProbs.apply(*arguments)
+    assert given == [2**20, None, 2**20, None]
+
+
 def test_undo_in_any_order() -> None:
     before = hook()
     first, second = patch_trl(), patch_trl()
