@@ -1,18 +1,18 @@
 """TRL's GRPO step, forward and backward: alone, with patch_trl(), and with R1GRPOTrainer, in the same run.
 
-    PYTHONPATH=. python benchmarks/trl_step.py [RESULTS.json] [--tokens 2048] [--vocab 151936] [--rounds 5]
+    python benchmarks/trl_step.py [--tokens 2048] [--vocab 151936] [--rounds 5]
 
 `_compute_loss` and backward of a Qwen2 model of one small layer, whose head takes nearly all of the time, on a batch as
 TRL gives it: prompts of 2 tokens, completions of 256, advantages of both signs, log-probs of an old policy. First, the
 losses and the gradients of the three are compared. Times are medians over rounds; in each round every candidate runs
 once. Peak memory is what steps add to the memory of their process (Linux), with gradients; each candidate has its own.
+The results of this device get a file trl_step.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import re
 import statistics
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from torch import Tensor
 
@@ -107,8 +108,8 @@ def peak_of(candidate: str, options: argparse.Namespace) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path)
-    for name, value in (("tokens", 2048), ("vocab", 151_936), ("hidden", 896), ("rounds", 5), ("threads", 1)):
+    for name, value in (("tokens", 2048), ("vocab", 151_936), ("hidden", 896), ("rounds", 5),
+                        ("threads", torch.get_num_threads())):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # TRL's own
@@ -129,15 +130,16 @@ def main() -> None:
                 start = time.perf_counter()
                 step()
                 times[name].append(time.perf_counter() - start)
-    found = {name: {"seconds": statistics.median(times[name]), "peak_bytes": peaks[name]} for name in CANDIDATES}
-    result = {name: getattr(options, name) for name in ("tokens", "vocab", "hidden", "rounds", "threads")}
-    result |= {"torch": torch.__version__, "steps": found}
-    for name, values in found.items():
-        ratio = values["seconds"] / found["TRL"]["seconds"]
-        memory = "" if values["peak_bytes"] is None else f", {values['peak_bytes'] / 2**20:.0f} MiB"
-        print(f"{name}: {values['seconds']:.3f} s, {ratio:.2f} of TRL's{memory}")
-    if options.results:
-        options.results.write_text(json.dumps(result, indent=1) + "\n")
+    rows = []
+    for name in CANDIDATES:
+        seconds, peak = statistics.median(times[name]), peaks[name]
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(times[name], times["TRL"], strict=True))
+        rows.append({"op": "trl_step", "shape": f"{options.tokens} tokens, H {options.hidden}, V {options.vocab}",
+                     "implementation": name, "peak_extra_bytes": peak, "median_s": seconds, "ratio": ratio,
+                     "rounds": options.rounds})
+        memory = "" if peak is None else f", {peak / 2**20:.0f} MiB"
+        print(f"{name}: {seconds:.3f} s, {ratio:.2f} of TRL's{memory}")
+    print(report.save(rows))
 
 
 if __name__ == "__main__":
