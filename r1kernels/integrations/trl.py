@@ -79,7 +79,10 @@ def checked_utils(any_version: bool) -> Any:
     if _patches:
         return utils
     caller = getattr(utils, "add_fused_lm_head", None)
-    tree = None if caller is None else ast.parse(inspect.getsource(caller))
+    try:
+        tree = None if caller is None else ast.parse(inspect.getsource(caller))
+    except OSError:  # installed without sources
+        tree = None
     calls = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         and node.func.attr == "apply" and getattr(node.func.value, "id", None) == HOOK
@@ -106,7 +109,7 @@ class TRLPatch:
         """The last patch that is undone brings TRL's own function back. A second call does nothing."""
         if self in _patches:
             _patches.remove(self)
-            if not _patches:
+            if not _patches and getattr(self.utils, HOOK) is LogProbs:  # otherwise somebody else's swap is in force
                 setattr(self.utils, HOOK, self.before)
 
     def __enter__(self) -> TRLPatch:
@@ -128,6 +131,12 @@ def patch_trl(any_version: bool = False, chunk_bytes: int | None = None) -> TRLP
         ImportError: TRL is missing or another version (`any_version` accepts all), or does not call what is swapped.
     """
     return TRLPatch(any_version, chunk_bytes)
+
+
+def unpatch_trl() -> None:
+    """Undoes every `patch_trl()` that is in force."""
+    for patch in tuple(_patches):
+        patch.undo()
 
 
 @contextlib.contextmanager

@@ -9,15 +9,15 @@ loss is that of the pass.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels import Objective, objectives
-from r1kernels.integrations.trl import SUPPORTED, LogProbs, checked_utils, head_of, swapped
+from r1kernels import objectives
+from r1kernels.integrations.trl import LogProbs, checked_utils, head_of, swapped
+from r1kernels.integrations.trl_options import check_trainer, objective_of
 
 
 class _Layout(NamedTuple):
@@ -77,23 +77,6 @@ class _OnePass:
         return layout.of_trl(logprobs, rows), layout.of_trl(entropy, rows), None, None, None
 
 
-def objective_of(trainer: Any) -> Objective:
-    """The objective of a GRPOTrainer's settings. For VESPO, it is that of advantages times TRL's weights phi."""
-    args, name = trainer.args, trainer.loss_type
-    kl = {"kl_coef": trainer.beta, "kl_ratio": bool(args.use_bias_correction_kl) and trainer.beta != 0}
-    if name == "vespo":
-        return objectives.reinforce(**kl)
-    level = {"ratio": trainer.importance_sampling_level, **kl}
-    if name == "cispo":
-        return objectives.cispo(clip_high=trainer.epsilon_high - 1, **level)
-    if name == "sapo":
-        return objectives.sapo(tau_pos=args.sapo_temperature_pos, tau_neg=args.sapo_temperature_neg, **level)
-    fields = {"clip_low": trainer.epsilon_low, "clip_high": trainer.epsilon_high, "ratio_cap": args.delta, **level}
-    if name == "dr_grpo":
-        return objectives.dr_grpo(trainer.max_completion_length, **fields)
-    return getattr(objectives, name)(**fields)
-
-
 def _normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor, steps: float) -> Tensor | float:
     """The denominator of one micro-batch: gradients of accumulated micro-batches are added."""
     if trainer.loss_type in ("cispo", "dapo", "vespo"):
@@ -151,7 +134,8 @@ def _loss(
         else:
             bonus = {"mask": rows(counted), "normalizer": tokens, "objective": objectives.reinforce(entropy_coef=coef)}
     ends = None if layout.places is None else torch.nn.functional.pad(layout.kept.sum(1).cumsum(0), (1, 0))
-    into = tuple(torch.empty(head[2].shape, dtype=torch.float32, device=mask.device) for _ in range(2))
+    dtype = torch.float64 if head[0].dtype == torch.float64 else torch.float32
+    into = tuple(torch.empty(head[2].shape, dtype=dtype, device=mask.device) for _ in range(2))
     loss = r1kernels.linear_grpo_loss(
         *head, rows(advantages.float().expand(mask.shape)), old_logprobs=rows(old), mask=rows(used),
         ref_logprobs=rows(inputs["ref_per_token_logps"]) if trainer.beta else None,
@@ -166,22 +150,22 @@ def _loss(
     return loss, logprobs if old is None else torch.where(mask.bool(), logprobs, old), entropy
 
 
-# What the one pass reads of a GRPOTrainer.
-ATTRIBUTES = (
-    "loss_type", "beta", "epsilon_low", "epsilon_high", "importance_sampling_level", "top_entropy_quantile", "use_vllm",
-    "off_policy_mask_threshold", "vllm_importance_sampling_correction", "max_completion_length", "entropy_coef",
-    "use_adaptive_entropy", "_entropy_bonus_enabled", "_last_world_entropy", "get_gamma_weights", "get_off_policy_mask",
-    "get_high_entropy_mask",
-)
-
-
 class R1GRPOMixin:
     """Before a subclass of `trl.GRPOTrainer`: its loss in one pass. TRL's own code computes the metrics from it.
 
     Raises:
         ImportError: as `patch_trl`, or the trainer lacks what the one pass reads.
+        TypeError: the mixin is not before a GRPOTrainer.
         ValueError: an option that the one pass does not have, or another subclass's own loss; the message names it.
     """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        before = cls.__mro__[1 : cls.__mro__.index(R1GRPOMixin)]
+        hidden = [kind for kind in before if "_compute_loss" in vars(kind) and not issubclass(kind, R1GRPOMixin)]
+        if hidden:
+            raise TypeError(f"{cls.__name__} has {hidden[0].__name__} before R1GRPOMixin, expected the mixin first: "
+                            "otherwise its loss is never called")
 
     _r1_inputs: dict[str, Any] | None = None  # of the loss that is being computed
     _r1_carried: Tensor | None = None
@@ -189,7 +173,7 @@ class R1GRPOMixin:
     def __init__(self, *args: Any, any_version: bool = False, **keywords: Any) -> None:
         checked_utils(any_version)
         super().__init__(*args, **keywords)
-        _check_trainer(self)
+        check_trainer(self)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **keywords: Any) -> tuple[Tensor | None, ...]:
         trl: Any = super()
@@ -215,29 +199,6 @@ class R1GRPOMixin:
         return loss + (carried - carried.detach())
 
 
-def _check_trainer(trainer: Any) -> None:
-    import trl
-
-    called = "_get_per_token_logps_and_entropies"
-    missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
-    if f"self.{called}(" not in inspect.getsource(trl.GRPOTrainer._compute_loss):
-        missing.append(called)
-    if missing:
-        raise ImportError(f"GRPOTrainer does not use {missing[0]!r}, as in TRL {SUPPORTED}; install "
-                          f"trl=={SUPPORTED}.*, or use patch_trl() alone")
-    kinds = type(trainer).__mro__
-    owner = next(kind for kind in kinds[kinds.index(R1GRPOMixin) + 1 :] if "_compute_loss" in vars(kind))
-    if owner is not trl.GRPOTrainer:
-        raise ValueError(f"{owner.__name__} has a _compute_loss of its own, and the one pass has that of GRPOTrainer; "
-                         "use patch_trl() with it")
-    if trainer.args.torch_compile:
-        raise ValueError("torch_compile is True, expected False: the one pass runs in the forward of the model; use "
-                         "patch_trl() alone")
-    if trainer.loss_type == "vespo" and trainer.importance_sampling_level != "token" and trainer.beta:
-        raise ValueError(f"importance_sampling_level is {trainer.importance_sampling_level!r} with loss_type 'vespo' "
-                         "and beta, expected 'token'")
-
-
 def __getattr__(name: str) -> Any:
     if name != "R1GRPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -245,6 +206,8 @@ def __getattr__(name: str) -> Any:
 
     class R1GRPOTrainer(R1GRPOMixin, trl.GRPOTrainer):
         """`trl.GRPOTrainer` with the loss of `R1GRPOMixin`."""
+
+        __qualname__ = name  # pickle looks it up in this module
 
     globals()[name] = R1GRPOTrainer
     return R1GRPOTrainer

@@ -22,10 +22,10 @@ def test_the_code_of_the_page_runs(tmp_path: Any) -> None:
              "train_dataset": trainer.train_dataset, "reward_funcs": [lengths, answers]}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 5
-    for block in blocks:
+    for number, block in enumerate(blocks):
         exec(compile(block, PAGE.name, "exec"), names)
-    while adapter._patches:  # the page leaves its first patch in force
-        adapter._patches[-1].undo()
+        hook = adapter.checked_utils(False)._ChunkedLogProbFunction
+        assert (hook is adapter.LogProbs) == (number == 0) and (number == 0 or hook is before)
     assert adapter.checked_utils(False)._ChunkedLogProbFunction is before
     assert names["trainer"].state.global_step == 0 and isinstance(names["trainer"], adapter.R1GRPOTrainer)
     assert issubclass(names["MyFasterTrainer"], adapter.R1GRPOMixin)

@@ -1,5 +1,6 @@
 """R1GRPOTrainer trains as TRL's GRPOTrainer does: parameters and logs, with TRL's sampling, optimizer and options."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from trl_cases import make_trainer, sharded_gradients, trained
 
 from r1kernels.integrations import trl as adapter
-from r1kernels.integrations import trl_grpo
+from r1kernels.integrations import trl_options
 from r1kernels.integrations.trl import R1GRPOMixin, R1GRPOTrainer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -158,22 +159,48 @@ def test_a_model_sharded_by_fsdp2(packed: bool, tmp_path: Any, monkeypatch: pyte
 # ---- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_a_loss_of_another_subclass_is_refused(tmp_path: Any) -> None:
-    class Other(trl.GRPOTrainer):
+@pytest.mark.parametrize("method", trl_options.METHODS)
+def test_methods_of_another_subclass_are_refused(method: str, tmp_path: Any) -> None:
+    def own(self: Any, *args: Any, **keywords: Any) -> Any:
+        raise AssertionError
+
+    other = type("Other", (trl.GRPOTrainer,), {method: own})
+    with pytest.raises(ValueError, match=rf"Other has its own {method}.*patch_trl"):
+        make_trainer("GRPO", tmp_path, kind=type("Both", (R1GRPOMixin, other), {}))
+
+
+def test_a_loss_that_wraps_the_one_pass_is_accepted(tmp_path: Any) -> None:
+    class Wraps(R1GRPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
-            return 2 * super()._compute_loss(model, inputs)
+            return super()._compute_loss(model, inputs)
 
-    class Both(R1GRPOMixin, Other):
-        pass
+    assert make_trainer("GRPO", tmp_path, kind=Wraps)
+    changed = type("Changed", (R1GRPOTrainer,), {trl_options.METHODS[1]: lambda self, *args, **keywords: None})
+    with pytest.raises(ValueError, match="Changed has its own _get_per_token"):
+        make_trainer("GRPO", tmp_path, kind=changed)
 
-    with pytest.raises(ValueError, match=r"Other has a _compute_loss .*patch_trl"):
-        make_trainer("GRPO", tmp_path, kind=Both)
+
+def test_the_mixin_comes_first_and_before_a_grpo_trainer(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match="GRPOTrainer before R1GRPOMixin"):
+        type("Last", (trl.GRPOTrainer, R1GRPOMixin), {})
+    with pytest.raises(TypeError, match=r"Other is not a trl\.GRPOTrainer"):
+        make_trainer("RLOO", tmp_path, kind=type("Other", (R1GRPOMixin, trl.RLOOTrainer), {}))
+
+
+def test_the_class_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(R1GRPOTrainer)) is R1GRPOTrainer
 
 
 @pytest.mark.parametrize("arguments, text", [
     ({"torch_compile": True}, "torch_compile is True, expected False"),
     ({"loss_type": "vespo", "beta": 0.1, "importance_sampling_level": "sequence"},
      "importance_sampling_level is 'sequence'"),
+    ({"loss_type": "foo"}, "loss_type is 'foo', expected one of grpo"),
+    ({"importance_sampling_level": "foo"}, "importance_sampling_level is 'foo'"),
+    ({"beta": -0.1}, r"beta is -0\.1.*patch_trl"),
+    ({"delta": -1.0}, r"delta is -1\.0"),
+    ({"loss_type": "sapo", "sapo_temperature_neg": -1.0}, r"sapo_temperature_neg is -1\.0"),
+    ({"entropy_coef": float("nan")}, "entropy_coef is nan"),
 ])
 def test_options_that_the_pass_does_not_have(arguments: dict[str, Any], text: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=text):
@@ -181,7 +208,7 @@ def test_options_that_the_pass_does_not_have(arguments: dict[str, Any], text: st
 
 
 def test_what_trl_renames_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl_grpo, "ATTRIBUTES", (*trl_grpo.ATTRIBUTES, "another_name"))
+    monkeypatch.setattr(trl_options, "ATTRIBUTES", (*trl_options.ATTRIBUTES, "another_name"))
     with pytest.raises(ImportError, match=r"'another_name'.*trl==1\.16"):
         make_trainer("GRPO", tmp_path, kind=R1GRPOTrainer)
     monkeypatch.undo()

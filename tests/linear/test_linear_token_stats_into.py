@@ -44,11 +44,16 @@ def test_tokens_that_are_not_computed_have_0(implementation: str) -> None:
     (torch.zeros(2, 3), TypeError, "token_stats_into"),
     ((torch.zeros(1), torch.zeros(1)), ValueError, "token_stats_into logprobs has shape"),
     (("shape", "half"), TypeError, "token_stats_into entropy has dtype"),
+    (("gradient", "shape"), ValueError, "token_stats_into logprobs requires a gradient"),
+    (("twice",) * 2, ValueError, "token_stats_into has the same tensor twice"),
+    ([torch.zeros(1), torch.zeros(1)], TypeError, "token_stats_into is a list"),
 ])
 def test_wrong_tensors_are_named(given, error: type, text: str, implementation: str) -> None:
     inputs = make("plain", "holes")
-    if given == ("shape", "half"):
-        given = torch.zeros(shape_of(inputs)), torch.zeros(shape_of(inputs), dtype=torch.float16)
+    if isinstance(given, tuple) and isinstance(given[0], str):
+        zeros = torch.zeros(shape_of(inputs))
+        made = {"shape": zeros, "twice": zeros, "half": zeros.half(), "gradient": zeros.clone().requires_grad_()}
+        given = tuple(made[name] for name in given)
     needed = {name: inputs[name] for name in ("advantages", "old_logprobs", "mask")}
     with pytest.raises(error, match=text):
         linear_grpo_loss(**head_of(inputs), **needed, token_stats_into=given)

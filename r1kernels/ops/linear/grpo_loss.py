@@ -245,12 +245,17 @@ def _check_token_stats(given: Any, hidden: Tensor, token_ids: Tensor) -> None:
     if given is None:
         return
     if not isinstance(given, tuple) or len(given) != 2:
-        raise TypeError(f"token_stats_into is {given!r}, expected two tensors (logprobs, entropy)")
+        raise TypeError(f"token_stats_into is a {type(given).__name__}, expected a tuple of two tensors, log-probs and "
+                        "entropies")
     for name, value in zip(("logprobs", "entropy"), given, strict=True):
         name = f"token_stats_into {name}"
         check_tensor(name, value, hidden)
         check_shape(name, value, tuple(token_ids.shape), "one value per token")
         check_dtype(name, value, {accumulator_dtype(hidden.dtype): ""})
+        if value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, expected a tensor that only keeps values")
+    if given[0] is given[1]:
+        raise ValueError("token_stats_into has the same tensor twice, expected one for log-probs and one for entropies")
 
 
 def linear_grpo_loss(
