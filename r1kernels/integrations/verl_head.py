@@ -52,7 +52,9 @@ class FusedLinear(torch.nn.Module):
         """
         ids, options = input_ids.to(torch.int64), {"temperature": temperature}
         if self.chunk_size is not None:
-            options["chunk_bytes"] = 4 * self.chunk_size * len(vocab_weights)
+            # A row has V logits and two copies of width H, in float32 or float64.
+            entries, size = len(vocab_weights) + 2 * hidden_states.shape[-1], max(4, hidden_states.element_size())
+            options["chunk_bytes"] = self.chunk_size * entries * size
         wanted = _wanted.get()
         if wanted is None:
             return r1kernels.linear_token_logprobs_and_entropy(hidden_states, vocab_weights, ids, **options)
