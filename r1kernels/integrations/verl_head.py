@@ -162,13 +162,13 @@ def add_backend(any_version: bool = False, keep: bool = True) -> None:
             ours = _is_ours(impl_backend)
             options = {} if chunk_size is None else {"chunk_size": chunk_size}
             init(self, **options, impl_backend="torch" if ours else impl_backend)
-            self.fused = FusedLinear(chunk_size) if ours else None
+            self._r1kernels_head = FusedLinear(chunk_size) if ours else None
 
         return __init__
 
     def forward_of(forward: Any) -> Any:
         def fused_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            fused = getattr(self, "fused", None)  # made before the patch, it has no such attribute
+            fused = getattr(self, "_r1kernels_head", None)  # made before the patch, it has no such attribute
             return forward(self, *args, **kwargs) if fused is None else fused(*args, **kwargs)
 
         return fused_forward

@@ -34,6 +34,10 @@ def now() -> list[Any]:
     return [vars(holder)[name] for holder, name in REPLACED]
 
 
+def is_ours(head: Any) -> bool:
+    return head._r1kernels_head is not None
+
+
 # verl's own, also where the plugin has been loaded in this process.
 BEFORE = [(vars(function).get("_r1kernels") and function.__wrapped__) or function for function in now()]
 
@@ -59,13 +63,14 @@ def verls_own() -> Iterator[None]:
 def test_the_patch_is_undone() -> None:
     patch = patch_verl()
     assert all(new is not old for new, old in zip(now(), BEFORE, strict=True))
-    assert FusedLinearForPPO().fused is not None and FusedLinearForPPO(5, impl_backend="liger").fused.chunk_size == 5
+    assert is_ours(FusedLinearForPPO()) and is_ours(FusedLinearForPPO(5, impl_backend="liger"))
+    assert FusedLinearForPPO(5)._r1kernels_head.chunk_size == 5
     patch.undo()
     patch.undo()
     assert now() == BEFORE
     with patch_verl(backends=()):
         theirs = FusedLinearForPPO(5)
-        assert theirs.fused is None and theirs.chunk_size == 5 and theirs.impl_backend == "torch"
+        assert not is_ours(theirs) and theirs.chunk_size == 5 and theirs.impl_backend == "torch"
         with pytest.raises(ValueError, match="no-such-backend"):
             FusedLinearForPPO(impl_backend="no-such-backend")
     assert now() == BEFORE
@@ -77,8 +82,8 @@ def test_the_patch_is_undone() -> None:
 def test_patches_end_in_any_order(order: tuple[int, int]) -> None:
     patches = [patch_verl(), patch_verl(backends=())]
     patches[order[0]].undo()
-    assert (FusedLinearForPPO().fused is not None) == (order[0] == 1)
-    assert FusedLinearForPPO(impl_backend="r1kernels").fused is not None
+    assert is_ours(FusedLinearForPPO()) == (order[0] == 1)
+    assert is_ours(FusedLinearForPPO(impl_backend="r1kernels"))
     patches[order[1]].undo()
     assert now() == BEFORE
 
@@ -91,7 +96,7 @@ def test_what_the_plugin_adds_remains(patch_first: bool) -> None:
     added = now()
     (patch or patch_verl()).undo()
     assert now() == added
-    assert FusedLinearForPPO().fused is None and FusedLinearForPPO(impl_backend="r1kernels").fused is not None
+    assert not is_ours(FusedLinearForPPO()) and is_ours(FusedLinearForPPO(impl_backend="r1kernels"))
 
 
 def test_the_class_remains_that_of_verl() -> None:
@@ -101,10 +106,10 @@ def test_the_class_remains_that_of_verl() -> None:
         assert torch_functional.FusedLinearForPPO is FusedLinearForPPO
         ours, theirs = FusedLinearForPPO(impl_backend="r1kernels"), FusedLinearForPPO()
         assert type(ours) is type(theirs) is FusedLinearForPPO
-        assert pickle.loads(pickle.dumps(theirs)).fused is None
-        assert pickle.loads(pickle.dumps(ours)).fused is not None
+        assert not is_ours(pickle.loads(pickle.dumps(theirs)))
+        assert is_ours(pickle.loads(pickle.dumps(ours)))
         subclass = Subclass(extra="x")
-        assert subclass.chunk_size == 7 and subclass.fused is None
+        assert subclass.chunk_size == 7 and not is_ours(subclass)
         expected = theirs(hidden, weight, ids)
         for head in (made_before, subclass, ours):
             torch.testing.assert_close(head(hidden, weight, ids), expected)

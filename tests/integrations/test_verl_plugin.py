@@ -36,7 +36,8 @@ assert set(LOSSES) < set(core_algos.POLICY_LOSS_REGISTRY) and "vanilla" in core_
 assert set(ESTIMATORS) < set(core_algos.ADV_ESTIMATOR_REGISTRY)
 from verl.models.transformers import monkey_patch
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
-assert FusedLinearForPPO(impl_backend="r1kernels").fused is not None and FusedLinearForPPO().fused is None
+assert FusedLinearForPPO(impl_backend="r1kernels")._r1kernels_head is not None
+assert FusedLinearForPPO()._r1kernels_head is None
 assert not hasattr(monkey_patch.__loader__, "loader") and monkey_patch.__spec__.loader is monkey_patch.__loader__
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 assert hasattr(FSDPEngineWithLMHead.forward_step, "_r1kernels")
