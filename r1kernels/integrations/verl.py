@@ -21,15 +21,12 @@ import r1kernels
 from r1kernels import Objective, objectives
 from r1kernels.integrations import check_version
 from r1kernels.integrations.verl_advantages import ESTIMATORS
+from r1kernels.integrations.verl_config import aggregation, bounds, check_arguments, number
 
 SUPPORTED = "0.9"
 PARAMETERS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
 )
-AGGREGATES = {
-    "token-mean": "token_mean", "token-sum": "token_mean", "seq-mean-token-sum": "constant",
-    "seq-mean-token-sum-norm": "constant", "seq-mean-token-mean": "sequence_mean",
-}
 
 
 def hook(module: str, name: str, parameters: tuple[str, ...] | None = None) -> Any:
@@ -54,43 +51,11 @@ def hook(module: str, name: str, parameters: tuple[str, ...] | None = None) -> A
 # ---- policy losses ------------------------------------------------------------------------------------------------
 
 
-def _aggregation(
-    mode: str, mask: Tensor, dp_size: int = 1, batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None, loss_scale_factor: float | None = None,
-) -> tuple[dict[str, Any], Tensor | float]:
-    """(fields of the objective, its normalizer) for `loss_agg_mode` and the rest of `config.global_batch_info`."""
-    if mode not in AGGREGATES:
-        raise ValueError(f"loss_agg_mode is {mode!r}, expected one of {', '.join(AGGREGATES)}")
-    fields: dict[str, Any] = {"aggregate": AGGREGATES[mode]}
-    if fields["aggregate"] == "constant":
-        fields["max_length"] = 1  # the normalizer has the length
-    if mode == "token-sum":
-        return fields, 1 / dp_size
-    of_tokens = mode == "token-mean"
-    total: Any = batch_num_tokens if of_tokens else global_batch_size
-    if total is None and dp_size > 1:
-        name = "batch_num_tokens" if of_tokens else "global_batch_size"
-        raise ValueError(f"{name} is None with dp_size {dp_size} and loss_agg_mode {mode!r}, expected a number: that "
-                         "of all ranks")
-    if total is None:  # without sequences that have no token
-        total = (mask if of_tokens else mask.any(-1)).sum().clamp(min=1)
-    if mode == "seq-mean-token-sum-norm":
-        total = total * (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    return fields, total / dp_size
-
-
-def _bounds(config: Any) -> dict[str, float]:
-    both, low, high = config.clip_ratio, config.clip_ratio_low, config.clip_ratio_high
-    return {"clip_low": both if low is None else low, "clip_high": both if high is None else high}
-
-
 def _vanilla(config: Any, fields: dict[str, Any]) -> Objective:
-    bounds, cap = _bounds(config), config.get("clip_ratio_c", 3.0)
-    if cap <= 1:
-        raise ValueError(f"clip_ratio_c is {cap}, expected a number > 1")
-    if cap >= 1 + bounds["clip_high"]:
-        return objectives.grpo(**bounds, ratio_cap=cap, **fields)
-    low, high = 1 - bounds["clip_low"], 1 + bounds["clip_high"]
+    limits, cap = bounds(config), number("clip_ratio_c", config.get("clip_ratio_c", 3.0), above=1)
+    if cap >= 1 + limits["clip_high"]:
+        return objectives.grpo(**limits, ratio_cap=cap, **fields)
+    low, high = 1 - limits["clip_low"], 1 + limits["clip_high"]
 
     def clipped(logprobs: Tensor, _: Tensor | None, tokens: Any) -> Tensor:
         """In verl, this cap is for A < 0 only. That of `objectives.grpo` would bound the ratio for A > 0, too."""
@@ -101,9 +66,7 @@ def _vanilla(config: Any, fields: dict[str, Any]) -> Objective:
 
 
 def _dro(config: Any, fields: dict[str, Any]) -> Objective:
-    beta = config.policy_loss.dro_beta
-    if beta is None or beta <= 0:
-        raise ValueError(f"policy_loss.dro_beta is {beta}, expected a number > 0 with r1_dro")
+    beta = number("policy_loss.dro_beta", config.policy_loss.dro_beta, above=0)
 
     def loss(logprobs: Tensor, _: Tensor | None, tokens: Any) -> Tensor:
         return 0.5 * beta * (logprobs - tokens.old_logprobs).square() - tokens.advantages * logprobs
@@ -113,17 +76,22 @@ def _dro(config: Any, fields: dict[str, Any]) -> Objective:
 
 def _dppo(divergence: str) -> Callable[..., Objective]:
     return lambda config, fields: objectives.dppo(
-        divergence, **_bounds(config), ratio_cap=config.get("clip_ratio_c", 20.0), **fields
+        divergence, **bounds(config), ratio_cap=number("clip_ratio_c", config.get("clip_ratio_c", 20.0), above=0),
+        **fields,
     )
+
+
+def _sapo(config: Any, fields: dict[str, Any]) -> Objective:
+    return objectives.sapo(**{key: number(key, config.get(key), above=0) for key in ("tau_pos", "tau_neg")}, **fields)
 
 
 OBJECTIVES: dict[str, Callable[[Any, dict[str, Any]], Objective]] = {
     # A cap of e^10: verl clamps log s to 10.
-    "gspo": lambda config, fields: objectives.gspo_token(**_bounds(config), ratio_cap=math.exp(10), **fields),
-    "cispo": lambda config, fields: objectives.cispo(**_bounds(config), **fields),
-    "sapo": lambda config, fields: objectives.sapo(tau_pos=config.tau_pos, tau_neg=config.tau_neg, **fields),
+    "gspo": lambda config, fields: objectives.gspo_token(**bounds(config), ratio_cap=math.exp(10), **fields),
+    "cispo": lambda config, fields: objectives.cispo(**bounds(config, negative_high=True), **fields),
+    "sapo": _sapo,
     "gpg": lambda config, fields: objectives.reinforce(**fields),
-    "geo_mean": lambda config, fields: objectives.gmpo(**_bounds(config), **fields),
+    "geo_mean": lambda config, fields: objectives.gmpo(**bounds(config), **fields),
     "dppo_tv": _dppo("tv"), "dppo_kl": _dppo("kl"), "dro": _dro,
     "vanilla": _vanilla, "grpo": _vanilla, "dapo": _vanilla,  # three names: verl's config has their bounds and mean
 }
@@ -131,7 +99,7 @@ OBJECTIVES: dict[str, Callable[[Any, dict[str, Any]], Objective]] = {
 
 def _held(kind: str, log_ratio: Tensor, logprobs: Tensor, old: Tensor, A: Tensor, mask: Tensor, config: Any) -> Any:
     """(tokens on which a bound holds, tokens on which the cap holds), as verl counts them."""
-    low, high = _bounds(config).values()
+    low, high = bounds(config, negative_high=kind == "cispo").values()
     ratio, never = log_ratio.clamp(-20, 20).exp(), torch.zeros_like(mask)
     if kind == "sapo":
         return never, never
@@ -146,7 +114,8 @@ def _held(kind: str, log_ratio: Tensor, logprobs: Tensor, old: Tensor, A: Tensor
         if kind == "dppo_kl":
             rest = (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
             moved = (q * (old - logprobs) + rest) * up.sign()
-        held = torch.where(A > 0, (up > 0) & (moved > high), (up < 0) & (moved < -low))
+        # As in verl, a bound holds a token whose divergence is NaN: rounding can make p larger than 1.
+        held = torch.where(A > 0, (up > 0) & ~(moved <= high), (up < 0) & ~(moved >= -low))
         return held, (ratio > config.get("clip_ratio_c", 20.0)) & ~held
     if kind == "gspo":
         lengths = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -185,16 +154,16 @@ def _policy_loss(kind: str, objective_of: Callable[[Any, dict[str, Any]], Object
         old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
         loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        if config is None:
-            raise ValueError("config is None, expected verl's ActorConfig")
+        check_arguments(config, log_prob, old_log_prob=old_log_prob, advantages=advantages,
+                        response_mask=response_mask, rollout_is_weights=rollout_is_weights)
         mask, info = response_mask != 0, config.global_batch_info
         per_token, weights = advantages, rollout_is_weights
         if kind == "geo_mean":  # verl ignores loss_agg_mode and the other ranks here
-            fields, normalizer = {"aggregate": "sequence_mean"}, float(len(mask))
+            fields, normalizer = {"aggregate": "sequence_mean"}, float(max(len(mask), 1))
             advantages, weights = _of_sequences(advantages, mask, weights)
         else:
             mode = "seq-mean-token-mean" if kind == "sapo" else loss_agg_mode  # SAPO has one mean in verl
-            fields, normalizer = _aggregation(mode, mask, **info)
+            fields, normalizer = aggregation(mode, mask, **info)
         result = r1kernels.policy_loss(
             log_prob, advantages, old_logprobs=old_log_prob, mask=mask, importance_weights=weights,
             normalizer=normalizer, objective=objective_of(config, fields),
@@ -212,8 +181,13 @@ def policy_loss_of(objective: Objective) -> Callable[..., Any]:
     and `entropy_coeff` of verl.
 
     Raises:
-        ValueError: the objective has a KL term or an entropy term.
+        ValueError: the objective has a KL term or an entropy term, or its sum is divided by a constant, as in
+            `dr_grpo` and `luspo`.
     """
+    if objective.aggregate == "constant":
+        raise ValueError("objective.aggregate is 'constant', expected 'token_mean' or 'sequence_mean': verl's "
+                         "loss_agg_mode would replace the constant. For dr_grpo, take grpo and seq-mean-token-sum-norm "
+                         "with loss_scale_factor; for luspo, take gspo and seq-mean-token-sum")
     for field in ("kl_coef", "entropy_coef"):
         if getattr(objective, field) != 0:
             raise ValueError(f"objective.{field} is {getattr(objective, field)}, expected 0: verl adds these terms by "

@@ -17,12 +17,22 @@ PASS_AT = (2, 4, 8, 16)
 
 def _groups(index: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """(the number of the group of each answer, whether it is alone there). verl's index has a name for each prompt."""
-    _, inverse, counts = np.unique(np.asarray(index).reshape(-1), return_inverse=True, return_counts=True)
-    return torch.from_numpy(inverse).to(device), torch.from_numpy(counts[inverse] == 1).to(device)
+    names: dict[Any, int] = {}  # np.unique would have to sort names, which may be of several types
+    groups = torch.tensor([names.setdefault(name, len(names)) for name in np.asarray(index).reshape(-1).tolist()],
+                          dtype=torch.int64)
+    return groups.to(device), (groups.bincount()[groups] == 1).to(device)
+
+
+def _check_finite(name: str, rewards: Tensor) -> None:
+    bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"{name} of answer {bad[0]} is {rewards[bad[0]].item()}, expected finite numbers ({len(bad)} "
+                         f"of {len(rewards)} answers are wrong); look at the reward function")
 
 
 def _scores(token_level_rewards: Tensor, index: Any) -> tuple[Tensor, Tensor, Tensor]:
     scores = token_level_rewards.sum(-1)
+    _check_finite("token_level_rewards", scores)
     if index is None:
         raise ValueError("index is None, expected the prompt of each answer: the batch has no 'uid'")
     return scores, *_groups(index, scores.device)
@@ -96,6 +106,7 @@ def gdpo(
     total = torch.zeros_like(response_mask, dtype=torch.float32)
     for key, weight in zip(keys, weights, strict=True):
         reward = torch.as_tensor(np.asarray(non_tensor_batch[key], dtype=np.float32), device=total.device)
+        _check_finite(key, reward)
         total += weight * grpo(reward[:, None], response_mask, index, epsilon, True)[0]
     mask = response_mask != 0
     counted = total[mask]

@@ -40,11 +40,31 @@ ACTIONS: dict[str, Callable[[], object]] = {
 }
 
 
+_reasons: set[str] = set()
+
+
 def _run(module: str) -> None:
     try:
         ACTIONS[module]()
     except Exception as error:  # verl must work without us
-        logging.getLogger("r1kernels").warning("r1kernels adds nothing to %s: %s", module, error)
+        if str(error) not in _reasons:  # another version of verl is one reason for all modules
+            _reasons.add(str(error))
+            logging.getLogger("r1kernels").warning("r1kernels adds nothing to %s: %s", module, error)
+
+
+class _Loader(importlib.abc.Loader):
+    """The loader of one module, and its action. The loader itself may be one object for many modules."""
+
+    def __init__(self, name: str, loader: Any) -> None:
+        self.name, self.loader = name, loader
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # as without us
+        self.loader.exec_module(module)
+        _run(self.name)
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
@@ -53,21 +73,16 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name not in ACTIONS:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        spec = next((s for s in (finder.find_spec(name, path, target) for finder in others) if s is not None), None)
+        others = [finder for finder in sys.meta_path if type(finder).__name__ != "AfterImport"]
+        found = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or not hasattr(spec.loader, "exec_module"):
             return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _run(name)
-
-        spec.loader.exec_module = exec_module
+        spec.loader = _Loader(name, spec.loader)
         return spec
 
 
-if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
+if not any(type(finder).__name__ == "AfterImport" for finder in sys.meta_path):
     sys.meta_path.insert(0, AfterImport())
     for _name in ACTIONS:
         if _name in sys.modules:

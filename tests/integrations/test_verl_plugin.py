@@ -1,10 +1,12 @@
 """verl loads the plugin by its entry point; another version, a changed registry and a failure leave verl as it is."""
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed: make test-verl")
 pytestmark = pytest.mark.filterwarnings("default")  # verl's own
 
-from r1kernels.integrations import check_version, verl_plugin  # noqa: E402
+from r1kernels.integrations import check_version, verl_head, verl_plugin  # noqa: E402
 from r1kernels.integrations import verl as adapter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +36,9 @@ assert set(LOSSES) < set(core_algos.POLICY_LOSS_REGISTRY) and "vanilla" in core_
 assert set(ESTIMATORS) < set(core_algos.ADV_ESTIMATOR_REGISTRY)
 from verl.models.transformers import monkey_patch
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
-assert type(FusedLinearForPPO(impl_backend="r1kernels")).__module__ == "r1kernels.integrations.verl_head"
-assert type(FusedLinearForPPO(impl_backend="torch")) is FusedLinearForPPO
+assert FusedLinearForPPO(impl_backend="r1kernels")._r1kernels_head is not None
+assert FusedLinearForPPO()._r1kernels_head is None
+assert not hasattr(monkey_patch.__loader__, "loader") and monkey_patch.__spec__.loader is monkey_patch.__loader__
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 assert hasattr(FSDPEngineWithLMHead.forward_step, "_r1kernels")
 """
@@ -57,9 +60,33 @@ def test_verl_loads_it_itself(tmp_path: Path) -> None:
 
 def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(adapter, "SUPPORTED", "0.1")
-    verl_plugin._run("verl.trainer.ppo.core_algos")
+    monkeypatch.setattr(verl_head, "SUPPORTED", "0.1")
+    monkeypatch.setattr(verl_plugin, "_reasons", set())
+    for name in verl_plugin.ACTIONS:  # one reason, one warning
+        verl_plugin._run(name)
     [message] = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "r1kernels adds nothing to verl.trainer.ppo.core_algos: verl is 0.9" in message
+
+
+def test_modules_that_share_a_loader_have_their_own_actions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zipimport has one loader for all modules of a folder."""
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+        for name in ("first", "second", "third"):
+            archive.writestr(f"zipped_{name}.py", "value = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "zipped.zip"))
+    ran: list[str] = []
+    for name in ("zipped_first", "zipped_second"):
+        monkeypatch.setitem(verl_plugin.ACTIONS, name, lambda name=name: ran.append(name))
+    monkeypatch.setattr(sys, "meta_path", [verl_plugin.AfterImport(), *sys.meta_path])
+    first = importlib.import_module("zipped_first")
+    for name in ("zipped_second", "zipped_third"):
+        importlib.import_module(name)
+    assert ran == ["zipped_first", "zipped_second"]
+    assert inspect.getsource(first) == "value = 1\n"
+    importlib.reload(first)
+    assert ran == ["zipped_first", "zipped_second", "zipped_first"]
 
 
 def test_what_is_loaded_already_gets_its_action(monkeypatch: pytest.MonkeyPatch) -> None:
