@@ -1,4 +1,4 @@
-"""Adapters for other trainers, one file each. They use the public API alone, and import no trainer until called."""
+"""Adapters for other trainers, one module each, some with a helper. They use the public API alone, and import no trainer until called."""
 
 import importlib
 import math
@@ -37,10 +37,10 @@ def hook(module: str, name: str, way_on: str) -> Any:
 
 
 def require_keys(mapping: str, given: Mapping[str, Any], names: tuple[str, ...], way_on: str) -> None:
-    """KeyError, with a sentence: a mapping lacks a name, or has None there."""
+    """ValueError: a mapping lacks one of the names, or has None there; `way_on` tells the user what to do then."""
     for name in names:
         if name not in given or given[name] is None:
-            raise KeyError(f"{mapping} has no {name}, {way_on}")
+            raise ValueError(f"{mapping} has no {name}, {way_on}")
 
 
 def require_tensor(name: str, value: Any, shape: tuple[int, ...], boolean: bool = False) -> None:

@@ -86,8 +86,8 @@ class R1PolicyLoss:
             global_valid_seqs, global_valid_toks: numbers of the whole batch, 0-d.
 
         Raises:
-            KeyError: data lack a tensor. TypeError, ValueError: one has another type or shape; a mask has a value other
-            than 0 and 1; data have `curr_logprobs_keep_mask`, which later commits of NeMo-RL add.
+            TypeError, ValueError: a tensor is missing or has another type or shape; a mask has a value other than 0 and
+            1; data has `curr_logprobs_keep_mask`, which other commits of NeMo-RL 0.6 give.
         """
         at, now = self.settings, next_token_logprobs
         self._check(now, data)
@@ -143,7 +143,7 @@ class R1PolicyLoss:
         rows = tuple(name for name in _ROWS if name != "prev_logprobs" or not at.force_on_policy_ratio) + reference
         require_keys("data", data, (*rows, "sample_mask"), f"expected the batch of NeMo-RL {VERSION}; use that version")
         if data.get("curr_logprobs_keep_mask") is not None:
-            raise ValueError("data have curr_logprobs_keep_mask, which this loss does not know; use ClippedPGLossFn, "
+            raise ValueError("data has curr_logprobs_keep_mask, which this loss does not know; use ClippedPGLossFn, "
                              f"or NeMo-RL {VERSION} at commit 7ea279a")
         if not isinstance(now, Tensor) or now.dim() != 2:
             raise ValueError(f"next_token_logprobs is {getattr(now, 'shape', now)}, expected shape (B, S - 1)")

@@ -132,8 +132,8 @@ def use_fused_head(model: nn.Module) -> None:
     (B, T), already shifted, and temperature (B, T), and returns {"logprobs", "entropy"}: (B, T), float32, nats.
     The entropy has no gradient, as in prime-rl. Without labels or temperature, the forward of the head's class runs,
     with the arguments that were given. The head also takes `kept_tokens` (B, T, K), ids that sampling kept, padded with
-    -1, as on prime-rl's branch feat/sampling-replay (d09488d, 2026-08-11). A token that is not in its set is scored over
-    the whole vocabulary.
+    -1, as on prime-rl's branch feat/sampling-replay (d09488d, 2026-08-11). A token that is not in its set is scored
+    over the whole vocabulary.
 
     Raises:
         TypeError: the head is not a linear layer.
