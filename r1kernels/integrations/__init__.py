@@ -1,4 +1,7 @@
-"""Adapters for other trainers, one module each, some with a helper. They use the public API alone, and import no trainer until called."""
+"""Adapters for other trainers, one module each, some with a helper.
+
+They use the public API alone, and import no trainer until called.
+"""
 
 import importlib
 import math
