@@ -13,7 +13,6 @@ this file as that commit does; see docs/migrate/nemo_rl.md.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -24,19 +23,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import r1kernels
-from r1kernels.integrations import check_version
+from r1kernels.integrations import check_version, hook, require_keys, require_tensor
+from r1kernels.integrations.nemo_rl_settings import SETTINGS, VERSION, checked_settings, objective_of
 
-VERSION = "0.6"
-# ClippedPGLossConfig and its defaults.
-SETTINGS: dict[str, Any] = {
-    "disable_ppo_ratio": False, "token_level_loss": True, "sequence_level_importance_ratios": False,
-    "ratio_clip_min": 0.2, "ratio_clip_max": 0.2, "ratio_clip_c": None, "reference_policy_kl_penalty": 0.01,
-    "reference_policy_kl_type": "k3", "kl_input_clamp_value": 20.0, "kl_output_clamp_value": 10.0,
-    "use_kl_in_reward": False, "use_importance_sampling_correction": False,
-    "truncated_importance_sampling_type": None, "truncated_importance_sampling_ratio": None,
-    "truncated_importance_sampling_ratio_min": None, "use_on_policy_kl_approximation": False,
-    "force_on_policy_ratio": False, "use_cispo": False, "positive_example_nll_weight": 0.0,
-}
+__all__ = ["SETTINGS", "R1LogitsLoss", "R1PolicyLoss"]
+_ROWS = ("token_mask", "advantages", "prev_logprobs", "generation_logprobs")  # (B, S)
 _TOKEN_METRICS = ("probs_ratio", "probs_ratio_clamped", "token_mult_prob_error", "gen_kl_error", "policy_kl_error",
                   "js_divergence_error", "approx_entropy")
 
@@ -63,18 +54,16 @@ class R1PolicyLoss:
 
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False, any_version: bool = False) -> None:
         check_version("nemo-rl", VERSION, any_version)
-        names = importlib.import_module("nemo_rl.algorithms.loss.interfaces")
-        for name in ("LossType", "LossInputType", "MetricNormalizer"):
-            if not hasattr(names, name):
-                raise ImportError(f"{names.__name__} has no {name}, expected NeMo-RL {VERSION}; install it")
-        self.settings = at = _settings(cfg)
-        self.objective = _objective(at)
-        self.loss_type = names.LossType.TOKEN_LEVEL if at.token_level_loss else names.LossType.SEQUENCE_LEVEL
-        self.input_type = names.LossInputType[self.input_name]
+        loss_type, input_type, by = (
+            hook("nemo_rl.algorithms.loss.interfaces", name, f"install NeMo-RL {VERSION}, or use ClippedPGLossFn")
+            for name in ("LossType", "LossInputType", "MetricNormalizer"))
+        self.settings = at = checked_settings(cfg)
+        self.objective = objective_of(at)
+        self.loss_type = loss_type.TOKEN_LEVEL if at.token_level_loss else loss_type.SEQUENCE_LEVEL
+        self.input_type = input_type[self.input_name]
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         # NeMo-RL reads this to know whether it must compute log-probs without top-k and top-p.
         self.reference_policy_kl_penalty = 0 if at.use_kl_in_reward else at.reference_policy_kl_penalty
-        by = names.MetricNormalizer
         own = by.TOKENS if at.token_level_loss else by.SEQUENCES
         self.metric_normalizations = {
             "loss": own, "kl_penalty": own, **dict.fromkeys(_TOKEN_METRICS, by.TOKENS),
@@ -95,8 +84,13 @@ class R1PolicyLoss:
                 `reference_policy_logprobs`, `token_mask` (B, S), of which the first token is not used; `sample_mask`
                 (B,); maybe `curr_logprobs_unfiltered` (B, S - 1) and `rewards` (B,).
             global_valid_seqs, global_valid_toks: numbers of the whole batch, 0-d.
+
+        Raises:
+            TypeError, ValueError: a tensor is missing or has another type or shape; a mask has a value other than 0 and
+            1; data has `curr_logprobs_keep_mask`, which other commits of NeMo-RL 0.6 give.
         """
         at, now = self.settings, next_token_logprobs
+        self._check(now, data)
         mask = (data["token_mask"][:, 1:] != 0) & (data["sample_mask"] != 0)[:, None]
         seqs, toks = global_valid_seqs + 1e-8, global_valid_toks + 1e-8  # a batch without tokens has loss 0
         common = {"mask": mask, "normalizer": toks if at.token_level_loss else seqs}
@@ -111,6 +105,7 @@ class R1PolicyLoss:
         if self.reference_policy_kl_penalty != 0:
             term = functools.partial(
                 _kl, at.reference_policy_kl_type, at.kl_input_clamp_value, at.kl_output_clamp_value)
+            term.__qualname__ = "KL to reference_policy_logprobs"  # how errors name it
             kl = r1kernels.policy_loss(
                 data.get("curr_logprobs_unfiltered", now), torch.zeros_like(now),
                 old_logprobs=sampled if at.use_on_policy_kl_approximation else None,
@@ -133,8 +128,28 @@ class R1PolicyLoss:
             if outside is not None:
                 level = (by_sequence, seqs) if at.truncated_importance_sampling_type == "seq-mask-tis" else (mask, toks)
                 values["is_oob_ratio"] = _mean(outside, *level)
-            numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+            # The check of the masks goes to the host with the metrics: it does not wait once more.
+            whole = [_is_0_or_1(data["token_mask"][:, 1:]), _is_0_or_1(data["sample_mask"])]
+            *numbers, tokens, samples = torch.stack([x.detach().float() for x in (*values.values(), *whole)]).tolist()
+        if not (tokens and samples):
+            raise ValueError(f"{'sample_mask' if tokens else 'token_mask'} has a value other than 0 and 1, which would "
+                             "weigh the loss; use ClippedPGLossFn")
         return loss, dict(zip(values, numbers, strict=True))
+
+    def _check(self, now: Tensor, data: Mapping[str, Any]) -> None:
+        at, reference = self.settings, ()
+        if self.reference_policy_kl_penalty != 0:
+            reference = ("reference_policy_logprobs",)
+        rows = tuple(name for name in _ROWS if name != "prev_logprobs" or not at.force_on_policy_ratio) + reference
+        require_keys("data", data, (*rows, "sample_mask"), f"expected the batch of NeMo-RL {VERSION}; use that version")
+        if data.get("curr_logprobs_keep_mask") is not None:
+            raise ValueError("data has curr_logprobs_keep_mask, which this loss does not know; use ClippedPGLossFn, "
+                             f"or NeMo-RL {VERSION} at commit 7ea279a")
+        if not isinstance(now, Tensor) or now.dim() != 2:
+            raise ValueError(f"next_token_logprobs is {getattr(now, 'shape', now)}, expected shape (B, S - 1)")
+        for name in rows:
+            require_tensor(name, data[name], (now.shape[0], now.shape[1] + 1))
+        require_tensor("sample_mask", data["sample_mask"], (now.shape[0],))
 
     def _measured(self, now: Tensor, old: Tensor, sampled: Tensor, mask: Tensor, toks: Tensor) -> dict[str, Tensor]:
         at = self.settings
@@ -172,44 +187,9 @@ class R1LogitsLoss(R1PolicyLoss):
         if isinstance(logits, DTensor):
             raise TypeError(f"logits are a DTensor with placements {logits.placements}, expected a tensor with the "
                             "whole vocabulary; use R1PolicyLoss with tensor parallelism")
+        require_keys("data", data, ("input_ids",), f"expected the batch of NeMo-RL {VERSION}; use that version")
         logprobs = r1kernels.token_logprobs(logits[:, :-1], data["input_ids"][:, 1:])
         return super().__call__(logprobs, data, global_valid_seqs, global_valid_toks)
-
-
-def _settings(cfg: Any) -> SimpleNamespace:
-    given = dict(SETTINGS, **cfg) if isinstance(cfg, Mapping) else vars(cfg)
-    if missing := [name for name in SETTINGS if name not in given]:
-        raise TypeError(f"cfg has no {missing[0]}, expected ClippedPGLossConfig of NeMo-RL {VERSION}; use that version")
-    for name, value in given.items():
-        if name not in SETTINGS and value:
-            raise ValueError(f"{name} is {value!r}, but NeMo-RL {VERSION} has no such setting; use ClippedPGLossFn")
-    at = SimpleNamespace(**{name: given[name] for name in SETTINGS})
-    if at.sequence_level_importance_ratios and at.token_level_loss:
-        raise ValueError("token_level_loss is True with sequence_level_importance_ratios, expected False")
-    if at.use_cispo and (at.disable_ppo_ratio or at.force_on_policy_ratio or not at.token_level_loss
-                         or at.ratio_clip_c is not None):
-        raise ValueError("use_cispo is True, expected token_level_loss and none of disable_ppo_ratio, "
-                         "force_on_policy_ratio and ratio_clip_c")
-    kind, high, low = (getattr(at, f"truncated_importance_sampling_{name}") for name in ("type", "ratio", "ratio_min"))
-    if kind not in (None, "tis", "icepop", "seq-mask-tis"):
-        raise ValueError(f"truncated_importance_sampling_type is {kind!r}, expected 'tis', 'icepop' or 'seq-mask-tis'")
-    corrected = at.use_importance_sampling_correction and high is not None and (kind == "tis" or low is not None)
-    if kind is not None and not corrected:
-        raise ValueError(f"truncated_importance_sampling_type is {kind!r} with ratio {high!r} and ratio_min {low!r}, "
-                         "expected use_importance_sampling_correction, a ratio, and a ratio_min except with 'tis'")
-    return at
-
-
-def _objective(at: SimpleNamespace) -> r1kernels.Objective:
-    aggregate = "token_mean" if at.token_level_loss else "sequence_mean"
-    if at.disable_ppo_ratio and not at.force_on_policy_ratio:
-        return r1kernels.objectives.reinforce(aggregate=aggregate)
-    if at.ratio_clip_c is not None and at.ratio_clip_c < 1 + at.ratio_clip_max:
-        raise ValueError(f"ratio_clip_c is {at.ratio_clip_c}, expected at least 1 + ratio_clip_max")
-    return r1kernels.Objective(
-        surrogate="cispo" if at.use_cispo else "clip", clip_low=at.ratio_clip_min, clip_high=at.ratio_clip_max,
-        ratio="sequence" if at.sequence_level_importance_ratios else "token", ratio_cap=at.ratio_clip_c,
-        aggregate=aggregate)
 
 
 def _importance_weights(
@@ -241,6 +221,10 @@ def _kl(
         weight, gap = torch.where(gap == inside, weight, weight.detach()), inside
     value = weight * {"k1": -gap, "k2": gap.square() / 2, "k3": gap.expm1() - gap}[kind]
     return value if largest is None else value.clamp(-largest, largest)
+
+
+def _is_0_or_1(mask: Tensor) -> Tensor:
+    return ((mask == 0) | (mask == 1)).all()
 
 
 def _mean(values: Tensor, mask: Tensor, number: Tensor) -> Tensor:

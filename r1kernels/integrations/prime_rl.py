@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import r1kernels
-from r1kernels.integrations import check_version
+from r1kernels.integrations import check_version, hook, require_number, require_tensor
 
 VERSION = "0.8"
+_WAY_ON = f"expected that of prime-rl {VERSION}; install it, or call use_fused_head(model) after the model is made"
 # What prime-rl logs is the mean over sequences, which has no meaning for counts and extremes.
 _METRICS = ("ratio_mean", "approx_kl", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction",
             "ratio_cap_fraction")
@@ -47,14 +48,17 @@ def dppo(
         `PolicyLoss(loss, metrics)`: 0-d, and tensors without a gradient.
 
     Raises:
-        TypeError: a field is missing. ValueError: a setting is out of range.
+        TypeError: a field is missing or of another type. ValueError: a setting is out of range, a shape is not (T,).
     """
-    _check_settings(dppo_mask_low=dppo_mask_low, dppo_mask_high=dppo_mask_high, adv_tau=adv_tau, kl_tau=kl_tau)
+    for name, setting in (("dppo_mask_low", dppo_mask_low), ("dppo_mask_high", dppo_mask_high), ("adv_tau", adv_tau),
+                          ("kl_tau", kl_tau)):
+        require_number(name, setting)
     new, old, advantages, mask = _constants(inputs)
     moved = new.exp() - old.exp()
     high, low = moved > dppo_mask_high, moved < -dppo_mask_low
     outside = torch.where(advantages > 0, high, low)
-    # Of IPO, only (log r)^2 is left for a token whose advantage is 0. No probability moves by 2.
+    # Of IPO, only (log r)^2 is left for a token whose advantage is 0. A bound of 2 masks no token: the difference of
+    # two probabilities is at most 1.
     loss = _ipo(inputs, 2.0, kl_tau, adv_tau * torch.where(outside, 0, advantages))
     metrics = {
         **_mismatch(new, old, mask, outside),
@@ -73,7 +77,8 @@ def ipo(inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: f
 
     Arguments, result and errors are those of `dppo`.
     """
-    _check_settings(ipo_threshold=ipo_threshold, adv_tau=adv_tau, kl_tau=kl_tau)
+    for name, setting in (("ipo_threshold", ipo_threshold), ("adv_tau", adv_tau), ("kl_tau", kl_tau)):
+        require_number(name, setting)
     new, old, advantages, mask = _constants(inputs)
     outside = (new.exp() - old.exp()).abs() > ipo_threshold
     loss = _ipo(inputs, ipo_threshold, kl_tau, adv_tau * advantages)
@@ -125,9 +130,10 @@ def use_fused_head(model: nn.Module) -> None:
     Only the `forward` of this one module changes, so weights, hooks and names of parameters stay, and it works before
     and after FSDP2 wraps the head. `restore_head(model)` undoes it. The head then takes hidden states (B, T, H), labels
     (B, T), already shifted, and temperature (B, T), and returns {"logprobs", "entropy"}: (B, T), float32, nats.
-    The entropy has no gradient, as in prime-rl. Without labels or temperature, the head does what it did before. It
-    also takes `kept_tokens` (B, T, K), ids that sampling kept, padded with -1, as on prime-rl's branch
-    feat/sampling-replay (d09488d, 2026-08-11). A token that is not in its set is scored over the whole vocabulary.
+    The entropy has no gradient, as in prime-rl. Without labels or temperature, the forward of the head's class runs,
+    with the arguments that were given. The head also takes `kept_tokens` (B, T, K), ids that sampling kept, padded with
+    -1, as on prime-rl's branch feat/sampling-replay (d09488d, 2026-08-11). A token that is not in its set is scored
+    over the whole vocabulary.
 
     Raises:
         TypeError: the head is not a linear layer.
@@ -150,7 +156,7 @@ def restore_head(model: nn.Module) -> None:
 def inject_lm_head(model: nn.Module, chunk_size: int | None = None, any_version: bool = False) -> None:
     """prime-rl's `inject_prime_lm_head`, and then `use_fused_head`. ImportError: another version of prime-rl."""
     check_version("prime-rl", VERSION, any_version)
-    _injection("prime_rl.trainer.models.layers.lm_head")(model, chunk_size=chunk_size)
+    hook("prime_rl.trainer.models.layers.lm_head", "inject_prime_lm_head", _WAY_ON)(model, chunk_size=chunk_size)
     use_fused_head(model)
 
 
@@ -158,7 +164,7 @@ def inject_lm_head(model: nn.Module, chunk_size: int | None = None, any_version:
 def fused_lm_head(any_version: bool = False) -> Iterator[None]:
     """Models that prime-rl sets up inside this context have the fused head. ImportError: another version of it."""
     check_version("prime-rl", VERSION, any_version)
-    original = _injection("prime_rl.trainer.model")
+    original = hook("prime_rl.trainer.model", "inject_prime_lm_head", _WAY_ON)
     user = importlib.import_module("prime_rl.trainer.model")
     user.inject_prime_lm_head = functools.partial(inject_lm_head, any_version=any_version)
     try:
@@ -172,7 +178,9 @@ def _fused_forward(
     temperature: Tensor | None = None, kept_tokens: Tensor | None = None,
 ) -> Any:
     if labels is None or temperature is None:
-        return type(head).forward(head, hidden_states, labels=labels, temperature=temperature)
+        options = {"labels": labels, "temperature": temperature, "kept_tokens": kept_tokens}
+        given = {name: value for name, value in options.items() if value is not None}  # torch's own head takes none
+        return type(head).forward(head, hidden_states, **given)
     support = None
     if kept_tokens is not None:
         usable = (kept_tokens == labels[..., None]).any(-1, keepdim=True) & (kept_tokens >= 0)
@@ -184,29 +192,18 @@ def _fused_forward(
     return {"logprobs": logprobs.clone(), "entropy": entropy.detach()}  # FSDP2 warns of outputs that are views
 
 
-def _injection(module: str) -> Any:
-    found = getattr(importlib.import_module(module), "inject_prime_lm_head", None)
-    if found is None:
-        raise ImportError(f"{module} has no inject_prime_lm_head, expected that of prime-rl {VERSION}; install it, or "
-                          "call use_fused_head(model) after the model is made")
-    return found
-
-
 def _constants(inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(trainer_logprobs, inference_logprobs, advantages, mask), 0 behind the mask and without a gradient."""
     for name in ("trainer_logprobs", "inference_logprobs", "ref_logprobs", "advantages", "loss_mask", "loss_weights"):
         if not hasattr(inputs, name):
             raise TypeError(f"inputs has no {name}, expected the LossInputs of prime-rl {VERSION}; use that version, "
                             "or one of its own losses")
+    shape = tuple(getattr(inputs.trainer_logprobs, "shape", ()))[:1]
+    for name in ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask"):
+        require_tensor(name, getattr(inputs, name), shape, boolean=name == "loss_mask")
     mask = inputs.loss_mask
     values = (inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages)
     return *(torch.where(mask, value.detach(), 0) for value in values), mask
-
-
-def _check_settings(**settings: float) -> None:
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value!r}, expected a finite number >= 0")
 
 
 def _preset(name: str, fields: dict[str, Any]) -> r1kernels.Objective:
@@ -240,7 +237,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mismatch(new: Tensor, old: Tensor, mask: Tensor, outside: Tensor) -> dict[str, Tensor]:
-    """The metrics that both losses of prime-rl have."""
+    """The metrics that prime-rl has for "default" and for "ipo"."""
     kl = (new - old).expm1() - (new - old)
     return {
         "masked_mismatch_kl": _mean(kl, mask & outside),

@@ -21,10 +21,15 @@ import torch
 from torch import Tensor
 
 import r1kernels
+from r1kernels.integrations import hook, require_keys, require_tensor
+from r1kernels.integrations.slime_logits import statistics, tensor_parallel_group
 
 _LOSS = "slime.backends.megatron_utils.loss"
+_COMMIT = "slime at commit 624b824"
+_ESTIMATORS = ("grpo", "gspo", "cispo", "ppo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _replaced: list[Any] = []  # slime's own function, while `install` holds
 Reducer = Callable[[Tensor], Tensor]
+_KEYS = ("unconcat_tokens", "total_lengths", "response_lengths", "advantages", "loss_masks")
 _ARGUMENTS = (
     "advantage_estimator", "calculate_per_token_loss", "entropy_coef", "eps_clip", "eps_clip_c", "eps_clip_high",
     "get_mismatch_metrics", "kl_loss_coef", "kl_loss_type", "opsm_delta", "rollout_temperature", "rollout_top_p",
@@ -47,28 +52,38 @@ def policy_loss(
             `response_lengths`, lists of int.
         logits: (1, T, V), float32, of the samples one after the other; row t scores token t + 1. With tensor
             parallelism, this rank's part of the vocabulary.
-        sum_of_sample_mean: a linear function of a value for each response token (sum of response_lengths,).
+        sum_of_sample_mean: a linear function of a value for each response token (sum of response_lengths,). Tokens
+            behind the mask have the value 0 there, whatever the batch or the logits hold.
 
     Returns:
         The loss, 0-d, and slime's metrics under their names, without gradients.
 
     Raises:
-        TypeError: args has not the names that this commit has. ValueError: context parallelism, or another option
-        that this loss has not; top-p replay together with tensor parallelism.
+        TypeError: args has not the names that this commit has. ValueError: context parallelism, or another option that
+        this loss has not; top-p replay together with tensor parallelism; a custom reducer that is not linear; a tensor
+        that is missing or has another length.
     """
     objective = _objective(args)
-    group = _tensor_parallel_group(args)
+    group = tensor_parallel_group(args)
+    require_keys("batch", batch, _KEYS, f"expected that of {_COMMIT}; use that version")
     lengths = batch["response_lengths"]
-    logprobs, entropy = _statistics(args, batch, logits, group)
-    rollout = torch.cat(batch["rollout_log_probs"]) if batch.get("rollout_log_probs") else None
-    current = torch.cat(batch["log_probs"]) if batch.get("log_probs") else logprobs.detach()
+    number = (sum(lengths),)
+    mask = _column(batch, "loss_masks", number) != 0
+
+    def column(name: str) -> Tensor:
+        """0 behind the mask: NaN times a weight of 0 is NaN."""
+        return torch.where(mask, _column(batch, name, number), 0)
+
+    logprobs, entropy = (torch.where(mask, x, 0) for x in statistics(args, batch, logits, group))
+    advantages = column("advantages")
+    rollout = column("rollout_log_probs") if batch.get("rollout_log_probs") else None
+    current = column("log_probs") if batch.get("log_probs") else logprobs.detach()
     old = rollout if args.use_rollout_logprobs else current
     if old is None:
         raise ValueError("batch has no rollout_log_probs, expected them: --use-rollout-logprobs is set")
-    advantages, mask = torch.cat(batch["advantages"]), torch.cat(batch["loss_masks"]).bool()
     ends = torch.tensor([0, *lengths], device=logits.device).cumsum(0)
 
-    weights, metrics = _weights(_reducer(args, batch) or sum_of_sample_mean, logprobs), {}
+    weights, metrics = _weights(args, batch, sum_of_sample_mean, logprobs), {}
     if args.get_mismatch_metrics or args.use_tis:
         if rollout is None:
             raise ValueError("batch has no rollout_log_probs, expected them for --use-tis or --get-mismatch-metrics")
@@ -88,7 +103,8 @@ def policy_loss(
     loss = pg_loss - args.entropy_coef * entropy_loss
     reported = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
     if args.use_kl_loss:
-        reported["kl_loss"] = sum_of_sample_mean(_kl(args, logprobs, old, torch.cat(batch["ref_log_probs"])))
+        require_keys("batch", batch, ("ref_log_probs",), "expected it, because --use-kl-loss is set")
+        reported["kl_loss"] = sum_of_sample_mean(_kl(args, logprobs, old, column("ref_log_probs")))
         loss = loss + args.kl_loss_coef * reported["kl_loss"]
 
     with torch.no_grad():
@@ -98,7 +114,7 @@ def policy_loss(
         if args.get_mismatch_metrics or args.use_tis:
             metrics["ois"] = (-gap).exp()
         if batch.get("opd_reverse_kl"):
-            metrics["opd_reverse_kl"] = torch.cat(batch["opd_reverse_kl"])
+            metrics["opd_reverse_kl"] = column("opd_reverse_kl")
         if rollout is not None:
             compared = logprobs if args.use_rollout_logprobs else old
             metrics["train_rollout_logprob_abs_diff"] = (compared - rollout).abs()
@@ -112,28 +128,29 @@ def policy_loss(
 def install(args: Any = None) -> None:
     """slime's `policy_loss_function` is `policy_loss` of this file from now on, in this process. `uninstall` undoes it.
 
-    ImportError: slime has no such function.
+    ImportError: slime has no such function, or it is not installed.
     """
-    module = importlib.import_module(_LOSS)
-    if not hasattr(module, "policy_loss_function"):
-        raise ImportError(f"{_LOSS} has no policy_loss_function, expected slime at commit 624b824; use --loss-type "
-                          "custom_loss")
-    if module.policy_loss_function is not policy_loss:
-        _replaced.append(module.policy_loss_function)
-        module.policy_loss_function = policy_loss
+    found = hook(_LOSS, "policy_loss_function", f"expected {_COMMIT}; install it, or use --loss-type custom_loss")
+    if found is not policy_loss:
+        _replaced.append(found)
+        importlib.import_module(_LOSS).policy_loss_function = policy_loss
 
 
 def uninstall() -> None:
-    """Undoes `install`."""
-    if _replaced:
-        importlib.import_module(_LOSS).policy_loss_function = _replaced.pop()
+    """Undoes `install`, but not what somebody else put in its place since then."""
+    module = importlib.import_module(_LOSS) if _replaced else None
+    if module is not None and module.policy_loss_function is policy_loss:
+        module.policy_loss_function = _replaced.pop()
 
 
 def _objective(args: Any) -> r1kernels.Objective:
     for name in _ARGUMENTS:
         if not hasattr(args, name):
-            raise TypeError(f"args has no {name}, expected the arguments of slime at commit 624b824; use that version, "
-                            "or --loss-type policy_loss")
+            raise TypeError(f"args has no {name}, expected the arguments of {_COMMIT}; use that version, or "
+                            "--loss-type policy_loss")
+    if args.advantage_estimator not in _ESTIMATORS:
+        raise ValueError(f"advantage_estimator is {args.advantage_estimator!r}, expected one of "
+                         f"{', '.join(_ESTIMATORS)}; use --loss-type policy_loss with another one")
     if getattr(args, "custom_tis_function_path", None) is not None:
         raise ValueError(f"custom_tis_function_path is {args.custom_tis_function_path!r}, expected None: this loss has "
                          "the truncated weights of --use-tis; use --loss-type policy_loss for another function")
@@ -149,74 +166,32 @@ def _objective(args: Any) -> r1kernels.Objective:
     )
 
 
-def _tensor_parallel_group(args: Any) -> Any:
-    mpu = importlib.import_module("megatron.core.mpu")
-    if mpu.get_context_parallel_world_size() > 1:
-        raise ValueError(f"context_parallel_size is {mpu.get_context_parallel_world_size()}, expected 1: the tokens of "
-                         "a sample must be on one rank; use --loss-type policy_loss with context parallelism")
-    if mpu.get_tensor_model_parallel_world_size() == 1:
-        return None
-    if args.rollout_top_p != 1.0:
-        raise ValueError(f"rollout_top_p is {args.rollout_top_p} with tensor parallelism, expected 1.0 or a tensor "
-                         "parallel size of 1; use --loss-type policy_loss")
-    return mpu.get_tensor_model_parallel_group()
+def _column(batch: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The values of all response tokens, in a row."""
+    column = torch.cat(batch[name])
+    require_tensor(name, column, shape)
+    return column
 
 
-def _statistics(args: Any, batch: dict[str, Any], logits: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropies) of the response tokens of all samples, in a row."""
-    if logits.dim() != 3 or logits.shape[0] != 1:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (1, T, V)")
-    logits = logits[0]
-    targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    rows, end = [], 0
-    for tokens, total, response in zip(
-        batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True
-    ):
-        targets[end : end + total - 1] = tokens[1:total]
-        end += total
-        rows.append(torch.arange(end - 1 - response, end - 1, device=logits.device))
-    rows = torch.cat(rows)
-    options = {"temperature": float(args.rollout_temperature), "process_group": group}
-    # All rows at once: a slice for each sample would fill as many gradients of all logits with zeros.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (args.rollout_top_p == 1.0 or args.entropy_coef != 0)):
-        logprobs, entropy = r1kernels.token_logprobs_and_entropy(logits, targets, **options)
-    if args.rollout_top_p != 1.0:  # slime's entropy is that of the whole vocabulary
-        logprobs = r1kernels.token_logprobs(logits, targets, support=_kept(batch, targets, rows), **options)
-    return logprobs[rows], entropy[rows] if args.entropy_coef != 0 else entropy[rows].detach()
-
-
-def _kept(batch: dict[str, Any], targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The sets of ids of all rows: what sampling kept and the token itself; of rows of prompts, the token."""
-    names = ("rollout_top_p_token_ids", "rollout_top_p_token_offsets")
-    if any(batch.get(name) is None for name in names):
-        raise ValueError(f"batch has no {' and '.join(names)}, expected them: --rollout-top-p is not 1")
-    sets: list[list[int]] = [[token] for token in targets.tolist()]
-    places = iter(rows.tolist())
-    for ids, offsets, response in zip(*(batch[name] for name in names), batch["response_lengths"], strict=True):
-        ids, offsets = torch.as_tensor(ids).tolist(), torch.as_tensor(offsets).tolist()
-        for token in range(response):
-            # A token without a record is scored over the whole vocabulary, which an empty set means.
-            chosen = ids[offsets[token] : offsets[token + 1]] if token + 1 < len(offsets) else None
-            place = next(places)
-            sets[place] = [] if chosen is None else [*chosen, *sets[place]]
-    sizes = torch.tensor([0, *map(len, sets)], device=targets.device)
-    return torch.tensor([i for kept in sets for i in kept], dtype=torch.int64, device=targets.device), sizes.cumsum(0)
-
-
-def _reducer(args: Any, batch: dict[str, Any]) -> Reducer | None:
+def _weights(args: Any, batch: dict[str, Any], sum_of_sample_mean: Reducer, like: Tensor) -> Tensor:
+    """By what the reducer of the surrogate, a linear function, multiplies each token."""
     path = getattr(args, "custom_pg_loss_reducer_function_path", None)
-    if path is None:
-        return None
-    module, _, name = path.rpartition(".")
-    make = getattr(importlib.import_module(module), name)
-    return make(batch["total_lengths"], batch["response_lengths"], batch["loss_masks"], args.calculate_per_token_loss)
-
-
-def _weights(reducer: Reducer, like: Tensor) -> Tensor:
-    """By what the reducer, a linear function, multiplies each token."""
+    reducer = sum_of_sample_mean
+    if path is not None:
+        module, _, name = path.rpartition(".")
+        make = hook(module, name, f"expected the function of custom_pg_loss_reducer_function_path = {path!r}")
+        reducer = make(
+            batch["total_lengths"], batch["response_lengths"], batch["loss_masks"], args.calculate_per_token_loss)
     with torch.enable_grad():
         zeros = torch.zeros_like(like).requires_grad_()
-        return torch.autograd.grad(reducer(zeros), zeros)[0]
+        weights = torch.autograd.grad(reducer(zeros), zeros)[0]
+    if path is not None:  # slime's own is linear
+        probe = torch.linspace(-1, 2, len(like), dtype=like.dtype, device=like.device)
+        products = weights * probe
+        if (reducer(probe) - products.sum()).abs() > 1e-4 * products.abs().sum():
+            raise ValueError(f"custom_pg_loss_reducer_function_path is {path!r}, expected a function that is linear in "
+                             "the losses of the tokens; use --loss-type policy_loss with this one")
+    return weights
 
 
 def _kl(args: Any, logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 import r1kernels
-from r1kernels.integrations import check_version
+from r1kernels.integrations import check_version, hook, require_tensor
 
 VERSION = "0.3"
+RATIO_CAP = math.exp(10)  # torchtitan limits log-ratios to 10, so that one token cannot make the loss inf
 IGNORED = -100  # torchtitan's IGNORE_INDEX
+_HOOKS = {
+    "torchtitan.components.loss": ("CrossEntropyLoss.Config", "ChunkedLossWrapper.Config",
+                                   "ChunkedLossWrapper.set_lm_head"),
+    "torchtitan.distributed.spmd_types": ("spmd_mesh_size", "current_spmd_mesh"),
+}
 # What `LinearPolicyLoss` gets from torchtitan's experiments.rl beside labels.
 _INPUTS = ("generator_logprobs", "advantages", "loss_mask")
 NAMES = ("CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearPolicyLoss")
@@ -37,30 +44,34 @@ def __getattr__(name: str) -> Any:
     return getattr(losses(), name)
 
 
-@functools.cache
 def losses(any_version: bool = False) -> types.SimpleNamespace:
-    """The three classes. Their Config objects go where torchtitan's do.
+    """The three classes, the same at every call. Their Config objects go where torchtitan's do.
 
     `CrossEntropyLoss.Config(global_vocab_size=None)`: sum of the cross-entropy of labels that are not -100, divided by
     `global_valid_tokens`. A vocabulary that tensor parallelism shards is computed where it is.
     `LinearCrossEntropyLoss.Config(z_loss_coef=0.0, label_smoothing=0.0, chunk_bytes=None)`: the same from hidden
     states (B, L, H); `chunk_bytes` is that of `r1kernels.LinearOptions`.
-    `LinearPolicyLoss.Config(objective=objectives.dapo(clip_high=0.2), chunk_bytes=None)`: the loss of
-    torchtitan.experiments.rl (GRPO, or DAPO with another clip_high), from hidden states, with `generator_logprobs`,
-    `advantages` and `loss_mask` (B, L). Any objective with the ratio of single tokens, because each row may hold
-    several sequences.
+    `LinearPolicyLoss.Config(objective=objectives.dapo(clip_high=0.2, ratio_cap=RATIO_CAP), chunk_bytes=None)`: the loss
+    of torchtitan.experiments.rl (GRPO, or DAPO with another clip_high), from hidden states, with `generator_logprobs`,
+    `advantages` (B, L), and `loss_mask` (B, L), bool. Any objective with the ratio of single tokens, because each row
+    may hold several sequences.
 
     Raises:
-        ImportError: another version of torchtitan, or one without the classes from which these inherit.
-        When a loss is computed, TypeError: a head that is not a linear layer; ValueError: DTensors or tensor
-        parallelism from hidden states, an argument that the loss does not know.
+        ImportError: another version of torchtitan, or one without what these classes need.
+        When a loss is computed, TypeError: a head that is not a linear layer, a mask that is not bool; ValueError:
+        DTensors or tensor parallelism from hidden states, an argument that the loss does not know.
     """
-    check_version("torchtitan", VERSION, any_version)
+    if not _classes.cache_info().currsize:
+        check_version("torchtitan", VERSION, any_version)
+        for module, names in _HOOKS.items():
+            for name in names:
+                hook(module, name, f"install torchtitan=={VERSION}.*, or use torchtitan's own losses")
+    return _classes()
+
+
+@functools.cache
+def _classes() -> types.SimpleNamespace:
     base = importlib.import_module("torchtitan.components.loss")
-    for name in ("CrossEntropyLoss", "ChunkedLossWrapper"):
-        if not hasattr(base, name):
-            raise ImportError(f"torchtitan.components.loss has no {name}, expected that of torchtitan {VERSION}; "
-                              f"install torchtitan=={VERSION}.*")
     spmd = importlib.import_module("torchtitan.distributed.spmd_types")
 
     class CrossEntropyLoss(base.CrossEntropyLoss):
@@ -119,7 +130,8 @@ def losses(any_version: bool = False) -> types.SimpleNamespace:
 
         @dataclasses.dataclass(kw_only=True, slots=True)
         class Config(base.ChunkedLossWrapper.Config):
-            objective: r1kernels.Objective = r1kernels.objectives.dapo(clip_high=0.2)  # noqa: RUF009 - frozen
+            objective: r1kernels.Objective = r1kernels.objectives.dapo(  # noqa: RUF009 - frozen
+                clip_high=0.2, ratio_cap=RATIO_CAP)
             chunk_bytes: int | None = None
 
         def __call__(
@@ -169,6 +181,10 @@ def _policy_loss(
         raise ValueError(f"a policy loss was given {', '.join(inputs) or 'no inputs'}, expected {', '.join(_INPUTS)}, "
                          f"as torchtitan {VERSION} gives them in experiments.rl")
     objective, old = self.config.objective, inputs["generator_logprobs"]
+    if not isinstance(objective, r1kernels.Objective):
+        raise TypeError(f"objective is {objective!r}, expected an r1kernels.Objective, such as objectives.grpo()")
+    for name in _INPUTS:
+        require_tensor(name, inputs[name], tuple(labels.shape), boolean=name == "loss_mask")
     if objective.needs_sequences or objective.kl_coef != 0:
         raise ValueError(f"objective has ratio {objective.ratio!r}, aggregate {objective.aggregate!r} and kl_coef "
                          f"{objective.kl_coef}, expected 'token', 'token_mean' and 0: torchtitan packs sequences into "

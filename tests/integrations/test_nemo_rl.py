@@ -242,16 +242,72 @@ def test_what_nemo_rl_reads_of_a_loss(interfaces: types.ModuleType) -> None:
     ({"truncated_importance_sampling_type": "other"}, "type is 'other'"),
     ({"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 2.0}, "ratio_min None"),
     ({"new_loss_term": 0.1}, r"new_loss_term is 0\.1"),
-    ({"ratio_clip_min": -1.0}, "clip_low is -1"),
+    ({"ratio_clip_min": -1.0}, "ratio_clip_min is -1"),
+    ({"ratio_clip_c": "3"}, "ratio_clip_c is '3'"),
+    ({"reference_policy_kl_penalty": "0.1"}, "reference_policy_kl_penalty is '0.1'"),
+    ({"reference_policy_kl_type": "k9"}, "reference_policy_kl_type is 'k9'"),
+    ({"kl_input_clamp_value": -1}, "kl_input_clamp_value is -1"),
+    ({"positive_example_nll_weight": -1}, "positive_example_nll_weight is -1"),
+    ({"use_cispo": "no"}, "use_cispo is 'no'"),
+    ({**TRUNCATED, "truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": -1},
+     "truncated_importance_sampling_ratio is -1"),
+    ({**TRUNCATED, "truncated_importance_sampling_ratio": 0}, "truncated_importance_sampling_ratio is 0"),
+    ({**TRUNCATED, "truncated_importance_sampling_ratio_min": 1.3}, r"ratio_min is 1\.3, expected at most"),
+    ({**TRUNCATED, "truncated_importance_sampling_type": "seq-mask-tis", "token_level_loss": False,
+      "sequence_level_importance_ratios": True}, "sequence_level_importance_ratios is True"),
 ])
 def test_errors_name_what_was_wrong(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         nemo_rl.R1PolicyLoss(settings)
 
 
+def test_a_setting_of_a_pydantic_model_that_this_version_has_not_is_refused() -> None:
+    """ClippedPGLossConfig is such a model: it keeps unknown settings beside its fields."""
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
+    config = pydantic.create_model("ClippedPGLossConfig", __config__=pydantic.ConfigDict(extra="allow"),
+                                   **{name: (object, value) for name, value in nemo_rl.SETTINGS.items()})
+    assert vars(nemo_rl.R1PolicyLoss(config(ratio_clip_max=0.3)).settings) == {
+        **nemo_rl.SETTINGS, "ratio_clip_max": 0.3}
+    with pytest.raises(ValueError, match=r"new_clip is 0\.5"):
+        nemo_rl.R1PolicyLoss(config(new_clip=0.5))
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"sample_mask": torch.tensor([0.5, 1, 0, 1])}, "sample_mask has a value other than 0 and 1"),
+    ({"token_mask": torch.full((B, S), 0.5)}, "token_mask has a value other than 0 and 1"),
+    ({"curr_logprobs_keep_mask": torch.ones(B, S - 1)}, "curr_logprobs_keep_mask"),
+    ({"advantages": torch.ones(B)}, r"advantages has shape \(4,\), expected \(4, 9\)"),
+    ({"token_mask": [[1]]}, r"token_mask is \[\[1\]\], expected a tensor"),
+    ({"sample_mask": torch.ones(B, 1)}, r"sample_mask has shape \(4, 1\)"),
+    ({"prev_logprobs": None}, "data has no prev_logprobs"),
+    ({"reference_policy_logprobs": None}, "data has no reference_policy_logprobs"),
+    ({"input_ids": None}, "data has no input_ids"),
+])
+def test_data_that_the_loss_does_not_know_are_named(changed: dict[str, Any], words: str) -> None:
+    data, logits = make_data()
+    with pytest.raises((TypeError, ValueError), match=words):
+        nemo_rl.R1LogitsLoss({})(logits, {**data, **changed}, *counts(data))
+
+
+def test_a_nan_of_the_reference_model_is_named() -> None:
+    data, logits = make_data()
+    data["reference_policy_logprobs"][0, 3] = math.nan
+    with pytest.raises(ValueError, match="KL to reference_policy_logprobs returned a loss that is NaN"):
+        nemo_rl.R1LogitsLoss({})(logits, data, *counts(data))
+
+
+def test_what_a_setting_does_not_use_may_be_absent() -> None:
+    data, logits = make_data()
+    del data["prev_logprobs"], data["reference_policy_logprobs"]
+    loss = nemo_rl.R1LogitsLoss({"force_on_policy_ratio": True, "use_kl_in_reward": True})
+    assert loss(logits, data, *counts(data))[0].isfinite()
+
+
 def test_another_nemo_rl_is_refused(interfaces: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="no disable_ppo_ratio"):
         nemo_rl.R1PolicyLoss(types.SimpleNamespace(token_level_loss=True))
+    with pytest.raises(TypeError, match="cfg is a NoneType"):
+        nemo_rl.R1PolicyLoss(None)
     del interfaces.LossType
     with pytest.raises(ImportError, match="no LossType"):
         nemo_rl.R1PolicyLoss({})

@@ -283,6 +283,14 @@ def fake_prime_rl(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return model
 
 
+def test_without_labels_the_head_gives_logits() -> None:
+    model, hidden = Tiny(), torch.randn(1, 3, 12)
+    assert isinstance(model.lm_head, nn.Linear)
+    expected = model.lm_head(hidden)
+    prime_rl.use_fused_head(model)
+    torch.testing.assert_close(model.lm_head(hidden), expected, rtol=0, atol=0)
+
+
 def test_models_that_prime_rl_makes_get_the_head(fake_prime_rl: types.ModuleType) -> None:
     before, inside, after = Tiny(), Tiny(), Tiny()
     fake_prime_rl.inject_prime_lm_head(before, chunk_size=512)
@@ -297,6 +305,9 @@ def test_other_versions_are_refused(fake_prime_rl: types.ModuleType, monkeypatch
     del fake_prime_rl.inject_prime_lm_head
     with pytest.raises(ImportError, match=r"inject_prime_lm_head.*0\.8.*use_fused_head"), prime_rl.fused_lm_head():
         pass
+    monkeypatch.delitem(sys.modules, "prime_rl.trainer.models.layers.lm_head")
+    with pytest.raises(ImportError, match=r"layers\.lm_head has no inject_prime_lm_head.*use_fused_head"):
+        prime_rl.inject_lm_head(Tiny())
     monkeypatch.setattr(integrations, "version", lambda package: "0.9.1")
     with pytest.raises(ImportError, match=r"prime-rl is 0\.9\.1.*0\.8"):
         prime_rl.inject_lm_head(Tiny())
@@ -304,6 +315,11 @@ def test_other_versions_are_refused(fake_prime_rl: types.ModuleType, monkeypatch
 
 @pytest.mark.parametrize("call, words", [
     (lambda row: prime_rl.dppo(types.SimpleNamespace(advantages=row.advantages)), "no trainer_logprobs"),
+    (lambda row: prime_rl.dppo(dataclasses.replace(row, advantages=None)), "advantages is None, expected a tensor"),
+    (lambda row: prime_rl.ipo(dataclasses.replace(row, inference_logprobs=torch.zeros(3))),
+     r"inference_logprobs has shape \(3,\), expected \(7,\)"),
+    (lambda row: prime_rl.grpo(dataclasses.replace(row, loss_mask=row.loss_mask.int())),
+     "loss_mask is torch.int32, expected torch.bool"),
     (lambda row: prime_rl.dppo(row, dppo_mask_low=-1.0), "dppo_mask_low is -1.0"),
     (lambda row: prime_rl.ipo(row, kl_tau=math.inf), "kl_tau is inf"),
     (lambda row: prime_rl.grpo(row, aggregate="sequence_mean"), "aggregate is 'sequence_mean'"),

@@ -44,6 +44,11 @@ def token_mean(total_lengths: Any, response_lengths: Any, loss_masks: list[Tenso
     return lambda x: sum((v * m).sum() for v, m in zip(x.split(response_lengths), loss_masks, strict=True)) / 100
 
 
+def squares(*_: Any) -> Any:
+    """Not a linear reducer."""
+    return lambda x: x.square().sum()
+
+
 def make_batch(seed: int = 0) -> tuple[dict[str, Any], Tensor]:
     rng = testing.generator(seed)
     padding = 3
@@ -174,6 +179,28 @@ def test_loss_gradient_and_metrics_are_the_formulas(case: str) -> None:
     assert ("tis_clipfrac" in metrics) == args.use_tis and ("opsm_clipfrac" in metrics) == args.use_opsm
 
 
+@pytest.mark.parametrize("changed", [
+    {"use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True, "entropy_coef": 0.05},
+    {"use_tis": True, "use_opsm": True},
+    {"advantage_estimator": "gspo", "use_rollout_logprobs": True},
+])
+def test_nan_behind_the_mask_never_matters(changed: dict[str, Any]) -> None:
+    args, results = arguments(**changed), []
+    for spoiled in (False, True):
+        batch, logits = make_batch()
+        batch["opd_reverse_kl"] = [torch.ones(n) for n in RESPONSES]
+        hidden = [mask == 0 for mask in batch["loss_masks"]]
+        assert any(gone.any() for gone in hidden)
+        for name in ("advantages", "log_probs", "rollout_log_probs", "ref_log_probs", "opd_reverse_kl"):
+            for value, gone in zip(batch[name], hidden, strict=True):
+                value[gone] = float("nan") if spoiled else value[gone]
+        leaf = logits.requires_grad_()
+        loss, metrics = slime.policy_loss(args, batch, leaf, reducer(batch))
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, metrics))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_log_probs_that_slime_did_not_compute_are_those_of_the_loss() -> None:
     batch, logits = make_batch()
     del batch["log_probs"], batch["rollout_log_probs"]
@@ -229,12 +256,27 @@ def test_a_shard_of_the_vocabulary(mpu: types.ModuleType, monkeypatch: pytest.Mo
     ({"use_rollout_logprobs": True}, "no rollout_log_probs"),
     ({"use_tis": True}, "no rollout_log_probs"),
     ({"rollout_top_p": 0.5}, "no rollout_top_p_token_ids"),
+    ({"advantage_estimator": "rloo"}, "advantage_estimator is 'rloo', expected one of grpo"),
+    ({"custom_pg_loss_reducer_function_path": f"{__name__}.squares"}, "squares', expected a function that is linear"),
 ])
 def test_errors_name_what_was_wrong(changed: dict[str, Any], words: str) -> None:
     batch, logits = make_batch()
     del batch["rollout_log_probs"], batch["rollout_top_p_token_ids"]
     with pytest.raises(ValueError, match=words):
         slime.policy_loss(arguments(**changed), batch, logits, reducer(batch))
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("loss_masks", None, "batch has no loss_masks"),
+    ("ref_log_probs", None, "batch has no ref_log_probs, expected it, because --use-kl-loss"),
+    ("advantages", [torch.ones(2)], r"advantages has shape \(2,\), expected \(11,\)"),
+])
+def test_a_batch_of_another_form_is_named(name: str, value: Any, words: str) -> None:
+    batch, logits = make_batch()
+    with pytest.raises(ValueError, match=words):
+        slime.policy_loss(arguments(use_kl_loss=True), {**batch, name: value}, logits, reducer(batch))
+    with pytest.raises(ValueError, match="logits have 19 rows, expected at least the sum of total_lengths = 20"):
+        slime.policy_loss(arguments(), batch, logits[:, :19], reducer(batch))
 
 
 def test_renamed_arguments_and_context_parallelism_are_refused(mpu: types.ModuleType) -> None:
@@ -269,6 +311,13 @@ def test_every_block_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     slime.uninstall()
     slime.uninstall()
     assert theirs.policy_loss_function is original
+    slime.install()
+    theirs.policy_loss_function = another = object()
+    slime.uninstall()
+    assert theirs.policy_loss_function is another
     del theirs.policy_loss_function
-    with pytest.raises(ImportError, match="no policy_loss_function"):
+    with pytest.raises(ImportError, match=r"no policy_loss_function.*commit 624b824; install it"):
+        slime.install()
+    monkeypatch.delitem(sys.modules, theirs.__name__)
+    with pytest.raises(ImportError, match="commit 624b824; install it"):  # slime is not installed
         slime.install()

@@ -124,15 +124,40 @@ def test_twenty_steps_give_the_parameters_of_torchtitan() -> None:
     assert (trained["hidden"][0] - decoder().tok_embeddings.weight).abs().max() > 0.01
 
 
-def test_the_policy_loss_is_that_of_torchtitan_and_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dapo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """torchtitan's module of DAPOLoss, read from its file: its package imports vLLM."""
     from torchtitan.components import loss as theirs
 
-    # Its package imports vLLM, so this is read from its file.
     path = Path(theirs.__file__).parents[1] / "experiments/rl/losses/dapo.py"
     spec = importlib.util.spec_from_file_location("dapo", path)
-    dapo = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "dapo", dapo)
-    spec.loader.exec_module(dapo)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "dapo", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_token_far_from_the_generator_has_the_loss_of_torchtitan(dapo: types.ModuleType, sign: int) -> None:
+    from torchtitan.components import loss as theirs
+
+    ids, labels = batch(1)
+    inputs = policy_inputs() | {"advantages": torch.full(labels.shape, float(sign))}
+    inputs["generator_logprobs"][1] -= 100
+    results = []
+    for made in (theirs.ChunkedLossWrapper.Config(num_chunks=2, loss_fn=dapo.DAPOLoss.Config()),
+                 ours.LinearPolicyLoss.Config()):
+        model = decoder()
+        value, _ = attach(made.build(compile_config=None), model)(model(ids), labels.clamp(min=0), 9.0, **inputs)
+        value.backward()
+        results.append((value.detach(), gradients(model)))
+    assert results[1][0].isfinite() and results[1][1][-1].ne(0).any()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_the_policy_loss_is_that_of_torchtitan_and_of_the_formula(dapo: types.ModuleType) -> None:
+    from torchtitan.components import loss as theirs
+
     ids, labels = batch(1)
     labels, inputs = labels.clamp(min=0), policy_inputs()
     results = {}
@@ -214,7 +239,12 @@ def test_settings_can_be_pickled_and_named_on_a_command_line() -> None:
     settings = ours.LinearPolicyLoss.Config()
     assert pickle.loads(pickle.dumps(settings)) == settings
     [parsed] = tyro.cli(tuple[BaseLoss.Config], default=(settings,), args=["--0.objective.clip-high", "0.28"])
-    assert parsed.objective == objectives.dapo() and settings.objective == objectives.dapo(clip_high=0.2)
+    assert parsed.objective == objectives.dapo(ratio_cap=ours.RATIO_CAP)
+
+
+def policy(objective: Any = objectives.grpo(), **changed: Any) -> Any:  # noqa: B008 - frozen
+    loss = attach(ours.LinearPolicyLoss.Config(objective=objective).build(), decoder())
+    return loss(torch.ones(BATCH, LENGTH, WIDTH), batch()[1], **(policy_inputs() | changed))
 
 
 @pytest.mark.parametrize("call, words", [
@@ -224,8 +254,10 @@ def test_settings_can_be_pickled_and_named_on_a_command_line() -> None:
      "weights given"),
     (lambda: attach(ours.LinearPolicyLoss.Config().build(), decoder())(torch.ones(1, 2, WIDTH), torch.ones(1, 2)),
      "no inputs, expected generator_logprobs"),
-    (lambda: attach(ours.LinearPolicyLoss.Config(objective=objectives.gspo()).build(), decoder())(
-        torch.ones(BATCH, LENGTH, WIDTH), batch()[1], **policy_inputs()), "ratio 'sequence'"),
+    (lambda: policy(objective=objectives.gspo()), "ratio 'sequence'"),
+    (lambda: policy(objective="grpo"), "objective is 'grpo'"),
+    (lambda: policy(loss_mask=torch.ones(BATCH, LENGTH)), "loss_mask is torch.float32, expected torch.bool"),
+    (lambda: policy(advantages=torch.ones(BATCH)), r"advantages has shape \(2,\), expected \(2, 8\)"),
 ])
 def test_errors_name_what_was_wrong(call: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
@@ -247,12 +279,18 @@ def test_a_head_that_scales_its_logits_is_refused() -> None:
 def test_another_torchtitan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchtitan.components import loss as theirs
 
+    monkeypatch.setattr(ours, "_classes", functools.cache(ours._classes.__wrapped__))  # as in a new process
     monkeypatch.setattr(integrations, "version", lambda package: "0.4.0")
     with pytest.raises(ImportError, match=r"torchtitan is 0\.4\.0.*0\.3.*any_version"):
-        ours.losses.__wrapped__()
-    monkeypatch.delattr(theirs, "ChunkedLossWrapper")
-    with pytest.raises(ImportError, match="has no ChunkedLossWrapper"):
-        ours.losses.__wrapped__(any_version=True)
+        ours.losses()
+    with monkeypatch.context() as renamed:
+        renamed.delattr(theirs, "ChunkedLossWrapper")
+        with pytest.raises(ImportError, match=r"has no ChunkedLossWrapper.*install torchtitan==0\.3"):
+            ours.losses(any_version=True)
+    made = ours.losses(any_version=True)
+    assert ours.CrossEntropyLoss is made.CrossEntropyLoss  # once accepted, a version is accepted
+    settings = made.LinearCrossEntropyLoss.Config(z_loss_coef=0.1)
+    assert pickle.loads(pickle.dumps(settings)) == settings and ours.losses() is made
     with pytest.raises(AttributeError, match="Other"):
         ours.Other  # noqa: B018
 
