@@ -108,7 +108,9 @@ def subclass_of(base: type, forward: Callable[..., Any]) -> type:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         if type(self) is not made:  # that of FSDP
             return base.__reduce_ex__(self, protocol)
-        return copyreg.__newobj__, (base,), {name: value for name, value in vars(self).items() if name != SETTINGS}
+        attributes = {name: value for name, value in vars(self).items() if name != SETTINGS}
+        # Pickle refuses copyreg.__newobj__ of another class. This function is the one of its protocols 0 and 1.
+        return copyreg._reconstructor, (base, object, None), attributes
 
     names = {"forward": forward, "loss_function": loss_function, "_r1kernels_base": base, "__doc__": base.__doc__,
              "__deepcopy__": deepcopy, "__reduce_ex__": reduce_ex}
