@@ -230,6 +230,7 @@ def test_the_place_of_a_wrong_label_is_that_in_the_labels() -> None:
 @pytest.mark.parametrize("option, error", [
     ({"label_smoothing": 2}, ValueError), ({"label_smoothing": "x"}, TypeError), ({"z_loss_coef": -1}, ValueError),
     ({"chunk_bytes": -1}, ValueError), ({"chunk_bytes": 1.5}, TypeError),
+    ({"chunk_bytes": 100}, ValueError),  # less than a row of this vocabulary
 ])
 def test_options_are_checked_by_apply_to(option: dict[str, Any], error: type[Exception]) -> None:
     model = build()

@@ -64,7 +64,7 @@ def test_the_loss_function_in_trl(tmp_path: Path) -> None:
 def test_every_public_name_is_on_the_page() -> None:
     page = (ROOT / "docs/migrate/transformers.md").read_text()
     for name in ("apply_to", "undo", "token_logprobs", "token_logprobs_and_entropy", "for_causal_lm_loss",
-                 "compute_loss_func", "label_smoothing", "z_loss_coef", "chunk_bytes"):
+                 "compute_loss_func", "label_smoothing", "z_loss_coef", "chunk_bytes", "in_eval"):
         assert name in page, name
 
 
