@@ -39,24 +39,26 @@ def train(
     apply_to(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6]], device=model.device)
+    ends = model.generation_config.eos_token_id  # an id, several, or None
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device)
     history = []
     for _ in range(steps):
         with torch.no_grad():
-            ids = model.generate(
-                prompts.repeat_interleave(group_size, 0), do_sample=True, top_k=0, max_new_tokens=length,
-                pad_token_id=0)
-        rewards = reward(ids[:, prompts.shape[1]:])
+            ids = model.generate(prompts.repeat_interleave(group_size, 0), do_sample=True, top_k=0,
+                                 max_new_tokens=length, pad_token_id=0)
+        completions = ids[:, prompts.shape[1]:]
+        rewards = reward(completions)
         advantages = r1kernels.group_advantages(rewards, group_size)
-        # Row t of the logits scores token t + 1, and the prompt is not scored.
-        targets = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
-        targets[:, : prompts.shape[1] - 1] = -100
+        # Row t of the logits scores token t + 1. Not scored: the prompt, and padding after the end of a sequence.
+        is_end = torch.isin(completions, ends).int()
+        scored = completions.masked_fill(is_end.cumsum(-1) - is_end > 0, -100)
+        targets = torch.nn.functional.pad(scored, (prompts.shape[1] - 1, 1), value=-100)
         old_logprobs = None
         for _ in range(updates):
             logprobs, entropy = token_logprobs_and_entropy(model, targets, input_ids=ids)
             old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-            loss, _ = r1kernels.policy_loss(
-                logprobs, advantages, old_logprobs=old_logprobs, entropy=entropy, mask=targets != -100,
-                objective=OBJECTIVE)
+            loss, _ = r1kernels.policy_loss(logprobs, advantages, old_logprobs=old_logprobs, entropy=entropy,
+                                            mask=targets != -100, objective=OBJECTIVE)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -23,7 +23,7 @@ def check_version(package: str, supported: str, any_version: bool = False) -> No
         raise ImportError(f"{package} is not installed; this adapter is for {package} {supported}") from None
     if not any_version and not f"{found}.".startswith(f"{supported}."):
         raise ImportError(
-            f"{package} is {found}, and this adapter is tested with {supported}; install {package}=={supported}.*, or "
+            f"{package} is {found}, and this adapter is for {supported}; install {package}=={supported}.*, or "
             "pass any_version=True"
         )
 

@@ -33,6 +33,10 @@ class Logits:
             "apply_to returned, and pass compute_loss_func to the Trainer"
         )
 
+    def refusing(self) -> Logits:
+        """The same for the outputs of an evaluation, where it is not the model that wants to use logits."""
+        return NoLogitsWithInEval(**vars(self))
+
     shape = property(lambda self: torch.Size((*self.hidden.shape[:-1], self.vocab)))
     device = property(lambda self: self.hidden.device)
     dtype = property(lambda self: self.hidden.dtype)
@@ -96,14 +100,14 @@ class Logits:
         return hidden, options | ({"vocab_size": self.vocab} if self.vocab < len(weight) else {})
 
 
-def causal_model(model: nn.Module) -> Any:
-    """The transformers model with a head in a module that may wrap it."""
-    from transformers import PreTrainedModel
+class NoLogitsWithInEval(Logits):
+    """What an evaluation gets from `apply_to(in_eval=True)`. Accelerate's own error shows the name of this class."""
 
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            return module
-    raise TypeError(f"model is a {type(model).__name__} without a head, expected a *ForCausalLM of transformers")
+    def _refuse(self, action: str) -> NoReturn:
+        raise UnsupportedLogitsError(
+            f"this evaluation {action}, and apply_to(in_eval=True) computes no logits; leave in_eval=True out for "
+            "metrics or predictions that need logits, or set prediction_loss_only=True"
+        )
 
 
 def parts_of_head(head: nn.Module, owner: str) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,18 +20,25 @@ from torch.distributed.tensor import DTensor
 
 import r1kernels
 from r1kernels.integrations import check_version
-from r1kernels.integrations.heads import Logits, causal_model, check_whole, parts_of_head
+from r1kernels.integrations.causal_lm import (
+    SETTINGS,
+    causal_model,
+    check_extra_keywords,
+    labels_named,
+    outputs_without_logits,
+    subclass_of,
+    without_logits,
+)
+from r1kernels.integrations.heads import Logits, check_whole, parts_of_head
 
 SUPPORTED = "5"
-_SETTINGS = "_r1kernels_settings"  # the model's attribute with the keywords of its loss
-_LOSS = "_r1kernels_loss"  # its attribute with the loss function of the current forward
 _REQUEST = "_r1kernels_request"  # the keyword of its forward that asks for log-probs
 
 
 def for_causal_lm_loss(
     logits: Tensor | Logits, labels: Tensor | None, vocab_size: int | None = None,
     num_items_in_batch: Tensor | float | None = None, ignore_index: int = -100, shift_labels: Tensor | None = None,
-    *, label_smoothing: float = 0.0, z_loss_coef: float = 0.0, chunk_bytes: int | None = None, **_: Any,
+    *, label_smoothing: float = 0.0, z_loss_coef: float = 0.0, chunk_bytes: int | None = None, **extra: Any,
 ) -> Tensor:
     """The loss of `transformers.loss.loss_utils.ForCausalLMLoss`, with the same arguments.
 
@@ -48,13 +53,17 @@ def for_causal_lm_loss(
         shift_labels: (..., T), labels that are already shifted; labels are then ignored.
         label_smoothing, z_loss_coef: as in `r1kernels.cross_entropy`.
         chunk_bytes: as in `r1kernels.LinearOptions`; for `apply_to`.
+        **extra: what else the model's forward was called with, ignored: models pass it on to their loss function.
 
     Returns:
         0-d, float32, nats; NaN if no label is scored and num_items_in_batch is None, as in transformers.
 
     Raises:
         ValueError: the shape of labels is not that of the logits, or a label is not in [0, V).
+        TypeError: the name of an extra keyword is nearly that of an argument.
     """
+    check_extra_keywords(for_causal_lm_loss, extra)
+    name = "labels" if shift_labels is None else "shift_labels"
     if shift_labels is None:
         if labels is None:
             raise ValueError("labels is None and shift_labels is None, expected one of them")
@@ -68,11 +77,12 @@ def for_causal_lm_loss(
     terms: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss_coef": z_loss_coef,
                              "ignore_index": ignore_index}
     terms["reduction"] = "mean" if num_items_in_batch is None else "sum"
-    if isinstance(logits, Logits):
-        hidden, head = logits.head_of_losses()
-        loss = r1kernels.linear_cross_entropy(hidden, targets=targets, chunk_bytes=chunk_bytes, **head, **terms)
-    else:
-        loss = r1kernels.cross_entropy(logits, targets, **terms)
+    with labels_named(name, targets, logits.shape[-1], ignore_index):
+        if isinstance(logits, Logits):
+            hidden, head = logits.head_of_losses()
+            loss = r1kernels.linear_cross_entropy(hidden, targets=targets, chunk_bytes=chunk_bytes, **head, **terms)
+        else:
+            loss = r1kernels.cross_entropy(logits, targets, **terms)
     if num_items_in_batch is None:
         return torch.where((targets != ignore_index).any(), loss, torch.nan)
     if isinstance(num_items_in_batch, Tensor):
@@ -100,11 +110,13 @@ class Applied:
     """What `apply_to` returns. As a context manager, it calls `undo` at the end."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self._settings = model, vars(model)[SETTINGS]
 
     def undo(self) -> None:
-        """Gives the model its own forward again. A second call does nothing."""
-        vars(self.model).pop(_SETTINGS, None)
+        """Gives the model its own forward again. Later calls do nothing, also after another `apply_to`."""
+        if vars(self.model).get(SETTINGS) is not self._settings:
+            return
+        del vars(self.model)[SETTINGS]
         base = vars(type(self.model)).get("_r1kernels_base")
         if base is not None:  # FSDP may have made a class of its own from ours, which then runs the model's forward
             self.model.__class__ = base
@@ -118,31 +130,34 @@ class Applied:
 
 def apply_to(
     model: nn.Module, *, label_smoothing: float = 0.0, z_loss_coef: float = 0.0, chunk_bytes: int | None = None,
-    any_version: bool = False,
+    in_eval: bool = False, any_version: bool = False,
 ) -> Applied:
     """Makes `model(..., labels=labels)` compute its loss from hidden states. `logits` of its outputs is then None.
 
-    Without labels, the forward is the model's own, and so is generation. Everything else that the forward does with
-    labels stays: what it adds to the loss, the class of its outputs. Call this before `Accelerator.prepare`, which the
-    Trainer calls; PEFT and FSDP2 may come before or after. `torch.save(model)` needs `undo()` before.
+    Without labels, the forward is the model's own, and so is generation, in other threads at the same time too. So is
+    an evaluation (`model.eval()` and no gradients), with logits and without label smoothing or z-loss, unless in_eval.
+    Everything else that the forward does with labels stays: what it adds to the loss, the class of its outputs. Call
+    this before `Accelerator.prepare`, which the Trainer calls; PEFT and FSDP2 may come before or after.
+    `copy.deepcopy(model)` has the adapter, too; what `torch.save(model)` saves does not.
 
     Args:
         model: a `transformers` model with a causal language model's head that is a plain linear layer, or a module
             that contains one. The head may have LoRA.
         label_smoothing, z_loss_coef, chunk_bytes: as in `for_causal_lm_loss`. Set `label_smoothing_factor` of the
             Trainer to 0: it would take the labels away, and the model would compute its logits.
+        in_eval: compute no logits in an evaluation either. Its outputs then have an object that refuses to be used.
         any_version: accept every version of transformers.
 
     Raises:
-        ImportError: another version of transformers. ValueError: the model's forward or loss function was replaced.
-        TypeError: the head is not a plain linear layer, or is partitioned.
+        ImportError: another version of transformers. ValueError: the model's forward or loss function was replaced, or
+        an argument is out of range. TypeError: the head is not a plain linear layer, or is partitioned.
     """
     check_version("transformers", SUPPORTED, any_version)
     model = causal_model(model)
     name = type(model).__name__
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if _SETTINGS in vars(model):
+    if SETTINGS in vars(model):
         raise ValueError(f"apply_to was already called for this {name}; call undo() of its result first")
     if "forward" in vars(model):
         raise ValueError(f"the forward of this {name} was replaced (by Accelerate, TRL or Liger); call apply_to before")
@@ -157,7 +172,11 @@ def apply_to(
     weight = parts_of_head(model.get_output_embeddings(), name)[0]
     if not isinstance(weight, DTensor):  # during the forward of FSDP2 it is a plain tensor
         check_whole(weight, name)
-    vars(model)[_SETTINGS] = dict(label_smoothing=label_smoothing, z_loss_coef=z_loss_coef, chunk_bytes=chunk_bytes)
+    loss = dict(label_smoothing=label_smoothing, z_loss_coef=z_loss_coef, chunk_bytes=chunk_bytes)
+    with r1kernels.backend("reference"):  # now, and not in the first forward, the operation checks its arguments
+        one = torch.zeros(1, 1)
+        r1kernels.linear_cross_entropy(one, one.expand(len(weight), 1), torch.zeros(1, dtype=torch.long), **loss)
+    vars(model)[SETTINGS] = SimpleNamespace(loss=loss, in_eval=in_eval)
     model.__class__ = _with_our_forward(type(model))
     return Applied(model)
 
@@ -168,52 +187,31 @@ def _with_our_forward(base: type) -> type:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings, request = vars(self).get(_SETTINGS), kwargs.pop(_REQUEST, None)
+        settings, request = vars(self).get(SETTINGS), kwargs.pop(_REQUEST, None)
         given = kwargs.get("labels") if not args else signature.bind(self, *args, **kwargs).arguments.get("labels")
         if settings is None or (given is None and request is None):
             return base.forward(self, *args, **kwargs)
-        with _without_logits(self, settings):
+        # Not eval mode alone: a model from from_pretrained is in it, and loops without dropout train in it.
+        evaluation = request is None and not self.training and not torch.is_grad_enabled()
+        if evaluation and not settings.in_eval:
+            return base.forward(self, *args, **kwargs)
+        with without_logits(self, functools.partial(for_causal_lm_loss, **settings.loss)):
             outputs = base.forward(self, *args, **kwargs)
-        values = outputs.values() if isinstance(outputs, dict) else outputs
         if request is None:
-            if isinstance(outputs, dict):
-                return type(outputs)(**{k: v for k, v in outputs.items() if not isinstance(v, Logits)})
-            return tuple(None if isinstance(value, Logits) else value for value in values)
+            return outputs_without_logits(outputs, evaluation)
         # Here, where FSDP still has the whole weight.
-        hidden, head = next(value for value in values if isinstance(value, Logits)).head_of_losses()
+        values = outputs.values() if isinstance(outputs, dict) else outputs
+        logits = next(value for value in values if isinstance(value, Logits))
+        hidden, head = logits.head_of_losses()
         ids = request.shift_labels.to(hidden.device)
-        results = r1kernels.linear_token_logprobs_and_entropy(
-            hidden, token_ids=ids, mask=ids != -100, temperature=request.temperature,
-            chunk_bytes=request.chunk_bytes, **head)
+        with labels_named("shift_labels", ids, logits.shape[-1], -100):
+            results = r1kernels.linear_token_logprobs_and_entropy(
+                hidden, token_ids=ids, mask=ids != -100, temperature=request.temperature,
+                chunk_bytes=request.chunk_bytes, **head)
         return tuple(result.clone() for result in results)  # FSDP warns of views, whose hooks can be lost
 
     signature = inspect.signature(base.forward)
-    loss_function = property(lambda self: vars(self).get(_LOSS) or base.loss_function.fget(self),
-                             base.loss_function.fset)
-    names = {"forward": forward, "loss_function": loss_function, "_r1kernels_base": base, "__doc__": base.__doc__}
-    # Transformers and Trainer know classes by their names.
-    return type(base.__name__, (base,), names | {k: getattr(base, k) for k in ("__module__", "__qualname__")})
-
-
-@contextmanager
-def _without_logits(model: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """Inside, the head of the model returns `Logits`, and its loss function takes them."""
-    head, name = model.get_output_embeddings(), type(model).__name__
-    vocab = head.out_features
-
-    def loss_function(logits: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(logits, Logits):
-            raise TypeError(f"{name} does not take its logits from get_output_embeddings(); train it without apply_to")
-        return for_causal_lm_loss(logits, *args, **kwargs | settings)
-
-    before = {key: vars(head)[key] for key in ("forward",) if key in vars(head)}  # that of a device map
-    vars(model)[_LOSS] = loss_function
-    vars(head)["forward"] = lambda hidden: Logits(hidden, head, name, vocab)
-    try:
-        yield
-    finally:
-        del vars(model)[_LOSS], vars(head)["forward"]
-        vars(head).update(before)
+    return subclass_of(base, forward)
 
 
 def token_logprobs(model: nn.Module, shift_labels: Tensor, **inputs: Any) -> Tensor:
@@ -238,9 +236,11 @@ def token_logprobs_and_entropy(
         (logprobs, entropy), each (B, T), float32, nats, differentiable, 0 where shift_labels is -100.
 
     Raises:
-        ValueError: `apply_to` was not called, labels are given, or shapes differ.
+        ValueError: `apply_to` was not called, labels are given, or shapes differ. TypeError: not a model, not a tensor.
     """
-    if _SETTINGS not in vars(causal_model(model)):
+    if not isinstance(shift_labels, Tensor):
+        raise TypeError(f"shift_labels is a {type(shift_labels).__name__}, expected a tensor (B, T) of token ids")
+    if SETTINGS not in vars(causal_model(model)):
         raise ValueError("the model computes logits; call apply_to(model) before")
     if inputs.get("labels") is not None:
         raise ValueError("labels were given, expected shift_labels only")

@@ -27,7 +27,7 @@ def own_loss(model: Any) -> Tensor:
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     monkeypatch.setattr("r1kernels.integrations.version", lambda _: "4.57.1")
-    with pytest.raises(ImportError, match=r"4\.57\.1.*transformers==5\.\*.*any_version"):
+    with pytest.raises(ImportError, match=r"4\.57\.1.* is for 5;.*transformers==5\.\*.*any_version"):
         apply_to(model)
     apply_to(model, any_version=True)
     with pytest.raises(ImportError, match="no_such_package is not installed"):
@@ -210,6 +210,61 @@ def test_wrong_labels_are_named() -> None:
             token_logprobs(model, ids[:, 1:], input_ids=ids)
     with pytest.raises(ValueError, match="shift_labels"):
         for_causal_lm_loss(torch.zeros(1, 2, 3), None)
+
+
+def test_the_place_of_a_wrong_label_is_that_in_the_labels() -> None:
+    model, ids = build(), batch()["input_ids"]
+    wrong = ids.clone()
+    wrong[1, 4] = VOCAB + 2
+    with apply_to(model):
+        for labels in ({"labels": wrong}, {"labels": ids, "shift_labels": wrong}):
+            name = [*labels][-1]
+            with pytest.raises(ValueError, match=rf"^{name}\[1, 4\] is {VOCAB + 2}, .*-100.*\[0, {VOCAB}\)"):
+                model(input_ids=ids, **labels)
+        with pytest.raises(ValueError, match=rf"^shift_labels\[1, 4\] is {VOCAB + 2}"):
+            token_logprobs(model, wrong, input_ids=ids)
+    with pytest.raises(ValueError, match=rf"^labels\[1, 4\] is {VOCAB + 2}"):
+        for_causal_lm_loss(torch.zeros(2, 9, VOCAB), wrong)
+
+
+@pytest.mark.parametrize("option, error", [
+    ({"label_smoothing": 2}, ValueError), ({"label_smoothing": "x"}, TypeError), ({"z_loss_coef": -1}, ValueError),
+    ({"chunk_bytes": -1}, ValueError), ({"chunk_bytes": 1.5}, TypeError),
+    ({"chunk_bytes": 100}, ValueError),  # less than a row of this vocabulary
+])
+def test_options_are_checked_by_apply_to(option: dict[str, Any], error: type[Exception]) -> None:
+    model = build()
+    kind = type(model)
+    with pytest.raises(error, match=f"^{next(iter(option))} is "):
+        apply_to(model, **option)
+    assert type(model) is kind
+
+
+@pytest.mark.parametrize("name, meant", [("lable_smoothing", "label_smoothing"), ("z_loss_coeff", "z_loss_coef"),
+                                         ("num_items_in_batches", "num_items_in_batch"), ("chunk_byte", "chunk_bytes")])
+def test_misspelled_keywords_are_named_and_those_of_a_forward_are_not(name: str, meant: str) -> None:
+    from transformers.utils.generic import TransformersKwargs
+
+    logits, labels = torch.zeros(2, 9, VOCAB), batch()["labels"]
+    with pytest.raises(TypeError, match=f"'{name}', expected '{meant}'"):
+        for_causal_lm_loss(logits, labels, **{name: 0.1})
+    others = {*TransformersKwargs.__annotations__, "position_ids", "use_cache", "logits_to_keep", "token_type_ids",
+              "attention_mask", "pixel_values", "cache_position", "is_causal", "mm_token_type_ids"}
+    for_causal_lm_loss(logits, labels, **dict.fromkeys(others - {"num_items_in_batch"}))
+
+
+def test_several_models_and_no_models_are_refused() -> None:
+    model = build()
+    with pytest.raises(TypeError, match=r"ModuleList.*2 models.*LlamaForCausalLM, LlamaForCausalLM"):
+        apply_to(nn.ModuleList([model, build()]))
+    with apply_to(nn.ModuleList([model, model, model.model])):
+        assert model(**batch()).logits is None
+    with pytest.raises(TypeError, match="model is a str"):
+        apply_to("gpt2")
+    with pytest.raises(TypeError, match="model is a str"):
+        token_logprobs("gpt2", shifted(batch()["labels"]))
+    with pytest.raises(TypeError, match="shift_labels is a list"):
+        token_logprobs(model, shifted(batch()["labels"]).tolist(), input_ids=batch()["input_ids"])
 
 
 def test_logits_answer_what_hooks_ask_of_tensors() -> None:
