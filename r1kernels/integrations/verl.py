@@ -8,7 +8,6 @@ verl's own computes from the same config: docs/migrate/verl.md has the tables. T
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels import Objective, objectives
+from r1kernels import Objective, integrations, objectives
 from r1kernels.integrations import check_version
 from r1kernels.integrations.verl_advantages import ESTIMATORS
 from r1kernels.integrations.verl_config import aggregation, bounds, check_arguments, number
@@ -36,12 +35,7 @@ def hook(module: str, name: str, parameters: tuple[str, ...] | None = None) -> A
         ImportError: verl has no such name, or it has other parameters.
     """
     way_on = f"this adapter is tested with verl {SUPPORTED}: install verl=={SUPPORTED}.*, or a newer r1kernels"
-    try:
-        value: Any = importlib.import_module(module)
-        for part in name.split("."):
-            value = getattr(value, part)
-    except (AttributeError, ModuleNotFoundError) as error:
-        raise ImportError(f"verl has no {module}.{name} ({error}); {way_on}") from error
+    value = integrations.hook(module, name, way_on)
     found = tuple(inspect.signature(value).parameters) if parameters else ()
     if parameters and found[: len(parameters)] != parameters:
         raise ImportError(f"{module}.{name} has the parameters {found}, expected {parameters}; {way_on}")
