@@ -29,7 +29,7 @@ def check_version(package: str, supported: str, any_version: bool = False) -> No
 
 
 def hook(module: str, name: str, way_on: str) -> Any:
-    """`module.name` of another package. ImportError: there is none; `way_on` tells the user what to do then."""
+    """`module.name` of another package. ImportError: it does not exist; `way_on` tells the user what to do then."""
     try:
         value: Any = importlib.import_module(module)
         for part in name.split("."):
