@@ -1,0 +1,70 @@
+"""From the directory of a finished run to a small result file: the curves of its RL stages and every evaluation.
+
+    python benchmarks/recipe_result.py runs/demo_r1
+
+writes benchmarks/results/recipe/demo_r1.json, from which README's picture and table are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from r1kernels.bench import about
+from r1kernels.train.chain import read_manifest
+from r1kernels.train.log import METRICS, read_lines
+
+FOLDER = Path(__file__).resolve().parent / "results" / "recipe"
+CURVES = {"pass_at_1": "pass_at_1", "reward": "reward_accuracy", "completion_length": "length"}
+
+
+def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each step. Only some steps have an evaluation: elsewhere pass@1 is null."""
+    return [{"step": line["step"], **{name: line.get(key) for name, key in CURVES.items()}} for line in lines]
+
+
+def stage(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation at the end of a stage; shares are in percent, lengths in tokens."""
+    found = record["evaluation"]
+    return {
+        "name": name, "kind": kind, "seconds": round(record["seconds"], 1), "pass_at_1": 100 * found["pass_at_1"],
+        "plus_minus": 100 * found["pass_at_1_se"], "language_consistency": 100 * found["language"],
+        "format": 100 * found["format"], "completion_length": found["length"],
+    }
+
+
+def collect(run_dir: Path) -> dict[str, Any]:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    records = read_manifest(run_dir)
+    unfinished = [name for name in config["stages"] if records.get(name, {}).get("status") != "finished"]
+    if unfinished:
+        raise SystemExit(f"{run_dir}: stages {', '.join(unfinished)} are not finished; run the recipe to its end")
+    kinds = {name: settings["kind"] for name, settings in config["stages"].items()}
+    return {
+        "format": 1, "recipe": run_dir.name, "seed": config["seed"], **about(), "threads": config["threads"] or
+        torch.get_num_threads(), "precision": config["precision"],
+        "seconds": round(sum(records[name]["seconds"] for name in kinds), 1),
+        "curves": {name: curve(read_lines(run_dir / name / METRICS)) for name, kind in kinds.items() if kind == "grpo"},
+        "stages": [stage(name, kind, records[name]) for name, kind in kinds.items() if records[name].get("evaluation")],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="the directory of a finished run, such as runs/demo_r1")
+    parser.add_argument("--name", help="of the result file; by default, that of the directory")
+    given = parser.parse_args()
+    result = collect(given.run)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{given.name or given.run.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
