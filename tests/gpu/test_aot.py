@@ -210,7 +210,7 @@ def test_what_is_compiled_is_what_the_table_says(table: dict[str, Any]) -> None:
     if table["triton"] != aot.triton.__version__:
         pytest.skip(f"there is no table of Triton {aot.triton.__version__}")
     committed = {key_of(row): row for row in committed_table(table["triton"])["rows"]}
-    assert len(table["fresh"]) >= 20
+    assert len(table["fresh"]) >= 10
     for key, row in table["fresh"].items():
         assert row == committed[key], f"{REFRESH}"
 

@@ -52,7 +52,7 @@ def compare(tmp_path: Any, tolerance: float = 1e-4, model: Any = None, more: Any
         assert line == pytest.approx(wanted, rel=10 * tolerance, abs=tolerance / 10, nan_ok=True)
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_trains_as_trl_does(name: str, tmp_path: Any) -> None:
     import datasets
@@ -61,7 +61,7 @@ def test_trains_as_trl_does(name: str, tmp_path: Any) -> None:
     compare(tmp_path, more=lambda: dict(more), **SETTINGS[name])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("adapter_kind", ["lora", "lora and the whole head", "prompts"])
 def test_adapters_of_peft(adapter_kind: str, tmp_path: Any) -> None:
     """The reference model is the model without its adapter. Learned prompts make sequences longer."""

@@ -303,6 +303,7 @@ def test_bfloat16_instructions_are_used_where_they_are() -> None:
 
 # ---- matrix tiles, emulated -------------------------------------------------------------------------------
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("m", "k", "n"),
     [(1, 1, 1), (16, 32, 16), (17, 33, 15), (32, 64, 32), (33, 1, 47), (5, 1025, 3), (130, 31, 20), (3, 40, 530)],

@@ -65,6 +65,7 @@ LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+@pytest.mark.few(2)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("loss", LOSSES)

@@ -292,6 +292,7 @@ def allocations(function: Callable[[], Any]) -> tuple[int, int]:
     return max(itertools.accumulate(sizes)), max(sizes)
 
 
+@pytest.mark.few(1)
 @pytest.mark.not_on("triton", reason="thousands of rows, and memory of the interpreter's own")
 @pytest.mark.parametrize("k", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

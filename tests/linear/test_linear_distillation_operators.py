@@ -17,7 +17,7 @@ pytestmark = without_cuda_kernels
 FP32_HEAD = (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @registration_only
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [*((dtype, dtype) for dtype in DTYPES), FP32_HEAD])
@@ -52,7 +52,7 @@ def test_opcheck_of_chosen_tokens(choice: tuple[int, str, str]) -> None:
     torch.library.opcheck(torch.ops.r1kernels.linear_divergence, arguments)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -54,6 +54,7 @@ ACTIVE = {
 }
 
 
+@pytest.mark.few(8)
 @slow_interpreted
 @pytest.mark.parametrize("active", ACTIVE)
 @pytest.mark.parametrize("head", ["plain", "everything"])
@@ -72,6 +73,7 @@ def test_only_full_buffers_and_the_last_one_are_multiplied(
     policy.check(inputs, Objective(aggregate="token_mean"), 2e-5)
 
 
+@pytest.mark.few(6)
 @slow_interpreted
 @pytest.mark.parametrize("given", ["mask", "advantages"])
 @pytest.mark.parametrize("capacity", [None, 10, TOKENS])
@@ -102,6 +104,7 @@ def test_rows_known_to_be_still(
             assert torch.equal(grad, results[1][1][name]), name
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", ["grpo", "kl and entropy", "gspo", "callable"])
 @pytest.mark.parametrize("extra", ["holes", "token_advantages"])
 @pytest.mark.parametrize("rows", [(4, 9), (7, 7), (1, 2), (2, 0), (5, 1), (100, 100)])
@@ -214,6 +217,7 @@ def test_buffers_keep_to_their_budget(each: int, gradient: int, most: int | None
             assert max(rows) <= most
 
 
+@pytest.mark.few(1)
 @host_code
 @pytest.mark.parametrize("active", [4096, 8192])
 def test_a_walk_of_the_size_of_a_model(active: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from r1kernels import (
 # ---- 1. the whole table in float64 ----------------------------------------------------------------------------
 
 
+@pytest.mark.few(17)
 @reference_only
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("kl", KLS)
@@ -38,6 +39,7 @@ def test_objectives_in_float64(name: str, kl: str, aggregate: str) -> None:
             check(inputs, objective, 1e-12, measure_all=measure_all, chunk_bytes=chunk_bytes)
 
 
+@pytest.mark.few(10)
 @reference_only
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", ["grpo", "gspo_wide", "cispo", "sapo_sequence", "reinforce"])
@@ -53,6 +55,7 @@ def test_inputs_in_float64(head: str, name: str, extra: str) -> None:
 # ---- 2. float32 and 16 bits, both implementations ---------------------------------------------------------------
 
 
+@pytest.mark.few(12)
 @slow_interpreted
 @pytest.mark.parametrize("head", cases.HEADS)
 @pytest.mark.parametrize("name", ["two_sided", "gspo_wide", "sapo"])
@@ -63,6 +66,7 @@ def test_heads_in_float32(head: str, name: str, more: dict[str, float], implemen
         check(inputs, Objective(**OBJECTIVES[name], **more), 2e-5, chunk_bytes=cases.chunk_of(rows, 37, 12))
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_objectives_and_inputs_in_float32(name: str, extra: str) -> None:

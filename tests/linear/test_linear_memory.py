@@ -103,6 +103,7 @@ def bar(
     return said + products * PACKED
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])  # one pass and two phases
 def test_peak_memory(loss: str) -> None:
     """The dense computation takes 512 MiB for its float32 logits and their gradient here."""

@@ -46,6 +46,7 @@ def whole(ranks: Results, name: str, place: str) -> dict[str, Tensor]:
     return {"loss": sum(part["loss"] for part in parts), "hidden": hidden, **together}
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("place", ["FSDP", "replicated", "tensor", "both"])
 @pytest.mark.parametrize("name", CASES)
 def test_dtensors_give_what_one_process_gives(name: str, place: str, ranks: Results) -> None:

@@ -50,6 +50,7 @@ def run(case: dict[str, Any], factors: Tensor, reduction: str = "mean", **more: 
     return cases.gradients(linear_multi_target, case, upstream, reduction=reduction, **more)
 
 
+@pytest.mark.few(2)
 @reference_only
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -64,6 +65,7 @@ def test_gradcheck(reduction: str, shared: bool) -> None:
         )
 
 
+@pytest.mark.few(12)
 @reference_only
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -285,6 +287,7 @@ def test_the_rounding_error_of_a_repeated_target_is_added_once() -> None:
 # ---- the operators ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @registration_only
 @pytest.mark.parametrize("depths", [1, 3])
 @pytest.mark.parametrize(("head", "dtype", "capacity"), [
@@ -313,6 +316,7 @@ def test_opcheck(head: str, dtype: torch.dtype, capacity: int, depths: int) -> N
     )
 
 
+@pytest.mark.few(1)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("shared", [False, True])

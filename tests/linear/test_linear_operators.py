@@ -44,7 +44,7 @@ def head_arguments(
 MASK = torch.tensor([True, True, False, True, True, False])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @registration_only
 @pytest.mark.parametrize(("full", "dtypes"), [
     (False, (torch.float32, torch.float32)), (True, (torch.bfloat16, torch.bfloat16)),
@@ -124,7 +124,7 @@ def split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return ({k: v for k, v in inputs.items() if k in names}, {k: v for k, v in inputs.items() if k not in names})
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -35,7 +35,7 @@ def errors(grads: dict[str, Tensor], expected: cases.Exact) -> dict[str, float]:
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @slow_interpreted
 @pytest.mark.parametrize("more", [{}, {"kl_coef": 0.1, "entropy_coef": 0.01}])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])

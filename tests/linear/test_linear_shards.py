@@ -52,6 +52,7 @@ def joined(ranks: Results, name: str, world: int) -> dict[str, Tensor]:
     return result
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_ranks_together_compute_what_one_process_computes(name: str, world: int, ranks: Results) -> None:
@@ -76,6 +77,7 @@ def test_gradients_are_within_the_budget_of_float64(world: int, ranks: Results) 
         cases.assert_gradients(grads, expected, slack + (torch.finfo(dtype).eps if narrow else 0))
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation_is_as_exact_as_in_one_process(name: str, world: int, ranks: Results) -> None:

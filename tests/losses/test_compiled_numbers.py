@@ -71,6 +71,7 @@ LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+@pytest.mark.few(4)
 @compiles
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)

@@ -220,6 +220,7 @@ def test_only_metrics_of_known_quantities() -> None:
 # ---- compile and fakes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @compiles
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)

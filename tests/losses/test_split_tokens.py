@@ -28,6 +28,7 @@ def error(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm())
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("world", PARTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -34,6 +34,7 @@ def model_of(config):
                          config.hidden_size, 0, active, norm=2 * config.hidden_size)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("pass_", ["trained", "scored", "trained, checkpointed", "scored, checkpointed"])
 @pytest.mark.parametrize("layout", scaling_ranks.LAYOUTS, ids=str)
 def test_the_bytes_of_each_axis_are_those_that_ranks_send(counts, layout, pass_):

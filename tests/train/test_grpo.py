@@ -77,6 +77,7 @@ def test_one_step_ahead_it_samples_from_weights_one_step_older(tmp_path):
     assert all(line["first_ratio_deviation"] < 1e-4 for line in lines[:3])  # to the weights before the updates
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("truncated", ["top_p=0.8", "top_k=9", "min_p=0.1"])
 def test_truncated_sampling_is_replayed(tmp_path, truncated):
     """The sampler and the policy score the same sets, those of a step ahead too; without replay they differ."""
@@ -90,6 +91,7 @@ def test_truncated_sampling_is_replayed(tmp_path, truncated):
     assert read_lines(plain.directory / "metrics.jsonl")[0]["logprob_gap_max"] > 1e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_checkpoint_holds_what_sampling_kept(tmp_path, monkeypatch, ahead):
     """Of a rollout between two updates, and of a step that was sampled ahead."""

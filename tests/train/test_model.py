@@ -133,7 +133,7 @@ def test_an_adapter_is_refused(tmp_path):
 # ---- the head -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_those_of_the_models_logits(family):
     config, scale, softcap, bias = FAMILIES[family]

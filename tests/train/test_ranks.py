@@ -80,6 +80,7 @@ def test_more_ranks_train_the_same_model(runs, full, ranks, tensor):
     assert read_lines(first / "samples.jsonl") == read_lines(second / "samples.jsonl")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("stage", ["cold", "scores", "ppo", "lora"])
 def test_every_kind_of_training_is_the_same_on_more_ranks(runs, stage):
     if stage == "lora":
@@ -162,8 +163,10 @@ def test_what_ranks_do_not_have_in_common_is_refused_before_any_work(runs, setti
     assert not list((runs.folder / "apart").glob("rl/checkpoints/*"))
 
 
-def test_two_nodes(runs):
+def test_two_nodes(runs, full):
     """Two agents of torchrun meet by an address, as those of two machines do."""
+    if not full:
+        pytest.skip("with --full only: another test starts a torchrun, and three programs take a minute to start")
     port = free_port()
     outputs = [runs.folder / f"node{number}.out" for number in range(2)]
     nodes = [torchrun(

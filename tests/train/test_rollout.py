@@ -108,6 +108,7 @@ def test_the_sets_are_what_sampling_can_draw(size, top_p, top_k, min_p):
             torch.testing.assert_close(logprobs[row].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("top_p", "top_k", "min_p"), TRUNCATED[:4])
 def test_completions_have_the_sets_of_their_tokens(model, tokenizer, top_p, top_k, min_p):
     """Rows that end early leave the batch, and every rank packs its rows for the others."""

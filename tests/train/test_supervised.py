@@ -106,6 +106,7 @@ def test_its_model_loads_with_plain_transformers_and_its_generation_ends(whole):
     assert load_tokenizer(model_dir).eos_token_id in (ends if isinstance(ends, list) else [ends])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("checks", "how"), [(0, Killed), (1, Interrupted), (3, Killed), (3, Interrupted)])
 def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_path, checks, how):
     same_after_stops(run_sft, lambda stop: stage_at(home, tmp_path, interrupt=stop), whole[:2], checks, how)
@@ -113,6 +114,7 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_pat
     assert run_sft(stage_at(home, tmp_path, interrupt=StopAt(0, Killed))) == whole[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [["precision=bf16"], ["gradient_checkpointing=true"],
                                      ["stages.cold.lora={r: 2, alpha: 8}", "precision=bf16"]], ids=str)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
@@ -270,6 +272,7 @@ def test_a_new_model_learns_the_text(pretrained):
         [3e-2 * (step + 1) / 50 * (1 - step / 20) for step in range(20)])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("checks", "how"), [(0, Killed), (9, Killed), (9, Interrupted)])
 def test_pretraining_continues_as_if_never_stopped(pretrained, tmp_path, checks, how):
     same_after_stops(run_pretrain, lambda stop: pretrain_at(tmp_path, interrupt=stop), pretrained[:2], checks, how)

@@ -84,6 +84,7 @@ def exact_logprobs(model, rollout):
     return torch.stack(found)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sampling", [
     Sampling(0.7, 12, 0.8, 5, replay=True), Sampling(0.7, 12, top_k=6, min_p=0.05, replay=True)],
@@ -129,6 +130,7 @@ def test_rows_take_what_belongs_to_them(rollout):
     assert rollout.rows(torch.tensor([7, 2])).importance_weights is None
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("preset", ["r1", "dapo", "dr_grpo"])
 def test_neither_micro_batches_nor_routes_change_a_gradient(rollout, policy, preset):
     objective = getattr(r1kernels.objectives, preset)(**({"max_length": 12} if preset == "dr_grpo" else {}))
@@ -175,6 +177,7 @@ def test_advantages_and_weights_may_be_of_sequences_or_tokens(rollout, policy):
     assert found[0][1]["ratio_deviation"] == metrics["ratio_deviation"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("preset", ["grpo", "r1"])
 def test_the_first_ratio_is_exactly_one_and_every_token_is_measured(rollout, policy, preset, route):
