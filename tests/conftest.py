@@ -37,7 +37,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
 SAMPLED_ABOVE = 24
 # Interpreted and emulated kernels are slow. With them, these numbers of cases of each test run, by room,
 # and with `--full` the sample. Losses and heads call the kernels that the first room tests.
-MOST_INTERPRETED = {"kernels": 2, "losses": 1, "linear": 1, "gpu": 2}
+MOST_INTERPRETED = {"kernels": 1, "losses": 1, "linear": 1, "gpu": 2}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
