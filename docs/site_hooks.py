@@ -21,6 +21,7 @@ INCLUDED = {
     "recipes/README.md": "recipes.md",
     **{f"examples/{name}/README.md": f"examples/{name}.md"
        for name in sorted(path.parent.name for path in ROOT.glob("examples/*/README.md"))},
+    **{f"examples/{path.name}": "examples/index.md" for path in ROOT.glob("examples/README.md")},
 }
 PAGES = {"README.md": "index.md", **INCLUDED}  # the site's front page is written for it
 SOURCES = {page: source for source, page in INCLUDED.items()}
@@ -28,6 +29,12 @@ SOURCES = {page: source for source, page in INCLUDED.items()}
 LINK = re.compile(r"(`+).*?\1|(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", re.DOTALL)
 HIDDEN = re.compile(r"^<!-- test:.*?-->\n", re.MULTILINE | re.DOTALL)  # for the tests that run a page's code
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+
+
+def on_config(config: Any) -> None:
+    """Fills the section "Examples" of the navigation with the pages of examples/."""
+    examples = sorted((page for page in SOURCES if page.startswith("examples/")), key=lambda page: "index" not in page)
+    next(section for section in config.nav if "Examples" in section)["Examples"] = examples
 
 
 def on_files(files: Files, config: Any) -> Files:
