@@ -22,7 +22,7 @@ PUBLIC = next(ast.literal_eval(node.value) for node in PACKAGE.body
 LINKED = [name for name in PUBLIC if name not in ("__version__", "importance_weights")]
 
 LABEL = re.compile(r"\n*^(Memory|Equivalent to|Source): ", re.MULTILINE)
-PAIR = re.compile(r"^( +)(\w+), (\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
+PAIR = re.compile(r"^( +)(?!\w+Error)(\w+), (\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 QUOTATION = re.compile(r"^( +\w+: )>", re.MULTILINE)
 NAME = re.compile(rf"(?<!\[)`(?:r1kernels\.)?({'|'.join(LINKED)})`")
 PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
