@@ -4,6 +4,8 @@
 - Two arguments or attributes that share a description are two entries.
 - A description that begins with ">" is no quotation.
 - Names of the public interface and pages of docs/ are links.
+
+`r1kernels.rewards` has functions and modules of the same name, as `code`. The functions are public.
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
 
 
 class DocstringLabels(griffe.Extension):
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        rewards = pkg["rewards"]
+        alone = griffe.visit("rewards", filepath=rewards.filepath, parent=pkg,
+                             code=rewards.filepath.read_text(encoding="utf-8"))
+        for name, function in alone.functions.items():
+            if rewards[name].is_module:
+                rewards.set_member(name, function)
+                self.on_object(obj=function)
+
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if not obj.docstring:
             return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import built_site
@@ -24,6 +26,8 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.ids: set[str] = set()
+        self.kinds: dict[str, str] = {}  # of entries of the API reference, by the name of what they describe
+        self.kind = ""
         self.links: list[str] = []
         self.resources: list[str] = []
         self.texts: dict[str, list[str]] = defaultdict(list)
@@ -33,6 +37,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.ids |= {given["id"]} if given.get("id") else set()
+        classes = (given.get("class") or "").split()
+        if "doc-object" in classes:
+            self.kind = next(name for name in classes if name not in ("doc", "doc-object")).removeprefix("doc-")
+        elif "doc-heading" in classes and given.get("id"):
+            self.kinds[given["id"]] = self.kind
         if tag == "a" or given.get("rel") in ("next", "prev", "canonical"):
             self.links += [given["href"]] if given.get("href") else []
         else:
@@ -116,21 +125,42 @@ def test_nothing_is_left_of_markdown(read: dict[str, Page]) -> None:
 
 
 def test_every_public_name_has_an_entry(read: dict[str, Page]) -> None:
-    entries = set().union(*(content.ids for page, content in read.items() if page.startswith("api/")))
-    wanted = {f"r1kernels.{name}" for name in r1kernels.__all__} - {"r1kernels.__version__", "r1kernels.objectives"}
-    wanted |= {f"r1kernels.rewards.{name}" for name in rewards.__all__}
-    presets = {name for name, value in vars(objectives).items()
+    kinds = {name: kind for content in read.values() for name, kind in content.kinds.items()}
+    public = {f"r1kernels.{name}": getattr(r1kernels, name) for name in r1kernels.__all__}
+    del public["r1kernels.__version__"], public["r1kernels.objectives"]
+    public |= {f"r1kernels.rewards.{name}": getattr(rewards, name) for name in rewards.__all__}
+    presets = {f"r1kernels.objectives.{name}": value for name, value in vars(objectives).items()
                if inspect.isfunction(value) and value.__module__ == objectives.__name__ and not name.startswith("_")}
-    assert {"grpo", "reinforce"} <= presets
-    assert wanted | {f"r1kernels.objectives.{name}" for name in presets} <= entries
-    assert all(any(name.startswith(f"r1kernels.integrations.{trainer}") for name in entries) for trainer in
-               ("trl.", "verl.", "transformers.", "torchtitan.", "prime_rl.", "nemo_rl.", "slime."))
+    assert {"r1kernels.objectives.grpo", "r1kernels.objectives.reinforce"} <= set(presets)
+    for name, value in (public | presets).items():
+        kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "attribute"
+        assert kinds.get(name) == kind, f"{name} needs an entry in docs/api/, as ::: {name}"
+    for module in ("trl", "verl", "verl_head", "transformers", "torchtitan", "prime_rl", "nemo_rl", "slime"):
+        assert any(name.startswith(f"r1kernels.integrations.{module}.") for name in kinds), module
 
 
 def test_the_search_finds_text(site: Path) -> None:
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     assert {"statistics.html", "objectives.html"} <= {
         entry["location"].partition("#")[0] for entry in index["docs"] if "entropy" in entry["text"]}
+
+
+def test_links_of_the_repository_become_links_of_the_site() -> None:
+    mkdocs = pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -c constraints.txt '.[docs]'")
+    hooks = runpy.run_path(str(pages.ROOT / "docs/site_hooks.py"))
+
+    def written(page: str, text: str) -> str:
+        return hooks["on_page_markdown"](text, SimpleNamespace(file=SimpleNamespace(src_uri=page)))
+
+    assert written("recipes.md", "[a](../docs/cpu.md#exactness) [b](../examples/ppo)") == (
+        "[a](cpu.md#exactness) [b](examples/ppo.md)")
+    assert written("migrate/trl.md", "[s](../../SECURITY.md) [t](../cpu.md)") == "[s](../security.md) [t](../cpu.md)"
+    assert written("cpu.md", "[how](../r1kernels/train/cli.py)") == "how (`r1kernels/train/cli.py`)"
+    same = "`[a](none.md)`\n\n```python\nf[a](b)\n```\n\n[a](https://example.org) [b](#exactness)"
+    assert written("cpu.md", same) == same
+    assert written("cpu.md", "a\n\n<!-- test: set up\nx = 1\n-->\n\nb") == "a\n\n\nb"
+    with pytest.raises(mkdocs.exceptions.PluginError, match=r"cpu\.md.*none\.md"):
+        written("cpu.md", "[a](none.md)")
 
 
 def test_links_of_pages_that_are_not_on_the_site_exist() -> None:

@@ -90,10 +90,16 @@ def test_every_page_opens_without_a_fault(browser: Any, address: str, site: Path
         assert not faults, f"{path}: {faults}"
 
 
-def test_a_page_that_is_too_wide_is_found(browser: Any) -> None:
-    page = browser.new_page()
-    page.set_content("<meta name=viewport content='width=device-width'><main><div style='width: 600px'>x</div></main>")
+def test_faults_are_found(browser: Any, address: str) -> None:
+    page, faults = watched(browser, address)
+    page.goto(f"{address}/index.html")
+    page.set_content(f"""<main><div style='width: 600px'>x</div><img src='http://127.0.0.1:9/x.png'>
+        <img src='{address}/none.png'></main><script>console.error('a message'); missing()</script>""")
+    page.wait_for_load_state("networkidle")
     assert "600px" in page.evaluate(WIDER)
+    for part in ("elsewhere: http://127.0.0.1:9/x.png", "a message", "missing is not defined",
+                 f"404: {address}/none.png"):
+        assert any(part in fault for fault in faults), (part, faults)
 
 
 @pytest.mark.parametrize("as_files", [False, True])
