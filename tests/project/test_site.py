@@ -46,7 +46,8 @@ class Page(HTMLParser):
             self.links += [given["href"]] if given.get("href") else []
         else:
             self.resources += [given[name] for name in ("src", "href", "srcset", "data") if given.get(name)]
-        if tag in ("title", "h1", "p", "pre"):
+        # Code within a sentence is not part of its text; a block of code is one text.
+        if tag in ("title", "h1", "p", "pre") or (tag == "code" and self.open[-1:] == ["p"]):
             self.open.append(tag)
             self.texts[tag].append("")
 
