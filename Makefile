@@ -1,4 +1,4 @@
-# Four verbs: demo, test, bench, wheel. The first one that runs prepares .venv; later ones re-use it.
+# Five verbs: demo, test, bench, wheel, docs. The first one that runs prepares .venv; later ones re-use it.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-verl test-real test-wheel bench wheel FORCE
+.PHONY: build demo test test-verl test-real test-wheel bench wheel docs FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -48,6 +48,13 @@ bench: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(BIN)/python benchmarks/report.py build/benchmark.json
 
+# build/site, without a network; it also works when its files are opened without a server. The variable turns off a notice
+# of the theme about plans for another version of mkdocs.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 # For every Linux with glibc 2.28 or newer, as torch's own wheels; auditwheel refuses another one. torch's libraries come
 # with torch, CUDA's runtime is linked in.
 wheel: export R1KERNELS_CUDA_ARCHS ?= wheel
@@ -78,12 +85,17 @@ $(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
 	touch $(VENV)/build.stamp $@
 
+$(VENV)/docs.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
+	$(SAY_CUDA)
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $(VENV)/build.stamp $@
+
 $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	# torchtitan asks for an older version of datasets, which its losses do not need.
 	$(PIP) install --quiet -c constraints.txt --no-deps torchtitan spmd_types
-	touch $(VENV)/build.stamp $(VENV)/train.stamp $@
+	touch $(VENV)/build.stamp $(VENV)/train.stamp $(VENV)/docs.stamp $@
 
 # What was found of nvcc, and asked of it: the extension is built again when that changes.
 build/cuda-kernels: FORCE

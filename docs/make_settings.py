@@ -24,8 +24,9 @@ A recipe is a YAML file with the keys of "The run" below. `data` and `stages` ma
 """
 SETS = (recipe.FileData, recipe.HubData, recipe.FunctionData)
 STAGES = (recipe.Model, recipe.Pretrain, recipe.SFT, recipe.GRPO, recipe.Reject, recipe.Preference, recipe.Distill)
-PARTS = (recipe.Function, recipe.Scoring, recipe.Judge, recipe.Eval, recipe.Checkpoint, recipe.ObjectiveSettings,
-         recipe.Importance, recipe.SamplerSettings, recipe.PreferenceReward, recipe.Filters, recipe.Lora)
+PARTS = (recipe.Function, recipe.Scoring, recipe.Judge, recipe.Eval, recipe.Checkpoint, recipe.Parallel,
+         recipe.ObjectiveSettings, recipe.Importance, recipe.SamplerSettings, recipe.PreferenceReward,
+         recipe.Filters, recipe.Lora)
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null",
          typing.Any: "any value"}
 LIMITS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}",

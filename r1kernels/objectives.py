@@ -162,7 +162,7 @@ class Objective:
     def token_local(function: Callable[..., Any], **overrides: Any) -> Objective:
         r"""An objective from a function of single tokens, which costs no more than a preset does.
 
-        loss = sum_t w_t (iw_t f(l_t, H_t, tokens_t) + kl_coef kl_t - entropy_coef H_t)
+            loss = sum_t w_t (iw_t f(l_t, H_t, tokens_t) + kl_coef kl_t - entropy_coef H_t)
 
         From hidden states, the gradient is computed in the same walk as the log-probs, and tokens whose derivative is
         exactly 0 cost no backward products (with `kl_coef` and `entropy_coef` 0). A callable of the whole batch, given
@@ -184,10 +184,11 @@ class Objective:
         multiplied: use that field, or divide by `tokens.importance_weights`, if the correction shall not weigh the KL.
 
         Raises:
-            TypeError: function is not callable. ValueError: as `Objective`, or a field without effect. When the loss is
-                computed, ValueError: the function returns no floating-point tensor of shape (n,) or one without a
-                gradient, changes its inputs in place, or, on CPUs, its loss or derivative is NaN. The metric
-                `nonfinite_tokens` counts what is inf, and on GPUs also NaN (compiled, that of the loss alone).
+            TypeError: function is not callable.
+            ValueError: as `Objective`, or a field without effect. When the loss is computed, ValueError: the function
+                returns no floating-point tensor of shape (n,) or one without a gradient, changes its inputs in place,
+                or, on CPUs, its loss or derivative is NaN. The metric `nonfinite_tokens` counts what is inf, and on
+                GPUs also NaN (compiled, that of the loss alone).
 
         Equivalent to: `Objective(surrogate=lambda logprobs, batch: function(logprobs, batch.entropy, batch), ...)`.
         """

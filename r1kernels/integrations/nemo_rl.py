@@ -35,7 +35,7 @@ _TOKEN_METRICS = ("probs_ratio", "probs_ratio_clamped", "token_mult_prob_error",
 class R1PolicyLoss:
     """NeMo-RL's `ClippedPGLossFn`, with its settings, its normalisation and its metrics.
 
-    loss = reduce(w surrogate) + reference_policy_kl_penalty reduce(kl) + positive_example_nll_weight nll
+        loss = reduce(w surrogate) + reference_policy_kl_penalty reduce(kl) + positive_example_nll_weight nll
 
     reduce is the sum over tokens / global_valid_toks if `token_level_loss`, else the sum over sequences of the mean
     over their tokens / global_valid_seqs.
@@ -46,8 +46,8 @@ class R1PolicyLoss:
         any_version: accept every version of NeMo-RL.
 
     Raises:
-        ImportError: another version of NeMo-RL. ValueError, TypeError: a setting that is out of range, missing, or that
-        this loss does not know.
+        ImportError: another version of NeMo-RL.
+        ValueError, TypeError: a setting that is out of range, missing, or that this loss does not know.
     """
 
     input_name = "LOGPROB"
@@ -87,7 +87,7 @@ class R1PolicyLoss:
 
         Raises:
             TypeError, ValueError: a tensor is missing or has another type or shape; a mask has a value other than 0 and
-            1; data has `curr_logprobs_keep_mask`, which other commits of NeMo-RL 0.6 give.
+                1; data has `curr_logprobs_keep_mask`, which other commits of NeMo-RL 0.6 give.
         """
         at, now = self.settings, next_token_logprobs
         self._check(now, data)

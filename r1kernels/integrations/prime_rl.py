@@ -36,8 +36,8 @@ def dppo(
 ) -> r1kernels.PolicyLoss:
     """The loss of `type = "default"`, with its four settings and its metrics.
 
-    loss = sum_t w_t (-keep_t adv_tau A_t r_t + kl_tau (log r_t)^2);  keep is 0 if A > 0 and p - p_old >
-    dppo_mask_high, or A <= 0 and p_old - p > dppo_mask_low
+        loss = sum_t w_t (-keep_t adv_tau A_t r_t + kl_tau (log r_t)^2);  keep is 0 if A > 0 and p - p_old >
+        dppo_mask_high, or A <= 0 and p_old - p > dppo_mask_low
 
     Args:
         inputs: prime-rl's `LossInputs` of one sequence of T tokens: `trainer_logprobs`, `inference_logprobs`,
@@ -48,7 +48,8 @@ def dppo(
         `PolicyLoss(loss, metrics)`: 0-d, and tensors without a gradient.
 
     Raises:
-        TypeError: a field is missing or of another type. ValueError: a setting is out of range, a shape is not (T,).
+        TypeError: a field is missing or of another type.
+        ValueError: a setting is out of range, a shape is not (T,).
     """
     for name, setting in (("dppo_mask_low", dppo_mask_low), ("dppo_mask_high", dppo_mask_high), ("adv_tau", adv_tau),
                           ("kl_tau", kl_tau)):
@@ -73,7 +74,7 @@ def dppo(
 def ipo(inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3) -> r1kernels.PolicyLoss:
     """The loss of `type = "ipo"`, with its three settings and its metrics.
 
-    loss = sum_t w_t (-keep_t adv_tau A_t r_t + kl_tau (log r_t)^2);  keep is 0 if |p - p_old| > ipo_threshold
+        loss = sum_t w_t (-keep_t adv_tau A_t r_t + kl_tau (log r_t)^2);  keep is 0 if |p - p_old| > ipo_threshold
 
     Arguments, result and errors are those of `dppo`.
     """

@@ -59,9 +59,9 @@ def policy_loss(
         The loss, 0-d, and slime's metrics under their names, without gradients.
 
     Raises:
-        TypeError: args has not the names that this commit has. ValueError: context parallelism, or another option that
-        this loss has not; top-p replay together with tensor parallelism; a custom reducer that is not linear; a tensor
-        that is missing or has another length.
+        TypeError: args has not the names that this commit has.
+        ValueError: context parallelism, or another option that this loss has not; top-p replay together with tensor
+            parallelism; a custom reducer that is not linear; a tensor that is missing or has another length.
     """
     objective = _objective(args)
     group = tensor_parallel_group(args)

@@ -58,8 +58,9 @@ def losses(any_version: bool = False) -> types.SimpleNamespace:
 
     Raises:
         ImportError: another version of torchtitan, or one without what these classes need.
-        When a loss is computed, TypeError: a head that is not a linear layer, a mask that is not bool; ValueError:
-        DTensors or tensor parallelism from hidden states, an argument that the loss does not know.
+        TypeError: when a loss is computed, a head that is not a linear layer, a mask that is not bool.
+        ValueError: when a loss is computed, DTensors or tensor parallelism from hidden states, or an argument that the
+            loss does not know.
     """
     if not _classes.cache_info().currsize:
         check_version("torchtitan", VERSION, any_version)

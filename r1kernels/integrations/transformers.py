@@ -149,8 +149,9 @@ def apply_to(
         any_version: accept every version of transformers.
 
     Raises:
-        ImportError: another version of transformers. ValueError: the model's forward or loss function was replaced, or
-        an argument is out of range. TypeError: the head is not a plain linear layer, or is partitioned.
+        ImportError: another version of transformers.
+        ValueError: the model's forward or loss function was replaced, or an argument is out of range.
+        TypeError: the head is not a plain linear layer, or is partitioned.
     """
     check_version("transformers", SUPPORTED, any_version)
     model = causal_model(model)
@@ -236,7 +237,8 @@ def token_logprobs_and_entropy(
         (logprobs, entropy), each (B, T), float32, nats, differentiable, 0 where shift_labels is -100.
 
     Raises:
-        ValueError: `apply_to` was not called, labels are given, or shapes differ. TypeError: not a model, not a tensor.
+        ValueError: `apply_to` was not called, labels are given, or shapes differ.
+        TypeError: not a model, not a tensor.
     """
     if not isinstance(shift_labels, Tensor):
         raise TypeError(f"shift_labels is a {type(shift_labels).__name__}, expected a tensor (B, T) of token ids")

@@ -41,8 +41,9 @@ def cross_entropy(
 ) -> Tensor:
     r"""Negative log-likelihood of targets under softmax(logits / temperature).
 
-    loss = sum_t ((1 - eps) (-log p_t[target_t]) + eps mean_v (-log p_t[v]) + c lse_t^2) / (number of targets that are
-    not ignored),  z = logits / T,  p = softmax z,  lse = log sum_v e^{z_v}
+        loss = sum_t ((1 - eps) (-log p_t[target_t]) + eps mean_v (-log p_t[v]) + c lse_t^2)
+               / (number of targets that are not ignored),
+        z = logits / T,  p = softmax z,  lse = log sum_v e^{z_v}
 
     Args:
         logits: (..., V), as in `token_logprobs`. Row t scores target t: shift before the call.
@@ -60,7 +61,8 @@ def cross_entropy(
         (torch gives NaN).
 
     Raises:
-        TypeError: wrong dtype. ValueError: wrong shape or device, id out of range, unknown reduction.
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, id out of range, unknown reduction.
 
     Memory: the gradient of logits, and less than 64 bytes a token.
 

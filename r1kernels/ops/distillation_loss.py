@@ -213,9 +213,9 @@ def distillation_loss(
 ) -> DistillationLoss:
     r"""Mean divergence of a student from a teacher, over the whole vocabulary or the teacher's K likeliest tokens.
 
-    forward_kl  KL(q||p) = sum_j q_j (log q_j - log p_j)
-    reverse_kl  KL(p||q)
-    jsd         beta KL(q||m) + (1 - beta) KL(p||m),  m = beta q + (1 - beta) p
+        forward_kl  KL(q||p) = sum_j q_j (log q_j - log p_j)
+        reverse_kl  KL(p||q)
+        jsd         beta KL(q||m) + (1 - beta) KL(p||m),  m = beta q + (1 - beta) p
 
     with p = softmax(student_logits / T), q = softmax(teacher_logits / T) and 0 log 0 = 0.
 
@@ -274,7 +274,8 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
-        error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no synchronisation.
+            error, never padded. Values of top-k teachers are checked on the CPU only, where it costs no
+            synchronisation.
 
     Memory: 70 bytes a token at the peak of the forward; 24 of them are kept for the backward. The gradient is the only
     buffer of vocabulary width. Top-k: about 75 (K + 1) + 50 bytes a token at the peak (17 (K + 1) are kept), and two

@@ -147,10 +147,10 @@ def group_advantages(
 ) -> Tensor:
     r"""Advantage of each answer relative to the other answers to the same prompt.
 
-    A_i = (r_i - baseline_i) / (std + eps)
+        A_i = (r_i - baseline_i) / (std + eps)
 
-    baseline_i = mean of the group ("mean", GRPO), mean of the n - 1 other answers ("leave_one_out", RLOO), or
-    sum_j l_j r_j / sum_j l_j over the group with lengths l ("length_weighted", OPO)
+        baseline_i = mean of the group ("mean", GRPO), mean of the n - 1 other answers ("leave_one_out", RLOO), or
+        sum_j l_j r_j / sum_j l_j over the group with lengths l ("length_weighted", OPO)
 
     Args:
         rewards: (B,), float. NaN marks an unscorable answer, which does not count in baseline and std and gets 0.
@@ -169,8 +169,9 @@ def group_advantages(
         They are exactly 0 in a group of equal rewards or of one answer.
 
     Raises:
-        TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,
-        an infinite reward, an unknown scale or baseline, `lengths` missing, negative or not needed.
+        TypeError: wrong dtype.
+        ValueError: G does not divide B, both or neither of `group_size` and `group_ids`, an infinite reward, an unknown
+            scale or baseline, `lengths` missing, negative or not needed.
 
     Memory: 12 bytes an answer; about 150 with another baseline than the mean, which plain PyTorch computes in float64.
 

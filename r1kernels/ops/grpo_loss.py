@@ -41,7 +41,7 @@ def grpo_loss(
 ) -> PolicyLoss:
     r"""Policy-gradient loss from logits: the drop-in for log_softmax, gather, entropy, ratio, clip and KL.
 
-    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(logits_t / T)[token_t]
+        loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(logits_t / T)[token_t]
 
     Args:
         logits: (B, T, V), or packed (N, V) with `cu_seqlens`; float32, bfloat16 or float16 (float64: reference). Any

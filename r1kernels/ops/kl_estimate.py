@@ -64,7 +64,7 @@ class _KlEstimate(torch.autograd.Function):
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     r"""Per-token estimate of KL(pi || pi_ref) on tokens sampled from pi.
 
-    d = ref_logprobs - logprobs;  "k1": -d,  "k2": d^2/2,  "k3": e^d - d - 1 (accurate also where d is tiny)
+        d = ref_logprobs - logprobs;  "k1": -d,  "k2": d^2/2,  "k3": e^d - d - 1 (accurate also where d is tiny)
 
     In a loss, the expected gradient of "k1" is 0 (it regularises nothing), "k2" has the gradient of KL(pi || ref), and
     "k3" has the gradient of KL(ref || pi).
@@ -77,7 +77,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
         (...), float32, nats; differentiable once with respect to both inputs.
 
     Raises:
-        TypeError: wrong dtype. ValueError: shapes or devices differ, unknown estimator.
+        TypeError: wrong dtype.
+        ValueError: shapes or devices differ, unknown estimator.
 
     Memory: 8 bytes a token.
 

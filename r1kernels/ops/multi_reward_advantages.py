@@ -47,8 +47,8 @@ def multi_reward_advantages(
 ) -> Tensor:
     r"""Advantage of each answer from K rewards, each normalised among the answers to the same prompt (GDPO).
 
-    s_i = sum_k w_k (r_ik - mean_group,k) / (std_group,k + eps)
-    A_i = (s_i - mean_batch(s)) / (std_batch(s) + eps)
+        s_i = sum_k w_k (r_ik - mean_group,k) / (std_group,k + eps)
+        A_i = (s_i - mean_batch(s)) / (std_batch(s) + eps)
 
     Args:
         rewards: (B, K), float. NaN marks a reward that an answer does not have: it does not count in that reward's
@@ -65,8 +65,9 @@ def multi_reward_advantages(
         if all groups have equal rewards. The batch is what is given: with several ranks, give the rewards of all.
 
     Raises:
-        TypeError: wrong dtype. ValueError: G does not divide B, both or neither of `group_size` and `group_ids`,
-        an infinite reward, another number of weights than K.
+        TypeError: wrong dtype.
+        ValueError: G does not divide B, both or neither of `group_size` and `group_ids`, an infinite reward, another
+            number of weights than K.
 
     Memory: about 150 bytes an answer, and 8 a reward.
 

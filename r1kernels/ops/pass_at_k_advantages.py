@@ -91,7 +91,7 @@ def pass_at_k_advantages(
 ) -> Tensor:
     r"""Advantage of each answer for the best reward among k answers to the same prompt (pass@k training).
 
-    A_i = (E[max_S r | i in S] - E[max_S r]) / (std[max_S r] + eps), S = all subsets of k answers of the group
+        A_i = (E[max_S r | i in S] - E[max_S r]) / (std[max_S r] + eps), S = all subsets of k answers of the group
 
     With rewards 0 and 1 these are the closed formulas of the paper; with k = 1, `group_advantages` with ddof 0.
 
@@ -108,8 +108,9 @@ def pass_at_k_advantages(
         exactly 0 in a group where every subset has the same best reward, and in a group of at most k scorable answers.
 
     Raises:
-        TypeError: wrong dtype. ValueError: k out of range, G does not divide B, both or neither of `group_size` and
-        `group_ids`, an infinite reward.
+        TypeError: wrong dtype.
+        ValueError: k out of range, G does not divide B, both or neither of `group_size` and `group_ids`, an infinite
+            reward.
 
     Memory: about 300 bytes an answer.
 

@@ -280,7 +280,7 @@ def policy_loss(
 ) -> PolicyLoss:
     r"""Policy-gradient loss of a batch of sequences, with every metric, in one pass over the tokens.
 
-    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
+        loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t)
 
     Args:
         logprobs: (B, T), or packed (N,) with `cu_seqlens`; float, computed in float32 (float64 if given so).

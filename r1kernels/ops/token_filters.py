@@ -66,7 +66,7 @@ def high_entropy_filter(
 ) -> Tensor:
     r"""Weights that keep the tokens of highest entropy: the forking tokens, at which a text may go on in several ways.
 
-    keep_t = H_t >= quantile(H of all counted tokens, 1 - top)
+        keep_t = H_t >= quantile(H of all counted tokens, 1 - top)
 
     Args:
         entropy: (B, T) or packed (N,), float, nats: of `linear_token_logprobs_and_entropy`, for example.
@@ -115,7 +115,7 @@ def off_policy_filter(
 ) -> Tensor:
     r"""Weights that drop sequences of negative advantage from which the policy has moved too far away.
 
-    drop = A < 0 and mean_t(l_old - l) > threshold
+        drop = A < 0 and mean_t(l_old - l) > threshold
 
     Args:
         logprobs: (B, T) or packed (N,), float: log-probs by the policy that is trained, in nats; no gradient.

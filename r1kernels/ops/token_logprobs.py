@@ -133,7 +133,7 @@ def token_logprobs(
 ) -> Tensor:
     r"""Log-probability of each token under softmax(logits / temperature).
 
-    l = z_y - log sum_j e^{z_j},  z = logits / temperature
+        l = z_y - log sum_j e^{z_j},  z = logits / temperature
 
     Args:
         logits: (..., V), float32, bfloat16 or float16; float64 runs on the reference. Any strides: rows are read
@@ -155,7 +155,8 @@ def token_logprobs(
         gradient has the dtype of logits.
 
     Raises:
-        TypeError: wrong dtype. ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, temperature <= 0, an id outside [0, V).
 
     Memory: 24 bytes a token forward (two statistics are kept in float64); the gradient is the only buffer of
     vocabulary width.
@@ -176,7 +177,7 @@ def token_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probability of each token and entropy of each row, in one read of the logits.
 
-    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
+        l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
 
     Args, errors and memory are those of `token_logprobs`.
 

@@ -245,7 +245,7 @@ def token_statistics(
 ) -> TokenStatistics:
     r"""Statistics of each token and its row of logits, in one read of the logits.
 
-    lse = log sum_j e^{z_j},  l = z_y - lse,  H = -sum_j p_j log p_j,  S = sum_j p_j^2,  z = logits / temperature
+        lse = log sum_j e^{z_j},  l = z_y - lse,  H = -sum_j p_j log p_j,  S = sum_j p_j^2,  z = logits / temperature
 
     Args:
         logits, token_ids, temperature, process_group, vocab_size: as in `token_logprobs`.
@@ -260,8 +260,9 @@ def token_statistics(
         respect to logits, together in one backward pass; mean_logit and is_top1 are constants.
 
     Raises:
-        TypeError: wrong dtype, or fields is not a tuple. ValueError: wrong shape or device, temperature <= 0, an id
-        outside [0, V), an unknown field, or `selected_logprobs` without selected_ids.
+        TypeError: wrong dtype, or fields is not a tuple.
+        ValueError: wrong shape or device, temperature <= 0, an id outside [0, V), an unknown field, or
+            `selected_logprobs` without selected_ids.
 
     Memory: 48 bytes a token forward, and 16 for each selected id; the gradient is the only buffer of vocabulary width.
 

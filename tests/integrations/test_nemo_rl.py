@@ -7,7 +7,7 @@ import sys
 import types
 from typing import Any
 
-import migration_pages
+import pages
 import pytest
 import torch
 from torch import Tensor
@@ -318,7 +318,7 @@ def test_another_nemo_rl_is_refused(interfaces: types.ModuleType, monkeypatch: p
 
 def test_every_block_of_the_page_runs() -> None:
     data, logits = make_data()
-    for language, code in migration_pages.blocks("nemo_rl.md"):
+    for _, _, language, code in pages.blocks("docs/migrate/nemo_rl.md"):
         names: dict[str, Any] = {"setup": lambda: None}
         assert language == "python"
         exec(compile(code, "nemo_rl.md", "exec"), names)

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-import migration_pages
+import pages
 import pytest
 import torch
 from torch import Tensor, nn
@@ -344,7 +344,7 @@ def test_every_block_of_the_page_runs(fake_prime_rl: types.ModuleType) -> None:
     names = {"model": model, "hidden": torch.randn(1, 3, 12), "labels": torch.randint(40, (1, 3)), "config": None,
              "train": lambda config: fake_prime_rl.inject_prime_lm_head(model, chunk_size=None)}
     kinds = []
-    for language, code in migration_pages.blocks("prime_rl.md"):
+    for _, _, language, code in pages.blocks("docs/migrate/prime_rl.md"):
         kinds.append(language)
         if language == "toml":
             settings = tomllib.loads(code)["trainer"]["loss"]

@@ -6,7 +6,7 @@ import sys
 import types
 from typing import Any
 
-import migration_pages
+import pages
 import pytest
 import torch
 from torch import Tensor
@@ -299,7 +299,7 @@ def test_every_block_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("--loss-type", "--custom-loss-function-path", "--custom-megatron-init-path"):
         parser.add_argument(name)
     found = []
-    for language, code in migration_pages.blocks("slime.md"):
+    for _, _, language, code in pages.blocks("docs/migrate/slime.md"):
         assert language == "bash"
         settings = parser.parse_args(code.split())
         module, _, name = (settings.custom_loss_function_path or settings.custom_megatron_init_path).rpartition(".")

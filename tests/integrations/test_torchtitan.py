@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-import migration_pages
+import pages
 import pytest
 import torch
 from ranks import run_ranks
@@ -300,7 +300,7 @@ def test_every_block_of_the_page_runs() -> None:
 
     names: dict[str, Any] = {"Trainer": types.SimpleNamespace(Config=dict), "vocab_size": VOCAB}
     ids, labels = batch()
-    for language, code in migration_pages.blocks("torchtitan.md"):
+    for _, _, language, code in pages.blocks("docs/migrate/torchtitan.md"):
         assert language == "python"
         exec(compile(code, "torchtitan.md", "exec"), names)
         model = decoder()

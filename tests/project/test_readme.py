@@ -1,23 +1,17 @@
-"""The code of the README and of support sets runs, its two losses agree, and the tree it shows is the tree there is."""
+"""The code of the README runs, its losses agree, and the tree it shows is the tree there is."""
 
 import re
 from pathlib import Path
 
+import pages
 import torch
-
-import r1kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
 
 def code() -> dict[str, object]:
-    names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    return names
+    return pages.run("README.md")
 
 
 def test_before_and_after_agree() -> None:
@@ -51,17 +45,6 @@ def test_from_hidden_states_agrees_too() -> None:
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, lm_head.weight.grad)
     assert metrics["measured_tokens"] == arguments[-1].sum()
-
-
-def test_sets_of_ids_in_the_docs_may_all_be_empty() -> None:
-    text = (ROOT / "docs/objectives.md").read_text()
-    [block] = re.findall(r"```python\n(kept = .*?)```", text, re.DOTALL)
-    names = {"torch": torch, "linear_grpo_loss": r1kernels.linear_grpo_loss, "ends": torch.tensor([0, 3]),
-             "hidden": torch.randn(3, 4), "weight": torch.randn(50, 4), "token_ids": torch.tensor([5, 0, 8]),
-             "advantages": torch.ones(3), "old": torch.full((3,), -4.0)}
-    for code_of_sets in (block, re.sub(r"\[\[.*\]\]", "[[], [], []]", block)):
-        exec(compile(code_of_sets, "objectives.md", "exec"), names)
-    assert names["kept"] == [[], [], []]
 
 
 def test_rewards_are_as_stated() -> None:

@@ -91,7 +91,7 @@ def linear_loss_bytes(
 ) -> int:
     r"""Memory that a `linear_*` loss with one head needs for its forward and backward, beside its arguments.
 
-    bytes = buffers (`chunk_bytes`) + 4 V H and V H of the weight's dtype + N H of the gradient of hidden + 64 N
+        bytes = buffers (chunk_bytes) + 4 V H and V H of the weight's dtype + N H of the gradient of hidden + 64 N
 
     Args:
         tokens: N >= 0, the tokens of a call.

@@ -33,8 +33,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""Negative log-likelihood of targets from hidden states, without a tensor of logits.
 
-    loss = -sum_t log softmax(z_t)[target_t] / (number of targets that are not ignored),
-    z = softcap(logit_scale (hidden W^T + bias)) / temperature
+        loss = -sum_t log softmax(z_t)[target_t] / (number of targets that are not ignored),
+        z = softcap(logit_scale (hidden W^T + bias)) / temperature
 
     Args:
         hidden: (..., H), as in `linear_token_logprobs`. Row t scores target t: shift before the call.

@@ -203,8 +203,8 @@ def linear_distillation_loss(
 ) -> DistillationLoss:
     r"""Distillation from hidden states of both models: `distillation_loss` without a tensor of logits.
 
-    loss = sum_t D(q_t, p_t) / normalizer,  p = softmax(z_student / T),  q = softmax(z_teacher / T),
-    z = softcap(logit_scale (hidden W^T + bias)), each with its own weight, width H and options
+        loss = sum_t D(q_t, p_t) / normalizer,  p = softmax(z_student / T),  q = softmax(z_teacher / T),
+        z = softcap(logit_scale (hidden W^T + bias)), each with its own weight, width H and options
 
     Args:
         student_hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides.
@@ -231,7 +231,7 @@ def linear_distillation_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the expectation. Vocabularies that differ are an
-        error, never padded.
+            error, never padded.
 
     Memory: `chunk_bytes`, the weight's gradient in float32, the gradient of student_hidden, and 64 bytes a token; with
     a top-k teacher, also about 35 (K + 1) bytes a token.

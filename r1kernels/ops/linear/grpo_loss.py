@@ -278,8 +278,8 @@ def linear_grpo_loss(
 ) -> PolicyLoss:
     r"""Policy-gradient loss from hidden states: `grpo_loss` without a tensor of logits.
 
-    loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(z_t)[token_t],
-    z = softcap(logit_scale (hidden W^T + bias)) / temperature
+        loss = sum_t w_t (iw_t surrogate_t + kl_coef kl_t - entropy_coef H_t),  l_t = log softmax(z_t)[token_t],
+        z = softcap(logit_scale (hidden W^T + bias)) / temperature
 
     Args:
         hidden: (B, T, H), or packed (N, H) with `cu_seqlens`; as in `linear_token_logprobs`. Row t scores token t.

@@ -22,7 +22,7 @@ def linear_logits(
 ) -> Tensor:
     r"""Logits as the losses compute them, so that tokens can be drawn from the distribution that is trained.
 
-    u = logit_scale (hidden W^T + bias),  v = u, or softcap tanh(u / softcap),  z = v / temperature
+        u = logit_scale (hidden W^T + bias),  v = u, or softcap tanh(u / softcap),  z = v / temperature
 
     Args:
         hidden, weight: (..., H) and (V, H), as in `linear_token_logprobs`.

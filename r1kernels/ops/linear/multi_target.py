@@ -76,7 +76,7 @@ def linear_multi_target(
 ) -> Tensor:
     r"""Cross-entropy of each of D targets under one head, for multi-token prediction.
 
-    loss_d = -sum_t log softmax(z_dt)[token_dt] / (number of tokens that count at depth d)
+        loss_d = -sum_t log softmax(z_dt)[token_dt] / (number of tokens that count at depth d)
 
     Args:
         hidden: (D, ..., H), the hidden states of each depth, or (..., H) for all depths, where ... has at least one

@@ -120,8 +120,8 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     r"""Statistics of each token from hidden states, without a tensor of logits.
 
-    lse = log sum_j e^{z_j},  l = z_y - lse,  H = -sum_j p_j log p_j,  S = sum_j p_j^2,
-    z = softcap(logit_scale (hidden W^T + bias)) / temperature
+        lse = log sum_j e^{z_j},  l = z_y - lse,  H = -sum_j p_j log p_j,  S = sum_j p_j^2,
+        z = softcap(logit_scale (hidden W^T + bias)) / temperature
 
     Args:
         hidden, weight, token_ids, mask: as in `linear_token_logprobs`.

@@ -141,7 +141,7 @@ def linear_token_logprobs(
 ) -> Tensor:
     r"""Log-probability of each token from hidden states, without a tensor of logits.
 
-    l = z_y - log sum_j e^{z_j},  z = softcap(logit_scale (hidden W^T + bias)) / temperature
+        l = z_y - log sum_j e^{z_j},  z = softcap(logit_scale (hidden W^T + bias)) / temperature
 
     Args:
         hidden: (..., H), float32, bfloat16 or float16; float64 runs on the reference. Any strides: `hidden[:, :-1]`
@@ -178,7 +178,7 @@ def linear_token_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probability of each token and entropy of each row from hidden states, without a tensor of logits.
 
-    l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
+        l = z_y - lse,  H = -sum_j p_j log p_j,  with 0 log 0 = 0; both differentiable.
 
     Args, errors and memory are those of `linear_token_logprobs`.
 
