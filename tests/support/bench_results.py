@@ -44,10 +44,11 @@ def _heads() -> list[dict[str, Any]]:
             found.append(row("linear_grpo_loss", name, {"N": n, "V": v, "H": 1024}, factor * flops / 280e9,
                              series=series, peak_extra_bytes=memory, flops=flops, bytes_moved=n * v * 18))
     for share in (0.1, 0.25, 0.5, 1.0):
-        found.append(row("linear_grpo_loss", "r1kernels", {"N": 2048, "V": 32768, "H": 1024}, 0.4 + 0.8 * share,
-                         series="active", variant=f"{100 * share:.0f} % active", active_share=share))
-        found.append(row("linear_grpo_loss", "TRL", {"N": 2048, "V": 32768, "H": 1024}, 4.0, series="active",
-                         variant=f"{100 * share:.0f} % active", active_share=share))
+        for how, fixed in (("clipped", 0.4), ("of advantage 0", 0.1)) if share < 1 else (("", 0.4),):
+            more = {"series": "active", "active_share": share, "variant": f"{1 - share:.0%} {how}" if how else ""}
+            sizes = {"N": 2048, "V": 32768, "H": 1024}
+            found.append(row("linear_grpo_loss", "r1kernels", sizes, fixed + (1.2 - fixed) * share, **more))
+            found.append(row("linear_grpo_loss", "torch eager", sizes, 4.0, **more))
     shape, flops = {"N": 2048, "V": 32768, "H": 1024}, 4 * 2048 * 32768 * 1024
     for op in ("linear_cross_entropy", "linear_token_logprobs"):
         for name in ("r1kernels", "torch eager", "torch.compile"):

@@ -13,12 +13,18 @@ from r1kernels.bench.report import words
 from r1kernels.bench.report.curves import swatch
 from r1kernels.bench.report.figures import INK, Picture, legend, log_axis
 from r1kernels.bench.report.marks import OURS, mark, order
-from r1kernels.bench.report.rows import Row, grouped, key, measured, name
+from r1kernels.bench.report.rows import Row, grouped, key, name, plain
 
 FAMILIES = {
     "hidden": "Operations from hidden states",
     "logits": "Operations from logits",
     "tokens": "Operations on values per token",
+}
+ABOUT = {
+    "hidden": "The ceiling is the speed of bare products of the same dtype, or of a copy where that takes longer.",
+    "logits": "The ceiling is a copy of as many bytes as the operation must read and write.",
+    "tokens": "The ceiling is a copy of as many bytes as the operation must read and write. These operations take "
+              "little time.",
 }
 ROW = 0.30  # inches of a row of a picture with a row for each operation
 
@@ -30,7 +36,7 @@ def roofline(results: dict[str, Any]) -> Picture | None:
                 if words.positive(speed)}
     copy = words.positive(ceilings.get("copy_bytes_per_s"))
     points: dict[str, list[list[float]]] = {}
-    for group in grouped(measured(results), lambda row: key(row, "op", "pass", "dtype", "variant")).values():
+    for group in grouped(plain(results), lambda row: key(row, "op", "pass", "dtype", "variant")).values():
         for row in data_of.largest(group):
             flops, moved = words.positive(row.get("flops")), words.positive(row.get("bytes_moved"))
             if flops and moved:
@@ -44,7 +50,8 @@ def roofline(results: dict[str, Any]) -> Picture | None:
     alt = (f"Roofline: FLOP/s against FLOP for each byte. Ceilings: a copy at {words.rate(copy, 'B/s')}, products at "
            f"{flat}. Highest: {best}.")
     return Picture("roofline", "Roofline of operations with matrix products", alt,
-                   {"points": points, "products": products, "copy": copy}, _roofline)
+                   {"points": points, "products": products, "copy": copy}, _roofline,
+                   f"Lines: {words.rate(copy, 'B/s')} of a copy; products at {flat}.")
 
 
 def _roofline(figure: Figure, data: dict[str, Any]) -> None:
@@ -74,7 +81,7 @@ def _roofline(figure: Figure, data: dict[str, Any]) -> None:
 
 def shares(results: dict[str, Any], family: str) -> Picture | None:
     """How much of its ceiling each implementation of each operation of a family reaches: one row an operation."""
-    found = [row for row in measured(results) if data_of.family(row) == family and data_of.bound(results, row)]
+    found = [row for row in plain(results) if data_of.family(row) == family and data_of.bound(results, row)]
     several = len({row.get("dtype") for row in found}) > 1
     table: dict[str, dict[str, float]] = {}
     for group in grouped(found, lambda row: key(row, "op", "variant", "pass", "dtype")).values():
@@ -88,7 +95,7 @@ def shares(results: dict[str, Any], family: str) -> Picture | None:
     best = "; ".join(label + ": " + ", ".join(f"{name} {words.percent(share)}" for name, share in line.items())
                      for label, line in table.items())
     alt = f"{FAMILIES[family]}: share of the measured ceiling that each implementation reaches. {best}."
-    return Picture(f"share-{family}", FAMILIES[family], alt, {"rows": table}, _shares,
+    return Picture(f"share-{family}", FAMILIES[family], alt, {"rows": table}, _shares, ABOUT[family],
                    (4.8, 1.1 + ROW * len(table)))
 
 
@@ -145,7 +152,7 @@ def _errors(quantity: str, table: dict[str, Any], name: str) -> Picture:
     title = f"Error of {words.printable(quantity)} against float64"
     lines = "; ".join(f"{label}: median {words.error(row['quantiles'].get('0.5'))}, largest "
                       f"{words.error(row['quantiles'].get('1'))}" for label, row in table.items())
-    return Picture(name, title, f"{title}. {lines}.", {"rows": table}, draw_errors, (4.8, 0.9 + ROW * len(table)))
+    return Picture(name, title, f"{title}. {lines}.", {"rows": table}, draw_errors, size=(4.8, 0.9 + ROW * len(table)))
 
 
 def draw_errors(figure: Figure, data: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ def _growth(row: Row, which: str, quantity: str, lines: Lines, name: str) -> Pic
     letter, _ = AXES[which]
     data = {"lines": lines, "which": which, "quantity": quantity}
     title = f"{quantity.capitalize()} of {words.printable(row.get('op'))} against {letter}"
-    return Picture(name, title, f"{title}, {setting(row, letter)}. {at_the_end(lines, which, quantity)}", data, _one)
+    alt = f"{title}, {setting(row, letter)}. {at_the_end(lines, which, quantity)}"
+    return Picture(name, title, alt, data, _one, f"{setting(row, letter)}.")
 
 
 def setting(row: Row, without: str = "") -> str:
@@ -80,8 +82,7 @@ def _panel(axes: Any, lines: Lines, which: str, quantity: str) -> list[Any]:
     points = [point for points in lines.values() for point in points]
     if points:
         log_axis(axes, "x", [place for place, _ in points], words.whole, exact=True)
-        log_axis(axes, "y", [value for _, value in points], lambda value: QUANTITIES[quantity][1](value, 1),
-                 memory=quantity == "memory")
+        log_axis(axes, "y", [value for _, value in points], QUANTITIES[quantity][1], memory=quantity == "memory")
     axes.set_xlabel(AXES[which][1])
     axes.set_ylabel({"time": "time", "memory": "peak extra memory"}[quantity])
     return handles
@@ -98,7 +99,7 @@ def head(results: dict[str, Any], op: str = "linear_grpo_loss") -> Picture | Non
         return None
     alt = " ".join(f"{quantity.capitalize()} of {op} against the vocabulary, {setting(found[0], 'V')}. "
                    f"{at_the_end(lines, 'vocabulary', quantity)}" for quantity, lines in panels.items())
-    return Picture("head", "The loss head", alt, {"panels": panels}, _head, (8.4, 3.4))
+    return Picture("head", "The loss head", alt, {"panels": panels}, _head, f"{setting(found[0], 'V')}.", (8.4, 3.4))
 
 
 def _head(figure: Figure, data: dict[str, Any]) -> None:
@@ -109,21 +110,31 @@ def _head(figure: Figure, data: dict[str, Any]) -> None:
     legend(figure, [drawn[name] for name in names], names, min(len(names), 5))
 
 
+def reason(row: Row) -> str:
+    """Why tokens are not active: "clipped" for the variant "75% clipped"; "" where all are."""
+    return re.sub(r"^[\d.]+ ?% *(of )?", "", str(row.get("variant") or ""))
+
+
 def active(results: dict[str, Any]) -> list[Picture]:
     """Cost against the share of active tokens, relative to the cost with all tokens active."""
     pictures = []
     found = [row for row in measured(results) if row.get("series") == "active"]
     for number, group in enumerate(grouped(found, lambda row: key(row, "op", "pass", "dtype")).values()):
-        lines = lines_of(group, lambda row: words.positive(row.get("active_share")), lambda row: row.get("median_s"))
-        lines = {name: [[share, seconds / points[-1][1]] for share, seconds in points]
-                 for name, points in lines.items() if len(points) > 1}
+        lines: Lines = {}
+        for why in sorted({reason(row) for row in group if row.get("active_share") != 1}):
+            part = [row for row in group if reason(row) == why or row.get("active_share") == 1]
+            points_of = lines_of(part, lambda row: words.positive(row.get("active_share")),
+                                 lambda row: row.get("median_s"))
+            lines |= {words.listed([name, why]): [[share, seconds / points[-1][1]] for share, seconds in points]
+                      for name, points in points_of.items() if len(points) > 1}
         if not lines:
             continue
         title = f"Cost of {words.printable(group[0].get('op'))} against the share of active tokens"
         lowest = "; ".join(f"{name} takes {words.percent(points[0][1])} of its full time with "
                            f"{words.percent(points[0][0])} active" for name, points in lines.items())
         alt = f"{title}, relative to all tokens active. {lowest}. The ideal line for three products is 1/3 + 2/3 k."
-        pictures.append(Picture(f"active-{number}", title, alt, {"lines": lines}, _active))
+        common = setting({**group[0], "variant": ""})
+        pictures.append(Picture(f"active-{number}", title, alt, {"lines": lines}, _active, f"{common}."))
     return pictures
 
 
@@ -131,6 +142,9 @@ def _active(figure: Figure, data: dict[str, Any]) -> None:
     axes = figure.subplots()
     [ideal] = axes.plot([0, 1], [1 / 3, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
     handles = [line(axes, name, points) for name, points in data["lines"].items()]
+    reasons = list(dict.fromkeys(name.partition(", ")[2] for name in data["lines"]))
+    for handle, name in zip(handles, data["lines"], strict=True):
+        handle.set_linestyle(("-", (0, (1, 1)), (0, (5, 1, 1, 1)))[reasons.index(name.partition(", ")[2]) % 3])
     axes.set_xlim(0, 1.04)
     axes.set_ylim(0, None)
     axes.set_xlabel("share k of tokens with a gradient")

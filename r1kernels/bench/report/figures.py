@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from r1kernels.bench.report.marks import mark
+from r1kernels.bench.report import words
+from r1kernels.bench.report.marks import OURS, mark
 from r1kernels.bench.report.words import Writer, printable
 
 INK = "#0b0c0d"  # stands for the colour of text, which follows the reader's light or dark theme
@@ -43,6 +44,7 @@ class Picture:
     alt: str
     data: dict[str, Any]
     draw: Callable[[Figure, dict[str, Any]], None]
+    caption: str = ""  # what a reader who sees the picture still needs
     size: tuple[float, float] = (4.8, 3.5)  # inches: readable at the width of a phone
 
     @property
@@ -98,14 +100,14 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], write: Writer, *, 
     getattr(axes, f"set_{which}lim")(*limits)
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FixedFormatter([write(tick) for tick in ticks]))
+    axis.set_major_formatter(FixedFormatter([words.tick(write(tick)) for tick in ticks]))
     axis.set_minor_locator(NullLocator())
 
 
 def line(axes: Axes, implementation: str, points: Sequence[Sequence[float]]) -> Any:
     """The line of an implementation, in its colour and with its marker."""
     color, marker = mark(implementation)
-    ours = implementation == "r1kernels"
+    ours = implementation.partition(", ")[0] == OURS
     [drawn] = axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5 if ours else 4.5,
                         linewidth=2.4 if ours else 1.3, zorder=3 if ours else 2)
     return drawn

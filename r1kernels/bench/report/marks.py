@@ -32,12 +32,15 @@ OTHERS = (Mark("#a83279", "p"), Mark("#5b8c00", "h"), Mark("#b8860b", "*"), Mark
 
 
 def mark(implementation: str) -> Mark:
-    """The mark of an implementation; one that has no fixed mark gets one that follows from its name."""
-    return MARKS.get(implementation) or OTHERS[zlib.crc32(implementation.encode(errors="replace")) % len(OTHERS)]
+    """The mark of an implementation. "r1kernels, float32 logits" has that of r1kernels; a name without a fixed mark has
+    one that follows from its letters."""
+    base = implementation.partition(", ")[0]
+    return MARKS.get(base) or OTHERS[zlib.crc32(base.encode(errors="replace")) % len(OTHERS)]
 
 
 def order(implementation: str) -> tuple[int, str]:
     """A key for sorting: r1kernels first, then the known ones, then others by name, ceilings last."""
     names = list(MARKS)
-    place = names.index(implementation) if implementation in MARKS else len(names)
+    base = implementation.partition(", ")[0]
+    place = names.index(base) if base in MARKS else len(names)
     return (len(names) + 1 if implementation.startswith(CEILING) else place, implementation)

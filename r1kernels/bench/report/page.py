@@ -58,7 +58,7 @@ def _ceilings(results: dict[str, Any]) -> list[Picture]:
 
 def _figure(picture: Picture) -> dict[str, Any]:
     # The SVG is ours: matplotlib escapes the texts in it.
-    return {"title": picture.title, "alt": picture.alt, "svg": Markup(picture.svg())}
+    return {"title": picture.title, "caption": picture.caption, "svg": Markup(picture.svg())}
 
 
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:

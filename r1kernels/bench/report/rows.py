@@ -30,6 +30,11 @@ def measured(results: dict[str, Any]) -> list[Row]:
     return [row for row in rows(results) if not name(row).startswith(CEILING)]
 
 
+def plain(results: dict[str, Any]) -> list[Row]:
+    """The rows of implementations in which every token is active."""
+    return [row for row in measured(results) if row.get("series") != "active"]
+
+
 def name(row: Row) -> str:
     return str(row.get("implementation") or "unknown")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,6 +79,11 @@ def error(value: Any) -> str:
 def percent(value: Any) -> str:
     found = real(value)
     return "" if found is None else f"{digits(100 * found)} %"
+
+
+def tick(text: str) -> str:
+    """A label of an axis: 64 MiB for 64.0 MiB."""
+    return re.sub(r"(\.\d*?)0+(?= |$)", r"\1", text).replace(". ", " ").removesuffix(".")
 
 
 def whole(value: Any) -> str:
