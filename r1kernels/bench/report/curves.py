@@ -121,7 +121,7 @@ def active(results: dict[str, Any]) -> list[Picture]:
     found = [row for row in measured(results) if row.get("series") == "active"]
     for number, group in enumerate(grouped(found, lambda row: key(row, "op", "pass", "dtype")).values()):
         lines: Lines = {}
-        for why in sorted({reason(row) for row in group if row.get("active_share") != 1}):
+        for why in dict.fromkeys(reason(row) for row in group if row.get("active_share") != 1):
             part = [row for row in group if reason(row) == why or row.get("active_share") == 1]
             points_of = lines_of(part, lambda row: words.positive(row.get("active_share")),
                                  lambda row: row.get("median_s"))
@@ -142,9 +142,9 @@ def _active(figure: Figure, data: dict[str, Any]) -> None:
     axes = figure.subplots()
     [ideal] = axes.plot([0, 1], [1 / 3, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
     handles = [line(axes, name, points) for name, points in data["lines"].items()]
-    reasons = list(dict.fromkeys(name.partition(", ")[2] for name in data["lines"]))
-    for handle, name in zip(handles, data["lines"], strict=True):
-        handle.set_linestyle(("-", (0, (1, 1)), (0, (5, 1, 1, 1)))[reasons.index(name.partition(", ")[2]) % 3])
+    reasons = [label.partition(", ")[2] for label in data["lines"]]
+    for handle, why in zip(handles, reasons, strict=True):
+        handle.set_linestyle(("-", (0, (1, 1)), (0, (5, 1, 1, 1)))[list(dict.fromkeys(reasons)).index(why) % 3])
     axes.set_xlim(0, 1.04)
     axes.set_ylim(0, None)
     axes.set_xlabel("share k of tokens with a gradient")

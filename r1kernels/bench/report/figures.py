@@ -71,7 +71,9 @@ def _tidy(text: str, picture: Picture, standalone: bool) -> str:
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     body = re.sub(r"[ \t]+\n", "\n", body)
-    spaces = ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"' if standalone else ""
+    width, height = (round(100 * inches) for inches in picture.size)
+    spaces = (f' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" '
+              f'height="{height}"') if standalone else ""
     meta = f"<metadata>data sha256 {picture.data_hash}</metadata>\n{THEMES}\n" if standalone else ""
     return (f'<svg{spaces} {box} role="img" aria-label="{html.escape(printable(picture.alt))}" stroke-linejoin="round">'
             f"\n{meta}{body}")
