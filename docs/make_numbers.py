@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from number_blocks import BLOCKS, PICTURES, ROOT, Missing
+from number_blocks import BLOCKS, PICTURES, ROOT, Missing, source
 
 from r1kernels.bench.report.figures import HASH, Picture
 
@@ -61,7 +61,7 @@ def _block(name: str, page: Path, made: Made) -> str:
     else:
         made.pictures.update({PICTURES / f"{picture.name}.svg": picture for picture in block.pictures})
         images = [f"![{_plain(picture.alt)}]({_link(picture, page)})" for picture in block.pictures]
-        text = "\n\n".join([*images, *([block.text] if block.text else []), *block.sources])
+        text = "\n\n".join([*images, *([block.text] if block.text else []), *map(source, block.files)])
     # Blank lines, because some renderers join a comment and the line beside it.
     return f"<!-- numbers: {name} -->\n\n{text}\n\n<!-- numbers: end -->"
 

@@ -35,10 +35,10 @@ class Missing(Exception):
 
 
 class Block(NamedTuple):
-    """A table, pictures, and a line for each result file."""
+    """A table, the result files that it was made from, and pictures."""
 
     text: str
-    sources: list[str]
+    files: list[Path]
     pictures: tuple[Picture, ...] = ()
 
 
@@ -66,7 +66,7 @@ def recipes() -> list[Path]:
 def bench_table(op: str, about: str, **where: str) -> Callable[[], Block]:
     def block() -> Block:
         table = report.table(read(BENCH), op, **where)
-        return Block(f"{table}\n\n{about}", [source(BENCH)])
+        return Block(f"{table}\n\n{about}", [BENCH])
 
     return block
 
@@ -77,14 +77,14 @@ def bench_pictures(draw: Callable[[dict[str, Any]], list[Picture | None]]) -> Ca
         if not pictures:
             raise ValueError(f"{BENCH} has no rows for this block; measure with the default size")
         captions = "\n\n".join(picture.caption for picture in pictures if picture.caption)
-        return Block(captions, [source(BENCH)], tuple(pictures))
+        return Block(captions, [BENCH], tuple(pictures))
 
     return block
 
 
 def fidelity_table() -> Block:
     about = ("Absolute errors against float64; errors of gradients are divided by the largest entry of the gradient.")
-    return Block(f"{report.fidelity_table(read(BENCH))}\n\n{about}", [source(BENCH)])
+    return Block(f"{report.fidelity_table(read(BENCH))}\n\n{about}", [BENCH])
 
 
 CELLS = "Median time; ratio to r1kernels, the median over rounds; peak extra memory."
@@ -95,7 +95,7 @@ CELLS = "Median time; ratio to r1kernels, the median over rounds; peak extra mem
 def recipe_table() -> Block:
     """A table for each result of a recipe that has stages."""
     found = [(path, read(path)) for path in recipes() if read(path).get("stages")]
-    return Block("\n\n".join(stages(result) for _, result in found), [source(path) for path, _ in found])
+    return Block("\n\n".join(stages(result) for _, result in found), [path for path, _ in found])
 
 
 def stages(result: dict[str, Any]) -> str:
@@ -114,7 +114,7 @@ def stages(result: dict[str, Any]) -> str:
 def recipe_picture() -> Block:
     found = [(path, read(path)) for path in recipes() if (read(path).get("curves") or {}).get("r1_zero")]
     picture = number_pictures.recipe([result for _, result in found])
-    return Block("", [source(path) for path, _ in found], (picture,))
+    return Block("", [path for path, _ in found], (picture,))
 
 
 # ---- results of single scripts -----------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def trl_step() -> Block:
     lines = [[row["implementation"], words.seconds(row["median_s"]), f"{row['ratio']:.2f}",
               words.memory(row["peak_extra_bytes"])] for row in rows]
     table = markdown([rows[0]["shape"], "time", "of TRL's", "peak memory"], lines)
-    return Block(table, [source(path)])
+    return Block(table, [path])
 
 
 def student_topk() -> Block:
@@ -137,7 +137,7 @@ def student_topk() -> Block:
     lines = [[name, *(cells.get((name, shape), "") for shape in shapes)]
              for name in dict.fromkeys(row["implementation"] for row in rows)]
     about = f"Forward and backward in {rows[0]['dtype']}, K = {rows[0]['top_k']}; ratio to the log-prob."
-    return Block(f"{markdown(['', *shapes], lines)}\n\n{about}", [source(path)])
+    return Block(f"{markdown(['', *shapes], lines)}\n\n{about}", [path])
 
 
 def sampling_replay() -> Block:
@@ -154,7 +154,7 @@ def sampling_replay() -> Block:
                       "after one step: mean", "outside"], lines)
     sizes = "; ".join(f"top_p {result['top_p']:g}: {words.whole(result['tokens'])} tokens, {result['mean_set']:.0f} "
                       f"ids a set, at most {words.whole(result['largest_set'])}" for result in results)
-    return Block(f"{table}\n\n{sizes}.", [source(path)], (number_pictures.sampling_replay(results),))
+    return Block(f"{table}\n\n{sizes}.", [path], (number_pictures.sampling_replay(results),))
 
 
 SCALING_COLUMNS = ("devices", "tensor ranks", "completions", "state GB", "step s", "sampling s", "compute s", "data s",
@@ -169,7 +169,7 @@ def scaling_costs(device: str = "H100") -> Block:
         cells[3] += "" if row["fits"] else " (too much)"
         lines.append([row["model"], *cells])
     about = f"Computed by `benchmarks/scaling.py`, not measured: `{SCALING.relative_to(ROOT)}`, {device}."
-    return Block(markdown(["model", *SCALING_COLUMNS], lines), [about])
+    return Block(f"{markdown(['model', *SCALING_COLUMNS], lines)}\n\n{about}", [])
 
 
 def gpu_instructions(arch: str = "sm_90") -> Block:
@@ -189,7 +189,7 @@ def gpu_instructions(arch: str = "sm_90") -> Block:
         "fused step, CUDA, with entropy in the loss": sums + with_entropy,
     }
     table = markdown([f"bfloat16, {arch}", "instructions per entry"], [[what, f"{n:.1f}"] for what, n in found.items()])
-    return Block(f"{table}\n\nCounted in the machine code.", [source(path) for path in (*triton.values(), ptxas)])
+    return Block(f"{table}\n\nCounted in the machine code.", [*triton.values(), ptxas])
 
 
 def least_instructions(result: dict[str, Any], kernel: str, arch: str) -> float:

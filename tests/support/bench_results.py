@@ -60,7 +60,7 @@ def _heads() -> list[dict[str, Any]]:
 
 def _logits() -> list[dict[str, Any]]:
     found = []
-    for op in ("token_logprobs", "grpo_loss", "cross_entropy", "distillation_loss"):
+    for op in ("token_logprobs_and_entropy", "grpo_loss", "cross_entropy", "distillation_loss"):
         for v in (32000, 151936):
             moved = 2048 * v * 6
             for name in ("r1kernels", "torch eager", "torch.compile"):
