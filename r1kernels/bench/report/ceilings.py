@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from r1kernels.bench.report import rows as data_of
 from r1kernels.bench.report import words
 from r1kernels.bench.report.curves import swatch
-from r1kernels.bench.report.figures import INK, Picture, legend, log_axis
+from r1kernels.bench.report.figures import INK, Picture, legend, log_axis, note
 from r1kernels.bench.report.marks import OURS, mark, order
 from r1kernels.bench.report.rows import Row, grouped, key, name, plain
 
@@ -63,13 +63,12 @@ def _roofline(figure: Figure, data: dict[str, Any]) -> None:
     top = max([*speeds, *data["products"].values()])
     log_axis(axes, "x", [left, right], words.whole)
     log_axis(axes, "y", [min([*speeds, left * copy]), top * 1.4], lambda value: words.rate(value, "FLOP/s"))
-    highest = max(ridges)
+    highest, beside = max(ridges), {"textcoords": "offset points", "fontsize": 8}
     axes.plot([left, highest], [left * copy, highest * copy], color=INK, linewidth=1.1, zorder=1)
     for dtype, speed in data["products"].items():
         axes.plot([speed / copy, right], [speed, speed], color=INK, linewidth=1.1, zorder=1)
-        axes.annotate(f"products, {words.printable(dtype)}", (right, speed), xytext=(-2, 2), ha="right", fontsize=8,
-                      textcoords="offset points")
-    axes.annotate("copy", (left, left * copy), xytext=(8, 2), ha="left", fontsize=8, textcoords="offset points")
+        note(axes, f"products, {dtype}", (right, speed), xytext=(-2, 2), ha="right", **beside)
+    note(axes, "copy", (left, left * copy), xytext=(8, 2), **beside)
     for implementation, found in data["points"].items():
         color, marker = mark(implementation)
         axes.plot(*zip(*found, strict=True), color=color, marker=marker, linestyle="", markersize=5,
@@ -119,8 +118,7 @@ def _labelled(axes: Axes, labels: list[str]) -> list[tuple[float, str]]:
     axes.yaxis.set_major_locator(NullLocator())
     axes.spines["left"].set_visible(False)
     for place, label in enumerate(labels):
-        axes.annotate(words.printable(label), (0, place - 0.28), xycoords=("axes fraction", "data"), fontsize=7.5,
-                      va="bottom")
+        note(axes, label, (0, place - 0.28), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
         axes.axhline(place, color=INK, alpha=0.15, linewidth=0.6, zorder=0)
     return list(enumerate(labels))
 

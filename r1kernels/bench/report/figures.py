@@ -29,6 +29,7 @@ STYLE = {
     "ytick.color": INK, "legend.frameon": False, "axes.grid": True, "grid.color": "#808080", "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.linewidth": 0.8, "legend.fontsize": 8.5,
 }
+LINE, LETTERS = 0.19, 14  # the height of a line of a legend in inches, and letters in an inch of it
 # An SVG file that a page shows as an image cannot inherit the colour of the page.
 THEMES = ("<style>svg{color:#1f2328;background:#fff}@media(prefers-color-scheme:dark)"
           "{svg{color:#e6edf3;background:#0d1117}}</style>")
@@ -64,27 +65,32 @@ class Picture:
 
 
 def _tidy(text: str, picture: Picture, standalone: bool) -> str:
-    box = re.search(r'viewBox="[^"]*"', text)[0]
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     body = text[text.index("<defs>"):].replace(INK, "currentColor")
     body = re.sub(r'<style type="text/css">.*?</style>', "", body, flags=re.DOTALL)
     body = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", body)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     body = re.sub(r"[ \t]+\n", "\n", body)
-    width, height = (round(100 * inches) for inches in picture.size)
+    width, height = (round(float(points) / 72 * 100) for points in box.groups())
     spaces = (f' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" '
               f'height="{height}"') if standalone else ""
     meta = f"<metadata>data sha256 {picture.data_hash}</metadata>\n{THEMES}\n" if standalone else ""
-    return (f'<svg{spaces} {box} role="img" aria-label="{html.escape(printable(picture.alt))}" stroke-linejoin="round">'
-            f"\n{meta}{body}")
+    alt = html.escape(printable(picture.alt))
+    return f'<svg{spaces} {box[0]} role="img" aria-label="{alt}" stroke-linejoin="round">\n{meta}{body}'
 
 
-def nice(low: float, high: float, steps: Sequence[float], base: float, most: int = 6) -> list[float]:
-    """At most about `most` round values for a logarithmic axis: steps times powers of the base within the limits."""
+STEPS = {10: ((1, 2, 5), (1,)), 1024: (tuple(2**k for k in range(10)), (1, 4, 16, 64, 256), (1, 32), (1,))}
+
+
+def round_values(low: float, high: float, base: int, most: int = 6) -> list[float]:
+    """Round values for a logarithmic axis within its limits: as many as there are, up to `most`."""
     powers = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
-    found = [step * base**power for power in powers for step in steps if low <= step * base**power <= high]
-    if len(found) > most:
-        found = [value for value in found if value in {base**power for power in powers}] or found
+    found: list[float] = []
+    for steps in STEPS[base]:
+        found = [step * base**power for power in powers for step in steps if low <= step * base**power <= high]
+        if len(found) <= most:
+            return found
     return found[:: math.ceil(len(found) / most)]
 
 
@@ -94,8 +100,7 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], write: Writer, *, 
     low, high = min(values), max(values)
     margin = max(1.15, (high / low) ** 0.06)
     limits = (low / margin, high * margin)
-    steps, base = ((1, 4, 16, 64, 256), 1024) if memory else ((1, 2, 5), 10)
-    ticks = sorted(set(values)) if exact else nice(*limits, steps, base)
+    ticks = sorted(set(values)) if exact else round_values(*limits, 1024 if memory else 10)
     if not ticks:
         ticks = sorted({low, high})
     getattr(axes, f"set_{which}scale")("log")
@@ -115,8 +120,24 @@ def line(axes: Axes, implementation: str, points: Sequence[Sequence[float]]) -> 
     return drawn
 
 
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def note(axes: Axes, text: str, place: tuple[float, float], **how: Any) -> None:
+    """Writes beside data; the axes keep their size, however long the text is."""
+    axes.annotate(shortened(printable(text), 70), place, **how).set_in_layout(False)
+
+
 def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    """Puts names below the axes. A figure grows with the lines that they take."""
+    if not handles:
+        return
     # Matplotlib leaves out names that begin with an underscore.
     shown = [f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name for name in map(printable, names)]
-    if handles:
-        figure.legend(handles, shown, loc="outside lower center", ncols=columns)
+    width, height = figure.get_size_inches()
+    letters = int(LETTERS * width)
+    shown = [shortened(name, letters - 6) for name in shown]
+    columns = max(1, min(columns, letters // (max(map(len, shown)) + 6)))
+    figure.set_size_inches(width, height + LINE * max(0, math.ceil(len(shown) / columns) - 2))
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns)
