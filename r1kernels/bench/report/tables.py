@@ -9,6 +9,7 @@ from r1kernels.bench.report import words
 from r1kernels.bench.report.marks import OURS, order
 from r1kernels.bench.report.rows import Row, fidelity, grouped, key, largest, name, operations, quantiles, rows
 
+SERIES = {"vocabulary": "series over V", "tokens": "series over N", "active": "series over active tokens"}
 BARS = {"|": "\\|", "<": "&lt;", ">": "&gt;"}  # what would end a cell, or be read as HTML
 
 
@@ -83,14 +84,16 @@ def operation_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
     groups = []
     for op in operations(results):
         found = [row for row in rows(results) if row.get("op") == op]
-        by_case = grouped(found, lambda row: (words.shape(row.get("shape")), *key(row, "pass", "dtype", "variant")))
+        # The same shape may be measured in several series: those are different rounds.
+        by_case = grouped(found, lambda row: (
+            words.shape(row.get("shape")), *key(row, "pass", "dtype", "variant", "series")))
         cases = []
-        for (shape, passed, dtype, variant), group in by_case.items():
+        for (shape, passed, dtype, variant, series), group in by_case.items():
             lines = [[name(row), words.seconds(row.get("median_s")), words.times(row.get("ratio")),
                       words.memory(row.get("peak_extra_bytes")), words.error(row.get("max_error"))]
                      for row in sorted(group, key=lambda row: order(name(row)))]
-            cases.append({"title": words.listed([shape, dtype, words.passes(passed), words.printable(variant)]),
-                          "rows": lines})
+            title = words.listed([shape, dtype, words.passes(passed), words.printable(variant), SERIES.get(series, "")])
+            cases.append({"title": title, "rows": lines})
         groups.append({"op": op, "summary": summary(found), "cases": cases})
     return groups
 
