@@ -166,6 +166,14 @@ def test_a_cell_of_markdown_cannot_end_its_row() -> None:
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1 and "<script" not in "".join(lines)
 
 
+def test_a_table_names_what_its_columns_share_once() -> None:
+    head, _, ours, *others = report.table(small(), "linear_grpo_loss", series="vocabulary").splitlines()
+    assert head == "| linear_grpo_loss, N 2,048, H 1,024 | V 8,192 | V 32,768 |"
+    assert ours == "| r1kernels | 368 ms, 48.0 MiB | 1.47 s, 192 MiB |" and len(others) == 4
+    with pytest.raises(ValueError, match=r"linear_grpo.*linear_grpo_loss"):
+        report.table(small(), "linear_grpo")
+
+
 @pytest.mark.parametrize("results, named", [([], "list"), ({}, "None"), ({"format": 2}, "2")])
 def test_another_document_is_refused(results: Any, named: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=named):

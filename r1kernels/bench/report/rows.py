@@ -27,7 +27,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
 def measured(results: dict[str, Any]) -> list[Row]:
     """The rows of implementations, without ceilings."""
-    return [row for row in rows(results) if not name(row).startswith(CEILING)]
+    return [row for row in rows(results) if not is_ceiling(row)]
 
 
 def plain(results: dict[str, Any]) -> list[Row]:
@@ -37,6 +37,10 @@ def plain(results: dict[str, Any]) -> list[Row]:
 
 def name(row: Row) -> str:
     return str(row.get("implementation") or "unknown")
+
+
+def is_ceiling(row: Row) -> bool:
+    return name(row).startswith(CEILING)
 
 
 def size(row: Row, letter: str) -> float | None:

@@ -7,7 +7,18 @@ from typing import Any
 
 from r1kernels.bench.report import words
 from r1kernels.bench.report.marks import OURS, order
-from r1kernels.bench.report.rows import Row, fidelity, grouped, key, largest, name, operations, quantiles, rows
+from r1kernels.bench.report.rows import (
+    Row,
+    fidelity,
+    grouped,
+    is_ceiling,
+    key,
+    largest,
+    name,
+    operations,
+    quantiles,
+    rows,
+)
 
 SERIES = {"vocabulary": "series over V", "tokens": "series over N", "active": "series over active tokens"}
 BARS = {"|": "\\|", "<": "&lt;", ">": "&gt;"}  # what would end a cell, or be read as HTML
@@ -31,7 +42,12 @@ def table(results: dict[str, Any], op: str, **where: str) -> str:
              and all(str(row.get(field) or "") == value for field, value in where.items())]
     if not found:
         raise ValueError(f"op is {op!r} with {where}: no such row; the file has {', '.join(operations(results))}")
-    columns = list(dict.fromkeys(words.shape(row.get("shape")) for row in found))
+    shapes = {words.shape(row.get("shape")): sizes(row) for row in found}
+    first = next(iter(shapes.values()))
+    common = {size: value for size, value in first.items()
+              if len(shapes) > 1 and all(shape.get(size) == value for shape in shapes.values())}
+    heads = [words.shape({size: value for size, value in shape.items() if size not in common})
+             for shape in shapes.values()]
     vary = [field for field in ("pass", "dtype", "variant") if len({str(row.get(field) or "") for row in found}) > 1]
 
     def label(row: Row) -> str:
@@ -42,8 +58,13 @@ def table(results: dict[str, Any], op: str, **where: str) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in sorted(found, key=lambda row: (key(row, "variant", "pass", "dtype"), order(name(row)))):
         cells.setdefault(label(row), {}).setdefault(words.shape(row.get("shape")), cell(row))
-    lines = [[text, *(line.get(shape, "") for shape in columns)] for text, line in cells.items()]
-    return markdown([op, *columns], lines)
+    lines = [[text, *(line.get(shape, "") for shape in shapes)] for text, line in cells.items()]
+    return markdown([words.listed([op, words.shape(common)]), *heads], lines)
+
+
+def sizes(row: Row) -> dict[str, Any]:
+    shape = row.get("shape")
+    return shape if isinstance(shape, dict) else {}
 
 
 def cell(row: Row) -> str:
@@ -90,7 +111,8 @@ def operation_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
         cases = []
         for (shape, passed, dtype, variant, series), group in by_case.items():
             lines = [[name(row), words.seconds(row.get("median_s")), words.times(row.get("ratio")),
-                      words.memory(row.get("peak_extra_bytes")), words.error(row.get("max_error"))]
+                      words.memory(row.get("peak_extra_bytes")),
+                      "" if is_ceiling(row) else words.error(row.get("max_error"))]
                      for row in sorted(group, key=lambda row: order(name(row)))]
             title = words.listed([shape, dtype, words.passes(passed), words.printable(variant), SERIES.get(series, "")])
             cases.append({"title": title, "rows": lines})
@@ -103,7 +125,8 @@ def summary(found: list[Row]) -> str:
     cases = list(grouped(largest(found), lambda row: key(row, "variant", "pass", "dtype")).values())
     case = max(cases, key=lambda group: (group[0].get("variant") in ("", None), len(group)), default=[])
     parts = [f"{name(row)} {words.seconds(row['median_s'])}" if name(row) == OURS or not words.real(row.get("ratio"))
-             else f"{name(row)} {words.times(row['ratio'])}" for row in sorted(case, key=lambda row: order(name(row)))]
+             else f"{name(row)} {words.times(row['ratio'])}"
+             for row in sorted(case, key=lambda row: order(name(row))) if not is_ceiling(row)]
     return words.listed(parts)
 
 
