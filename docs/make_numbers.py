@@ -57,11 +57,13 @@ def _block(name: str, page: Path, made: Made) -> str:
         block = BLOCKS[name]()
     except Missing as missing:
         made.missing[name] = missing.path
-        text = f"Not measured yet: there is no file `{missing.path.relative_to(ROOT)}`."
+        text = f"Not measured yet: there is no file `{_path(missing.path)}`."
     else:
         made.pictures.update({PICTURES / f"{picture.name}.svg": picture for picture in block.pictures})
-        images = [f"![{_plain(picture.alt)}]({_link(picture, page)})" for picture in block.pictures]
-        text = "\n\n".join([*images, *([block.text] if block.text else []), *map(source, block.files)])
+        images = [f"![{_plain(picture.alt)}]({_link(PICTURES / f'{picture.name}.svg', page)})" for picture in block.pictures]
+        sources = [source(path).replace(f"`{_path(path)}`", f"[`{_path(path)}`]({_link(path, page)})")
+                   for path in block.files]
+        text = "\n\n".join([*images, *([block.text] if block.text else []), *sources])
     # Blank lines, because some renderers join a comment and the line beside it.
     return f"<!-- numbers: {name} -->\n\n{text}\n\n<!-- numbers: end -->"
 
@@ -71,8 +73,12 @@ def _plain(text: str) -> str:
     return text.replace("[", "(").replace("]", ")")
 
 
-def _link(picture: Picture, page: Path) -> str:
-    return os.path.relpath(PICTURES / f"{picture.name}.svg", page.parent)
+def _path(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
 def shown(path: Path) -> str | None:
@@ -110,9 +116,9 @@ def main() -> None:
     made = make(pages())
     paths = outdated(made) if check else write(made)
     for name, path in made.missing.items():
-        print(f"block {name}: {path.relative_to(ROOT)} is missing")
+        print(f"block {name}: {_path(path)} is missing")
     for path in paths:
-        print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
+        print(f"{'out of date' if check else 'written'}: {_path(path)}")
     if check and paths:
         sys.exit("run python docs/make_numbers.py")
 
