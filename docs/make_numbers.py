@@ -60,7 +60,8 @@ def _block(name: str, page: Path, made: Made) -> str:
         text = f"Not measured yet: there is no file `{_path(missing.path)}`."
     else:
         made.pictures.update({PICTURES / f"{picture.name}.svg": picture for picture in block.pictures})
-        images = [f"![{_plain(picture.alt)}]({_link(PICTURES / f'{picture.name}.svg', page)})" for picture in block.pictures]
+        images = [f"![{_plain(picture.alt)}]({_link(PICTURES / f'{picture.name}.svg', page)})"
+                  for picture in block.pictures]
         sources = [source(path).replace(f"`{_path(path)}`", f"[`{_path(path)}`]({_link(path, page)})")
                    for path in block.files]
         text = "\n\n".join([*images, *([block.text] if block.text else []), *sources])
