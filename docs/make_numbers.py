@@ -42,12 +42,23 @@ def make(found: list[Path]) -> Made:
     """The new texts of pages, and their pictures. Raises ValueError for a block that no function makes."""
     made = Made({}, {}, {})
     for page in found:
-        made.pages[page] = MARKS.sub(lambda match: _block(match[1], page, made), page.read_text(encoding="utf-8"))  # noqa: B023
-        left = re.search(r"^<!-- numbers: (?!end)([\w-]+) -->\n(?!(?:.*\n)*?<!-- numbers: end -->)", made.pages[page],
-                         re.MULTILINE)
-        if left:
-            raise ValueError(f"{page}: the block {left[1]!r} has no line <!-- numbers: end -->")
+        text = page.read_text(encoding="utf-8")
+        _check_marks(text, page)
+        made.pages[page] = MARKS.sub(lambda match: _block(match[1], page, made), text)  # noqa: B023
     return made
+
+
+def _check_marks(text: str, page: Path) -> None:
+    """Every block ends before the next one begins: otherwise the text between two blocks would be replaced."""
+    opened = ""
+    for name in re.findall(r"^<!-- numbers: ([\w-]+) -->$", text, re.MULTILINE):
+        if (name == "end") != bool(opened):
+            wrong = f"the block {opened!r} has no line <!-- numbers: end -->" if opened else (
+                "<!-- numbers: end --> has no block before it")
+            raise ValueError(f"{page}: {wrong}")
+        opened = "" if name == "end" else name
+    if opened:
+        raise ValueError(f"{page}: the block {opened!r} has no line <!-- numbers: end -->")
 
 
 def _block(name: str, page: Path, made: Made) -> str:

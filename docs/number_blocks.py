@@ -76,7 +76,7 @@ def bench_pictures(draw: Callable[[dict[str, Any]], list[Picture | None]]) -> Ca
         pictures = [picture for picture in draw(read(BENCH)) if picture]
         if not pictures:
             raise ValueError(f"{BENCH} has no rows for this block; measure with the default size")
-        captions = "\n\n".join(picture.caption for picture in pictures if picture.caption)
+        captions = "\n\n".join(dict.fromkeys(picture.caption for picture in pictures if picture.caption))
         return Block(captions, [BENCH], tuple(pictures))
 
     return block

@@ -203,8 +203,11 @@ def test_a_missing_file_is_named_in_the_block(tree: Path) -> None:
 @pytest.mark.parametrize("text, named", [
     ("<!-- numbers: unheard-of -->\n<!-- numbers: end -->\n", "unheard-of"),
     ("<!-- numbers: head-table -->\nwithout an end\n", "head-table"),
+    ("<!-- numbers: head-table -->\n\n<!-- numbers: recipe-table -->\n<!-- numbers: end -->\n", "head-table"),
+    ("<!-- numbers: end -->\n", "end"),
 ])
 def test_a_wrong_block_is_an_error_that_names_it(tree: Path, text: str, named: str) -> None:
     (tree / "README.md").write_text(text)
     with pytest.raises(ValueError, match=f"README.md.*{named}"):
         make_numbers.make(make_numbers.pages(tree))
+    assert (tree / "README.md").read_text() == text

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from r1kernels.bench.report import rows as data_of
 from r1kernels.bench.report import words
 from r1kernels.bench.report.curves import swatch
-from r1kernels.bench.report.figures import INK, Picture, legend, log_axis, note
+from r1kernels.bench.report.figures import INK, Picture, legend, log_axis, note, shortened
 from r1kernels.bench.report.marks import OURS, mark, order
 from r1kernels.bench.report.rows import Row, grouped, key, name, plain
 
@@ -150,10 +150,11 @@ def _errors(quantity: str, table: dict[str, Any], name: str) -> Picture:
     title = f"Error of {words.printable(quantity)} against float64"
     lines = "; ".join(f"{label}: median {words.error(row['quantiles'].get('0.5'))}, largest "
                       f"{words.error(row['quantiles'].get('1'))}" for label, row in table.items())
-    return Picture(name, title, f"{title}. {lines}.", {"rows": table}, draw_errors, size=(4.8, 0.9 + ROW * len(table)))
+    return Picture(name, title, f"{title}. {lines}.", {"rows": table, "quantity": quantity}, _draw_errors,
+                   size=(4.8, 0.9 + ROW * len(table)))
 
 
-def draw_errors(figure: Figure, data: dict[str, Any]) -> None:
+def _draw_errors(figure: Figure, data: dict[str, Any]) -> None:
     """Errors of 0 have no place on a logarithmic axis: they are drawn at its left end, which is then labelled 0."""
     axes = figure.subplots()
     values = [value for row in data["rows"].values() for value in row["quantiles"].values()]
@@ -171,4 +172,5 @@ def draw_errors(figure: Figure, data: dict[str, Any]) -> None:
         axes.plot(list(found.values()), [place] * len(found), color=color, linewidth=2.2, marker="|", markersize=7)
         if "0.5" in found:
             axes.plot([found["0.5"]], [place], color=color, marker=marker, markersize=6)
-    axes.set_xlabel("absolute error: median (marker), 0.9, 0.99, 0.999, largest")
+    quantity = shortened(words.printable(data["quantity"]), 20)
+    axes.set_xlabel(f"error of {quantity}: median (marker), 0.9, 0.99, 0.999, largest")

@@ -69,7 +69,9 @@ def sizes(row: Row) -> dict[str, Any]:
 
 def cell(row: Row) -> str:
     ratio = "" if name(row) == OURS and words.real(row.get("ratio")) in (None, 1.0) else words.times(row.get("ratio"))
-    return words.listed([words.seconds(row.get("median_s")), ratio, words.memory(row.get("peak_extra_bytes"))])
+    parts = [words.seconds(row.get("median_s")), ratio, words.memory(row.get("peak_extra_bytes"))]
+    # A narrow table breaks a cell between its parts, not between a number and its unit.
+    return words.listed(part.replace(" ", words.NO_BREAK) for part in parts)
 
 
 def fidelity_table(results: dict[str, Any]) -> str:

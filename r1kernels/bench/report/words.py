@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+NO_BREAK, UNPRINTABLE = "\N{NO-BREAK SPACE}", "\N{REPLACEMENT CHARACTER}"
 UNITS_OF_TIME = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 UNITS_OF_MEMORY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 UNITS_OF_RATE = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -27,7 +28,7 @@ def positive(value: Any) -> float | None:
 
 def printable(text: Any) -> str:
     """A text without control characters and lone surrogates, which neither XML nor UTF-8 can hold."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
+    return "".join(letter if letter.isprintable() or letter == NO_BREAK else UNPRINTABLE for letter in str(text))
 
 
 def digits(value: float, count: int = 3) -> str:
