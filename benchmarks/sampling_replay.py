@@ -6,7 +6,7 @@ The sampler and the policy have the same weights in bfloat16. The ratio of a tok
 sampler's: with replay both are over the tokens that sampling kept, without it the policy's is over the whole
 vocabulary. They are compared before any update and after one step of AdamW on these completions, whose advantages are
 random. First, log-probs over the sets are checked against float64. Writes sampling_replay.json to the results of this
-device, docs/sampling_replay.svg, and the table of docs/sampling.md.
+device; docs/make_numbers.py makes the table and the picture of docs/sampling.md from the committed file.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import copy
 import dataclasses
 import datetime
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import report
 import torch
 import transformers
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import r1kernels
@@ -113,51 +110,11 @@ def compare(model: Any, tokenizer: Any, prompts: list[str], top_p: float) -> dic
     return result
 
 
-def draw(path: Path, results: list[dict[str, Any]]) -> None:
-    """Histograms of the ratios before any update, a panel for each top-p."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "r1kernels", "font.size": 9}):
-        figure = Figure(figsize=(8, 2.8), layout="constrained")
-        axes = figure.subplots(1, len(results), squeeze=False)[0]
-        for panel, result in zip(axes, results, strict=True):
-            for name, color in (("replay", "#1b7837"), ("whole vocabulary", "#c51b7d")):
-                found = result[name]["before"]
-                shares = torch.tensor(result[name]["tokens_by_ratio"]) / result["tokens"]
-                panel.stairs(shares, BINS, fill=True, alpha=0.6, color=color, label=(
-                    f"{name}: mean {found['mean_ratio']:.3f}, {100 * found['outside_0.9_1.1']:.0f} % outside"))
-            panel.set(title=f"top_p {result['top_p']:g}", xlabel="policy / sampler, before any update", yscale="log",
-                      ylabel="share of tokens", ylim=(1 / (2 * result["tokens"]), 20))  # with room for the legend
-            panel.axvspan(0.9, 1.1, color="0.9", zorder=0)
-            panel.legend(loc="upper left", fontsize=7)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-    path.write_text(re.sub(r"[ \t]+\n", "\n", path.read_text()))
-
-
-def write_table(page: Path, results: list[dict[str, Any]]) -> None:
-    """Replaces the table of a page, between its markers."""
-    rows = ["| top_p | policy over | mean ratio | outside [0.9, 1.1] | first ratio of the update - 1 "
-            "| after one step: mean | outside |", "|---|---|---|---|---|---|---|"]
-    for result in results:
-        for name in ("replay", "whole vocabulary"):
-            before, after, first = (result[name][key] for key in ("before", "after one step", "first_ratio_deviation"))
-            rows.append(
-                f"| {result['top_p']:g} | {'the sets (replay)' if name == 'replay' else name} "
-                f"| {before['mean_ratio']:.3f} | {100 * before['outside_0.9_1.1']:.1f} % | {first:.2g} "
-                f"| {after['mean_ratio']:.3f} | {100 * after['outside_0.9_1.1']:.1f} % |")
-    sizes = "; ".join(f"top_p {result['top_p']:g}: {result['tokens']} tokens, {result['mean_set']:.0f} ids a set, at "
-                      f"most {result['largest_set']}" for result in results)
-    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
-    text = page.read_text()
-    before, rest = text.split(begin)
-    rows = "\n".join(rows)
-    page.write_text(f"{before}{begin}\n{rows}\n\n({sizes}.)\n{end}{rest.split(end)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--top-p", type=float, nargs="+", default=[0.8, 0.95])
     parser.add_argument("--completions", type=int, default=8, help="of each question")
-    parser.add_argument("--picture", type=Path, default=report.ROOT / "docs/sampling_replay.svg")
     given = parser.parse_args()
     model, tokenizer = load_model(given.model), load_tokenizer(given.model)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
@@ -171,9 +128,7 @@ def main() -> None:
                            "transformers": transformers.__version__,
                            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **result}
                           for result in results])
-    draw(given.picture, results)
-    write_table(given.picture.with_name("sampling.md"), results)
-    print(f"{folder}/sampling_replay.json, {given.picture}, and the table of the page beside it")
+    print(f"{folder}/sampling_replay.json")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A model of what a step of GRPO costs on many devices: seconds, FLOPs and bytes on the wire, by axis.
 
-    python benchmarks/scaling.py benchmarks/results/scaling.json docs/scaling.md
+    python benchmarks/scaling.py benchmarks/results/scaling.json
 
-writes the numbers for 8, 64 and 512 GPUs and replaces the table of the page. No GPU was measured: the FLOPs and bytes
-follow from the algorithm, and tests compare the bytes with those that 1, 2 and 4 processes send; the seconds follow
-from the speeds and shares in `Machine`, which are assumptions.
+writes the numbers for 8, 64 and 512 GPUs; docs/make_numbers.py makes the table of docs/scaling.md from them. No GPU was
+measured: the FLOPs and bytes follow from the algorithm, and tests compare the bytes with those that 1, 2 and 4
+processes send; the seconds follow from the speeds and shares in `Machine`, which are assumptions.
 
 Bytes are those that one rank sends in a ring: (n - 1) / n of the result of an all-gather or of the input of a
 reduce-scatter among n ranks, and twice that for an all-reduce.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,27 +242,8 @@ def results() -> dict[str, Any]:
             "step": dataclasses.asdict(Step()), "rows": rows}
 
 
-COLUMNS = ("devices", "tensor ranks", "completions", "state GB", "step s", "sampling s", "compute s", "data s",
-           "tensor s", "data GB", "tensor GB", "tokens/s a device")
-
-
-def table(found: dict[str, Any], device: str = "H100") -> str:
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in found["rows"]:
-        if row["device"] == device:
-            cells = [f"{row[name]:.3g}" if isinstance(row[name], float) and row[name] < 1000 else f"{row[name]:.0f}"
-                     for name in COLUMNS]
-            cells[3] += "" if row["fits"] else " (too much)"
-            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(path: str, page: str) -> None:
-    found = results()
-    Path(path).write_text(json.dumps(found, indent=1) + "\n")
-    text = Path(page).read_text()
-    marks = r"(?s)(<!-- scaling: begin -->\n).*(<!-- scaling: end -->)"
-    Path(page).write_text(re.sub(marks, lambda match: f"{match[1]}{table(found)}\n{match[2]}", text))
+def main(path: str) -> None:
+    Path(path).write_text(json.dumps(results(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+"""Measured numbers of README and docs come from committed result files, and none is written by hand."""
+
+import json
+import re
+from pathlib import Path
+
+import bench_results
+import make_numbers
+import number_blocks
+import pytest
+from number_blocks import BLOCKS, Missing
+
+# What a page may say outside of a block: settings, limits, and exact counts by formula. Each with the reason.
+ALLOWED = {
+    "buffers of 1 MiB and more": "a limit in csrc/cpu",
+    "At most 4 GiB": "a limit in csrc/cpu",
+    "64 MiB, or one float32 result": "a limit in csrc/cpu",
+    "at most 8 MiB of logits": "a limit in r1kernels/ops",
+    "copies 4.3 TB/s": "an assumption from which the limits in tests/gpu follow",
+    "needs about 21 KB in flight": "the product of assumptions from which the limits in tests/gpu follow",
+    "have 48 KB in flight, the gradient 32 KB": "threads times bytes of a thread times blocks",
+    "all rows active | 2 | 7.5 GB": "products times V times H times 4 bytes",
+    "60 % clipped | 1 | 2.5 GB": "products times V times H times 4 bytes",
+    "take less than 2 GiB": "a limit in r1kernels/ops/linear",
+    "about 80 MiB of temporary memory": "ten tensors of 2^20 float64 numbers",
+    "1 MiB of results": "a limit in r1kernels/rewards",
+    "16 MiB in": "a limit in r1kernels/rewards",
+    "files above 16 MiB": "a limit in r1kernels/train",
+    "more than 30 seconds": "a limit of torchrun",
+    "2 GiB more for its context": "an assumption of r1kernels plan",
+    "45 % of 989 TFLOP/s": "an assumption of benchmarks/scaling.py",
+    "60 % of the memory's bandwidth": "an assumption of benchmarks/scaling.py",
+    "75 % of 450 GB/s": "an assumption of benchmarks/scaling.py",
+    "of 50 GB/s a GPU": "an assumption of benchmarks/scaling.py",
+    "behind 80 % of the computation": "an assumption of benchmarks/scaling.py",
+    "18 times the bytes": "671 divided by 37, the parameters of DeepSeek-V3 and those of a token",
+    "more than 80 % of the memory": "a limit in benchmarks/scaling.py",
+}
+UNITS = (
+    r"ns|us|µs|ms|s|sec|seconds?|min|minutes?|hours?|h|[KMGT]i?B|[kMGTP]?FLOP/s|[kKMGT]?i?B/s|tokens/s|x|times|%|percent"
+    r"|tests?|passed"
+)
+MEASURED = re.compile(rf"(?<![\w.,-])(?!0 times)\d[\d.,]*[ \u00a0]?(?:{UNITS})(?![\w/])")
+
+
+def prose(text: str) -> str:
+    """A page without generated blocks and code."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```", "", make_numbers.MARKS.sub("", text))
+    return re.sub(r"`[^`\n]*`", "``", re.sub(r"(?m)^(?: {4}|\t).*$", "", text))
+
+
+def spelled(phrase: str) -> str:
+    """A pattern of a phrase, wherever its lines break."""
+    return r"\s+".join(map(re.escape, phrase.split()))
+
+
+def measured(text: str) -> list[str]:
+    """The lines of a page's prose with a number that looks measured."""
+    text = prose(re.sub("|".join(map(spelled, ALLOWED)), "", text))
+    return [text[text.rfind("\n", 0, match.start()) + 1: text.find("\n", match.end())]
+            for match in MEASURED.finditer(text)]
+
+
+@pytest.mark.parametrize("page", make_numbers.pages(), ids=lambda page: str(page.relative_to(make_numbers.ROOT)))
+def test_no_measured_number_is_written_by_hand(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if page.name == "README.md" and page.parent == make_numbers.ROOT and not make_numbers.MARKS.search(text):
+        pytest.skip("README.md has no generated block yet")
+    assert not measured(text), f"{page.name}: use a block of docs/make_numbers.py"
+
+
+def test_every_allowed_number_is_still_on_a_page() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in make_numbers.pages()]
+    assert not [phrase for phrase in ALLOWED if not any(re.search(spelled(phrase), text) for text in texts)]
+    assert all(ALLOWED.values())
+
+
+@pytest.mark.parametrize("text", [
+    "takes 12 ms", "takes 12ms.", "1.5 GiB of memory", "is 2.6x as fast", "is 2.6 times as fast", "reaches 83 %",
+    "83% of it", "at 4.8 TB/s", "1,234 tokens/s", "| 323 ms, 294 MiB |", "all 1,200 tests pass", "about 30 minutes",
+    "350 GFLOP/s",
+])
+def test_the_scan_finds_measured_numbers(text: str) -> None:
+    assert measured(f"Before.\nIt {text} here.\n")
+
+
+@pytest.mark.parametrize("text", [
+    "V = 151,936 and H = 1,024", "temperature 0.7", "`12 ms`", "    12 ms", "```\n12 ms\n```", "TRL 1.16",
+    "0 times -inf", "3 units", "<!-- numbers: head-table -->\n12 ms\n<!-- numbers: end -->", "arXiv 2402.03300",
+    "fp32 logits",
+])
+def test_the_scan_leaves_out_sizes_and_code(text: str) -> None:
+    assert not measured(f"Before.\n\n{text}\n")
+
+
+def test_the_generator_changes_nothing() -> None:
+    made = make_numbers.make(make_numbers.pages())
+    assert not make_numbers.outdated(made), "run: python docs/make_numbers.py"
+    for path, picture in made.pictures.items():
+        assert "<script" not in path.read_text() and picture.alt
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_each_file_that_a_block_shows_says_where_it_comes_from(name: str) -> None:
+    try:
+        block = BLOCKS[name]()
+    except Missing as missing:
+        pytest.skip(f"{missing.path.relative_to(make_numbers.ROOT)} is missing: measure it")
+    assert block.text or block.pictures
+    for path in block.files:
+        result, text = number_blocks.read(path), number_blocks.source(path)
+        assert set(re.findall(r"[0-9a-f]{7,}", text)) & {
+            str(result.get(field)) for field in ("sources", "csrc_tree", "cuda_sources")}, path
+        # What is counted in compiled code is the same on every device and day.
+        compiled = result.get("triton") or result.get("nvcc")
+        needed = [compiled] if compiled else [result["device"], result["torch"], result["r1kernels"], result["date"]]
+        assert all(part and str(part) in text for part in needed), path
+        assert compiled or re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+    assert block.files or "not measured" in block.text
+
+
+# ---- the generator on a small tree ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with the results of a made-up device and recipe, and a page with a few of their blocks."""
+    results = tmp_path / "benchmarks" / "results"
+    files = {"ROOT": tmp_path, "RESULTS": results, "PICTURES": tmp_path / "docs" / "pictures",
+             "BENCH": results / "example" / "bench.json", "RECIPES": results / "recipe"}
+    for name, path in files.items():
+        monkeypatch.setattr(number_blocks, name, path)
+    for name in ("ROOT", "PICTURES"):
+        monkeypatch.setattr(make_numbers, name, files[name])
+    for path, content in ((files["BENCH"], bench_results.example()), (files["RECIPES"] / "a.json", recipe())):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+    number_blocks.read.cache_clear()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "recipes").mkdir()
+    for page in ("docs/page.md", "recipes/README.md", "README.md"):
+        (tmp_path / page).write_text("Nothing.\n")
+    page_of(tmp_path, "head-table", "head-picture", "recipe-picture")
+    yield tmp_path
+    number_blocks.read.cache_clear()
+
+
+def page_of(tree: Path, *names: str) -> None:
+    (tree / "docs" / "page.md").write_text(
+        "\n".join(f"<!-- numbers: {name} -->\nold\n<!-- numbers: end -->\n" for name in names))
+
+
+def recipe() -> dict:
+    curve = [{"step": step, "pass_at_1": step / 10, "reward": 0.1, "completion_length": 20.0 + step}
+             for step in range(1, 9)]
+    stage = {"name": "r1", "label": "R1-Zero", "pass_at_1": 92.8, "plus_minus": 1.8, "language_consistency": 14.0}
+    return {"format": 1, "recipe": "recipes/demo_r1.yaml", "seed": 0, "date": "2026-11-30", "device": "Example",
+            "instruction_set": "avx2", "threads": 1, "r1kernels": "0.2.0", "torch": "2.13.0", "sources": "89abcdef",
+            "commit": "abc", "seconds": 250, "curves": {"r1_zero": curve}, "stages": [stage]}
+
+
+OTHER_FILES = {"trl-step", "student-topk", "sampling-replay", "scaling-costs", "gpu-instructions"}
+
+
+def test_every_block_is_written_and_then_up_to_date(tree: Path) -> None:
+    page_of(tree, *(name for name in BLOCKS if name not in OTHER_FILES))
+    made = make_numbers.make(make_numbers.pages(tree))
+    assert not made.missing and make_numbers.write(made)
+    page = (tree / "docs" / "page.md").read_text()
+    assert "old" not in page and "92.8 ± 1.8" in page and "2026-11-30" in page and "0123456789abcdef" in page
+    assert "r1kernels" in page and "ms" in page and "MiB" in page
+    pictures = re.findall(r"!\[[^\]]+\]\(pictures/([\w-]+\.svg)\)", page)
+    assert sorted(pictures) == sorted(path.name for path in made.pictures)
+    assert {"head.svg", "recipe.svg"} < {*pictures}
+    assert all((tree / "docs" / "pictures" / picture).exists() for picture in pictures)
+    again = make_numbers.make(make_numbers.pages(tree))
+    assert again.pages == made.pages and not make_numbers.outdated(again)
+
+
+def test_new_data_changes_blocks_and_pictures(tree: Path) -> None:
+    make_numbers.write(make_numbers.make(make_numbers.pages(tree)))
+    changed = bench_results.example()
+    for row in changed["rows"]:
+        row["median_s"] *= 2 if row["implementation"] == "TRL" else 1
+    number_blocks.BENCH.write_text(json.dumps(changed))
+    number_blocks.read.cache_clear()
+    names = {path.name for path in make_numbers.outdated(make_numbers.make(make_numbers.pages(tree)))}
+    assert {"page.md", "head.svg"} == names
+
+
+def test_a_picture_that_no_page_shows_is_removed(tree: Path) -> None:
+    make_numbers.write(make_numbers.make(make_numbers.pages(tree)))
+    (tree / "docs" / "pictures" / "old.svg").write_text("<svg/>")
+    assert [path.name for path in make_numbers.write(make_numbers.make(make_numbers.pages(tree)))] == ["old.svg"]
+
+
+def test_a_missing_file_is_named_in_the_block(tree: Path) -> None:
+    number_blocks.BENCH.unlink()
+    made = make_numbers.make(make_numbers.pages(tree))
+    assert made.missing["head-table"] == number_blocks.BENCH
+    assert "benchmarks/results/example/bench.json" in made.pages[tree / "docs" / "page.md"]
+
+
+@pytest.mark.parametrize("text, named", [
+    ("<!-- numbers: unheard-of -->\n<!-- numbers: end -->\n", "unheard-of"),
+    ("<!-- numbers: head-table -->\nwithout an end\n", "head-table"),
+    ("<!-- numbers: head-table -->\n\n<!-- numbers: recipe-table -->\n<!-- numbers: end -->\n", "head-table"),
+    ("<!-- numbers: end -->\n", "end"),
+])
+def test_a_wrong_block_is_an_error_that_names_it(tree: Path, text: str, named: str) -> None:
+    (tree / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=f"README.md.*{named}"):
+        make_numbers.make(make_numbers.pages(tree))
+    assert (tree / "README.md").read_text() == text
