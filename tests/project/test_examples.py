@@ -221,6 +221,31 @@ def test_sums_of_one_digit_are_held_out() -> None:
         assert int(a) + int(b) == int(row["answer"]) and (a, b) != ("2", "2")
 
 
+def test_the_config_for_verl_has_names_and_keys_of_the_adapter() -> None:
+    """test_verl_example gives the config to verl, where verl is installed."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    from r1kernels.integrations.verl import ESTIMATORS, LOSSES
+
+    config = yaml.safe_load((EXAMPLES / "verl/r1_gspo.yaml").read_text())
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/migrate/verl.md").read_text(), re.DOTALL)
+
+    def assert_has(part: dict[str, Any], keys: dict[str, Any], path: str) -> None:
+        for key, value in keys.items():
+            assert key in part, f"{path}{key}"
+            if isinstance(value, dict):
+                assert_has(part[key], value, f"{path}{key}.")
+
+    assert_has(config, yaml.safe_load(block), "")
+    assert config["actor_rollout_ref"]["model"]["fused_kernel_options"]["impl_backend"] == "r1kernels"
+    assert config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"] in LOSSES
+    assert config["algorithm"]["adv_estimator"] in ESTIMATORS
+    reward = config["reward"]["custom_reward_function"]
+    score = load_example("verl/sums")[reward["name"]]
+    assert reward["path"].endswith("examples/verl/sums.py")
+    good, bad = (f"<think> so </think> <answer> {answer} </answer>" for answer in (12, 13))
+    assert [score("sums", text, "12")["score"] for text in (good, bad, "\\boxed{12}", "")] == [1.2, 0.2, 1.0, 0.0]
+
+
 # ---- a model that the reader names ------------------------------------------------------------------------------
 
 
@@ -243,8 +268,8 @@ def test_a_model_from_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     rows = run_example("transformers_sft", "--model", folder, "--text", text, "--out", tmp_path)["rows"]
     assert rows[1]["labels"] == [*range(4, 10), 1] and len(rows) == 20
-    history = run_example("distill_hidden_states", "--teacher", folder, "--student", folder, "--text", text, "--steps", 3)
-    assert history["history"][0] == pytest.approx(0, abs=1e-5)
+    same = ["--teacher", folder, "--student", folder, "--text", text, "--steps", 3]
+    assert run_example("distill_hidden_states", *same)["history"][0] == pytest.approx(0, abs=1e-5)
     ratios = run_example("sampling_mask_replay", "--model", folder)["ratios"]
     assert (ratios["what sampling kept"] - 1).abs().max() < 1e-4
     assert len(run_example("plain_loop", "--model", folder, "--steps", 2)["chosen"].config.architectures) == 1
