@@ -28,9 +28,9 @@ FOLDER = ROOT / "examples/verl"
 
 @pytest.fixture(scope="module")
 def config() -> DictConfig:
-    """What the command of the README prints with `--cfg job`."""
-    text = (FOLDER / "README.md").read_text()
-    [command] = re.findall(r"^    python -m (verl\.trainer\.main_ppo .*)$", text, re.MULTILINE)
+    """What the command in the file prints with `--cfg job`."""
+    text = (FOLDER / "r1_gspo.yaml").read_text()
+    [command] = re.findall(r"^#     python -m (verl\.trainer\.main_ppo .*)$", text, re.MULTILINE)
     module, *arguments = command.replace("$PWD", str(ROOT)).split()
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), warnings.catch_warnings():

@@ -45,8 +45,8 @@ def test_the_table_has_every_example_and_its_command() -> None:
     assert sorted(linked) == sorted({*NAMES, *folders})
     for name in NAMES:
         assert f"`{commands(name)[0]}`" in text or f"`{commands(name)[1]}`" in text, name
-    for path in re.findall(r"\((?:\.\./)?([\w/]+\.\w+)\)", text):
-        assert (EXAMPLES / path).exists() or (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([^)]+)\)", text):
+        assert (EXAMPLES / path).exists(), path
 
 
 # ---- mathematics ----------------------------------------------------------------------------------------------
