@@ -13,6 +13,7 @@ import argparse
 
 import datasets
 import tokenizers
+import torch
 import transformers
 import trl
 
@@ -57,12 +58,14 @@ if __name__ == "__main__":
     transformers.set_seed(0)
     if options.model:
         model, tokenizer = options.model, transformers.AutoTokenizer.from_pretrained(options.model)
-        rows = [{"prompt": PROMPT.format(a=a, b=b), "answer": str(a + b)} for a in range(1, 10) for b in range(1, 10)]
-        settings = {"max_completion_length": 256}
+        rows = [{"prompt": [{"role": "user", "content": PROMPT.format(a=a, b=b)}], "answer": str(a + b)}
+                for a in range(1, 10) for b in range(1, 10)]
+        settings = {"max_completion_length": 512}
     else:
         (model, tokenizer), rows = tiny_model(), [{"prompt": "1 + 2", "answer": "3"}] * 16
         settings = {"max_completion_length": 2, "learning_rate": 2e-2, "num_generations": 16, "num_train_epochs": 4,
-                    "per_device_train_batch_size": 32, "use_cpu": True, "bf16": False}
-    settings |= {"output_dir": options.out, "max_steps": options.steps or -1}
+                    "per_device_train_batch_size": 32, "bf16": False}
+    settings |= {"output_dir": options.out, "max_steps": options.steps or -1,
+                 "use_cpu": not torch.accelerator.is_available()}
     history = train(model, tokenizer, rows, options.patch, **settings)
     print(f"mean reward: {history[0]:.2f} at first, {history[-1]:.2f} at the end")
