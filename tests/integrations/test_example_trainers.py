@@ -92,6 +92,24 @@ def test_the_lightning_module_learns() -> None:
     assert names["main"](steps=20, **quiet)["perplexity"] < 16  # of 64 at first
 
 
+def plain_losses(config: Any, share: Any, steps: int) -> list[float]:
+    """The training of fsdp2 in one process without r1kernels: dense logits, and DAPO's loss by hand."""
+    torch.manual_seed(0)
+    model, (ids, mask, advantages) = transformers.LlamaForCausalLM(config), share
+    optimizer, old, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), None, []
+    for _ in range(steps):
+        logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        old = logprobs.detach() if old is None else old
+        ratio = (logprobs - old).exp()
+        per_token = -torch.min(ratio * advantages[:, None], ratio.clamp(0.8, 1.28) * advantages[:, None])
+        loss = (per_token * mask[:, 1:]).sum() / mask[:, 1:].sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
@@ -103,7 +121,9 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
         [*command, "--save", str(tmp_path / "two.pt")], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)})
     assert completed.returncode == 0, completed.stdout + completed.stderr
-    history = run_example("fsdp2", "--save", tmp_path / "one.pt")["history"]
+    names = run_example("fsdp2", "--save", tmp_path / "one.pt")
+    history = names["history"]
+    assert history == pytest.approx(plain_losses(names["model"].config, names["my_share"](0, 1), 6), abs=1e-5)
     printed = [float(loss) for loss in re.findall(r"loss (-?[\d.]+)", completed.stdout)]
     assert printed == pytest.approx(history, abs=2e-6) and history[-1] < history[0] - 0.1
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
