@@ -1,4 +1,7 @@
-"""A data set for `recipes/smollm2.yaml`: sums of two digits, asked after one worked example."""
+"""A data set that a recipe names by import path: sums of two digits, asked after one worked example.
+
+    r1kernels train recipes/smollm2.yaml
+"""
 
 from r1kernels.train.rng import python_generator
 

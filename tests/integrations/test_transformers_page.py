@@ -1,7 +1,6 @@
-"""The code of the page for those who come from transformers runs, and so do the examples."""
+"""The code of the page for those who come from transformers runs."""
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -66,46 +65,3 @@ def test_every_public_name_is_on_the_page() -> None:
     for name in ("apply_to", "undo", "token_logprobs", "token_logprobs_and_entropy", "for_causal_lm_loss",
                  "compute_loss_func", "label_smoothing", "z_loss_coef", "chunk_bytes", "in_eval"):
         assert name in page, name
-
-
-def example(name: str) -> dict[str, Any]:
-    path = ROOT / "examples" / f"{name}.py"
-    assert len(path.read_text().splitlines()) < 80
-    return runpy.run_path(str(path))
-
-
-def test_the_plain_loop_learns() -> None:
-    names = example("plain_loop")
-    torch.manual_seed(0)
-    rewards = names["train"](names["tiny_model"](), 12)
-    assert rewards[0] < 0.1 and rewards[-1] > 0.15, rewards  # with other random numbers, from 0.3 to 0.6
-
-
-@pytest.mark.parametrize("ends", [None, 7, [0, 7, 9]])
-def test_the_plain_loop_scores_no_padding(ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, tiny_model = (example("plain_loop")[name] for name in ("train", "tiny_model"))
-    torch.manual_seed(1)
-    model, ended = tiny_model(), 0
-    model.generation_config.eos_token_id = ends
-    logprobs = train.__globals__["token_logprobs_and_entropy"]
-
-    def spy(model: Any, targets: torch.Tensor, input_ids: torch.Tensor) -> Any:
-        nonlocal ended
-        for scored, ids in zip(targets.tolist(), input_ids.tolist(), strict=True):
-            completion = ids[3:]
-            places = [i for i, token in enumerate(completion) if token in ([ends] if ends == 7 else ends or [])]
-            kept = completion[: places[0] + 1] if places else completion
-            ended += bool(places)
-            assert scored == [-100, -100, *kept, *[-100] * (len(ids) - 2 - len(kept))]
-        return logprobs(model, targets, input_ids=input_ids)
-
-    monkeypatch.setitem(train.__globals__, "token_logprobs_and_entropy", spy)
-    train(model, 1)
-    assert (ended > 0) == (ends is not None)
-
-
-def test_the_lightning_module_learns() -> None:
-    pytest.importorskip("lightning", reason="lightning is not installed; it is no dependency")
-    names = example("lightning_module")
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    assert names["main"](steps=20, **quiet)["perplexity"] < 16  # of 64 at first

@@ -21,13 +21,13 @@ def test_the_code_of_the_page_runs(tmp_path: Any) -> None:
     names = {"trainer": trainer, "model": trainer.model, "args": trainer.args, "tokenizer": trainer.processing_class,
              "train_dataset": trainer.train_dataset, "reward_funcs": [lengths, answers]}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 4
     for number, block in enumerate(blocks):
         exec(compile(block, PAGE.name, "exec"), names)
         hook = adapter.checked_utils(False)._ChunkedLogProbFunction
         assert (hook is adapter.LogProbs) == (number == 0) and (number == 0 or hook is before)
     assert adapter.checked_utils(False)._ChunkedLogProbFunction is before
-    assert names["trainer"].state.global_step == 0 and isinstance(names["trainer"], adapter.R1GRPOTrainer)
+    assert names["trainer"].state.global_step == 1 and isinstance(names["trainer"], adapter.R1GRPOTrainer)
     assert issubclass(names["MyFasterTrainer"], adapter.R1GRPOMixin)
 
 
