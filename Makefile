@@ -44,9 +44,7 @@ test-real: $(VENV)/dev.stamp $(VENV)/build.stamp
 	  $(BIN)/python -m pytest tests/real
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
-	mkdir -p build
-	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
-	$(BIN)/python benchmarks/report.py build/benchmark.json
+	$(BIN)/r1kernels bench --out build/bench --save-results
 
 # For every Linux with glibc 2.28 or newer, as torch's own wheels; auditwheel refuses another one. torch's libraries come
 # with torch, CUDA's runtime is linked in.

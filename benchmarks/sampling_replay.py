@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import report
+import saving
 import torch
 import transformers
 from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--top-p", type=float, nargs="+", default=[0.8, 0.95])
     parser.add_argument("--completions", type=int, default=8, help="of each question")
-    parser.add_argument("--picture", type=Path, default=report.ROOT / "docs/sampling_replay.svg")
+    parser.add_argument("--picture", type=Path, default=saving.ROOT / "docs/sampling_replay.svg")
     given = parser.parse_args()
     model, tokenizer = load_model(given.model), load_tokenizer(given.model)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
@@ -167,7 +167,7 @@ def main() -> None:
     for top_p in given.top_p:
         results.append(compare(model, tokenizer, prompts, top_p))
         print(json.dumps(results[-1]), flush=True)
-    folder = report.save([{"op": "sampling_replay", "model": Path(given.model).name, "dtype": "bfloat16",
+    folder = saving.save([{"op": "sampling_replay", "model": Path(given.model).name, "dtype": "bfloat16",
                            "transformers": transformers.__version__,
                            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **result}
                           for result in results])

@@ -249,7 +249,7 @@ class Truth:
 def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "alloc" in text and "memory" in text))
+        isinstance(error, RuntimeError) and ("out of memory" in text or ("alloc" in text and "memory" in text)))
 
 
 def gib(size: int) -> str:

@@ -1,9 +1,9 @@
 """Numerical fidelity: errors of log-probs, entropies, gradients and advantages against float64, as distributions.
 
-The inputs are like those of a language model (`language_logits`, `language_head`): peaked rows, heavy tails, offsets and
-a few entries of -inf. They are rounded to the dtype first, and float64 gets the rounded values, so that the errors are those
-of the arithmetic alone. Log-probs, entropies and advantages have absolute errors; gradients have errors relative to the
-largest entry of the exact gradient.
+The inputs are like those of a language model (`language_logits`, `language_head`): peaked rows, heavy tails, offsets
+and a few entries of -inf. They are rounded to the dtype first, and float64 gets the rounded values, so that the errors
+are those of the arithmetic alone. Log-probs, entropies and advantages have absolute errors; gradients have errors
+relative to the largest entry of the exact gradient.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def language_logits(tokens: int, vocab: int, dtype: torch.dtype, seed: int = 0) 
     Entry j of a row has the base -log(1 + rank_j), as frequencies of words have (Zipf's law), plus noise of Student's t
     distribution with 5 degrees of freedom times 2, which has heavy tails. One row in three is peaked: its token is 12
     above the largest other entry, so that its probability rounds to 1. Every row has an offset from -20 to 20, which
-    changes no probability. One row in eight has an entry of -inf, as masked ids have. Tokens of rows that are not peaked are drawn from
-    the row's distribution.
+    changes no probability. One row in eight has an entry of -inf, as masked ids have. Tokens of rows that are not
+    peaked are drawn from the row's distribution.
     """
     rng = testing.generator(seed)
 
@@ -136,8 +136,8 @@ def of_hidden(setting: Setting, dtype: torch.dtype) -> Quantity:
 
 
 def of_rewards(setting: Setting) -> Quantity:
-    """Rewards of any size with groups that are equal but for one answer, and groups whose rewards are all 0.1 or 1e6 / 3,
-    which binary fractions cannot hold: their advantages are exactly 0."""
+    """Random rewards, groups with one right answer, and groups whose rewards are all 0.1 or all 1e6 / 3: binary
+    fractions cannot hold these numbers, but the advantages are exactly 0."""
     prompts, answers = setting.pick((64, 8), (4096, 16), (4096, 16))
     rng = testing.generator(0)
     rewards = torch.randn(prompts, answers, generator=rng)
@@ -202,7 +202,8 @@ def measure(quantity: Quantity, engine: Engine) -> Iterator[dict[str, Any]]:
         try:
             candidates[peer.implementation] = peers.load(peer, engine.setting.device)
         except peers.Missing as missing:
-            engine.results.leave_out(peer.implementation, str(missing), "" if "not installed" in str(missing) else place)
+            where = "" if "not installed" in str(missing) else place
+            engine.results.leave_out(peer.implementation, str(missing), where)
     for name, function in candidates.items():
         passes = BOTH if quantity.problem.leaves else "forward"
         try:

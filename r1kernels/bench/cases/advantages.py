@@ -30,13 +30,15 @@ def make(setting: Setting, *more: int) -> Problem:
     return Problem({"rewards": rewards})
 
 
-def task(setting: Setting, op: str, ours: Callable[..., Any], exact: Callable[..., Any], *more: int, **rest: Any) -> Task:
+def task(
+    setting: Setting, op: str, ours: Callable[..., Any], exact: Callable[..., Any], *more: int, **rest: Any
+) -> Task:
     prompts, answers = shape(setting)
     size = prompts * answers
     return Task(
         case=op, op=op, shape={"P": prompts, "G": answers}, dtype=torch.float32, passes=FORWARD,
         make=lambda: make(setting, *more), functions={OURS: ours, peers.EAGER: exact}, exact=exact,
-        input_bytes=4 * size * max(1, *more, 1), bytes={OURS: 512 * size, peers.EAGER: 512 * size * K},
+        input_bytes=4 * size * max(1, *more), bytes={OURS: 512 * size, peers.EAGER: 512 * size * K},
         bytes_moved=8 * size, **rest,
     )
 

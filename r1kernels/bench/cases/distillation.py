@@ -116,7 +116,7 @@ def linear_distillation_loss(setting: Setting) -> Iterator[Task]:
         "bytes": {OURS: 6 * heads + (64 << 20), peers.EAGER: 44 * size + 4 * heads,
                   peers.LIGER: 44 * min(tokens, 1024) * vocab + 4 * heads},
         "bytes_moved": 2 * heads + 2 * vocab * widths[0], "flops": products * (3 * widths[0] + widths[1]),
-        "tolerance": (0.02, 0.05),
+        "tolerance": (0.02, 0.1),  # Liger computes the divergence in bfloat16
     }
     yield Task(**common, functions={OURS: ours, peers.EAGER: jsd}, exact=jsd, variant="jsd",
                peers=(Peer(peers.LIGER, peers.liger_jsd),))

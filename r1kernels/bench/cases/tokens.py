@@ -34,8 +34,9 @@ def make(setting: Setting, *names: str, leaves: tuple[str, ...] = ()) -> Problem
 
     logprobs = -normal(b, t).abs() - 0.1
     every = {
-        "logprobs": logprobs, "advantages": 1.5 + normal(b).clamp(-1, 1), "old_logprobs": logprobs + 0.02 * normal(b, t),
-        "ref_logprobs": logprobs + 0.1 * normal(b, t), "entropy": normal(b, t).abs(),
+        "logprobs": logprobs, "advantages": 1.5 + normal(b).clamp(-1, 1),
+        "old_logprobs": logprobs + 0.02 * normal(b, t), "ref_logprobs": logprobs + 0.1 * normal(b, t),
+        "entropy": normal(b, t).abs(),
         "mask": torch.arange(t, device=device) < torch.randint(t // 2, t, (b, 1), generator=rng, device=device),
     }
     return Problem({name: every[name] for name in names}, leaves)
@@ -99,6 +100,8 @@ def kl_estimate(setting: Setting) -> Iterator[Task]:
 
 
 def importance_weights(setting: Setting) -> Iterator[Task]:
+    """Plain torch computes the weights alone, and this library its metrics, too."""
+
     def ours(old_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
         return r1kernels.importance_weights(logprobs, old_logprobs, mask.bool()).weights
 
@@ -117,7 +120,8 @@ def high_entropy_filter(setting: Setting) -> Iterator[Task]:
         return (entropy >= limit).to(entropy.dtype)
 
     # A token at the quantile may be kept in one precision and dropped in the other.
-    yield task(setting, "high_entropy_filter", ("entropy",), r1kernels.high_entropy_filter, exact, tolerance=(0.02, 0.02))
+    yield task(setting, "high_entropy_filter", ("entropy",), r1kernels.high_entropy_filter, exact,
+               tolerance=(0.02, 0.02))
 
 
 def off_policy_filter(setting: Setting) -> Iterator[Task]:
@@ -132,7 +136,8 @@ def off_policy_filter(setting: Setting) -> Iterator[Task]:
 
 
 def clip_cov_filter(setting: Setting) -> Iterator[Task]:
-    """The draw is random. With every candidate dropped, the result is not."""
+    """The draw is random. The result is not where every candidate is dropped."""
+
     def per_token(logprobs: Tensor, advantages: Tensor) -> Tensor:
         return advantages[:, None].expand_as(logprobs)
 
