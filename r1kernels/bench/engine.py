@@ -6,7 +6,6 @@ a candidate's time over that of this library in the same round.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 from collections.abc import Callable
@@ -67,8 +66,6 @@ class Engine:
                 self._failed(name, task, error)
                 if name == OURS:
                     return []
-            finally:
-                gc.collect()
         if OURS not in runs:
             return []
         truth.forget()

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-import r1kernels
-
-PACKAGE = Path(r1kernels.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent  # of a source tree
 PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels")
 CGROUP = Path("/sys/fs/cgroup")

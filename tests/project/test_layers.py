@@ -21,11 +21,12 @@ LAYERS = [
     ("operations", ("r1kernels.ops",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
     ("measurements", ("r1kernels.bench",)),
-    ("command", ("r1kernels.__main__", "r1kernels._command")),
+    ("entry", ("r1kernels._command",)),
+    ("command", ("r1kernels.__main__",)),
     ("public", ("r1kernels",)),
 ]
 HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "dispatch": 2, "operations": 3, "public": 4,
-          "users": 5, "measurements": 6, "command": 7}
+          "users": 5, "measurements": 6, "entry": 7, "command": 8}
 # The benchmarks also use the inputs and oracles of the tests.
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations", "r1kernels.bench")
 

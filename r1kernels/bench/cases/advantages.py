@@ -38,7 +38,7 @@ def task(
     return Task(
         case=op, op=op, shape={"P": prompts, "G": answers}, dtype=torch.float32, passes=FORWARD,
         make=lambda: make(setting, *more), functions={OURS: ours, peers.EAGER: exact}, exact=exact,
-        input_bytes=4 * size * max(1, *more), bytes={OURS: 512 * size, peers.EAGER: 512 * size * K},
+        input_bytes=4 * size * max(more, default=1), bytes={OURS: 512 * size, peers.EAGER: 512 * size * K},
         bytes_moved=8 * size, **rest,
     )
 
