@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     if command == "bench":
         from r1kernels.bench.cli import main as bench
 
-        sys.exit(bench(arguments[1:]))
+        try:
+            sys.exit(bench(arguments[1:]))
+        except KeyboardInterrupt:  # before anything was measured
+            sys.exit(130)
     if command not in ("train", "plan"):
         print(f"r1kernels: unknown command {command!r}, expected train, plan or bench", file=sys.stderr)
         sys.exit(2)

@@ -23,6 +23,7 @@ SMALLEST_FLUSH = 256 << 20
 
 class Clock(Protocol):
     no_memory: str  # why peak memory is not measured, or ""
+    shortest: float  # seconds of one measurement: shorter calls are repeated
 
     def seconds(self, run: Run, calls: int) -> float: ...
 
@@ -38,6 +39,8 @@ def _status(field: str) -> int:
 
 class HostClock:
     """Wall-clock time; memory is the high-water mark of the process, which Linux can reset."""
+
+    shortest = 1e-3
 
     def __init__(self) -> None:
         self.no_memory = ""
@@ -78,6 +81,7 @@ class DeviceClock:
     """
 
     no_memory = ""
+    shortest = 0.0  # a second call would find its inputs in the cache
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

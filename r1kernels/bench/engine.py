@@ -20,7 +20,6 @@ from r1kernels.bench.results import Results
 from r1kernels.bench.tasks import BOTH, OURS, Function, Problem, Setting, Task, distance, name_of
 from r1kernels.bench.tasks import results as results_of
 
-SHORTEST = 1e-3  # seconds of one measurement: shorter calls are repeated
 MOST_ROUNDS, SLOW_ROUNDS = 50, 2
 SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
 WIDEST_EXACT = 512 << 20  # bytes: larger shared inputs get a reference in float32 instead of float64
@@ -61,7 +60,7 @@ class Engine:
                 errors[name] = truth.check(name, function)
                 memory[name] = self.clock.peak_extra_bytes(run)
                 estimates[name] = self.clock.seconds(run, 1)
-                runs[name] = run
+                runs[name] = task.around(run)
             except Exception as error:
                 self._failed(name, task, error)
                 if name == OURS:
@@ -121,7 +120,7 @@ class Engine:
             try:
                 function = peers.load(peer, self.setting.device)
             except peers.Missing as error:
-                self.results.leave_out(name, str(error), task.case if "not installed" not in str(error) else "")
+                self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
                 continue
             if self._fits(name, task):
                 found[name] = function
@@ -152,7 +151,7 @@ class Engine:
         that others gave up, and whoever comes next would pay for it."""
         fastest = min(estimates.values())
         slow = {name for name, each in estimates.items() if each > SLOW * fastest and each > 0.05}
-        calls = {name: max(1, math.ceil(SHORTEST / max(each, 1e-7))) for name, each in estimates.items()}
+        calls = {name: max(1, math.ceil(self.clock.shortest / max(each, 1e-7))) for name, each in estimates.items()}
         one_round = sum(each * (calls[name] + 1) for name, each in estimates.items() if name not in slow)
         rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}

@@ -97,7 +97,7 @@ def language_head(tokens: int, vocab: int, width: int, dtype: torch.dtype, seed:
 
 
 def of_logits(setting: Setting, dtype: torch.dtype) -> Quantity:
-    tokens, vocab = setting.pick((96, 4096), (512, 32_768), (4096, 131_072))
+    tokens, vocab = setting.pick((96, 4096), (512, 32_768), (1024, 131_072))
     logits, ids = (value.to(setting.device) for value in language_logits(tokens, vocab, dtype))
     problem = Problem({"logits": logits, "token_ids": ids}, ("logits",))
 
@@ -118,7 +118,7 @@ def of_logits(setting: Setting, dtype: torch.dtype) -> Quantity:
 
 
 def of_hidden(setting: Setting, dtype: torch.dtype) -> Quantity:
-    tokens, vocab, width = setting.pick((96, 4096, 64), (256, 32_768, 512), (4096, 131_072, 2048))
+    tokens, vocab, width = setting.pick((96, 4096, 64), (256, 32_768, 512), (1024, 131_072, 2048))
     values = (value.to(setting.device) for value in language_head(tokens, vocab, width, dtype))
     problem = Problem(dict(zip(("hidden", "weight", "token_ids"), values, strict=True)), ("hidden", "weight"))
 
@@ -202,7 +202,7 @@ def measure(quantity: Quantity, engine: Engine) -> Iterator[dict[str, Any]]:
         try:
             candidates[peer.implementation] = peers.load(peer, engine.setting.device)
         except peers.Missing as missing:
-            where = "" if "not installed" in str(missing) else place
+            where = "" if missing.everywhere else place
             engine.results.leave_out(peer.implementation, str(missing), where)
     for name, function in candidates.items():
         passes = BOTH if quantity.problem.leaves else "forward"

@@ -33,7 +33,11 @@ class Peer(NamedTuple):
 
 
 class Missing(Exception):
-    """A peer that cannot run here; the message says why."""
+    """A peer that cannot run here; the message says why. `everywhere`: it can run in no case."""
+
+    def __init__(self, why: str, everywhere: bool = False) -> None:
+        super().__init__(why)
+        self.everywhere = everywhere
 
 
 def load(peer: Peer, device: torch.device) -> Function:
@@ -47,7 +51,7 @@ def load(peer: Peer, device: torch.device) -> Function:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise Missing(f"not installed: pip install {name}") from None
+            raise Missing(f"not installed: pip install {name}", everywhere=True) from None
     if peer.only_cuda and device.type != "cuda":
         raise Missing("its kernels need a CUDA device")
     with warnings.catch_warnings():
@@ -56,6 +60,17 @@ def load(peer: Peer, device: torch.device) -> Function:
             return peer.load()
         except Exception as error:  # an import can fail in any way: another version of a library, no driver
             raise Missing(f"its import fails: {one_line(error)}") from error
+
+
+def compiled(function: Function) -> Peer:
+    """torch.compile for one shape. Earlier compilations are dropped: after a few shapes of one function, torch would
+    run it without compiling, and say nothing."""
+
+    def load() -> Function:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return Peer(COMPILED, load)
 
 
 def one_line(error: BaseException) -> str:

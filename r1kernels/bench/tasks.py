@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.bench import peers
+from r1kernels.bench.clock import Run
 from r1kernels.bench.peers import Peer
 
 OURS = "r1kernels"
@@ -74,6 +75,7 @@ class Task:
         exact: the reference, run in float64 (float32 for large inputs).
         bytes: the peak that each implementation takes beside the inputs, estimated from the shapes.
         ceilings: what an implementation cannot beat: made from the problem, timed in turns, never checked.
+        around: makes of each timed call what is timed instead.
         tolerance: error that this library and that other libraries may have: |found - exact| / |exact|, in the norm
             of each result.
     """
@@ -87,7 +89,8 @@ class Task:
     exact: Function
     passes: str = BOTH
     peers: Sequence[Peer] = ()
-    ceilings: dict[str, Callable[[Problem], Callable[[], object]]] = field(default_factory=dict)
+    ceilings: dict[str, Callable[[Problem], Run]] = field(default_factory=dict)
+    around: Callable[[Run], Run] = lambda run: run
     input_bytes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     compiled: bool = False  # whether torch.compile of `exact` takes part
@@ -106,9 +109,7 @@ class Task:
 
     def all_peers(self) -> list[Peer]:
         """With torch.compile as the last one."""
-        exact = self.exact
-        compiled = [Peer(peers.COMPILED, lambda: torch.compile(exact, dynamic=False))] if self.compiled else []
-        return [*self.peers, *compiled]
+        return [*self.peers, *([peers.compiled(self.exact)] if self.compiled else [])]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -65,7 +65,7 @@ def assert_document(found: dict[str, Any]) -> None:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No peers: their imports take longer than everything else here."""
     def refuse(peer: Peer, device: torch.device) -> None:
-        raise Missing("not installed: pip install it")
+        raise Missing("not installed: pip install it", everywhere=True)
 
     monkeypatch.setattr(peers, "load", refuse)
 
@@ -210,6 +210,7 @@ def test_without_a_compiler_torch_compile_is_left_out_once(engine: Engine, monke
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     engine.setting = Setting(SMALL.device, "small", compiled=True)
     for _ in range(2):
         rows = engine.measure(a_task(compiled=True))
