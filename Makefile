@@ -44,9 +44,7 @@ test-real: $(VENV)/dev.stamp $(VENV)/build.stamp
 	  $(BIN)/python -m pytest tests/real
 
 bench: $(VENV)/dev.stamp $(VENV)/build.stamp
-	mkdir -p build
-	$(BIN)/python -m pytest -q -W default benchmarks --benchmark-only --benchmark-json=build/benchmark.json
-	$(BIN)/python benchmarks/report.py build/benchmark.json
+	$(BIN)/r1kernels bench --out build/bench --save-results
 
 # build/site, without a network; it also works when its files are opened without a server. The variable turns off a notice
 # of the theme about plans for another version of mkdocs.

@@ -20,6 +20,7 @@ from r1kernels.train.chain import read_manifest
 from r1kernels.train.log import METRICS, read_lines
 
 FOLDER = Path(__file__).resolve().parent / "results" / "recipe"
+ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources", "commit")
 CURVES = {"pass_at_1": "pass_at_1", "reward": "reward_accuracy", "completion_length": "length"}
 
 
@@ -32,7 +33,7 @@ def stage(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
     """The evaluation at the end of a stage; shares are in percent, lengths in tokens."""
     found = record["evaluation"]
     return {
-        "name": name, "kind": kind, "seconds": round(record["seconds"], 1), "pass_at_1": 100 * found["pass_at_1"],
+        "name": name, "label": name.replace("_", " "), "kind": kind, "pass_at_1": 100 * found["pass_at_1"],
         "plus_minus": 100 * found["pass_at_1_se"], "language_consistency": 100 * found["language"],
         "format": 100 * found["format"], "completion_length": found["length"],
     }
@@ -44,11 +45,11 @@ def collect(run_dir: Path) -> dict[str, Any]:
     unfinished = [name for name in config["stages"] if records.get(name, {}).get("status") != "finished"]
     if unfinished:
         raise SystemExit(f"{run_dir}: stages {', '.join(unfinished)} are not finished; run the recipe to its end")
+    about = Results(torch.device("cpu"), "default").about
     kinds = {name: settings["kind"] for name, settings in config["stages"].items()}
     return {
-        "format": 1, "recipe": run_dir.name, "seed": config["seed"], **about(), "threads": config["threads"] or
-        torch.get_num_threads(), "precision": config["precision"],
-        "seconds": round(sum(records[name]["seconds"] for name in kinds), 1),
+        "format": 1, "recipe": run_dir.name, "seed": config["seed"], **{name: about[name] for name in ABOUT},
+        "threads": config["threads"] or about["threads"], "precision": config["precision"],
         "curves": {name: curve(read_lines(run_dir / name / METRICS)) for name, kind in kinds.items() if kind == "grpo"},
         "stages": [stage(name, kind, records[name]) for name, kind in kinds.items() if records[name].get("evaluation")],
     }

@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import report
+import saving
 import torch
 import transformers
 from torch import Tensor
@@ -124,7 +124,7 @@ def main() -> None:
     for top_p in given.top_p:
         results.append(compare(model, tokenizer, prompts, top_p))
         print(json.dumps(results[-1]), flush=True)
-    folder = report.save([{"op": "sampling_replay", "model": Path(given.model).name, "dtype": "bfloat16",
+    folder = saving.save([{"op": "sampling_replay", "model": Path(given.model).name, "dtype": "bfloat16",
                            "transformers": transformers.__version__,
                            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **result}
                           for result in results])

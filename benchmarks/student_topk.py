@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-import report
+import saving
 import torch
 from torch import Tensor
 
@@ -131,7 +131,7 @@ def main() -> None:
                  "top_k": K, "implementation": name, "median_s": value, "ratio": value / first, "rounds": args.rounds}
                 for name, value in seconds.items()
             ]
-    print(report.save(results))
+    print(saving.save(results))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import report
+import saving
 import torch
 from torch import Tensor
 
@@ -135,7 +135,7 @@ def main() -> None:
             for row in found:
                 print(json.dumps(row), flush=True)
     op = "support_crossover" if arguments.crossover else "support"
-    print(report.save([{"op": op, **row} for row in rows]))
+    print(saving.save([{"op": op, **row} for row in rows]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import report
+import saving
 import torch
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def main() -> None:
                      "rounds": options.rounds})
         memory = "" if peak is None else f", {peak / 2**20:.0f} MiB"
         print(f"{name}: {seconds:.3f} s, {ratio:.2f} of TRL's{memory}")
-    print(report.save(rows))
+    print(saving.save(rows))
 
 
 if __name__ == "__main__":

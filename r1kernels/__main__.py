@@ -22,6 +22,7 @@ import r1kernels
 from r1kernels import _library
 from r1kernels._dispatch import OPS, TABLE, explain, faster_in_cuda, requested
 from r1kernels._schemas import CUDA_OPERATORS
+from r1kernels.bench.machine import sources_hash
 from r1kernels.ops import grpo_step
 from r1kernels.ops.linear.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
@@ -146,11 +147,12 @@ def cuda_sources_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _age(result: Any, kernels: str, csrc: str, cuda: str) -> str:
-    """Whether a result file names the hash of the current kernel sources."""
+def _age(result: Any, kernels: str, csrc: str, cuda: str, package: str) -> str:
+    """Whether a result file names the hash of the current kernel sources. `sources` are those of the whole package in
+    results of `r1kernels bench`, and those of the Triton kernels in what was compiled ahead of time."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
-        same = compiled in (kernels, f"{kernels}-{cuda}")
+        same = compiled in (kernels, f"{kernels}-{cuda}", package)
     elif compiled := named.get("cuda_sources"):
         same = compiled == cuda
     elif not named.get("csrc_tree"):
@@ -169,11 +171,11 @@ def _results() -> list[str]:
     if not paths:
         return []
     root = folder.parents[1]
-    kernels, csrc, cuda = kernel_sources_hash(), _csrc_tree(root), cuda_sources_hash(root)
+    hashes = kernel_sources_hash(), _csrc_tree(root), cuda_sources_hash(root), sources_hash()
     lines = []
     for path in paths:
         try:
-            age = _age(json.loads(path.read_text()), kernels, csrc, cuda)
+            age = _age(json.loads(path.read_text()), *hashes)
         except ValueError:
             age = "is not JSON"
         lines.append(f"results      {path.relative_to(root)}: {age}")
@@ -224,7 +226,7 @@ def report() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        from r1kernels.train.cli import main
+        from r1kernels._command import main
 
         main()
     print(report())

@@ -44,6 +44,12 @@ from r1kernels.testing.top_k import TopKExpected, top_k_divergence
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
 
+
+def instruction_set() -> str | None:
+    """The instruction set that the compiled CPU kernels use here, or None without them."""
+    return None if _library.extension is None else _library.extension.cpu_isa()
+
+
 __all__ = [
     "DYNAMO_WARNING",
     "EPS32",
@@ -61,6 +67,7 @@ __all__ = [
     "generator",
     "group_advantages",
     "importance_weights",
+    "instruction_set",
     "kl_term",
     "length_mask",
     "multi_reward_advantages",

@@ -1,0 +1,71 @@
+"""The document of results: what was measured, what was left out and why. It is written after each case."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import r1kernels
+from r1kernels import testing
+from r1kernels.bench import machine
+
+FORMAT = 1
+FILE, PAGE = "bench.json", "bench.html"
+
+
+class Results:
+    """Rows, fidelity, ceilings and what is left out, with the facts of the device."""
+
+    def __init__(self, device: torch.device, size: str) -> None:
+        self.about: dict[str, Any] = {
+            "format": FORMAT, "date": datetime.date.today().isoformat(), "r1kernels": r1kernels.__version__,
+            "torch": torch.__version__, "python": platform.python_version(), "peers": machine.versions_of_peers(),
+            "device": machine.device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
+            "instruction_set": testing.instruction_set() if device.type == "cpu" else None,
+            "memory_bytes": machine.memory_bytes(device), "sources": machine.sources_hash(),
+            "commit": machine.commit(), "size": size,
+        }
+        self.ceilings: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.fidelity: list[dict[str, Any]] = []
+        self._left_out: dict[tuple[str, str], list[str]] = {}
+
+    def leave_out(self, what: str, why: str, where: str = "") -> None:
+        """Notes that `what` is missing. The same reason in several places makes one entry."""
+        places = self._left_out.setdefault((what, why), [])
+        if where and where not in places:
+            places.append(where)
+
+    def left_out(self) -> list[dict[str, str]]:
+        return [{"what": f"{what} ({', '.join(places)})" if places else what, "why": why}
+                for (what, why), places in self._left_out.items()]
+
+    def document(self, seconds: float) -> dict[str, Any]:
+        return finite({
+            **self.about, "seconds": round(seconds, 1), "ceilings": self.ceilings, "rows": self.rows,
+            "fidelity": self.fidelity, "left_out": self.left_out(),
+        })
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Writes a neighbour and renames it, so that the file is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)

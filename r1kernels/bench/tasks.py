@@ -1,0 +1,142 @@
+"""What is measured: a task is one operation at one shape with the candidates that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1kernels.bench import peers
+from r1kernels.bench.clock import Run
+from r1kernels.bench.peers import Peer
+
+OURS = "r1kernels"
+FORWARD, BOTH = "forward", "forward+backward"
+Function = Callable[..., Any]  # named tensors -> a tensor or a tuple of tensors
+SIZES = ("small", "default", "large")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the command was called. `compiled`: whether torch.compile takes part in every case."""
+
+    device: torch.device
+    size: str
+    compiled: bool = True
+
+    def pick(self, small: Any, default: Any, large: Any) -> Any:
+        """The value for this size."""
+        return {"small": small, "default": default, "large": large}[self.size]
+
+    def generator(self, seed: int = 0) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+class Problem(NamedTuple):
+    """Inputs by name. `leaves` receive gradients. The tensors in `rows` have one entry per row (token) along dimension
+    `axis`, and an equality check takes the first `few` of them; with `few` = 0 it takes all."""
+
+    inputs: dict[str, Tensor]
+    leaves: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    axis: int = 0
+    few: int = 0
+
+    @property
+    def share(self) -> float:
+        """The part of the rows that a check takes."""
+        return self.few / self.inputs[self.rows[0]].shape[self.axis] if self.few else 1.0
+
+    def cut(self, value: Tensor) -> Tensor:
+        return value.narrow(self.axis, 0, self.few) if self.few else value
+
+    def part(self) -> Problem:
+        return self._replace(inputs={
+            name: self.cut(value).clone() if name in self.rows else value for name, value in self.inputs.items()
+        })
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return self._replace(inputs={
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.inputs.items()
+        })
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation at one shape.
+
+    Args:
+        make: builds the inputs. Nothing is allocated before.
+        functions: candidates of this library and of plain torch, by implementation.
+        peers: candidates of other libraries.
+        exact: the reference, run in float64 (float32 for large inputs).
+        bytes: the peak that each implementation takes beside the inputs, estimated from the shapes.
+        ceilings: what an implementation cannot beat: made from the problem, timed in turns, never checked.
+        around: makes of each timed call what is timed instead.
+        tolerance: error that this library and that other libraries may have: |found - exact| / |exact|, in the norm
+            of each result.
+    """
+
+    case: str
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    make: Callable[[], Problem]
+    functions: dict[str, Function]
+    exact: Function
+    passes: str = BOTH
+    peers: Sequence[Peer] = ()
+    ceilings: dict[str, Callable[[Problem], Run]] = field(default_factory=dict)
+    around: Callable[[Run], Run] = lambda run: run
+    input_bytes: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    compiled: bool = False  # whether torch.compile of `exact` takes part
+    series: str | None = None
+    variant: str = ""
+    active_share: float = 1.0
+    bytes_moved: int | None = None
+    flops: int = 0
+    tolerance: tuple[float, float] = (1e-4, 1e-3)
+
+    @property
+    def title(self) -> str:
+        shape = ", ".join(f"{name} {size:,}" for name, size in self.shape.items())
+        variant = f", {self.variant}" if self.variant else ""
+        return f"{self.case}{variant}, {self.passes}, {shape}, {name_of(self.dtype)}"
+
+    def all_peers(self) -> list[Peer]:
+        """With torch.compile as the last one."""
+        return [*self.peers, *([peers.compiled(self.exact)] if self.compiled else [])]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def results(function: Function, problem: Problem, passes: str) -> list[Tensor]:
+    """The outputs and, with a backward pass, the gradients of the leaves. Nothing is left behind in `.grad`."""
+    if passes == FORWARD:
+        with torch.no_grad():
+            return list(as_tuple(function(**problem.inputs)))
+    leaves = {name: problem.inputs[name].detach().requires_grad_() for name in problem.leaves}
+    outputs = as_tuple(function(**(problem.inputs | leaves)))
+    moving = [value for value in outputs if value.requires_grad]
+    grads = torch.autograd.grad(moving, list(leaves.values()), [torch.ones_like(value) for value in moving])
+    return [*(value.detach() for value in outputs), *grads]
+
+
+def as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(item for item in value if item is not None)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact| in the norm; NaN where anything is NaN."""
+    if found.shape != exact.shape:
+        return float("nan")
+    found, exact = found.double(), exact.double()
+    error = torch.where(found == exact, 0, found - exact)  # equal infinities have no distance
+    scale = torch.where(exact.isfinite(), exact, 0).norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(error.norm() / scale)

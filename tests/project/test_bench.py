@@ -1,0 +1,356 @@
+"""The engine of `r1kernels bench`: what is checked, timed, left out and saved; and the numbers of the fidelity."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import r1kernels
+from r1kernels import testing
+from r1kernels.bench import clock, fidelity, machine, peers, run
+from r1kernels.bench.cases import CASES
+from r1kernels.bench.engine import Engine
+from r1kernels.bench.peers import Missing, Peer
+from r1kernels.bench.results import Results
+from r1kernels.bench.tasks import BOTH, FORWARD, OURS, SIZES, Problem, Setting, Task
+
+SMALL = Setting(torch.device("cpu"), "small", compiled=False)
+# Public functions that compute nothing of a loss.
+NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
+ROW = {
+    "case": str, "op": str, "pass": str, "shape": dict, "dtype": str, "series": str | None, "variant": str,
+    "active_share": float, "implementation": str, "median_s": float, "iqr_s": float, "rounds": int, "ratio": float,
+    "peak_extra_bytes": int | None, "bytes_moved": int | None, "flops": int, "max_error": float, "tolerance": float,
+}
+DOCUMENT = {
+    "format": int, "date": str, "r1kernels": str, "torch": str, "python": str, "peers": dict, "device": str,
+    "device_type": str, "threads": int, "instruction_set": str | None, "memory_bytes": int, "sources": str,
+    "commit": str | None, "size": str, "seconds": float, "ceilings": dict, "rows": list, "fidelity": list,
+    "left_out": list,
+}
+
+
+def assert_typed(found: dict[str, Any], types_of: dict[str, Any]) -> None:
+    assert set(found) == set(types_of)
+    wrong = {name: found[name] for name, kind in types_of.items() if not isinstance(found[name], kind)}
+    assert not wrong
+
+
+def assert_document(found: dict[str, Any]) -> None:
+    """The format that the report and the documentation read."""
+    assert_typed(found, DOCUMENT)
+    assert found["format"] == 1 and len(found["sources"]) == 16
+    assert found["ceilings"]["copy_bytes_per_s"] > 0
+    assert set(found["ceilings"]["gemm_flops_per_s"]) == {"bfloat16", "float32"}
+    for row in found["rows"]:
+        assert_typed(row, ROW)
+        assert row["median_s"] > 0 and row["ratio"] > 0 and row["rounds"] >= 2
+        assert 0 <= row["max_error"] <= row["tolerance"] and row["pass"] in (FORWARD, BOTH)
+    for row in found["fidelity"]:
+        assert set(row) == {"quantity", "implementation", "dtype", "shape", "mean", "max", "quantiles", "nonfinite"}
+        assert set(row["quantiles"]) == {"0.5", "0.9", "0.99", "0.999"}
+    for entry in found["left_out"]:
+        assert set(entry) == {"what", "why"} and entry["what"] and entry["why"]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No peers: their imports take longer than everything else here."""
+    def refuse(peer: Peer, device: torch.device) -> None:
+        raise Missing("not installed: pip install it", everywhere=True)
+
+    monkeypatch.setattr(peers, "load", refuse)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    found = Engine(SMALL, clock.HostClock(), Results(SMALL.device, "small"))
+    found.seconds = 0.0
+    return found
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def a_task(**changes: Any) -> Task:
+    """The square of 64 numbers, and its gradient."""
+    standard: dict[str, Any] = {
+        "case": "square", "op": "square", "shape": {"N": 64}, "dtype": torch.float32, "exact": square,
+        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64)}, ("x",), ("x",), few=8),
+        "functions": {OURS: square, peers.EAGER: square},
+    }
+    return Task(**standard | changes)
+
+
+def left_out(engine: Engine) -> dict[str, str]:
+    return {entry["what"].split(" (")[0]: entry["why"] for entry in engine.results.left_out()}
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_public_operation_is_measured(size: str) -> None:
+    setting = Setting(torch.device("cpu"), size)
+    tasks = [task for case in CASES.values() for task in case(setting)]
+    operations = {name for name in r1kernels.__all__ if inspect.isfunction(getattr(r1kernels, name))} - NO_OPERATIONS
+    assert {task.op for task in tasks} == operations
+    assert all(OURS in task.functions and task.bytes_moved and task.bytes[OURS] > 0 for task in tasks)
+    series = {task.series for task in tasks} - {None}
+    assert series == {"vocabulary", "tokens", "active"}
+
+
+def test_every_case_is_right(alone: None, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task of the small size is checked, and ours has a row."""
+    monkeypatch.setattr(clock.HostClock, "peak_extra_bytes", lambda self, run: 0)
+    monkeypatch.setattr(clock.HostClock, "seconds", lambda self, run, calls: 1.0)
+    for name, case in CASES.items():
+        for task in case(SMALL):
+            found = {row["implementation"] for row in engine.measure(task)}
+            assert {OURS, *task.functions} <= found, (name, task.title, engine.results.left_out())
+    assert not engine.trouble
+
+
+def test_a_problem_has_rows_of_which_a_few_are_checked() -> None:
+    problem = Problem({"x": torch.arange(12.0).reshape(2, 6), "y": torch.ones(3)}, (), ("x",), axis=1, few=2)
+    part = problem.part()
+    assert part.inputs["x"].tolist() == [[0, 1], [6, 7]] and part.inputs["y"].shape == (3,)
+    assert problem.share == 2 / 6
+
+
+# ---- what is left out -----------------------------------------------------------------------------------------
+
+
+def wrong_values(x: Tensor) -> Tensor:
+    return x * x * 1.01
+
+
+def wrong_gradient(x: Tensor) -> Tensor:
+    return x.detach() * x * 1.0
+
+
+def wrong_later(x: Tensor) -> Tensor:
+    """Right on the few rows that are checked alone, and wrong in the first row of more."""
+    return x * x if len(x) == 8 else torch.cat([x[:1] * 3, x[1:] * x[1:]])
+
+
+def nan(x: Tensor) -> Tensor:
+    return x * x * float("nan")
+
+
+@pytest.mark.parametrize("wrong", [wrong_values, wrong_gradient, wrong_later, nan])
+def test_a_peer_with_a_wrong_result_gets_no_time(wrong: Callable[..., Tensor], engine: Engine) -> None:
+    rows = engine.measure(a_task(peers=[Peer("other", lambda: wrong), Peer("right", lambda: square)]))
+    assert {row["implementation"] for row in rows} == {OURS, peers.EAGER, "right"}
+    assert "wrong result" in left_out(engine)["other"] and not engine.trouble
+
+
+def test_a_wrong_result_of_ours_is_a_failure(engine: Engine) -> None:
+    assert engine.measure(a_task(functions={OURS: wrong_values, peers.EAGER: square})) == []
+    assert engine.trouble and "wrong result" in left_out(engine)[OURS]
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+    (ValueError("no such shape"), "no such shape"),
+])
+def test_an_error_of_a_peer_stops_nothing(error: Exception, said: str, engine: Engine) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise error
+
+    rows = engine.measure(a_task(peers=[Peer("other", lambda: fails)]))
+    assert {row["implementation"] for row in rows} == {OURS, peers.EAGER}
+    assert said in left_out(engine)["other"]
+
+
+def test_peers_that_are_absent_or_need_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.DISTRIBUTIONS, "other", "no-such-distribution")
+    others = [Peer("other", lambda: square), Peer("gpu", lambda: square, only_cuda=True)]
+    assert len(engine.measure(a_task(peers=others))) == 2
+    assert "pip install no-such-distribution" in left_out(engine)["other"] and "CUDA" in left_out(engine)["gpu"]
+
+
+def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate is enough: the candidate is never called."""
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 100 << 30)
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 100 << 30)
+
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    task = a_task(functions={OURS: square, peers.EAGER: never}, bytes={OURS: 1 << 20, peers.EAGER: 200 << 30})
+    assert [row["implementation"] for row in engine.measure(task)] == [OURS]
+    assert "200.0 GiB" in left_out(engine)[peers.EAGER]
+    assert engine.measure(a_task(make=never, input_bytes=50 << 30)) == []
+    assert "150.0 GiB" in left_out(engine)["all implementations"]
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    for name, text in {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 5\ninactive_file 200\n"}.items():
+        (tmp_path / name).write_text(str(text))
+    assert machine.available_bytes(SMALL.device) == 1000 - 700 + 200
+    assert machine.memory_bytes(SMALL.device) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_bytes(SMALL.device) != 500
+
+
+def test_without_a_compiler_torch_compile_is_left_out_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    engine.setting = Setting(SMALL.device, "small", compiled=True)
+    for _ in range(2):
+        rows = engine.measure(a_task(compiled=True))
+        assert {row["implementation"] for row in rows} == {OURS, peers.EAGER}
+    assert "C++ compiler" in left_out(engine)[peers.COMPILED] and len(left_out(engine)) == 1
+
+
+def test_without_proc_there_is_no_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "CLEAR", tmp_path / "absent" / "clear_refs")
+    host = clock.HostClock()
+    assert "clear_refs" in host.no_memory and host.peak_extra_bytes(lambda: None) is None
+
+
+@pytest.mark.skipif(bool(clock.HostClock().no_memory), reason="the system does not tell the peak of memory")
+def test_the_peak_is_that_of_the_call() -> None:
+    size = 64 << 20
+    found = clock.HostClock().peak_extra_bytes(lambda: torch.ones(size // 4).sum())
+    assert 0.9 * size < found < 1.5 * size
+
+
+# ---- the whole run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Setting], Iterator[Task]]]:
+    """Two small cases in place of all."""
+    found = {"first": lambda setting: iter([a_task(case="first")]), "last": lambda setting: iter([a_task(case="last")])}
+    monkeypatch.setattr(run, "CASES", found)
+    monkeypatch.setattr(run, "NAMES", tuple(found))
+    return found
+
+
+def document(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "bench.json").read_text())
+    assert_document(found)
+    return found
+
+
+def test_when_the_time_is_used_up_the_rest_is_listed(cases: Any, tmp_path: Path) -> None:
+    assert run.Run(SMALL, run.Options(tmp_path, seconds=1e-9)).go() == 0
+    found = document(tmp_path)
+    why = {entry["what"]: entry["why"] for entry in found["left_out"]}
+    assert not found["rows"] and "--seconds 1e-09" in why["first"] and "--seconds 1e-09" in why["last"]
+
+
+def test_an_interrupt_keeps_what_was_measured(cases: Any, tmp_path: Path) -> None:
+    def interrupted(setting: Setting) -> Iterator[Task]:
+        assert document(tmp_path)["rows"], "the first case is saved before the second one begins"
+        raise KeyboardInterrupt
+        yield
+
+    cases["last"] = interrupted
+    assert run.Run(SMALL, run.Options(tmp_path)).go() == 130
+    found = document(tmp_path)
+    assert {row["case"] for row in found["rows"]} == {"first"}
+    assert {entry["what"]: entry["why"] for entry in found["left_out"]}["last"].startswith("interrupted")
+
+
+def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:
+    cases["last"] = lambda setting: iter([a_task(functions={OURS: wrong_values})])
+    assert run.Run(SMALL, run.Options(tmp_path)).go() == 1
+    assert {row["case"] for row in document(tmp_path)["rows"]} == {"first"}
+
+
+def test_results_of_a_source_tree(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "sources_hash", lambda: "0123456789abcdef")
+    assert run.Run(SMALL, run.Options(tmp_path / "out", only=("last",), save_results=True)).go() == 0
+    (saved,) = tmp_path.glob("benchmarks/results/*/bench.json")
+    assert json.loads(saved.read_text()) == document(tmp_path / "out")
+    found = document(tmp_path / "out")
+    assert saved.parent.name == machine.folder_name(found["device"], found["instruction_set"])
+
+
+def test_the_name_of_a_device_in_hyphens() -> None:
+    name = machine.folder_name("Intel(R) Xeon(R) Processor, 2 threads", "avx512_bf16")
+    assert name == "intel-r-xeon-r-processor-2-threads-avx512-bf16"
+
+
+def test_a_page_that_fails_costs_no_numbers(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(results: dict[str, Any], path: Path) -> None:
+        raise ValueError("no such font")
+
+    report = types.ModuleType("report")
+    report.write_html = fails
+    monkeypatch.setitem(__import__("sys").modules, "r1kernels.bench.report", report)
+    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
+    found = document(tmp_path)
+    assert len(found["rows"]) == 4 and any("no such font" in entry["why"] for entry in found["left_out"])
+
+
+def test_without_its_packages_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "r1kernels.bench.report", None)
+    assert "r1kernels[bench]" in run.write_page({}, tmp_path / "page")
+
+
+# ---- fidelity -------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_a_direct_computation(alone: None, engine: Engine) -> None:
+    rows = list(fidelity.measure(fidelity.of_logits(SMALL, torch.bfloat16), engine))
+    found = {(row["quantity"], row["implementation"]): row for row in rows}
+    logits, ids = fidelity.language_logits(96, 4096, torch.bfloat16)
+    exact = testing.token_stats(logits, ids)
+    error = (r1kernels.token_logprobs(logits, ids).double() - exact.logprobs).abs()
+    row = found["logprob", OURS]
+    assert row["max"] == pytest.approx(float(error.max()), rel=1e-6, abs=1e-12)
+    assert row["mean"] == pytest.approx(float(error.mean()), rel=1e-3, abs=1e-12)
+    assert row["quantiles"]["0.5"] <= row["quantiles"]["0.9"] <= row["quantiles"]["0.999"] <= row["max"]
+    gradient = testing.token_stats_gradient(logits, ids, torch.ones(96)).value
+    leaf = logits.clone().requires_grad_()
+    r1kernels.token_logprobs(leaf, ids).sum().backward()
+    worst = float((leaf.grad.double() - gradient).abs().max() / gradient.abs().max())
+    assert found["grad_logits", OURS]["max"] == pytest.approx(worst, rel=1e-3)
+    assert all(row["nonfinite"] == 0 for row in rows)
+    assert set(found) == {(q, i) for q in ("logprob", "entropy", "grad_logits") for i in (OURS, peers.EAGER)}
+
+
+def test_advantages_of_equal_rewards_are_exact(alone: None, engine: Engine) -> None:
+    quantity = fidelity.of_rewards(SMALL)
+    equal = quantity.problem.inputs["rewards"].std(1) == 0
+    assert equal.any() and not quantity.exact[0][equal].any()
+    rows = {row["implementation"]: row for row in fidelity.measure(quantity, engine)}
+    assert rows[OURS]["max"] < 1e-6
+
+
+def test_entries_that_are_not_finite_are_counted() -> None:
+    exact = torch.tensor([1.0, -torch.inf, 3.0, 4.0], dtype=torch.float64)
+    row = fidelity.errors(torch.tensor([1.5, -torch.inf, torch.nan, torch.inf]), exact, relative=False)
+    assert row["nonfinite"] == 2 and row["max"] == 0.5 and row["mean"] == 0.5
+    nothing = fidelity.errors(torch.tensor([torch.nan]), torch.ones(1), relative=True)
+    assert nothing["nonfinite"] == 1 and nothing["max"] is None
+
+
+def test_logits_are_like_those_of_a_language_model() -> None:
+    logits, ids = fidelity.language_logits(96, 4096, torch.float32)
+    again, _ = fidelity.language_logits(96, 4096, torch.float32)
+    assert torch.equal(logits, again)
+    probability = logits.double().softmax(-1)
+    of_token = probability.gather(1, ids[:, None])[:, 0]
+    assert (of_token[::3] > 0.999).all() and (of_token[1::3] < 0.999).any()
+    assert (logits == -torch.inf).sum() == 12 and (of_token > 0).all()
+    assert logits.isfinite().any(1).all() and logits[logits.isfinite()].abs().max() > 20
