@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import yaml
-from r1kernels.bench import about
 
+from r1kernels.bench.results import Results
 from r1kernels.train.chain import read_manifest
 from r1kernels.train.log import METRICS, read_lines
 
