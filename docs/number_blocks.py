@@ -105,7 +105,7 @@ def stages(result: dict[str, Any]) -> str:
         return f"{text} ± {around:.1f}" if text and name == "pass_at_1" and around is not None else text
 
     rows = [("pass@1", "pass_at_1"), ("language consistency", "language_consistency")]
-    about = words.listed([f"`{result['recipe']}`", f"seed {result['seed']}", f"in {words.seconds(result['seconds'])}"])
+    about = words.listed([f"`{result['recipe']}`", f"seed {result['seed']}"])
     lines = [[label, *(cell(stage, name) for stage in result["stages"])] for label, name in rows
              if any(stage.get(name) is not None for stage in result["stages"])]
     return f"{markdown(['%', *(stage['label'] for stage in result['stages'])], lines)}\n\n{about}."
