@@ -83,7 +83,8 @@ def bench_pictures(draw: Callable[[dict[str, Any]], list[Picture | None]]) -> Ca
 
 
 def fidelity_table() -> Block:
-    about = ("Absolute errors against float64; errors of gradients are divided by the largest entry of the gradient.")
+    about = ("Median and largest error against float64; errors of gradients are divided by the largest entry of the "
+             "gradient.")
     return Block(f"{report.fidelity_table(read(BENCH))}\n\n{about}", [BENCH])
 
 

@@ -211,6 +211,22 @@ def test_the_share_of_a_ceiling_is_that_of_bytes_or_products() -> None:
     assert found == {"logits": [{"r1kernels": pytest.approx(0.5)}], "hidden": [{"r1kernels": pytest.approx(0.8)}]}
 
 
+def test_errors_from_logits_and_from_hidden_states_are_apart() -> None:
+    results = bench_results.example()
+    copies = [{**entry, "max": 7e-5, "shape": {**entry["shape"], "H": 64}} for entry in results["fidelity"][:2]]
+    kept = {("logprob", "bfloat16"), ("logprob", "float32"), ("advantage", "float32")}
+    results["fidelity"] = [entry for entry in results["fidelity"] if (entry["quantity"], entry["dtype"]) in kept] + copies
+    titles = [picture.title for picture in report.errors(results)]
+    whats = ("logprob", "advantage", "logprob from hidden states")
+    assert titles == [f"Error of {what} against float64" for what in whats]
+    head, _, ours, *others = report.fidelity_table(results).splitlines()
+    assert head == "| bfloat16 | logprob | advantage (float32) | logprob from hidden states |" and len(others) == 2
+    assert ours == "| r1kernels | 1.0e-07, 9.0e-06 | 0, 0 | 1.0e-07, 7.0e-05 |"
+    assert "3 not finite" in others[-1]
+    with pytest.raises(ValueError, match="fidelity"):
+        report.fidelity_table({**results, "fidelity": []})
+
+
 def test_active_tokens_have_a_line_for_each_reason() -> None:
     [picture] = report.active(bench_results.example())
     lines = picture.data["lines"]

@@ -128,7 +128,7 @@ def errors(results: dict[str, Any]) -> list[Picture]:
     pictures = []
     for number, (quantity, entries) in enumerate(data_of.fidelity(results).items()):
         table: dict[str, dict[str, Any]] = {}
-        for entry in sorted(entries, key=lambda entry: order(name(entry))):
+        for entry in entries:
             found = data_of.quantiles(entry)
             if found:
                 table[_unique(table, entry)] = {"implementation": name(entry), "quantiles": found}

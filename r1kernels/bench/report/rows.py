@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from r1kernels.bench.report.marks import CEILING, OURS
+from r1kernels.bench.report.marks import CEILING, OURS, order
 from r1kernels.bench.report.words import positive, real
 
 FORMAT = 1
@@ -89,9 +89,21 @@ def largest(found: list[Row]) -> list[Row]:
 
 
 def fidelity(results: dict[str, Any]) -> dict[str, list[Row]]:
-    """Entries of the comparison with float64 by quantity; those without any number are left out."""
+    """Entries of the comparison with float64 by quantity; those without any number are left out.
+
+    A quantity that was measured from logits and from hidden states makes two groups. In a group, the implementations of
+    a dtype come together.
+    """
     entries = [entry for entry in results.get("fidelity") or [] if quantiles(entry) or entry.get("nonfinite")]
-    return grouped(entries, lambda entry: str(entry.get("quantity")))
+    from_logits = {str(entry.get("quantity")) for entry in entries if not size(entry, "H")}
+
+    def label(entry: Row) -> str:
+        quantity = str(entry.get("quantity"))
+        return f"{quantity} from hidden states" if size(entry, "H") and quantity in from_logits else quantity
+
+    dtypes = list(dict.fromkeys(str(entry.get("dtype")) for entry in entries))
+    entries.sort(key=lambda entry: (dtypes.index(str(entry.get("dtype"))), order(name(entry))))
+    return grouped(sorted(entries, key=lambda entry: bool(size(entry, "H"))), label)
 
 
 def quantiles(entry: Row) -> dict[str, float]:

@@ -74,15 +74,27 @@ def cell(row: Row) -> str:
     return words.listed(part.replace(" ", words.NO_BREAK) for part in parts)
 
 
-def fidelity_table(results: dict[str, Any]) -> str:
-    """A Markdown table of errors against float64: a row for each quantity, library and dtype.
+def fidelity_table(results: dict[str, Any], dtype: str = "bfloat16") -> str:
+    """A Markdown table of errors against float64: a row for each library, a column for each quantity.
 
-    Raises ValueError if the file has no such entries.
+    A cell has the median and the largest error. A quantity without entries of `dtype` shows those of its first dtype,
+    which its column names. Raises ValueError if the file has no such entries.
     """
-    lines = [line for group in fidelity_cells(results) for line in group["rows"]]
-    if not lines:
+    cells: dict[str, dict[str, str]] = {}
+    for quantity, entries in fidelity(results).items():
+        dtypes = [str(entry.get("dtype")) for entry in entries]
+        shown = dtype if dtype in dtypes else dtypes[0]
+        column = quantity if shown == dtype else f"{quantity} ({shown})"
+        for entry in (entry for entry, kind in zip(entries, dtypes, strict=True) if kind == shown):
+            found = quantiles(entry)
+            bad = f"{words.whole(entry['nonfinite'])} not finite" if entry.get("nonfinite") else ""
+            text = words.listed([words.error(found.get("0.5")), words.error(found.get("1")), bad])
+            cells.setdefault(name(entry), {})[column] = text
+    if not cells:
         raise ValueError("fidelity is empty; expected entries of the comparison with float64")
-    return markdown(["quantity", *FIDELITY], lines)
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    return markdown([dtype, *columns], [[implementation, *(cells[implementation].get(column, "") for column in columns)]
+                                        for implementation in sorted(cells, key=order)])
 
 
 FIDELITY = ("implementation", "dtype", "shape", "median", "99 %", "largest", "not finite")
@@ -93,7 +105,7 @@ def fidelity_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
     groups = []
     for quantity, entries in fidelity(results).items():
         lines = []
-        for entry in sorted(entries, key=lambda entry: order(name(entry))):
+        for entry in entries:
             found = quantiles(entry)
             lines.append([quantity, name(entry), str(entry.get("dtype") or ""), words.shape(entry.get("shape")),
                           *(words.error(found.get(share)) for share in ("0.5", "0.99", "1")),
