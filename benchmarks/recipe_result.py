@@ -48,7 +48,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
     about = Results(torch.device("cpu"), "default").about
     kinds = {name: settings["kind"] for name, settings in config["stages"].items()}
     return {
-        "format": 1, "recipe": f"recipes/{run_dir.name}.yaml", "seed": config["seed"], **{name: about[name] for name in ABOUT},
+        "format": 1, "recipe": f"recipes/{run_dir.name}.yaml",
+        "seed": config["seed"], **{name: about[name] for name in ABOUT},
         "threads": config["threads"] or about["threads"], "precision": config["precision"],
         "curves": {name: curve(read_lines(run_dir / name / METRICS)) for name, kind in kinds.items() if kind == "grpo"},
         "stages": [stage(name, kind, records[name]) for name, kind in kinds.items() if records[name].get("evaluation")],
