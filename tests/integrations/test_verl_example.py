@@ -1,4 +1,4 @@
-"""examples/verl inside real verl, which accepts the config of its command, and finds what that names."""
+"""examples/verl_gspo inside real verl, which accepts the config of its command, and finds what that names."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy  # noqa: E
 from verl.utils.config import omega_conf_to_dataclass, validate_config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "examples/verl"
+FOLDER = ROOT / "examples/verl_gspo"
 
 
 @pytest.fixture(scope="module")

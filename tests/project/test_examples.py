@@ -46,7 +46,8 @@ def test_the_table_has_every_example_and_its_command() -> None:
     linked = re.findall(r"\]\((\w+)(?:\.py|/?)\)", text)
     assert sorted(linked) == sorted({*NAMES, *folders})
     for name in NAMES:
-        assert f"`{commands(name)[0]}`" in text or f"`{commands(name)[1]}`" in text, name
+        given = {*commands(name), f"python examples/{name}.py --help"}
+        assert given & set(re.findall(r"`([^`]+)`", text)), name
     for path in re.findall(r"\]\(([^)]+)\)", text):
         assert (EXAMPLES / path).exists(), path
 
@@ -154,7 +155,7 @@ def test_the_config_for_verl_has_names_and_keys_of_the_adapter() -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     from r1kernels.integrations.verl import ESTIMATORS, LOSSES
 
-    config = yaml.safe_load((EXAMPLES / "verl/r1_gspo.yaml").read_text())
+    config = yaml.safe_load((EXAMPLES / "verl_gspo/r1_gspo.yaml").read_text())
     [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/migrate/verl.md").read_text(), re.DOTALL)
 
     def assert_has(part: dict[str, Any], keys: dict[str, Any], path: str) -> None:
@@ -168,7 +169,7 @@ def test_the_config_for_verl_has_names_and_keys_of_the_adapter() -> None:
     assert config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"] in LOSSES
     assert config["algorithm"]["adv_estimator"] in ESTIMATORS
     reward = config["reward"]["custom_reward_function"]
-    score = load_example("verl/sums")[reward["name"]]
-    assert reward["path"].endswith("examples/verl/sums.py")
+    score = load_example("verl_gspo/sums")[reward["name"]]
+    assert reward["path"].endswith("examples/verl_gspo/sums.py")
     good, bad = (f"<think> so </think> <answer> {answer} </answer>" for answer in (12, 13))
     assert [score("sums", text, "12")["score"] for text in (good, bad, "\\boxed{12}", "")] == [1.2, 0.2, 1.0, 0.0]

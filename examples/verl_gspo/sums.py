@@ -1,6 +1,6 @@
 """Data and reward for verl: sums of numbers below 100, whose answers are judged by `r1kernels.rewards`.
 
-    python examples/verl/sums.py runs/verl                        # writes train.parquet and test.parquet
+    python examples/verl_gspo/sums.py runs/verl                        # writes train.parquet and test.parquet
 
 verl calls `compute_score` for each response; r1_gspo.yaml names it as the reward.
 """
