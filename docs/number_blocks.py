@@ -21,6 +21,7 @@ PICTURES = ROOT / "docs" / "pictures"
 # The device that README and docs show. Other devices have a folder, too.
 BENCH = RESULTS / "intel-r-xeon-r-processor-2-threads-avx512-bf16" / "bench.json"
 TWO_THREADS = RESULTS / "intel-r-xeon-r-processor-2-threads-amx-bf16"
+PLANNED = RESULTS / "intel-r-xeon-r-processor-1-threads-avx512-bf16"
 ONE_THREAD = RESULTS / "intel-r-xeon-r-processor-1-threads-amx-bf16"
 RECIPES = RESULTS / "recipe"
 SCALING = RESULTS / "scaling.json"
@@ -158,6 +159,18 @@ def sampling_replay() -> Block:
     return Block(f"{table}\n\n{sizes}.", [path], (number_pictures.sampling_replay(results),))
 
 
+def plan_memory() -> Block:
+    path = PLANNED / "plan_memory.json"
+    rows = read(path)["results"]
+    cells = {(row["case"], row["phase"]): [words.memory(row["measured_bytes"]),
+                                           f"{row['planned_bytes'] / row['measured_bytes']:.2f}"] for row in rows}
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    lines = [[case, *(cell for phase in phases for cell in cells.get((case, phase), ["", ""]))]
+             for case in dict.fromkeys(row["case"] for row in rows)]
+    head = [cell for phase in phases for cell in (f"{phase}: measured", "plan / measured")]
+    return Block(markdown([rows[0]["model"], *head], lines), [path])
+
+
 SCALING_COLUMNS = ("devices", "tensor ranks", "completions", "state GB", "step s", "sampling s", "compute s", "data s",
                    "tensor s", "data GB", "tensor GB", "tokens/s a device")
 
@@ -215,5 +228,6 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "tokens-picture": bench_pictures(lambda results: [report.shares(results, "tokens")]),
     "errors-pictures": bench_pictures(report.errors),
     "recipe-table": recipe_table, "recipe-picture": recipe_picture, "trl-step": trl_step, "student-topk": student_topk,
-    "sampling-replay": sampling_replay, "scaling-costs": scaling_costs, "gpu-instructions": gpu_instructions,
+    "plan-memory": plan_memory, "sampling-replay": sampling_replay, "scaling-costs": scaling_costs,
+    "gpu-instructions": gpu_instructions,
 }

@@ -158,7 +158,7 @@ def recipe() -> dict:
             "commit": "abc", "seconds": 250, "curves": {"r1_zero": curve}, "stages": [stage]}
 
 
-OTHER_FILES = {"trl-step", "student-topk", "sampling-replay", "scaling-costs", "gpu-instructions"}
+OTHER_FILES = {"trl-step", "student-topk", "plan-memory", "sampling-replay", "scaling-costs", "gpu-instructions"}
 
 
 def test_every_block_is_written_and_then_up_to_date(tree: Path) -> None:

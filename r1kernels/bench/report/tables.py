@@ -75,26 +75,26 @@ def cell(row: Row) -> str:
 
 
 def fidelity_table(results: dict[str, Any], dtype: str = "bfloat16") -> str:
-    """A Markdown table of errors against float64: a row for each library, a column for each quantity.
+    """A Markdown table of errors against float64: a row for each quantity, a column for each library.
 
     A cell has the median and the largest error. A quantity without entries of `dtype` shows those of its first dtype,
-    which its column names. Raises ValueError if the file has no such entries.
+    which its row names. Raises ValueError if the file has no such entries.
     """
     cells: dict[str, dict[str, str]] = {}
     for quantity, entries in fidelity(results).items():
         dtypes = [str(entry.get("dtype")) for entry in entries]
         shown = dtype if dtype in dtypes else dtypes[0]
-        column = quantity if shown == dtype else f"{quantity} ({shown})"
+        label = quantity if shown == dtype else f"{quantity} ({shown})"
         for entry in (entry for entry, kind in zip(entries, dtypes, strict=True) if kind == shown):
             found = quantiles(entry)
             bad = f"{words.whole(entry['nonfinite'])} not finite" if entry.get("nonfinite") else ""
             text = words.listed([words.error(found.get("0.5")), words.error(found.get("1")), bad])
-            cells.setdefault(name(entry), {})[column] = text
+            cells.setdefault(label, {})[name(entry)] = text
     if not cells:
         raise ValueError("fidelity is empty; expected entries of the comparison with float64")
-    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
-    return markdown([dtype, *columns], [[implementation, *(cells[implementation].get(column, "") for column in columns)]
-                                        for implementation in sorted(cells, key=order)])
+    names = sorted({implementation for line in cells.values() for implementation in line}, key=order)
+    lines = [[label, *(line.get(column, "") for column in names)] for label, line in cells.items()]
+    return markdown([dtype, *names], lines)
 
 
 FIDELITY = ("implementation", "dtype", "shape", "median", "99 %", "largest", "not finite")
