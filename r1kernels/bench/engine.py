@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from r1kernels.bench.tasks import BOTH, OURS, Function, Problem, Setting, Task, 
 from r1kernels.bench.tasks import results as results_of
 
 MOST_ROUNDS, SLOW_ROUNDS = 50, 2
+SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
 SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
 WIDEST_EXACT = 512 << 20  # bytes: larger shared inputs get a reference in float32 instead of float64
 RESERVE = 512 << 20, 0.05  # bytes, and share of all memory, that are left alone
@@ -35,7 +37,7 @@ class Engine:
 
     def __init__(self, setting: Setting, clock: Clock, results: Results) -> None:
         self.setting, self.clock, self.results = setting, clock, results
-        self.seconds = setting.pick(0.1, 3.0, 5.0)
+        self.seconds = setting.pick(0.1, 1.5, 5.0)
         self.least_rounds = setting.pick(2, 3, 5)
         self.trouble = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
@@ -58,8 +60,11 @@ class Engine:
 
             try:
                 errors[name] = truth.check(name, function)
+                started = time.perf_counter()
                 memory[name] = self.clock.peak_extra_bytes(run)
-                estimates[name] = self.clock.seconds(run, 1)
+                estimates[name] = time.perf_counter() - started
+                if estimates[name] < SHORT:  # it is not the time of the run alone
+                    estimates[name] = self.clock.seconds(run, 1)
                 runs[name] = task.around(run)
             except Exception as error:
                 self._failed(name, task, error)

@@ -57,7 +57,7 @@ def case(setting: Setting) -> Iterator[Task]:
     see: the other process does not compute there."""
     if setting.device.type == "cuda":
         return
-    tokens, width, vocab = setting.pick((64, 128, 2048), (1024, 1024, 32_768), (1024, 1024, 32_768))
+    tokens, width, vocab = setting.pick((64, 128, 2048), (1024, 512, 32_768), (1024, 512, 32_768))
     plain = policy_head.task(setting, tokens, width, vocab, None)
     with BusyProcess() as busy:
         yield dataclasses.replace(plain, case=NAME, peers=(), ceilings={}, around=busy.beside,

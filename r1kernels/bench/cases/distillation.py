@@ -21,12 +21,12 @@ TOLERANCE = (0.01, 0.05)
 
 
 def distillation_loss(setting: Setting) -> Iterator[Task]:
-    tokens, vocab = setting.pick((64, 4096), (512, 65_536), (8192, 131_072))
+    tokens, vocab = setting.pick((64, 4096), (256, 65_536), (8192, 131_072))
     size = tokens * vocab
     common = {
         "case": "distillation_loss", "op": "distillation_loss", "shape": {"N": tokens, "V": vocab},
         "dtype": torch.bfloat16, "tolerance": TOLERANCE,
-        "bytes": {OURS: 4 * size, peers.EAGER: 36 * size, peers.COMPILED: 16 * size},
+        "bytes": {OURS: 8 * size, peers.EAGER: 36 * size, peers.COMPILED: 16 * size},
     }
 
     def make() -> Problem:
@@ -77,8 +77,8 @@ def distillation_loss(setting: Setting) -> Iterator[Task]:
 
 
 def linear_distillation_loss(setting: Setting) -> Iterator[Task]:
-    tokens, vocab = setting.pick((64, 2048), (512, 32_768), (4096, 131_072))
-    widths = setting.pick((128, 192), (1024, 2048), (4096, 8192))  # of student and teacher
+    tokens, vocab = setting.pick((64, 2048), (256, 32_768), (4096, 131_072))
+    widths = setting.pick((128, 192), (512, 1024), (4096, 8192))  # of student and teacher
     size, heads = tokens * vocab, vocab * sum(widths)
 
     def make() -> Problem:

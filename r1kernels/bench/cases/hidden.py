@@ -23,7 +23,7 @@ VALUES, GRADIENTS = (1e-4, 0.05), (0.02, 0.05)
 
 def shape(setting: Setting) -> tuple[int, int, int]:
     """N, V, H."""
-    return setting.pick((64, 2048, 128), (512, 32_768, 1024), (8192, 131_072, 4096))
+    return setting.pick((64, 2048, 128), (512, 32_768, 512), (8192, 131_072, 4096))
 
 
 def make(setting: Setting, targets: str = "token_ids", depths: int = 0) -> Problem:

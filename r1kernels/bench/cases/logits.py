@@ -20,7 +20,7 @@ SET = 64
 
 
 def shape(setting: Setting) -> tuple[int, int]:
-    return setting.pick((64, 4096), (1024, 65_536), (8192, 131_072))
+    return setting.pick((64, 4096), (512, 65_536), (8192, 131_072))
 
 
 def make(setting: Setting, tokens: int, vocab: int, name: str = "token_ids") -> Problem:

@@ -121,21 +121,21 @@ def task(
 
 
 def vocabulary(setting: Setting) -> Iterator[Task]:
-    tokens, width = setting.pick((64, 128), (512, 1024), (8192, 4096))
+    tokens, width = setting.pick((64, 128), (512, 512), (8192, 4096))
     for number, vocab in enumerate(setting.pick((1024, 4096), (8192, 32_768, 65_536, 131_072),
                                                 (8192, 32_768, 65_536, 131_072))):
         yield task(setting, tokens, width, vocab, "vocabulary", compiled=setting.compiled or number == 0)
 
 
 def number_of_tokens(setting: Setting) -> Iterator[Task]:
-    vocab, width = setting.pick((2048, 128), (32_768, 1024), (131_072, 4096))
+    vocab, width = setting.pick((2048, 128), (32_768, 512), (131_072, 4096))
     for tokens in setting.pick((64, 128), (256, 512, 1024, 2048), (1024, 2048, 4096, 8192, 16_384)):
         yield task(setting, tokens, width, vocab, "tokens", compiled=setting.compiled)
 
 
 def active(setting: Setting) -> Iterator[Task]:
     """Plain torch takes the same time whatever the share is. It is measured beside every clipped share."""
-    tokens, width, vocab = setting.pick((128, 128, 2048), (1024, 1024, 32_768), (8192, 4096, 131_072))
+    tokens, width, vocab = setting.pick((128, 128, 2048), (1024, 512, 32_768), (8192, 4096, 131_072))
     for share in SHARES:
         for how in ("clipped", "advantage 0") if share < 1 else ("",):
             yield task(setting, tokens, width, vocab, "active", active=share, how=how, alone=how == "advantage 0")
@@ -143,7 +143,7 @@ def active(setting: Setting) -> Iterator[Task]:
 
 def variants(setting: Setting) -> Iterator[Task]:
     """Logits in bfloat16, and support sets."""
-    tokens, width, vocab = setting.pick((64, 128, 2048), (512, 1024, 32_768), (8192, 4096, 131_072))
+    tokens, width, vocab = setting.pick((64, 128, 2048), (512, 512, 32_768), (8192, 4096, 131_072))
     base = task(setting, tokens, width, vocab, None, alone=True)
     common = {name: getattr(base, name) for name in (
         "case", "op", "shape", "dtype", "input_bytes", "bytes", "bytes_moved", "flops")}
