@@ -148,8 +148,8 @@ def cuda_sources_hash(root: Path) -> str:
 
 
 def _age(result: Any, kernels: str, csrc: str, cuda: str, package: str) -> str:
-    """Whether a result file names the hash of the current kernel sources. `sources` are those of the whole package in
-    results of `r1kernels bench`, and those of the Triton kernels in what was compiled ahead of time."""
+    """Whether a result file names the hash of the current kernel sources. `sources` are those of operations and kernels
+    in results of `r1kernels bench`, and those of the Triton kernels in what was compiled ahead of time."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
         same = compiled in (kernels, f"{kernels}-{cuda}", package)

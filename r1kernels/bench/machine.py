@@ -34,9 +34,10 @@ def versions_of_peers() -> dict[str, str]:
 
 
 def sources_hash() -> str:
-    """Sixteen digits of the SHA-256 over the package's Python files and, in a source tree, csrc/. An installed package
-    has no csrc/: there, its compiled extension takes part instead."""
-    paths = sorted(PACKAGE.rglob("*.py"))
+    """Sixteen digits of the SHA-256 over what a measurement runs: the operations, their kernels, and csrc/ in a source
+    tree. An installed package has no csrc/: there, its compiled extension takes part instead."""
+    found = [*PACKAGE.glob("*.py"), *(PACKAGE / "ops").rglob("*.py"), *(PACKAGE / "triton").rglob("*.py")]
+    paths = sorted(path for path in found if path.name not in ("__init__.py", "__main__.py", "_command.py"))
     if in_source_tree():
         folder = ROOT / "csrc"
         paths += sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
