@@ -154,6 +154,7 @@ print(json.dumps(faults))
 """
 
 
+@pytest.mark.long(reason="a process of many large calls, which count pages")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts the page faults of Linux")
 def test_a_second_call_maps_no_pages() -> None:
     """A call writes at least 50 MiB: 25 huge pages. The interpreter itself may map a page now and then, so the median

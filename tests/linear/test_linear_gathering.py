@@ -217,6 +217,7 @@ def test_buffers_keep_to_their_budget(each: int, gradient: int, most: int | None
             assert max(rows) <= most
 
 
+@pytest.mark.long(reason="the size of a model; smaller ones take the same route")
 @pytest.mark.few(1)
 @host_code
 @pytest.mark.parametrize("active", [4096, 8192])

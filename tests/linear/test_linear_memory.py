@@ -112,12 +112,14 @@ def test_peak_memory(loss: str) -> None:
     assert 0.8 * allowed <= extra <= allowed < 256 * MIB, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
+@pytest.mark.long(reason="a process that measures memory; the two tests beside it do so too")
 def test_peak_memory_of_a_bfloat16_model() -> None:
     extra = peak(dtype="bfloat16", tokens=2048)["extra"]
     allowed = bar(2048, 256, 16_384, torch.bfloat16, 24 * MIB)
     assert extra <= allowed, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
+@pytest.mark.long(reason="a process that measures memory; the two tests beside it do so too")
 @pytest.mark.few(1)
 @pytest.mark.parametrize("into", ["", "float32", "bfloat16"])
 def test_a_scaled_loss_takes_no_more_memory(into: str) -> None:

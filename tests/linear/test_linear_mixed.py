@@ -217,6 +217,7 @@ def test_only_products_of_float32_ask_for_exact_statistics(
     assert asked and set(asked) == {exact}
 
 
+@pytest.mark.long(reason="test_linear_operators compiles the same operators")
 @pytest.mark.few(1)
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)

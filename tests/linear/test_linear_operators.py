@@ -175,6 +175,7 @@ def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
             torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long(reason="test_compile_fullgraph compiles the same operators")
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 def test_compile_with_a_capacity() -> None:

@@ -62,6 +62,7 @@ def test_gradients_are_as_close_as_dense_ones(ratio: str, more: dict[str, float]
     assert abs(float(value.detach()) - float(loss.loss.value)) <= 1e-6 * float(loss.loss.terms)
 
 
+@pytest.mark.long(reason="64 passes at the size of a model")
 @slow_on_gpu_kernels
 def test_gradient_of_64_micro_batches_at_size() -> None:
     """To 1e-3 of the whole tensor; one that was added up in bfloat16 is much further off."""

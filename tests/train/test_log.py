@@ -28,6 +28,7 @@ def steps(path):
 # ---- lines ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(reason="test_resume kills whole runs and reads their lines")
 def test_lines_survive_a_kill_and_come_once(tmp_path):
     code = (
         "import itertools, os, sys; from pathlib import Path; from types import SimpleNamespace\n"

@@ -74,6 +74,7 @@ def test_a_checkpoint_is_a_plain_model_with_the_adapters_merged(tmp_path, precis
         torch.testing.assert_close(saved(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long(reason="test_grpo and test_resume stop runs again and again too")
 @pytest.mark.few(1)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stopped_again_and_again_it_ends_the_same(tmp_path, precision):

@@ -140,6 +140,7 @@ def test_without_kl_there_is_no_reference(tmp_path):
     assert load_shards(latest_checkpoint(trainer.stage.directory)).keys() == {"optimizer"}
 
 
+@pytest.mark.long(reason="test_grpo and test_resume stop runs again and again too")
 def test_stopped_again_and_again_it_ends_the_same_in_bf16(tmp_path):
     GRPOTrainer(stage_of(tmp_path / "whole", [".precision=bf16"])).run()
     whole, stops = outcome(tmp_path / "whole" / "run" / "rl"), 0

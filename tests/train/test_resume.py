@@ -143,11 +143,12 @@ def at_work(run_dir: Path) -> str:
         return ""
 
 
-def test_a_full_disk_is_named_and_costs_nothing(whole, server, tmp_path, full):
+@pytest.mark.long(reason="a chain of all stages twice")
+def test_a_full_disk_is_named_and_costs_nothing(whole, server, tmp_path):
     """From any operation on files on, in any stage; with room again, the run continues."""
     run_dir, rng, where = tmp_path / "run", random.Random(3), []
     recipe, output = write_recipe(tmp_path, run_dir), tmp_path / "run.out"
-    moments = [*range(1, 9), *(rng.randint(10, 60) for _ in range(8))] if full else [60]
+    moments = [*range(1, 9), *(rng.randint(10, 60) for _ in range(8))]
     for full_at in (*moments, 0):
         output.unlink(missing_ok=True)
         status, text = server.run(recipe, run_dir, full_at=full_at), output.read_text()

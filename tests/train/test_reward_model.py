@@ -179,6 +179,7 @@ def test_it_learns_the_taste_of_the_pairs(trained):
     assert good > bad and thought == pytest.approx(good, abs=1e-5)
 
 
+@pytest.mark.long(reason="test_grpo and test_resume stop runs again and again too")
 def test_stopped_again_and_again_it_ends_the_same(home, trained, tmp_path):
     whole, summary = trained
     rng, stops = random.Random(0), 0

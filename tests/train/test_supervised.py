@@ -114,6 +114,7 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(home, whole, tmp_pat
     assert run_sft(stage_at(home, tmp_path, interrupt=StopAt(0, Killed))) == whole[0]
 
 
+@pytest.mark.long(reason="the test before it stops and resumes in float32")
 @pytest.mark.few(1)
 @pytest.mark.parametrize("options", [["precision=bf16"], ["gradient_checkpointing=true"],
                                      ["stages.cold.lora={r: 2, alpha: 8}", "precision=bf16"]], ids=str)
