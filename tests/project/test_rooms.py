@@ -115,6 +115,7 @@ def test_full_runs_the_whole_product(tree: Path, full: bool) -> None:
 
 @pytest.mark.parametrize("mark", [
     pytest.mark.not_on("triton"), pytest.mark.not_on(reason="nowhere"), pytest.mark.slow_on("tritonn", reason="x"),
+    pytest.mark.long, pytest.mark.long("x"),
 ])
 def test_a_marker_without_a_backend_or_a_reason_is_an_error(mark: pytest.MarkDecorator) -> None:
     class Item:
@@ -125,6 +126,16 @@ def test_a_marker_without_a_backend_or_a_reason_is_an_error(mark: pytest.MarkDec
 
     with pytest.raises(pytest.UsageError, match="test_x"):
         backends.skip_reason(Item(), "cpu", False)
+
+
+def test_a_long_test_runs_with_full_only() -> None:
+    class Item:
+        nodeid = "test_x"
+
+        def iter_markers(self, name: str) -> list[pytest.Mark]:
+            return [pytest.mark.long(reason="hours").mark] if name == "long" else []
+
+    assert "hours" in backends.skip_reason(Item(), "cpu", False) and backends.skip_reason(Item(), "cpu", True) == ""
 
 
 def test_every_backend_runs_every_room() -> None:
