@@ -190,9 +190,9 @@ def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPat
 
     task = a_task(functions={OURS: square, peers.EAGER: never}, bytes={OURS: 1 << 20, peers.EAGER: 200 << 30})
     assert [row["implementation"] for row in engine.measure(task)] == [OURS]
-    assert "200.0 GiB" in left_out(engine)[peers.EAGER]
+    assert "250.0 GiB" in left_out(engine)[peers.EAGER]
     assert engine.measure(a_task(make=never, input_bytes=50 << 30)) == []
-    assert "150.0 GiB" in left_out(engine)["all implementations"]
+    assert "187.5 GiB" in left_out(engine)["all implementations"]
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
