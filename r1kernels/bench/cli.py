@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
                        help="folder for the results (default: %(default)s)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="what is measured (default: cuda where there is one)")
     found.add_argument("--size", choices=("small", "default", "large"), default="default",
-                       help="small: under a minute, to see that everything works; default: about 8 minutes on two CPU "
+                       help="small: under a minute, to see that everything works; default: about 10 minutes on two CPU "
                             "cores; large: for GPUs of 80 GB and more (default: %(default)s)")
     found.add_argument("--only", nargs="+", default=(), metavar="CASE",
                        help="measure these cases only: names of operations, or fidelity")

@@ -25,6 +25,7 @@ MOST_ROUNDS, SLOW_ROUNDS = 50, 2
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
 SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
 WIDEST_EXACT = 512 << 20  # bytes: larger shared inputs get a reference in float32 instead of float64
+MARGIN = 1.25  # estimates from shapes leave out small buffers and what an allocator keeps
 RESERVE = 512 << 20, 0.05  # bytes, and share of all memory, that are left alone
 
 
@@ -37,7 +38,7 @@ class Engine:
 
     def __init__(self, setting: Setting, clock: Clock, results: Results) -> None:
         self.setting, self.clock, self.results = setting, clock, results
-        self.seconds = setting.pick(0.1, 1.5, 5.0)
+        self.seconds = setting.pick(0.1, 1.0, 5.0)
         self.least_rounds = setting.pick(2, 3, 5)
         self.trouble = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
@@ -93,7 +94,7 @@ class Engine:
         return available - max(RESERVE[0], int(machine.memory_bytes(self.setting.device) * RESERVE[1]))
 
     def enough_memory(self, what: str, needed: int, where: str) -> bool:
-        room = self.room()
+        room, needed = self.room(), round(needed * MARGIN)
         if room is None or needed <= room:
             return True
         self.results.leave_out(what, f"needs about {gib(needed)}, and {gib(max(room, 0))} of memory are free", where)

@@ -114,7 +114,7 @@ def task(
             peers.LIGER: 16 * logits // SEQUENCES + 3 * gradients, peers.VERL: 12 * min(512, tokens) * vocab + 6 * head,
         },
         compiled=compiled, series=series,
-        variant=f"{1 - active:.0%} {'of advantage 0' if how == 'advantage 0' else how}" if how else "",
+        variant=f"{100 * (1 - active):.0f} % {'of advantage 0' if how == 'advantage 0' else how}" if how else "",
         active_share=active, bytes_moved=2 * gradients,
         flops=round(2 * tokens * head * (masked_products + 2 * active)), tolerance=TOLERANCE,
     )

@@ -52,7 +52,7 @@ def task(
     return Task(
         case=op, op=op, shape={"B": b, "T": t}, dtype=torch.float32, passes=passes, functions=functions, exact=exact,
         make=partial(make, setting, *names, leaves=leaves), input_bytes=4 * b * t * len(names),
-        bytes={OURS: 128 * b * t, peers.EAGER: 128 * b * t}, bytes_moved=4 * b * t * (len(names) + len(leaves)),
+        bytes={OURS: 640 * b * t, peers.EAGER: 128 * b * t}, bytes_moved=4 * b * t * (len(names) + len(leaves)),
         **{"tolerance": TOLERANCE} | rest,
     )
 
