@@ -24,6 +24,7 @@ import nvcc
 TORCH = Path(torch.__file__).parent
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-ffp-contract=off", "-isystem", str(TORCH / "include")]  # sources fuse products and sums themselves
+COMMON_FLAGS += (EXTRA_FLAGS := os.environ.get("R1KERNELS_CXXFLAGS", "").split())  # `make sanitize` sets it
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
     ("Py_LIMITED_API", "0x030a0000"),
@@ -109,7 +110,7 @@ extension = Extension(
     # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use. Nothing but PyInit__C is
     # exported: torch may have brought another CUDA runtime.
     extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed",
-                     "-Wl,--version-script=csrc/exports.map"],
+                     "-Wl,--version-script=csrc/exports.map", *EXTRA_FLAGS],
     define_macros=list(MACROS),
     py_limited_api=True,
     language="c++",  # what links it
