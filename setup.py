@@ -41,7 +41,8 @@ X86_ISAS = {
 PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "support", "token_stats", "top_k")]
 USE_BF16 = [f"csrc/cpu/{name}.cpp" for name in ("gemm", "support", "token_stats")]
 WITH_BF16 = {"avx512_bf16": USE_BF16, "amx_bf16": USE_BF16[:1]}
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Without the instruction sets a build takes a fifth of the time: benchmarks/mutation.py makes many.
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and os.environ.get("R1KERNELS_PORTABLE") != "1"
 CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_policy.cpp"]
 CUDA_BINDINGS += ["csrc/bindings_cuda_step.cpp"]
 

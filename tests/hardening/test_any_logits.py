@@ -8,7 +8,7 @@ import torch
 from backends import without_cuda_kernels
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, MASKS, VALUES, Rows, leaf, rows, tokens_mask
+from strategies import DTYPES, LAYOUTS, MASKS, VALUES, Rows, leaf, rows, tokens_mask
 from torch import Tensor
 
 from r1kernels import (
@@ -109,7 +109,8 @@ def test_all_statistics(case: Rows, temperature: float, kind: str, data: st.Data
     )
     if implementation == "reference":
         size = sum(v.abs().amax() for v in slopes.values()) if ids.numel() else 0
-        slack = testing.rounding(expected.value, grad.dtype) + 64 * testing.EPS32 * far * (1 + size) * (1 + 1 / temperature)
+        on_the_way = 64 * testing.EPS32 * far * (1 + size) * (1 + 1 / temperature)
+        slack = testing.rounding(expected.value, grad.dtype) + on_the_way
         testing.assert_within(grad, expected.value, slack)
     else:
         testing.assert_within(grad, expected)
@@ -133,7 +134,8 @@ def test_cross_entropy(
     flat, ids = case.logits.reshape(-1, vocab), case.token_ids.reshape(1, -1)
     weight = counts.reshape(1, -1).double() / (max(int(counts.sum()), 1) if reduction == "mean" else 1)
     losses = testing.target_losses(flat, ids, **terms)[0] * counts.reshape(-1)
-    exact = {"none": losses.reshape(counts.shape), "sum": losses.sum(), "mean": losses.sum() / max(int(counts.sum()), 1)}
+    number = max(int(counts.sum()), 1)
+    exact = {"none": losses.reshape(counts.shape), "sum": losses.sum(), "mean": losses.sum() / number}
     size = (1 + z_loss) * (1 + 32 + math.log(vocab)) ** 2 * (max(ids.numel(), 1) if reduction == "sum" else 1)
     testing.assert_within(loss, exact[reduction], 8 * testing.EPS32 * size)
     expected = testing.target_gradient(flat, ids, weight, **terms)
@@ -153,8 +155,6 @@ def test_distillation(
     masked: str, k: int, implementation: str,
 ) -> None:
     """The teacher's whole logits, or its K likeliest tokens."""
-    from strategies import LAYOUTS
-
     shape, vocab = student.logits.shape, student.logits.shape[-1]
     noise = torch.randn(shape, generator=testing.generator(student.seed + 9))
     teacher = LAYOUTS[teacher_layout]((student.logits.float() + noise).to(teacher_dtype))
@@ -165,9 +165,10 @@ def test_distillation(
     if k:
         ids, logprobs = testing.random_topk(teacher, min(k, vocab), temperature)
         given_teacher = {"teacher_token_ids": ids, "teacher_logprobs": logprobs}
-        exact = testing.topk_divergence(student.logits, ids, logprobs, kind, beta, temperature) if counts.numel() else None
-    else:
-        exact = testing.divergence(student.logits, teacher, kind, beta, temperature) if counts.numel() else None
+    exact = None
+    if counts.numel():
+        exact = testing.topk_divergence(student.logits, ids, logprobs, kind, beta, temperature) if k else \
+            testing.divergence(student.logits, teacher, kind, beta, temperature)
     logits = leaf(student.logits)
     loss, metrics = distillation_loss(
         logits, **given_teacher, mask=mask, divergence=kind, beta=beta, temperature=temperature
@@ -186,8 +187,8 @@ def test_distillation(
     assert not grad[counts == 0].any()
 
 
-@given(case=rows(values=HALF, leads=st.tuples(st.integers(1, 5))), most=st.integers(1, 30),
-       whole=st.sampled_from([0.0, 0.4]), temperature=TEMPERATURES, ids_dtype=st.sampled_from([torch.int32, torch.int64]))
+@given(case=rows(values=HALF, leads=st.tuples(st.integers(1, 5))), most=st.integers(1, 30), temperature=TEMPERATURES,
+       whole=st.sampled_from([0.0, 0.4]), ids_dtype=st.sampled_from([torch.int32, torch.int64]))
 def test_support_sets(
     case: Rows, most: int, whole: float, temperature: float, ids_dtype: torch.dtype, implementation: str
 ) -> None:
