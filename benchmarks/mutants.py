@@ -33,8 +33,8 @@ def of_file(file: str, tests: tuple[str, ...], *changes: Change) -> list[Mutant]
 ANY_LOGITS, ANY_LOSSES, ANY_HEAD = (
     f"tests/hardening/test_any_{name}.py" for name in ("logits", "losses", "head")
 )
-POLICY = (f"{ANY_LOSSES}::test_policy_loss", "tests/losses/test_policy_loss.py",
-          "tests/losses/test_policy_loss_edges.py")
+POLICY = (f"{ANY_LOSSES}::test_policy_loss", "tests/losses/test_policy_loss_edges.py",
+          "tests/losses/test_policy_loss.py")
 STATISTICS = (f"{ANY_LOGITS}::test_log_probs_and_entropy", f"{ANY_LOGITS}::test_all_statistics",
               f"{ANY_HEAD}::test_log_probs_and_entropy", "tests/kernels/test_token_stats.py",
               "tests/kernels/test_token_stats_edges.py")
@@ -82,7 +82,8 @@ MUTANTS: list[Mutant] = [
     *of_file(
         "r1kernels/ops/kl_estimate.py", (f"{ANY_LOSSES}::test_kl_estimate", "tests/losses/test_kl_estimate.py"),
         ("return d.square() / 2", "return d.square()", "k2 without 1/2"),
-        ("    d = ref_logprobs - logprobs\n    if", "    d = logprobs - ref_logprobs\n    if", "the KL of the other direction"),
+        ("    d = ref_logprobs - logprobs\n    if", "    d = logprobs - ref_logprobs\n    if",
+         "the KL of the other direction"),
         ("exact = torch.expm1(far) - far", "exact = torch.expm1(far) + far", "k3 with + d"),
         ("for n in range(order - 1, 1, -1):", "for n in range(order - 1, 2, -1):", "the series of k3 ends too early"),
         ("return grad_logprobs, -grad_logprobs, None, None", "return grad_logprobs, grad_logprobs, None, None",

@@ -68,10 +68,12 @@ class Runner:
     """A process that has imported torch and pytest, and forks one for every run of tests."""
 
     def __init__(self, backend: str) -> None:
+        paths = os.pathsep.join([str(COPY), str(COPY / "benchmarks")])
         variables = {**os.environ, **BACKENDS[backend], "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                     "PYTHONPATH": str(COPY), "PYTHONSAFEPATH": "1"}
-        self._process = subprocess.Popen([sys.executable, __file__, "--serve"], cwd=COPY, env=variables, text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                     "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        self._process = subprocess.Popen(command, cwd=COPY, env=variables, text=True, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE)
 
     def run(self, tests: list[str]) -> dict[str, Any]:
         """{"code": the exit status of pytest, "failed": the first test that failed}"""
@@ -95,7 +97,6 @@ class FirstFailure:
 
 
 def serve() -> None:
-    import hypothesis  # noqa: F401
     import pytest
     import torch  # noqa: F401
 
@@ -103,9 +104,9 @@ def serve() -> None:
         read, write = os.pipe()
         if (child := os.fork()) == 0:
             signal.alarm(LIMIT_S)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+            log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # of the last run
+            os.dup2(log, 1)
+            os.dup2(log, 2)
             found = FirstFailure()
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
             code = pytest.main([*options, *json.loads(line)], plugins=[found])
@@ -145,19 +146,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="where the result is written")
     arguments = parser.parse_args()
     chosen = [m for m in mutants.MUTANTS if arguments.only in f"{m.file} {m.what}"]
-    chosen.sort(key=lambda m: m.is_compiled)
+    chosen.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     copy_tree()
     build()
     runners = {name: Runner(name) for name in {m.backend for m in chosen}}
-    for backend, tests in sorted({(m.backend, m.tests) for m in chosen}):
-        if (clean := runners[backend].run(list(tests)))["code"] != 0:
-            raise RuntimeError(f"{clean['failed'] or tests} fails without a mutant")
     results = []
-    for number, mutant in enumerate(chosen):
-        if number and chosen[number - 1].is_compiled and not mutant.is_compiled:
-            build()
+    for mutant in chosen:
         results.append(judge(runners[mutant.backend], mutant))
-    for runner in runners.values():
+    if chosen[-1].is_compiled:
+        build()
+    for backend, runner in runners.items():  # a test that fails by itself judges nothing
+        tests = {r["by"] for r, m in zip(results, chosen, strict=True) if m.backend == backend and r["by"]}
+        if tests and (clean := runner.run(sorted(tests)))["code"] != 0:
+            raise RuntimeError(f"{clean['failed'] or sorted(tests)} fails without a mutant")
         runner.close()
     killed = sum(result["status"] == "killed" for result in results)
     print(f"{killed} of {len(results)} mutants are killed")

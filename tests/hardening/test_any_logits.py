@@ -94,6 +94,7 @@ def test_all_statistics(case: Rows, temperature: float, kind: str, data: st.Data
     (grad,) = torch.autograd.grad([getattr(result, name) for name in names], logits, list(slopes.values()))
     exact = testing.token_statistics(case.logits, ids, selected, temperature)
     far = 1 + case.logits.double().abs().amax() / temperature / 32 if case.logits.numel() else 1.0
+    far = far * (4 if implementation == "reference" else 1)  # its logits are rounded before the sums
     for name in ("logprobs", "lse", "entropy", "selected_logprobs"):
         wanted = getattr(exact, name)
         wanted = torch.where(counts[(..., *[None] * (wanted.dim() - counts.dim()))], wanted, 0)
@@ -204,6 +205,6 @@ def test_support_sets(
     testing.assert_within(logprobs, exact.logprobs, 8e-6 / min(temperature, 1))
     testing.assert_within(entropy, exact.entropy, 8e-6 / min(temperature, 1))
     expected = testing.token_stats_gradient(over, case.token_ids, g, eta, temperature)
-    roundings = 300 if implementation == "reference" else testing.budget.ROUNDINGS
+    roundings = 1000 if implementation == "reference" else testing.budget.ROUNDINGS
     testing.assert_within(grad, expected.value, expected.budget(grad.dtype, roundings=roundings))
     assert not grad[over == -math.inf].any()
