@@ -1,17 +1,18 @@
 """Mutation score: how many deliberate mistakes in formulas the tests find.
 
-    python benchmarks/mutation.py [--only TEXT] [--out FILE]
+    python benchmarks/mutation.py [--only TEXT] [--copy FOLDER] [--out FILE]
 
-Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree (build/mutation). Its tests run until one
-fails: the mutant is killed. A mutant that no test notices survives. The result goes to
-benchmarks/results/mutation.json. The CPU kernels are built without the wider instruction sets, which share their
-source.
+Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its tests run until one fails: the mutant
+is killed. A mutant that no test notices survives. Each result is added to benchmarks/results/mutation.json, which keeps
+those of the same source: so parts of the list may run apart, each with a copy of its own. The CPU kernels are built
+without the wider instruction sets, which share their source.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -34,13 +35,16 @@ STATUS = {0: "survived", 1: "killed"}
 
 
 def source_hash() -> str:
-    """Of the code that is mutated and of the tests that judge it."""
+    """Of the code that is mutated."""
     digest = hashlib.sha256()
-    for folder, pattern in (("r1kernels", "*.py"), ("csrc", "*"), ("tests", "*.py")):
+    for folder, pattern in (("r1kernels", "*.py"), ("csrc", "*")):
         for path in sorted((ROOT / folder).rglob(pattern)):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+SOURCE = source_hash()
 
 
 def copy_tree() -> None:
@@ -97,8 +101,12 @@ class FirstFailure:
 
 
 def serve() -> None:
+    import hypothesis  # noqa: F401
     import pytest
     import torch  # noqa: F401
+
+    if "TRITON_INTERPRET" in os.environ:
+        import triton  # noqa: F401
 
     for line in sys.stdin:
         read, write = os.pipe()
@@ -108,7 +116,8 @@ def serve() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             found = FirstFailure()
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no",
+                       "-W", "ignore::pytest.PytestAssertRewriteWarning"]
             code = pytest.main([*options, *json.loads(line)], plugins=[found])
             os.write(write, json.dumps({"code": int(code), "failed": found.name}).encode())
             os._exit(0)
@@ -129,7 +138,9 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     try:
         if mutant.is_compiled:
             build()
-        result = runner.run(list(mutant.tests))
+        for test in mutant.tests:
+            if (result := runner.run([test]))["code"] != 0:
+                break
     finally:
         path.write_text(text, encoding="utf-8")
     code = result["code"]
@@ -140,11 +151,37 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     return {"file": mutant.file, "what": mutant.what, "status": status, "by": result["failed"]}
 
 
+def add_result(out: Path, result: dict[str, Any]) -> None:
+    """Adds a result to those of the same source."""
+    import torch
+
+    from r1kernels import __version__
+
+    with out.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = json.loads(file.read() or "{}")
+        same = known.get("source") == SOURCE
+        results = {(r["file"], r["what"]): r for r in [*(known["results"] if same else []), result]}
+        order = [(m.file, m.what) for m in mutants.MUTANTS]
+        ordered = sorted(results.values(), key=lambda r: order.index((r["file"], r["what"])))
+        record = {
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "r1kernels": __version__,
+            "torch": torch.__version__, "source": SOURCE, "listed": len(order), "run": len(ordered),
+            "killed": sum(r["status"] == "killed" for r in ordered), "results": ordered,
+        }
+        file.truncate(0)
+        file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
+    global COPY
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="run the mutants whose file or description has this text")
+    parser.add_argument("--copy", type=Path, default=COPY, help="the folder of the copy")
     parser.add_argument("--out", type=Path, default=OUT, help="where the result is written")
     arguments = parser.parse_args()
+    COPY = arguments.copy.resolve()
     chosen = [m for m in mutants.MUTANTS if arguments.only in f"{m.file} {m.what}"]
     chosen.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     copy_tree()
@@ -153,6 +190,7 @@ def main() -> int:
     results = []
     for mutant in chosen:
         results.append(judge(runners[mutant.backend], mutant))
+        add_result(arguments.out, results[-1])
     if chosen[-1].is_compiled:
         build()
     for backend, runner in runners.items():  # a test that fails by itself judges nothing
@@ -165,16 +203,6 @@ def main() -> int:
     for result in results:
         if result["status"] != "killed":
             print(f"  {result['status']}: {result['file']}: {result['what']}")
-    import torch
-
-    import r1kernels
-
-    record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "r1kernels": r1kernels.__version__,
-        "torch": torch.__version__, "source": source_hash(), "killed": killed, "mutants": len(results),
-        "results": results,
-    }
-    arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0 if killed == len(results) else 1
 
 

@@ -11,6 +11,9 @@
 #include <utility>
 #include <vector>
 
+#ifdef __unix__
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

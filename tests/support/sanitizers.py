@@ -19,7 +19,7 @@ FLAGS = (
     "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",
 )
-# Any input to every operation, operators called with bad arguments, and every instruction set at the edges of its blocks.
+# Any input to every operation, operators called with bad arguments, and every instruction set at edges of its blocks.
 TESTS = (
     "hardening/test_any_logits.py", "hardening/test_any_losses.py", "hardening/test_any_head.py",
     "kernels/test_raw_operators.py", "kernels/test_top_k.py", "kernels/test_gemm_precision.py",
