@@ -1,11 +1,11 @@
 """Mutation score: how many deliberate mistakes in formulas the tests find.
 
-    python benchmarks/mutation.py [--only TEXT] [--copy FOLDER] [--out FILE]
+    python benchmarks/mutation.py [--only TEXT] [--part I/N] [--copy FOLDER] [--out FILE]
 
 Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its tests run until one fails: the mutant
-is killed. A mutant that no test notices survives. Each result is added to benchmarks/results/mutation.json, which keeps
-those of the same source: so parts of the list may run apart, each with a copy of its own. The CPU kernels are built
-without the wider instruction sets, which share their source.
+is killed. A mutant that no test notices survives. Each result is added to benchmarks/results/mutation.json, and what
+has a result for the same source is not run again. So parts of the list can run at the same time, each with another
+folder for its copy. The CPU kernels are built without the wider instruction sets, which share their source.
 """
 
 from __future__ import annotations
@@ -151,6 +151,12 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     return {"file": mutant.file, "what": mutant.what, "status": status, "by": result["failed"]}
 
 
+def finished(out: Path) -> set[tuple[str, str]]:
+    """The mutants that have a result for this source."""
+    known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return {(r["file"], r["what"]) for r in known.get("results", []) if known["source"] == SOURCE}
+
+
 def add_result(out: Path, result: dict[str, Any]) -> None:
     """Adds a result to those of the same source."""
     import torch
@@ -178,11 +184,17 @@ def main() -> int:
     global COPY
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="run the mutants whose file or description has this text")
+    parser.add_argument("--part", default="0/1", help="run every N-th of them, from the I-th, such as 0/2 and 1/2")
     parser.add_argument("--copy", type=Path, default=COPY, help="the folder of the copy")
     parser.add_argument("--out", type=Path, default=OUT, help="where the result is written")
     arguments = parser.parse_args()
     COPY = arguments.copy.resolve()
     chosen = [m for m in mutants.MUTANTS if arguments.only in f"{m.file} {m.what}"]
+    part, parts = map(int, arguments.part.split("/"))
+    done = finished(arguments.out)
+    chosen = [m for m in chosen[part::parts] if (m.file, m.what) not in done]
+    if not chosen:
+        return 0
     chosen.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     copy_tree()
     build()

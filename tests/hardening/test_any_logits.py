@@ -205,6 +205,8 @@ def test_support_sets(
     testing.assert_within(logprobs, exact.logprobs, 8e-6 / min(temperature, 1))
     testing.assert_within(entropy, exact.entropy, 8e-6 / min(temperature, 1))
     expected = testing.token_stats_gradient(over, case.token_ids, g, eta, temperature)
-    roundings = 1000 if implementation == "reference" else testing.budget.ROUNDINGS
-    testing.assert_within(grad, expected.value, expected.budget(grad.dtype, roundings=roundings))
+    slack = expected.budget(grad.dtype)
+    if implementation == "reference":  # 1 - p of a likely token is a difference of rounded numbers
+        slack = slack + 300 * testing.EPS32 * ((g.abs() + eta.abs()).unsqueeze(-1) + expected.terms) / temperature
+    testing.assert_within(grad, expected.value, slack)
     assert not grad[over == -math.inf].any()
