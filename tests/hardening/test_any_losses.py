@@ -41,7 +41,8 @@ def policies(draw: st.DrawFn, entropy: bool = True) -> dict[str, Any]:
     if not entropy:
         inputs.pop("entropy", None)
     if draw(st.booleans()):
-        inputs["advantages"] = 0.97 * torch.randn(batch, length, generator=testing.generator(seed + 3)).round(decimals=1)
+        values = torch.randn(batch, length, generator=testing.generator(seed + 3))
+        inputs["advantages"] = 0.97 * values.round(decimals=1)
     if "importance_weights" in inputs and draw(st.booleans()):
         inputs["importance_weights"] = torch.rand(batch, length, generator=testing.generator(seed + 4)).round()
     inputs["mask"] = tokens_mask((batch, length), draw(MASKS), seed)

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     if not loaded.startswith(str(FOLDER)):
         raise RuntimeError(f"the extension is {loaded}; expected that of {FOLDER}")
     tests = arguments or [*(str(ROOT / "tests" / name) for name in TESTS), "-k", "not reference"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests]  # -s: reports
     return subprocess.run(command, env=environment(), cwd=ROOT).returncode
 
 
