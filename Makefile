@@ -9,7 +9,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-verl test-real test-wheel bench wheel docs FORCE
+.PHONY: build demo test test-verl test-real test-wheel sanitize bench wheel docs FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -34,6 +34,10 @@ $(VERL)/stamp: tests/integrations/verl-requirements.txt | $(VENV)/base.stamp
 	$(RM) -r $(VERL)
 	$(PIP) install --quiet --no-deps --target $(VERL) -r $<
 	touch $@
+
+# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. Not in CI: minutes of compiling.
+sanitize: $(VENV)/dev.stamp
+	$(BIN)/python tests/support/sanitizers.py
 
 # A real model and a real server, 3 GB from the package registry; not in CI. REAL says where they are kept.
 REAL ?= build/real

@@ -24,6 +24,7 @@ import nvcc
 TORCH = Path(torch.__file__).parent
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-Icsrc", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-ffp-contract=off", "-isystem", str(TORCH / "include")]  # sources fuse products and sums themselves
+COMMON_FLAGS += (EXTRA_FLAGS := os.environ.get("R1KERNELS_CXXFLAGS", "").split())  # `make sanitize` sets it
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # 2.10
     ("Py_LIMITED_API", "0x030a0000"),
@@ -40,7 +41,8 @@ X86_ISAS = {
 PER_ISA = [f"csrc/cpu/{name}.cpp" for name in ("accumulate", "divergence", "gemm", "support", "token_stats", "top_k")]
 USE_BF16 = [f"csrc/cpu/{name}.cpp" for name in ("gemm", "support", "token_stats")]
 WITH_BF16 = {"avx512_bf16": USE_BF16, "amx_bf16": USE_BF16[:1]}
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Without the instruction sets a build takes a fifth of the time: benchmarks/mutation.py makes many.
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and os.environ.get("R1KERNELS_PORTABLE") != "1"
 CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_pointwise.cpp", "csrc/bindings_cuda_policy.cpp"]
 CUDA_BINDINGS += ["csrc/bindings_cuda_step.cpp"]
 
@@ -109,7 +111,7 @@ extension = Extension(
     # The linker would drop libtorch_cpu, whose symbols only the headers' inline functions use. Nothing but PyInit__C is
     # exported: torch may have brought another CUDA runtime.
     extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed",
-                     "-Wl,--version-script=csrc/exports.map"],
+                     "-Wl,--version-script=csrc/exports.map", *EXTRA_FLAGS],
     define_macros=list(MACROS),
     py_limited_api=True,
     language="c++",  # what links it

@@ -11,6 +11,9 @@
 #include <utility>
 #include <vector>
 
+#ifdef __unix__
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -122,13 +125,26 @@ class Workspaces {
     free_.clear();
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
   std::mutex mutex_;
   std::vector<Workspace> free_;  // the smallest first
 };
 
+Workspaces& workspaces();
+
+// A process that forks while another of its threads takes a workspace would leave the child a lock that nobody releases.
+Workspaces* new_workspaces() {
+#ifdef __unix__
+  pthread_atfork([] { workspaces().lock(); }, [] { workspaces().unlock(); }, [] { workspaces().unlock(); });
+#endif
+  return new Workspaces;
+}
+
 Workspaces& workspaces() {
-  static Workspaces* const all = new Workspaces;  // never destroyed: threads may outlive static objects
+  static Workspaces* const all = new_workspaces();  // never destroyed: threads may outlive static objects
   return *all;
 }
 

@@ -6,6 +6,7 @@ nothing, has tests of its own.
 
 import importlib.util
 import itertools
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -27,17 +28,21 @@ torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    examples = 4 if SLOW_KERNELS else 40
-    settings.register_profile("tests", deadline=None, derandomize=True, max_examples=examples, database=None)
-    settings.load_profile("tests")
+    # A fixture that chooses kernels is good for all examples of a test. `--hypothesis-profile=search` looks for new
+    # failures: its examples are different ones in every run.
+    COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+    settings.register_profile("tests", derandomize=True, max_examples=4 if SLOW_KERNELS else 40, **COMMON)
+    settings.register_profile("full", derandomize=True, max_examples=8 if SLOW_KERNELS else 400, **COMMON)
+    settings.register_profile("search", max_examples=3000, print_blob=True, **COMMON)
+    settings.load_profile("full" if "--full" in sys.argv else "tests")
 
 # Of a test with more cases than this, a sample is run unless `--full` is given.
 SAMPLED_ABOVE = 24
 # Interpreted and emulated kernels are slow. With them, these numbers of cases of each test run, by room,
 # and with `--full` the sample. Losses and heads call the kernels that the first room tests.
-MOST_INTERPRETED = {"kernels": 1, "losses": 1, "linear": 1, "gpu": 2}
+MOST_INTERPRETED = {"kernels": 1, "losses": 1, "linear": 1, "hardening": 1, "gpu": 2}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

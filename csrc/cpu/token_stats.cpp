@@ -215,7 +215,7 @@ void backward_rows(const TokenStatsBackward& args, int64_t begin, int64_t end) {
     Out* out = static_cast<Out*>(args.out) + (args.offsets != nullptr ? args.offsets[n] : n * args.out_stride);
     // Masked or clipped: the row is not read, so nothing in it can matter.
     if (g == 0 && eta == 0 && zeta == 0 && shift == 0) {
-      std::memset(out, 0, vocab * sizeof(Out));
+      if (vocab > 0) std::memset(out, 0, vocab * sizeof(Out));  // without any entry, `out` may be null
       continue;
     }
     const T* row = data + (args.offsets != nullptr ? args.offsets[n] : args.logits.offset(n));

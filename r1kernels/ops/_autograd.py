@@ -30,7 +30,8 @@ def origin_of(*inputs: Tensor | None) -> Tensor | None:
     wanted = [value for value in inputs if value is not None and value.requires_grad]
     if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return torch.cat([value.narrow(-1, 0, 0).reshape(0).float() for value in wanted])
+    rows = [value if value.dim() else value.unsqueeze(0) for value in wanted]
+    return torch.cat([value.narrow(-1, 0, 0).reshape(0).float() for value in rows])
 
 
 def graph_is_kept() -> bool:

@@ -53,9 +53,9 @@ class PolicyLoss(NamedTuple):
     moved since the rollout. `clip_fraction` and its parts `clip_low_fraction`, `clip_high_fraction`,
     `ratio_cap_fraction`: tokens on which a bound holds. It removes the gradient of their surrogate; only in CISPO and
     with DPPO's cap it limits the gradient, and IPO keeps that of (log r)^2. A callable's bounds are unknown, so these
-    four are absent. `active_fraction`: tokens with any gradient (NaN for a callable while autograd is off or
-    torch.compile traces it). `nonfinite_tokens`: tokens whose loss or gradient is inf or NaN; they are the reason for
-    a loss or gradient that is inf or NaN.
+    four are absent. No bound holds on a token of importance weight 0, as on one of advantage 0. `active_fraction`:
+    tokens with any gradient (NaN for a callable while autograd is off or torch.compile traces it). `nonfinite_tokens`:
+    tokens whose loss or gradient is inf or NaN; they are the reason for a loss or gradient that is inf or NaN.
     """
 
     loss: Tensor

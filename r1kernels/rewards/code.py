@@ -35,7 +35,10 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 
 def read_tests(reference: str) -> dict:
     """Reads the tests of a problem. Raises ValueError if they do not have a form of docs/programs.md."""
-    tests = json.loads(reference)
+    try:
+        tests = json.loads(reference)
+    except RecursionError:
+        raise ValueError("tests of a program are nested too deeply, expected the form of docs/programs.md") from None
     form = next((form for form in FORMS if isinstance(tests, dict) and form in tests), "test")
     keys, of_case = FORMS[form]
     if of_case and "checker" in tests:

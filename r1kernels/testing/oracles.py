@@ -222,7 +222,7 @@ def policy_loss(objective: Objective, **inputs: Any) -> PolicyExpected:
         slopes: dict[int, tuple[float, float]] = {}
         kl_share = 0.0  # of the KL's ratio, where it is the sequence's
         for t in tokens:
-            token = _surrogate(o, log_ratios[t], a[t], logp[t])
+            token = _surrogate(o, log_ratios[t], a[t] if iw[t] else 0.0, logp[t])  # a weight of 0 rejects the token
             slopes[t] = (_product(iw[t], token.slope), token.condition)
             clips.append(held.get(t, token.clip))
             add("loss", weight * _product(iw[t], token.loss), token.condition)

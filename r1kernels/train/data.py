@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,5 +221,5 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"it holds a {type(row).__name__}")
                     yield f"{Path(path).name}, line {number}", row
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{place}: {error}; expected one JSON object a line") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
-                raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as eval.samples=10")
+                raise ConfigError(f"--set {override!r:.100}: expected KEY=VALUE, such as eval.samples=10")
             values = _replace(values, key.split("."), read_yaml(text))
         return build_recipe(values, Path(path).parent)
     except ConfigError as error:
@@ -35,9 +37,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
     """A recipe from plain values; relative paths of `import_from` start at `directory`."""
     if not isinstance(values, dict):
-        raise ConfigError(f"the recipe is {values!r:.60}; expected a mapping")
+        raise ConfigError(f"the recipe is {shown(values)}; expected a mapping")
     if isinstance(folders := values.get("import_from"), list):
-        folders = [str((directory / str(folder)).resolve()) for folder in folders]
+        if bad := [folder for folder in folders if not isinstance(folder, str) or "\0" in folder]:
+            raise ConfigError(f"'import_from' has {shown(bad[0])}; expected paths of directories")
+        folders = [str((directory / folder).resolve()) for folder in folders]
         if missing := [folder for folder in folders if not Path(folder).is_dir()]:
             raise ConfigError(f"'import_from' names {missing[0]!r}; expected a directory that exists")
         values = {**values, "import_from": folders}
@@ -68,6 +72,11 @@ def build_recipe(values: Any, directory: Path = Path()) -> Recipe:
             raise ConfigError(f"'sampler.sleep' is true, and 'stages.{name}.rollout_ahead' is 1; a server that sleeps "
                               "during updates cannot sample")
     return recipe
+
+
+def shown(value: Any) -> str:
+    """A value in a message. With aliases, a short text has a list that is too large to be written out."""
+    return f"{reprlib.repr(value):.60}"
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -135,7 +144,7 @@ def _describe(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
         if first["type"] == "union_tag_not_found":
             known = [name for name, part in values[place[0]].items() if isinstance(part, dict) and "kind" in part]
             message = f"it has no 'kind', which a new one needs; '{place[0]}' has {known}"
-    given = "" if isinstance(value, dict) else f" is {value!r:.60}"
+    given = "" if isinstance(value, dict) else f" is {shown(value)}"
     return f"'{'.'.join(place)}'{given}: {message}"
 
 
@@ -144,10 +153,26 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, number in keys.items() if number > 1]:
             raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is twice", problem_mark=node.start_mark)
         return node
+
+    def construct_yaml_bool(self, node: yaml.Node) -> bool:
+        try:
+            return super().construct_yaml_bool(node)
+        except KeyError:  # `!!bool x`
+            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no boolean", problem_mark=node.start_mark) from None
+
+    def construct_yaml_timestamp(self, node: yaml.Node) -> Any:
+        try:
+            return super().construct_yaml_timestamp(node)
+        except AttributeError:  # `!!timestamp x`
+            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no date", problem_mark=node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
@@ -159,6 +184,8 @@ def read_yaml(text: str | bytes) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("not a recipe: lists or mappings are nested too deeply; expected a few levels") from None
 
 
 def _replace(values: Any, path: Sequence[str], new: Any) -> Any:

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from backends import checks_only, compiles, reference_only, shapes_only, without_cuda_kernels
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -88,28 +86,6 @@ def test_values_and_gradients(dtype: torch.dtype, reduction: str, temperature: f
     expected = {"mean": losses.sum() / counted, "sum": losses.sum(), "none": losses}[reduction]
     assert loss.dtype == torch.float32 and source.grad.dtype == dtype
     testing.assert_within(loss, expected, 4 * testing.EPS32 * (expected.abs() + losses.abs().max() + 20))
-    testing.assert_within(source.grad, grad)
-
-
-@given(
-    rows=st.integers(1, 3), vocab=st.sampled_from([1, 2, 17, 128, 1025]), seed=st.integers(0, 99),
-    smoothing=st.sampled_from([0.0, 1e-3, 0.5, 1.0]), z_loss=st.sampled_from([0.0, 1e-4, 1.0]),
-    scale=st.sampled_from([0.1, 3.0, 30.0]), ignored=st.integers(0, 7),
-)
-def test_any_shape(
-    rows: int, vocab: int, seed: int, smoothing: float, z_loss: float, scale: float, ignored: int
-) -> None:
-    logits = testing.random_logits(rows, vocab, seed=seed) * scale
-    targets = testing.random_ids(rows, vocab=vocab, seed=seed)
-    targets[torch.tensor([bool(ignored >> row & 1) for row in range(rows)])] = -100
-    terms = {"z_loss_coef": z_loss, "label_smoothing": smoothing}
-    source = logits.clone().requires_grad_()
-    with backend(testing.KERNELS):
-        losses = cross_entropy(source, targets, reduction="none", **terms)
-        losses.sum().backward()
-    values, grad = exact(logits, targets, 1.0, 1.0, terms)
-    sizes = (1 + z_loss) * (1 + logits.abs().amax(-1).double() + math.log(vocab)).square()
-    testing.assert_within(losses, values, 8 * testing.EPS32 * sizes)
     testing.assert_within(source.grad, grad)
 
 

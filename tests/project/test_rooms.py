@@ -14,7 +14,8 @@ from once import once
 
 ROOT = backends.TESTS.parent
 ROOMS = {
-    "kernels", "losses", "linear", "train", "rewards", "integrations", "gpu", "emulator", "project", "real", "support"
+    "kernels", "losses", "linear", "hardening", "train", "rewards", "integrations", "gpu", "emulator", "project",
+    "real", "support",
 }
 
 
