@@ -76,10 +76,10 @@ release: export R1KERNELS_CUDA ?= 1
 release: $(VENV)/release.stamp
 	$(BIN)/python tools/release.py $(DIST)
 
-# Annotations: the whole package is known to users' type checkers, and pyright's findings are none.
+# Users' type checkers know the type of every name, and pyright finds nothing in the modules that it checks.
 types: $(VENV)/release.stamp
-	$(BIN)/basedpyright
-	$(BIN)/basedpyright --verifytypes r1kernels --ignoreexternal
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=. $(BIN)/basedpyright --verifytypes r1kernels --ignoreexternal
 
 # Lines of r1kernels/ that the tests run, in the processes that they start too. COVERAGE_OPTIONS are pytest's.
 COVERAGE_OPTIONS ?= -n 2 --dist worksteal
