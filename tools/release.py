@@ -107,8 +107,11 @@ def check(archive: Path, wheel: Path, version: str) -> list[str]:
         print(f"\n$ {' '.join(getattr(part, 'name', part) for part in command)}", flush=True)
         if subprocess.run([BIN / command[0], *command[1:]]).returncode:
             found.append(f"{command[0]} refuses {wheel.name}, see above")
-    report = subprocess.run([BIN / "auditwheel", "show", "--json", wheel], capture_output=True, text=True, check=True)
-    return [*found, *wrong_libraries(json.loads(report.stdout))]
+    shown = subprocess.run([BIN / "auditwheel", "show", "--json", wheel], capture_output=True, text=True, check=True)
+    report = json.loads(shown.stdout)
+    print(f"It says {report['overall_tag']} because {', '.join(report['external_libs'])} are not in the wheel: torch "
+          f"brings them. All other symbols are those of {report['sym_tag']}.")
+    return [*found, *wrong_libraries(report)]
 
 
 def main() -> None:
