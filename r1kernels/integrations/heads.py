@@ -62,7 +62,7 @@ class Logits:
     def contiguous(self, *_: Any, **__: Any) -> Logits:
         return self
 
-    def float(self) -> Logits:
+    def float(self, *_: Any, **__: Any) -> Logits:
         return self
 
     def __mul__(self, factor: Any) -> Logits:
