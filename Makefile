@@ -1,4 +1,5 @@
-# Five verbs: demo, test, bench, wheel, docs. The first one that runs prepares .venv; later ones re-use it.
+# Verbs: demo, test, bench, wheel, docs; for maintainers also release, types, coverage, sanitize, test-wheel, test-real. The
+# first one that runs prepares .venv; later ones re-use it.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-verl test-real test-wheel sanitize bench wheel docs FORCE
+.PHONY: build demo test test-verl test-real test-wheel sanitize bench wheel docs release types coverage FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -57,20 +58,47 @@ docs: $(VENV)/docs.stamp
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
-# For every Linux with glibc 2.28 or newer, as torch's own wheels; auditwheel refuses another one. torch's libraries come
-# with torch, CUDA's runtime is linked in.
+# The source distribution, and a wheel that is built from it alone; objects of earlier builds are used again. The wheel
+# is for every Linux with glibc 2.28 or newer, as torch's own wheels; auditwheel refuses another one. torch's libraries
+# come with torch, CUDA's runtime is linked in.
+UNPACKED := build/sdist/unpacked
 wheel: export R1KERNELS_CUDA_ARCHS ?= wheel
 wheel: $(VENV)/base.stamp
 	$(SAY_CUDA)
-	rm -rf build/wheel build/lib* build/bdist*
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	rm -rf build/wheel build/sdist r1kernels.egg-info
+	mkdir -p $(UNPACKED)/build build/cpu build/cuda $(DIST)
+	$(BIN)/python setup.py --quiet sdist --dist-dir build/sdist
+	tar -xzf build/sdist/*.tar.gz --strip-components 1 -C $(UNPACKED)
+	ln -s ../../../cpu ../../../cuda $(UNPACKED)/build
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel $(UNPACKED)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' --wheel-dir $(DIST) build/wheel/*.whl
-	@ls -l $(DIST)/*.whl
+	cp build/sdist/*.tar.gz $(DIST)
+	@ls -l $(DIST)/*.tar.gz $(DIST)/*.whl
 
-# The wheel beside two versions of torch, in new environments: 5 GB; not in CI.
+# The wheel on every Python that is found here, and beside two versions of torch, in new environments: 5 GB; not in CI.
 test-wheel: wheel
 	$(BIN)/python tests/real/load_wheel.py $(DIST)/*.whl
+
+# What would be uploaded, with every check that needs no upload. R1KERNELS_CUDA=0 for one without CUDA kernels.
+release: export R1KERNELS_CUDA ?= 1
+release: $(VENV)/release.stamp
+	$(BIN)/python tools/release.py $(DIST)
+
+# Users' type checkers know the type of every name, and pyright finds nothing in the modules that it checks.
+types: $(VENV)/release.stamp
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=. $(BIN)/basedpyright --verifytypes r1kernels --ignoreexternal
+
+# Lines of r1kernels/ that the tests run, in the processes that they start too. COVERAGE_OPTIONS are pytest's.
+COVERAGE_OPTIONS ?= -n 2 --dist worksteal
+coverage: $(VENV)/release.stamp $(VENV)/build.stamp
+	$(RM) -r build/coverage
+	$(BIN)/coverage run -m pytest $(COVERAGE_OPTIONS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage json --quiet
 
 build: $(VENV)/build.stamp
 
@@ -98,6 +126,10 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	# torchtitan asks for an older version of datasets, which its losses do not need.
 	$(PIP) install --quiet -c constraints.txt --no-deps torchtitan spmd_types
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $(VENV)/docs.stamp $@
+
+$(VENV)/release.stamp: $(VENV)/dev.stamp
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[release]'
+	touch $(VENV)/dev.stamp $(VENV)/train.stamp $(VENV)/build.stamp $@
 
 # What was found of nvcc, and asked of it: the extension is built again when that changes.
 build/cuda-kernels: FORCE

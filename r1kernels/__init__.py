@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from r1kernels.ops.token_logprobs import token_logprobs, token_logprobs_and_entropy
     from r1kernels.ops.token_statistics import TokenStatistics, token_statistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # setuptools reads it here, without importing anything
 
 _MODULES = {
     "DistillationLoss": "r1kernels.ops.distillation_loss",

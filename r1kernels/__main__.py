@@ -93,9 +93,9 @@ def _triton() -> str:
 def _cuda() -> str:
     """The compiled GPU kernels: the architectures they were built for, or why they cannot run here."""
     extension = _library.extension
-    architectures = [] if extension is None else extension.cuda_architectures()
     missing = _library.cuda_missing("cuda")
-    if not architectures:
+    architectures = [] if extension is None else extension.cuda_architectures()
+    if extension is None or not architectures:
         return missing
     built = f"built for {', '.join(architectures)}"
     if not torch.cuda.is_available():

@@ -283,7 +283,7 @@ def _(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @_fake("grpo_step")
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    single = {"dtype": torch.float32}
+    single: dict[str, Any] = {"dtype": torch.float32}
     return (
         logits.new_empty((), **single),
         logits.new_empty((POLICY_METRICS,), **single),
@@ -360,13 +360,13 @@ _fake("support_index")(_support_index)
 
 
 @_fake("support_token_stats")
-def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, *sets: Tensor) -> tuple[Tensor, ...]:
+def _(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, *sets: Any) -> tuple[Tensor, ...]:
     shape = logits.shape[:-1]
     statistics = (logits.new_empty(shape, dtype=torch.float64) for _ in range(2))
     values = logits.new_empty(sets[0].shape, dtype=torch.float32)
     return (
         logits.new_empty(shape, dtype=torch.float32), *statistics, values,
-        *_support_index(*sets, token_ids, None, logits.shape[-1], 0),
+        *_support_index(sets[0], sets[1], token_ids, None, logits.shape[-1], 0),
     )
 
 

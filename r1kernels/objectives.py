@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SURROGATES = ("clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "vespo", "gmpo")
 RATIOS = ("token", "sequence", "sequence_token", "sequence_product")
@@ -228,18 +231,43 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
 _FIELDS_OF_ANY = ("kl", "kl_coef", "kl_ratio", "entropy_coef", "aggregate", "max_length")  # whatever the surrogate
 
 
-def _with_overrides(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+class OverridesWithoutLength(TypedDict, total=False):
+    """The fields of `Objective`, but not `max_length`, as keywords of a preset."""
+
+    surrogate: str | Callable[..., Any]
+    ratio: str
+    clip_low: float
+    clip_high: float
+    ratio_cap: float | None
+    tau_pos: float
+    tau_neg: float
+    power_pos: float
+    power_neg: float
+    kl: str
+    kl_coef: float
+    kl_ratio: bool
+    entropy_coef: float
+    aggregate: str
+
+
+class Overrides(OverridesWithoutLength, total=False):
+    """The fields of `Objective`, as keywords of a preset."""
+
+    max_length: int | None
+
+
+def _with_overrides(name: str, overrides: Mapping[str, Any], **defaults: Any) -> Objective:
     for field in overrides:
         if field not in _FIELDS:
             raise ValueError(f"{name}: unknown field {field!r}, expected one of {', '.join(_FIELDS)}")
     return Objective(**{**defaults, **overrides})
 
 
-def _preset(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+def _preset(name: str, overrides: Mapping[str, Any], **defaults: Any) -> Objective:
     return _with_overrides(f"objectives.{name}", overrides, **defaults)
 
 
-def grpo(**overrides: Any) -> Objective:
+def grpo(**overrides: Unpack[Overrides]) -> Objective:
     """GRPO: token ratio, clip 0.2, mean over sequences of the mean over tokens (arXiv 2402.03300, eq. 3).
 
     DeepSeekMath used `kl_coef=0.04`; the default here is 0, as in most trainers today.
@@ -247,7 +275,7 @@ def grpo(**overrides: Any) -> Objective:
     return _preset("grpo", overrides)
 
 
-def r1(**overrides: Any) -> Objective:
+def r1(**overrides: Unpack[Overrides]) -> Objective:
     """DeepSeek-R1: GRPO with clip 10 and `kl_coef=0.001` (arXiv 2501.12948 v2).
 
     The paper prints a sequence-level ratio without 1/|o|. Like every implementation, this preset uses the token ratio
@@ -256,17 +284,17 @@ def r1(**overrides: Any) -> Objective:
     return _preset("r1", overrides, clip_low=10.0, clip_high=10.0, kl_coef=0.001)
 
 
-def bnpo(**overrides: Any) -> Objective:
+def bnpo(**overrides: Unpack[Overrides]) -> Objective:
     """GRPO averaged over the tokens of the batch (TRL's "bnpo")."""
     return _preset("bnpo", overrides, aggregate="token_mean")
 
 
-def dr_grpo(max_length: int, **overrides: Any) -> Objective:
+def dr_grpo(max_length: int, **overrides: Unpack[OverridesWithoutLength]) -> Objective:
     """Dr. GRPO: sum over tokens / (sequences * max_length), no length bias (arXiv 2503.20783)."""
     return _preset("dr_grpo", overrides, aggregate="constant", max_length=max_length)
 
 
-def dapo(**overrides: Any) -> Objective:
+def dapo(**overrides: Unpack[Overrides]) -> Objective:
     """DAPO: clip-higher (0.2, 0.28) and token mean (arXiv 2503.14476).
 
     Its overlong filter is a matter of the `mask`: set it to False for all tokens of a truncated sequence. They then
@@ -275,12 +303,12 @@ def dapo(**overrides: Any) -> Objective:
     return _preset("dapo", overrides, clip_low=0.2, clip_high=0.28, aggregate="token_mean")
 
 
-def gspo(**overrides: Any) -> Objective:
+def gspo(**overrides: Unpack[Overrides]) -> Objective:
     """GSPO: one ratio per sequence, clip (3e-4, 4e-4) (arXiv 2507.18071)."""
     return _preset("gspo", overrides, ratio="sequence", clip_low=3e-4, clip_high=4e-4)
 
 
-def gspo_token(**overrides: Any) -> Objective:
+def gspo_token(**overrides: Unpack[Overrides]) -> Objective:
     """GSPO-token: the value of GSPO's ratio, sg[s] e^(l - sg[l]), with token advantages (arXiv 2507.18071, eq. 13).
 
     With one advantage per sequence, the gradient is that of `gspo`.
@@ -288,7 +316,7 @@ def gspo_token(**overrides: Any) -> Objective:
     return _preset("gspo_token", overrides, ratio="sequence_token", clip_low=3e-4, clip_high=4e-4)
 
 
-def gmpo(**overrides: Any) -> Objective:
+def gmpo(**overrides: Unpack[Overrides]) -> Objective:
     """GMPO: the geometric mean of the token ratios, each clipped beforehand to e^-0.4 .. e^0.4 (arXiv 2507.20673).
 
     A token is clipped only in the direction of its advantage. The definition is that of the paper, of verl's "geo_mean"
@@ -299,7 +327,7 @@ def gmpo(**overrides: Any) -> Objective:
     return _preset("gmpo", overrides, surrogate="gmpo", ratio="sequence", clip_low=0.4, clip_high=0.4)
 
 
-def luspo(**overrides: Any) -> Objective:
+def luspo(**overrides: Unpack[Overrides]) -> Objective:
     """LUSPO: GSPO with each sequence's loss multiplied by its length (arXiv 2602.05261).
 
     This is the sum over tokens / the number of sequences: `aggregate="constant"` with `max_length=1`.
@@ -308,7 +336,7 @@ def luspo(**overrides: Any) -> Objective:
                    max_length=1)
 
 
-def cispo(**overrides: Any) -> Objective:
+def cispo(**overrides: Unpack[Overrides]) -> Objective:
     """CISPO: the clipped ratio is a constant weight of the log-prob (arXiv 2506.13585).
 
     The bound is 1 + clip_high = 5; TRL's `epsilon_high` is that absolute bound, so its 0.2 is `clip_high=-0.8`. The
@@ -317,12 +345,12 @@ def cispo(**overrides: Any) -> Objective:
     return _preset("cispo", overrides, surrogate="cispo", clip_low=1.0, clip_high=4.0, aggregate="token_mean")
 
 
-def sapo(**overrides: Any) -> Objective:
+def sapo(**overrides: Unpack[Overrides]) -> Objective:
     """SAPO: a sigmoid gate instead of a clip (arXiv 2511.20347)."""
     return _preset("sapo", overrides, surrogate="sapo")
 
 
-def dppo(divergence: str = "tv", **overrides: Any) -> Objective:
+def dppo(divergence: str = "tv", **overrides: Unpack[Overrides]) -> Objective:
     """DPPO: a trust region of probabilities instead of ratios, token mean (arXiv 2602.04879).
 
     -sg[min(r, 20)] A l, and 0 for tokens that have moved too far in the direction of A. `divergence` is "tv", by
@@ -338,7 +366,7 @@ def dppo(divergence: str = "tv", **overrides: Any) -> Objective:
                    aggregate="token_mean")
 
 
-def ipo(**overrides: Any) -> Objective:
+def ipo(**overrides: Unpack[Overrides]) -> Objective:
     """IPO of prime-rl: -rA without the tokens whose probability moved by more than 0.1, + 0.001 (log r)^2, token mean.
 
     The bound holds in both directions, whatever the sign of A. `tau_pos` and `tau_neg` weigh (log r)^2, of which every
@@ -349,7 +377,7 @@ def ipo(**overrides: Any) -> Objective:
                    aggregate="token_mean")
 
 
-def vespo(**overrides: Any) -> Objective:
+def vespo(**overrides: Unpack[Overrides]) -> Objective:
     """VESPO: a smooth constant weight phi(w) of the log-prob, w = prod_t r_t, token mean (arXiv 2602.10693).
 
     log phi(w) = tau + k log w - tau w, so that phi(1) = 1; (k, tau) is (2, 3) if A > 0 and (3, 2) if A < 0.
@@ -359,6 +387,6 @@ def vespo(**overrides: Any) -> Objective:
                    aggregate="token_mean")
 
 
-def reinforce(**overrides: Any) -> Objective:
+def reinforce(**overrides: Unpack[Overrides]) -> Objective:
     """REINFORCE: -A l, token mean, no ratio."""
     return _preset("reinforce", overrides, surrogate="reinforce", aggregate="token_mean")

@@ -19,10 +19,16 @@ class Logits:
     With z = head(hidden), the logits are scale z without a cap, and cap tanh(scale z / cap) with one.
     """
 
+    hidden: Tensor
+    head: nn.Module
+    owner: str
+    vocab: int
+
     def __init__(self, hidden: Tensor, head: nn.Module, owner: str, vocab: int, scale: float = 1.0,
                  cap: float | None = None) -> None:
         self.hidden, self.head, self.owner, self.vocab = hidden, head, owner, vocab
-        self.scale, self.cap = scale, cap
+        self.scale: float = scale
+        self.cap: float | None = cap
 
     def _with(self, **changed: Any) -> Logits:
         return Logits(**(vars(self) | changed))
@@ -37,15 +43,27 @@ class Logits:
         """The same for the outputs of an evaluation, where it is not the model that wants to use logits."""
         return NoLogitsWithInEval(**vars(self))
 
-    shape = property(lambda self: torch.Size((*self.hidden.shape[:-1], self.vocab)))
-    device = property(lambda self: self.hidden.device)
-    dtype = property(lambda self: self.hidden.dtype)
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.vocab))
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
 
     def to(self, *_: Any, **__: Any) -> Logits:
         """Itself: log-probs are float32 in any case."""
         return self
 
-    float = contiguous = to
+    def contiguous(self, *_: Any, **__: Any) -> Logits:
+        return self
+
+    def float(self, *_: Any, **__: Any) -> Logits:
+        return self
 
     def __mul__(self, factor: Any) -> Logits:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:

@@ -50,6 +50,8 @@ class R1PolicyLoss:
         ValueError, TypeError: a setting that is out of range, missing, or that this loss does not know.
     """
 
+    settings: SimpleNamespace
+
     input_name = "LOGPROB"
 
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False, any_version: bool = False) -> None:
@@ -58,14 +60,14 @@ class R1PolicyLoss:
             hook("nemo_rl.algorithms.loss.interfaces", name, f"install NeMo-RL {VERSION}, or use ClippedPGLossFn")
             for name in ("LossType", "LossInputType", "MetricNormalizer"))
         self.settings = at = checked_settings(cfg)
-        self.objective = objective_of(at)
-        self.loss_type = loss_type.TOKEN_LEVEL if at.token_level_loss else loss_type.SEQUENCE_LEVEL
-        self.input_type = input_type[self.input_name]
+        self.objective: r1kernels.Objective = objective_of(at)
+        self.loss_type: Any = loss_type.TOKEN_LEVEL if at.token_level_loss else loss_type.SEQUENCE_LEVEL
+        self.input_type: Any = input_type[self.input_name]
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         # NeMo-RL reads this to know whether it must compute log-probs without top-k and top-p.
         self.reference_policy_kl_penalty = 0 if at.use_kl_in_reward else at.reference_policy_kl_penalty
         own = by.TOKENS if at.token_level_loss else by.SEQUENCES
-        self.metric_normalizations = {
+        self.metric_normalizations: dict[str, Any] = {
             "loss": own, "kl_penalty": own, **dict.fromkeys(_TOKEN_METRICS, by.TOKENS),
             "sampling_importance_ratio": by.SEQUENCES if at.sequence_level_importance_ratios else by.TOKENS,
             "is_oob_ratio": by.SEQUENCES if at.truncated_importance_sampling_type == "seq-mask-tis" else by.TOKENS,

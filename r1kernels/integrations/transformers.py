@@ -109,6 +109,8 @@ def compute_loss_func(
 class Applied:
     """What `apply_to` returns. As a context manager, it calls `undo` at the end."""
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module) -> None:
         self.model, self._settings = model, vars(model)[SETTINGS]
 

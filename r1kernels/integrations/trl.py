@@ -100,8 +100,8 @@ class TRLPatch:
 
     def __init__(self, any_version: bool = False, chunk_bytes: int | None = None) -> None:
         self.chunk_bytes = chunk_bytes
-        self.utils = checked_utils(any_version)
-        self.before = getattr(self.utils, HOOK) if not _patches else _patches[0].before
+        self.utils: Any = checked_utils(any_version)
+        self.before: Any = getattr(self.utils, HOOK) if not _patches else _patches[0].before
         _patches.append(self)
         setattr(self.utils, HOOK, LogProbs)
 

@@ -32,6 +32,9 @@ _originals: dict[tuple[Any, str], Any] = {}  # what the last patch that is undon
 class FusedLinear(torch.nn.Module):
     """verl's FusedLinearForPPO. `chunk_size` is a number of rows of logits; None for r1kernels' own choice."""
 
+    chunk_size: bool | int | None
+    impl_backend: str
+
     def __init__(self, chunk_size: int | None = None, impl_backend: str = BACKEND) -> None:
         super().__init__()
         whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)

@@ -8,7 +8,7 @@ The vocabulary axis is `r1kernels.ops.divergence` (full teachers) and `r1kernels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -303,18 +303,19 @@ def distillation_loss(
         with refusals(group, student_logits):
             for teacher in [teacher_logits] if coefs is None else teacher_logits:
                 _check_teacher_logits(teacher, student_logits)
-    if coefs is not None:
+    if coefs is not None and teacher_logits is not None:
         parts = [teacher[..., :among] for teacher in teacher_logits]
         teacher_logits = mixed_logits(parts, coefs, mask, temperature)
         teacher_logits = torch.nn.functional.pad(teacher_logits, (0, vocab - among), value=-torch.inf)
+    whole = cast("Tensor | None", teacher_logits)  # one tensor by now
     settings = (kind, beta, temperature)
     if choice.k:
         student = student_logits[..., :among]
-        given = teacher_logprobs if teacher_logits is None else teacher_logits[..., :among]
+        given: Any = teacher_logprobs if whole is None else whole[..., :among]
         teacher = chosen_teacher(student.detach(), given, mask, *choice, temperature)
         rows = topk_divergence(student, teacher, mask, *settings, tail)
         names = measures(tail)
-    elif teacher_logits is None:
+    elif whole is None:
         shard = None
         if split != NOT_SHARDED:
             facts = (kind, beta, "top-k", tail)
@@ -326,12 +327,12 @@ def distillation_loss(
         rows = topk_divergence(*arguments) if shard is None else sharded_topk(*arguments, shard)
         names = measures(tail)
     else:
-        arguments = (student_logits, teacher_logits, mask, *settings)
+        arguments = (student_logits, whole, mask, *settings)
         if split == NOT_SHARDED:
             rows = _divergence(*arguments)
         else:
             facts = (kind, beta, "a whole teacher")
-            split_up = _layout(split, student_logits, teacher_logits.dtype, mask, temperature, facts)
+            split_up = _layout(split, student_logits, whole.dtype, mask, temperature, facts)
             rows = sharded_divergence(*arguments, *split_up)
         names = ("student_entropy", "teacher_entropy")
     return reduce(rows[0], mask, normalizer, dict(zip(names, (row.detach() for row in rows[1:]), strict=True)))

@@ -41,7 +41,7 @@ class _Sums(NamedTuple):
     absolute_gap: Tensor
     k3: Tensor
     nan_tokens: Tensor
-    count: Tensor
+    counted: Tensor
     weights: Tensor
     squares: Tensor
     outside: Tensor
@@ -52,11 +52,11 @@ def _over_ranks(sums: _Sums, group: Any) -> _Sums:
     if group is None:
         return sums
     ranks = all_gathered(group, torch.stack(list(sums)))
-    return _Sums(*ranks[:, :-1].sum(0).unbind(), ranks[:, -1].amax())
+    return _Sums(*ranks[:, :-1].sum(0).unbind(), largest_gap=ranks[:, -1].amax())
 
 
 def _metrics(sums: _Sums) -> dict[str, Tensor]:
-    tokens, count = sums.tokens.clamp(min=1), sums.count.clamp(min=1)
+    tokens, count = sums.tokens.clamp(min=1), sums.counted.clamp(min=1)
     metrics = {
         "importance_mean": sums.weights / count,
         "importance_cut": sums.outside / count,
@@ -159,12 +159,12 @@ def importance_weights(
     used = torch.where(counted, weights, 0)
     sums = _over_ranks(_Sums(
         tokens=measured.double().sum(), gap=gap.sum(), absolute_gap=gap.abs().sum(), k3=(gap.expm1() - gap).sum(),
-        nan_tokens=bad.double().sum(), count=counted.double().sum(), weights=used.sum(), squares=used.square().sum(),
+        nan_tokens=bad.double().sum(), counted=counted.double().sum(), weights=used.sum(), squares=used.square().sum(),
         outside=(counted & ~inside).double().sum(),
         largest_gap=torch.nn.functional.pad(gap.abs(), (0, 1)).amax(),
     ), group)
     if normalize:
-        used = used / torch.where(sums.weights > 0, sums.weights, 1) * sums.count  # quotients are at most 1
+        used = used / torch.where(sums.weights > 0, sums.weights, 1) * sums.counted  # quotients are at most 1
     if sequences is not None:
         used = torch.where(counted, used, 1)
     result_shape = shape if sequences is None else shape[:-1] if cu_seqlens is None else (sequences.count,)

@@ -132,6 +132,7 @@ class _Weighed(NamedTuple):
         mask = torch.ones_like(logprobs, dtype=torch.bool) if batch.mask is None else batch.mask
         counts = mask.reshape(-1).to(entropy.dtype)
         scale = entropy_scale(inputs, Sequences(logprobs, batch.cu_seqlens, inputs.group), counts)
+        assert scale is not None
         mean = torch.where(mask, entropy.detach(), 0).sum() / counts.sum().clamp(min=1)
         return _Weighed(entropy * scale.reshape(entropy.shape), mean)
 
@@ -160,6 +161,7 @@ def measure(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tup
 def _measured(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     batch, normalizer, objective, group = inputs
     if objective.is_token_local:  # autograd says which tokens have a gradient
+        assert entropy is not None
         with torch.enable_grad():
             logprobs, entropy = (value.detach().requires_grad_() for value in (logprobs, entropy))
             loss, metrics = _by_autograd(logprobs, entropy, inputs)
@@ -175,7 +177,7 @@ def _measured(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> t
 
 def _in_float64(logprobs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics) of this rank's tokens. In float64, sums do not round, over ranks or in another order."""
-    def wide(value: Tensor | None) -> Tensor | None:
+    def wide(value: Any) -> Any:
         return value.double() if value is not None and value.is_floating_point() else value
 
     batch = PolicyBatch(*map(wide, inputs.batch._replace(entropy=entropy)))

@@ -44,15 +44,15 @@ class Sequences:
         self.group = group
         self._lengths: Tensor | None = None
         n, device = logprobs.numel(), logprobs.device
-        self.packed = cu_seqlens is not None
+        self.packed: bool = cu_seqlens is not None
         if cu_seqlens is not None:
             _check_cu_seqlens(cu_seqlens, n)
             self.count = len(cu_seqlens) - 1
             self.index = torch.searchsorted(cu_seqlens[1:], torch.arange(n, device=device), right=True)
         else:
             length = logprobs.shape[-1]
-            self.count = logprobs.shape[:-1].numel()
-            self.index = torch.arange(n, device=device) // max(length, 1)
+            self.count: int = logprobs.shape[:-1].numel()
+            self.index: Tensor = torch.arange(n, device=device) // max(length, 1)
 
     def per_token(self, value: Tensor, shape: torch.Size) -> Tensor:
         """The values, flattened; a value per sequence is repeated. If S = N (packed), the values are per sequence."""

@@ -263,6 +263,8 @@ class Shard:
         ids: ids among this rank's rows; a substitute where another rank has the token. owned: where this rank has it.
     """
 
+    owner: Tensor
+
     def __init__(self, layout: Layout, token_ids: Tensor, mask: Tensor | None) -> None:
         self.layout = layout
         ids, sizes = token_ids.reshape(-1), layout.sizes
@@ -275,9 +277,9 @@ class Shard:
         self.owner = torch.zeros_like(ids)
         for rank in range(1, len(sizes)):
             self.owner += ids >= sum(sizes[:rank])
-        self.owned = (ids >= layout.start) & (ids < layout.start + layout.size)
+        self.owned: Tensor = (ids >= layout.start) & (ids < layout.start + layout.size)
         # Substitutes are spread over the rows, as ids are.
-        self.ids = torch.where(self.owned, ids - layout.start, ids.remainder(max(layout.size, 1)))
+        self.ids: Tensor = torch.where(self.owned, ids - layout.start, ids.remainder(max(layout.size, 1)))
 
     def merged(
         self, logprob: Tensor, lse: Tensor, entropy: Tensor, rows: Tensor | slice = slice(None)

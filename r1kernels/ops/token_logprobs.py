@@ -57,7 +57,7 @@ class _SplitTokenStats(torch.autograd.Function):
         grad_logits = _library.empty(*logits.shape, dtype=logits.dtype, device=logits.device)
         grad_logits[:, ctx.size :] = 0
         if ctx.size > 0:
-            g = torch.zeros_like(eta) if g is None else g.contiguous()
+            g = torch.zeros_like(lse) if g is None else g.contiguous()
             given = (logits[:, : ctx.size], token_ids, lse, entropy, g, None if eta is None else eta.contiguous())
             out = gradient_into(
                 grad_logits[:, : ctx.size], *given, temperature=ctx.temperature, temperatures=None, softcap=0.0,
@@ -114,6 +114,7 @@ def logprobs_and_entropy(
         with refusals(group, logits):
             token_ids, temperature = checked(logits, token_ids, temperature, sharded=group is not None)
             sets = checked_support(support, logits, token_ids.numel(), group)
+            assert sets is not None
         if vocab_size is not None:
             logits = logits[..., : layout_of((logits.shape[-1],), vocab_size).size]
         return support_stats(logits, token_ids, mask, temperature, sets)

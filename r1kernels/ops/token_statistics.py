@@ -218,6 +218,7 @@ def _reference(
         elif name == "is_top1":
             yield (z.detach().argmax(-1) == token_ids) & ~logprobs.detach().isnan()
         else:
+            assert selected_ids is not None
             yield log_p.gather(-1, selected_ids)
 
 
@@ -292,7 +293,8 @@ def token_statistics(
         check_ids_in_range("selected_ids", selected, vocab, None)
     if part is not None and part.tokens is not None:
         ids = part.tokens.ids
-        selected = None if selected is None else part.selected.ids.reshape(selected.shape)
+        if selected is not None and part.selected is not None:
+            selected = part.selected.ids.reshape(selected.shape)
     if part is None and _dispatch.select(logits, "token_statistics") == "reference":
         values: Sequence[Tensor] = list(_reference(logits, ids, selected, counted, temperature, fields))
     else:

@@ -14,6 +14,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from .sandbox import Program, ProgramError, check
 from .text import ANSWER, ANSWER_END, after_thinking
@@ -21,7 +22,7 @@ from .text import ANSWER, ANSWER_END, after_thinking
 MAX_TEXT = 200_000  # characters of an answer
 SPARE_S = 2.0  # seconds for the tests' own work, in addition to the program's time
 TEST_BYTES = 2**26  # largest size of the arguments of one call by the tests
-FORMS = {
+FORMS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     "stdio": ({"stdio": list}, {"input": str, "output": str}),
     "cases": ({"cases": list, "entry_point": str}, {"args": list, "expected": object}),
     "test": ({"prompt": str, "test": str, "entry_point": str}, {}),
@@ -33,7 +34,7 @@ PRELUDE = "import math, random, re, string\nfrom math import ceil, comb, floor, 
 )  # what LeetCode imports before a `class Solution`
 
 
-def read_tests(reference: str) -> dict:
+def read_tests(reference: str) -> dict[str, Any]:
     """Reads the tests of a problem. Raises ValueError if they do not have a form of docs/programs.md."""
     try:
         tests = json.loads(reference)
@@ -140,7 +141,7 @@ def defines(code: str, entry_point: str) -> bool:
     return re.search(rf"^(((async\s+)?def|class)\s+{name}\b|{name}\s*[:=](?!=))", code, re.MULTILINE) is not None
 
 
-def sources(tests: dict, code: str, fenced: bool) -> list[str]:
+def sources(tests: dict[str, Any], code: str, fenced: bool) -> list[str]:
     """The texts to run one after another in one module, which then has the entry point."""
     prompt, entry_point = tests.get("prompt", ""), tests["entry_point"]
     if not prompt or defines(code, entry_point):

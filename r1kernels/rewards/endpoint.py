@@ -46,6 +46,8 @@ class Endpoint:
     is sent as a bearer token.
     """
 
+    url: str
+
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4,
                  concurrency: int = 16, max_body: int = 2**20):
         import openai
@@ -65,9 +67,9 @@ class Endpoint:
         self.url, self._timeout_s, self._max_body = url, timeout_s, max_body
         self._slots, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(self._loop, self._client), name="endpoint", daemon=True).start()
-        self.close = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self.close: Callable[[], Any] = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
-    def start(self, coroutine: Any) -> Future:
+    def start(self, coroutine: Any) -> Future[Any]:
         """Runs a coroutine, such as `request(...)`, in the background. Cancelling the future ends the request."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -102,22 +104,24 @@ class Endpoints:
     """Servers that share requests. While a method waits for them, it calls `check` about ten times a second, and the
     exceptions of `check` end it. `options` are those of `Endpoint`; `concurrency` holds for each server."""
 
+    check: Callable[[], None]
+
     def __init__(self, urls: Sequence[str], key: str | None = None, *, concurrency: int = 16,
                  check: Callable[[], None] = lambda: None, **options: Any):
         self.check, self._concurrency = check, concurrency
-        self.servers = [Endpoint(url, key, concurrency=concurrency, **options) for url in urls]
+        self.servers: list[Endpoint] = [Endpoint(url, key, concurrency=concurrency, **options) for url in urls]
 
     def ask(self, method: str, path: str, read: Callable[[Any], Any] = lambda answer: answer, **body: Any) -> list[Any]:
         """The answers of all servers, which are asked at the same time."""
         return self.wait([server.start(server.request(method, path, read, **body)) for server in self.servers])
 
-    def wait(self, requests: Sequence[Future]) -> list[Any]:
+    def wait(self, requests: Sequence[Future[Any]]) -> list[Any]:
         """The results of requests. Raises the first failure."""
         while not self.ended(requests):
             pass
         return [future.result() for future in requests]
 
-    def ended(self, requests: Sequence[Future], timeout_s: float = POLL_S) -> bool:
+    def ended(self, requests: Sequence[Future[Any]], timeout_s: float = POLL_S) -> bool:
         """Waits for a moment; whether all requests have ended. Raises the first failure."""
         self.check()
         done, waiting = wait(requests, timeout_s, FIRST_EXCEPTION)

@@ -70,14 +70,22 @@ class Expression:
     letters whose parts are not plain numbers.
     """
 
+    text: str
+    seed: str
+    depth: int
+    letters: int
+    commands: int
+    sums: int
+    steps: int
+
     def __init__(self, text: str, seed: str = ""):
         tokens = _TOKEN.findall(text)
         if sum(_COSTS.get(token, 1) for token in tokens) > COST or _AMBIGUOUS.search(text):
             raise ValueError(f"{text!r} is too long, or has two readings")
         self.text, self.seed = text, seed
-        self.left = ["", *reversed(tokens)]  # tokens that are not read yet
+        self.left: list[str] = ["", *reversed(tokens)]  # tokens that are not read yet
         self.depth = self.letters = self.commands = self.sums = self.steps = 0
-        self.value = self.expression(0)
+        self.value: Value = self.expression(0)
         self.expect("")
 
     def take(self, *tokens: str) -> str:

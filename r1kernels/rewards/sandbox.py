@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 START_LIMIT_S = 20.0
 GLANCE_S = 0.2  # seconds between two checks of `stopped`
@@ -38,7 +39,7 @@ class ProgramError(Exception):
     """The program had started, and then ended, failed or wrote too much."""
 
 
-class Program(contextlib.AbstractContextManager):
+class Program(contextlib.AbstractContextManager["Program"]):
     """One process in its own sandbox, until the end of the `with` block.
 
     The kernel ends it with the thread that made this object, so the thread must live as long as the block.
@@ -54,7 +55,7 @@ class Program(contextlib.AbstractContextManager):
     `ask` raises SandboxError if the sandbox did not start, ProgramError or TimeoutError if the program failed.
     """
 
-    def __init__(self, command: Sequence[str], job: dict, seconds: float = 5.0, memory_bytes: int = 2**29, *,
+    def __init__(self, command: Sequence[str], job: dict[str, Any], seconds: float = 5.0, memory_bytes: int = 2**29, *,
                  output_bytes: int = 2**20, stopped: threading.Event | None = None):  # fmt: skip
         self._job, self._received, self._whole = json.dumps(job).encode(), bytearray(), job.get("entry_point") == ""
         self._seconds_left, self._output_bytes, self._stopped = seconds, output_bytes, stopped

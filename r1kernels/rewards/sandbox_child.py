@@ -21,7 +21,7 @@ import resource
 import struct
 import types
 from collections.abc import Callable, Iterable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 NOBODY = 65534
 FILE_BYTES = 16 * 2**20  # total size of all files in /tmp
@@ -115,7 +115,7 @@ def send(target: BinaryIO, message: bytes) -> None:
     target.flush()
 
 
-def run(name: str, sources: list[str]) -> dict:
+def run(name: str, sources: list[str]) -> dict[str, Any]:
     """Runs texts one after another as one module of this name."""
     module = sys.modules[name] = types.ModuleType(name)
     for source in sources:
@@ -125,7 +125,7 @@ def run(name: str, sources: list[str]) -> dict:
 
 # The types of plain data that JSON lacks, what a value is written as, and how it is read: always as one of Python's own
 # types, so `==` and arithmetic on it are Python's own. An object that equals everything cannot be sent.
-PLAIN = {
+PLAIN: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "dict": (dict, lambda value: [[key, item] for key, item in value.items()], dict),
     "tuple": (tuple, list, tuple),
     "set": (set, list, set),
@@ -172,7 +172,7 @@ def answer_calls(sources: list[str], entry_point: str, source: BinaryIO, target:
         send(target, reply)
 
 
-def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
+def run_tests(tests: dict[str, Any], source: BinaryIO, target: BinaryIO) -> None:
     """Sends `c` and the arguments of each call; finally `passed`, `failed`, or `u` and why the tests are unusable.
 
     The parent relays each call to the program and returns its answer. The program can only send plain data, so it
@@ -224,7 +224,7 @@ def run_tests(tests: dict, source: BinaryIO, target: BinaryIO) -> None:
     end(True)
 
 
-def check_cases(tests: dict, candidate: Callable, checker: Callable | None) -> None:
+def check_cases(tests: dict[str, Any], candidate: Callable[..., Any], checker: Callable[..., Any] | None) -> None:
     """Compares outputs with the expected ones, or asks the problem's checker about them."""
     whole, tolerance = tests["form"] == "stdio", tests["tolerance"]
     for case in tests[tests["form"]]:
@@ -250,7 +250,7 @@ def same(found: object, expected: object, tolerance: float) -> bool:
     return found == expected
 
 
-def words(text: str, tolerance: float) -> list:
+def words(text: str, tolerance: float) -> list[Any]:
     """The lines of an output; with a tolerance, the words of each line, as numbers if they are numbers."""
     lines = [line.rstrip() for line in text.rstrip().split("\n")]
     if not tolerance:
@@ -268,7 +268,7 @@ def exception(names: list[str], message: str) -> Exception:
     raise ValueError("the program ended itself")
 
 
-def raises(expected: type | tuple, *call: Callable, match: str = "", **keywords: object) -> object:
+def raises(expected: type | tuple[type, ...], *call: Callable[..., Any], match: str = "", **keywords: object) -> object:
     """Replaces `pytest.raises`, because pytest may not be installed."""
     import unittest
 

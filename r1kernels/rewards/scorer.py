@@ -14,6 +14,7 @@ import pkgutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any
 
 from . import choice, text
 from .code import judge as judge_program
@@ -22,6 +23,7 @@ from .sandbox import check
 
 REWARDS = ("accuracy", "format", "language", "overlong")
 KINDS = ("math", "choice", "exact", "code", "open")
+Completion = str | Sequence[Mapping[str, Any]]  # a text or a chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Scores:
     unscorable: dict[str, int] = dataclasses.field(default_factory=dict)  # NaN of each reward where it applies
 
 
-class Scorer(contextlib.AbstractContextManager):
+class Scorer(contextlib.AbstractContextManager["Scorer"]):
     """Scores completions. Equal completions get equal scores in any batch, but for time-outs.
 
     Args:
@@ -70,7 +72,7 @@ class Scorer(contextlib.AbstractContextManager):
         self._limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "imports": tuple(imports or ())}
         self._threads = ThreadPoolExecutor(workers)  # the kernel ends a program with the thread that started it
 
-    def score(self, completions: Sequence, **columns: Sequence | None) -> Scores:
+    def score(self, completions: Sequence[Completion], **columns: Sequence[Any] | None) -> Scores:
         """The scores of B texts or chats.
 
         `columns` are lists of B values: prompts, question, answer, kind, language, lengths (tokens), limit (tokens),
@@ -79,16 +81,16 @@ class Scorer(contextlib.AbstractContextManager):
         """
         if isinstance(completions, str) or any(isinstance(column, str) for column in columns.values()):
             raise ValueError("completions and columns must be lists with one value per completion, got a string")
-        columns = {name: list(column) for name, column in columns.items() if column is not None}
-        for name, column in columns.items():
+        given = {name: list(column) for name, column in columns.items() if column is not None}
+        for name, column in given.items():
             if len(column) != len(completions):
                 raise ValueError(f"{name} has {len(column)} values, expected {len(completions)}, one per completion")
-        kinds, blank = columns.get("kind", ["math"] * len(completions)), [""] * len(completions)
-        answers = columns.get("answer", blank)
+        kinds, blank = given.get("kind", ["math"] * len(completions)), [""] * len(completions)
+        answers = given.get("answer", blank)
         for kind, answer in zip(kinds, answers, strict=True):
             if kind not in KINDS or not isinstance(answer, str):
                 raise ValueError(f"kind is {kind!r} and answer is {answer!r}, expected one of {KINDS} and a string")
-        rows = list(zip(kinds, texts(columns.get("prompts", blank)), texts(completions), answers, strict=True))
+        rows = list(zip(kinds, texts(given.get("prompts", blank)), texts(completions), answers, strict=True))
         if "accuracy" in self._weights and "code" in kinds:
             check(self._limits["memory_mb"], self._limits["imports"])  # if it fails, that is an error before any work
         pending: dict[tuple, Future] = {}  # equal rows are judged once
@@ -96,7 +98,7 @@ class Scorer(contextlib.AbstractContextManager):
             for row in rows:
                 if "accuracy" in self._weights and row not in pending and row[0] != "open":
                     pending[row] = self._threads.submit(self._accuracy, *row)
-            parts = {name: _call(name, function, list(completions), columns)
+            parts = {name: _call(name, function, list(completions), given)
                      for name, function in self._functions.items()}
             results = {row: reply.exception() or reply.result() for row, reply in pending.items()}
         except KeyboardInterrupt:
@@ -109,12 +111,13 @@ class Scorer(contextlib.AbstractContextManager):
             raise CancelledError("the scorer was closed")
         return self._sum(kinds, parts, [results.get(row) for row in rows])
 
-    def close(self, *exception: object) -> None:
+    def close(self) -> None:
         """Kills programs that run. A call of `score` in another thread raises CancelledError."""
         self._closing.set()
         self._threads.shutdown(cancel_futures=True)
 
-    __exit__ = close
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _accuracy(self, kind: str, prompt: str, completion: str, answer: str) -> float | None:
         """1.0 if the final answer is right, else 0.0; None if the reference cannot be used."""
@@ -142,7 +145,7 @@ class Scorer(contextlib.AbstractContextManager):
         return Scores(parts, total, timeouts, len(failures) - len(unusable), unscorable)
 
 
-def texts(messages: Sequence) -> list[str]:
+def texts(messages: Sequence[Completion]) -> list[str]:
     """The texts, or the last message of each chat, without its parts that are not text."""
     if isinstance(messages, str):
         raise ValueError(f"completions or prompts is {messages!r:.60}, expected a list of texts or chats")

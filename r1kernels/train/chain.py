@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from r1kernels.train.recipe_file import dump_recipe, references
 from r1kernels.train.stage import SELECTED, Stage
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
-RUN = {
+RUN: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "model": lambda stage: {},  # its evaluation loads it
     "pretrain": supervised.run_pretrain, "sft": supervised.run_sft, "distill": supervised.run_distill,
     "grpo": lambda stage: grpo.GRPOTrainer(stage).run(), "reject": reject.run, "preference": reward_model.run,
@@ -44,6 +44,11 @@ def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 class Chain:
     """The stages of a recipe in its run directory. `start` and all stages that depend on it run again."""
+
+    recipe: Recipe
+    run_dir: Path
+    records: dict[str, dict[str, Any]]
+    forced: set[str | None]
 
     def __init__(self, recipe: Recipe, *, start: str | None = None) -> None:
         self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
@@ -193,7 +198,7 @@ def content_hash(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(found or str(path)).encode()).hexdigest()[:16]
 
 
-def claim(recipe: Recipe) -> filelock.AcquireReturnProxy:
+def claim(recipe: Recipe) -> filelock.AcquireReturnProxy[Any]:
     """Locks the run directory for this process. Refuses a directory with files that no run wrote."""
     run_dir = Path(recipe.run_dir)
     try:

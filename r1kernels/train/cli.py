@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 INTERRUPTED = 130
-app = tyro.extras.SubcommandApp()
+app: tyro.extras.SubcommandApp = tyro.extras.SubcommandApp()
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")]
 
 

@@ -16,21 +16,22 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import r1kernels
-from r1kernels.rewards import Scores
+from r1kernels.rewards import Scorer, Scores
 from r1kernels.train import update
 from r1kernels.train.checkpoint import latest_checkpoint, load_state, save_checkpoint, shards_of
-from r1kernels.train.data import Problem, whole_response
+from r1kernels.train.data import Problem, Template, whole_response
 from r1kernels.train.errors import Interrupted, TrainingError
 from r1kernels.train.evaluate import PARTS, evaluate, measured, reflective_words, score
-from r1kernels.train.log import StepLog
+from r1kernels.train.log import Console, StepLog
 from r1kernels.train.lora import without_adapters
 from r1kernels.train.packing import keeps_apart, micro_batches
 from r1kernels.train.parallel import check, report_activity, shared
@@ -38,7 +39,7 @@ from r1kernels.train.policy import Policy, make_optimizer
 from r1kernels.train.recipe import GRPO, PreferenceReward
 from r1kernels.train.reward_model import RewardModel, judged_part
 from r1kernels.train.rng import permutation, seed_at
-from r1kernels.train.rollout import Collector, Completions, Sampling, Tokens, collect
+from r1kernels.train.rollout import Collector, Completions, Sampler, Sampling, Tokens, collect
 from r1kernels.train.stage import Stage
 from r1kernels.train.update import Rollout, choose_route, completion_logprobs, importance_weights, optimizer_step
 
@@ -48,27 +49,42 @@ RATIO_TOLERANCE = 1e-2  # difference of the first ratio from 1: the same weights
 class GRPOTrainer:
     """Trains the model of one stage, from its last checkpoint if there is one."""
 
+    stage: Stage
+    settings: Any
+    seed: int
+    console: Console
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    pools: dict[str, list[Problem]]
+    optimizer: torch.optim.Optimizer
+    step: int
+    timing: dict[str, float]
+    threads: ThreadPoolExecutor
+    ahead: Future[Collector] | None
+    log: StepLog
+    scorer: Scorer
+
     def __init__(self, stage: Stage) -> None:
         self.stage, self.settings, self.seed, self.console = stage, stage.settings, stage.recipe.seed, stage.console
         settings, recipe = stage.settings, stage.recipe
         self.policy, self.tokenizer, state = stage.start()
-        self.apart = self.policy(keeps_apart)
-        self.template = stage.template(self.tokenizer)
+        self.apart: Any = self.policy(keeps_apart)
+        self.template: Template = stage.template(self.tokenizer)
         problems = stage.problems(settings.problems)
         self.pools = {"all": problems, "checkable": [problem for problem in problems if problem.kind != "open"]}
-        self.test_problems = stage.problems(recipe.eval_problems, "test")
-        self.sampler = stage.sampler(settings.model, loaded=False, replay=settings.replays)
-        self.reward_models = {
+        self.test_problems: list[Problem] = stage.problems(recipe.eval_problems, "test")
+        self.sampler: Sampler = stage.sampler(settings.model, loaded=False, replay=settings.replays)
+        self.reward_models: dict[str, RewardModel] = {
             item.model: RewardModel(stage.model_path(item.model), template=recipe.template, device=recipe.device,
                                     dtype=recipe.dtype)
             for item in settings.preference}
-        self.objective = settings.objective.build()
+        self.objective: Any = settings.objective.build()
         self.optimizer = make_optimizer(self.policy, recipe.optimizer_state, lr=settings.learning_rate,
                                         weight_decay=0.0)
         self.reference: Policy | None = None  # with LoRA, the policy without its adapters
         if self.objective.kl_coef and not settings.lora:
             self.reference = stage.frozen(settings.model)
-        self.advantages = settings.advantages.call(self) if settings.advantages else None
+        self.advantages: Any | None = settings.advantages.call(self) if settings.advantages else None
         self.step, self.timing = state.get("step", 0), {"total": 0.0}  # seconds of this step
         self.rollout: Rollout | None = None
         self.threads, self.ahead = ThreadPoolExecutor(1), None  # a future: completions of the next step

@@ -72,7 +72,7 @@ def _encode(line: Mapping[str, Any]) -> bytes:
     return json.dumps(json.loads(json.dumps(line), parse_constant=lambda name: None)).encode() + b"\n"
 
 
-class StepLog(AbstractContextManager):
+class StepLog(AbstractContextManager["StepLog"]):
     """The lines of a stage in metrics.jsonl and samples.jsonl and, if the recipe asks for it, TensorBoard.
 
     The stage starts or continues at `first_step`, so older lines of this and later steps are removed.

@@ -46,6 +46,10 @@ _measured: dict[str, dict[str, float]] = {}
 class Memory(TorchDispatchMode):
     """Adds up the memory of the tensors that are made inside it, until they are freed."""
 
+    known: set[int]
+    now: int
+    peak: int
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.known, self.now, self.peak = {weight.untyped_storage()._cdata for weight in model.parameters()}, 0, 0

@@ -41,6 +41,11 @@ class Policy(nn.Module):
     Every rank of the mesh must make the same calls.
     """
 
+    model: PreTrainedModel
+    dtype: torch.dtype
+    data: DeviceMesh
+    tensor: DeviceMesh
+
     def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, *, compiled: bool = False) -> None:
         super().__init__()
         self.model, self.dtype, self.data, self.tensor = model, dtype, mesh["data"], mesh["tensor"]

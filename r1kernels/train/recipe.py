@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -22,7 +22,7 @@ from r1kernels.train.errors import naming
 class Settings(BaseModel):
     """It refuses unknown keys, values of the wrong type, infinity and NaN."""
 
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
 
 
 def setting(description: str, default: Any = ..., **limits: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.rewards.text import THINK, after_thinking, prompt_opens_think
 from r1kernels.train.checkpoint import latest_checkpoint, load_checkpoint
@@ -49,6 +49,9 @@ class RewardModel:
     With the target of a `new` one, `path` holds a causal LM, which gets a head of zeros.
     """
 
+    template: Template
+    batch_size: int
+
     def __init__(self, path: str | Path, batch_size: int = 64, *, template: Literal["r1_zero", "chat"] = "r1_zero",
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
                  new: Target | None = None) -> None:
@@ -60,8 +63,8 @@ class RewardModel:
         # Rewards of a group differ by less than bfloat16 rounds, so the head is float32.
         model.score.register_forward_pre_hook(in_float32)
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "score"}
-        self.model = round_parameters(align(model.to(device)).eval(), dtype)
-        self.tokenizer = load_tokenizer(path)
+        self.model: PreTrainedModel = round_parameters(align(model.to(device)).eval(), dtype)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
         self.template, self.batch_size = Template(template, self.tokenizer), batch_size
         if new:
             torch.nn.init.zeros_(model.score.weight)

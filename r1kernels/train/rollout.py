@@ -105,12 +105,16 @@ class Collector:
     """Unfinished completions. A sampler fills `token_ids`, `logprobs` and, for each token, `kept` (int32 ids), of this
     rank's share of the rows."""
 
+    tokenizer: PreTrainedTokenizerBase
+    stops: Sequence[int]
+    prompts: list[list[int]]
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], stops: Sequence[int]) -> None:
         self.tokenizer, self.stops, self.prompts = tokenizer, stops, prompt_tokens(tokenizer, prompts)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.kept: list[list[Tensor]] = [[] for _ in prompts]  # stays empty where nothing is recorded
-        self.rows = list(share(range(len(prompts))))
+        self.rows: list[int] = list(share(range(len(prompts))))
 
     def row(self, number: int) -> Row:
         """A row of this rank's share, for other ranks."""
@@ -161,10 +165,14 @@ class TransformersSampler(Sampler):
     It serves small models and tests, and is the fallback for large ones, whose engine is vLLM.
     """
 
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    check: Callable[[], None]
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  check: Callable[[], None] = lambda: None) -> None:
         self.model, self.tokenizer, self.check = model, tokenizer, check
-        self.stops = end_tokens(model, tokenizer)
+        self.stops: list[int] = end_tokens(model, tokenizer)
 
     def draw(self, prompts: Sequence[str], sampling: Sampling) -> Collector:
         """One completion of each prompt of this rank's share. What a row draws depends on its place and the seed."""
@@ -232,6 +240,9 @@ class TransformersSampler(Sampler):
 
 class GrowingLayer(DynamicLayer):
     """Keys and values in memory with room for more tokens. `DynamicLayer` copies all of them at every token."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, layer: DynamicLayer) -> None:
         vars(self).update(vars(layer))

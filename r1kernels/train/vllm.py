@@ -53,6 +53,12 @@ class VLLMSampler(Sampler):
     chunks. The key in VLLM_API_KEY is sent if it is set. The exceptions of `check` end what waits for a server.
     """
 
+    settings: SamplerSettings
+    tokenizer: PreTrainedTokenizerBase
+    stops: Sequence[int]
+    weights_dir: Path
+    send: Callable[[Policy], None]
+
     def __init__(self, settings: SamplerSettings, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *,
                  check: Callable[[], None] = lambda: None, replay: bool = False) -> None:
         self.settings, self.tokenizer, self.stops = settings, tokenizer, stops
@@ -60,7 +66,7 @@ class VLLMSampler(Sampler):
         self.no_top_k: dict[Endpoint, int] = {}
         begin = rank() % len(settings.urls)  # so that ranks do not all begin with the same server
         urls = [url.rstrip("/").removesuffix("/v1") for url in settings.urls[begin:] + settings.urls[:begin]]
-        self.servers = Endpoints(urls,
+        self.servers: Endpoints = Endpoints(urls,
                                  os.environ.get("VLLM_API_KEY"), timeout_s=settings.timeout_s, max_body=MAX_ANSWER,
                                  concurrency=max(1, settings.requests // ranks()), check=check)
         try:
@@ -92,7 +98,7 @@ class VLLMSampler(Sampler):
     def update(self, model: Policy | str | Path) -> None:
         """From now on, samples come from these weights. The servers load those of a directory, or of a name on the hub,
         from there. They empty their caches of prefixes. All ranks must call it; the first one speaks to the servers."""
-        self.version = first(lambda: uuid.uuid4().hex)
+        self.version: str = first(lambda: uuid.uuid4().hex)
         first(lambda: self._wake_up("weights"))
         self.send(model) if isinstance(model, Policy) else first(lambda: self._load(model))
         first(self._finish)

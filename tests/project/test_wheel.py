@@ -1,4 +1,7 @@
-"""One wheel for every Python >= 3.10, torch >= 2.10, with and without CUDA: made as by `make wheel`, and used."""
+"""One wheel for every Python >= 3.10, torch >= 2.10, with and without CUDA: made as by `make wheel`, and used.
+
+`make wheel` builds it from the unpacked source distribution, so a file that the archive lacks fails here.
+"""
 
 import os
 import re
@@ -10,8 +13,11 @@ from pathlib import Path
 
 import nvcc
 import pytest
+import release
 import torch
 from once import once
+
+import r1kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -21,9 +27,9 @@ OLDEST_TORCH = (2, 10)
 PROGRAM = ROOT / "tests" / "support" / "use_wheel.py"
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, **variables: str) -> str:
     own = ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {name: value for name, value in os.environ.items() if name not in own} | variables
     completed = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -32,7 +38,8 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the source distribution and the wheel."""
     environment = Path(sys.prefix)
     if not (environment / "base.stamp").exists():
         pytest.skip("wheels are made in the environment of `make`, and this is another")
@@ -42,8 +49,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(dist: Path) -> None:
         run("make", "wheel", f"VENV={environment}", f"DIST={dist}", f"R1KERNELS_CUDA_ARCHS={architectures}", cwd=ROOT)
 
-    (wheel,) = once(tmp_path_factory, "wheel", make).glob("*.whl")
+    return once(tmp_path_factory, "wheel", make)
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (wheel,) = dist.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="module")
+def archive(dist: Path) -> Path:
+    (archive,) = dist.glob("*.tar.gz")
+    return archive
 
 
 def test_the_wheel_serves_every_python_and_many_linuxes(wheel: Path) -> None:
@@ -53,7 +71,7 @@ def test_the_wheel_serves_every_python_and_many_linuxes(wheel: Path) -> None:
 
 def test_the_wheel_holds_the_package_and_no_library_of_others(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"r1kernels/_C.abi3.so", "r1kernels/tables/cuda_faster.json"} <= set(names)
+    assert {"r1kernels/_C.abi3.so", "r1kernels/py.typed", "r1kernels/tables/cuda_faster.json"} <= set(names)
     assert [name for name in names if ".so" in name] == ["r1kernels/_C.abi3.so"]
     assert all(name.startswith(("r1kernels/", "r1kernels-")) for name in names)
 
@@ -131,6 +149,9 @@ def test_the_wheel_is_used_from_where_it_is_installed(wheel: Path, tmp_path: Pat
     python = install(wheel, tmp_path, "--no-deps")
     (packages,) = python.parents[1].glob("lib/python*/site-packages")
     (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]))
+    first = run(python, "-m", "r1kernels", cwd=tmp_path).splitlines()[0]
+    installed = run(python, "-c", "import importlib.metadata as m; print(m.version('r1kernels'))", cwd=tmp_path).strip()
+    assert first.split()[:2] == ["r1kernels", installed] and wheel.name.split("-")[1] == installed
     _, architectures, missing = run(python, PROGRAM, cwd=tmp_path).splitlines()
     compiler, why = nvcc.available()
     if compiler is None:
@@ -155,10 +176,32 @@ def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(
     assert run(python, PROGRAM, cwd=tmp_path).splitlines()[0] == versions[-1]
 
 
-def test_the_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
-    run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, cwd=ROOT)
-    (archive,) = tmp_path.glob("*.tar.gz")
+# ---- the two files themselves -------------------------------------------------------------------------------
+
+
+def test_the_metadata_is_what_an_index_takes(wheel: Path, archive: Path) -> None:
+    assert release.built(wheel.parent) == (archive, wheel)
+    assert release.wrong_metadata(archive, wheel, r1kernels.__version__) == []
+
+
+def test_the_source_distribution_holds_what_the_build_reads_and_no_binary(archive: Path) -> None:
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
-    assert {"setup.py", "pyproject.toml", *files} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CITATION.cff", *files} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+    assert not [name for name in names if name.startswith(("tests/", "build/"))]
+
+
+def test_a_clean_environment_builds_the_source_distribution(
+    archive: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The registry has all that the build needs, at the versions of constraints.txt. No earlier object is used."""
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full only: it installs torch, hundreds of MB, and compiles the whole extension")
+    wheels = tmp_path / "wheels"
+    environment = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "R1KERNELS_CUDA": "0"}
+    run(sys.executable, *PIP, "wheel", "--no-deps", "--wheel-dir", wheels, archive, cwd=tmp_path, **environment)
+    (wheel,) = wheels.glob("*.whl")
+    assert re.fullmatch(r"r1kernels-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    assert "r1kernels/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()

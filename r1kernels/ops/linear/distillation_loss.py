@@ -120,7 +120,7 @@ class _LinearDivergence(torch.autograd.Function):
         else:
             inputs, (token_ids, mask, factor), teacher = saved[:5], saved[5:8], saved[8:]
             head, kind, beta = ctx.arguments
-            _, *grads = _run(
+            _loss, *grads = _run(
                 inputs, head._replace(token_ids=token_ids), mask,
                 ctx.teacher._replace(**dict(zip(_TEACHER_TENSORS, teacher, strict=True))), factor * grad_loss, kind,
                 beta, ctx.targets.needs, ctx.aside,
@@ -152,7 +152,7 @@ def _full_teacher(
     )
     head = call.head.with_tensors(*call.tensors[1:])
     constants = [None if value is None else value.detach() for value in (hidden, *head[:4])]
-    teacher = LinearTeacher(*constants, head.logit_scale, head.softcap)
+    teacher = LinearTeacher(*constants, logit_scale=head.logit_scale, softcap=head.softcap)
     sizes = _rows_of_ranks(call)
     return teacher, sizes, row_bytes(max(sizes), hidden.shape[-1], head.logits_dtype)
 
@@ -259,7 +259,7 @@ def linear_distillation_loss(
     normalizer = check_positive_normalizer(normalizer, student_hidden)
     mixture, checked = None, []
     if teacher_hidden is not None:
-        split = {name: options[name] for name in ("process_group", "vocab_size") if name in options}
+        split = {name: value for name, value in options.items() if name in ("process_group", "vocab_size")}
         coefs = check_coefs(
             teacher_coefs, "teacher_hidden", teacher_hidden, shape, student_hidden, mask, group
         )
@@ -291,7 +291,7 @@ def linear_distillation_loss(
         scorer = teacher_logprobs
     elif teacher.hidden is None:
         listed = check_topk(teacher_token_ids, teacher_logprobs, student_hidden, shape, sum(rows), mask)
-        flat = (value.reshape(-1, listed.token_ids.shape[-1]) for value in listed)
+        flat = (value.reshape(-1, listed.token_ids.shape[-1]) for value in listed if value is not None)
         teacher = teacher._replace(**dict(zip(("token_ids", "logprobs"), flat, strict=False)))
     for _, sizes, _ in checked:
         if sizes == rows:

@@ -35,12 +35,19 @@ class Placed:
         probe: a tensor of its local shape and dtype, without memory, for the checks before the gathering.
     """
 
-    def __init__(self, name: str, value: Any, vocab_dim: int | None, group: Any, same_tokens: set[tuple]) -> None:
+    name: str
+    value: Any
+    shape: list[Any]
+
+    def __init__(
+        self, name: str, value: Any, vocab_dim: int | None, group: Any, same_tokens: set[tuple[int, ...]]
+    ) -> None:
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         mesh = value.device_mesh
         self.name, self.value, self.shape = name, value, list(value.shape)
-        self.opened, self.parts = [], []
+        self.opened: list[Any] = []
+        self.parts: list[Any] = []
         found = False
         for axis, placement in enumerate(value.placements):
             ranks = _ranks(mesh.get_group(axis))
@@ -68,7 +75,7 @@ class Placed:
             raise ValueError(f"{name} has a device mesh with ranks {mesh.mesh.tolist()}, expected a dimension with the "
                              f"ranks of process_group, {list(_ranks(group))}")
         empty = torch.empty((), dtype=value.dtype, device=value.to_local().device)
-        self.probe = empty.expand(self.shape).requires_grad_(value.requires_grad)
+        self.probe: Tensor = empty.expand(self.shape).requires_grad_(value.requires_grad)
 
     def open(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(the local tensor, what receives its gradient). `dtype` is that of sums over ranks."""
@@ -107,7 +114,7 @@ class _Receiver(torch.autograd.Function):
 
 def local_tensors(
     hidden: Any, weight: Any, options: Any, names: Names = Names()  # noqa: B008 - frozen
-) -> tuple[Tensor, Any, dict[str, Any]]:
+) -> tuple[Tensor, Any, Any]:
     """The arguments of a linear function, with `Placed` for DTensors of the head. Others are unchanged."""
     lora, bias = options.get("lora"), options.get("bias")
     pair = tuple(lora) if isinstance(lora, (tuple, list)) and len(lora) == 2 else ()
@@ -133,7 +140,7 @@ def local_tensors(
     return hidden, weight, {**options, **{name: value for name, value in head.items() if name in options}}
 
 
-def probes(weight: Any, options: dict[str, Any]) -> tuple[dict[str, Placed], Any, dict[str, Any]]:
+def probes(weight: Any, options: Any) -> tuple[dict[str, Placed], Any, Any]:
     """(the tensors of a head that are `Placed`, by name; weight and options with their probes instead)."""
     lora = options.get("lora")
     named = {"weight": weight, "bias": options.get("bias")}

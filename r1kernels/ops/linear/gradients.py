@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +14,25 @@ from r1kernels.ops._checks import values_are_free
 from r1kernels.ops.linear.head import Needs
 from r1kernels.ops.token_stats import row_blocks
 
+Wanted = tuple[torch.Size, torch.dtype]  # the shape and dtype of a gradient
+
 
 class Targets(NamedTuple):
     """Where the gradients of (hidden, weight, bias, lora_a, lora_b) go.
 
     Attributes:
-        needs: which of them are wanted. shapes: (shape, dtype) of each.
+        needs: which of them are wanted. shapes: those of each.
         into: the tensor that the weight's gradient is added to instead.
     """
 
     needs: Needs
-    shapes: tuple[tuple[torch.Size, torch.dtype] | None, ...]
+    shapes: tuple[Wanted, Wanted, Wanted | None, Wanted | None, Wanted | None]
     into: Tensor | None
 
     @staticmethod
     def of(needs: Sequence[bool], tensors: tuple[Tensor | None, ...], into: Tensor | None) -> Targets:
         """From `needs_input_grad` of a function whose first arguments are these five tensors."""
-        shapes = tuple(None if value is None else (value.shape, _gradient_dtype(value)) for value in tensors)
+        shapes: Any = tuple(None if value is None else (value.shape, _gradient_dtype(value)) for value in tensors)
         return Targets(Needs(*needs[:5]), shapes, into)
 
     def finished(self, grads: Sequence[Tensor], factor: Tensor | None) -> list[Tensor | None]:

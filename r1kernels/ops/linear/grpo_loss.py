@@ -81,7 +81,7 @@ class TokenObjective(NamedTuple):
             kl=objectives.KL_ESTIMATORS[(kl - 1) % 3], kl_ratio=kl > 3, kl_coef=kl_coef, entropy_coef=entropy_coef,
             aggregate="token_mean",
         )
-        return TokenObjective(*tensors, objective)
+        return TokenObjective(*tensors, objective=objective)
 
     @property
     def sparse(self) -> bool:
@@ -92,7 +92,7 @@ class TokenObjective(NamedTuple):
     def slopes(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dL/dlogprob, dL/dentropy or None) of some tokens (n,)."""
 
-        def taken(value: Tensor | None) -> Tensor | None:
+        def taken(value: Any) -> Any:
             if value is None or not own:
                 return None if value is None else value[rows].contiguous()
             return value[rows].clone()  # a function that writes to it is refused, and has not changed the caller's
@@ -191,14 +191,14 @@ def _plan(inputs: LossInputs, like: Tensor, shape: tuple[int, ...], measure_all:
     weights = reduction_weights(objective, counts, sequences, normalizer)
     size = torch.Size(shape)
 
-    def per_token(value: Tensor | None) -> Tensor | None:
+    def per_token(value: Any) -> Any:
         return None if value is None else sequences.per_token(value, size)
 
     advantages, importance = per_token(batch.advantages), per_token(batch.importance_weights)
-    flat = [None if value is None else value.reshape(-1) for value in (batch.old_logprobs, batch.ref_logprobs)]
+    old, ref = (None if value is None else value.reshape(-1) for value in (batch.old_logprobs, batch.ref_logprobs))
     scale = entropy_scale(inputs, sequences, counts)
     tokens = TokenObjective(
-        weights, advantages, *flat, importance, None if scale is None else weights * scale,
+        weights, advantages, old, ref, importance, None if scale is None else weights * scale,
         dataclasses.replace(objective, aggregate="token_mean", max_length=None),
     )
     if measure_all or in_chunks or not objective.zero_without_advantage:
@@ -343,7 +343,7 @@ def linear_grpo_loss(
         hidden, weight, token_ids, dict(options), mask=given.batch.mask, wanted=plan.wanted,
         function=f"linear_grpo_loss in {'one pass' if in_one_pass else 'two phases'}",
     )
-    sequences = math.prod(shape[:-1]) if cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
+    sequences = math.prod(shape[:-1]) if given.batch.cu_seqlens is None else given.batch.cu_seqlens.numel() - 1
     if in_one_pass and call.one_pass:
         loss, metrics, logprobs, entropy = _OnePass.apply(
             *call.tensors, call.constants, plan.wanted, plan.tokens, plan.inputs, shape, origin_of(*call.tensors)

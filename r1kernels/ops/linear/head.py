@@ -36,7 +36,7 @@ class Head(NamedTuple):
     batch_invariant: bool
 
     def with_tensors(
-        self, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
+        self, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
     ) -> Head:
         """The head with its tensors. autograd passes them separately; the rest of a head is constant. If one is a
         DTensor, the head has its values already, and autograd passes what receives the gradient."""

@@ -124,8 +124,8 @@ def linear_multi_target(
     shared = hidden.dim() == token_ids.dim()
     if shared and options.get("process_group") is not None:  # a shard knows one token of each row
         hidden, shared = hidden.expand(depths, *hidden.shape), False
-        if isinstance(options.get("temperature"), Tensor):
-            options = {**options, "temperature": options["temperature"].expand(shape)}
+        if isinstance(temperature := options.get("temperature"), Tensor):
+            options = {**options, "temperature": temperature.expand(shape)}
     function = f"linear_multi_target of {depths} depths with reduction {reduction}{terms}"
     if shared:
         _, vocab_size = Split(None, options.get("vocab_size")).checked()

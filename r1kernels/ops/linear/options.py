@@ -118,7 +118,7 @@ class Call(NamedTuple):
         support: the sets over which tokens are scored.
     """
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
     head: Head
     into: Tensor | None
     shard: Shard | None = None
@@ -150,7 +150,8 @@ class Call(NamedTuple):
             )
 
         hidden, *others = self.tensors
-        head = Head(*kept(*self.head[:4]), *self.head[4:])
+        weight, bias, lora_a, lora_b = kept(*self.head[:4])
+        head = self.head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
         return self._replace(
             tensors=(hidden, *kept(*others)), head=head, into=None if self.into is None else self.into[:count]
         )
@@ -205,6 +206,7 @@ def prepare(
         call = call.without_padding(layout.size)
     head, shard = call.head, None
     if group is not None:
+        assert layout is not None
         shard = Shard(layout, head.token_ids, mask)
         head = head._replace(token_ids=shard.ids)
     full = accumulator_dtype(hidden.dtype)
@@ -257,8 +259,9 @@ def _checked(
         raise ValueError(f"logits_dtype is {logits_dtype} with batch_invariant, expected float32 logits")
     scale = check_number(f"{names.options}logit_scale", options.get("logit_scale", 1.0), minimum=0.0, strict=True)
     check_temperature(temperature / scale, f"temperature / {names.options}logit_scale")
+    none: Any = None  # autograd passes the tensors: see `with_tensors`
     head = Head(
-        weight=None,
+        weight=none,
         bias=None,
         lora_a=None,
         lora_b=None,

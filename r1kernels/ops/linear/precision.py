@@ -22,9 +22,9 @@ class _Setting:
     """change() sets what is needed, and returns a function that restores what was there before."""
 
     def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
-        self.change = change
+        self.change: Callable[[], Callable[[], None]] = change
         self.restore: Callable[[], None] = lambda: None
-        self.users = 0
+        self.users: int = 0
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -90,6 +90,6 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # No product in here rounds float32 operands (to TF32 or bfloat16).
-exact_float32 = _Setting(_ask_for_ieee)
+exact_float32: _Setting = _Setting(_ask_for_ieee)
 # Libraries add up 16-bit products in float32, parts of a sum too.
-float32_sums = _Setting(_ask_for_float32_sums)
+float32_sums: _Setting = _Setting(_ask_for_float32_sums)

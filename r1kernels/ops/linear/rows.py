@@ -20,11 +20,15 @@ class Rows:
             end.
     """
 
+    hidden: Tensor
+    index: Tensor | None
+    valid: Tensor | None
+
     def __init__(self, hidden: Tensor, index: Tensor | None = None, valid: Tensor | None = None) -> None:
         self.hidden, self.index, self.valid = hidden, index, valid
-        self.total = hidden.shape[:-1].numel()
-        self.count = self.total if index is None else len(index)
-        self.padded = self.total + (valid is not None)
+        self.total: int = hidden.shape[:-1].numel()
+        self.count: int = self.total if index is None else len(index)
+        self.padded: int = self.total + (valid is not None)
         try:
             self._flat = hidden.view(-1, hidden.shape[-1])
         except RuntimeError:

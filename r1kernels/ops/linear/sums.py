@@ -42,19 +42,23 @@ class GradientSums:
         hidden_dtype: of the gradient of hidden, default that of hidden.
     """
 
+    head: Head
+    needs: Needs
+    dtype: torch.dtype
+
     def __init__(
         self, head: Head, needs: Needs, rows: Rows, weight_dtype: torch.dtype | None = None,
         hidden_dtype: torch.dtype | None = None,
     ) -> None:
         dtype = rows.hidden.dtype
         self.head, self.needs, self.dtype = head, needs, dtype
-        self.device = head.token_ids.device
-        self.accumulator = accumulator_dtype(dtype)
+        self.device: torch.device = head.token_ids.device
+        self.accumulator: torch.dtype = accumulator_dtype(dtype)
         # Of d logits. If hidden or weight is float32, d logits stay float32, too.
-        self.grad_dtype = dtype if head.weight.dtype == dtype else self.accumulator
-        self.weight_dtype = weight_dtype or self.accumulator
+        self.grad_dtype: torch.dtype = dtype if head.weight.dtype == dtype else self.accumulator
+        self.weight_dtype: torch.dtype = weight_dtype or self.accumulator
         # Of d h and d (h A). Parts of a sum over ranks are not rounded.
-        self.inner_dtype = hidden_dtype or dtype
+        self.inner_dtype: torch.dtype = hidden_dtype or dtype
         vocab, width = head.weight.shape
         self._rows = min(rows.count, max(head.gradient_rows, head.rows))  # of the buffer, in which every chunk fits
         self._buffer: Tensor | None = None

@@ -43,15 +43,23 @@ class Walk:
         support: the ids of each token that count. The other logits become -inf.
     """
 
+    head: Head
+    rows: Rows
+    shard: Shard | None
+    support: Support | None
+    device: torch.device
+    dtype: torch.dtype
+    sums: GradientSums
+
     def __init__(
         self, head: Head, rows: Rows, needs: Needs | None = None, weight_dtype: torch.dtype | None = None,
         shard: Shard | None = None, support: Support | None = None,
     ) -> None:
         head = _adjacent(head)
         self.head, self.rows, self.shard, self.support = head, rows, shard, support
-        self.needs = needs or Needs(False, False, False, False, False)
+        self.needs: Needs = needs or Needs(False, False, False, False, False)
         self.device, self.dtype = rows.hidden.device, rows.hidden.dtype
-        self.accumulator = accumulator_dtype(self.dtype)
+        self.accumulator: torch.dtype = accumulator_dtype(self.dtype)
         # With a shard, the gradient of hidden is rounded after the sum over ranks.
         self.sums = GradientSums(head, self.needs, rows, weight_dtype, None if shard is None else self.accumulator)
         self._buffer: Tensor | None = None
