@@ -36,8 +36,11 @@ class Wrong(Exception):
 class Engine:
     """Runs tasks. `trouble` says whether this library itself failed in one."""
 
-    def __init__(self, setting: Setting, clock: Clock, results: Results) -> None:
+    def __init__(
+        self, setting: Setting, clock: Clock, results: Results, deadline: float | None = None
+    ) -> None:
         self.setting, self.clock, self.results = setting, clock, results
+        self.deadline = math.inf if deadline is None else deadline  # of time.monotonic: then few rounds are enough
         self.seconds = setting.pick(0.1, 1.0, 5.0)
         self.least_rounds = setting.pick(2, 3, 5)
         self.trouble = False
@@ -162,6 +165,8 @@ class Engine:
         rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
+            if number >= SLOW_ROUNDS and time.monotonic() > self.deadline:
+                break
             for name, run in runs.items():
                 if name not in slow or number < SLOW_ROUNDS:
                     run()

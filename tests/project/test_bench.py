@@ -278,6 +278,27 @@ def test_an_interrupt_keeps_what_was_measured(cases: Any, tmp_path: Path) -> Non
     assert {entry["what"]: entry["why"] for entry in found["left_out"]}["last"].startswith("interrupted")
 
 
+def test_too_little_memory_for_ceilings_and_fidelity(
+    cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(setting: Setting, clock: Any) -> dict[str, Any]:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(run.ceilings, "measure", fails)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(run, "NAMES", ("first", "fidelity"))
+    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    why = {entry["what"].split(" (")[0]: entry["why"] for entry in found["left_out"]}
+    assert "allocate" in why["ceilings"] and not found["rows"] and not found["fidelity"]
+    assert {"all implementations", "fidelity, logits, float32", "fidelity, advantages"} <= set(why)
+
+
+def test_after_the_deadline_two_rounds_are_enough(engine: Engine) -> None:
+    engine.seconds, engine.deadline = 100.0, 0.0
+    assert {row["rounds"] for row in engine.measure(a_task())} == {2}
+
+
 def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:
     cases["last"] = lambda setting: iter([a_task(functions={OURS: wrong_values})])
     assert run.Run(SMALL, run.Options(tmp_path)).go() == 1
