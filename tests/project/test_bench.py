@@ -174,6 +174,15 @@ def test_an_error_of_a_peer_stops_nothing(error: Exception, said: str, engine: E
     assert said in left_out(engine)["other"]
 
 
+def test_an_error_while_times_are_taken_leaves_the_task_out(engine: Engine) -> None:
+    def no_room(problem: Problem) -> Callable[[], object]:
+        raise RuntimeError("can't allocate memory")
+
+    assert engine.measure(a_task(ceilings={"ceiling: copy": no_room})) == []
+    assert "out of memory" in left_out(engine)["all implementations"] and not engine.trouble
+    assert len(engine.measure(a_task())) == 2
+
+
 def test_peers_that_are_absent_or_need_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.DISTRIBUTIONS, "other", "no-such-distribution")
     others = [Peer("other", lambda: square), Peer("gpu", lambda: square, only_cuda=True)]
