@@ -21,6 +21,7 @@ from r1kernels.bench.results import Results
 from r1kernels.bench.tasks import BOTH, OURS, Function, Problem, Setting, Task, distance, name_of
 from r1kernels.bench.tasks import results as results_of
 
+ALL = "all implementations"
 MOST_ROUNDS, SLOW_ROUNDS = 50, 2
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
 SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
@@ -36,8 +37,11 @@ class Wrong(Exception):
 class Engine:
     """Runs tasks. `trouble` says whether this library itself failed in one."""
 
-    def __init__(self, setting: Setting, clock: Clock, results: Results) -> None:
+    def __init__(
+        self, setting: Setting, clock: Clock, results: Results, deadline: float | None = None
+    ) -> None:
         self.setting, self.clock, self.results = setting, clock, results
+        self.deadline = math.inf if deadline is None else deadline  # of time.monotonic: then few rounds are enough
         self.seconds = setting.pick(0.1, 1.0, 5.0)
         self.least_rounds = setting.pick(2, 3, 5)
         self.trouble = False
@@ -50,6 +54,8 @@ class Engine:
             return []
         truth = Truth(task, problem)
         functions = {name: function for name, function in task.functions.items() if self._fits(name, task)}
+        if OURS not in functions:
+            return []
         functions |= self._peers(task)
         errors: dict[str, float] = {}
         runs: dict[str, Callable[[], object]] = {}
@@ -71,16 +77,16 @@ class Engine:
                 self._failed(name, task, error)
                 if name == OURS:
                     return []
-        if OURS not in runs:
-            return []
         truth.forget()
-        for name, make in task.ceilings.items():
-            run = make(problem)
-            memory[name], errors[name] = None, 0.0
-            self.clock.seconds(run, 1)
-            estimates[name] = self.clock.seconds(run, 1)
-            runs[name] = run
-        times = self._in_turns(runs, estimates)
+        try:
+            for name, make in task.ceilings.items():
+                memory[name], errors[name], runs[name] = None, 0.0, make(problem)
+                self.clock.seconds(runs[name], 1)
+                estimates[name] = self.clock.seconds(runs[name], 1)
+            times = self._in_turns(runs, estimates)
+        except Exception as error:  # such as memory that another process has taken since the checks
+            self._failed(ALL, task, error)
+            return []
         return [self._row(task, name, taken, times[OURS], memory[name], errors[name])
                 for name, taken in times.items()]
 
@@ -97,17 +103,17 @@ class Engine:
         room, needed = self.room(), round(needed * MARGIN)
         if room is None or needed <= room:
             return True
-        self.results.leave_out(what, f"needs about {gib(needed)}, and {gib(max(room, 0))} of memory are free", where)
+        self.results.leave_out(what, f"needs about {gib(needed)} of memory, and {gib(max(room, 0))} may be used", where)
         return False
 
     def _problem(self, task: Task) -> Problem | None:
         ours = task.bytes.get(OURS, 0)
-        if not self.enough_memory("all implementations", 3 * task.input_bytes + ours, task.title):
+        if not self.enough_memory(ALL, 3 * task.input_bytes + ours, task.title):
             return None
         try:
             return task.make()
-        except (MemoryError, RuntimeError) as error:
-            self._failed("all implementations", task, error)
+        except Exception as error:
+            self._failed(ALL, task, error)
             return None
 
     def _fits(self, name: str, task: Task) -> bool:
@@ -142,7 +148,7 @@ class Engine:
             self.unusable.add(name)
             self.results.leave_out(name, f"torch.compile does not work here: {why}")
             return
-        self.trouble |= name == OURS and not out_of_memory(error)
+        self.trouble |= name in (OURS, ALL) and not out_of_memory(error)
         self.results.leave_out(name, why, task.title)
         del error
         if self.setting.device.type == "cuda":
@@ -162,6 +168,8 @@ class Engine:
         rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
+            if number >= SLOW_ROUNDS and time.monotonic() > self.deadline:
+                break
             for name, run in runs.items():
                 if name not in slow or number < SLOW_ROUNDS:
                     run()

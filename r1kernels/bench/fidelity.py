@@ -96,8 +96,18 @@ def language_head(tokens: int, vocab: int, width: int, dtype: torch.dtype, seed:
 # ---- what is compared -----------------------------------------------------------------------------------------
 
 
+def shape_of_logits(setting: Setting) -> tuple[int, int]:
+    """N, V."""
+    return setting.pick((96, 4096), (512, 32_768), (1024, 131_072))
+
+
+def shape_of_hidden(setting: Setting) -> tuple[int, int, int]:
+    """N, V, H."""
+    return setting.pick((96, 4096, 64), (256, 32_768, 512), (1024, 131_072, 2048))
+
+
 def of_logits(setting: Setting, dtype: torch.dtype) -> Quantity:
-    tokens, vocab = setting.pick((96, 4096), (512, 32_768), (1024, 131_072))
+    tokens, vocab = shape_of_logits(setting)
     logits, ids = (value.to(setting.device) for value in language_logits(tokens, vocab, dtype))
     problem = Problem({"logits": logits, "token_ids": ids}, ("logits",))
 
@@ -118,7 +128,7 @@ def of_logits(setting: Setting, dtype: torch.dtype) -> Quantity:
 
 
 def of_hidden(setting: Setting, dtype: torch.dtype) -> Quantity:
-    tokens, vocab, width = setting.pick((96, 4096, 64), (256, 32_768, 512), (1024, 131_072, 2048))
+    tokens, vocab, width = shape_of_hidden(setting)
     values = (value.to(setting.device) for value in language_head(tokens, vocab, width, dtype))
     problem = Problem(dict(zip(("hidden", "weight", "token_ids"), values, strict=True)), ("hidden", "weight"))
 
@@ -165,12 +175,15 @@ def constant_entropy(function: Function) -> Function:
     return run
 
 
-def quantities(setting: Setting) -> Iterator[tuple[str, Callable[[], Quantity]]]:
-    """(a name for messages, what makes the quantity)."""
+def quantities(setting: Setting) -> Iterator[tuple[str, Callable[[], Quantity], int]]:
+    """(a name for messages, what makes the quantity, bytes that it takes: several tensors in float64)."""
+    tokens, vocab = shape_of_logits(setting)
+    rows, entries, width = shape_of_hidden(setting)
     for dtype in DTYPES:
-        yield f"logits, {name_of(dtype)}", lambda dtype=dtype: of_logits(setting, dtype)
-        yield f"hidden states, {name_of(dtype)}", lambda dtype=dtype: of_hidden(setting, dtype)
-    yield "advantages", lambda: of_rewards(setting)
+        yield f"logits, {name_of(dtype)}", lambda dtype=dtype: of_logits(setting, dtype), 80 * tokens * vocab
+        needed = 80 * rows * entries + 40 * entries * width
+        yield f"hidden states, {name_of(dtype)}", lambda dtype=dtype: of_hidden(setting, dtype), needed
+    yield "advantages", lambda: of_rewards(setting), 64 << 20
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------

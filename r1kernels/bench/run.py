@@ -13,6 +13,7 @@ from r1kernels.bench import ceilings, fidelity, machine, table
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.clock import clock_of
 from r1kernels.bench.engine import Engine
+from r1kernels.bench.peers import one_line
 from r1kernels.bench.results import FILE, PAGE, Results, write_json
 from r1kernels.bench.tasks import Setting
 
@@ -37,7 +38,8 @@ class Run:
         self.setting, self.options, self.started = setting, options, time.monotonic()
         self.results = Results(setting.device, setting.size)
         self.clock = clock_of(setting.device)
-        self.engine = Engine(setting, self.clock, self.results)
+        deadline = None if options.seconds is None else self.started + options.seconds
+        self.engine = Engine(setting, self.clock, self.results, deadline)
         self.status = 0
 
     def seconds(self) -> float:
@@ -65,8 +67,7 @@ class Run:
         names = [name for name in NAMES if name in (self.options.only or NAMES)]
         done: list[str] = []
         try:
-            self.results.ceilings = ceilings.measure(self.setting, self.clock)
-            say(ceilings.text(self.results.ceilings))
+            self.measure_ceilings()
             for current in names:
                 if not self.out_of_time(current):
                     self.fidelity() if current == FIDELITY else self.case(current)
@@ -83,6 +84,14 @@ class Run:
         self.finish()
         return self.status or int(self.engine.trouble)
 
+    def measure_ceilings(self) -> None:
+        try:
+            self.results.ceilings = ceilings.measure(self.setting, self.clock)
+        except (MemoryError, RuntimeError) as error:
+            self.results.leave_out("ceilings", one_line(error))
+        else:
+            say(ceilings.text(self.results.ceilings))
+
     def case(self, name: str) -> None:
         for task in CASES[name](self.setting):
             if self.out_of_time(f"{task.title} and what follows in this case"):
@@ -96,8 +105,9 @@ class Run:
                 say(table.of_rows(task.title, rows))
 
     def fidelity(self) -> None:
-        for name, make in fidelity.quantities(self.setting):
-            if self.out_of_time(f"fidelity, {name}"):
+        for name, make, needed in fidelity.quantities(self.setting):
+            what = f"fidelity, {name}"
+            if self.out_of_time(what) or not self.engine.enough_memory(what, needed, ""):
                 continue
             rows = self.errors_of(name, make)
             self.results.fidelity += rows
@@ -108,7 +118,7 @@ class Run:
         try:
             return list(fidelity.measure(make(), self.engine))
         except (MemoryError, RuntimeError) as error:
-            self.results.leave_out(f"fidelity, {name}", f"{type(error).__name__}: {error}")
+            self.results.leave_out(f"fidelity, {name}", one_line(error))
             return []
 
     # ---- results --------------------------------------------------------------------------------------------
@@ -150,7 +160,7 @@ def write_page(document: dict[str, Any], path: Path) -> str | None:
     try:
         write_html(document, path)
     except Exception as error:  # the numbers must not be lost with a picture
-        return f"{type(error).__name__}: {error}"
+        return one_line(error)
     return None
 
 

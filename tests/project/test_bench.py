@@ -174,6 +174,15 @@ def test_an_error_of_a_peer_stops_nothing(error: Exception, said: str, engine: E
     assert said in left_out(engine)["other"]
 
 
+def test_an_error_while_times_are_taken_leaves_the_task_out(engine: Engine) -> None:
+    def no_room(problem: Problem) -> Callable[[], object]:
+        raise RuntimeError("can't allocate memory")
+
+    assert engine.measure(a_task(ceilings={"ceiling: copy": no_room})) == []
+    assert "out of memory" in left_out(engine)["all implementations"] and not engine.trouble
+    assert len(engine.measure(a_task())) == 2
+
+
 def test_peers_that_are_absent_or_need_a_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.DISTRIBUTIONS, "other", "no-such-distribution")
     others = [Peer("other", lambda: square), Peer("gpu", lambda: square, only_cuda=True)]
@@ -276,6 +285,27 @@ def test_an_interrupt_keeps_what_was_measured(cases: Any, tmp_path: Path) -> Non
     found = document(tmp_path)
     assert {row["case"] for row in found["rows"]} == {"first"}
     assert {entry["what"]: entry["why"] for entry in found["left_out"]}["last"].startswith("interrupted")
+
+
+def test_too_little_memory_for_ceilings_and_fidelity(
+    cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(setting: Setting, clock: Any) -> dict[str, Any]:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(run.ceilings, "measure", fails)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(run, "NAMES", ("first", "fidelity"))
+    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    why = {entry["what"].split(" (")[0]: entry["why"] for entry in found["left_out"]}
+    assert "allocate" in why["ceilings"] and not found["rows"] and not found["fidelity"]
+    assert {"all implementations", "fidelity, logits, float32", "fidelity, advantages"} <= set(why)
+
+
+def test_after_the_deadline_two_rounds_are_enough(engine: Engine) -> None:
+    engine.seconds, engine.deadline = 100.0, 0.0
+    assert {row["rounds"] for row in engine.measure(a_task())} == {2}
 
 
 def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:
