@@ -22,7 +22,7 @@ from r1kernels.bench.report import words
 from r1kernels.bench.report.marks import OURS, mark
 from r1kernels.bench.report.words import Writer, printable
 
-INK = "#0b0c0d"  # stands for the colour of text, which follows the reader's light or dark theme
+INK = "#0b0c0d"  # replaced by the colour of the text around it, which follows the light or dark theme
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
