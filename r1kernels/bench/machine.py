@@ -69,7 +69,8 @@ def device_name(device: torch.device) -> str:
     with contextlib.suppress(OSError):
         if match := re.search(r"model name\s*:\s*(.+)", CPUINFO.read_text()):
             model = match.group(1).strip()
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def folder_name(name: str, instruction_set: str | None) -> str:
