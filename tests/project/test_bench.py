@@ -1,4 +1,4 @@
-"""The engine of `r1kernels bench`: what is checked, timed, left out and saved; and the numbers of the fidelity."""
+"""The engine of `r1kernels bench`: what is checked, timed, left out and saved."""
 
 from __future__ import annotations
 
@@ -12,70 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from bench_cases import SMALL, assert_document, no_peer, small_engine
 from torch import Tensor
 
 import r1kernels
-from r1kernels import testing
-from r1kernels.bench import clock, fidelity, machine, peers, run
+from r1kernels.bench import clock, machine, peers, run
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
-from r1kernels.bench.peers import Missing, Peer
-from r1kernels.bench.results import Results
-from r1kernels.bench.tasks import BOTH, FORWARD, OURS, SIZES, Problem, Setting, Task
+from r1kernels.bench.peers import Peer
+from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task
 
-SMALL = Setting(torch.device("cpu"), "small", compiled=False)
 # Public functions that compute nothing of a loss.
 NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
-ROW = {
-    "case": str, "op": str, "pass": str, "shape": dict, "dtype": str, "series": str | None, "variant": str,
-    "active_share": float, "implementation": str, "median_s": float, "iqr_s": float, "rounds": int, "ratio": float,
-    "peak_extra_bytes": int | None, "bytes_moved": int | None, "flops": int, "max_error": float, "tolerance": float,
-}
-DOCUMENT = {
-    "format": int, "date": str, "r1kernels": str, "torch": str, "python": str, "peers": dict, "device": str,
-    "device_type": str, "threads": int, "instruction_set": str | None, "memory_bytes": int, "sources": str,
-    "commit": str | None, "size": str, "seconds": float, "ceilings": dict, "rows": list, "fidelity": list,
-    "left_out": list,
-}
-
-
-def assert_typed(found: dict[str, Any], types_of: dict[str, Any]) -> None:
-    assert set(found) == set(types_of)
-    wrong = {name: found[name] for name, kind in types_of.items() if not isinstance(found[name], kind)}
-    assert not wrong
-
-
-def assert_document(found: dict[str, Any]) -> None:
-    """The format that the report and the documentation read."""
-    assert_typed(found, DOCUMENT)
-    assert found["format"] == 1 and len(found["sources"]) == 16
-    assert found["ceilings"]["copy_bytes_per_s"] > 0
-    assert set(found["ceilings"]["gemm_flops_per_s"]) == {"bfloat16", "float32"}
-    for row in found["rows"]:
-        assert_typed(row, ROW)
-        assert row["median_s"] > 0 and row["ratio"] > 0 and row["rounds"] >= 2
-        assert 0 <= row["max_error"] <= row["tolerance"] and row["pass"] in (FORWARD, BOTH)
-    for row in found["fidelity"]:
-        assert set(row) == {"quantity", "implementation", "dtype", "shape", "mean", "max", "quantiles", "nonfinite"}
-        assert set(row["quantiles"]) == {"0.5", "0.9", "0.99", "0.999"}
-    for entry in found["left_out"]:
-        assert set(entry) == {"what", "why"} and entry["what"] and entry["why"]
-
-
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No peers: their imports take longer than everything else here."""
-    def refuse(peer: Peer, device: torch.device) -> None:
-        raise Missing("not installed: pip install it", everywhere=True)
-
-    monkeypatch.setattr(peers, "load", refuse)
+    monkeypatch.setattr(peers, "load", no_peer)
 
 
 @pytest.fixture
 def engine() -> Engine:
-    found = Engine(SMALL, clock.HostClock(), Results(SMALL.device, "small"))
-    found.seconds = 0.0
-    return found
+    return small_engine()
 
 
 def square(x: Tensor) -> Tensor:
@@ -343,52 +299,3 @@ def test_a_page_that_fails_costs_no_numbers(cases: Any, tmp_path: Path, monkeypa
 def test_without_its_packages_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "r1kernels.bench.report", None)
     assert "r1kernels[bench]" in run.write_page({}, tmp_path / "page")
-
-
-# ---- fidelity -------------------------------------------------------------------------------------------------
-
-
-def test_errors_are_those_of_a_direct_computation(alone: None, engine: Engine) -> None:
-    rows = list(fidelity.measure(fidelity.of_logits(SMALL, torch.bfloat16), engine))
-    found = {(row["quantity"], row["implementation"]): row for row in rows}
-    logits, ids = fidelity.language_logits(96, 4096, torch.bfloat16)
-    exact = testing.token_stats(logits, ids)
-    error = (r1kernels.token_logprobs(logits, ids).double() - exact.logprobs).abs()
-    row = found["logprob", OURS]
-    assert row["max"] == pytest.approx(float(error.max()), rel=1e-6, abs=1e-12)
-    assert row["mean"] == pytest.approx(float(error.mean()), rel=1e-3, abs=1e-12)
-    assert row["quantiles"]["0.5"] <= row["quantiles"]["0.9"] <= row["quantiles"]["0.999"] <= row["max"]
-    gradient = testing.token_stats_gradient(logits, ids, torch.ones(96)).value
-    leaf = logits.clone().requires_grad_()
-    r1kernels.token_logprobs(leaf, ids).sum().backward()
-    worst = float((leaf.grad.double() - gradient).abs().max() / gradient.abs().max())
-    assert found["grad_logits", OURS]["max"] == pytest.approx(worst, rel=1e-3)
-    assert all(row["nonfinite"] == 0 for row in rows)
-    assert set(found) == {(q, i) for q in ("logprob", "entropy", "grad_logits") for i in (OURS, peers.EAGER)}
-
-
-def test_advantages_of_equal_rewards_are_exact(alone: None, engine: Engine) -> None:
-    quantity = fidelity.of_rewards(SMALL)
-    equal = quantity.problem.inputs["rewards"].std(1) == 0
-    assert equal.any() and not quantity.exact[0][equal].any()
-    rows = {row["implementation"]: row for row in fidelity.measure(quantity, engine)}
-    assert rows[OURS]["max"] < 1e-6
-
-
-def test_entries_that_are_not_finite_are_counted() -> None:
-    exact = torch.tensor([1.0, -torch.inf, 3.0, 4.0], dtype=torch.float64)
-    row = fidelity.errors(torch.tensor([1.5, -torch.inf, torch.nan, torch.inf]), exact, relative=False)
-    assert row["nonfinite"] == 2 and row["max"] == 0.5 and row["mean"] == 0.5
-    nothing = fidelity.errors(torch.tensor([torch.nan]), torch.ones(1), relative=True)
-    assert nothing["nonfinite"] == 1 and nothing["max"] is None
-
-
-def test_logits_are_like_those_of_a_language_model() -> None:
-    logits, ids = fidelity.language_logits(96, 4096, torch.float32)
-    again, _ = fidelity.language_logits(96, 4096, torch.float32)
-    assert torch.equal(logits, again)
-    probability = logits.double().softmax(-1)
-    of_token = probability.gather(1, ids[:, None])[:, 0]
-    assert (of_token[::3] > 0.999).all() and (of_token[1::3] < 0.999).any()
-    assert (logits == -torch.inf).sum() == 12 and (of_token > 0).all()
-    assert logits.isfinite().any(1).all() and logits[logits.isfinite()].abs().max() > 20

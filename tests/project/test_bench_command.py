@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import assert_document
+from bench_cases import assert_document
 
 from r1kernels import _command
 from r1kernels.bench import cli, machine, run
