@@ -144,8 +144,8 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     finally:
         path.write_text(text, encoding="utf-8")
     code = result["code"]
-    # A process that a signal ended, because it crashed or ran too long, has noticed the mistake.
-    status = "killed" if code < 0 else STATUS.get(code, f"pytest ended with {code}")
+    crashed = code < 0 and code != -signal.SIGALRM
+    status = "killed" if crashed else STATUS.get(code, f"pytest ended with {code}")
     seconds = time.monotonic() - started
     print(f"{status:9} {seconds:5.0f} s  {mutant.file}: {mutant.what}  {result['failed']}", flush=True)
     return {"file": mutant.file, "what": mutant.what, "status": status, "by": result["failed"]}

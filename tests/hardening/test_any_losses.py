@@ -197,7 +197,7 @@ def test_importance_weights(
         assert all(value.isfinite() for value in found.metrics.values())
         return
     sequences = [range(row * shape[1], (row + 1) * shape[1]) for row in range(shape[0])]
-    if not found.weights.any():
+    if found.metrics["importance_mean"] == 0:
         return  # every weight is outside of the bounds: there is no mean to compare with
     exact, metrics = testing.importance_weights(old, sampler, counts, sequences, **how, normalize=normalize)
     wanted = torch.tensor(exact, dtype=torch.float64)

@@ -34,7 +34,7 @@ int main(int count, char**) {
 def test_an_error_ends_the_process(values: tuple[str, str, str], error: str, tmp_path: Path) -> None:
     source, program = tmp_path / "faulty.cpp", tmp_path / "faulty"
     source.write_text(PROGRAM % values)
-    subprocess.run(["g++", *sanitizers.FLAGS, str(source), "-o", str(program)], check=True)
+    subprocess.run(["g++", "-fwrapv", *sanitizers.FLAGS, str(source), "-o", str(program)], check=True)
     variables = {name: value for name, value in sanitizers.environment().items() if name != "LD_PRELOAD"}
     completed = subprocess.run([str(program)], capture_output=True, text=True, env=variables)
     assert (completed.returncode != 0) == bool(error), completed.stderr

@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "sanitize"
-FLAGS = (
-    "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
+FLAGS = (  # Python's own -fwrapv would define an overflow of signed numbers, so that it is no error
+    "-fno-wrapv", "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",
 )
 # Any input to every operation, operators called with bad arguments, and every instruction set at edges of its blocks.
