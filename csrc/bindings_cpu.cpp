@@ -304,7 +304,7 @@ PyObject* release_workspace(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the CPU instruction set in use."},
-    {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this processor can run, narrowest first."},
+    {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the sets of kernels that this processor can run, the fastest last."},
     {"use_cpu_isa", use_cpu_isa, METH_O, "Uses another instruction set; for tests."},
     {"release_workspace", release_workspace, METH_NOARGS, "Frees the memory that products keep for packed operands."},
     {"cuda_architectures", r1k::cuda_architectures, METH_NOARGS, "What the CUDA kernels are compiled for."},

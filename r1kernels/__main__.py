@@ -48,6 +48,7 @@ PAIRS = {
 # What a CPU multiplies bfloat16 with, by instruction set and pair; the others convert it to float32.
 UNITS = {
     ("avx512_bf16", "bf16"): ", bfloat16 dot-product instructions",
+    ("avx512_bf16_fma", "bf16"): ", converted to float32, because dot-product instructions are slower here",
     ("amx_bf16", "bf16"): ", matrix tiles (AMX)",
     ("amx_bf16", "bf16 with fp32"): ", matrix tiles (AMX), float32 in three bfloat16 parts",
 }

@@ -39,7 +39,8 @@ def test_precision_follows_the_device_unless_it_is_given(fast, monkeypatch):
 def test_a_cpu_has_fast_bf16_by_its_instruction_set(monkeypatch):
     from r1kernels import _library
 
-    for isa, fast in {"amx_bf16": True, "avx512_bf16": True, "avx512": False, "avx2": False, "baseline": False}.items():
+    for isa, fast in {"amx_bf16": True, "avx512_bf16": True, "avx512_bf16_fma": False, "avx512": False, "avx2": False,
+                      "baseline": False}.items():
         extension = type("Extension", (), {"cpu_isa": staticmethod(lambda isa=isa: isa)})
         monkeypatch.setattr(_library, "extension", extension)
         assert r1kernels.has_fast_bf16("cpu") is fast
