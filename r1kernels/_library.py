@@ -168,9 +168,9 @@ def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
     """Whether products of bfloat16 matrices are several times faster than those of float32 matrices.
 
     Args:
-        device: a CPU, which needs AMX, or dot products of bfloat16 (AVX-512) that are faster than products of float32 (not
-            so on Intel's processors with AMX in a virtual machine that hides it); or a GPU, which needs matrix units for
-            bfloat16 (NVIDIA from compute capability 8.0, any that ROCm serves).
+        device: a CPU, which needs AMX, or dot products of bfloat16 (AVX-512) that are faster than those of float32;
+            they are not on Intel's processors with AMX in a virtual machine that hides it. Or a GPU, which needs matrix
+            units for bfloat16 (NVIDIA from compute capability 8.0, any that ROCm serves).
 
     Returns:
         True or False; False for other devices, for an absent GPU, and for a CPU without the compiled extension.
