@@ -28,7 +28,8 @@ template <typename Skipped>
 void check_ids(const int64_t* ids, int64_t count, int64_t vocab, const Skipped& skipped) {
   for (int64_t n = 0; n < count; ++n) {
     R1K_CHECK(skipped(n) || (ids[n] >= 0 && ids[n] < vocab), "token_ids[", n, "] is ", ids[n],
-              ", expected an id in [0, ", vocab, ") (position counted over all dimensions)");
+              ", expected an id in [0, ", vocab,
+              ") (position counted over all dimensions); mask tokens that do not count, such as -100");
   }
 }
 

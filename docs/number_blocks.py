@@ -108,6 +108,7 @@ def stages(result: dict[str, Any]) -> str:
 
     rows = [("pass@1", "pass_at_1"), ("language consistency", "language_consistency")]
     about = words.listed([f"`{result['recipe']}`", f"seed {result['seed']}"])
+    about += "; ± is one standard error of the mean"
     lines = [[label, *(cell(stage, name) for stage in result["stages"])] for label, name in rows
              if any(stage.get(name) is not None for stage in result["stages"])]
     return f"{markdown(['%', *(stage['label'] for stage in result['stages'])], lines)}\n\n{about}."

@@ -75,11 +75,11 @@ def _table() -> list[str]:
         if operation in OPS:
             cuda = "where it was measured to be faster, or without Triton" if operation in CUDA_OPERATORS else (
                 "has no kernel")
-            lines.append(f"{operation:<18}as kernels; CUDA {cuda}")
+            lines.append(f"{operation:<21}as kernels; CUDA {cuda}")
             continue
         for choice, unless in servers:
             about = choice.reason or "plain PyTorch"
-            lines.append(f"{operation:<18}{choice.implementation:<12}{about}{', unless' if unless else ''}")
+            lines.append(f"{operation:<21}{choice.implementation:<12}{about}{', unless' if unless else ''}")
             lines += [f"{'':<20}{reason}" for reason, _ in unless]
     lines.append("the fused kernel of grpo_step reads the logits twice if")
     return lines + [f"{'':<20}{reason}" for reason in grpo_step.PASSES.values()]

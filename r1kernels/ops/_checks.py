@@ -112,5 +112,5 @@ def check_ids_in_range(name: str, ids: Tensor, vocab: int, mask: Tensor | None) 
         position = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"{name}[{position}] is {int(ids.flatten()[position])}, expected an id in [0, {vocab}) "
-            "(position counted over all dimensions)"
+            "(position counted over all dimensions); mask tokens that do not count, such as -100"
         )

@@ -87,7 +87,8 @@ def _checked_inputs(
             name = objective.__name__
             raise TypeError(f"objective is {name}, which must be called: {name}(...)")
         if not callable(objective):
-            raise TypeError(f"objective is {objective!r}, expected an Objective or a callable (logprobs, batch)")
+            raise TypeError(f"objective is {objective!r}, expected an Objective, such as r1kernels.objectives.grpo(), "
+                            "or a callable (logprobs, batch)")
         objective = Objective(surrogate=objective, aggregate="token_mean")
     probe = like.new_empty(()).expand(shape)  # no memory: carries shape and device into the checks
     if cu_seqlens is not None:

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments.count("--set") > 1:  # the last one would win silently
         sys.exit("r1kernels: --set is given twice; give it once, with all its KEY=VALUE pairs")
     try:
-        sys.exit(app.cli(args=arguments))
+        sys.exit(app.cli(args=arguments, prog="r1kernels"))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
