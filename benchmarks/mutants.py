@@ -151,7 +151,7 @@ MUTANTS: list[Mutant] = [
          "gap = torch.where(counts & (old != sampler), sampler - old, 0)", "the inverse weight"),
         ("inside = (weights >= floor) & (weights <= cap) & ~broken", "inside = (weights >= floor) & (weights < cap) & "
          "~broken", "the cap itself is cut"),
-        ("* sums.count  # quotients", "* sums.tokens  # quotients", "the mean weight over tokens, not sequences"),
+        ("* sums.counted  # quotients", "* sums.tokens  # quotients", "the mean weight over tokens, not sequences"),
         ("lengths.clamp(min=1) if level == \"sequence_mean\" else 1", "1", "the geometric mean is a product"),
     ),
     *of_file(
