@@ -156,7 +156,7 @@ def write_page(document: dict[str, Any], path: Path) -> str | None:
     try:
         from r1kernels.bench.report import write_html
     except ImportError as error:
-        return f"{error}; pip install 'r1kernels[bench]' brings what it needs"
+        return f"{error}; it needs two packages: pip install matplotlib jinja2"
     try:
         write_html(document, path)
     except Exception as error:  # the numbers must not be lost with a picture

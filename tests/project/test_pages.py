@@ -226,13 +226,14 @@ def check_torchrun(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Extras of this package exist."""
+    """Extras of this package exist, and nothing asks PyPI for it: it is installed from a clone, or from a wheel."""
     project = (ROOT / "pyproject.toml").read_text()
     extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
     assert arguments[0] in ("install", "wheel", "download", "show", "uninstall"), arguments
     for argument in arguments[1:]:
-        if found := re.match(r"(?:\.|r1kernels|.*\.whl)\[([\w,]+)\]", argument):
+        assert not re.match(r"r1kernels(?![\w./-])", argument), f"{argument} is not on PyPI; expected '.', or a wheel"
+        if found := re.match(r"(?:\.|.*\.whl\)?)\[([\w,]+)\]", argument):
             assert set(found[1].split(",")) <= known, argument
 
 
@@ -282,6 +283,8 @@ def test_the_commands_of_a_page_exist(block: pages.Block) -> None:
 def test_commands_inside_sentences_exist(page: str) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for command in re.findall(r"`((?:make|r1kernels|pip|pytest|torchrun|python3?) [^`]+)`", text):
+        if command == "r1kernels --help":
+            continue
         if command.split()[0] == "r1kernels" and len(command.split()) == 2:  # the name of a command alone
             is_trainers(command.split()[1])
         elif "..." not in command:
@@ -291,7 +294,8 @@ def test_commands_inside_sentences_exist(page: str) -> None:
 @pytest.mark.parametrize("command", [
     "make nonsense", "r1kernels train", "r1kernels train recipes/none.yaml", "r1kernels train RECIPE --nonsense 1",
     "python examples/none.py", "python -m r1kernels.none", "pytest tests/none", "benchmarks/none.sh", "nonsense",
-    "pip install 'r1kernels[nonsense]'", "torchrun -m r1kernels nonsense",
+    "pip install '.[nonsense]'", "pip install 'r1kernels[rewards]'",
+    "pip install r1kernels", "torchrun -m r1kernels nonsense",
 ])
 def test_a_wrong_command_is_found(command: str) -> None:
     with pytest.raises((AssertionError, ModuleNotFoundError)):
