@@ -100,6 +100,37 @@ def test_the_generator_changes_nothing() -> None:
         assert "<script" not in path.read_text() and picture.alt
 
 
+# Result files that no page shows -> the code that reads them.
+READERS = {
+    "*/gpu.json": "benchmarks/choose.py",  # its argument
+    "mutation.json": "benchmarks/mutation.py",
+    "scaling.json": "tests/project/test_scaling.py",
+}
+
+
+def unread(results: Path, shown: set[Path]) -> list[str]:
+    """The result files that are neither shown on a page nor read by code."""
+    files = [path.relative_to(results) for path in sorted(results.rglob("*")) if path.is_file()]
+    return [str(path) for path in files
+            if results / path not in shown and not any(path.match(pattern) for pattern in READERS)]
+
+
+def test_every_result_file_is_shown_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, read = set(), number_blocks.read
+    monkeypatch.setattr(number_blocks, "read", lambda path: (shown.add(path), read(path))[1])
+    make_numbers.make(make_numbers.pages())
+    assert len(shown) > 8
+    assert not unread(number_blocks.RESULTS, shown), "show it in a block of docs/number_blocks.py, or delete it"
+    for pattern, code in READERS.items():
+        assert pattern.startswith("*/") or Path(pattern).name in (make_numbers.ROOT / code).read_text(), pattern
+
+
+def test_a_result_file_that_nothing_reads_is_found(tree: Path) -> None:
+    assert unread(number_blocks.RESULTS, {number_blocks.BENCH}) == ["recipe/a.json"]
+    (number_blocks.RESULTS / "example" / "gpu.json").write_text("{}")
+    assert unread(number_blocks.RESULTS, {number_blocks.BENCH}) == ["recipe/a.json"]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_each_file_that_a_block_shows_says_where_it_comes_from(name: str) -> None:
     try:
@@ -158,7 +189,8 @@ def recipe() -> dict:
             "commit": "abc", "seconds": 250, "curves": {"r1_zero": curve}, "stages": [stage]}
 
 
-OTHER_FILES = {"trl-step", "student-topk", "plan-memory", "sampling-replay", "scaling-costs", "gpu-instructions"}
+OTHER_FILES = {"amx-table", "trl-step", "student-topk", "plan-memory", "sampling-replay", "scaling-costs",
+               "gpu-instructions"}
 
 
 def test_every_block_is_written_and_then_up_to_date(tree: Path) -> None:
