@@ -140,14 +140,53 @@ def test_each_file_that_a_block_shows_says_where_it_comes_from(name: str) -> Non
     assert block.text or block.pictures
     for path in block.files:
         result, text = number_blocks.read(path), number_blocks.source(path)
-        assert set(re.findall(r"[0-9a-f]{7,}", text)) & {
-            str(result.get(field)) for field in ("sources", "csrc_tree", "cuda_sources")}, path
-        # What is counted in compiled code is the same on every device and day.
-        compiled = result.get("triton") or result.get("nvcc")
-        needed = [compiled] if compiled else [result["device"], result["torch"], result["r1kernels"], result["date"]]
-        assert all(part and str(part) in text for part in needed), path
-        assert compiled or re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+        fields = [field for field in ORIGIN if field in result]
+        assert fields and all(str(result[field]) in text for field in fields), path
     assert block.files or "not measured" in block.text
+
+
+# What a result file says about its origin, in words of CONTRIBUTING.md; `sources` has an older name, the tree of csrc/.
+ORIGIN = ("device", "torch", "r1kernels", "triton", "nvcc", "date", "sources", "csrc_tree", "cuda_sources")
+MEASURED_FILE = {"device", "torch", "r1kernels", "date", "sources"}
+OTHER_KINDS = {
+    "ptxas.json": {"nvcc", "cuda_sources"},
+    "aot/*.json": {"triton", "sources"},
+    "mutation.json": {"torch", "r1kernels", "date", "source"},
+    "scaling.json": {"assumptions"},
+}
+FORMS = {"date": r"\d{4}-\d\d-\d\d", "sources": r"[0-9a-f]{7,}", "source": r"[0-9a-f]{7,}",
+         "cuda_sources": r"[0-9a-f]{7,}", "torch": r"\d+\.\d+.*", "r1kernels": r"\d+\.\d+.*", "triton": r"\d+\.\d+.*",
+         "nvcc": r"\d+\.\d+.*", "device": r"\S.*"}
+
+
+def wrong_origin(name: str, result: dict) -> list[str]:
+    """What a result file does not say, or says without need, about its origin."""
+    needed = next((fields for kind, fields in OTHER_KINDS.items() if Path(name).match(kind)), MEASURED_FILE)
+    said = {{"csrc_tree": "sources"}.get(field, field): value for field, value in result.items()
+            if field in (*ORIGIN, "source", "assumptions")}
+    return [f"{name}: {field}" for field in sorted(needed ^ set(said))] + [
+        f"{name}: {field} is {value!r}" for field, value in said.items()
+        if field in FORMS and not re.fullmatch(FORMS[field], str(value))]
+
+
+def test_each_result_file_says_what_its_kind_must_say() -> None:
+    files = {str(path.relative_to(number_blocks.RESULTS)): json.loads(path.read_text())
+             for path in number_blocks.RESULTS.rglob("*.json")}
+    assert len(files) > 8 and not [wrong for item in files.items() for wrong in wrong_origin(*item)]
+    text = (make_numbers.ROOT / "CONTRIBUTING.md").read_text()
+    for kind in OTHER_KINDS:
+        assert f"`{kind}`" in text and any(Path(name).match(kind) for name in files), kind
+
+
+@pytest.mark.parametrize("name, change", [
+    ("a/b.json", {"device": None}), ("a/b.json", {"date": "today"}), ("a/b.json", {"sources": None}),
+    ("a/b.json", {"torch": ""}), ("a/b.json", {"nvcc": "13.0"}), ("aot/b.json", {}), ("ptxas.json", {}),
+    ("mutation.json", {"device": None}), ("scaling.json", {}),
+])
+def test_a_result_file_without_its_origin_is_found(name: str, change: dict) -> None:
+    fine = {"device": "Example", "torch": "2.13.0", "r1kernels": "0.2.0", "date": "2026-11-30", "sources": "89abcdef"}
+    assert wrong_origin("a/b.json", fine) == []
+    assert wrong_origin(name, {field: value for field, value in (fine | change).items() if value is not None})
 
 
 # ---- the generator on a small tree ---------------------------------------------------------------------------------
