@@ -139,10 +139,20 @@ def amx_table() -> Block:
 def trl_step() -> Block:
     path = TWO_THREADS / "trl_step.json"
     rows = read(path)["results"]
-    lines = [[row["implementation"], words.seconds(row["median_s"]), f"{row['ratio']:.2f}",
+    # Older results have no range.
+    lines = [[row["implementation"], with_range(row["median_s"], row.get("range_s"), words.seconds),
+              with_range(row["ratio"], row.get("range_of_ratios"), "{:.2f}".format),
               words.memory(row["peak_extra_bytes"])] for row in rows]
     table = markdown([rows[0]["shape"], "time", "of TRL's", "peak memory"], lines)
-    return Block(table, [path])
+    spread = "with the least and the largest in brackets" if all("range_s" in row for row in rows) else (
+        "whose spread was not recorded")
+    about = (f"Medians over {rows[0]['rounds']} rounds, {spread}. A ratio is the median of the ratios of single rounds, not "
+             "the quotient of two medians.")
+    return Block(f"{table}\n\n{about}", [path])
+
+
+def with_range(median: float, range_: list[float] | None, written: Callable[[float], str]) -> str:
+    return written(median) + (f" ({' to '.join(map(written, range_))})" if range_ else "")
 
 
 def student_topk() -> Block:
