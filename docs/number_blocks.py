@@ -146,8 +146,8 @@ def trl_step() -> Block:
     table = markdown([rows[0]["shape"], "time", "of TRL's", "peak memory"], lines)
     spread = "with the least and the largest in brackets" if all("range_s" in row for row in rows) else (
         "whose spread was not recorded")
-    about = (f"Medians over {rows[0]['rounds']} rounds, {spread}. A ratio is the median of the ratios of single rounds, not "
-             "the quotient of two medians.")
+    about = (f"Medians over {rows[0]['rounds']} rounds, {spread}. A ratio is the median of the ratios of single "
+             "rounds, not the quotient of two medians.")
     return Block(f"{table}\n\n{about}", [path])
 
 
