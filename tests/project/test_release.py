@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import release
+import yaml
 
 import r1kernels
 
@@ -102,3 +103,22 @@ def test_the_version_is_in_one_place_only() -> None:
     assert release.version_of((ROOT / "r1kernels" / "__init__.py").read_text()) == r1kernels.__version__
     assert '\nversion = "' not in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {r1kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def wrong_citation(text: str) -> list[str]:
+    """What the format of citations (Citation File Format 1.2.0) requires, and this text does not have."""
+    found = yaml.safe_load(text)
+    wrong = [key for key in ("cff-version", "message", "title", "authors") if not found.get(key)]
+    wrong += ["cff-version"] if found.get("cff-version") not in (None, "1.2.0") else []
+    return wrong + [f"authors: {author}" for author in found.get("authors") or ()
+                    if not {"name", "family-names", "given-names", "alias"} & set(author)]
+
+
+def test_the_citation_has_what_its_format_requires() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert wrong_citation(text) == []
+    for key in ("cff-version", "message", "title", "authors"):
+        without = {name: value for name, value in yaml.safe_load(text).items() if name != key}
+        assert wrong_citation(yaml.safe_dump(without)) == [key]
+    assert wrong_citation(text.replace("cff-version: 1.2.0", "cff-version: 1")) == ["cff-version"]
+    assert wrong_citation(text.replace("- name: The", "- nickname: The"))
