@@ -16,6 +16,7 @@ from bench_cases import SMALL, assert_document, no_peer, small_engine
 from torch import Tensor
 
 import r1kernels
+from r1kernels import testing
 from r1kernels.bench import clock, machine, peers, run
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
@@ -42,7 +43,7 @@ def a_task(**changes: Any) -> Task:
     """The square of 64 numbers, and its gradient."""
     standard: dict[str, Any] = {
         "case": "square", "op": "square", "shape": {"N": 64}, "dtype": torch.float32, "exact": square,
-        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64)}, ("x",), ("x",), few=8),
+        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64).reshape(16, 4)}, ("x",)),
         "functions": {OURS: square, peers.EAGER: square},
     }
     return Task(**standard | changes)
@@ -77,13 +78,6 @@ def test_every_case_is_right(alone: None, engine: Engine, monkeypatch: pytest.Mo
     assert not engine.trouble
 
 
-def test_a_problem_has_rows_of_which_a_few_are_checked() -> None:
-    problem = Problem({"x": torch.arange(12.0).reshape(2, 6), "y": torch.ones(3)}, (), ("x",), axis=1, few=2)
-    part = problem.part()
-    assert part.inputs["x"].tolist() == [[0, 1], [6, 7]] and part.inputs["y"].shape == (3,)
-    assert problem.share == 2 / 6
-
-
 # ---- what is left out -----------------------------------------------------------------------------------------
 
 
@@ -95,16 +89,15 @@ def wrong_gradient(x: Tensor) -> Tensor:
     return x.detach() * x * 1.0
 
 
-def wrong_later(x: Tensor) -> Tensor:
-    """Right on the few rows that are checked alone, and wrong in the first row of more."""
-    return x * x if len(x) == 8 else torch.cat([x[:1] * 3, x[1:] * x[1:]])
+def wrong_last_row(x: Tensor) -> Tensor:
+    return torch.cat([x[:-1] * x[:-1], x[-1:] * x[-1:] * 1.1])
 
 
 def nan(x: Tensor) -> Tensor:
     return x * x * float("nan")
 
 
-@pytest.mark.parametrize("wrong", [wrong_values, wrong_gradient, wrong_later, nan])
+@pytest.mark.parametrize("wrong", [wrong_values, wrong_gradient, wrong_last_row, nan])
 def test_a_peer_with_a_wrong_result_gets_no_time(wrong: Callable[..., Tensor], engine: Engine) -> None:
     rows = engine.measure(a_task(peers=[Peer("other", lambda: wrong), Peer("right", lambda: square)]))
     assert {row["implementation"] for row in rows} == {OURS, peers.EAGER, "right"}
@@ -114,6 +107,63 @@ def test_a_peer_with_a_wrong_result_gets_no_time(wrong: Callable[..., Tensor], e
 def test_a_wrong_result_of_ours_is_a_failure(engine: Engine) -> None:
     assert engine.measure(a_task(functions={OURS: wrong_values, peers.EAGER: square})) == []
     assert engine.trouble and "wrong result" in left_out(engine)[OURS]
+
+
+def off(of_value: float, of_gradient: float) -> Callable[..., Tensor]:
+    """A mean of squares with relative errors, as a loss has a value and a gradient."""
+
+    def loss(x: Tensor) -> Tensor:
+        exact = (x.float() * x.float()).mean()
+        moving = (exact - exact.detach()) * (1 + of_gradient)
+        return exact.detach() * (1 + of_value) + moving
+
+    return loss
+
+
+def a_loss(**changes: Any) -> Task:
+    """The mean of squares of bfloat16 numbers."""
+    def make() -> Problem:
+        return Problem({"x": torch.linspace(-2, 2, 64).reshape(16, 4).bfloat16()}, ("x",))
+
+    return a_task(dtype=torch.bfloat16, make=make, exact=lambda x: (x * x).mean(), **changes)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(off(0.009, 0), "output 0"), (off(0, 0.015), "gradient of x")])
+def test_ours_is_held_to_the_exact_result(wrong: Callable[..., Tensor], said: str, engine: Engine) -> None:
+    """Other libraries may round their logits to bfloat16. Their tolerance is not ours, and ours is no yardstick."""
+    assert engine.measure(a_loss(functions={OURS: wrong, peers.EAGER: off(0, 0)})) == []
+    assert engine.trouble and said in left_out(engine)[OURS]
+    rows = engine.measure(a_loss(functions={OURS: off(0, 0), peers.EAGER: wrong}))
+    assert [row["implementation"] for row in rows] == [OURS, peers.EAGER]
+    assert rows[0]["max_error"] < rows[0]["tolerance"] < rows[1]["max_error"] < rows[1]["tolerance"] == 0.05
+
+
+def test_presets_are_checked_against_the_oracle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = testing.policy_loss
+
+    def moved(objective: Any, **inputs: Any) -> Any:
+        found = oracle(objective, **inputs)
+        return found._replace(loss=found.loss._replace(value=found.loss.value * 1.001))
+
+    task = next(task for task in CASES["policy_loss"](SMALL) if task.variant == "r1")
+    assert [row["implementation"] for row in engine.measure(task)] == [OURS]
+    monkeypatch.setattr(testing, "policy_loss", moved)
+    assert engine.measure(task) == [] and "output 0" in left_out(engine)[OURS]
+
+
+def test_a_reference_for_which_float64_is_too_large(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 100 << 30)
+    dtypes = []
+
+    def exact(x: Tensor) -> Tensor:
+        dtypes.append(x.dtype)
+        return x * x
+
+    task = a_task(exact=exact, functions={OURS: square}, bytes={OURS: 1 << 20, peers.EAGER: 20 << 30})
+    for available in (100 << 30, 35 << 30, 25 << 30):
+        monkeypatch.setattr(machine, "available_bytes", lambda device, bytes=available: bytes)
+        engine.measure(task)
+    assert dtypes == [torch.float64, torch.float32] and "all implementations" in left_out(engine)
 
 
 @pytest.mark.parametrize(("error", "said"), [
@@ -154,9 +204,9 @@ def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPat
     def never(x: Tensor) -> Tensor:
         raise AssertionError("called")
 
-    task = a_task(functions={OURS: square, peers.EAGER: never}, bytes={OURS: 1 << 20, peers.EAGER: 200 << 30})
+    task = a_task(functions={OURS: square, "other": never}, bytes={OURS: 1 << 20, "other": 200 << 30})
     assert [row["implementation"] for row in engine.measure(task)] == [OURS]
-    assert "250.0 GiB" in left_out(engine)[peers.EAGER]
+    assert "250.0 GiB" in left_out(engine)["other"]
     assert engine.measure(a_task(make=never, input_bytes=50 << 30)) == []
     assert "187.5 GiB" in left_out(engine)["all implementations"]
 
