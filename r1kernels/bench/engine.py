@@ -17,14 +17,16 @@ import torch
 from r1kernels.bench import machine, peers
 from r1kernels.bench.check import Held, Truth, Wrong
 from r1kernels.bench.clock import Clock
+from r1kernels.bench.peers import Peer
 from r1kernels.bench.results import Results
 from r1kernels.bench.tasks import OURS, Function, Setting, Task, name_of
 from r1kernels.bench.tasks import results as results_of
 
 ALL = "all implementations"
-MOST_ROUNDS, SLOW_ROUNDS = 50, 2
+MOST_ROUNDS, LEAST_ROUNDS = 50, 3
+LONG = 10.0, 2  # seconds of one run, and the rounds that such a candidate takes part in
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
-SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
+SLOW = 6.0  # times the fastest: such a candidate takes part in the least rounds only
 MARGIN = 1.25  # estimates from shapes leave out small buffers and what an allocator keeps
 RESERVE = 512 << 20, 0.05  # bytes, and share of all memory, that are left alone
 
@@ -38,7 +40,7 @@ class Engine:
         self.setting, self.clock, self.results = setting, clock, results
         self.deadline = math.inf if deadline is None else deadline  # of time.monotonic: then few rounds are enough
         self.seconds = setting.pick(0.1, 1.0, 5.0)
-        self.least_rounds = setting.pick(2, 3, 5)
+        self.least_rounds = setting.pick(LEAST_ROUNDS, LEAST_ROUNDS, 5)
         self.trouble = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
 
@@ -51,12 +53,17 @@ class Engine:
         functions = {name: function for name, function in task.functions.items() if self._fits(name, task)}
         if OURS not in functions:
             return []
-        functions |= self._peers(task)
+        waiting = [*functions.items()]
+        others = {peer.implementation: peer for peer in task.all_peers()}
+        for peer in others.values():
+            waiting += self._loaded(peer, task)
         errors: dict[str, Held] = {}
         runs: dict[str, Callable[[], object]] = {}
         memory: dict[str, int | None] = {}
         estimates: dict[str, float] = {}
-        for name, function in functions.items():
+        while waiting:
+            name, function = waiting.pop(0)
+
             def run(function: Function = function) -> object:
                 return results_of(function, problem, task.passes)
 
@@ -72,6 +79,8 @@ class Engine:
                 self._failed(name, task, error)
                 if name == OURS:
                     return []
+                if name in others and others[name].otherwise and not isinstance(error, Wrong):
+                    waiting += self._loaded(others[name].otherwise, task)
         del truth
         try:
             for name, make in task.ceilings.items():
@@ -116,26 +125,23 @@ class Engine:
             return None
 
     def _fits(self, name: str, task: Task) -> bool:
-        return self.enough_memory(name, task.bytes.get(name, task.bytes.get(peers.EAGER, 0)), task.title)
+        known = name if name in task.bytes else name.partition(", ")[0]  # such as "Liger, not compiled"
+        return self.enough_memory(name, task.bytes.get(known, task.bytes.get(peers.EAGER, 0)), task.title)
 
-    def _peers(self, task: Task) -> dict[str, Function]:
-        found = {}
-        for peer in task.all_peers():
-            name = peer.implementation
-            if name in self.unusable:
-                continue
-            if name == peers.COMPILED and not self.setting.compiled and task.series is None:
-                self.results.leave_out(name, "--size small compiles the vocabulary series only, to save time",
-                                       task.case)
-                continue
-            try:
-                function = peers.load(peer, self.setting.device)
-            except peers.Missing as error:
-                self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
-                continue
-            if self._fits(name, task):
-                found[name] = function
-        return found
+    def _loaded(self, peer: Peer, task: Task) -> list[tuple[str, Function]]:
+        """The name and the function of a peer, or of what is measured in its place; nothing if neither can run."""
+        name = peer.implementation
+        idle = peer.compiles and not self.setting.compiled and not (task.compiled and task.series)
+        if idle:
+            self.results.leave_out(name, "--size small compiles the vocabulary series only, to save time", task.case)
+        if idle or (peer.compiles and name in self.unusable):
+            return self._loaded(peer.otherwise, task) if peer.otherwise else []
+        try:
+            function = peers.load(peer, self.setting.device)
+        except peers.Missing as error:
+            self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
+            return []
+        return [(name, function)] if self._fits(name, task) else []
 
     def _failed(self, name: str, task: Task, error: Exception) -> None:
         why = peers.one_line(error)
@@ -143,7 +149,7 @@ class Engine:
             why = str(error)
         elif out_of_memory(error):
             why = f"ran out of memory: {why}"
-        elif name == peers.COMPILED and "ompiler" in why:
+        elif name in (peers.COMPILED, peers.LIGER) and "ompiler" in why:
             self.unusable.add(name)
             self.results.leave_out(name, f"torch.compile does not work here: {why}")
             return
@@ -166,11 +172,13 @@ class Engine:
         one_round = sum(each * (calls[name] + 1) for name, each in estimates.items() if name not in slow)
         rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
+        most = {name: LONG[1] if each > LONG[0] else LEAST_ROUNDS if name in slow else rounds
+                for name, each in estimates.items()}
         for number in range(rounds):
-            if number >= SLOW_ROUNDS and time.monotonic() > self.deadline:
+            if number >= LEAST_ROUNDS and time.monotonic() > self.deadline:
                 break
             for name, run in runs.items():
-                if name not in slow or number < SLOW_ROUNDS:
+                if number < most[name]:
                     run()
                     times[name].append(self.clock.seconds(run, calls[name]))
         return times

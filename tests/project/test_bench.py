@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -17,11 +18,11 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels import testing
-from r1kernels.bench import clock, machine, peers, run
+from r1kernels.bench import clock, eager, machine, peers, run
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import Peer
-from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task
+from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task, results
 
 # Public functions that compute nothing of a loss.
 NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
@@ -102,6 +103,25 @@ def test_a_peer_with_a_wrong_result_gets_no_time(wrong: Callable[..., Tensor], e
     rows = engine.measure(a_task(peers=[Peer("other", lambda: wrong), Peer("right", lambda: square)]))
     assert {row["implementation"] for row in rows} == {OURS, peers.EAGER, "right"}
     assert "wrong result" in left_out(engine)["other"] and not engine.trouble
+
+
+def test_a_peer_that_does_not_run_is_replaced(engine: Engine) -> None:
+    """Not one with a wrong result."""
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no such shape")
+
+    plain = Peer("other, not compiled", lambda: square)
+    rows = engine.measure(a_task(peers=[Peer("other", lambda: fails, otherwise=plain)]))
+    assert [row["implementation"] for row in rows] == [OURS, peers.EAGER, "other, not compiled"]
+    assert "no such shape" in left_out(engine)["other"]
+    assert len(engine.measure(a_task(peers=[Peer("other", lambda: nan, otherwise=plain)]))) == 2
+
+
+def test_small_sizes_compile_one_series_only(engine: Engine) -> None:
+    peer = Peer("other", lambda: square, compiles=True, otherwise=Peer("other, not compiled", lambda: square))
+    names = [[row["implementation"] for row in engine.measure(a_task(peers=[peer], **where))][-1]
+             for where in ({}, {"series": "vocabulary"})]
+    assert names == ["other, not compiled", "other, not compiled"] and "--size small" in left_out(engine)["other"]
 
 
 def test_a_wrong_result_of_ours_is_a_failure(engine: Engine) -> None:
@@ -309,9 +329,40 @@ def test_too_little_memory_for_ceilings_and_fidelity(
     assert {"all implementations", "fidelity, logits, float32", "fidelity, advantages"} <= set(why)
 
 
-def test_after_the_deadline_two_rounds_are_enough(engine: Engine) -> None:
+def test_after_the_deadline_the_least_rounds_are_enough(engine: Engine) -> None:
     engine.seconds, engine.deadline = 100.0, 0.0
-    assert {row["rounds"] for row in engine.measure(a_task())} == {2}
+    assert {row["rounds"] for row in engine.measure(a_task())} == {3}
+
+
+def test_rounds_of_slow_candidates(engine: Engine) -> None:
+    """At least 3, and fewer only where one run takes more than 10 s."""
+    engine.seconds, engine.least_rounds = 0.0, 5
+    times = engine._in_turns(dict.fromkeys("abc", lambda: None), {"a": 0.1, "b": 9.0, "c": 11.0})
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 3, "c": 2}
+
+
+def test_pass_at_k_in_plain_torch_is_that_of_all_subsets() -> None:
+    rewards = torch.randint(0, 3, (6, 7), generator=testing.generator(0)).double()
+    rewards[0], rewards[1], rewards[1, 2] = 0.1, 0.1, 0.0
+    exact = testing.pass_at_k_advantages(rewards.flatten(), torch.arange(6).repeat_interleave(7), 3)
+    torch.testing.assert_close(eager.pass_at_k_advantages(3)(rewards), exact.view(6, 7), rtol=1e-9, atol=1e-12)
+    assert not eager.pass_at_k_advantages(3)(rewards)[0].any()
+
+
+def test_metrics_of_plain_torch_and_ours_are_the_same() -> None:
+    """An entropy is computed by both or by none of them."""
+    task = next(CASES["grpo_loss"](SMALL))
+    with_entropy = {name: len(results(function, task.make(), task.passes)) for name, function in task.functions.items()}
+    assert with_entropy == {OURS: 3, peers.EAGER: 3}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_the_head_of_trl_computes_an_entropy_only_where_it_is_asked_for() -> None:
+    task = next(CASES["linear_token_logprobs"](SMALL))
+    inputs = task.make().inputs
+    assert peers.trl_head(())(**inputs)[1] is None and peers.trl_head()(**inputs)[1] is not None
+    (peer,) = (peer for peer in task.all_peers() if peer.implementation == peers.TRL)
+    assert peer.load()(**inputs)[1] is None
 
 
 def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels.bench import eager, peers
-from r1kernels.bench.peers import Peer
 from r1kernels.bench.tasks import OURS, Problem, Setting, Task
 
 K = 64
@@ -116,7 +115,7 @@ def linear_distillation_loss(setting: Setting) -> Iterator[Task]:
         "bytes_moved": 2 * heads + 2 * vocab * widths[0], "flops": products * (3 * widths[0] + widths[1]),
     }
     yield Task(**common, functions={OURS: ours, peers.EAGER: jsd}, exact=jsd, variant="jsd",
-               peers=(Peer(peers.LIGER, peers.liger_jsd),))
+               peers=(peers.liger(peers.liger_jsd),))
     yield Task(**common, functions={OURS: of_likeliest}, exact=exact_of_likeliest, variant=f"top {K} of the student")
 
 

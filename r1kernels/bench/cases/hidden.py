@@ -64,17 +64,7 @@ def task(
 def linear_token_logprobs(setting: Setting) -> Iterator[Task]:
     for passes in (FORWARD, BOTH):
         yield task(setting, "linear_token_logprobs", r1kernels.linear_token_logprobs, eager.logprobs, passes,
-                   compiled=passes == BOTH, peers=(Peer(peers.TRL, first_of(peers.trl_head)),))
-
-
-def first_of(load: Callable[[], peers.Function]) -> Callable[[], peers.Function]:
-    """A head without its entropy."""
-
-    def loaded() -> peers.Function:
-        head = load()
-        return lambda **inputs: head(**inputs)[0]
-
-    return loaded
+                   compiled=passes == BOTH, peers=(Peer(peers.TRL, partial(peers.trl_head, ())),))
 
 
 def linear_token_logprobs_and_entropy(setting: Setting) -> Iterator[Task]:
@@ -95,7 +85,7 @@ def linear_token_statistics(setting: Setting) -> Iterator[Task]:
 
 def linear_cross_entropy(setting: Setting) -> Iterator[Task]:
     def trl() -> peers.Function:
-        head = peers.trl_head()
+        head = peers.trl_head(())
         return lambda hidden, weight, targets: -head(hidden, weight, targets)[0].mean()
 
     others = (

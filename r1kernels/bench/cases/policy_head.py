@@ -45,7 +45,7 @@ def with_head(load: Callable[[], peers.Function]) -> Callable[[], peers.Function
 
 
 PEERS = (
-    Peer(peers.TRL, with_head(peers.trl_head)), Peer(peers.LIGER, peers.liger_grpo),
+    Peer(peers.TRL, with_head(partial(peers.trl_head, ()))), peers.liger(peers.liger_grpo),
     Peer(peers.VERL, with_head(peers.verl_head)),
 )
 
