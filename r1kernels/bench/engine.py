@@ -137,11 +137,17 @@ class Engine:
         if idle or (peer.compiles and name in self.unusable):
             return self._loaded(peer.otherwise, task) if peer.otherwise else []
         try:
-            function = peers.load(peer, self.setting.device)
+            function = self.load(peer)
         except peers.Missing as error:
             self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
             return []
         return [(name, function)] if self._fits(name, task) else []
+
+    def load(self, peer: Peer) -> Function:
+        """The function of a peer, whose version is noted. Raises peers.Missing."""
+        function = peers.load(peer, self.setting.device)
+        self.results.imported(peer.implementation)
+        return function
 
     def _failed(self, name: str, task: Task, error: Exception) -> None:
         why = peers.one_line(error)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_cases import SMALL, assert_document, no_peer, small_engine
+from bench_cases import SMALL, a_task, no_peer, small_engine, square
 from torch import Tensor
 
 import r1kernels
 from r1kernels import testing
-from r1kernels.bench import clock, eager, machine, peers, run
+from r1kernels.bench import clock, eager, machine, peers
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import Peer
@@ -34,20 +31,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def engine() -> Engine:
     return small_engine()
-
-
-def square(x: Tensor) -> Tensor:
-    return x * x
-
-
-def a_task(**changes: Any) -> Task:
-    """The square of 64 numbers, and its gradient."""
-    standard: dict[str, Any] = {
-        "case": "square", "op": "square", "shape": {"N": 64}, "dtype": torch.float32, "exact": square,
-        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64).reshape(16, 4)}, ("x",)),
-        "functions": {OURS: square, peers.EAGER: square},
-    }
-    return Task(**standard | changes)
 
 
 def left_out(engine: Engine) -> dict[str, str]:
@@ -216,6 +199,16 @@ def test_peers_that_are_absent_or_need_a_gpu(engine: Engine, monkeypatch: pytest
     assert "pip install no-such-distribution" in left_out(engine)["other"] and "CUDA" in left_out(engine)["gpu"]
 
 
+def test_only_libraries_whose_import_works_are_listed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise ImportError("another version of torch")
+
+    for name, distribution in {"broken": "pytest", "right": "torch"}.items():
+        monkeypatch.setitem(peers.DISTRIBUTIONS, name, distribution)
+    engine.measure(a_task(peers=[Peer("broken", fails), Peer("right", lambda: square)]))
+    assert set(engine.results.about["peers"]) == {"torch"} and "another version" in left_out(engine)["broken"]
+
+
 def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An estimate is enough: the candidate is never called."""
     monkeypatch.setattr(machine, "available_bytes", lambda device: 100 << 30)
@@ -267,66 +260,7 @@ def test_the_peak_is_that_of_the_call() -> None:
     assert 0.9 * size < found < 1.5 * size
 
 
-# ---- the whole run --------------------------------------------------------------------------------------------
-
-
-def page_by(write_html: Callable[[dict[str, Any], Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another report in place of the one with pictures, which takes seconds."""
-    report = types.ModuleType("report")
-    report.write_html = write_html
-    monkeypatch.setitem(sys.modules, "r1kernels.bench.report", report)
-
-
-@pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Setting], Iterator[Task]]]:
-    """Two small cases in place of all."""
-    page_by(lambda results, path: path.write_text(f"{len(results['rows'])} rows"), monkeypatch)
-    found = {"first": lambda setting: iter([a_task(case="first")]), "last": lambda setting: iter([a_task(case="last")])}
-    monkeypatch.setattr(run, "CASES", found)
-    monkeypatch.setattr(run, "NAMES", tuple(found))
-    return found
-
-
-def document(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "bench.json").read_text())
-    assert_document(found)
-    return found
-
-
-def test_when_the_time_is_used_up_the_rest_is_listed(cases: Any, tmp_path: Path) -> None:
-    assert run.Run(SMALL, run.Options(tmp_path, seconds=1e-9)).go() == 0
-    found = document(tmp_path)
-    why = {entry["what"]: entry["why"] for entry in found["left_out"]}
-    assert not found["rows"] and "--seconds 1e-09" in why["first"] and "--seconds 1e-09" in why["last"]
-
-
-def test_an_interrupt_keeps_what_was_measured(cases: Any, tmp_path: Path) -> None:
-    def interrupted(setting: Setting) -> Iterator[Task]:
-        assert document(tmp_path)["rows"], "the first case is saved before the second one begins"
-        raise KeyboardInterrupt
-        yield
-
-    cases["last"] = interrupted
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 130
-    found = document(tmp_path)
-    assert {row["case"] for row in found["rows"]} == {"first"}
-    assert {entry["what"]: entry["why"] for entry in found["left_out"]}["last"].startswith("interrupted")
-
-
-def test_too_little_memory_for_ceilings_and_fidelity(
-    cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(setting: Setting, clock: Any) -> dict[str, Any]:
-        raise RuntimeError("can't allocate memory")
-
-    monkeypatch.setattr(run.ceilings, "measure", fails)
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 0)
-    monkeypatch.setattr(run, "NAMES", ("first", "fidelity"))
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
-    found = json.loads((tmp_path / "bench.json").read_text())
-    why = {entry["what"].split(" (")[0]: entry["why"] for entry in found["left_out"]}
-    assert "allocate" in why["ceilings"] and not found["rows"] and not found["fidelity"]
-    assert {"all implementations", "fidelity, logits, float32", "fidelity, advantages"} <= set(why)
+# ---- rounds, and what others are ----------------------------------------------------------------------------------
 
 
 def test_after_the_deadline_the_least_rounds_are_enough(engine: Engine) -> None:
@@ -363,40 +297,3 @@ def test_the_head_of_trl_computes_an_entropy_only_where_it_is_asked_for() -> Non
     assert peers.trl_head(())(**inputs)[1] is None and peers.trl_head()(**inputs)[1] is not None
     (peer,) = (peer for peer in task.all_peers() if peer.implementation == peers.TRL)
     assert peer.load()(**inputs)[1] is None
-
-
-def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:
-    cases["last"] = lambda setting: iter([a_task(functions={OURS: wrong_values})])
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 1
-    assert {row["case"] for row in document(tmp_path)["rows"]} == {"first"}
-
-
-def test_results_of_a_source_tree(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    monkeypatch.setattr(machine, "sources_hash", lambda: "0123456789abcdef")
-    assert run.Run(SMALL, run.Options(tmp_path / "out", only=("last",), save_results=True)).go() == 0
-    (saved,) = tmp_path.glob("benchmarks/results/*/bench.json")
-    assert json.loads(saved.read_text()) == document(tmp_path / "out")
-    found = document(tmp_path / "out")
-    assert (tmp_path / "out" / "bench.html").read_text() == "2 rows"
-    assert saved.parent.name == machine.folder_name(found["device"], found["instruction_set"])
-
-
-def test_the_name_of_a_device_in_hyphens() -> None:
-    name = machine.folder_name("Intel(R) Xeon(R) Processor, 2 threads", "avx512_bf16")
-    assert name == "intel-r-xeon-r-processor-2-threads-avx512-bf16"
-
-
-def test_a_page_that_fails_costs_no_numbers(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(results: dict[str, Any], path: Path) -> None:
-        raise ValueError("no such font")
-
-    page_by(fails, monkeypatch)
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
-    found = document(tmp_path)
-    assert len(found["rows"]) == 4 and any("no such font" in entry["why"] for entry in found["left_out"])
-
-
-def test_without_its_packages_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "r1kernels.bench.report", None)
-    assert "r1kernels[bench]" in run.write_page({}, tmp_path / "page")
