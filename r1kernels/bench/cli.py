@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
                        help="folder for the results; earlier ones in it are renamed (default: %(default)s)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="what is measured (default: cuda where there is one)")
     found.add_argument("--size", choices=("small", "default", "large"), default="default",
-                       help="small: under a minute, to see that everything works; default: about 10 minutes on two CPU "
+                       help="small: about a minute, to see that everything works; default: about 10 minutes on two CPU "
                             "cores; large: for GPUs of 80 GB and more (default: %(default)s)")
     found.add_argument("--only", nargs="+", default=(), metavar="CASE",
                        help="measure these cases only: names of operations, or fidelity")
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.save_results:
         part = {"--only": given.only, "--seconds": given.seconds, "--size small": given.size == "small"}
         if left := [name for name, value in part.items() if value]:
-            reader.error("argument --save-results: only a whole run of the default or the large size is saved; leave out "
+            reader.error("argument --save-results: a run is saved if it is whole and not of the small size; leave out "
                          f"{' and '.join(left)}, or --save-results")
     import torch
 
