@@ -133,7 +133,8 @@ class Engine:
         name = peer.implementation
         idle = peer.compiles and not self.setting.compiled and not (task.compiled and task.series)
         if idle:
-            self.results.leave_out(name, "--size small compiles the vocabulary series only, to save time", task.case)
+            self.results.leave_out(name, "--size small compiles at one shape of the vocabulary series only",
+                                   task.case)
         if idle or (peer.compiles and name in self.unusable):
             return self._loaded(peer.otherwise, task) if peer.otherwise else []
         try:

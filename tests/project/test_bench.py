@@ -23,6 +23,8 @@ from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task, results
 
 # Public functions that compute nothing of a loss.
 NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "load", no_peer)
@@ -100,11 +102,13 @@ def test_a_peer_that_does_not_run_is_replaced(engine: Engine) -> None:
     assert len(engine.measure(a_task(peers=[Peer("other", lambda: nan, otherwise=plain)]))) == 2
 
 
-def test_small_sizes_compile_one_series_only(engine: Engine) -> None:
+def test_small_sizes_compile_at_one_shape_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     peer = Peer("other", lambda: square, compiles=True, otherwise=Peer("other, not compiled", lambda: square))
-    names = [[row["implementation"] for row in engine.measure(a_task(peers=[peer], **where))][-1]
-             for where in ({}, {"series": "vocabulary"})]
-    assert names == ["other, not compiled", "other, not compiled"] and "--size small" in left_out(engine)["other"]
+    last = [engine.measure(a_task(peers=[peer], compiled=compiled, series=series))[2]["implementation"]
+            for compiled, series in ((False, "vocabulary"), (True, None), (True, "vocabulary"))]
+    assert last == ["other, not compiled", "other, not compiled", "other"]
+    assert "--size small" in left_out(engine)["other"]
 
 
 def test_a_wrong_result_of_ours_is_a_failure(engine: Engine) -> None:
