@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 STATM = Path("/proc/self/statm")
-MAPPED_LIMIT = 4 << 20  # Python maps its small objects by the MiB; what is kept of them is counted one by one
-# Each kept object of a call adds at least one to each call's numbers, so a tenth is far from both answers.
-LIMITS = {"bytes": 30.0, "blocks": 0.1, "objects": 0.1, "tensors": 0.1}
+# Of a call; an object that each call keeps counts 1. `mapped` is of a window: Python maps its small objects by the MiB,
+# and what is kept of them is counted one by one.
+LIMITS = {"bytes": 60.0, "blocks": 0.5, "objects": 0.2, "tensors": 0.2, "mapped": 4 << 20}
 
 
 class _Mallinfo(ctypes.Structure):
@@ -57,16 +57,21 @@ def _measure() -> dict[str, int]:
     }
 
 
-def kept(call: Callable[[int], object], count: int, warm_up: int = 10) -> dict[str, float]:
-    """What `count` calls keep that is above a limit: `mapped` bytes in all, the others for each call. Empty is good."""
-    for number in range(warm_up):
-        call(number)
+def kept(call: Callable[[int], object], count: int, windows: int = 20) -> dict[str, float]:
+    """What a call keeps that is above a limit, and `mapped` bytes of `count` calls. Empty is good.
+
+    Windows of `count` calls are measured until one is below all limits: what fills once is full after some of them,
+    and a leak is in every one.
+    """
     with _older_objects_ignored():
-        _measure()
         before = _measure()
-        for number in range(warm_up, warm_up + count):
-            call(number)
-        after = _measure()
-    grown = {name: (after[name] - before[name]) / count for name in LIMITS}
-    mapped = {"mapped": float(after["mapped"] - before["mapped"])}
-    return {name: value for name, value in (grown | mapped).items() if value > LIMITS.get(name, MAPPED_LIMIT)}
+        for window in range(windows):
+            for number in range(window * count, (window + 1) * count):
+                call(number)
+            after = _measure()
+            each = {name: (after[name] - before[name]) / (1 if name == "mapped" else count) for name in LIMITS}
+            above = {name: value for name, value in each.items() if value > LIMITS[name]}
+            if not above:
+                break
+            before = after
+    return above
