@@ -21,6 +21,12 @@ from r1kernels.train.log import METRICS, read_lines
 
 FOLDER = Path(__file__).resolve().parent / "results" / "recipe"
 ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources", "commit")
+# Of the stages of recipes/demo_r1.yaml, for readers who do not know their names.
+LABELS = {
+    "base": "base", "r1_zero": "R1-Zero", "cold_start": "cold start", "reasoning": "reasoning RL", "sft": "SFT",
+    "r1": "R1", "small_base": "small base", "distilled": "distilled", "small_rl": "RL instead of distillation",
+    "distilled_logits": "distilled from logits", "ppo_95": "PPO, lambda 0.95", "ppo_100": "PPO, lambda 1",
+}
 CURVES = {"pass_at_1": "pass_at_1", "reward": "reward_accuracy", "completion_length": "length"}
 
 
@@ -33,7 +39,8 @@ def stage(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
     """The evaluation at the end of a stage; shares are in percent, lengths in tokens."""
     found = record["evaluation"]
     return {
-        "name": name, "label": name.replace("_", " "), "kind": kind, "pass_at_1": 100 * found["pass_at_1"],
+        "name": name, "label": LABELS.get(name, name.replace("_", " ")), "kind": kind,
+        "pass_at_1": 100 * found["pass_at_1"],
         "plus_minus": 100 * found["pass_at_1_se"], "language_consistency": 100 * found["language"],
         "format": 100 * found["format"], "completion_length": found["length"],
     }

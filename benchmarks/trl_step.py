@@ -133,10 +133,12 @@ def main() -> None:
     rows = []
     for name in CANDIDATES:
         seconds, peak = statistics.median(times[name]), peaks[name]
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(times[name], times["TRL"], strict=True))
+        ratios = [ours / theirs for ours, theirs in zip(times[name], times["TRL"], strict=True)]
+        ratio = statistics.median(ratios)
         rows.append({"op": "trl_step", "shape": f"{options.tokens} tokens, H {options.hidden}, V {options.vocab}",
                      "implementation": name, "peak_extra_bytes": peak, "median_s": seconds, "ratio": ratio,
-                     "rounds": options.rounds})
+                     "rounds": options.rounds, "range_s": [min(times[name]), max(times[name])],
+                     "range_of_ratios": [min(ratios), max(ratios)]})
         memory = "" if peak is None else f", {peak / 2**20:.0f} MiB"
         print(f"{name}: {seconds:.3f} s, {ratio:.2f} of TRL's{memory}")
     print(saving.save(rows))

@@ -3,6 +3,7 @@
 - "Memory:", "Equivalent to:" and "Source:" begin a paragraph, with a bold label.
 - Two arguments or attributes that share a description are two entries.
 - A description that begins with ">" is no quotation.
+- The text of "Returns:" begins with the type: without it, a part that ends with a colon would be taken for one.
 - Names of the public interface and pages of docs/ are links.
 
 `r1kernels.rewards` has functions and modules of the same name, as `code`. The functions are public.
@@ -26,6 +27,7 @@ LINKED = [name for name in PUBLIC if name not in ("__version__", "importance_wei
 LABEL = re.compile(r"\n*^(Memory|Equivalent to|Source): ", re.MULTILINE)
 PAIR = re.compile(r"^( +)(?!\w+Error)(\w+), (\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 QUOTATION = re.compile(r"^( +\w+: )>", re.MULTILINE)
+RETURNS = re.compile(r"^(Returns:\n +)(?=\S)", re.MULTILINE)
 NAME = re.compile(rf"(?<!\[)`(?:r1kernels\.)?({'|'.join(LINKED)})`")
 PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
 
@@ -46,5 +48,7 @@ class DocstringLabels(griffe.Extension):
         text = LABEL.sub(r"\n\n**\1.** ", obj.docstring.value)
         text = PAIR.sub(r"\1\2: \4\n\1\3: see `\2`.", text)
         text = QUOTATION.sub(r"\1\\>", text)
+        if obj.is_function and obj.returns is not None:
+            text = RETURNS.sub(lambda begin: f"{begin[0]}{obj.returns}: ", text)
         text = NAME.sub(lambda name: name[0] if name[1] == obj.name else f"[{name[0]}][r1kernels.{name[1]}]", text)
         obj.docstring.value = PAGE.sub(r"[docs/\1](../\1)", text)

@@ -122,13 +122,37 @@ def recipe_picture() -> Block:
 
 # ---- results of single scripts -----------------------------------------------------------------------------------
 
+def amx_table() -> Block:
+    """The head on a processor with AMX."""
+    paths = [TWO_THREADS / f"{op}.json" for op in ("linear_grpo_loss", "linear_cross_entropy")]
+    rows = [row for path in paths for row in read(path)["results"]]
+    columns = list(dict.fromkeys((row["op"], row["shape"]) for row in rows))
+    cells = {(row["implementation"], row["op"], row["shape"]): words.listed([
+        words.seconds(row["median_s"]), words.times(row["ratio"]), words.memory(row["peak_extra_bytes"])])
+        for row in rows}
+    lines = [[name, *(cells.get((name, *column), "") for column in columns)]
+             for name in dict.fromkeys(row["implementation"] for row in rows)]
+    table = markdown(["", *(f"`{op}`, {shape}" for op, shape in columns)], lines)
+    return Block(f"{table}\n\nForward + backward in bfloat16. {CELLS}", paths)
+
+
 def trl_step() -> Block:
     path = TWO_THREADS / "trl_step.json"
     rows = read(path)["results"]
-    lines = [[row["implementation"], words.seconds(row["median_s"]), f"{row['ratio']:.2f}",
+    # Older results have no range.
+    lines = [[row["implementation"], with_range(row["median_s"], row.get("range_s"), words.seconds),
+              with_range(row["ratio"], row.get("range_of_ratios"), "{:.2f}".format),
               words.memory(row["peak_extra_bytes"])] for row in rows]
     table = markdown([rows[0]["shape"], "time", "of TRL's", "peak memory"], lines)
-    return Block(table, [path])
+    spread = "with the least and the largest in brackets" if all("range_s" in row for row in rows) else (
+        "whose spread was not recorded")
+    about = (f"Medians over {rows[0]['rounds']} rounds, {spread}. A ratio is the median of the ratios of single "
+             "rounds, not the quotient of two medians.")
+    return Block(f"{table}\n\n{about}", [path])
+
+
+def with_range(median: float, range_: list[float] | None, written: Callable[[float], str]) -> str:
+    return written(median) + (f" ({' to '.join(map(written, range_))})" if range_ else "")
 
 
 def student_topk() -> Block:
@@ -230,5 +254,5 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "errors-pictures": bench_pictures(report.errors),
     "recipe-table": recipe_table, "recipe-picture": recipe_picture, "trl-step": trl_step, "student-topk": student_topk,
     "plan-memory": plan_memory, "sampling-replay": sampling_replay, "scaling-costs": scaling_costs,
-    "gpu-instructions": gpu_instructions,
+    "amx-table": amx_table, "gpu-instructions": gpu_instructions,
 }

@@ -1,6 +1,6 @@
 """Rewards for any trainer: mathematics, choices, programs in a sandbox, format and language, without torch.
 
-    pip install 'r1kernels[rewards]'
+    pip install '.[rewards]'
     python examples/rewards_alone.py
 
 A reward takes lists, one value for each completion, and returns a list, as in TRL: `reward_funcs=REWARDS`.

@@ -52,7 +52,7 @@ GPU_KERNELS_ON = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 # ---- what is missing --------------------------------------------------------------------------------------
 
-HOW_TO_GET_TRITON = "install it (`pip install 'r1kernels[triton]'`); GPU builds of torch come with it"
+HOW_TO_GET_TRITON = "install it (`pip install 'triton>=3.6'`); GPU builds of torch come with it"
 OLDEST_CAPABILITY, AMD_ARCHITECTURES = (8, 0), ("gfx942", "gfx950")
 
 

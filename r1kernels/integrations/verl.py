@@ -1,6 +1,6 @@
 """verl 0.9: policy losses and advantage estimators that verl's config chooses by name, such as `loss_mode: r1_gspo`.
 
-`pip install r1kernels` is enough, because verl loads `verl_plugin.py` on import. Every loss and estimator computes what
+It is enough to install r1kernels, because verl loads `verl_plugin.py` on import. Every loss and estimator computes what
 verl's own computes from the same config: docs/migrate/verl.md has the tables. The estimators are in
 `verl_advantages.py`, the fused head is in `verl_head.py`.
 """

@@ -67,7 +67,7 @@ def test_importing_does_not_import_triton() -> None:
 def test_triton_on_request_without_triton_says_how_to_get_it(no_triton: None) -> None:
     message = (
         r"backend 'triton' was requested for a tensor on '(cpu|cuda)': Triton is not installed; "
-        r"install it \(`pip install 'r1kernels\[triton\]'`\)"
+        r"install it \(`pip install 'triton>=3\.6'`\)"
     )
     with backend("triton"):
         with pytest.raises(RuntimeError, match=message):

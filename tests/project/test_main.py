@@ -90,7 +90,7 @@ def test_a_request_of_triton_without_a_gpu_is_an_error_of_every_row() -> None:
     [
         ((9, 0), "triton      compiled when first used"),
         ((7, 5), "reference   a GPU is sm_75, expected sm_80 or newer"),
-        (None, "reference   Triton is not installed; install it (`pip install 'r1kernels[triton]'`)"),
+        (None, "reference   Triton is not installed; install it (`pip install 'triton>=3.6'`)"),
     ],
 )
 @pytest.mark.usefixtures("no_cuda")

@@ -35,12 +35,34 @@ ALLOWED = {
     "behind 80 % of the computation": "an assumption of benchmarks/scaling.py",
     "18 times the bytes": "671 divided by 37, the parameters of DeepSeek-V3 and those of a token",
     "more than 80 % of the memory": "a limit in benchmarks/scaling.py",
+    "15 microseconds times log2(ranks)": "an assumption of benchmarks/scaling.py",
+    "half of the time of decoding 64": "computed by benchmarks/scaling.py",
+    "first four minutes": "the order of stages in benchmarks/run_on_gpu.sh",
+    "five minutes and a training loop": "what a reader has",
+    "about 10 minutes on two idle cores": "what a contributor should expect",
+    "need about 10 GB of memory": "what a contributor should expect",
+    "(5 GB, not in CI)": "what a contributor should expect",
+    "at most 1 MiB from a program": "a limit in r1kernels/rewards",
+    "of 16 MB and 1,024 files": "a limit in r1kernels/rewards",
+    "longer than 1 MiB is ended": "a limit in r1kernels/rewards",
+    "about 0.5 GB in addition to the limit": "a bound on what the kernel of the system adds to a limit",
 }
 UNITS = (
-    r"ns|us|µs|ms|s|sec|seconds?|min|minutes?|hours?|h|[KMGT]i?B|[kMGTP]?FLOP/s|[kKMGT]?i?B/s|tokens/s|x|times|%|percent"
+    r"ns|us|µs|ms|s|sec|seconds?|min|minutes?|hours?|h|[KMGT]i?B|[kMGTP]?FLOP/s|[kKMGT]?i?B/s|tokens/s|x(?!\s\d)|times|%|percent"
     r"|tests?|passed"
 )
-MEASURED = re.compile(rf"(?<![\w.,-])(?!0 times)\d[\d.,]*[ \u00a0]?(?:{UNITS})(?![\w/])")
+WORDS = (
+    "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty|"
+    "eighty|ninety|hundreds?|thousands?|dozens"
+)
+LONG_UNITS = r"(?:nano|micro|milli)?seconds?|minutes?|hours?|(?:kilo|mega|giga|tera|kibi|mebi|gibi|tebi)bytes?|percent"
+COMPARED = r"(?:as|more|less|faster|slower|smaller|larger|shorter|longer)\b"
+MEASURED = re.compile("|".join((
+    rf"(?<![\w.,-])(?!0 times)\d[\d.,]*[ \u00a0]?(?:{UNITS}|{LONG_UNITS})(?![\w/])",
+    rf"(?i:\b(?:{WORDS})[ -](?:{LONG_UNITS})\b)",
+    rf"(?i:\b(?:(?:{WORDS})\s+times|twice|thrice|half)\s+{COMPARED})",
+    rf"(?i:(?:\d|\b(?:{WORDS}))-?fold\b)", r"(?i:\bspeed-?ups?\b)", r"(?i:\bhalf\s+(?:of\s+)?the\s+(?:time|memory)\b)",
+)))
 
 
 def prose(text: str) -> str:
@@ -61,7 +83,12 @@ def measured(text: str) -> list[str]:
             for match in MEASURED.finditer(text)]
 
 
-@pytest.mark.parametrize("page", make_numbers.pages(), ids=lambda page: str(page.relative_to(make_numbers.ROOT)))
+ROOT = make_numbers.ROOT
+SCANNED = [*make_numbers.pages(), *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+           *sorted(ROOT.glob("examples/**/README.md"))]
+
+
+@pytest.mark.parametrize("page", SCANNED, ids=lambda page: str(page.relative_to(make_numbers.ROOT)))
 def test_no_measured_number_is_written_by_hand(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if page.name == "README.md" and page.parent == make_numbers.ROOT and not make_numbers.MARKS.search(text):
@@ -70,7 +97,7 @@ def test_no_measured_number_is_written_by_hand(page: Path) -> None:
 
 
 def test_every_allowed_number_is_still_on_a_page() -> None:
-    texts = [page.read_text(encoding="utf-8") for page in make_numbers.pages()]
+    texts = [page.read_text(encoding="utf-8") for page in SCANNED]
     assert not [phrase for phrase in ALLOWED if not any(re.search(spelled(phrase), text) for text in texts)]
     assert all(ALLOWED.values())
 
@@ -78,7 +105,9 @@ def test_every_allowed_number_is_still_on_a_page() -> None:
 @pytest.mark.parametrize("text", [
     "takes 12 ms", "takes 12ms.", "1.5 GiB of memory", "is 2.6x as fast", "is 2.6 times as fast", "reaches 83 %",
     "83% of it", "at 4.8 TB/s", "1,234 tokens/s", "| 323 ms, 294 MiB |", "all 1,200 tests pass", "about 30 minutes",
-    "350 GFLOP/s",
+    "350 GFLOP/s", "is three times as fast", "is ten times faster", "is twice as fast", "gives a tenfold gain",
+    "gives a 10-fold gain", "takes twelve milliseconds", "takes 12 milliseconds", "needs two gigabytes",
+    "needs 1.5 gigabytes", "has a speedup of 3", "is 20% faster", "is thirty percent faster", "takes half of the time",
 ])
 def test_the_scan_finds_measured_numbers(text: str) -> None:
     assert measured(f"Before.\nIt {text} here.\n")
@@ -87,7 +116,8 @@ def test_the_scan_finds_measured_numbers(text: str) -> None:
 @pytest.mark.parametrize("text", [
     "V = 151,936 and H = 1,024", "temperature 0.7", "`12 ms`", "    12 ms", "```\n12 ms\n```", "TRL 1.16",
     "0 times -inf", "3 units", "<!-- numbers: head-table -->\n12 ms\n<!-- numbers: end -->", "arXiv 2402.03300",
-    "fp32 logits",
+    "fp32 logits", "read three times", "twice the error", "half of the groups", "the second one", "a second loss",
+    "manifold", "a second walk",
 ])
 def test_the_scan_leaves_out_sizes_and_code(text: str) -> None:
     assert not measured(f"Before.\n\n{text}\n")
@@ -100,6 +130,37 @@ def test_the_generator_changes_nothing() -> None:
         assert "<script" not in path.read_text() and picture.alt
 
 
+# Result files that no page shows -> the code that reads them.
+READERS = {
+    "*/gpu.json": "benchmarks/choose.py",  # its argument
+    "mutation.json": "benchmarks/mutation.py",
+    "scaling.json": "tests/project/test_scaling.py",
+}
+
+
+def unread(results: Path, shown: set[Path]) -> list[str]:
+    """The result files that are neither shown on a page nor read by code."""
+    files = [path.relative_to(results) for path in sorted(results.rglob("*")) if path.is_file()]
+    return [str(path) for path in files
+            if results / path not in shown and not any(path.match(pattern) for pattern in READERS)]
+
+
+def test_every_result_file_is_shown_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, read = set(), number_blocks.read
+    monkeypatch.setattr(number_blocks, "read", lambda path: (shown.add(path), read(path))[1])
+    make_numbers.make(make_numbers.pages())
+    assert len(shown) > 8
+    assert not unread(number_blocks.RESULTS, shown), "show it in a block of docs/number_blocks.py, or delete it"
+    for pattern, code in READERS.items():
+        assert pattern.startswith("*/") or Path(pattern).name in (make_numbers.ROOT / code).read_text(), pattern
+
+
+def test_a_result_file_that_nothing_reads_is_found(tree: Path) -> None:
+    assert unread(number_blocks.RESULTS, {number_blocks.BENCH}) == ["recipe/a.json"]
+    (number_blocks.RESULTS / "example" / "gpu.json").write_text("{}")
+    assert unread(number_blocks.RESULTS, {number_blocks.BENCH}) == ["recipe/a.json"]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_each_file_that_a_block_shows_says_where_it_comes_from(name: str) -> None:
     try:
@@ -109,14 +170,56 @@ def test_each_file_that_a_block_shows_says_where_it_comes_from(name: str) -> Non
     assert block.text or block.pictures
     for path in block.files:
         result, text = number_blocks.read(path), number_blocks.source(path)
-        assert set(re.findall(r"[0-9a-f]{7,}", text)) & {
-            str(result.get(field)) for field in ("sources", "csrc_tree", "cuda_sources")}, path
-        # What is counted in compiled code is the same on every device and day.
-        compiled = result.get("triton") or result.get("nvcc")
-        needed = [compiled] if compiled else [result["device"], result["torch"], result["r1kernels"], result["date"]]
-        assert all(part and str(part) in text for part in needed), path
-        assert compiled or re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+        fields = [field for field in ORIGIN if field in result]
+        assert fields and all(str(result[field]) in text for field in fields), path
     assert block.files or "not measured" in block.text
+
+
+# What a result file says about its origin; CONTRIBUTING.md has a line for each kind. `sources` has two other names: the
+# tree of csrc/, and the kernels of a GPU.
+ORIGIN = ("device", "torch", "r1kernels", "triton", "nvcc", "date", "sources", "csrc_tree", "cuda_sources")
+MEASURED_FILE = {"device", "torch", "r1kernels", "date", "sources"}
+OTHER_KINDS = {
+    "gpu.json": {"device", "torch", "r1kernels", "triton", "sources"},
+    "ptxas.json": {"nvcc", "cuda_sources"},
+    "aot/*.json": {"triton", "sources"},
+    "mutation.json": {"torch", "r1kernels", "date", "source"},
+    "scaling.json": {"assumptions"},
+}
+FORMS = {"date": r"\d{4}-\d\d-\d\d", "sources": r"[0-9a-f]{7,}", "source": r"[0-9a-f]{7,}",
+         "cuda_sources": r"[0-9a-f]{7,}", "torch": r"\d+\.\d+.*", "r1kernels": r"\d+\.\d+.*", "triton": r"\d+\.\d+.*",
+         "nvcc": r"\d+\.\d+.*", "device": r"\S.*"}
+
+
+def wrong_origin(name: str, result: dict) -> list[str]:
+    """What a result file does not say, or says without need, about its origin."""
+    needed = next((fields for kind, fields in OTHER_KINDS.items() if Path(name).match(kind)), MEASURED_FILE)
+    said = {"sources" if field in ("csrc_tree", "kernels") else field: value for field, value in result.items()
+            if field in (*ORIGIN, "kernels", "source", "assumptions")}
+    wrong = needed - set(said) if needed is MEASURED_FILE else needed ^ set(said)
+    return [f"{name}: {field}" for field in sorted(wrong)] + [
+        f"{name}: {field} is {value!r}" for field, value in said.items()
+        if field in FORMS and not re.fullmatch(FORMS[field], str(value))]
+
+
+def test_each_result_file_says_what_its_kind_must_say() -> None:
+    files = {str(path.relative_to(number_blocks.RESULTS)): json.loads(path.read_text())
+             for path in number_blocks.RESULTS.rglob("*.json")}
+    assert len(files) > 8 and not [wrong for item in files.items() for wrong in wrong_origin(*item)]
+    text = (make_numbers.ROOT / "CONTRIBUTING.md").read_text()
+    for kind in OTHER_KINDS:
+        assert f"`{kind}`" in text, kind
+
+
+@pytest.mark.parametrize("name, change", [
+    ("a/b.json", {"device": None}), ("a/b.json", {"date": "today"}), ("a/b.json", {"sources": None}),
+    ("a/b.json", {"torch": ""}), ("aot/b.json", {}), ("ptxas.json", {}),
+    ("mutation.json", {"device": None}), ("scaling.json", {}),
+])
+def test_a_result_file_without_its_origin_is_found(name: str, change: dict) -> None:
+    fine = {"device": "Example", "torch": "2.13.0", "r1kernels": "0.2.0", "date": "2026-11-30", "sources": "89abcdef"}
+    assert wrong_origin("a/b.json", fine) == []
+    assert wrong_origin(name, {field: value for field, value in (fine | change).items() if value is not None})
 
 
 # ---- the generator on a small tree ---------------------------------------------------------------------------------
@@ -158,7 +261,8 @@ def recipe() -> dict:
             "commit": "abc", "seconds": 250, "curves": {"r1_zero": curve}, "stages": [stage]}
 
 
-OTHER_FILES = {"trl-step", "student-topk", "plan-memory", "sampling-replay", "scaling-costs", "gpu-instructions"}
+OTHER_FILES = {"amx-table", "trl-step", "student-topk", "plan-memory", "sampling-replay", "scaling-costs",
+               "gpu-instructions"}
 
 
 def test_every_block_is_written_and_then_up_to_date(tree: Path) -> None:

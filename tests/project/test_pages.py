@@ -99,6 +99,45 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
             torch.distributed.destroy_process_group()
 
 
+def test_pages_state_outputs_and_they_are_compared() -> None:
+    pages_with = {page for page in pages.PAGES for block in pages.python(page) if pages.stated(block.code)}
+    assert {"docs/faq.md", "docs/numerics.md", "docs/rewards.md"} <= pages_with
+
+
+@pytest.mark.parametrize("comment, printed", [
+    ("[1.0, 0.0]: the last one marks no answer", "[1.0, 0.0]"), ("3.6 and 3.7", "3.6499 3.65"),
+    ("nan and -1", "nan -1.0"), ("1.3e-3", "0.00134"),
+    ("[nan, -0.5] and [0, -0.5]", "tensor([[nan, -0.5]], grad_fn=<AddBackward0>) tensor([[-0., -0.5000]])"),
+])
+def test_a_right_output_agrees(comment: str, printed: str) -> None:
+    (stated,) = pages.stated(f"x = 1\nprint(\n    x)  # {comment}\n")
+    assert stated[0] == 2 and pages.agrees(stated[1], printed)
+
+
+@pytest.mark.parametrize("comment, printed", [
+    ("[1.0, 0.0]", "[1.0, 1.0]"), ("3.6", "3.66"), ("nan and -1", "-1.0 nan"), ("[0, 1]", "[0]"), ("0", "1e-7"),
+    ("inf", "1.0"), ("1.0", "nan"), ("2.5", ""),
+])
+def test_a_wrong_output_is_found(comment: str, printed: str) -> None:
+    ((_, stated),) = pages.stated(f"print(x)  # {comment}\n")
+    assert not pages.agrees(stated, printed)
+
+
+@pytest.mark.parametrize("comment", ["once for each reason", "token_ids[1] is -100, expected an id", "2 of 3", ""])
+def test_words_are_not_compared(comment: str) -> None:
+    assert not pages.stated(f"print(x)  # {comment}\n")
+
+
+def test_running_a_page_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\nfor x in (3.61, 3.68):\n    print(x)  # 3.6 and 3.7\n```\n")
+    pages.run("page.md")
+    page.write_text("a\n\n```python\nprint(3.61)  # 3.7\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:4.*3\.61.*3\.7"):
+        pages.run("page.md")
+
+
 # ---- yaml and json ----------------------------------------------------------------------------------------------
 
 MODELS = (recipe.Recipe, recipe.Model, recipe.Pretrain, recipe.SFT, recipe.GRPO, recipe.Reject, recipe.Preference,
@@ -226,13 +265,14 @@ def check_torchrun(arguments: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Extras of this package exist."""
+    """Extras of this package exist, and nothing asks PyPI for it: it is installed from a clone, or from a wheel."""
     project = (ROOT / "pyproject.toml").read_text()
     extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
     assert arguments[0] in ("install", "wheel", "download", "show", "uninstall"), arguments
     for argument in arguments[1:]:
-        if found := re.match(r"(?:\.|r1kernels|.*\.whl)\[([\w,]+)\]", argument):
+        assert not re.match(r"r1kernels(?![\w./-])", argument), f"{argument} is not on PyPI; expected '.', or a wheel"
+        if found := re.match(r"(?:\.|.*\.whl\)?)\[([\w,]+)\]", argument):
             assert set(found[1].split(",")) <= known, argument
 
 
@@ -282,6 +322,8 @@ def test_the_commands_of_a_page_exist(block: pages.Block) -> None:
 def test_commands_inside_sentences_exist(page: str) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for command in re.findall(r"`((?:make|r1kernels|pip|pytest|torchrun|python3?) [^`]+)`", text):
+        if command == "r1kernels --help":
+            continue
         if command.split()[0] == "r1kernels" and len(command.split()) == 2:  # the name of a command alone
             is_trainers(command.split()[1])
         elif "..." not in command:
@@ -291,7 +333,8 @@ def test_commands_inside_sentences_exist(page: str) -> None:
 @pytest.mark.parametrize("command", [
     "make nonsense", "r1kernels train", "r1kernels train recipes/none.yaml", "r1kernels train RECIPE --nonsense 1",
     "python examples/none.py", "python -m r1kernels.none", "pytest tests/none", "benchmarks/none.sh", "nonsense",
-    "pip install 'r1kernels[nonsense]'", "torchrun -m r1kernels nonsense",
+    "pip install '.[nonsense]'", "pip install 'r1kernels[rewards]'",
+    "pip install r1kernels", "torchrun -m r1kernels nonsense",
 ])
 def test_a_wrong_command_is_found(command: str) -> None:
     with pytest.raises((AssertionError, ModuleNotFoundError)):

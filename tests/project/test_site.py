@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import inspect
 import json
 import re
@@ -138,6 +140,30 @@ def test_every_public_name_has_an_entry(read: dict[str, Page]) -> None:
         assert kinds.get(name) == kind, f"{name} needs an entry in docs/api/, as ::: {name}"
     for module in ("trl", "verl", "verl_head", "transformers", "torchtitan", "prime_rl", "nemo_rl", "slime"):
         assert any(name.startswith(f"r1kernels.integrations.{module}.") for name in kinds), module
+
+
+def returned(page: Path) -> dict[str, list[str]]:
+    """The items under "Returns" of each entry of a page of the API reference, without their type."""
+    found = {}
+    _, *parts = re.split(r'<h\d id="([\w.]+)" class="doc doc-heading">', page.read_text(encoding="utf-8"))
+    for name, entry in zip(parts[::2], parts[1::2], strict=True):
+        if section := re.search(r">Returns:</span></p>\s*<ul>(.*?)\n    </ul>", entry, re.DOTALL):
+            items = section[1].split('<li class="doc-section-item')[1:]
+            found[name] = [html.unescape(re.sub(r"<[^>]+>", "", item.partition("doc-md-description\">")[2]))
+                           for item in items]
+    return found
+
+
+def test_what_a_function_returns_is_one_item_with_the_text_of_its_docstring(site: Path) -> None:
+    found = {name: items for page in sorted((site / "api").glob("*.html")) for name, items in returned(page).items()}
+    assert {"r1kernels.linear_multi_target", "r1kernels.importance_weights"} < set(found) and len(found) > 25
+    for name, items in found.items():
+        assert len(items) == 1, f"{name}: {items}"
+        if ".integrations." in name:  # some need their trainer
+            continue
+        value = functools.reduce(getattr, name.split(".")[1:], r1kernels)
+        text = re.search(r"^Returns:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(value), re.MULTILINE | re.DOTALL)[1]
+        assert re.findall(r"\w+", items[0]) == re.findall(r"\w+", text), name
 
 
 def test_the_search_finds_text(site: Path) -> None:

@@ -6,17 +6,27 @@ in comments of the page, which a reader does not see:
     <!-- test: set up
     hidden = torch.randn(3, 8)
     -->
+
+A comment after `print(...)` that is plain numbers or lists states what is printed. It is compared, in its digits:
+
+    print(loss, ratios)  # 3.61 and [0.5, nan]: a remark after a colon
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
+import io
+import math
 import os
 import re
 import sys
+import tokenize
 import types
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
@@ -60,15 +70,51 @@ def python(page: str) -> list[Block]:
     return [block for block in blocks(page) if block.language in ("python", "hidden")]
 
 
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf)(?![\w.])")
+
+
+def stated(code: str) -> list[tuple[int, str]]:
+    """The line of each `print` with a comment of plain numbers or lists, and the comment."""
+    comments = {token.start[0]: token.string.lstrip("# ").partition(": ")[0]
+                for token in tokenize.generate_tokens(io.StringIO(code).readline) if token.type == tokenize.COMMENT}
+    calls = {node.lineno: comments.get(node.end_lineno, "") for node in ast.walk(ast.parse(code))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"}
+    return [(line, comment) for line, comment in sorted(calls.items())
+            if NUMBER.search(comment) and not re.search(r"[^\s\[\](),]", NUMBER.sub("", comment).replace("and", ""))]
+
+
+def agrees(comment: str, printed: str) -> bool:
+    """Whether what was printed has the numbers of a comment: whole ones exactly, others within their digits."""
+    expected, found = NUMBER.findall(comment), NUMBER.findall(printed)
+
+    def same(text: str, value: float) -> bool:
+        if math.isnan(float(text)):
+            return math.isnan(value)
+        digits = re.match(r"[-+]?\d+\.(\d+)(?:e([-+]\d+))?", text)
+        half = 0.5 * 10.0 ** (int(digits[2] or 0) - len(digits[1])) if digits else 0.0
+        return value == float(text) or abs(value - float(text)) <= half * (1 + 1e-9)
+
+    return len(expected) == len(found) and all(map(same, expected, map(float, found)))
+
+
 def run(page: str, names: dict[str, object] | None = None) -> dict[str, object]:
     """Runs the Python blocks of a page, and returns their names. Errors show the line of the page."""
     module = types.ModuleType("page_" + re.sub(r"\W", "_", page))
-    vars(module).update(names or {})
+    printed: dict[int, list[str]] = defaultdict(list)
+
+    def recorded(*values: Any, **options: Any) -> None:
+        printed[sys._getframe(1).f_lineno] += map(str, values)
+        builtins.print(*values, **options)
+
+    vars(module).update(names or {}, print=recorded)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         for block in python(page):
             try:
                 exec(compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec"), vars(module))
+                for line, comment in stated(block.code):
+                    found = " ".join(printed[block.line - 1 + line])
+                    assert agrees(comment, found), f"{page}:{block.line - 1 + line}: {found!r}, stated: {comment}"
             except ModuleNotFoundError as error:
                 missing = (error.name or "").partition(".")[0]
                 if missing not in OPTIONAL:
