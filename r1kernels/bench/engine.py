@@ -113,8 +113,8 @@ class Engine:
     def _truth(self, task: Task) -> Truth | None:
         """The inputs and the exact results; None if their memory is not there."""
         ours = 3 * task.input_bytes + task.bytes.get(OURS, 0)
-        room = self.room()
-        double = room is None or max(reference_bytes(task, torch.float64), ours) * MARGIN <= room
+        double = self.enough_memory("a reference in float64, instead of float32",
+                                    max(reference_bytes(task, torch.float64), ours), task.title)
         dtype = torch.float64 if double else torch.float32
         if not self.enough_memory(ALL, max(reference_bytes(task, dtype), ours), task.title):
             return None

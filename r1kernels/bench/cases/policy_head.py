@@ -145,7 +145,7 @@ def vocabulary(setting: Setting) -> Iterator[Task]:
 
 def number_of_tokens(setting: Setting) -> Iterator[Task]:
     vocab, width = setting.pick((2048, 128), (32_768, 512), (131_072, 4096))
-    for tokens in setting.pick((64, 128), (256, 512, 1024, 2048), (1024, 2048, 4096, 8192, 16_384)):
+    for tokens in setting.pick((64, 128), (128, 256, 512, 1024), (1024, 2048, 4096, 8192, 16_384)):
         yield task(setting, tokens, width, vocab, "tokens", compiled=setting.compiled)
 
 
