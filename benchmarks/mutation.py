@@ -243,10 +243,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         copy_tree()
         build()
     runners = {name: Runner(name) for name in {m.backend for m in waiting}}
-    for mutant in waiting:
-        add_result(given.out, judge(runners[mutant.backend], mutant), about)
-    for runner in runners.values():
-        runner.close()
+    try:
+        for mutant in waiting:
+            add_result(given.out, judge(runners[mutant.backend], mutant), about)
+    finally:
+        for runner in runners.values():
+            runner.close()
     return report(given.out, chosen, about["sources"])
 
 
