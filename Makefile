@@ -40,7 +40,7 @@ $(VERL)/stamp: tests/integrations/verl-requirements.txt | $(VENV)/base.stamp
 sanitize: $(VENV)/dev.stamp
 	$(BIN)/python tests/support/sanitizers.py
 
-# A real model and a real server, 3 GB from the package registry; not in CI. REAL says where they are kept.
+# A real model and a real server, 3 GB from PyPI; not in CI. REAL says where they are kept.
 REAL ?= build/real
 test-real: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/python tests/real/set_up.py model $(REAL)/smollm2

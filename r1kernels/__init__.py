@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1kernels import objectives
+    from r1kernels import rewards as rewards  # not in __all__, so `as` says that they are public
+    from r1kernels import testing as testing
     from r1kernels._dispatch import backend
     from r1kernels._library import has_fast_bf16, release_workspace
     from r1kernels.objectives import Objective
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"  # setuptools reads it here, without importing anything
 
+_SUBMODULES = ("objectives", "rewards", "testing")
 _MODULES = {
     "DistillationLoss": "r1kernels.ops.distillation_loss",
     "ImportanceWeights": "r1kernels.ops.importance_weights",
@@ -118,8 +121,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "objectives":
-        return import_module("r1kernels.objectives")
+    if name in _SUBMODULES:
+        return import_module(f"r1kernels.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'r1kernels' has no attribute {name!r}")
     for public, module in _MODULES.items():
@@ -128,4 +131,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -36,7 +36,17 @@ class Expected(NamedTuple):
 
 
 def assert_within(got: Tensor, expected: Expected | Tensor, budget: Tensor | float | None = None) -> None:
-    """Asserts that every element is within its budget; inf must match exactly, and NaN must match NaN."""
+    """Asserts that every element is within its budget; inf must match exactly, and NaN must match NaN.
+
+    Args:
+        got: the result under test, of any dtype.
+        expected: the exact result. An `Expected` brings its own budget for the dtype of `got`.
+        budget: the largest allowed error, of all elements or of each. It is required for a tensor, and not used for an
+            `Expected`.
+
+    Raises:
+        AssertionError: shapes differ, or an element is out of budget; it names the first one and its error.
+    """
     if isinstance(expected, Expected):
         budget = expected.budget(got.dtype if got.dtype != torch.float64 else torch.float32)
         expected = expected.value

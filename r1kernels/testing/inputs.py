@@ -24,11 +24,31 @@ def generator(seed: int) -> torch.Generator:
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 4.0, seed: int = 0) -> Tensor:
-    """Normal logits of standard deviation `scale`, within [-32, 32], rounded to `dtype`."""
+    """Normal logits of standard deviation `scale`, within [-32, 32], rounded to `dtype`.
+
+    Args:
+        shape: the sizes, with the vocabulary last.
+        dtype: of the result.
+        scale: the standard deviation before values are clamped.
+        seed: the same seed gives the same logits.
+
+    Returns:
+        (*shape), on the CPU, without a gradient.
+    """
     return (torch.randn(shape, generator=generator(seed)) * scale).clamp(-32, 32).to(dtype)
 
 
 def random_ids(*shape: int, vocab: int, seed: int = 0) -> Tensor:
+    """Uniform token ids.
+
+    Args:
+        shape: the sizes.
+        vocab: V; ids are in [0, V).
+        seed: the same seed gives the same ids.
+
+    Returns:
+        (*shape), int64, on the CPU.
+    """
     return torch.randint(vocab, shape, generator=generator(seed))
 
 

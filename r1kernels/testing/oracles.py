@@ -30,7 +30,18 @@ class TokenStats(NamedTuple):
 
 
 def token_stats(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> TokenStats:
-    """l = z_y - lse and H = log S - Q / S, with m = max z, S = sum e^(z - m), Q = sum e^(z - m) (z - m)."""
+    """Exact log-prob and entropy: l = z_y - lse and H = log S - Q / S.
+
+    z = logits / T, m = max z, S = sum e^(z - m), Q = sum e^(z - m) (z - m).
+
+    Args:
+        logits: (..., V), any dtype; computed in float64.
+        token_ids: (...).
+        temperature: T.
+
+    Returns:
+        `logprobs` and `entropy`, each (...), and `log_p`, (..., V), in float64, nats.
+    """
     z = logits.detach().double() / temperature
     shifted = z - z.max(-1, keepdim=True).values
     s = shifted.exp().sum(-1, keepdim=True)
@@ -43,7 +54,18 @@ def token_stats(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> 
 def token_stats_gradient(
     logits: Tensor, token_ids: Tensor, g: Tensor, eta: Tensor | float = 0.0, temperature: float = 1.0
 ) -> Expected:
-    """dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T."""
+    """Exact gradient of logits, with its budget: dL/dx_j = (g (1[j = y] - p_j) - eta p_j (log p_j + H)) / T.
+
+    Args:
+        logits: x, (..., V), any dtype; computed in float64.
+        token_ids: y, (...).
+        g: dL/dl, (...).
+        eta: dL/dH, (...) or one number.
+        temperature: T.
+
+    Returns:
+        An `Expected` in float64, (..., V): pass it to `assert_within`.
+    """
     _, entropy, log_p = token_stats(logits, token_ids, temperature)
     p, entropy = log_p.exp(), entropy.unsqueeze(-1)
     g, eta = g.double().unsqueeze(-1), torch.as_tensor(eta).double().unsqueeze(-1)

@@ -76,7 +76,9 @@ def test_imports_point_downwards() -> None:
     wrong = [
         f"{module} imports {target}"
         for module in MODULES for target, _ in imports(module)
-        if (package(target) != package(module) or module == "r1kernels")
+        # Type checkers alone read this import of the package: users get it as an attribute.
+        if (package(target) != package(module) or module == "r1kernels") and (module, target) != (
+            "r1kernels", "r1kernels.testing")
         and HEIGHT[layer(target)] >= HEIGHT[layer(module)]
     ]
     assert not wrong, "\n".join(wrong)

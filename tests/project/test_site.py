@@ -188,11 +188,3 @@ def test_links_of_the_repository_become_links_of_the_site() -> None:
     assert written("cpu.md", "a\n\n<!-- test: set up\nx = 1\n-->\n\nb") == "a\n\n\nb"
     with pytest.raises(mkdocs.exceptions.PluginError, match=r"cpu\.md.*none\.md"):
         written("cpu.md", "[a](none.md)")
-
-
-def test_links_of_pages_that_are_not_on_the_site_exist() -> None:
-    text = (pages.ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not is_elsewhere(link)]
-    assert len(links) > 5
-    for link in links:
-        assert (pages.ROOT / link).exists(), f"README.md: {link}"

@@ -22,6 +22,17 @@ WIDER = """() => document.documentElement.scrollWidth <= window.innerWidth ? "" 
     [...document.querySelectorAll("main *")].filter(one => one.getBoundingClientRect().right > window.innerWidth)
         .slice(0, 3).map(one => one.outerHTML.slice(0, 80)).join(" ")"""
 
+# The first formula with more lines on the screen than in the text.
+BROKEN = """() => {
+    for (const code of document.querySelectorAll(".language-text pre > code")) {
+        const range = document.createRange();
+        range.selectNodeContents(code);
+        const tops = new Set([...range.getClientRects()].filter(one => one.width).map(one => Math.round(one.top / 4)));
+        if (tops.size > code.textContent.trimEnd().split("\\n").length) return code.textContent;
+    }
+    return "";
+}"""
+
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
@@ -87,6 +98,7 @@ def test_every_page_opens_without_a_fault(browser: Any, address: str, site: Path
         assert page.title(), path
         assert page.locator("h1").first.inner_text(), path
         assert not (wider := page.evaluate(WIDER)), f"{path}: wider than a phone: {wider}"
+        assert not (broken := page.evaluate(BROKEN)), f"{path}: a formula goes on in the next line: {broken}"
         assert not faults, f"{path}: {faults}"
 
 
@@ -97,6 +109,10 @@ def test_faults_are_found(browser: Any, address: str) -> None:
         <img src='{address}/none.png'></main><script>console.error('a message'); missing()</script>""")
     page.wait_for_load_state("networkidle")
     assert "600px" in page.evaluate(WIDER)
+    page.set_content(f"<div class=language-text><pre style='white-space: pre-wrap'><code>{'l = z_y - lse ' * 9}")
+    assert "lse" in page.evaluate(BROKEN)
+    page.set_content(f"<div class=language-text><pre><code>{'l = z_y - lse ' * 9}")
+    assert not page.evaluate(BROKEN)
     for part in ("elsewhere: http://127.0.0.1:9/x.png", "a message", "missing is not defined",
                  f"404: {address}/none.png"):
         assert any(part in fault for fault in faults), (part, faults)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tomllib
 
 import r1kernels
@@ -25,9 +26,25 @@ def test_type_checkers_find_each_lazy_name_where_it_is_loaded_from() -> None:
     (block,) = (node for node in ast.parse(Path(r1kernels.__file__).read_text()).body if isinstance(node, ast.If))
     imported = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom)
                 for alias in node.names}
-    assert imported.pop("objectives") == "r1kernels"
+    assert {imported.pop(name) for name in r1kernels._SUBMODULES} == {"r1kernels"}
     assert imported == r1kernels._MODULES
     assert {*imported, "objectives", "__version__"} == set(r1kernels.__all__)
+
+
+@pytest.mark.parametrize("name, call", [
+    ("objectives", "grpo()"), ("rewards", "format(['a'])"), ("testing", "random_ids(2, vocab=3)"),
+])
+def test_a_submodule_is_an_attribute_of_the_package(name: str, call: str) -> None:
+    """Without an import statement for it; rewards and objectives without torch."""
+    program = (f"import sys, r1kernels; r1kernels.{name}.{call}; "
+               f"print({name!r} in dir(r1kernels), 'torch' in sys.modules)")
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                               env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    assert completed.stdout.split() == ["True", str(name == "testing")], completed.stderr
+
+
+def test_another_name_is_no_attribute() -> None:
+    assert not hasattr(r1kernels, "nonsense")
 
 
 def test_pyright_checks_the_modules_of_public_names() -> None:

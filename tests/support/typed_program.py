@@ -71,6 +71,8 @@ def main() -> None:
     columns: dict[str, Any] = {"answer": ["0.5", "0.5"]}
     assert_type(rewards.accuracy(["<answer>1/2</answer>", "<answer>2</answer>"], **columns), list[float | None])
     assert_type(rewards.format([[{"role": "assistant", "content": "text"}]]), list[float])
+    assert_type(r1kernels.rewards.format(["text"]), list[float])
+    assert_type(r1kernels.testing.random_ids(2, vocab=3), Tensor)
 
 
 if __name__ == "__main__":

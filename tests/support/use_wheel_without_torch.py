@@ -28,8 +28,7 @@ def main() -> None:
     else:
         raise AssertionError("r1kernels.grpo_loss was loaded without torch")
 
-    from r1kernels import rewards
-
+    rewards = r1kernels.rewards
     completions = ["<think>1</think> <answer>1/2</answer>", "<answer>0.6</answer>"]
     assert rewards.accuracy(completions, answer=["0.5", "0.5"]) == [1.0, 0.0]
     assert rewards.format(completions) == [1.0, 0.0]
