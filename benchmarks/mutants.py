@@ -117,7 +117,9 @@ MUTANTS: list[Mutant] = [
         ("return self.logit_scale if self.softcap > 0 else 1.0", "return 1.0", "the scale is missing in the gradient"),
     ),
     *of_file(
-        "r1kernels/ops/linear/passes.py", (f"{ANY_HEAD}::test_log_probs_and_entropy", f"{ANY_HEAD}::test_grpo_loss"),
+        "r1kernels/ops/linear/passes.py",
+        (f"{ANY_HEAD}::test_log_probs_and_entropy", f"{ANY_HEAD}::test_grpo_loss",
+         "tests/linear/test_linear_compaction.py"),
         ("active = g != 0 if eta is None else (g != 0) | (eta != 0)",
          "active = g != 0 if eta is None else (g != 0) & (eta != 0)", "rows with one of two gradients are skipped"),
     ),

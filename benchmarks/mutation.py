@@ -2,25 +2,31 @@
 
     python benchmarks/mutation.py [--only TEXT] [--part I/N] [--copy FOLDER] [--out FILE]
 
-Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its tests run until one fails: the mutant
-is killed. A mutant that no test notices survives. Each result is added to benchmarks/results/mutation.json, and what
-has a result for the same source is not run again. So parts of the list can run at the same time, each with another
-folder for its copy. The CPU kernels are built without the wider instruction sets, which share their source.
+Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its tests run until one fails. That test
+then runs without the mutant: if it passes, the mutant is killed, and if not, the script stops with an error. A mutant
+that no test notices survives. One whose tests do not end in time is neither, and the score leaves it out.
+
+Each result is added to benchmarks/results/mutation.json. What was killed in the same source is not run again, what
+was not killed is. So parts of the list can run at the same time, each with another folder for its copy. The exit status
+is 0 if all mutants that were chosen are killed. The CPU kernels are built without the wider instruction sets, which
+share their source.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import fcntl
-import hashlib
+import importlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +35,11 @@ import mutants
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutation"
 OUT = ROOT / "benchmarks" / "results" / "mutation.json"
-LIMIT_S = 600
+LIMIT_S = 300  # of one run of tests
 BACKENDS = {"cpu": {}, "triton": {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}}
-STATUS = {0: "survived", 1: "killed"}
-
-
-def source_hash() -> str:
-    """Of the code that is mutated."""
-    digest = hashlib.sha256()
-    for folder, pattern in (("r1kernels", "*.py"), ("csrc", "*")):
-        for path in sorted((ROOT / folder).rglob(pattern)):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-SOURCE = source_hash()
+PRELOADED = {"cpu": ("hypothesis", "torch"), "triton": ("hypothesis", "torch", "triton")}
+OUT_OF_TIME = "out of time"
+ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources")
 
 
 def copy_tree() -> None:
@@ -69,25 +64,34 @@ def build() -> None:
 
 
 class Runner:
-    """A process that has imported torch and pytest, and forks one for every run of tests."""
+    """A process that has imported torch, and forks one for every run of tests."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, preloaded: Sequence[str] | None = None, limit_s: float = LIMIT_S) -> None:
         paths = os.pathsep.join([str(COPY), str(COPY / "benchmarks")])
         variables = {**os.environ, **BACKENDS[backend], "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
                      "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        names = PRELOADED[backend] if preloaded is None else preloaded
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(limit_s), *names]
         self._process = subprocess.Popen(command, cwd=COPY, env=variables, text=True, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE)
+        self._passes: dict[str, bool] = {}
 
-    def run(self, tests: list[str]) -> dict[str, Any]:
-        """{"code": the exit status of pytest, "failed": the first test that failed}"""
-        self._process.stdin.write(json.dumps(tests) + "\n")
+    def run(self, test: str) -> dict[str, Any]:
+        """{"code": the exit status of pytest, minus a signal, or `OUT_OF_TIME`, "failed": the first failure}"""
+        self._process.stdin.write(json.dumps(test) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+    def passes(self, test: str) -> bool:
+        """Whether a test passes in the copy without a mutant."""
+        if test not in self._passes:
+            self._passes[test] = self.run(test)["code"] == 0
+        return self._passes[test]
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 class FirstFailure:
@@ -100,36 +104,51 @@ class FirstFailure:
             self.name = report.nodeid
 
 
-def serve() -> None:
-    import hypothesis  # noqa: F401
+def run_in_child(test: str, limit_s: float) -> dict[str, Any]:
+    """Forks a process that runs one test or file. It is killed, with those that it started, at the limit."""
     import pytest
-    import torch  # noqa: F401
 
-    if "TRITON_INTERPRET" in os.environ:
-        import triton  # noqa: F401
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.setsid()
+        log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # of the last run
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        found = FirstFailure()
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no",
+                   "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = pytest.main([*options, test], plugins=[found])
+        os.write(write, json.dumps({"code": int(code), "failed": found.name}).encode())
+        os._exit(0)
+    os.close(write)
+    late = not select.select([read], [], [], limit_s)[0]
+    if late:
+        os.killpg(child, signal.SIGKILL)
+    answer = b"" if late else os.read(read, 65536)  # shorter than what a pipe takes at once
+    os.close(read)
+    status = os.waitpid(child, 0)[1]
+    if late:
+        return {"code": OUT_OF_TIME, "failed": ""}
+    crashed = {"code": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else 3, "failed": ""}
+    return json.loads(answer) if answer else crashed
 
+
+def serve(limit_s: float, modules: Sequence[str]) -> None:
+    for module in ("pytest", *modules):
+        importlib.import_module(module)
     for line in sys.stdin:
-        read, write = os.pipe()
-        if (child := os.fork()) == 0:
-            signal.alarm(LIMIT_S)
-            log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # of the last run
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            found = FirstFailure()
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no",
-                       "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-            code = pytest.main([*options, *json.loads(line)], plugins=[found])
-            os.write(write, json.dumps({"code": int(code), "failed": found.name}).encode())
-            os._exit(0)
-        os.close(write)
-        answer = b"".join(iter(lambda: os.read(read, 65536), b"")).decode()  # noqa: B023
-        os.close(read)
-        status = os.waitpid(child, 0)[1]
-        ended = {"code": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else 3, "failed": ""}
-        print(answer or json.dumps(ended), flush=True)
+        print(json.dumps(run_in_child(json.loads(line), limit_s)), flush=True)
+
+
+def status_of(code: int | str) -> str:
+    """A crash is noticed, as a failure is; other statuses of pytest say that it could not run the tests."""
+    if isinstance(code, str):
+        return code
+    return "killed" if code == 1 or code < 0 else "survived" if code == 0 else f"pytest ended with {code}"
 
 
 def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
+    """Runs the tests of a mutant. Raises RuntimeError if the one that fails does so without the mutant, too."""
     path, started = COPY / mutant.file, time.monotonic()
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
@@ -139,87 +158,102 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
         if mutant.is_compiled:
             build()
         for test in mutant.tests:
-            if (result := runner.run([test]))["code"] != 0:
+            if (result := runner.run(test))["code"] != 0:
                 break
     finally:
         path.write_text(text, encoding="utf-8")
-    code = result["code"]
-    crashed = code < 0 and code != -signal.SIGALRM
-    status = "killed" if crashed else STATUS.get(code, f"pytest ended with {code}")
-    seconds = time.monotonic() - started
-    print(f"{status:9} {seconds:5.0f} s  {mutant.file}: {mutant.what}  {result['failed']}", flush=True)
-    return {"file": mutant.file, "what": mutant.what, "status": status, "by": result["failed"]}
+        if mutant.is_compiled:
+            build()
+    status, by = status_of(result["code"]), result["failed"] or (test if result["code"] != 0 else "")
+    if status == "killed" and not runner.passes(by):
+        raise RuntimeError(f"{by} fails without a mutant, so it judges none; its output is in {COPY / 'pytest.log'}")
+    print(f"{status:11} {time.monotonic() - started:5.0f} s  {mutant.file}: {mutant.what}  {by}", flush=True)
+    return {"file": mutant.file, "what": mutant.what, "status": status, "by": by}
 
 
-def finished(out: Path) -> set[tuple[str, str]]:
-    """The mutants that have a result for this source."""
-    known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    return {(r["file"], r["what"]) for r in known.get("results", []) if known["source"] == SOURCE}
+def key(item: mutants.Mutant | dict[str, Any]) -> tuple[str, str]:
+    return (item["file"], item["what"]) if isinstance(item, dict) else (item.file, item.what)
 
 
-def add_result(out: Path, result: dict[str, Any]) -> None:
-    """Adds a result to those of the same source."""
-    import torch
+def recorded(text: str, sources: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results of the same sources in a file's text, without those of mutants that are no longer listed."""
+    known = json.loads(text or "{}")
+    listed = {key(mutant) for mutant in mutants.MUTANTS}
+    return {key(r): r for r in known.get("results", []) if known["sources"] == sources and key(r) in listed}
 
-    from r1kernels import __version__
 
+def counts(results: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many ran to an end, and how these ended; how many did not."""
+    number = Counter(r["status"] for r in results)
+    killed, survived, late = number.pop("killed", 0), number.pop("survived", 0), number.pop(OUT_OF_TIME, 0)
+    return {"run": killed + survived, "killed": killed, "survived": survived, OUT_OF_TIME: late,
+            "not judged": sum(number.values())}
+
+
+def add_result(out: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
+    """Adds a result to those of the same sources."""
     with out.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        known = json.loads(file.read() or "{}")
-        same = known.get("source") == SOURCE
-        results = {(r["file"], r["what"]): r for r in [*(known["results"] if same else []), result]}
-        order = [(m.file, m.what) for m in mutants.MUTANTS]
-        ordered = sorted(results.values(), key=lambda r: order.index((r["file"], r["what"])))
-        record = {
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "r1kernels": __version__,
-            "torch": torch.__version__, "source": SOURCE, "listed": len(order), "run": len(ordered),
-            "killed": sum(r["status"] == "killed" for r in ordered), "results": ordered,
-        }
+        results = recorded(file.read(), about["sources"]) | {key(result): result}
+        ordered = [results[key(m)] for m in mutants.MUTANTS if key(m) in results]
+        record = about | {"listed": len(mutants.MUTANTS)} | counts(ordered) | {"results": ordered}
         file.truncate(0)
         file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def main() -> int:
+def report(out: Path, chosen: Sequence[mutants.Mutant], sources: str) -> int:
+    """Prints what is recorded of the chosen mutants; 0 if all of them are killed."""
+    found = recorded(out.read_text(encoding="utf-8") if out.exists() else "", sources)
+    results = [found[key(mutant)] for mutant in chosen if key(mutant) in found]
+    number = counts(results)
+    rest = "".join(f", {number[name]} {name}" for name in (OUT_OF_TIME, "not judged") if number[name])
+    print(f"{number['run']} of {len(chosen)} run, {number['killed']} killed, {number['survived']} survived{rest}")
+    for result in results:
+        if result["status"] != "killed":
+            print(f"  {result['status']}: {result['file']}: {result['what']}")
+    return 0 if number["killed"] == len(chosen) else 1
+
+
+def about_this_run() -> dict[str, Any]:
+    import torch  # here, because a process that serves must not have imported what is mutated
+
+    from r1kernels.bench.results import Results
+
+    everything = Results(torch.device("cpu"), "default").about
+    return {name: everything[name] for name in ABOUT}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     global COPY
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="run the mutants whose file or description has this text")
     parser.add_argument("--part", default="0/1", help="run every N-th of them, from the I-th, such as 0/2 and 1/2")
     parser.add_argument("--copy", type=Path, default=COPY, help="the folder of the copy")
     parser.add_argument("--out", type=Path, default=OUT, help="where the result is written")
-    arguments = parser.parse_args()
-    COPY = arguments.copy.resolve()
-    chosen = [m for m in mutants.MUTANTS if arguments.only in f"{m.file} {m.what}"]
-    part, parts = map(int, arguments.part.split("/"))
-    done = finished(arguments.out)
-    chosen = [m for m in chosen[part::parts] if (m.file, m.what) not in done]
-    if not chosen:
-        return 0
-    chosen.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
-    copy_tree()
-    build()
-    runners = {name: Runner(name) for name in {m.backend for m in chosen}}
-    results = []
-    for mutant in chosen:
-        results.append(judge(runners[mutant.backend], mutant))
-        add_result(arguments.out, results[-1])
-    if chosen[-1].is_compiled:
+    given = parser.parse_args(arguments)
+    COPY = given.copy.resolve()
+    part, parts = map(int, given.part.split("/"))
+    chosen = [m for m in mutants.MUTANTS if given.only in f"{m.file} {m.what}"][part::parts]
+    about = about_this_run()
+    known = recorded(given.out.read_text(encoding="utf-8") if given.out.exists() else "", about["sources"])
+    waiting = [m for m in chosen if known.get(key(m), {}).get("status") != "killed"]
+    waiting.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
+    if waiting:
+        copy_tree()
         build()
-    for backend, runner in runners.items():  # a test that fails by itself judges nothing
-        tests = {r["by"] for r, m in zip(results, chosen, strict=True) if m.backend == backend and r["by"]}
-        if tests and (clean := runner.run(sorted(tests)))["code"] != 0:
-            raise RuntimeError(f"{clean['failed'] or sorted(tests)} fails without a mutant")
-        runner.close()
-    killed = sum(result["status"] == "killed" for result in results)
-    print(f"{killed} of {len(results)} mutants are killed")
-    for result in results:
-        if result["status"] != "killed":
-            print(f"  {result['status']}: {result['file']}: {result['what']}")
-    return 0 if killed == len(results) else 1
+    runners = {name: Runner(name) for name in {m.backend for m in waiting}}
+    try:
+        for mutant in waiting:
+            add_result(given.out, judge(runners[mutant.backend], mutant), about)
+    finally:
+        for runner in runners.values():
+            runner.close()
+    return report(given.out, chosen, about["sources"])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        serve()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(float(sys.argv[2]), sys.argv[3:])
     else:
         sys.exit(main())

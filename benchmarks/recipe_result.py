@@ -2,7 +2,8 @@
 
     python benchmarks/recipe_result.py runs/demo_r1
 
-writes benchmarks/results/recipe/demo_r1.json, from which README's picture and table are made.
+writes benchmarks/results/recipe/demo_r1.json, from which README's picture and table are made. Collect a run in the tree
+and on the machine that ran it, right after it: date, device, versions and sources are those of this process.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ def main() -> None:
     result = collect(given.run)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{given.name or given.run.name}.json"
+    if path.exists():  # the same run, collected again: what ran it stays as it was noted
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["curves"] == result["curves"]:
+            result |= {name: before[name] for name in ABOUT}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 # The device that README and docs show. Other devices have a folder, too.
-BENCH = RESULTS / "intel-r-xeon-r-processor-2-threads-avx512-bf16" / "bench.json"
+BENCH = RESULTS / "intel-r-xeon-r-processor-2-threads-avx512-bf16-fma" / "bench.json"
 TWO_THREADS = RESULTS / "intel-r-xeon-r-processor-2-threads-amx-bf16"
 PLANNED = RESULTS / "intel-r-xeon-r-processor-1-threads-avx512-bf16"
 ONE_THREAD = RESULTS / "intel-r-xeon-r-processor-1-threads-amx-bf16"

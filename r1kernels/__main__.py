@@ -221,7 +221,7 @@ def report() -> str:
     lines += ["", *_table()]
     lines += _results()
     if importlib.util.find_spec("transformers") is None:
-        lines += ["", "trainer      transformers is missing: pip install 'r1kernels[train]'"]
+        lines += ["", "trainer      transformers is missing; in a clone of the repository: pip install '.[train]'"]
     return "\n".join(lines)
 
 

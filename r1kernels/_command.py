@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     missing = [name for name in TRAINER if importlib.util.find_spec(name) is None]
     if missing:
         print(f"r1kernels {command}: these packages are not installed: {', '.join(missing)}. "
-              "Install them: pip install 'r1kernels[train]'", file=sys.stderr)
+              "Install them; in a clone of the repository: pip install '.[train]'", file=sys.stderr)
         sys.exit(2)
     from r1kernels.train.cli import main as trainer
 

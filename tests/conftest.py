@@ -33,7 +33,7 @@ if importlib.util.find_spec("hypothesis"):  # the tests of GPUs do without
     # A fixture that chooses kernels is good for all examples of a test. `--hypothesis-profile=search` looks for new
     # failures: its examples are different ones in every run.
     COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-    settings.register_profile("tests", derandomize=True, max_examples=4 if SLOW_KERNELS else 40, **COMMON)
+    settings.register_profile("tests", derandomize=True, max_examples=4 if SLOW_KERNELS else 24, **COMMON)
     settings.register_profile("full", derandomize=True, max_examples=8 if SLOW_KERNELS else 400, **COMMON)
     settings.register_profile("search", max_examples=3000, print_blob=True, **COMMON)
     settings.load_profile("full" if "--full" in sys.argv else "tests")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 DESCRIPTION = """Measures every public operation on this machine beside plain torch, torch.compile and the other
 libraries that are installed: time, peak memory, and errors against float64. Each result is checked before it is timed.
-Writes bench.json and, with the packages of r1kernels[bench], bench.html with pictures."""
+Writes bench.json and, where matplotlib and jinja2 are installed, bench.html with pictures."""
 
 
 def positive(text: str) -> float:
@@ -32,10 +32,10 @@ def threads(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("r1kernels bench", description=DESCRIPTION)
     found.add_argument("--out", type=Path, default=Path("r1kernels-bench"), metavar="DIR",
-                       help="folder for the results (default: %(default)s)")
+                       help="folder for the results; earlier ones in it are renamed (default: %(default)s)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="what is measured (default: cuda where there is one)")
     found.add_argument("--size", choices=("small", "default", "large"), default="default",
-                       help="small: under a minute, to see that everything works; default: about 10 minutes on two CPU "
+                       help="small: about a minute, to see that everything works; default: about 10 minutes on two CPU "
                             "cores; large: for GPUs of 80 GB and more (default: %(default)s)")
     found.add_argument("--only", nargs="+", default=(), metavar="CASE",
                        help="measure these cases only: names of operations, or fidelity")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
                        help="begin nothing after N seconds, and list what was left out")
     found.add_argument("--threads", type=threads, metavar="N", help="threads of a CPU (default: torch's choice)")
     found.add_argument("--save-results", action="store_true",
-                       help="in a source tree: also write benchmarks/results/<device>/bench.json")
+                       help="in a source tree, of a whole run: also write benchmarks/results/<device>/bench.json")
     return found
 
 
@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     reader = parser()
     given = reader.parse_args(arguments)
-    if why := check_out(given.out):
-        reader.error(f"argument --out: {str(given.out)!r}: {why}")
+    if given.save_results:
+        part = {"--only": given.only, "--seconds": given.seconds, "--size small": given.size == "small"}
+        if left := [name for name, value in part.items() if value]:
+            reader.error("argument --save-results: a run is saved if it is whole and not of the small size; leave out "
+                         f"{' and '.join(left)}, or --save-results")
     import torch
 
     from r1kernels.bench import machine, run
@@ -75,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         reader.error("argument --device: 'cuda': torch finds no CUDA device; expected one, or --device cpu")
     if given.save_results and not machine.in_source_tree():
         reader.error("argument --save-results: results are saved in a source tree only; use --out")
+    if why := check_out(given.out):
+        reader.error(f"argument --out: {str(given.out)!r}: {why}")
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,6 +4,8 @@ references in float64, and what torch.compile gets."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from math import comb
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,17 @@ def clipped_loss(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor) -> 
 
 def grpo_loss(logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
     return clipped_loss(logprobs(logits, token_ids), advantages, old_logprobs)
+
+
+def grpo_loss_and_entropy(
+    logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With the mean entropy as a metric, from the same log_softmax."""
+    log_p = wide(logits).log_softmax(-1)
+    logprobs = log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    return clipped_loss(logprobs, advantages, old_logprobs), entropy
 
 
 def linear_grpo_loss(
@@ -113,3 +126,26 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor) -> Tensor:
     """(P, G) rewards, as trainers write it."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+def pass_at_k_advantages(k: int) -> Callable[[Tensor], Tensor]:
+    """Of (P, G) rewards. With rewards in increasing order, reward i is the best of C(i, k - 1) subsets of k answers,
+    and of C(i - 1, k - 2) of those that have a given smaller one."""
+
+    def run(rewards: Tensor) -> Tensor:
+        answers = rewards.shape[1]
+        best = [comb(i, k - 1) / comb(answers, k) for i in range(answers)]
+        own = [comb(i, k - 1) / comb(answers - 1, k - 1) for i in range(answers)]
+        above = [comb(i - 1, k - 2) / comb(answers - 1, k - 1) if i else 0.0 for i in range(answers)]
+        best, own, above = (rewards.new_tensor(share) for share in (best, own, above))
+        # (G, G): entry (j, i) is the share of reward j in the mean over the subsets that have answer i.
+        having = own.diag() + above[:, None].expand(answers, answers).tril(-1)
+        order = rewards.argsort(1)
+        values = rewards.gather(1, order)
+        values = values - values[:, -1:]  # exactly 0 where the best of all subsets is the same
+        mean = values @ best
+        std = ((values - mean[:, None]).square() @ best).sqrt()
+        advantages = (values @ having - mean[:, None]) / (std[:, None] + 1e-4)
+        return torch.empty_like(rewards).scatter(1, order, advantages)
+
+    return run

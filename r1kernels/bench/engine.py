@@ -13,25 +13,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r1kernels.bench import machine, peers
+from r1kernels.bench.check import Held, Truth, Wrong
 from r1kernels.bench.clock import Clock
+from r1kernels.bench.peers import Peer
 from r1kernels.bench.results import Results
-from r1kernels.bench.tasks import BOTH, OURS, Function, Problem, Setting, Task, distance, name_of
+from r1kernels.bench.tasks import OURS, Function, Setting, Task, name_of
 from r1kernels.bench.tasks import results as results_of
 
 ALL = "all implementations"
-MOST_ROUNDS, SLOW_ROUNDS = 50, 2
+MOST_ROUNDS, LEAST_ROUNDS = 50, 3
+LONG = 10.0, 2  # seconds of one run, and the rounds that such a candidate takes part in
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
-SLOW = 6.0  # times the fastest: such a candidate takes part in few rounds
-WIDEST_EXACT = 512 << 20  # bytes: larger shared inputs get a reference in float32 instead of float64
+SLOW = 6.0  # times the fastest: such a candidate takes part in the least rounds only
 MARGIN = 1.25  # estimates from shapes leave out small buffers and what an allocator keeps
 RESERVE = 512 << 20, 0.05  # bytes, and share of all memory, that are left alone
-
-
-class Wrong(Exception):
-    """A candidate whose result is not that of the reference."""
 
 
 class Engine:
@@ -43,25 +40,30 @@ class Engine:
         self.setting, self.clock, self.results = setting, clock, results
         self.deadline = math.inf if deadline is None else deadline  # of time.monotonic: then few rounds are enough
         self.seconds = setting.pick(0.1, 1.0, 5.0)
-        self.least_rounds = setting.pick(2, 3, 5)
+        self.least_rounds = setting.pick(LEAST_ROUNDS, LEAST_ROUNDS, 5)
         self.trouble = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
 
     def measure(self, task: Task) -> list[dict[str, Any]]:
         """The rows of a task; empty if it was left out."""
-        problem = self._problem(task)
-        if problem is None:
+        truth = self._truth(task)
+        if truth is None:
             return []
-        truth = Truth(task, problem)
+        problem = truth.problem
         functions = {name: function for name, function in task.functions.items() if self._fits(name, task)}
         if OURS not in functions:
             return []
-        functions |= self._peers(task)
-        errors: dict[str, float] = {}
+        waiting = [*functions.items()]
+        others = {peer.implementation: peer for peer in task.all_peers()}
+        for peer in others.values():
+            waiting += self._loaded(peer, task)
+        errors: dict[str, Held] = {}
         runs: dict[str, Callable[[], object]] = {}
         memory: dict[str, int | None] = {}
         estimates: dict[str, float] = {}
-        for name, function in functions.items():
+        while waiting:
+            name, function = waiting.pop(0)
+
             def run(function: Function = function) -> object:
                 return results_of(function, problem, task.passes)
 
@@ -77,10 +79,12 @@ class Engine:
                 self._failed(name, task, error)
                 if name == OURS:
                     return []
-        truth.forget()
+                if name in others and others[name].otherwise and not isinstance(error, Wrong):
+                    waiting += self._loaded(others[name].otherwise, task)
+        del truth
         try:
             for name, make in task.ceilings.items():
-                memory[name], errors[name], runs[name] = None, 0.0, make(problem)
+                memory[name], errors[name], runs[name] = None, Held(0.0, 0.0), make(problem)
                 self.clock.seconds(runs[name], 1)
                 estimates[name] = self.clock.seconds(runs[name], 1)
             times = self._in_turns(runs, estimates)
@@ -106,37 +110,45 @@ class Engine:
         self.results.leave_out(what, f"needs about {gib(needed)} of memory, and {gib(max(room, 0))} may be used", where)
         return False
 
-    def _problem(self, task: Task) -> Problem | None:
-        ours = task.bytes.get(OURS, 0)
-        if not self.enough_memory(ALL, 3 * task.input_bytes + ours, task.title):
+    def _truth(self, task: Task) -> Truth | None:
+        """The inputs and the exact results; None if their memory is not there."""
+        ours = 3 * task.input_bytes + task.bytes.get(OURS, 0)
+        double = self.enough_memory("a reference in float64, instead of float32",
+                                    max(reference_bytes(task, torch.float64), ours), task.title)
+        dtype = torch.float64 if double else torch.float32
+        if not self.enough_memory(ALL, max(reference_bytes(task, dtype), ours), task.title):
             return None
         try:
-            return task.make()
+            return Truth(task, task.make(), dtype)
         except Exception as error:
             self._failed(ALL, task, error)
             return None
 
     def _fits(self, name: str, task: Task) -> bool:
-        return self.enough_memory(name, task.bytes.get(name, task.bytes.get(peers.EAGER, 0)), task.title)
+        known = name if name in task.bytes else name.partition(", ")[0]  # such as "Liger, not compiled"
+        return self.enough_memory(name, task.bytes.get(known, task.bytes.get(peers.EAGER, 0)), task.title)
 
-    def _peers(self, task: Task) -> dict[str, Function]:
-        found = {}
-        for peer in task.all_peers():
-            name = peer.implementation
-            if name in self.unusable:
-                continue
-            if name == peers.COMPILED and not self.setting.compiled and task.series is None:
-                self.results.leave_out(name, "--size small compiles the vocabulary series only, to save time",
-                                       task.case)
-                continue
-            try:
-                function = peers.load(peer, self.setting.device)
-            except peers.Missing as error:
-                self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
-                continue
-            if self._fits(name, task):
-                found[name] = function
-        return found
+    def _loaded(self, peer: Peer, task: Task) -> list[tuple[str, Function]]:
+        """The name and the function of a peer, or of what is measured in its place; nothing if neither can run."""
+        name = peer.implementation
+        idle = peer.compiles and not self.setting.compiled and not (task.compiled and task.series)
+        if idle:
+            self.results.leave_out(name, "--size small compiles at one shape of the vocabulary series only",
+                                   task.case)
+        if idle or (peer.compiles and name in self.unusable):
+            return self._loaded(peer.otherwise, task) if peer.otherwise else []
+        try:
+            function = self.load(peer)
+        except peers.Missing as error:
+            self.results.leave_out(name, str(error), "" if error.everywhere else task.case)
+            return []
+        return [(name, function)] if self._fits(name, task) else []
+
+    def load(self, peer: Peer) -> Function:
+        """The function of a peer, whose version is noted. Raises peers.Missing."""
+        function = peers.load(peer, self.setting.device)
+        self.results.imported(peer.implementation)
+        return function
 
     def _failed(self, name: str, task: Task, error: Exception) -> None:
         why = peers.one_line(error)
@@ -144,7 +156,7 @@ class Engine:
             why = str(error)
         elif out_of_memory(error):
             why = f"ran out of memory: {why}"
-        elif name == peers.COMPILED and "ompiler" in why:
+        elif name in (peers.COMPILED, peers.LIGER) and "ompiler" in why:
             self.unusable.add(name)
             self.results.leave_out(name, f"torch.compile does not work here: {why}")
             return
@@ -167,99 +179,40 @@ class Engine:
         one_round = sum(each * (calls[name] + 1) for name, each in estimates.items() if name not in slow)
         rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
+        most = {name: LONG[1] if each > LONG[0] else LEAST_ROUNDS if name in slow else rounds
+                for name, each in estimates.items()}
         for number in range(rounds):
-            if number >= SLOW_ROUNDS and time.monotonic() > self.deadline:
+            if number >= LEAST_ROUNDS and time.monotonic() > self.deadline:
                 break
             for name, run in runs.items():
-                if name not in slow or number < SLOW_ROUNDS:
+                if number < most[name]:
                     run()
                     times[name].append(self.clock.seconds(run, calls[name]))
         return times
 
     def _row(
-        self, task: Task, name: str, taken: list[float], base: list[float], memory: int | None, error: float
+        self, task: Task, name: str, taken: list[float], base: list[float], memory: int | None, held: Held
     ) -> dict[str, Any]:
         low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
         ratio = statistics.median(mine / ours for mine, ours in zip(taken, base, strict=False))
-        tolerance = 0.0 if name in task.ceilings else task.tolerance[name != OURS]
         return {
             "case": task.case, "op": task.op, "pass": task.passes, "shape": task.shape, "dtype": name_of(task.dtype),
             "series": task.series, "variant": task.variant, "active_share": task.active_share, "implementation": name,
             "median_s": median, "iqr_s": high - low, "rounds": len(taken), "ratio": ratio, "peak_extra_bytes": memory,
-            "bytes_moved": task.bytes_moved, "flops": task.flops, "max_error": error, "tolerance": tolerance,
+            "bytes_moved": task.bytes_moved, "flops": task.flops, "max_error": held.error, "tolerance": held.tolerance,
         }
-
-
-class Truth:
-    """The exact results of a task, and those of this library at the whole shape once they are checked."""
-
-    def __init__(self, task: Task, problem: Problem) -> None:
-        self.task, self.problem = task, problem
-        self._exact: list[Tensor] | None = None
-        self._ours: list[Tensor] | None = None
-
-    def exact(self) -> list[Tensor]:
-        """Of the first few rows, or of all of them."""
-        if self._exact is None:
-            part = self.problem.part()
-            shared = sum(8 * value.numel() for name, value in part.inputs.items() if name not in part.rows)
-            dtype = torch.float64 if shared <= WIDEST_EXACT else torch.float32
-            self._exact = results_of(self.task.exact, part.to(dtype), self.task.passes)
-        return self._exact
-
-    def check(self, name: str, function: Function) -> float:
-        """The largest error of a candidate.
-
-        The whole shape is run, and its first rows are compared with the exact ones. What belongs to no row, such as
-        the gradient of the weight, is compared on the first rows alone and, at the whole shape, with ours.
-        torch.compile sees the whole shape only, because another one would be compiled once more.
-
-        Raises:
-            Wrong: an error is beyond the tolerance.
-        """
-        task, problem, exact = self.task, self.problem, self.exact()
-        tolerance = task.tolerance[name != OURS]
-        worst = 0.0
-
-        def compare(what: str, found: Tensor, expected: Tensor) -> None:
-            nonlocal worst
-            error = distance(found, expected)
-            if not error <= tolerance:
-                raise Wrong(f"wrong result: {what} is off by {error:.2g} of its norm, allowed {tolerance:.2g}")
-            worst = max(worst, error)
-
-        whole = results_of(function, problem, task.passes)
-        if len(whole) != len(exact):
-            raise Wrong(f"wrong result: {len(whole)} tensors, expected {len(exact)}")
-        leaves = problem.leaves if task.passes == BOTH else ()
-        outputs = len(exact) - len(leaves)
-        labels = [*(f"output {i}" for i in range(outputs)), *(f"the gradient of {leaf}" for leaf in leaves)]
-        # A mean over all rows gives each of them a smaller gradient than a mean over a few.
-        share = problem.share if exact[0].dim() == 0 else 1.0
-        for i, expected in enumerate(exact):
-            of_rows = leaves[i - outputs] in problem.rows if i >= outputs else expected.dim() > 0
-            if not problem.few:
-                compare(labels[i], whole[i], expected)
-            elif of_rows:
-                compare(labels[i], problem.cut(whole[i]), expected * (share if i >= outputs else 1.0))
-            elif self._ours is not None:
-                compare(f"{labels[i]}, beside ours,", whole[i], self._ours[i])
-        if problem.few and name != peers.COMPILED:
-            for label, found, expected in zip(labels, results_of(function, problem.part(), task.passes), exact,
-                                              strict=True):
-                compare(label, found, expected)
-        if name == OURS:
-            self._ours = whole
-        return worst
-
-    def forget(self) -> None:
-        self._exact = self._ours = None
 
 
 def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or ("alloc" in text and "memory" in text)))
+
+
+def reference_bytes(task: Task, dtype: torch.dtype) -> int:
+    """What plain torch takes in that dtype, with the inputs in both. Estimates of plain torch are for float32."""
+    copies = task.input_bytes * (1 + dtype.itemsize / task.dtype.itemsize)
+    return round(task.bytes.get(peers.EAGER, 0) * dtype.itemsize / 4 + copies)
 
 
 def gib(size: int) -> str:

@@ -213,7 +213,7 @@ def measure(quantity: Quantity, engine: Engine) -> Iterator[dict[str, Any]]:
     place = f"fidelity, {name_of(quantity.dtype)}"
     for peer in quantity.peers:
         try:
-            candidates[peer.implementation] = peers.load(peer, engine.setting.device)
+            candidates[peer.implementation] = engine.load(peer)
         except peers.Missing as missing:
             where = "" if missing.everywhere else place
             engine.results.leave_out(peer.implementation, str(missing), where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -14,7 +13,6 @@ import torch
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent  # of a source tree
-PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels")
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 CPUINFO = Path("/proc/cpuinfo")
@@ -22,15 +20,6 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def in_source_tree() -> bool:
     return (ROOT / "csrc").is_dir() and (ROOT / "pyproject.toml").is_file()
-
-
-def versions_of_peers() -> dict[str, str]:
-    """Distribution -> version of those that are installed."""
-    found = {}
-    for name in PEERS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def sources_hash() -> str:

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRL, LIGER, VERL, CCE, QUACK = "TRL", "Liger", "verl", "cce", "QuACK"
+LIGER_PLAIN = "Liger, not compiled"
 TORCH_HEAD, COMPILED, EAGER = "torch linear_cross_entropy", "torch.compile", "torch eager"
-DISTRIBUTIONS = {TRL: "trl", LIGER: "liger-kernel", VERL: "verl", CCE: "cut-cross-entropy", QUACK: "quack-kernels"}
+DISTRIBUTIONS = {TRL: "trl", LIGER: "liger-kernel", LIGER_PLAIN: "liger-kernel", VERL: "verl", CCE: "cut-cross-entropy",
+                 QUACK: "quack-kernels"}
 TRL_TILE = 32_768  # entries of the vocabulary in a tile, as TRL's trainers set it
 QUACK_CHUNK = 4_096  # tokens
 
@@ -25,11 +28,14 @@ Function = Callable[..., Any]
 
 
 class Peer(NamedTuple):
-    """`load` gives the function. `only_cuda`: its kernels run on a GPU only."""
+    """`load` gives the function. `only_cuda`: its kernels run on a GPU only. `compiles`: it calls torch.compile, which
+    takes seconds for each shape. `otherwise`: what is measured where this one does not run."""
 
     implementation: str
     load: Callable[[], Function]
     only_cuda: bool = False
+    compiles: bool = False
+    otherwise: Peer | None = None
 
 
 class Missing(Exception):
@@ -63,14 +69,20 @@ def load(peer: Peer, device: torch.device) -> Function:
 
 
 def compiled(function: Function) -> Peer:
-    """torch.compile for one shape. Earlier compilations are dropped: after a few shapes of one function, torch would
-    run it without compiling, and say nothing."""
+    """torch.compile for one shape."""
 
     def load() -> Function:
-        torch._dynamo.reset()
+        forget_compiled()
         return torch.compile(function, dynamic=False)
 
-    return Peer(COMPILED, load)
+    return Peer(COMPILED, load, compiles=True)
+
+
+def forget_compiled(wanted: bool = True) -> None:
+    """Drops earlier compilations: after a few shapes of one function, torch would run it without compiling, and say
+    nothing."""
+    if wanted:
+        torch._dynamo.reset()
 
 
 def one_line(error: BaseException) -> str:
@@ -150,23 +162,32 @@ def quack_linear_cross_entropy() -> Function:
 # ---- heads of the policy --------------------------------------------------------------------------------------
 
 
-def trl_head() -> Function:
-    """What TRL's chunked head runs: (hidden (N, H), weight, token_ids) -> (log-probs, entropy)."""
+def trl_head(outputs: tuple[str, ...] = ("entropy",)) -> Function:
+    """What TRL's chunked head runs: (hidden (N, H), weight, token_ids) -> (log-probs, entropy).
+
+    The entropy is None if it is not among `outputs`.
+    """
     function = named("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
     return lambda hidden, weight, token_ids: function.apply(
-        hidden, weight, None, token_ids, 1.0, TRL_TILE, None, 1.0, ("entropy",))[:2]
+        hidden, weight, None, token_ids, 1.0, TRL_TILE, None, 1.0, outputs)[:2]
 
 
 def verl_head() -> Function:
-    """verl's head in torch: (hidden (N, H), weight, token_ids) -> (log-probs, entropy)."""
+    """verl's head in torch: (hidden (N, H), weight, token_ids) -> (log-probs, entropy). It always computes both."""
     head = named("verl.utils.experimental.torch_functional", "FusedLinearForPPO")(impl_backend="torch")
     return lambda hidden, weight, token_ids: head(hidden, weight, token_ids)
 
 
-def liger_grpo() -> Function:
-    """Chunks of a sequence, not compiled: its compiled form is compiled again for each shape."""
+def liger(load: Callable[[bool], Function]) -> Peer:
+    """Liger as it comes, with torch.compile; where that does not run, without."""
+    return Peer(LIGER, partial(load, True), compiles=True, otherwise=Peer(LIGER_PLAIN, partial(load, False)))
+
+
+def liger_grpo(compile: bool) -> Function:
+    """Chunks of a sequence."""
     head = named("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
-        beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+        beta=0.0, compiled=compile, use_ref_model=False, loss_type="grpo")
+    forget_compiled(compile)
 
     def loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         mask = torch.ones_like(old_logprobs)
@@ -175,9 +196,10 @@ def liger_grpo() -> Function:
     return loss
 
 
-def liger_jsd() -> Function:
+def liger_jsd(compile: bool) -> Function:
     loss = named("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compile)
+    forget_compiled(compile)
 
     def run(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         ids = torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 import r1kernels
 from r1kernels import testing
 from r1kernels.bench import machine
+from r1kernels.bench.peers import DISTRIBUTIONS
 
 FORMAT = 1
 FILE, PAGE = "bench.json", "bench.html"
@@ -26,7 +28,7 @@ class Results:
     def __init__(self, device: torch.device, size: str) -> None:
         self.about: dict[str, Any] = {
             "format": FORMAT, "date": datetime.date.today().isoformat(), "r1kernels": r1kernels.__version__,
-            "torch": torch.__version__, "python": platform.python_version(), "peers": machine.versions_of_peers(),
+            "torch": torch.__version__, "python": platform.python_version(), "peers": {},
             "device": machine.device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
             "instruction_set": testing.instruction_set() if device.type == "cpu" else None,
             "memory_bytes": machine.memory_bytes(device), "sources": machine.sources_hash(),
@@ -36,6 +38,11 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.fidelity: list[dict[str, Any]] = []
         self._left_out: dict[tuple[str, str], list[str]] = {}
+
+    def imported(self, implementation: str) -> None:
+        """Notes the version of a library that takes part."""
+        if (name := DISTRIBUTIONS.get(implementation)) is not None:
+            self.about["peers"][name] = importlib.metadata.version(name)
 
     def leave_out(self, what: str, why: str, where: str = "") -> None:
         """Notes that `what` is missing. The same reason in several places makes one entry."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
+import itertools
 import signal
 import time
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ class Run:
         self.clock = clock_of(setting.device)
         deadline = None if options.seconds is None else self.started + options.seconds
         self.engine = Engine(setting, self.clock, self.results, deadline)
-        self.status = 0
+        self.status, self.saved = 0, False
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -126,21 +128,35 @@ class Run:
     def document(self) -> dict[str, Any]:
         return self.results.document(self.seconds())
 
-    def save(self) -> None:
-        write_json(self.document(), self.options.out / FILE)
+    def save(self) -> bool:
+        """Writes the document. Earlier results are renamed first; a run that measured nothing leaves them alone and
+        returns False."""
+        path = self.options.out / FILE
+        if not self.saved and path.exists():
+            if not self.results.rows and not self.results.fidelity:
+                return False
+            keep_earlier(self.options.out)
+        self.saved = True
+        write_json(self.document(), path)
+        return True
 
     def finish(self) -> None:
         paths = [self.options.out / FILE]
+        if not self.save():
+            say(table.of_left_out(self.results.left_out()))
+            say(f"\nnothing was measured; {paths[0]} has earlier results and is unchanged")
+            return
         if (why := write_page(self.document(), self.options.out / PAGE)) is None:
             paths.append(self.options.out / PAGE)
         else:
             self.results.leave_out("the page of pictures", why)
         self.save()
-        if self.options.save_results and not self.status:
+        if self.options.save_results and not self.status and not self.engine.trouble:
             paths.append(results_path(self.results))
             write_json(self.document(), paths[-1])
         say(table.of_left_out(self.results.left_out()))
-        say(f"\n{len(self.results.rows)} rows in {self.seconds():.0f} s, written to {', '.join(map(str, paths))}")
+        say(f"\n{len(self.results.rows)} times and {len(self.results.fidelity)} distributions of errors in "
+            f"{self.seconds():.0f} s, written to {', '.join(map(str, paths))}")
         if self.engine.trouble:
             say("r1kernels itself failed in a case: see what was left out")
 
@@ -151,12 +167,23 @@ def results_path(results: Results) -> Path:
     return machine.ROOT / "benchmarks" / "results" / folder / FILE
 
 
+def keep_earlier(folder: Path) -> None:
+    """Renames earlier results by the time when they were written."""
+    written = datetime.datetime.fromtimestamp((folder / FILE).stat().st_mtime).strftime("%Y-%m-%d-%H%M%S")
+    names = (f"bench-{written}-{number}" if number > 1 else f"bench-{written}" for number in itertools.count(1))
+    free = next(name for name in names if not (folder / f"{name}.json").exists())
+    for name in (FILE, PAGE):
+        path = folder / name
+        if path.exists():
+            path.rename(folder / f"{free}{path.suffix}")
+
+
 def write_page(document: dict[str, Any], path: Path) -> str | None:
     """Writes the page; returns why there is none."""
     try:
         from r1kernels.bench.report import write_html
     except ImportError as error:
-        return f"{error}; it needs two packages: pip install matplotlib jinja2"
+        return f"{error}; install matplotlib and jinja2 (in a clone of the repository: pip install '.[bench]')"
     try:
         write_html(document, path)
     except Exception as error:  # the numbers must not be lost with a picture

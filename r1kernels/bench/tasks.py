@@ -36,27 +36,10 @@ class Setting:
 
 
 class Problem(NamedTuple):
-    """Inputs by name. `leaves` receive gradients. The tensors in `rows` have one entry per row (token) along dimension
-    `axis`, and an equality check takes the first `few` of them; with `few` = 0 it takes all."""
+    """Inputs by name. `leaves` receive gradients."""
 
     inputs: dict[str, Tensor]
     leaves: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    axis: int = 0
-    few: int = 0
-
-    @property
-    def share(self) -> float:
-        """The part of the rows that a check takes."""
-        return self.few / self.inputs[self.rows[0]].shape[self.axis] if self.few else 1.0
-
-    def cut(self, value: Tensor) -> Tensor:
-        return value.narrow(self.axis, 0, self.few) if self.few else value
-
-    def part(self) -> Problem:
-        return self._replace(inputs={
-            name: self.cut(value).clone() if name in self.rows else value for name, value in self.inputs.items()
-        })
 
     def to(self, dtype: torch.dtype) -> Problem:
         return self._replace(inputs={
@@ -72,12 +55,11 @@ class Task:
         make: builds the inputs. Nothing is allocated before.
         functions: candidates of this library and of plain torch, by implementation.
         peers: candidates of other libraries.
-        exact: the reference, run in float64 (float32 for large inputs).
+        exact: the reference, run in float64, or in float32 where float64 does not fit.
         bytes: the peak that each implementation takes beside the inputs, estimated from the shapes.
         ceilings: what an implementation cannot beat: made from the problem, timed in turns, never checked.
         around: makes of each timed call what is timed instead.
-        tolerance: error that this library and that other libraries may have: |found - exact| / |exact|, in the norm
-            of each result.
+        tolerance: an error that any candidate may have, if it is larger than what `check.tolerance_of` allows.
     """
 
     case: str
@@ -99,7 +81,7 @@ class Task:
     active_share: float = 1.0
     bytes_moved: int | None = None
     flops: int = 0
-    tolerance: tuple[float, float] = (1e-4, 1e-3)
+    tolerance: float | None = None
 
     @property
     def title(self) -> str:
@@ -131,12 +113,3 @@ def results(function: Function, problem: Problem, passes: str) -> list[Tensor]:
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(item for item in value if item is not None)
 
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact| in the norm; NaN where anything is NaN."""
-    if found.shape != exact.shape:
-        return float("nan")
-    found, exact = found.double(), exact.double()
-    error = torch.where(found == exact, 0, found - exact)  # equal infinities have no distance
-    scale = torch.where(exact.isfinite(), exact, 0).norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return float(error.norm() / scale)

@@ -28,7 +28,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             key, equals, text = override.partition("=")
             if not equals:
                 raise ConfigError(f"--set {override!r:.100}: expected KEY=VALUE, such as eval.samples=10")
-            values = _replace(values, key.split("."), read_yaml(text))
+            try:
+                values = _replace(values, key.split("."), read_yaml(text))
+            except ConfigError as error:
+                raise ConfigError(f"--set {override!r:.100}: {error}") from None
         return build_recipe(values, Path(path).parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -158,21 +161,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is twice", problem_mark=node.start_mark)
         return node
 
-    def construct_yaml_bool(self, node: yaml.Node) -> bool:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_yaml_bool(node)
-        except KeyError:  # `!!bool x`
-            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no boolean", problem_mark=node.start_mark) from None
-
-    def construct_yaml_timestamp(self, node: yaml.Node) -> Any:
-        try:
-            return super().construct_yaml_timestamp(node)
-        except AttributeError:  # `!!timestamp x`
-            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no date", problem_mark=node.start_mark) from None
-
-
-_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # 2001-99-99, `!!bool x`, `!!timestamp x`
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
+            problem = f"{shown(node.value)} is not a valid {node.tag.rpartition(':')[2]}{reason}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")

@@ -5,6 +5,7 @@ Recipes are the shipped ones with random edits; everything is bounded, so that n
 
 import gzip
 import json
+import re
 import string
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ PIECES = st.sampled_from([
     "\t", "\x07", "\0", "---", "...", "%YAML 9.9", "[" * 60, "{a: " * 60, "'", '"\\ud800"', "|\n", "\ufeff", "- ",
 ])
 
+WHERE_IN_YAML = [*(f"{unit} {number}" for unit in ("line", "position") for number in range(1000)), "nested too deeply"]
+
 
 @pytest.fixture(autouse=True)
 def search_path() -> Any:
@@ -77,31 +80,51 @@ def edited(tree: Any, path: tuple[Any, ...], change: str, value: Any) -> Any:
     return copy
 
 
-def loads_or_names(load: Any, *arguments: Any) -> None:
-    """The documented error is a short message; another exception fails the test."""
+def names_at(tree: Any, path: tuple[Any, ...]) -> set[str]:
+    """The key at a path, and the keys of what was there: others may refer to them."""
+    found = {str(key) for key in path if isinstance(key, str)} if len(path) < 2 else {
+        next(str(key) for key in reversed(path) if isinstance(key, str))}
+    for key in path:
+        if not isinstance(tree, (dict, list)) or (isinstance(tree, dict) and key not in tree):
+            return found
+        tree = tree[key]
+    return found | {key for below in places(tree) for key in below if isinstance(key, str)}
+
+
+def has_name(message: str, names: set[str]) -> bool:
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) for name in names)
+
+
+def loads_or_names(names: set[str], load: Any, *arguments: Any) -> None:
+    """The documented error is a short message with one of the names; another exception fails the test."""
     try:
         recipe = load(*arguments)
     except ConfigError as error:
         assert 10 < len(str(error)) < 2000, str(error)[:2000]
+        assert has_name(str(error), names), (str(error), sorted(names))
     else:
         dump_recipe(recipe)
 
 
 @given(name=NAMES, data=st.data(), change=st.sampled_from(["replace", "drop", "add"]), value=TREES)
 def test_a_recipe_with_a_part_replaced(name: str, data: st.DataObject, change: str, value: Any) -> None:
-    values = VALUES[name]
+    values, names = VALUES[name], {"more"} if change == "add" else set()
     for _ in range(data.draw(st.integers(1, 2))):
-        values = edited(values, data.draw(st.sampled_from(places(values))), change, value)
-    loads_or_names(build_recipe, values, RECIPES)
+        path = data.draw(st.sampled_from(places(values)))
+        names |= names_at(values, path) | ({"the recipe"} if path == () else set())
+        values = edited(values, path, change, value)
+    loads_or_names(names, build_recipe, values, RECIPES)
 
 
 @given(name=NAMES, data=st.data(), piece=st.one_of(PIECES, st.text(string.printable, max_size=20)))
 def test_a_recipe_with_text_in_a_line(name: str, data: st.DataObject, piece: str) -> None:
+    """The errors of YAML have a line or a position, others a key of this line or of one after it."""
     lines = TEXTS[name].splitlines()
     number = data.draw(st.integers(0, len(lines) - 1))
     head, colon, _ = lines[number].partition(": ")
+    names = set(re.findall(r"[\w.]+(?=:)", "\n".join(lines[number:]))) | {"the recipe", *WHERE_IN_YAML}
     lines[number] = data.draw(st.sampled_from([f"{head}{colon}{piece}", piece, f"{lines[number]}\n{piece}"]))
-    loads_or_names(lambda: build_recipe(read_yaml("\n".join(lines)), RECIPES))
+    loads_or_names(names, lambda: build_recipe(read_yaml("\n".join(lines)), RECIPES))
 
 
 @given(text=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))))
@@ -109,7 +132,7 @@ def test_a_recipe_with_text_in_a_line(name: str, data: st.DataObject, piece: str
 @example(b"- " * 1500)
 @example(b"".join(b"a%d: &a%d [%s]\n" % (k, k, b",".join([b"*a%d" % (k - 1) if k else b"x"] * 9)) for k in range(9)))
 def test_bytes_that_may_be_yaml(text: bytes) -> None:
-    loads_or_names(lambda: build_recipe(read_yaml(text)))
+    loads_or_names({"the recipe", "run_dir", "a0", *WHERE_IN_YAML}, lambda: build_recipe(read_yaml(text)))
 
 
 @given(key=st.one_of(st.sampled_from(["seed", "stages", "data", "eval.samples", "stages.r1_zero.steps", "import_from",
@@ -117,8 +140,10 @@ def test_bytes_that_may_be_yaml(text: bytes) -> None:
                      st.text(max_size=12)),
        value=st.one_of(PIECES, TREES.map(repr), st.text(max_size=12)))
 def test_overrides(key: str, value: str) -> None:
-    loads_or_names(load_recipe, RECIPES / "demo.yaml", [f"{key}={value}"])
-    loads_or_names(load_recipe, RECIPES / "demo.yaml", [f"{key}{value}"])
+    for override in (f"{key}={value}", f"{key}{value}"):
+        path = override.partition("=")[0].split(".")
+        names = {*path, *names_at(VALUES["demo.yaml"], tuple(path)), f"--set {override!r:.100}"}
+        loads_or_names(names, load_recipe, RECIPES / "demo.yaml", [override])
 
 
 @given(lines=st.lists(st.one_of(
@@ -131,12 +156,15 @@ def test_data_files(lines: list[bytes], packed: str, tmp_path: Path) -> None:
     path = tmp_path / ("rows.jsonl" if packed == "no" else "rows.jsonl.gz")
     packed_text = gzip.compress(text)
     path.write_bytes({"no": text, "yes": packed_text, "broken": packed_text[:12] + b"junk" + packed_text[14:]}[packed])
+    filled, rows = [number for number, line in enumerate(text.split(b"\n"), 1) if line.strip()], []
     try:
-        rows = list(read_jsonl(path))
+        for row in read_jsonl(path):
+            rows.append(row)
     except DataError as error:
         assert path.name in str(error) and len(str(error)) < 2000
-    else:
-        assert all(isinstance(row, dict) and path.name in where for where, row in rows)
+        assert packed == "broken" or f"{path.name}, line {filled[len(rows)]}:" in str(error)
+    assert all(isinstance(row, dict) for _, row in rows)
+    assert [where for where, _ in rows] == [f"{path.name}, line {number}" for number in filled[: len(rows)]]
 
 
 MARKS = st.sampled_from([

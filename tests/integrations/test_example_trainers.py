@@ -85,6 +85,59 @@ def test_the_plain_loop_scores_no_padding(ends: Any, monkeypatch: pytest.MonkeyP
     assert (ended > 0) == (ends is not None)
 
 
+def plain_grpo_loss(logits: torch.Tensor, ids: torch.Tensor, ends: list[int], old: Any) -> tuple[torch.Tensor, ...]:
+    """The loss of plain_loop by hand, from all logits of prompts of 3 tokens in groups of 16; its log-probs."""
+    log_p = logits[:, 2:-1].log_softmax(-1)
+    completions = ids[:, 3:]
+    logprobs = log_p.gather(-1, completions[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    mask = torch.ones_like(logprobs)
+    for row, completion in zip(mask, completions.tolist(), strict=True):
+        if places := [place for place, token in enumerate(completion) if token in ends]:
+            row[places[0] + 1 :] = 0
+    rewards = (completions == 7).float().mean(-1).view(2, 16)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages = (centred / (rewards.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    ratio = (logprobs - (logprobs.detach() if old is None else old)).exp()
+    gain = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    per_token = (-gain - 0.01 * entropy) * mask
+    assert 0 < mask.sum() < mask.numel() and advantages.any()
+    return (per_token.sum(1) / mask.sum(1)).mean(), logprobs.detach()
+
+
+def test_the_plain_loop_has_the_gradient_of_the_dense_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both updates of a step: in the second, ratios are not 1 and some are clipped."""
+    train, tiny_model = (load_example("plain_loop")[name] for name in ("train", "tiny_model"))
+    torch.manual_seed(1)
+    model, ends, updates = tiny_model(), [0, 7, 9], []
+    dense = transformers.LlamaForCausalLM(model.config)
+    model.generation_config.eos_token_id = ends
+    logprobs = train.__globals__["token_logprobs_and_entropy"]
+
+    def spy(model: Any, targets: torch.Tensor, input_ids: torch.Tensor) -> Any:
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        updates.append((weights, input_ids, {}))
+        return logprobs(model, targets, input_ids=input_ids)
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: updates[-1][2].update({name: parameter.grad.clone()}))
+    monkeypatch.setitem(train.__globals__, "token_logprobs_and_entropy", spy)
+    train(model, 1)
+    assert len(updates) == 2
+    old = None
+    for weights, ids, found in updates:
+        dense.load_state_dict(weights)
+        dense.zero_grad()
+        loss, values = plain_grpo_loss(dense(ids).logits, ids, ends, old)
+        loss.backward()
+        old = values if old is None else old
+        for name, parameter in dense.named_parameters():
+            size = float(parameter.grad.abs().max())
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=2e-5 * size + 1e-8,
+                                       msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_the_lightning_module_learns() -> None:
     pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
     names = load_example("lightning_module")

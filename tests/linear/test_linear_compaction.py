@@ -10,7 +10,15 @@ from linear_policy_cases import EVERYTHING, make, run
 from policy_cases import OBJECTIVES
 from torch import Tensor
 
-from r1kernels import Objective, backend, linear_cross_entropy, linear_grpo_loss, linear_token_logprobs, testing
+from r1kernels import (
+    Objective,
+    backend,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    linear_token_logprobs_and_entropy,
+    testing,
+)
 from r1kernels.ops.linear import sums, walk
 from r1kernels.ops.linear.grpo_loss import TokenObjective
 
@@ -38,6 +46,19 @@ def still(inputs: dict[str, Any]) -> Tensor:
     advantages, weights = inputs["advantages"], inputs["importance_weights"]
     per_token = (advantages if advantages.dim() == 2 else advantages[:, None]).expand(5, 7)
     return (per_token == 0) | (weights if weights.dim() == 2 else weights[:, None]).expand(5, 7).eq(0)
+
+
+@slow_interpreted
+def test_rows_with_one_of_two_gradients_take_part(implementation: str) -> None:
+    """Of the log-prob alone, of the entropy alone, of both, of neither."""
+    case = cases.make("plain", 2, 4, width=12, vocab=37)
+    slopes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64).repeat(2, 1)
+    g, eta = (column.view(2, 4) for column in slopes.unbind(1))
+    (_, entropy), grads = cases.gradients(
+        linear_token_logprobs_and_entropy, case, lambda r: (g.float() * r[0] + eta.float() * r[1]).sum())
+    assert entropy.requires_grad
+    cases.assert_gradients(grads, cases.exact(case, g, eta), 1e-5)
+    assert grads["hidden"].any(-1).tolist() == [[True, True, True, False]] * 2
 
 
 @slow_interpreted

@@ -150,7 +150,8 @@ def test_baselines_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 3.0])
     alone = group_advantages(rewards, 4, baseline="leave_one_out", scale="none")
     assert alone.tolist() == [0.0, pytest.approx(-4 / 3), pytest.approx(-4 / 3), pytest.approx(8 / 3)]
-    for lengths in (torch.tensor([1, 2, 3, 4]), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)):
+    fractions = torch.tensor([1, 2, 3, 4], dtype=torch.float64) / 20  # together below 1, as a share may be
+    for lengths in (torch.tensor([1, 2, 3, 4]), fractions):
         by_length = group_advantages(rewards, 4, baseline="length_weighted", lengths=lengths, scale="none")
         assert by_length.tolist() == pytest.approx([-0.3, -1.3, -1.3, 1.7])
     assert group_advantages(rewards.double(), 4, baseline="leave_one_out").dtype == torch.float64

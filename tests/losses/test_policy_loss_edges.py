@@ -294,7 +294,7 @@ BAD_INPUTS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
         ValueError, {"ref_logprobs": None, "objective": objectives.r1()}, "ref_logprobs is None.*kl_coef is 0.001"),
     "no entropy": (
         ValueError, {"entropy": None, "objective": Objective(entropy_coef=0.1)}, "entropy is None.*coef is 0.1"),
-    "objective by name": (TypeError, {"objective": "grpo"}, "objective is 'grpo', expected an Objective or a callable"),
+    "objective by name": (TypeError, {"objective": "grpo"}, "objective is 'grpo', expected an Objective"),
     "a preset not called": (TypeError, {"objective": objectives.grpo}, r"objective is grpo,.* grpo\(\.\.\.\)"),
     "the class": (TypeError, {"objective": Objective}, r"objective is Objective,.* Objective\(\.\.\.\)"),
     "normalizer 0": (ValueError, {"normalizer": 0}, "normalizer is 0, expected a finite number > 0"),

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import json
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_cases import SMALL, assert_document, no_peer, small_engine
+from bench_cases import SMALL, a_task, no_peer, small_engine, square
 from torch import Tensor
 
 import r1kernels
-from r1kernels.bench import clock, machine, peers, run
+from r1kernels import testing
+from r1kernels.bench import clock, eager, machine, peers
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import Peer
-from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task
+from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task, results
 
 # Public functions that compute nothing of a loss.
 NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "load", no_peer)
@@ -32,20 +33,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def engine() -> Engine:
     return small_engine()
-
-
-def square(x: Tensor) -> Tensor:
-    return x * x
-
-
-def a_task(**changes: Any) -> Task:
-    """The square of 64 numbers, and its gradient."""
-    standard: dict[str, Any] = {
-        "case": "square", "op": "square", "shape": {"N": 64}, "dtype": torch.float32, "exact": square,
-        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64)}, ("x",), ("x",), few=8),
-        "functions": {OURS: square, peers.EAGER: square},
-    }
-    return Task(**standard | changes)
 
 
 def left_out(engine: Engine) -> dict[str, str]:
@@ -77,13 +64,6 @@ def test_every_case_is_right(alone: None, engine: Engine, monkeypatch: pytest.Mo
     assert not engine.trouble
 
 
-def test_a_problem_has_rows_of_which_a_few_are_checked() -> None:
-    problem = Problem({"x": torch.arange(12.0).reshape(2, 6), "y": torch.ones(3)}, (), ("x",), axis=1, few=2)
-    part = problem.part()
-    assert part.inputs["x"].tolist() == [[0, 1], [6, 7]] and part.inputs["y"].shape == (3,)
-    assert problem.share == 2 / 6
-
-
 # ---- what is left out -----------------------------------------------------------------------------------------
 
 
@@ -95,25 +75,103 @@ def wrong_gradient(x: Tensor) -> Tensor:
     return x.detach() * x * 1.0
 
 
-def wrong_later(x: Tensor) -> Tensor:
-    """Right on the few rows that are checked alone, and wrong in the first row of more."""
-    return x * x if len(x) == 8 else torch.cat([x[:1] * 3, x[1:] * x[1:]])
+def wrong_last_row(x: Tensor) -> Tensor:
+    return torch.cat([x[:-1] * x[:-1], x[-1:] * x[-1:] * 1.1])
 
 
 def nan(x: Tensor) -> Tensor:
     return x * x * float("nan")
 
 
-@pytest.mark.parametrize("wrong", [wrong_values, wrong_gradient, wrong_later, nan])
+@pytest.mark.parametrize("wrong", [wrong_values, wrong_gradient, wrong_last_row, nan])
 def test_a_peer_with_a_wrong_result_gets_no_time(wrong: Callable[..., Tensor], engine: Engine) -> None:
     rows = engine.measure(a_task(peers=[Peer("other", lambda: wrong), Peer("right", lambda: square)]))
     assert {row["implementation"] for row in rows} == {OURS, peers.EAGER, "right"}
     assert "wrong result" in left_out(engine)["other"] and not engine.trouble
 
 
+def test_a_peer_that_does_not_run_is_replaced(engine: Engine) -> None:
+    """Not one with a wrong result."""
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no such shape")
+
+    plain = Peer("other, not compiled", lambda: square)
+    rows = engine.measure(a_task(peers=[Peer("other", lambda: fails, otherwise=plain)]))
+    assert [row["implementation"] for row in rows] == [OURS, peers.EAGER, "other, not compiled"]
+    assert "no such shape" in left_out(engine)["other"]
+    assert len(engine.measure(a_task(peers=[Peer("other", lambda: nan, otherwise=plain)]))) == 2
+
+
+def test_small_sizes_compile_at_one_shape_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    peer = Peer("other", lambda: square, compiles=True, otherwise=Peer("other, not compiled", lambda: square))
+    last = [engine.measure(a_task(peers=[peer], compiled=compiled, series=series))[2]["implementation"]
+            for compiled, series in ((False, "vocabulary"), (True, None), (True, "vocabulary"))]
+    assert last == ["other, not compiled", "other, not compiled", "other"]
+    assert "--size small" in left_out(engine)["other"]
+
+
 def test_a_wrong_result_of_ours_is_a_failure(engine: Engine) -> None:
     assert engine.measure(a_task(functions={OURS: wrong_values, peers.EAGER: square})) == []
     assert engine.trouble and "wrong result" in left_out(engine)[OURS]
+
+
+def off(of_value: float, of_gradient: float) -> Callable[..., Tensor]:
+    """A mean of squares with relative errors, as a loss has a value and a gradient."""
+
+    def loss(x: Tensor) -> Tensor:
+        exact = (x.float() * x.float()).mean()
+        moving = (exact - exact.detach()) * (1 + of_gradient)
+        return exact.detach() * (1 + of_value) + moving
+
+    return loss
+
+
+def a_loss(**changes: Any) -> Task:
+    """The mean of squares of bfloat16 numbers."""
+    def make() -> Problem:
+        return Problem({"x": torch.linspace(-2, 2, 64).reshape(16, 4).bfloat16()}, ("x",))
+
+    return a_task(dtype=torch.bfloat16, make=make, exact=lambda x: (x * x).mean(), **changes)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(off(0.009, 0), "output 0"), (off(0, 0.015), "gradient of x")])
+def test_ours_is_held_to_the_exact_result(wrong: Callable[..., Tensor], said: str, engine: Engine) -> None:
+    """Other libraries may round their logits to bfloat16. Their tolerance is not ours, and ours is no yardstick."""
+    assert engine.measure(a_loss(functions={OURS: wrong, peers.EAGER: off(0, 0)})) == []
+    assert engine.trouble and said in left_out(engine)[OURS]
+    rows = engine.measure(a_loss(functions={OURS: off(0, 0), peers.EAGER: wrong}))
+    assert [row["implementation"] for row in rows] == [OURS, peers.EAGER]
+    assert rows[0]["max_error"] < rows[0]["tolerance"] < rows[1]["max_error"] < rows[1]["tolerance"] == 0.05
+
+
+def test_presets_are_checked_against_the_oracle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = testing.policy_loss
+
+    def moved(objective: Any, **inputs: Any) -> Any:
+        found = oracle(objective, **inputs)
+        return found._replace(loss=found.loss._replace(value=found.loss.value * 1.001))
+
+    task = next(task for task in CASES["policy_loss"](SMALL) if task.variant == "r1")
+    assert [row["implementation"] for row in engine.measure(task)] == [OURS]
+    monkeypatch.setattr(testing, "policy_loss", moved)
+    assert engine.measure(task) == [] and "output 0" in left_out(engine)[OURS]
+
+
+def test_a_reference_for_which_float64_is_too_large(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 100 << 30)
+    dtypes = []
+
+    def exact(x: Tensor) -> Tensor:
+        dtypes.append(x.dtype)
+        return x * x
+
+    task = a_task(exact=exact, functions={OURS: square}, bytes={OURS: 1 << 20, peers.EAGER: 20 << 30})
+    for available in (100 << 30, 35 << 30, 25 << 30):
+        monkeypatch.setattr(machine, "available_bytes", lambda device, bytes=available: bytes)
+        engine.measure(task)
+    assert dtypes == [torch.float64, torch.float32]
+    assert {"all implementations", "a reference in float64, instead of float32"} <= set(left_out(engine))
 
 
 @pytest.mark.parametrize(("error", "said"), [
@@ -146,6 +204,16 @@ def test_peers_that_are_absent_or_need_a_gpu(engine: Engine, monkeypatch: pytest
     assert "pip install no-such-distribution" in left_out(engine)["other"] and "CUDA" in left_out(engine)["gpu"]
 
 
+def test_only_libraries_whose_import_works_are_listed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise ImportError("another version of torch")
+
+    for name, distribution in {"broken": "pytest", "right": "torch"}.items():
+        monkeypatch.setitem(peers.DISTRIBUTIONS, name, distribution)
+    engine.measure(a_task(peers=[Peer("broken", fails), Peer("right", lambda: square)]))
+    assert set(engine.results.about["peers"]) == {"torch"} and "another version" in left_out(engine)["broken"]
+
+
 def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An estimate is enough: the candidate is never called."""
     monkeypatch.setattr(machine, "available_bytes", lambda device: 100 << 30)
@@ -154,9 +222,9 @@ def test_more_memory_than_there_is(engine: Engine, monkeypatch: pytest.MonkeyPat
     def never(x: Tensor) -> Tensor:
         raise AssertionError("called")
 
-    task = a_task(functions={OURS: square, peers.EAGER: never}, bytes={OURS: 1 << 20, peers.EAGER: 200 << 30})
+    task = a_task(functions={OURS: square, "other": never}, bytes={OURS: 1 << 20, "other": 200 << 30})
     assert [row["implementation"] for row in engine.measure(task)] == [OURS]
-    assert "250.0 GiB" in left_out(engine)[peers.EAGER]
+    assert "250.0 GiB" in left_out(engine)["other"]
     assert engine.measure(a_task(make=never, input_bytes=50 << 30)) == []
     assert "187.5 GiB" in left_out(engine)["all implementations"]
 
@@ -197,106 +265,40 @@ def test_the_peak_is_that_of_the_call() -> None:
     assert 0.9 * size < found < 1.5 * size
 
 
-# ---- the whole run --------------------------------------------------------------------------------------------
+# ---- rounds, and what others are ----------------------------------------------------------------------------------
 
 
-def page_by(write_html: Callable[[dict[str, Any], Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another report in place of the one with pictures, which takes seconds."""
-    report = types.ModuleType("report")
-    report.write_html = write_html
-    monkeypatch.setitem(sys.modules, "r1kernels.bench.report", report)
-
-
-@pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Setting], Iterator[Task]]]:
-    """Two small cases in place of all."""
-    page_by(lambda results, path: path.write_text(f"{len(results['rows'])} rows"), monkeypatch)
-    found = {"first": lambda setting: iter([a_task(case="first")]), "last": lambda setting: iter([a_task(case="last")])}
-    monkeypatch.setattr(run, "CASES", found)
-    monkeypatch.setattr(run, "NAMES", tuple(found))
-    return found
-
-
-def document(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "bench.json").read_text())
-    assert_document(found)
-    return found
-
-
-def test_when_the_time_is_used_up_the_rest_is_listed(cases: Any, tmp_path: Path) -> None:
-    assert run.Run(SMALL, run.Options(tmp_path, seconds=1e-9)).go() == 0
-    found = document(tmp_path)
-    why = {entry["what"]: entry["why"] for entry in found["left_out"]}
-    assert not found["rows"] and "--seconds 1e-09" in why["first"] and "--seconds 1e-09" in why["last"]
-
-
-def test_an_interrupt_keeps_what_was_measured(cases: Any, tmp_path: Path) -> None:
-    def interrupted(setting: Setting) -> Iterator[Task]:
-        assert document(tmp_path)["rows"], "the first case is saved before the second one begins"
-        raise KeyboardInterrupt
-        yield
-
-    cases["last"] = interrupted
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 130
-    found = document(tmp_path)
-    assert {row["case"] for row in found["rows"]} == {"first"}
-    assert {entry["what"]: entry["why"] for entry in found["left_out"]}["last"].startswith("interrupted")
-
-
-def test_too_little_memory_for_ceilings_and_fidelity(
-    cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(setting: Setting, clock: Any) -> dict[str, Any]:
-        raise RuntimeError("can't allocate memory")
-
-    monkeypatch.setattr(run.ceilings, "measure", fails)
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 0)
-    monkeypatch.setattr(run, "NAMES", ("first", "fidelity"))
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
-    found = json.loads((tmp_path / "bench.json").read_text())
-    why = {entry["what"].split(" (")[0]: entry["why"] for entry in found["left_out"]}
-    assert "allocate" in why["ceilings"] and not found["rows"] and not found["fidelity"]
-    assert {"all implementations", "fidelity, logits, float32", "fidelity, advantages"} <= set(why)
-
-
-def test_after_the_deadline_two_rounds_are_enough(engine: Engine) -> None:
+def test_after_the_deadline_the_least_rounds_are_enough(engine: Engine) -> None:
     engine.seconds, engine.deadline = 100.0, 0.0
-    assert {row["rounds"] for row in engine.measure(a_task())} == {2}
+    assert {row["rounds"] for row in engine.measure(a_task())} == {3}
 
 
-def test_a_wrong_result_of_ours_gives_status_1(cases: Any, tmp_path: Path) -> None:
-    cases["last"] = lambda setting: iter([a_task(functions={OURS: wrong_values})])
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 1
-    assert {row["case"] for row in document(tmp_path)["rows"]} == {"first"}
+def test_rounds_of_slow_candidates(engine: Engine) -> None:
+    """At least 3, and fewer only where one run takes more than 10 s."""
+    engine.seconds, engine.least_rounds = 0.0, 5
+    times = engine._in_turns(dict.fromkeys("abc", lambda: None), {"a": 0.1, "b": 9.0, "c": 11.0})
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 3, "c": 2}
 
 
-def test_results_of_a_source_tree(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    monkeypatch.setattr(machine, "sources_hash", lambda: "0123456789abcdef")
-    assert run.Run(SMALL, run.Options(tmp_path / "out", only=("last",), save_results=True)).go() == 0
-    (saved,) = tmp_path.glob("benchmarks/results/*/bench.json")
-    assert json.loads(saved.read_text()) == document(tmp_path / "out")
-    found = document(tmp_path / "out")
-    assert (tmp_path / "out" / "bench.html").read_text() == "2 rows"
-    assert saved.parent.name == machine.folder_name(found["device"], found["instruction_set"])
+def test_pass_at_k_in_plain_torch_is_that_of_all_subsets() -> None:
+    rewards = torch.randint(0, 3, (6, 7), generator=testing.generator(0)).double()
+    rewards[0], rewards[1], rewards[1, 2] = 0.1, 0.1, 0.0
+    exact = testing.pass_at_k_advantages(rewards.flatten(), torch.arange(6).repeat_interleave(7), 3)
+    torch.testing.assert_close(eager.pass_at_k_advantages(3)(rewards), exact.view(6, 7), rtol=1e-9, atol=1e-12)
+    assert not eager.pass_at_k_advantages(3)(rewards)[0].any()
 
 
-def test_the_name_of_a_device_in_hyphens() -> None:
-    name = machine.folder_name("Intel(R) Xeon(R) Processor, 2 threads", "avx512_bf16")
-    assert name == "intel-r-xeon-r-processor-2-threads-avx512-bf16"
+def test_metrics_of_plain_torch_and_ours_are_the_same() -> None:
+    """An entropy is computed by both or by none of them."""
+    task = next(CASES["grpo_loss"](SMALL))
+    with_entropy = {name: len(results(function, task.make(), task.passes)) for name, function in task.functions.items()}
+    assert with_entropy == {OURS: 3, peers.EAGER: 3}
 
 
-def test_a_page_that_fails_costs_no_numbers(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(results: dict[str, Any], path: Path) -> None:
-        raise ValueError("no such font")
-
-    page_by(fails, monkeypatch)
-    assert run.Run(SMALL, run.Options(tmp_path)).go() == 0
-    found = document(tmp_path)
-    assert len(found["rows"]) == 4 and any("no such font" in entry["why"] for entry in found["left_out"])
-
-
-def test_without_its_packages_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "r1kernels.bench.report", None)
-    said = run.write_page({}, tmp_path / "page")
-    assert "matplotlib" in said and "jinja2" in said
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_the_head_of_trl_computes_an_entropy_only_where_it_is_asked_for() -> None:
+    task = next(CASES["linear_token_logprobs"](SMALL))
+    inputs = task.make().inputs
+    assert peers.trl_head(())(**inputs)[1] is None and peers.trl_head()(**inputs)[1] is not None
+    (peer,) = (peer for peer in task.all_peers() if peer.implementation == peers.TRL)
+    assert peer.load()(**inputs)[1] is None

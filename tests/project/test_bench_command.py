@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from bench_cases import assert_document
 
 from r1kernels import _command
-from r1kernels.bench import cli, machine, run
+from r1kernels.bench import cli, machine, run, table
 
 
 def test_a_few_cases_end_to_end(tmp_path: Path) -> None:
@@ -62,6 +65,17 @@ def test_an_unknown_case_lists_the_known_ones(tmp_path: Path, capsys: pytest.Cap
     assert all(name in said.replace("\n", " ") for name in run.NAMES)
 
 
+def test_a_wrong_argument_creates_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refusal(capsys, "--out", tmp_path / "out", "--only", "grpo_los")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--only", "grpo_loss"), ("--seconds", "9"), ("--size", "small")])
+def test_parts_are_not_saved(arguments: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "--out", tmp_path / "out", "--save-results", *arguments)
+    assert "--save-results" in said and arguments[0] in said and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("path", ["file", "file/folder"])
 def test_a_folder_that_is_a_file(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
@@ -93,6 +107,48 @@ def test_results_are_saved_in_a_source_tree_only(
 ) -> None:
     monkeypatch.setattr(machine, "in_source_tree", lambda: False)
     assert "--save-results" in refusal(capsys, "--out", tmp_path, "--save-results")
+
+
+# ---- the table in the terminal ----------------------------------------------------------------------------------
+
+
+def test_uncertain_times_are_marked() -> None:
+    row = {"implementation": "r1kernels", "median_s": 1.0, "iqr_s": 0.1, "rounds": 3, "ratio": 1.0,
+           "peak_extra_bytes": None, "max_error": 0.0}
+    steady, few, wide = (table.of_rows("a case", [row | changed]).splitlines()[-1]
+                         for changed in ({}, {"rounds": 2}, {"iqr_s": 0.3}))
+    assert "10%" in steady and "unstable" not in steady
+    assert "10%" in few and "unstable" in few and "30%" in wide and "unstable" in wide
+    assert "ours in the same round" in table.of_rows("a case", [row])
+
+
+# ---- the busy process -------------------------------------------------------------------------------------------
+
+
+def running(pid: int) -> bool:
+    """Not a process that has ended and that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a stopped process with its parent")
+def test_the_busy_process_ends_with_its_parent() -> None:
+    """It is stopped between measurements, and cannot see by itself that its parent was killed."""
+    code = ("import time\nfrom r1kernels.bench.cases.busy import BusyProcess\nbusy = BusyProcess()\n"
+            "busy.beside(lambda: None)()\nprint(busy.child.pid, flush=True)\ntime.sleep(600)")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with parent:
+        child = int(parent.stdout.readline())
+        assert running(child)
+        parent.kill()
+    for _ in range(600):
+        if not running(child):
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError(f"process {child} outlives its parent")
 
 
 # ---- the command of the package -------------------------------------------------------------------------------
@@ -128,7 +184,7 @@ def test_the_trainer_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == "tyro" else find(module))
     assert command(name, "recipe.yaml") == 2
     said = capsys.readouterr().err
-    assert name in said and "tyro" in said and "r1kernels[train]" in said
+    assert name in said and "tyro" in said and "'.[train]'" in said
 
 
 def test_the_trainer_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:

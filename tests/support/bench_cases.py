@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from r1kernels.bench import clock
+from r1kernels.bench import clock, peers
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import Missing, Peer
 from r1kernels.bench.results import Results
-from r1kernels.bench.tasks import BOTH, FORWARD, Setting
+from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task
 
 SMALL = Setting(torch.device("cpu"), "small", compiled=False)
 ROW = {
@@ -52,6 +53,20 @@ def assert_document(found: dict[str, Any]) -> None:
 def no_peer(peer: Peer, device: torch.device) -> None:
     """In place of `peers.load`: the imports of peers take longer than everything else in a test."""
     raise Missing("not installed: pip install it", everywhere=True)
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def a_task(**changes: Any) -> Task:
+    """The square of 64 numbers, and its gradient."""
+    standard: dict[str, Any] = {
+        "case": "square", "op": "square", "shape": {"N": 64}, "dtype": torch.float32, "exact": square,
+        "make": lambda: Problem({"x": torch.linspace(-2, 2, 64).reshape(16, 4)}, ("x",)),
+        "functions": {OURS: square, peers.EAGER: square},
+    }
+    return Task(**standard | changes)
 
 
 def small_engine() -> Engine:

@@ -1,6 +1,6 @@
 """Programs of tests/hardening/test_threads_and_processes.py: each ends with a line of JSON.
 
-    python process_cases.py fork | spawn | fork_while_busy | memory
+    python process_cases.py fork | spawn | fork_while_busy
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -134,36 +133,9 @@ def fork_while_busy(forks: int) -> dict[str, object]:
     return {"codes": codes}
 
 
-def resident() -> int:
-    """Bytes of memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory(count: int) -> dict[str, object]:
-    """How much memory `count` calls add after a warm-up: of one size, and of sizes that change in each call."""
-    torch.set_num_threads(1)
-    def cheap(given: dict[str, Tensor]) -> list[Call]:
-        return [call for name, call in calls(given).items() if not name.startswith("distillation of")]
-
-    fixed = cheap(leaves(3, 11, 5))
-    changing = [cheap(leaves(1 + k % 7, 5 + 3 * k, 2 + k % 5, seed=k)) for k in range(16)]
-    for _ in range(20):
-        for call in (*fixed, *(call for each in changing for call in each)):
-            call()
-    grown, number = {}, 0
-    for name, chosen in (("one size", [fixed]), ("changing sizes", changing)):
-        before = resident()
-        for step in range(count // 2 // len(fixed) + 1):
-            for call in chosen[step % len(chosen)]:
-                call()
-                number += 1
-        grown[name] = resident() - before
-    return {"calls": number, "grown": grown}
-
-
 PROGRAMS = {
     "fork": lambda: in_processes("fork", 2), "spawn": lambda: in_processes("spawn", 1),
-    "fork_while_busy": lambda: fork_while_busy(100), "memory": lambda: memory(10_000),
+    "fork_while_busy": lambda: fork_while_busy(100),
 }
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ def make(setting: Setting, *more: int) -> Problem:
 
 
 def task(
-    setting: Setting, op: str, ours: Callable[..., Any], exact: Callable[..., Any], *more: int, **rest: Any
+    setting: Setting, op: str, ours: Callable[..., Any], exact: Callable[..., Any], *more: int,
+    in_torch: Callable[..., Any] | None = None, **rest: Any,
 ) -> Task:
+    """`in_torch`: what plain torch is timed with, if that is not `exact`."""
     prompts, answers = shape(setting)
     size = prompts * answers
     return Task(
         case=op, op=op, shape={"P": prompts, "G": answers}, dtype=torch.float32, passes=FORWARD,
-        make=lambda: make(setting, *more), functions={OURS: ours, peers.EAGER: exact}, exact=exact,
+        make=lambda: make(setting, *more), functions={OURS: ours, peers.EAGER: in_torch or exact}, exact=exact,
         input_bytes=4 * size * max(more, default=1), bytes={OURS: 512 * size, peers.EAGER: 512 * size * K},
         bytes_moved=8 * size, **rest,
     )
@@ -77,7 +79,7 @@ def pass_at_k_advantages(setting: Setting) -> Iterator[Task]:
         return ((best @ member) / member.sum(0) - mean) / (std + 1e-4)
 
     yield task(setting, "pass_at_k_advantages", lambda rewards: r1kernels.pass_at_k_advantages(rewards, K), exact,
-               variant=f"k = {K}")
+               in_torch=eager.pass_at_k_advantages(K), variant=f"k = {K}")
 
 
 CASES = {

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 from r1kernels.bench.cases import policy_head
@@ -15,7 +14,16 @@ from r1kernels.bench.clock import Run
 from r1kernels.bench.tasks import Setting, Task
 
 NAME = "linear_grpo_loss_busy"
-PROGRAM = "import os\nos.nice(19)\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+# A stopped process cannot see that its parent has died: Linux kills it then (prctl 1 is PR_SET_PDEATHSIG).
+PROGRAM = """
+import ctypes, os, signal, sys
+if sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
+    sys.exit("prctl failed")
+os.nice(19)
+print("ready", flush=True)
+while os.getppid() == int(sys.argv[1]):
+    pass
+"""
 
 
 class BusyProcess:
@@ -28,8 +36,10 @@ class BusyProcess:
     def start(self) -> subprocess.Popen[bytes]:
         if self.child is None:
             # It gets a new session: Linux first divides processors between sessions, and only then looks at priorities.
-            self.child = subprocess.Popen([sys.executable, "-c", PROGRAM], start_new_session=True)
-            time.sleep(0.5)
+            self.child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(os.getpid())], start_new_session=True,
+                                          stdout=subprocess.PIPE)
+            if not self.child.stdout.readline():
+                raise RuntimeError(f"the busy process ended at once, with status {self.child.wait()}")
         return self.child
 
     def beside(self, run: Run) -> Run:
@@ -50,6 +60,7 @@ class BusyProcess:
         if self.child is not None:
             self.child.kill()
             self.child.wait()
+            self.child.stdout.close()
 
 
 def case(setting: Setting) -> Iterator[Task]:

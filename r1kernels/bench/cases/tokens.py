@@ -11,26 +11,29 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels import Objective, objectives
+from r1kernels import Objective, objectives, testing
 from r1kernels.bench import eager, peers
 from r1kernels.bench.peers import Peer
 from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task
-
-TOLERANCE = (1e-4, 1e-3)
 
 
 def shape(setting: Setting) -> tuple[int, int]:
     return setting.pick((8, 64), (64, 2048), (512, 4096))
 
 
-def make(setting: Setting, *names: str, leaves: tuple[str, ...] = ()) -> Problem:
+def size_of_oracle(setting: Setting) -> tuple[int, int]:
+    """The oracle visits tokens in a loop, about 8,000 in a second."""
+    return setting.pick((8, 64), (16, 512), (16, 512))
+
+
+def make(setting: Setting, size: tuple[int, int], *names: str, leaves: tuple[str, ...] = ()) -> Problem:
     """The named tensors of a rollout. Log-ratios are so small that no token is near a bound: there, float64 and float32
     may decide differently."""
-    b, t = shape(setting)
+    b, t = size
     rng, device = setting.generator(), setting.device
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=rng, device=device)
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=rng, device=device)
 
     logprobs = -normal(b, t).abs() - 0.1
     every = {
@@ -44,25 +47,34 @@ def make(setting: Setting, *names: str, leaves: tuple[str, ...] = ()) -> Problem
 
 def task(
     setting: Setting, op: str, names: tuple[str, ...], ours: Callable[..., Any], exact: Callable[..., Any],
-    leaves: tuple[str, ...] = (), eager_too: bool = True, **rest: Any,
+    leaves: tuple[str, ...] = (), eager_too: bool = True, size: tuple[int, int] | None = None,
+    **rest: Any,
 ) -> Task:
-    b, t = shape(setting)
+    b, t = size or shape(setting)
     passes = BOTH if leaves else FORWARD
     functions = {OURS: ours} | ({peers.EAGER: exact} if eager_too else {})
     return Task(
         case=op, op=op, shape={"B": b, "T": t}, dtype=torch.float32, passes=passes, functions=functions, exact=exact,
-        make=partial(make, setting, *names, leaves=leaves), input_bytes=4 * b * t * len(names),
+        make=partial(make, setting, (b, t), *names, leaves=leaves), input_bytes=4 * b * t * len(names),
         bytes={OURS: 640 * b * t, peers.EAGER: 128 * b * t}, bytes_moved=4 * b * t * (len(names) + len(leaves)),
-        **{"tolerance": TOLERANCE} | rest,
+        **rest,
     )
+
+
+def oracle(objective: Objective, **inputs: Tensor) -> Tensor:
+    """The oracle's loss, with the gradient that it writes out."""
+    logprobs = inputs["logprobs"]
+    exact = testing.policy_loss(objective, **inputs)
+    grad = exact.grad_logprobs.value.to(logprobs)
+    return exact.loss.value.to(logprobs) + (grad * (logprobs - logprobs.detach())).sum()
 
 
 LOSS = ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "mask")
 
 
 def policy_loss(setting: Setting) -> Iterator[Task]:
-    """Each preset with a mask, a reference and its own KL term. Plain torch has the clipped loss; the reference of the
-    others is this library's plain PyTorch in float64."""
+    """Each preset with a mask, a reference and its own KL term, checked against the oracle of the tests, which shares
+    no code with this library. Plain torch has the clipped loss alone."""
     presets: dict[str, Objective] = {
         "grpo": objectives.grpo(), "r1": objectives.r1(), "dr_grpo": objectives.dr_grpo(2048),
         "dapo": objectives.dapo(), "gspo": objectives.gspo(), "cispo": objectives.cispo(), "sapo": objectives.sapo(),
@@ -74,14 +86,11 @@ def policy_loss(setting: Setting) -> Iterator[Task]:
         def ours(objective: Objective = objective, **inputs: Tensor) -> Tensor:
             return r1kernels.policy_loss(**inputs, objective=objective).loss
 
-        def reference(objective: Objective = objective, **inputs: Tensor) -> Tensor:
-            with r1kernels.backend("reference"):
-                return r1kernels.policy_loss(**inputs, objective=objective).loss
-
         if name == "grpo":
             yield task(setting, "policy_loss", ("logprobs", "advantages", "old_logprobs"), ours, eager.clipped_loss,
                        ("logprobs",), compiled=True)
-        yield task(setting, "policy_loss", LOSS, ours, reference, ("logprobs",), eager_too=False, variant=name)
+        yield task(setting, "policy_loss", LOSS, ours, partial(oracle, objective), ("logprobs",), eager_too=False,
+                   size=size_of_oracle(setting), variant=name)
 
     def clip(logprobs: Tensor, entropy: Tensor, tokens: r1kernels.PolicyBatch) -> Tensor:
         ratio = (logprobs - tokens.old_logprobs).exp()
@@ -117,7 +126,7 @@ def high_entropy_filter(setting: Setting) -> Iterator[Task]:
 
     # A token at the quantile may be kept in one precision and dropped in the other.
     yield task(setting, "high_entropy_filter", ("entropy",), r1kernels.high_entropy_filter, exact,
-               tolerance=(0.02, 0.02))
+               tolerance=0.05)
 
 
 def off_policy_filter(setting: Setting) -> Iterator[Task]:
@@ -145,7 +154,7 @@ def clip_cov_filter(setting: Setting) -> Iterator[Task]:
         covariance = (logprobs - logprobs.mean()) * (a - a.mean())
         return (~((covariance > 1) & (covariance < 5))).to(logprobs.dtype)
 
-    yield task(setting, "clip_cov_filter", ("logprobs", "advantages"), ours, exact, tolerance=(0.02, 0.02))
+    yield task(setting, "clip_cov_filter", ("logprobs", "advantages"), ours, exact, tolerance=0.05)
 
 
 def global_normalizer(setting: Setting) -> Iterator[Task]:

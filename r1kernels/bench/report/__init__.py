@@ -1,7 +1,7 @@
 """The report of `r1kernels bench`: a page with pictures, tables for Markdown, and pictures for the documentation.
 
 Everything here reads the JSON document that `r1kernels bench` writes (format 1), and computes nothing on a device. It
-needs matplotlib and jinja2: `pip install matplotlib jinja2`.
+needs matplotlib and jinja2: `pip install '.[bench]'` in a clone of the repository.
 """
 
 from r1kernels.bench.report.ceilings import errors, roofline, shares

@@ -19,6 +19,7 @@ from r1kernels.bench.report.rows import (
     quantiles,
     rows,
 )
+from r1kernels.bench.table import spread, unstable
 
 SERIES = {"vocabulary": "series over V", "tokens": "series over N", "active": "series over active tokens"}
 BARS = {"|": "\\|", "<": "&lt;", ">": "&gt;"}  # what would end a cell, or be read as HTML
@@ -124,7 +125,7 @@ def operation_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
             words.shape(row.get("shape")), *key(row, "pass", "dtype", "variant", "series")))
         cases = []
         for (shape, passed, dtype, variant, series), group in by_case.items():
-            lines = [[name(row), words.seconds(row.get("median_s")), words.times(row.get("ratio")),
+            lines = [[name(row), words.seconds(row.get("median_s")), spread_cell(row), words.times(row.get("ratio")),
                       words.memory(row.get("peak_extra_bytes")),
                       "" if is_ceiling(row) else words.error(row.get("max_error"))]
                      for row in sorted(group, key=lambda row: order(name(row)))]
@@ -132,6 +133,13 @@ def operation_cells(results: dict[str, Any]) -> list[dict[str, Any]]:
             cases.append({"title": title, "rows": lines})
         groups.append({"op": op, "summary": summary(found), "cases": cases})
     return groups
+
+
+def spread_cell(row: Row) -> str:
+    """The interquartile range in percent of the median; "unstable" where the time is uncertain."""
+    share = spread(row)
+    text = "" if share is None else f"{100 * share:.0f} %"
+    return words.listed([text, "unstable" if unstable(row) else ""])
 
 
 def summary(found: list[Row]) -> str:
