@@ -183,11 +183,10 @@ OTHER_KINDS = {
     "gpu.json": {"device", "torch", "r1kernels", "triton", "sources"},
     "ptxas.json": {"nvcc", "cuda_sources"},
     "aot/*.json": {"triton", "sources"},
-    "mutation.json": {"torch", "r1kernels", "date", "source"},
     "scaling.json": {"assumptions"},
 }
-FORMS = {"date": r"\d{4}-\d\d-\d\d", "sources": r"[0-9a-f]{7,}", "source": r"[0-9a-f]{7,}",
-         "cuda_sources": r"[0-9a-f]{7,}", "torch": r"\d+\.\d+.*", "r1kernels": r"\d+\.\d+.*", "triton": r"\d+\.\d+.*",
+FORMS = {"date": r"\d{4}-\d\d-\d\d", "sources": r"[0-9a-f]{7,}", "cuda_sources": r"[0-9a-f]{7,}",
+         "torch": r"\d+\.\d+.*", "r1kernels": r"\d+\.\d+.*", "triton": r"\d+\.\d+.*",
          "nvcc": r"\d+\.\d+.*", "device": r"\S.*"}
 
 
@@ -195,7 +194,7 @@ def wrong_origin(name: str, result: dict) -> list[str]:
     """What a result file does not say, or says without need, about its origin."""
     needed = next((fields for kind, fields in OTHER_KINDS.items() if Path(name).match(kind)), MEASURED_FILE)
     said = {"sources" if field in ("csrc_tree", "kernels") else field: value for field, value in result.items()
-            if field in (*ORIGIN, "kernels", "source", "assumptions")}
+            if field in (*ORIGIN, "kernels", "assumptions")}
     wrong = needed - set(said) if needed is MEASURED_FILE else needed ^ set(said)
     return [f"{name}: {field}" for field in sorted(wrong)] + [
         f"{name}: {field} is {value!r}" for field, value in said.items()
@@ -214,7 +213,7 @@ def test_each_result_file_says_what_its_kind_must_say() -> None:
 @pytest.mark.parametrize("name, change", [
     ("a/b.json", {"device": None}), ("a/b.json", {"date": "today"}), ("a/b.json", {"sources": None}),
     ("a/b.json", {"torch": ""}), ("aot/b.json", {}), ("ptxas.json", {}),
-    ("mutation.json", {"device": None}), ("scaling.json", {}),
+    ("scaling.json", {}),
 ])
 def test_a_result_file_without_its_origin_is_found(name: str, change: dict) -> None:
     fine = {"device": "Example", "torch": "2.13.0", "r1kernels": "0.2.0", "date": "2026-11-30", "sources": "89abcdef"}
