@@ -13,11 +13,13 @@ namespace {
 
 using namespace r1k::bindings;
 
-void check_divergence(const r1k::RowView& student, const r1k::RowView& teacher, int64_t kind) {
+void check_divergence(const r1k::RowView& student, const r1k::RowView& teacher, int64_t kind, double beta) {
   bool same = student.leading == teacher.leading && student.vocab == teacher.vocab;
   for (int k = 0; same && k < student.leading; ++k) same = student.sizes[k] == teacher.sizes[k];
   R1K_CHECK(same, "student and teacher must have the same shape");
   R1K_CHECK(kind >= 0 && kind <= 2, "kind is ", kind, ", expected 0, 1 or 2");
+  const bool is_jsd = static_cast<r1k::Divergence>(kind) == r1k::Divergence::jsd;
+  R1K_CHECK(!is_jsd || (beta > 0 && beta < 1), "beta is ", beta, ", expected a number between 0 and 1");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, MaybeTensor mask,
@@ -33,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> divergence(Tensor stu
   r1k::DivergenceForward args;
   args.student = row_view(student);
   args.teacher = row_view(teacher);
-  check_divergence(args.student, args.teacher, kind);
+  check_divergence(args.student, args.teacher, kind, beta);
   const int64_t count = value.numel();
   if (count == 0) return result;
   args.mask = bools(mask, "mask", count);
@@ -79,8 +81,8 @@ void divergence_backward(Tensor student, Tensor teacher, Tensor lse_student, Ten
   args.student = row_view(student);
   args.teacher = row_view(teacher);
   args.out = row_view(out);
-  check_divergence(args.student, args.teacher, kind);
-  check_divergence(args.student, args.out, kind);
+  check_divergence(args.student, args.teacher, kind, beta);
+  check_divergence(args.student, args.out, kind, beta);
   R1K_CHECK(args.out.vocab_stride == 1 || args.out.vocab == 1, "out must have unit stride over the vocabulary, got ",
             args.out.vocab_stride);
   args.out.vocab_stride = 1;

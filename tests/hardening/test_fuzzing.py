@@ -46,7 +46,7 @@ PIECES = st.sampled_from([
     "\t", "\x07", "\0", "---", "...", "%YAML 9.9", "[" * 60, "{a: " * 60, "'", '"\\ud800"', "|\n", "\ufeff", "- ",
 ])
 
-WHERE_IN_YAML = [*(f"{unit} {number}" for unit in ("line", "position") for number in range(1000)), "nested too deeply"]
+WHERE_IN_YAML = r"(line|position) \d+|nested too deeply"
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,8 @@ def names_at(tree: Any, path: tuple[Any, ...]) -> set[str]:
 
 
 def has_name(message: str, names: set[str]) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) for name in names)
+    patterns = (name if name == WHERE_IN_YAML else re.escape(name) for name in names)
+    return any(re.search(rf"(?<!\w)({pattern})(?!\w)", message) for pattern in patterns)
 
 
 def loads_or_names(names: set[str], load: Any, *arguments: Any) -> None:
@@ -122,7 +123,7 @@ def test_a_recipe_with_text_in_a_line(name: str, data: st.DataObject, piece: str
     lines = TEXTS[name].splitlines()
     number = data.draw(st.integers(0, len(lines) - 1))
     head, colon, _ = lines[number].partition(": ")
-    names = set(re.findall(r"[\w.]+(?=:)", "\n".join(lines[number:]))) | {"the recipe", *WHERE_IN_YAML}
+    names = set(re.findall(r"[\w.]+(?=:)", "\n".join(lines[number:]))) | {"the recipe", WHERE_IN_YAML}
     lines[number] = data.draw(st.sampled_from([f"{head}{colon}{piece}", piece, f"{lines[number]}\n{piece}"]))
     loads_or_names(names, lambda: build_recipe(read_yaml("\n".join(lines)), RECIPES))
 
@@ -132,7 +133,7 @@ def test_a_recipe_with_text_in_a_line(name: str, data: st.DataObject, piece: str
 @example(b"- " * 1500)
 @example(b"".join(b"a%d: &a%d [%s]\n" % (k, k, b",".join([b"*a%d" % (k - 1) if k else b"x"] * 9)) for k in range(9)))
 def test_bytes_that_may_be_yaml(text: bytes) -> None:
-    loads_or_names({"the recipe", "run_dir", "a0", *WHERE_IN_YAML}, lambda: build_recipe(read_yaml(text)))
+    loads_or_names({"the recipe", "run_dir", "a0", WHERE_IN_YAML}, lambda: build_recipe(read_yaml(text)))
 
 
 @given(key=st.one_of(st.sampled_from(["seed", "stages", "data", "eval.samples", "stages.r1_zero.steps", "import_from",

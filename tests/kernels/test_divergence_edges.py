@@ -273,6 +273,18 @@ def test_operators_called_directly_refuse_memory_that_would_be_overwritten() -> 
         torch.ops.r1kernels.divergence(student, teacher, None, 3, 0.3, 0.7)
 
 
+@pytest.mark.not_on("triton", "cuda", reason="only the CPU's logarithm computes with integers, which could overflow")
+@pytest.mark.parametrize("beta", [-1.0, 0.0, 1.0, float("nan")])
+def test_operators_refuse_a_beta_that_is_no_weight(beta: float) -> None:
+    student, teacher = testing.random_logits(4, 40, seed=1), testing.random_logits(4, 40, seed=2)
+    with pytest.raises((RuntimeError, ValueError), match=f"beta is {beta:g}"):
+        torch.ops.r1kernels.divergence(student, teacher, None, 2, beta, 0.7)
+    _, *stats, _, _ = torch.ops.r1kernels.divergence(student, teacher, None, 2, 0.3, 0.7)
+    with pytest.raises((RuntimeError, ValueError), match=f"beta is {beta:g}"):
+        torch.ops.r1kernels.divergence_backward(
+            student, teacher, *stats, torch.ones(4), 2, beta, 0.7, torch.empty_like(student))
+
+
 # ---- a row depends on itself alone --------------------------------------------------------------------------
 
 

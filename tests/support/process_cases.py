@@ -135,7 +135,7 @@ def fork_while_busy(forks: int) -> dict[str, object]:
 
 PROGRAMS = {
     "fork": lambda: in_processes("fork", 2), "spawn": lambda: in_processes("spawn", 1),
-    "fork_while_busy": lambda: fork_while_busy(100),
+    "fork_while_busy": lambda: fork_while_busy(30),
 }
 
 if __name__ == "__main__":
