@@ -74,7 +74,7 @@ class Runner:
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(limit_s), *names]
         self._process = subprocess.Popen(command, cwd=COPY, env=variables, text=True, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE)
-        self._passes: dict[str, bool] = {}
+        self._clean: dict[str, int | str] = {}
 
     def run(self, test: str) -> dict[str, Any]:
         """{"code": the exit status of pytest, minus a signal, or `OUT_OF_TIME`, "failed": the first failure}"""
@@ -82,11 +82,11 @@ class Runner:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def passes(self, test: str) -> bool:
-        """Whether a test passes in the copy without a mutant."""
-        if test not in self._passes:
-            self._passes[test] = self.run(test)["code"] == 0
-        return self._passes[test]
+    def clean(self, test: str) -> int | str:
+        """How a test ends in the copy without a mutant."""
+        if test not in self._clean:
+            self._clean[test] = self.run(test)["code"]
+        return self._clean[test]
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -165,7 +165,10 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
         if mutant.is_compiled:
             build()
     status, by = status_of(result["code"]), result["failed"] or (test if result["code"] != 0 else "")
-    if status == "killed" and not runner.passes(by):
+    clean = runner.clean(by) if status == "killed" else 0
+    if clean == OUT_OF_TIME:
+        status = OUT_OF_TIME
+    elif clean != 0:
         raise RuntimeError(f"{by} fails without a mutant, so it judges none; its output is in {COPY / 'pytest.log'}")
     print(f"{status:11} {time.monotonic() - started:5.0f} s  {mutant.file}: {mutant.what}  {by}", flush=True)
     return {"file": mutant.file, "what": mutant.what, "status": status, "by": by}
