@@ -39,11 +39,13 @@ class Truth:
     """The exact results of a task, computed once, in `dtype`."""
 
     def __init__(self, task: Task, problem: Problem, dtype: torch.dtype) -> None:
-        self.task, self.problem = task, problem
-        self.exact = results_of(task.exact, problem.to(dtype), task.passes)
+        self.task: Task = task
+        self.problem: Problem = problem
+        self.exact: list[torch.Tensor] = results_of(task.exact, problem.to(dtype), task.passes)
         leaves = problem.leaves if task.passes == BOTH else ()
-        self.outputs = len(self.exact) - len(leaves)
-        self.labels = [*(f"output {i}" for i in range(self.outputs)), *(f"the gradient of {leaf}" for leaf in leaves)]
+        self.outputs: int = len(self.exact) - len(leaves)
+        outputs = (f"output {i}" for i in range(self.outputs))
+        self.labels: list[str] = [*outputs, *(f"the gradient of {leaf}" for leaf in leaves)]
 
     def check(self, name: str, function: Function) -> Held:
         """The error of a candidate that comes nearest to its tolerance.

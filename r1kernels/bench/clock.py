@@ -40,10 +40,10 @@ def _status(field: str) -> int:
 class HostClock:
     """Wall-clock time; memory is the high-water mark of the process, which Linux can reset."""
 
-    shortest = 1e-3
+    shortest: float = 1e-3
 
     def __init__(self) -> None:
-        self.no_memory = ""
+        self.no_memory: str = ""
         try:
             self._reset()
             _status("VmHWM")
@@ -80,15 +80,15 @@ class DeviceClock:
     first call, so that the time of the host is not in the number.
     """
 
-    no_memory = ""
-    shortest = 0.0  # a second call would find its inputs in the cache
+    no_memory: str = ""
+    shortest: float = 0.0  # a second call would find its inputs in the cache
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         size = max(SMALLEST_FLUSH, 4 * cache)
-        self.flush = torch.zeros(size // 4, dtype=torch.float32, device=device)
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.flush: torch.Tensor = torch.zeros(size // 4, dtype=torch.float32, device=device)
+        self.events: list[torch.cuda.Event] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def seconds(self, run: Run, calls: int) -> float:
         start, end = self.events

@@ -37,11 +37,14 @@ class Engine:
     def __init__(
         self, setting: Setting, clock: Clock, results: Results, deadline: float | None = None
     ) -> None:
-        self.setting, self.clock, self.results = setting, clock, results
-        self.deadline = math.inf if deadline is None else deadline  # of time.monotonic: then few rounds are enough
-        self.seconds = setting.pick(0.1, 1.0, 5.0)
-        self.least_rounds = setting.pick(LEAST_ROUNDS, LEAST_ROUNDS, 5)
-        self.trouble = False
+        self.setting: Setting = setting
+        self.clock: Clock = clock
+        self.results: Results = results
+        # Of time.monotonic: after it, few rounds are enough.
+        self.deadline: float = math.inf if deadline is None else deadline
+        self.seconds: float = setting.pick(0.1, 1.0, 5.0)
+        self.least_rounds: int = setting.pick(LEAST_ROUNDS, LEAST_ROUNDS, 5)
+        self.trouble: bool = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
 
     def measure(self, task: Task) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from r1kernels.bench import ceilings, fidelity, machine, table
 from r1kernels.bench.cases import CASES
-from r1kernels.bench.clock import clock_of
+from r1kernels.bench.clock import Clock, clock_of
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import one_line
 from r1kernels.bench.results import FILE, PAGE, Results, write_json
@@ -37,12 +37,15 @@ class Run:
     """One run of the command."""
 
     def __init__(self, setting: Setting, options: Options) -> None:
-        self.setting, self.options, self.started = setting, options, time.monotonic()
-        self.results = Results(setting.device, setting.size)
-        self.clock = clock_of(setting.device)
+        self.setting: Setting = setting
+        self.options: Options = options
+        self.started: float = time.monotonic()
+        self.results: Results = Results(setting.device, setting.size)
+        self.clock: Clock = clock_of(setting.device)
         deadline = None if options.seconds is None else self.started + options.seconds
-        self.engine = Engine(setting, self.clock, self.results, deadline)
-        self.status, self.saved = 0, False
+        self.engine: Engine = Engine(setting, self.clock, self.results, deadline)
+        self.status: int = 0
+        self.saved: bool = False
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
