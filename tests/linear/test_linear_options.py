@@ -177,7 +177,7 @@ def test_0d_hidden_and_rounded_invariant_logits(function: Callable[..., Any]) ->
         ({"measure_all": 1}, TypeError, "measure_all is 1, expected True or False"),
         ({"objective": objectives.r1()}, ValueError, "ref_logprobs is None, expected a tensor"),
         ({"objective": objectives.grpo}, TypeError, "objective is grpo,"),
-        ({"objective": "grpo"}, TypeError, "objective is 'grpo', expected an Objective or a callable"),
+        ({"objective": "grpo"}, TypeError, "objective is 'grpo', expected an Objective"),
         ({"objective": lambda logprobs, batch: logprobs.sum()}, ValueError, "the custom objective returned"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"cu_seqlens was given with token_ids of shape \(2, 3\)"),
     ],
