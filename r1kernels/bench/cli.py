@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
                        help="folder for the results; earlier ones in it are renamed (default: %(default)s)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="what is measured (default: cuda where there is one)")
     found.add_argument("--size", choices=("small", "default", "large"), default="default",
-                       help="small: about a minute, to see that everything works; default: about 10 minutes on two CPU "
+                       help="small: about a minute, to see that everything works; default: about 11 minutes on two CPU "
                             "cores; large: for GPUs of 80 GB and more (default: %(default)s)")
     found.add_argument("--only", nargs="+", default=(), metavar="CASE",
                        help="measure these cases only: names of operations, or fidelity")
