@@ -39,7 +39,7 @@ ALLOWED = {
     "half of the time of decoding 64": "computed by benchmarks/scaling.py",
     "first four minutes": "the order of stages in benchmarks/run_on_gpu.sh",
     "five minutes and a training loop": "what a reader has",
-    "about 10 minutes on two idle cores": "what a contributor should expect",
+    "about 11 minutes on two idle cores": "what a contributor should expect",
     "need about 10 GB of memory": "what a contributor should expect",
     "(5 GB, not in CI)": "what a contributor should expect",
     "at most 1 MiB from a program": "a limit in r1kernels/rewards",
