@@ -34,7 +34,7 @@ std::string no_devices(cudaError_t status) {
   if (driver == 0) return "no NVIDIA driver is installed; install one for CUDA " + version(runtime) + " or newer";
   if (status == cudaErrorInsufficientDriver) {
     return "the NVIDIA driver is one for CUDA " + version(driver) + ", too old for these kernels of CUDA " +
-           version(runtime) + "; update it, or use Triton (pip install 'r1kernels[triton]', R1KERNELS_BACKEND=triton)";
+           version(runtime) + "; update it, or use Triton (pip install triton, R1KERNELS_BACKEND=triton)";
   }
   if (status == cudaErrorNoDevice) return "the NVIDIA driver sees no GPU; CUDA_VISIBLE_DEVICES may hide it";
   return std::string("CUDA cannot be used: ") + cudaGetErrorString(status);

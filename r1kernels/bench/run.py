@@ -128,35 +128,33 @@ class Run:
 
     # ---- results --------------------------------------------------------------------------------------------
 
-    def document(self) -> dict[str, Any]:
-        return self.results.document(self.seconds())
-
-    def save(self) -> bool:
-        """Writes the document. Earlier results are renamed first; a run that measured nothing leaves them alone and
-        returns False."""
+    def save(self) -> dict[str, Any] | None:
+        """Writes the document and returns it. Earlier results are renamed first; a run that measured nothing leaves them
+        alone and returns None."""
         path = self.options.out / FILE
         if not self.saved and path.exists():
             if not self.results.rows and not self.results.fidelity:
-                return False
+                return None
             keep_earlier(self.options.out)
         self.saved = True
-        write_json(self.document(), path)
-        return True
+        document = self.results.document(self.seconds())
+        write_json(document, path)
+        return document
 
     def finish(self) -> None:
         paths = [self.options.out / FILE]
-        if not self.save():
+        if (document := self.save()) is None:
             say(table.of_left_out(self.results.left_out()))
             say(f"\nnothing was measured; {paths[0]} has earlier results and is unchanged")
             return
-        if (why := write_page(self.document(), self.options.out / PAGE)) is None:
+        if (why := write_page(document, self.options.out / PAGE)) is None:
             paths.append(self.options.out / PAGE)
         else:
             self.results.leave_out("the page of pictures", why)
-        self.save()
+            document = self.save() or document
         if self.options.save_results and not self.status and not self.engine.trouble:
             paths.append(results_path(self.results))
-            write_json(self.document(), paths[-1])
+            write_json(document, paths[-1])
         say(table.of_left_out(self.results.left_out()))
         say(f"\n{len(self.results.rows)} times and {len(self.results.fidelity)} distributions of errors in "
             f"{self.seconds():.0f} s, written to {', '.join(map(str, paths))}")
