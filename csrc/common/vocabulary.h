@@ -216,18 +216,28 @@ R1K_HOST_DEVICE RowStatistics row_statistics(RowTotals totals, double x, double 
 
 // ---- the gradient ------------------------------------------------------------------------------------------
 
-// What every entry of a row needs.  log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor.
-// log p and H cancel where x is near the pivot, (lse - H) T.  With kExact their sum is therefore (x - pivot)/T + offset;
-// else it is log2 p + offset, in units of log 2 that minus_eta has, and the offset is made such that this is as exact at
-// the pivot.
+// What every entry of a row needs.  The anchor is the float32 next to lse T.  p = e^{(x - anchor)/T} from_anchor, and
+// from_anchor, which is the same for all of a row, is part of minus_g and minus_eta: where logits are large it is far
+// from 1.  log p and H cancel where x is near the pivot, (lse - H) T.  With kExact their sum is therefore
+// (x - pivot)/T + offset; else it is (x - anchor)/T + offset, in units of log 2 that minus_eta has, and the offset is
+// made such that this is as exact at the pivot.
 struct RowGradient {
   Scale scale;
-  float anchor, anchor_rest;
+  float anchor;
   float minus_g, minus_g_rest;
   float minus_eta, pivot, offset, slope;
 
-  R1K_HOST_DEVICE float rounded_log2_p(float x) const { return std::fma(x - anchor, scale.c, anchor_rest); }
+  R1K_HOST_DEVICE float rounded_exponent(float x) const { return product(x - anchor, scale.c); }
 };
+
+// e^{anchor/T - lse}.  It is between 1/V and V: the largest logit is a float32 at most T log V below lse T.  The bounds
+// are for logits above 1e15, where lse has lost the logarithm of its sum.
+template <bool kExact>
+R1K_HOST_DEVICE double from_anchor(float anchor, double lse, double temperature) {
+  const double exponent = (anchor - lse * temperature) * (1 / temperature * kLog2E);
+  const double bounded = exponent > 40 ? 40 : exponent < -40 ? -40 : exponent;  // NaN stays
+  return kExact ? std::exp2(bounded) : static_cast<double>(std::exp2(static_cast<float>(bounded)));
+}
 
 template <bool kExact>
 R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temperature, double g, double eta) {
@@ -237,13 +247,13 @@ R1K_HOST_DEVICE RowGradient row_gradient(double lse, double entropy, double temp
   RowGradient row;
   row.scale = scale_of(temperature);
   row.anchor = static_cast<float>(lse * temperature);
-  row.anchor_rest = static_cast<float>((row.anchor - lse * temperature) * scale);
+  const double unit = from_anchor<kExact>(row.anchor, lse, temperature) * inv_t;
   row.pivot = static_cast<float>(pivot);
   row.offset = kExact ? static_cast<float>((row.pivot - pivot) * inv_t)
-                      : static_cast<float>((row.pivot - pivot) * scale - row.rounded_log2_p(row.pivot));
-  row.minus_g = static_cast<float>(-g * inv_t);
-  row.minus_g_rest = static_cast<float>(-g * inv_t - row.minus_g);
-  row.minus_eta = static_cast<float>(-eta * inv_t * (kExact ? 1 : kLn2));
+                      : static_cast<float>((row.pivot - pivot) * scale - row.rounded_exponent(row.pivot));
+  row.minus_g = static_cast<float>(-g * unit);
+  row.minus_g_rest = static_cast<float>(-g * unit - row.minus_g);
+  row.minus_eta = static_cast<float>(-eta * unit * (kExact ? 1 : kLn2));
   row.slope = static_cast<float>(inv_t);
   return row;
 }
@@ -253,11 +263,11 @@ template <bool kExact, bool kEntropy>
 R1K_HOST_DEVICE float entry_gradient(float x, const RowGradient& row) {
   if (!kExact) {
     constexpr float kZero = -200;  // 2^-200 is 0, and 0 times the logarithm must be
-    const float log2_p = kEntropy ? max_or_nan(row.rounded_log2_p(x), kZero) : row.rounded_log2_p(x);
-    return exp2_fast(log2_p) * (kEntropy ? std::fma(row.minus_eta, log2_p + row.offset, row.minus_g) : row.minus_g);
+    const float y = kEntropy ? max_or_nan(row.rounded_exponent(x), kZero) : row.rounded_exponent(x);
+    return exp2_fast(y) * (kEntropy ? std::fma(row.minus_eta, y + row.offset, row.minus_g) : row.minus_g);
   }
   const Difference exact = exact_difference(x, row.anchor, row.scale);
-  const float p = exp2_of_product<true>(exact.d, row.scale, row.anchor_rest + exact.lost);
+  const float p = exp2_of_product<true>(exact.d, row.scale, exact.lost);
   float slope = row.minus_g;
   if (kEntropy) {
     const float log_p_plus_h = std::fma(p == 0 ? 0.0f : x - row.pivot, row.slope, row.offset);  // 0 * (-inf) = 0

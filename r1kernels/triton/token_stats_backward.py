@@ -31,7 +31,6 @@ from r1kernels.triton.common import (
     difference_error,
     entries,
     expm1,
-    fma,
     is_entry,
     kernel,
     launch,
@@ -53,22 +52,21 @@ def tile_gradient(
 ):
     """-(g + eta (log p_j + H)) p_j / T of a tile; `numbers` are those of its row, see `gradient_kernel`.
 
-    log p = (x - anchor)/T + anchor_rest with the float32 next to lse T as anchor, and log p + H = (x - pivot)/T +
-    offset with a pivot of its own, because the two cancel where p is near e^{-H}. EXACT keeps what float32 rounds away.
-    With MORE, shift / T is added, and with ENTROPY too 2 zeta p_j (p_j - S) / T. To save registers, `minus_g` is then
-    all of the factor of p_j that depends neither on x nor on p_j, and `minus_eta` has the slope.
+    The anchor is the float32 next to lse T. `p` is e^{(x - anchor)/T}: what is missing to the probability is the same
+    for all of a row, and part of its factors (`from_anchor`), for it is not small where logits are large. log p + H =
+    (x - pivot)/T + offset has another point of reference, because the two cancel where p is near e^{-H}. EXACT keeps
+    what float32 rounds away. With MORE, shift / T is added, and with ENTROPY too 2 zeta p_j (p_j - S) / T. To save
+    registers, `minus_g` is then all of the factor of p_j that depends neither on x nor on p_j, and `minus_eta` has the
+    slope.
     """
-    (
-        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta,
-        shift,
-    ) = numbers
+    c, c_rest, anchor, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap, two_zeta, shift = numbers
     if EXACT:
         lowest = anchor - 1000.0 / c  # as in `below`
         x = tl.where(x < lowest, lowest, x)
         d = x - anchor
-        p = exp2_of_product(d, c, c_rest, anchor_rest + difference_error(x, anchor, d) * c)
+        p = exp2_of_product(d, c, c_rest, difference_error(x, anchor, d) * c)
     else:
-        p = tl.exp2(fma(x - anchor, c, anchor_rest))
+        p = tl.exp2((x - anchor) * c)
     factor = minus_g
     if ENTROPY:
         d = tl.where(p == 0, 0.0, x - pivot)  # 0 * (-inf) = 0
@@ -85,6 +83,22 @@ def tile_gradient(
         tanh = tl.maximum(x, LOWEST) * inv_softcap  # -inf * 0 is NaN
         gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))
     return gradient
+
+
+@triton.jit
+def from_anchor(anchor, log_sum, t, EXACT: tl.constexpr):
+    """e^{anchor/T - lse}, which makes p of e^{(x - anchor)/T}; in float64.
+
+    It is between 1/V and V: the largest logit is a float32 at most T log V below lse T, and the anchor is the float32
+    next to lse T. The bounds are for logits above 1e15, where lse has lost the logarithm of its sum.
+    """
+    exponent = (anchor - log_sum * t) * (1 / t * LOG2E)
+    exponent = tl.where(exponent > 40.0, 40.0, exponent)  # NaN stays
+    exponent = tl.where(exponent < -40.0, -40.0, exponent)
+    if EXACT:
+        return tl.exp2(exponent)
+    else:
+        return tl.exp2(exponent.to(tl.float32)).to(tl.float64)
 
 
 @triton.jit
@@ -218,12 +232,13 @@ def gradient_kernel(
     c = scale.to(tl.float32)
     c_rest = (scale - c).to(tl.float32)
     anchor = (log_sum * t).to(tl.float32)
-    anchor_rest = ((anchor - log_sum * t) * scale).to(tl.float32)
     pivot = ((log_sum - h) * t).to(tl.float32)
     offset = ((pivot - (log_sum - h) * t) * inv_t).to(tl.float32)
-    minus_g = (-g * inv_t).to(tl.float32)
-    minus_g_rest = (-g * inv_t - minus_g).to(tl.float32)
-    minus_eta = (-eta * inv_t).to(tl.float32)
+    ratio = from_anchor(anchor, log_sum, t, EXACT)
+    unit = ratio * inv_t
+    minus_g = (-g * unit).to(tl.float32)
+    minus_g_rest = (-g * unit - minus_g).to(tl.float32)
+    minus_eta = (-eta * unit).to(tl.float32)
     slope = inv_t.to(tl.float32)
     s = inv_t  # of any value where zeta is 0
     if MORE:
@@ -234,15 +249,15 @@ def gradient_kernel(
         MORE,
     )
     if MORE:  # -(g + eta (log p_j + H) - 2 zeta (p_j - S)) / T without the parts that depend on p_j or x
-        rest_of_factor = (-g - eta * ((pivot - (log_sum - h) * t) * inv_t) - 2 * zeta * s) * inv_t
+        rest_of_factor = (-g - eta * ((pivot - (log_sum - h) * t) * inv_t) - 2 * zeta * s) * unit
         minus_g = rest_of_factor.to(tl.float32)
         minus_g_rest = (rest_of_factor - minus_g).to(tl.float32)
-        minus_eta = (-eta * inv_t * inv_t).to(tl.float32)
+        minus_eta = (-eta * inv_t * unit).to(tl.float32)
     own_at = tl.where((target >= begin) & (target < begin + size), target - begin, -1).to(tl.int32)
     tl.debug_barrier()  # every thread has read the token's logit
     numbers = (
-        c, c_rest, anchor, anchor_rest, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
-        (2 * zeta * inv_t).to(tl.float32), (shift * inv_t).to(tl.float32),
+        c, c_rest, anchor, minus_g, minus_g_rest, minus_eta, pivot, offset, slope, inv_softcap,
+        (2 * zeta * unit * ratio).to(tl.float32), (shift * inv_t).to(tl.float32),
     )
     has_factor = eta != 0  # of p, beside g
     if MORE:

@@ -22,6 +22,7 @@ from common_cases import (
     Wide,
     error_of_powers,
     is_exact,
+    of_powers,
     rows_of,
     statistics_of,
     within,
@@ -56,17 +57,18 @@ def gradients_of(x: np.ndarray, temperature: float, g: np.ndarray, eta: np.ndarr
 def entry_error(
     lines: Any, x: np.ndarray, temperature: float, g: np.ndarray, eta: np.ndarray, power_error: float
 ) -> np.ndarray:
-    """Of p: the anchor's difference, its product with c, and c. Of the factor: g and eta; the pivot's difference and
-    its product with 1/T, whose sizes are those of x - pivot; their sum; what the offset cannot hold of the pivot. Where
-    results are rounded to 16 bits: log2 p of the entry and of the pivot instead."""
+    """Of p: the difference to the anchor, its product with c, and c. Of the factor: g and eta, each with the constant
+    that makes p of a power; the pivot's difference and its product with 1/T, whose sizes are those of x - pivot; their
+    sum; what the offset cannot hold of the pivot. Where results are rounded to 16 bits: the exponents of the entry and
+    of the pivot instead, and the power that the constant is."""
     gradient, p, log_p, lse, entropy = gradients_of(x, temperature, g, eta)
     g, eta, lse, entropy = (np.abs(value)[:, None] for value in (g, eta, lse, entropy))
-    y = np.where(p == 0, 0, -log_p * LOG2E)
-    if is_exact(lines):
-        lost = (U * lse + 3 * U * y * LN2)  # the anchor's and the products', small numbers: but for a parabola
-        of_p = power_error + 2 * U + lost**2 / 2
-    else:
-        of_p = power_error + 3 * U * LN2 * y
+    anchor = np.float32(lse * Wide(temperature)).astype(Wide)
+    shift = np.abs(anchor / Wide(temperature) - lse) * LOG2E
+    y = np.where(p == 0, 0, -log_p * LOG2E) + shift  # at least the exponent's size
+    of_p = of_powers(lines, y, power_error)
+    if not is_exact(lines):
+        of_p += power_error + U * LN2 * (y + shift)
     from_pivot = np.where(p == 0, 0, np.abs(log_p + entropy)) + 2 * U * (lse + entropy)
     of_factor = eta * (6 * U * from_pivot + U * U * (lse + entropy))
     if not is_exact(lines):
@@ -150,7 +152,8 @@ def test_gradients_of_the_token_itself(lines: Any, kind: str, temperature: float
     if not is_exact(lines):
         of_g = 3 * np.abs(g) * np.where(own_p > 0.5, others, 1 - own_p)
         of_entropy = (5 - own_log_p) * np.abs(eta) * own_p * np.abs(own_log_p + entropy)
-        allowed += U * (of_g + of_entropy) / temperature
+        subnormal = LEAST * (np.abs(g) + np.abs(eta * (own_log_p + entropy)))
+        allowed += (U * (of_g + of_entropy) + subnormal) / temperature
     within(found, exact, allowed)
 
 

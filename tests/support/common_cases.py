@@ -100,6 +100,8 @@ ROWS: dict[str, Maker] = {
     # Where T is 1, exponents on both sides of 2^20, beyond which float32 cannot hold them beside their differences.
     "large": lambda rng, rows, length: rng.normal(2**20 * LN2, 1, (rows, length)),
     "large, negative": lambda rng, rows, length: rng.normal(-(2**20) * LN2, 1, (rows, length)),
+    # Neighbours are 8 apart: the float32 next to lse T may be some units of T away from it.
+    "coarse": lambda rng, rows, length: rng.normal(1e8, 20, (rows, length)),
     "far apart": lambda rng, rows, length: rng.normal(0, 1, (rows, length)) * 10 ** rng.uniform(0, 30, (rows, length)),
 }
 NUMBERS = [name for name in ROWS if name != "far apart"]
