@@ -162,6 +162,24 @@ def test_a_common_offset_costs_nothing(offset: float) -> None:
     testing.assert_within(entropy, exact.entropy, BAR)
 
 
+def test_gradients_of_logits_of_any_size() -> None:
+    """Each row has another offset, up to 1e8, where neighbours in float32 are 8 apart. The budget is that of the exact
+    probabilities: how far the log-sum-exp is from the next float32 is not in it."""
+    offsets = torch.tensor([0, 1e2, -1e3, 1e4, -1e4, 1e6, -1e7, 1e8]).unsqueeze(-1)
+    ids, (g, eta) = testing.random_ids(8, vocab=300), weights(8)
+    for dtype, temperature in ((torch.float32, 1.0), (torch.float32, 0.3), (torch.bfloat16, 0.3)):
+        logits = (testing.random_logits(8, 300) * (1 + offsets.abs() / 1e7) + offsets).to(dtype)
+        exact = testing.token_stats(logits, ids, temperature)
+        with backend(testing.KERNELS):
+            for g_used, eta_used in ((g, 0 * g), (g, eta)):
+                logprobs, entropy, grad = gradients(logits, ids, g_used, eta_used, temperature)
+                of_lse = 2 * torch.finfo(torch.float64).eps * offsets[:, 0].abs() / temperature
+                of_size = testing.rounding(exact.logprobs, torch.float32)
+                testing.assert_within(logprobs, exact.logprobs, BAR + of_size + of_lse)
+                testing.assert_within(entropy, exact.entropy, BAR)
+                testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g_used, eta_used, temperature))
+
+
 @reference_only
 def test_float64_logits_give_float64_results(recwarn: pytest.WarningsRecorder) -> None:
     with backend("reference"):
