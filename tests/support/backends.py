@@ -19,7 +19,7 @@ import pytest
 
 SUPPORT = Path(__file__).resolve().parent
 TESTS = SUPPORT.parent
-ROOMS = ("kernels", "losses", "linear")  # the operations, which every backend has to serve
+ROOMS = ("kernels", "losses", "linear", "hardening")  # the operations, which every backend has to serve
 GPU_KERNELS = ("triton", "cuda")
 
 reference_only = pytest.mark.not_on(*GPU_KERNELS, reason="float64: the reference runs, and no kernel")
