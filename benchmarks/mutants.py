@@ -249,6 +249,7 @@ MUTANTS: list[Mutant] = [
         "r1kernels/triton/token_stats_backward.py", STATISTICS,
         ("factor += minus_eta * (d * slope + offset)", "factor += minus_eta * (d * slope)",
          "the entropy's gradient without the offset"),
+        ("unit = ratio * inv_t", "unit = inv_t", "p is relative to a rounded log-sum-exp"),
         ("gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))", "gradient = gradient * (1.0 - tanh)",
          "the soft cap's slope without 1 + tanh"),
     ),
