@@ -20,7 +20,8 @@ class Mutant(NamedTuple):
 
     @property
     def backend(self) -> str:
-        return "triton" if self.file.startswith("r1kernels/triton/") else "cpu"
+        kinds = {"r1kernels/triton/": "triton", "r1kernels/train/": "train"}
+        return next((kind for folder, kind in kinds.items() if self.file.startswith(folder)), "cpu")
 
 
 Change = tuple[str, str, str]  # old, new, what it is

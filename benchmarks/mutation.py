@@ -6,16 +6,18 @@ Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its
 then runs without the mutant: if it passes, the mutant is killed, and if not, the script stops with an error. A mutant
 that no test notices survives. One whose tests do not end in time is neither, and the score leaves it out.
 
-Each result is added to benchmarks/results/mutation.json. What was killed in the same source is not run again, what
-was not killed is. So parts of the list can run at the same time, each with another folder for its copy. The exit status
-is 0 if all mutants that were chosen are killed. The CPU kernels are built without the wider instruction sets, which
-share their source.
+Each result is added to benchmarks/results/mutation.json, with its date and the hash of all sources. It holds until the
+mutant, the mutated file or the file of the test that noticed it changes. A mutant that was killed is not run again
+while its result holds; one that was not killed is. So parts of the list can run at the same time, each with another
+folder for its copy. The exit status is 0 if all mutants that were chosen are killed. The CPU kernels are built without
+the wider instruction sets, which share their source.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -36,10 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutation"
 OUT = ROOT / "benchmarks" / "results" / "mutation.json"
 LIMIT_S = 300  # of one run of tests
-BACKENDS = {"cpu": {}, "triton": {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}}
-PRELOADED = {"cpu": ("hypothesis", "torch"), "triton": ("hypothesis", "torch", "triton")}
+BACKENDS = {"cpu": {}, "triton": {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}, "train": {}}
+PRELOADED = {"cpu": ("hypothesis", "torch"), "triton": ("hypothesis", "torch", "triton"),
+             "train": ("hypothesis", "torch", "transformers.models.llama.modeling_llama")}
 OUT_OF_TIME = "out of time"
-ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources")
+ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources")  # of the last run
 
 
 def copy_tree() -> None:
@@ -171,18 +174,25 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     elif clean != 0:
         raise RuntimeError(f"{by} fails without a mutant, so it judges none; its output is in {COPY / 'pytest.log'}")
     print(f"{status:11} {time.monotonic() - started:5.0f} s  {mutant.file}: {mutant.what}  {by}", flush=True)
-    return {"file": mutant.file, "what": mutant.what, "status": status, "by": by}
+    return {"file": mutant.file, "what": mutant.what, "status": status, "by": by, "of": hash_of(mutant, by, COPY)}
+
+
+def hash_of(mutant: mutants.Mutant, by: str, tree: Path) -> str:
+    """Sixteen digits of the SHA-256 over a mutant, the file that it changes, and the file of the test `by`."""
+    digest = hashlib.sha256(repr((mutant.old, mutant.new)).encode())
+    for path in (tree / mutant.file, tree / by.partition("::")[0]):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:16]
 
 
 def key(item: mutants.Mutant | dict[str, Any]) -> tuple[str, str]:
     return (item["file"], item["what"]) if isinstance(item, dict) else (item.file, item.what)
 
 
-def recorded(text: str, sources: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results of the same sources in a file's text, without those of mutants that are no longer listed."""
-    known = json.loads(text or "{}")
-    listed = {key(mutant) for mutant in mutants.MUTANTS}
-    return {key(r): r for r in known.get("results", []) if known["sources"] == sources and key(r) in listed}
+def recorded(text: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results in a file's text that hold: those of mutants that are listed, and of files that have not changed."""
+    listed, results = {key(mutant): mutant for mutant in mutants.MUTANTS}, json.loads(text or "{}").get("results", [])
+    return {key(r): r for r in results if key(r) in listed and r["of"] == hash_of(listed[key(r)], r["by"], ROOT)}
 
 
 def counts(results: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -194,20 +204,21 @@ def counts(results: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def add_result(out: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
-    """Adds a result to those of the same sources."""
+    """Adds a result to those that hold."""
     with out.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        results = recorded(file.read(), about["sources"]) | {key(result): result}
+        dated = result | {"date": about["date"], "sources": about["sources"]}
+        results = recorded(file.read()) | {key(result): dated}
         ordered = [results[key(m)] for m in mutants.MUTANTS if key(m) in results]
         record = about | {"listed": len(mutants.MUTANTS)} | counts(ordered) | {"results": ordered}
         file.truncate(0)
         file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def report(out: Path, chosen: Sequence[mutants.Mutant], sources: str) -> int:
+def report(out: Path, chosen: Sequence[mutants.Mutant]) -> int:
     """Prints what is recorded of the chosen mutants; 0 if all of them are killed."""
-    found = recorded(out.read_text(encoding="utf-8") if out.exists() else "", sources)
+    found = recorded(out.read_text(encoding="utf-8") if out.exists() else "")
     results = [found[key(mutant)] for mutant in chosen if key(mutant) in found]
     number = counts(results)
     rest = "".join(f", {number[name]} {name}" for name in (OUT_OF_TIME, "not judged") if number[name])
@@ -239,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part, parts = map(int, given.part.split("/"))
     chosen = [m for m in mutants.MUTANTS if given.only in f"{m.file} {m.what}"][part::parts]
     about = about_this_run()
-    known = recorded(given.out.read_text(encoding="utf-8") if given.out.exists() else "", about["sources"])
+    known = recorded(given.out.read_text(encoding="utf-8") if given.out.exists() else "")
     waiting = [m for m in chosen if known.get(key(m), {}).get("status") != "killed"]
     waiting.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     if waiting:
@@ -252,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for runner in runners.values():
             runner.close()
-    return report(given.out, chosen, about["sources"])
+    return report(given.out, chosen)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     listed = mutants.of_file("formula.py", ("test_formula.py",), *CHANGES)
     monkeypatch.setattr(mutants, "MUTANTS", listed)
     monkeypatch.setattr(mutation, "COPY", tree)
+    monkeypatch.setattr(mutation, "ROOT", tree)
     monkeypatch.setattr(mutation, "build", lambda: None)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     runner = mutation.Runner
@@ -79,7 +80,22 @@ def test_the_script_tells_kills_from_survivors_and_time_outs(run: Any, capsys: p
     assert run("", "wrong")[0] == 0  # what was killed is not run again
     better = CHECKS + "    import inspect, formula\n    assert '2 * x' in inspect.getsource(formula)\n"
     status, found = run(better, "equal")
-    assert status == 0 and found["killed"] == 3
+    assert status == 0
+    assert found["killed"] == 1 and found["run"] == 1  # the file of the tests changed, so earlier results do not hold
+    assert {"date", "sources", "of"} <= found["results"][0].keys()
+
+
+@pytest.mark.parametrize("changed", ["formula.py", "test_formula.py", "mutant", "other.py"])
+def test_a_result_holds_until_its_mutant_its_file_or_its_test_changes(
+        run: Any, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(CHECKS, "wrong")
+    if changed == "mutant":
+        others = [("2 * x", "4 * x", "wrong"), *CHANGES[1:]]
+        monkeypatch.setattr(mutants, "MUTANTS", mutants.of_file("formula.py", ("test_formula.py",), *others))
+    else:
+        with (mutation.ROOT / changed).open("a") as file:
+            file.write("# more\n")
+    assert len(mutation.recorded(run.out.read_text())) == (changed == "other.py")
 
 
 def test_a_test_that_fails_without_a_mutant_judges_none(run: Any) -> None:
