@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mutants_training import TRAINING
+
 
 class Mutant(NamedTuple):
     """`old` is once in `file`, and `new` takes its place."""
@@ -273,4 +275,5 @@ MUTANTS: list[Mutant] = [
          "        if AFTER:\n            before = found < value",
          "a group ends before it begins"),
     ),
+    *(mutant for file, tests, changes in TRAINING for mutant in of_file(file, tests, *changes)),
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mutants
+import mutants_training
 import mutation
 import pytest
 from backends import host_code
@@ -29,7 +30,7 @@ def test_mutants_differ_and_name_tests_that_exist() -> None:
     assert not [m.what for m in mutants.MUTANTS if m.old == m.new]
     paths = {test.partition("::")[0] for m in mutants.MUTANTS for test in m.tests}
     assert not [path for path in paths if not (ROOT / path).exists()]
-    for name in ("r1kernels/ops/", "csrc/", "r1kernels/triton/"):
+    for name in ("r1kernels/ops/", "csrc/", "r1kernels/triton/", "r1kernels/train/", "r1kernels/rewards/"):
         assert len([m for m in mutants.MUTANTS if m.file.startswith(name)]) >= 12, name
 
 
@@ -46,7 +47,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     """Runs the script on a small formula: its exit status, and what it has recorded."""
     tree, out = tmp_path / "tree", tmp_path / "out.json"
     (tree / "benchmarks").mkdir(parents=True)
-    shutil.copy(mutants.__file__, tree / "benchmarks")
+    for module in (mutants, mutants_training):
+        shutil.copy(module.__file__, tree / "benchmarks")
     (tree / "formula.py").write_text(FORMULA)
     listed = mutants.of_file("formula.py", ("test_formula.py",), *CHANGES)
     monkeypatch.setattr(mutants, "MUTANTS", listed)
