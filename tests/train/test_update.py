@@ -117,7 +117,7 @@ def test_with_replay_the_policy_is_scored_over_what_sampling_kept(model, policy,
 @pytest.mark.parametrize(("preset", "options"), [
     ("grpo", {}), ("bnpo", {}), ("dr_grpo", {"max_length": 12})], ids=["sequence_mean", "token_mean", "constant"])
 def test_the_gradient_and_metrics_of_a_minibatch_are_those_of_the_formulas(rollout, policy, tokenizer, preset, options):
-    """In float64. The minibatch is a part of the rollout, in micro-batches of different sizes; no two inputs are equal."""
+    """In float64. The minibatch is a part of the rollout, in micro-batches of different sizes; no inputs are equal."""
     double, batches = make_model(tokenizer, hidden_size=32, num_hidden_layers=2).double(), list(ROWS[1:6].split(4))
     some = rollout.rows(torch.cat(batches))
     own, generator = exact_logprobs(double, some), torch.Generator().manual_seed(0)
