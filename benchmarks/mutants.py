@@ -43,6 +43,10 @@ STATISTICS = (f"{ANY_LOGITS}::test_log_probs_and_entropy", f"{ANY_LOGITS}::test_
               "tests/kernels/test_token_stats_edges.py")
 DIVERGENCE = (f"{ANY_LOGITS}::test_distillation", "tests/kernels/test_divergence.py",
               "tests/losses/test_distillation_loss.py")
+# In Triton's interpreter, any input takes minutes; these take seconds and find most.
+TRITON_STATISTICS = ("tests/kernels/test_token_stats.py::test_values_and_gradients",
+                     "tests/kernels/test_shifted_gradient.py", *STATISTICS)
+TRITON_DIVERGENCE = ("tests/kernels/test_divergence.py::test_values_and_gradients", *DIVERGENCE)
 ADVANTAGES = (f"{ANY_LOSSES}::test_group_advantages", "tests/losses/test_group_advantages.py")
 REWARDS = (f"{ANY_LOSSES}::test_several_rewards_and_the_best_of_k", "tests/losses/test_reward_combinations.py")
 
@@ -249,21 +253,21 @@ MUTANTS: list[Mutant] = [
          "the entropy's gradient has the wrong sign"),
     ),
     *of_file(
-        "r1kernels/triton/token_stats_backward.py", STATISTICS,
+        "r1kernels/triton/token_stats_backward.py", TRITON_STATISTICS,
         ("factor += minus_eta * (d * slope + offset)", "factor += minus_eta * (d * slope)",
          "the entropy's gradient without the offset"),
         ("gradient = gradient * ((1.0 - tanh) * (1.0 + tanh))", "gradient = gradient * (1.0 - tanh)",
          "the soft cap's slope without 1 + tanh"),
     ),
     *of_file(
-        "r1kernels/triton/token_stats_kernels.py", STATISTICS,
+        "r1kernels/triton/token_stats_kernels.py", TRITON_STATISTICS,
         ("rest = factor * tl.where(is_raised, rest + count, rest)", "rest = factor * rest",
          "equal maxima are lost when a larger one comes"),
         ("    if full < size:\n        x = load_tile(start, full",
          "    if full + 1 < size:\n        x = load_tile(start, full", "a last tile of one entry is skipped"),
     ),
     *of_file(
-        "r1kernels/triton/divergence_math.py", DIVERGENCE,
+        "r1kernels/triton/divergence_math.py", TRITON_DIVERGENCE,
         ("grad = factor * tl.where(q_is_big, -difference, difference)",
          "grad = factor * tl.where(q_is_big, difference, -difference)", "forward KL's gradient reversed"),
         ("log_ratio = tl.where(q_is_big, -distance, distance)", "log_ratio = tl.where(q_is_big, distance, distance)",

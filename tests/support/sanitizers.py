@@ -25,7 +25,8 @@ FLAGS = (  # Python's own -fwrapv would define an overflow of signed numbers, so
 TESTS = (
     "hardening/test_any_logits.py", "hardening/test_any_losses.py", "hardening/test_any_head.py",
     "kernels/test_raw_operators.py", "kernels/test_top_k.py", "kernels/test_gemm_precision.py",
-    "kernels/test_shifted_gradient.py", "kernels/test_vec_log.py", "linear/test_linear_support.py",
+    "kernels/test_shifted_gradient.py", "kernels/test_token_stats_edges.py", "kernels/test_divergence_edges.py",
+    "losses/test_policy_loss_edges.py", "linear/test_linear_support.py",
 )
 SHORT = TESTS[:4]
 # The reference has no kernels, and a compiled program calls the same ones.
