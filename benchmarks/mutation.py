@@ -7,7 +7,7 @@ then runs without the mutant: if it passes, the mutant is killed, and if not, th
 that no test notices survives. One whose tests do not end in time is neither, and the score leaves it out.
 
 Each result is added to benchmarks/results/mutation.json, with its date and the hash of all sources. It holds until the
-mutant, the mutated file or the file of the test that noticed it changes. A mutant that was killed is not run again
+mutant, the mutated file or the function of the test that noticed it changes. A mutant that was killed is not run again
 while its result holds; one that was not killed is. So parts of the list can run at the same time, each with another
 folder for its copy. The exit status is 0 if all mutants that were chosen are killed. The CPU kernels are built without
 the wider instruction sets, which share their source.
@@ -16,6 +16,7 @@ the wider instruction sets, which share their source.
 from __future__ import annotations
 
 import argparse
+import ast
 import fcntl
 import hashlib
 import importlib
@@ -178,11 +179,18 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
 
 
 def hash_of(mutant: mutants.Mutant, by: str, tree: Path) -> str:
-    """Sixteen digits of the SHA-256 over a mutant, the file that it changes, and the file of the test `by`."""
-    digest = hashlib.sha256(repr((mutant.old, mutant.new)).encode())
-    for path in (tree / mutant.file, tree / by.partition("::")[0]):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:16]
+    """Sixteen digits of the SHA-256 over a mutant, the file that it changes, and the function of the test `by`."""
+    formulas, (file, _, test) = tree / mutant.file, by.partition("::")
+    if not formulas.is_file() or (by and not (tree / file).is_file()):
+        return ""
+    text = (tree / file).read_text(encoding="utf-8") if by else ""
+    for node in ast.walk(ast.parse(text)) if test else ():
+        if isinstance(node, ast.FunctionDef) and node.name == test.partition("[")[0].rpartition("::")[2]:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            text = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+            break
+    made_of = mutant.old, mutant.new, formulas.read_text(encoding="utf-8"), text
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 
 
 def key(item: mutants.Mutant | dict[str, Any]) -> tuple[str, str]:

@@ -83,21 +83,23 @@ def test_the_script_tells_kills_from_survivors_and_time_outs(run: Any, capsys: p
     better = CHECKS + "    import inspect, formula\n    assert '2 * x' in inspect.getsource(formula)\n"
     status, found = run(better, "equal")
     assert status == 0
-    assert found["killed"] == 1 and found["run"] == 1  # the file of the tests changed, so earlier results do not hold
+    assert found["killed"] == 1 and found["run"] == 1  # the test changed, so earlier results do not hold
     assert {"date", "sources", "of"} <= found["results"][0].keys()
 
 
-@pytest.mark.parametrize("changed", ["formula.py", "test_formula.py", "mutant", "other.py"])
+@pytest.mark.parametrize("changed", ["the formula", "the test", "another test", "the mutant"])
 def test_a_result_holds_until_its_mutant_its_file_or_its_test_changes(
         run: Any, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(CHECKS, "wrong")
-    if changed == "mutant":
+    assert len(mutation.recorded(run.out.read_text())) == 1
+    if changed == "the mutant":
         others = [("2 * x", "4 * x", "wrong"), *CHANGES[1:]]
         monkeypatch.setattr(mutants, "MUTANTS", mutants.of_file("formula.py", ("test_formula.py",), *others))
     else:
-        with (mutation.ROOT / changed).open("a") as file:
-            file.write("# more\n")
-    assert len(mutation.recorded(run.out.read_text())) == (changed == "other.py")
+        more = {"the formula": "# more", "the test": "    assert double(0) == 0", "another test": "def test_b(): pass"}
+        with (mutation.ROOT / ("formula.py" if changed == "the formula" else "test_formula.py")).open("a") as file:
+            file.write(more[changed] + "\n")
+    assert len(mutation.recorded(run.out.read_text())) == (changed == "another test")
 
 
 def test_a_test_that_fails_without_a_mutant_judges_none(run: Any) -> None:

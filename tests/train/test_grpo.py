@@ -256,6 +256,17 @@ def some(completions, **columns):
     return [None if text[:1] < "M" else value for text, value in zip(completions, parity(completions), strict=True)]
 
 
+def test_rewards_of_functions_and_of_reward_models_are_added(tmp_path, monkeypatch):
+    stage = stage_of(tmp_path, ['rewards={"test_grpo:always": 1.0}', "advantage_scale=none"])
+    trainer, preference = GRPOTrainer(stage), torch.arange(16, dtype=torch.float64)
+    monkeypatch.setattr(trainer, "preference_rewards", lambda *given: (preference, {"reward_scores": 7.5}))
+    trainer.step, trainer.scorer = 1, stage.scorer(trainer.settings.rewards)
+    trainer.sampler.update(trainer.policy)
+    rollout, metrics = trainer.roll_out()
+    assert rollout.advantages.view(4, 4).tolist() == [[-1.5, -0.5, 0.5, 1.5]] * 4
+    assert (metrics["reward"], metrics["reward_test_grpo:always"], metrics["reward_scores"]) == (8.5, 1.0, 7.5)
+
+
 @pytest.mark.parametrize("broken", ["loss", "ratio"])
 def test_training_that_cannot_go_on_is_named_and_the_checkpoint_stays(tmp_path, monkeypatch, broken):
     real, directory = update.minibatch_gradient, tmp_path / "run" / "rl"
