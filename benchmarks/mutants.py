@@ -215,7 +215,10 @@ MUTANTS: list[Mutant] = [
         "csrc/cpu/group_advantages.cpp", ADVANTAGES,
         ("std::sqrt(squares / static_cast<double>(count - ddof))", "std::sqrt(squares / static_cast<double>(count))",
          "ddof is ignored"),
-        ("if (low == high) return {low, 0};", "", "a constant group is not exactly 0"),
+        # Without `if (low == high)` nothing changes: sums of equal float32 numbers are exact in float64.
+        ("std::isnan(centred) || centred == 0;", "std::isnan(centred);", "a constant group without eps is 0 times inf"),
+        ("sum / static_cast<double>(count);", "sum / static_cast<double>(end - begin);",
+         "the mean counts answers without a score"),
     ),
     *of_file(
         "csrc/cpu/token_stats.cpp", STATISTICS,
