@@ -67,7 +67,7 @@ TRAINING: list[tuple[str, tuple[str, ...], list[tuple[str, str, str]]]] = [
         ("tokens = sum(len(ids) - first for", "tokens = sum(len(ids) for", "the normaliser counts prompts"),
         ("mask=targets != IGNORED,", "mask=targets == targets,", "prompts are distilled, too"),
     ]),
-    ("r1kernels/train/policy.py", ("tests/train/test_parallel.py", UPDATE), [
+    ("r1kernels/train/policy.py", ("tests/train/test_parallel.py::test_clipping_is_that_of_torch", UPDATE), [
         ("(largest / (norm + 1e-6)).clamp(max=1.0)", "(largest / (norm + 1e-6))", "small gradients are scaled up"),
         ("(value if len(batch) else 0.0 * value).backward()", "value.backward()",
          "an empty micro-batch adds the gradient of the spare one"),
