@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import fcntl
 import hashlib
 import importlib
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def copy_tree() -> None:
         if (ROOT / name).exists():
             (COPY / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, COPY / name)
+
+
+@contextlib.contextmanager
+def locked_copy() -> Iterator[None]:
+    """Keeps other runs out of the copy. In one folder, two runs would see each other's mutants."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    with (COPY / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--copy is {COPY}, which another run uses; give each run another folder") from None
+        yield
 
 
 def build() -> None:
@@ -246,6 +259,15 @@ def about_this_run() -> dict[str, Any]:
     return {name: everything[name] for name in ABOUT}
 
 
+def run_all(waiting: Sequence[mutants.Mutant], out: Path, about: dict[str, Any]) -> None:
+    with locked_copy(), contextlib.ExitStack() as runners:
+        copy_tree()
+        build()
+        ready = {name: runners.enter_context(contextlib.closing(Runner(name))) for name in {m.backend for m in waiting}}
+        for mutant in waiting:
+            add_result(out, judge(ready[mutant.backend], mutant), about)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     global COPY
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -262,15 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     waiting = [m for m in chosen if known.get(key(m), {}).get("status") != "killed"]
     waiting.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     if waiting:
-        copy_tree()
-        build()
-    runners = {name: Runner(name) for name in {m.backend for m in waiting}}
-    try:
-        for mutant in waiting:
-            add_result(given.out, judge(runners[mutant.backend], mutant), about)
-    finally:
-        for runner in runners.values():
-            runner.close()
+        run_all(waiting, given.out, about)
     return report(given.out, chosen)
 
 

@@ -106,3 +106,8 @@ def test_a_test_that_fails_without_a_mutant_judges_none(run: Any) -> None:
     with pytest.raises(RuntimeError, match="test_formula"):
         run(CHECKS.replace("== 6", "== 7"), "crashes")
     assert not run.out.exists()
+
+
+def test_two_runs_cannot_share_a_copy(run: Any) -> None:
+    with mutation.locked_copy(), pytest.raises(SystemExit, match=rf"--copy is {mutation.COPY}"):
+        run(CHECKS, "wrong")
