@@ -81,7 +81,7 @@ TRAINING: list[tuple[str, tuple[str, ...], list[tuple[str, str, str]]]] = [
         ("/ math.sqrt(len(known))", "/ math.sqrt(k * len(known))", "the standard error counts samples, not questions"),
         ("vote for vote in votes if vote is not None", "vote for vote in votes", "texts without an answer vote"),
     ]),
-    ("r1kernels/train/reject.py", ("tests/train/test_reject.py",), [
+    ("r1kernels/train/reject.py", ("tests/train/test_filters.py", "tests/train/test_reject.py"), [
         ("and sample.accuracy != 1:", "and sample.accuracy == 0:", "samples without a score are kept"),
     ]),
     ("r1kernels/rewards/scorer.py", ("tests/rewards/test_scorer.py",), [
