@@ -46,6 +46,7 @@ DIVERGENCE = (f"{ANY_LOGITS}::test_distillation", "tests/kernels/test_divergence
 # In Triton's interpreter, any input takes minutes; these take seconds and find most.
 TRITON_STATISTICS = ("tests/kernels/test_token_stats.py::test_values_and_gradients",
                      "tests/kernels/test_token_stats.py::test_a_common_offset_costs_no_gradient",
+                     "tests/kernels/test_token_statistics.py::test_values_and_gradients",
                      "tests/kernels/test_shifted_gradient.py", *STATISTICS)
 TRITON_DIVERGENCE = ("tests/kernels/test_divergence.py::test_values_and_gradients", *DIVERGENCE)
 ADVANTAGES = (f"{ANY_LOSSES}::test_group_advantages", "tests/losses/test_group_advantages.py")
