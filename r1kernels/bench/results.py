@@ -71,8 +71,12 @@ def finite(value: Any) -> Any:
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
+    write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
     """Writes a neighbour and renames it, so that the file is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

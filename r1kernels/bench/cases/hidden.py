@@ -84,12 +84,8 @@ def linear_token_statistics(setting: Setting) -> Iterator[Task]:
 
 
 def linear_cross_entropy(setting: Setting) -> Iterator[Task]:
-    def trl() -> peers.Function:
-        head = peers.trl_head(())
-        return lambda hidden, weight, targets: -head(hidden, weight, targets)[0].mean()
-
     others = (
-        Peer(peers.TORCH_HEAD, peers.torch_linear_cross_entropy), Peer(peers.TRL, trl),
+        Peer(peers.TORCH_HEAD, peers.torch_linear_cross_entropy), Peer(peers.TRL, peers.trl_linear_cross_entropy),
         Peer(peers.LIGER, peers.liger_linear_cross_entropy, only_cuda=True),
         Peer(peers.CCE, peers.cce_linear_cross_entropy, only_cuda=True),
         Peer(peers.QUACK, peers.quack_linear_cross_entropy, only_cuda=True),
