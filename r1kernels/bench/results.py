@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import json
 import math
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import r1kernels
-from r1kernels import testing
+from r1kernels import _origin
 from r1kernels.bench import machine
 from r1kernels.bench.peers import DISTRIBUTIONS
 
@@ -27,12 +24,8 @@ class Results:
 
     def __init__(self, device: torch.device, size: str) -> None:
         self.about: dict[str, Any] = {
-            "format": FORMAT, "date": datetime.date.today().isoformat(), "r1kernels": r1kernels.__version__,
-            "torch": torch.__version__, "python": platform.python_version(), "peers": {},
-            "device": machine.device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
-            "instruction_set": testing.instruction_set() if device.type == "cpu" else None,
-            "memory_bytes": machine.memory_bytes(device), "sources": machine.sources_hash(),
-            "commit": machine.commit(), "size": size,
+            "format": FORMAT, **_origin.origin(device), "peers": {}, "memory_bytes": machine.memory_bytes(device),
+            "size": size,
         }
         self.ceilings: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
