@@ -53,7 +53,8 @@ def test_every_stage_of_the_recipe_that_is_shown_has_a_label() -> None:
 def origins(*changes: dict) -> dict[str, dict]:
     """Records of stages whose origins differ from one of an example."""
     fine = {"date": "2026-01-01", "device": "Example, 1 thread", "threads": 1, "instruction_set": "avx2",
-            "r1kernels": "0.2.0", "torch": "2.13.0", "transformers": "5.0", "sources": "0123456789abcdef", "commit": "a1"}
+            "r1kernels": "0.2.0", "torch": "2.13.0", "transformers": "5.0", "sources": "0123456789abcdef",
+            "commit": "a1"}
     return {f"stage {number}": {"origin": [fine | change]} for number, change in enumerate(changes)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import r1kernels
 from r1kernels.bench import ceilings, eager, peers
 from r1kernels.bench.peers import Peer
-from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task
+from r1kernels.bench.tasks import BOTH, OURS, Problem, Setting, Task, in_both_passes
 
 SMOOTHED = {"z_loss_coef": 1e-4, "label_smoothing": 0.1}
 SET = 64
@@ -49,8 +49,8 @@ def task(
 
 def token_logprobs(setting: Setting) -> Iterator[Task]:
     others = (Peer(peers.TRL, peers.trl_logprobs), Peer(peers.VERL, peers.verl_logprobs))
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_logprobs", r1kernels.token_logprobs, eager.logprobs, passes, peers=others)
+    yield from in_both_passes(partial(
+        task, setting, "token_logprobs", r1kernels.token_logprobs, eager.logprobs, peers=others))
 
     def with_sets() -> Problem:
         tokens, vocab = shape(setting)
@@ -73,14 +73,13 @@ def token_logprobs(setting: Setting) -> Iterator[Task]:
 def token_logprobs_and_entropy(setting: Setting) -> Iterator[Task]:
     """The gradient comes from both results."""
     others = (Peer(peers.TRL, peers.trl_logprobs_and_entropy), Peer(peers.VERL, peers.verl_entropy))
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_logprobs_and_entropy", r1kernels.token_logprobs_and_entropy,
-                   eager.logprobs_and_entropy, passes, peers=others)
+    return in_both_passes(partial(
+        task, setting, "token_logprobs_and_entropy", r1kernels.token_logprobs_and_entropy, eager.logprobs_and_entropy,
+        peers=others))
 
 
 def token_statistics(setting: Setting) -> Iterator[Task]:
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_statistics", r1kernels.token_statistics, eager.statistics, passes)
+    return in_both_passes(partial(task, setting, "token_statistics", r1kernels.token_statistics, eager.statistics))
 
 
 def cross_entropy(setting: Setting) -> Iterator[Task]:
