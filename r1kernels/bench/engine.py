@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from r1kernels.bench.peers import Peer
 from r1kernels.bench.results import Results
 from r1kernels.bench.tasks import OURS, Function, Setting, Task, name_of
 from r1kernels.bench.tasks import results as results_of
-from r1kernels.bench.turns import LEAST, in_turns, rounds_of
+from r1kernels.bench.turns import LEAST, rounds_of, times
 
 ALL = "all implementations"
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
@@ -90,12 +89,12 @@ class Engine:
                 memory[name], errors[name], runs[name] = None, Held(0.0, 0.0), make(problem)
                 self.clock.seconds(runs[name], 1)
                 estimates[name] = self.clock.seconds(runs[name], 1)
-            times = self._in_turns(runs, estimates)
+            seconds = self._in_turns(runs, estimates)
         except Exception as error:  # such as memory that another process has taken since the checks
             self._failed(ALL, task, error)
             return []
-        return [self._row(task, name, taken, times[OURS], memory[name], errors[name])
-                for name, taken in times.items()]
+        return [self._row(task, name, taken, seconds[OURS], memory[name], errors[name])
+                for name, taken in seconds.items()]
 
     # ---- what can run ---------------------------------------------------------------------------------------
 
@@ -174,17 +173,11 @@ class Engine:
     def _in_turns(
         self, runs: dict[str, Callable[[], object]], estimates: dict[str, float]
     ) -> dict[str, list[float]]:
-        """Seconds of each round. Before each measurement there is one run without: a system may have taken back memory
-        that others gave up, and whoever comes next would pay for it."""
+        """Seconds of each round."""
         calls = {name: max(1, math.ceil(self.clock.shortest / max(each, 1e-7))) for name, each in estimates.items()}
         costs = {name: each * (calls[name] + 1) for name, each in estimates.items()}
-
-        def turn(name: str) -> float:
-            runs[name]()
-            return self.clock.seconds(runs[name], calls[name])
-
         rounds = rounds_of(costs, self.seconds, self.least_rounds, SLOW_FROM)
-        return in_turns({name: partial(turn, name) for name in runs}, rounds, self.deadline)
+        return times(runs, rounds, self.clock, calls, self.deadline)
 
     def _row(
         self, task: Task, name: str, taken: list[float], base: list[float], memory: int | None, held: Held

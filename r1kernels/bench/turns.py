@@ -6,6 +6,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+
+from r1kernels.bench.clock import Clock, Run
 
 MOST, LEAST = 50, 3
 SLOW = 6.0  # times the fastest: such a candidate takes part in the least rounds only
@@ -42,3 +45,17 @@ def in_turns(
             if number < rounds[name]:
                 found[name].append(turn())
     return found
+
+
+def times(
+    runs: Mapping[str, Run], rounds: Mapping[str, int], clock: Clock, calls: Mapping[str, int] | None = None,
+    deadline: float = math.inf,
+) -> dict[str, list[float]]:
+    """Seconds of one of the `calls` of each run (1) in each round. Before each measurement there is one run without: a
+    system may have taken back memory that others gave up, and whoever comes next would pay for it."""
+
+    def turn(name: str, run: Run) -> float:
+        run()
+        return clock.seconds(run, 1 if calls is None else calls[name])
+
+    return in_turns({name: partial(turn, name, run) for name, run in runs.items()}, rounds, deadline)
