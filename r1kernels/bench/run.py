@@ -130,7 +130,7 @@ class Run:
     # ---- results --------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any] | None:
-        """Writes the document and returns it. Earlier results are renamed first. A run that measured nothing leaves
+        """Writes the document and returns it. Earlier results are renamed first; a run that measured nothing leaves
         them alone and returns None."""
         path = self.options.out / FILE
         if not self.saved and path.exists():
