@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from r1kernels import _origin
 from r1kernels.bench import ceilings, fidelity, machine, table
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.clock import Clock, clock_of
@@ -165,7 +166,7 @@ class Run:
 def results_path(results: Results) -> Path:
     about = results.about
     folder = machine.folder_name(about["device"], about["instruction_set"])
-    return machine.ROOT / "benchmarks" / "results" / folder / FILE
+    return _origin.ROOT / "benchmarks" / "results" / folder / FILE
 
 
 def keep_earlier(folder: Path) -> None:
