@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import tomllib
 
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
