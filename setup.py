@@ -75,7 +75,8 @@ class BuildExt(build_ext):
             ext.extra_objects += [part.result() for part in parts]
         if compiler is not None:
             ext.extra_objects += [str(kernel.path) for kernel in nvcc.compile_all(compiler)]
-        ext.sources, self.force = [], True  # linking takes a second
+        # Always link, which takes a second: objects of an earlier build may be older than the library of the last one.
+        ext.sources, self.force, self.compiler.force = [], True, True
         super().build_extension(ext)
 
     def compile_once(self, source: str, macros: list[tuple[str, str | None]], flags: list[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mutants_training import TRAINING
+
 
 class Mutant(NamedTuple):
     """`old` is once in `file`, and `new` takes its place."""
@@ -20,7 +22,8 @@ class Mutant(NamedTuple):
 
     @property
     def backend(self) -> str:
-        return "triton" if self.file.startswith("r1kernels/triton/") else "cpu"
+        kinds = {"r1kernels/triton/": "triton", "r1kernels/train/": "train"}
+        return next((kind for folder, kind in kinds.items() if self.file.startswith(folder)), "cpu")
 
 
 Change = tuple[str, str, str]  # old, new, what it is
@@ -40,6 +43,12 @@ STATISTICS = (f"{ANY_LOGITS}::test_log_probs_and_entropy", f"{ANY_LOGITS}::test_
               "tests/kernels/test_token_stats_edges.py")
 DIVERGENCE = (f"{ANY_LOGITS}::test_distillation", "tests/kernels/test_divergence.py",
               "tests/losses/test_distillation_loss.py")
+# In Triton's interpreter, any input takes minutes; these take seconds and find most.
+TRITON_STATISTICS = ("tests/kernels/test_token_stats.py::test_values_and_gradients",
+                     "tests/kernels/test_token_stats.py::test_a_common_offset_costs_no_gradient",
+                     "tests/kernels/test_token_statistics.py::test_values_and_gradients",
+                     "tests/kernels/test_shifted_gradient.py", *STATISTICS)
+TRITON_DIVERGENCE = ("tests/kernels/test_divergence.py::test_values_and_gradients", *DIVERGENCE)
 ADVANTAGES = (f"{ANY_LOSSES}::test_group_advantages", "tests/losses/test_group_advantages.py")
 REWARDS = (f"{ANY_LOSSES}::test_several_rewards_and_the_best_of_k", "tests/losses/test_reward_combinations.py")
 
@@ -175,6 +184,39 @@ MUTANTS: list[Mutant] = [
          "the entropy without that of the tail"),
     ),
     *of_file(
+        "r1kernels/ops/token_filters.py", ("tests/losses/test_token_filters.py",),
+        ("kept = values >= ordered.gather", "kept = values > ordered.gather", "tokens at the quantile are dropped"),
+        ("place = (1 - top) * (", "place = top * (", "the share of tokens that is kept is 1 - top"),
+        ("gap = (old_logprobs.detach().double() - logprobs.detach().double())",
+         "gap = (logprobs.detach().double() - old_logprobs.detach().double())", "the divergence has the other sign"),
+        ("covariance * (value - total / n.clamp(min=1))", "covariance * value", "the covariance without means"),
+        ("(share * n).floor().clamp(min=1)", "(share * n).ceil().clamp(min=1)", "the number of tokens is rounded up"),
+    ),
+    *of_file(
+        "r1kernels/ops/global_normalizer.py", ("tests/losses/test_global_normalizer.py",),
+        ("number * (objective.max_length or 1), dtype", "number, dtype", "the normaliser ignores max_length"),
+        ("for value in masks]).sum()", "for value in masks]).max()", "only the largest micro-batch counts"),
+    ),
+    *of_file(
+        "r1kernels/ops/teacher_mixture.py",
+        ("tests/linear/test_several_teachers.py", "tests/losses/test_distillation_loss.py"),
+        ("(weight.log() - lse) * temperature", "weight.log() - lse * temperature", "the weights of teachers without T"),
+        ("return result.mul_(temperature)", "return result", "the mixture's logits are divided by T twice"),
+    ),
+    *of_file(
+        "r1kernels/ops/token_local.py", ("tests/linear/test_linear_token_local.py", "tests/losses/test_token_local.py"),
+        ("loss = loss - objective.entropy_coef * h", "loss = loss + objective.entropy_coef * h",
+         "the entropy bonus is a penalty"),
+        ("loss = loss * importance", "loss = loss * 1", "importance weights are not used"),
+    ),
+    *of_file(
+        "r1kernels/ops/linear/sums.py",
+        ("tests/linear/test_linear_precision.py", "tests/linear/test_linear_multi_target.py"),
+        ("                add_rows(self._weight, column, factors, hidden)", "                pass",
+         "the rounding errors of the tokens' entries stay in the gradient of the weight"),
+        ("lost = torch.where(is_repeated(ids), 0, lost)", "lost = lost * 1", "equal targets add their rounding twice"),
+    ),
+    *of_file(
         "csrc/common/objective.h", POLICY,
         ("if (ratio > bound) return {-bound * advantage, 0, false, true, false};",
          "if (ratio >= bound) return {-bound * advantage, 0, false, true, false};", "no gradient on the upper bound"),
@@ -208,7 +250,10 @@ MUTANTS: list[Mutant] = [
         "csrc/cpu/group_advantages.cpp", ADVANTAGES,
         ("std::sqrt(squares / static_cast<double>(count - ddof))", "std::sqrt(squares / static_cast<double>(count))",
          "ddof is ignored"),
-        ("if (low == high) return {low, 0};", "", "a constant group is not exactly 0"),
+        # Without `if (low == high)` nothing changes: sums of equal float32 numbers are exact in float64.
+        ("std::isnan(centred) || centred == 0;", "std::isnan(centred);", "a constant group without eps is 0 times inf"),
+        ("sum / static_cast<double>(count);", "sum / static_cast<double>(end - begin);",
+         "the mean counts answers without a score"),
     ),
     *of_file(
         "csrc/cpu/token_stats.cpp", STATISTICS,
@@ -246,7 +291,7 @@ MUTANTS: list[Mutant] = [
          "the entropy's gradient has the wrong sign"),
     ),
     *of_file(
-        "r1kernels/triton/token_stats_backward.py", STATISTICS,
+        "r1kernels/triton/token_stats_backward.py", TRITON_STATISTICS,
         ("factor += minus_eta * (d * slope + offset)", "factor += minus_eta * (d * slope)",
          "the entropy's gradient without the offset"),
         ("unit = ratio * inv_t", "unit = inv_t", "p is relative to a rounded log-sum-exp"),
@@ -254,14 +299,14 @@ MUTANTS: list[Mutant] = [
          "the soft cap's slope without 1 + tanh"),
     ),
     *of_file(
-        "r1kernels/triton/token_stats_kernels.py", STATISTICS,
+        "r1kernels/triton/token_stats_kernels.py", TRITON_STATISTICS,
         ("rest = factor * tl.where(is_raised, rest + count, rest)", "rest = factor * rest",
          "equal maxima are lost when a larger one comes"),
         ("    if full < size:\n        x = load_tile(start, full",
          "    if full + 1 < size:\n        x = load_tile(start, full", "a last tile of one entry is skipped"),
     ),
     *of_file(
-        "r1kernels/triton/divergence_math.py", DIVERGENCE,
+        "r1kernels/triton/divergence_math.py", TRITON_DIVERGENCE,
         ("grad = factor * tl.where(q_is_big, -difference, difference)",
          "grad = factor * tl.where(q_is_big, difference, -difference)", "forward KL's gradient reversed"),
         ("log_ratio = tl.where(q_is_big, -distance, distance)", "log_ratio = tl.where(q_is_big, distance, distance)",
@@ -273,4 +318,5 @@ MUTANTS: list[Mutant] = [
          "        if AFTER:\n            before = found < value",
          "a group ends before it begins"),
     ),
+    *(mutant for file, tests, changes in TRAINING for mutant in of_file(file, tests, *changes)),
 ]

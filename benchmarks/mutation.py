@@ -6,16 +6,20 @@ Each mutant of `mutants.MUTANTS` is one replaced line in a copy of the tree. Its
 then runs without the mutant: if it passes, the mutant is killed, and if not, the script stops with an error. A mutant
 that no test notices survives. One whose tests do not end in time is neither, and the score leaves it out.
 
-Each result is added to benchmarks/results/mutation.json. What was killed in the same source is not run again, what
-was not killed is. So parts of the list can run at the same time, each with another folder for its copy. The exit status
-is 0 if all mutants that were chosen are killed. The CPU kernels are built without the wider instruction sets, which
-share their source.
+Each result is added to benchmarks/results/mutation.json, with its date and the hash of all sources. It holds until the
+mutant, the mutated file or the function of the test that noticed it changes. A mutant that was killed is not run again
+while its result holds; one that was not killed is. So parts of the list can run at the same time, each with another
+folder for its copy. The exit status is 0 if all mutants that were chosen are killed. The CPU kernels are built without
+the wider instruction sets, which share their source.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -26,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +40,11 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutation"
 OUT = ROOT / "benchmarks" / "results" / "mutation.json"
 LIMIT_S = 300  # of one run of tests
-BACKENDS = {"cpu": {}, "triton": {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}}
-PRELOADED = {"cpu": ("hypothesis", "torch"), "triton": ("hypothesis", "torch", "triton")}
+BACKENDS = {"cpu": {}, "triton": {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}, "train": {}}
+PRELOADED = {"cpu": ("hypothesis", "torch"), "triton": ("hypothesis", "torch", "triton"),
+             "train": ("hypothesis", "torch", "transformers.models.llama.modeling_llama")}
 OUT_OF_TIME = "out of time"
-ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources")
+ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources")  # of the last run
 
 
 def copy_tree() -> None:
@@ -53,6 +58,18 @@ def copy_tree() -> None:
         if (ROOT / name).exists():
             (COPY / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, COPY / name)
+
+
+@contextlib.contextmanager
+def locked_copy() -> Iterator[None]:
+    """Keeps other runs out of the copy. In one folder, two runs would see each other's mutants."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    with (COPY / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--copy is {COPY}, which another run uses; give each run another folder") from None
+        yield
 
 
 def build() -> None:
@@ -171,18 +188,32 @@ def judge(runner: Runner, mutant: mutants.Mutant) -> dict[str, Any]:
     elif clean != 0:
         raise RuntimeError(f"{by} fails without a mutant, so it judges none; its output is in {COPY / 'pytest.log'}")
     print(f"{status:11} {time.monotonic() - started:5.0f} s  {mutant.file}: {mutant.what}  {by}", flush=True)
-    return {"file": mutant.file, "what": mutant.what, "status": status, "by": by}
+    return {"file": mutant.file, "what": mutant.what, "status": status, "by": by, "of": hash_of(mutant, by, COPY)}
+
+
+def hash_of(mutant: mutants.Mutant, by: str, tree: Path) -> str:
+    """Sixteen digits of the SHA-256 over a mutant, the file that it changes, and the function of the test `by`."""
+    formulas, (file, _, test) = tree / mutant.file, by.partition("::")
+    if not formulas.is_file() or (by and not (tree / file).is_file()):
+        return ""
+    text = (tree / file).read_text(encoding="utf-8") if by else ""
+    for node in ast.walk(ast.parse(text)) if test else ():
+        if isinstance(node, ast.FunctionDef) and node.name == test.partition("[")[0].rpartition("::")[2]:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            text = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+            break
+    made_of = mutant.old, mutant.new, formulas.read_text(encoding="utf-8"), text
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 
 
 def key(item: mutants.Mutant | dict[str, Any]) -> tuple[str, str]:
     return (item["file"], item["what"]) if isinstance(item, dict) else (item.file, item.what)
 
 
-def recorded(text: str, sources: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results of the same sources in a file's text, without those of mutants that are no longer listed."""
-    known = json.loads(text or "{}")
-    listed = {key(mutant) for mutant in mutants.MUTANTS}
-    return {key(r): r for r in known.get("results", []) if known["sources"] == sources and key(r) in listed}
+def recorded(text: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results in a file's text that hold: those of mutants that are listed, and of files that have not changed."""
+    listed, results = {key(mutant): mutant for mutant in mutants.MUTANTS}, json.loads(text or "{}").get("results", [])
+    return {key(r): r for r in results if key(r) in listed and r["of"] == hash_of(listed[key(r)], r["by"], ROOT)}
 
 
 def counts(results: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -194,20 +225,21 @@ def counts(results: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def add_result(out: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
-    """Adds a result to those of the same sources."""
+    """Adds a result to those that hold."""
     with out.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        results = recorded(file.read(), about["sources"]) | {key(result): result}
+        dated = result | {"date": about["date"], "sources": about["sources"]}
+        results = recorded(file.read()) | {key(result): dated}
         ordered = [results[key(m)] for m in mutants.MUTANTS if key(m) in results]
         record = about | {"listed": len(mutants.MUTANTS)} | counts(ordered) | {"results": ordered}
         file.truncate(0)
         file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def report(out: Path, chosen: Sequence[mutants.Mutant], sources: str) -> int:
+def report(out: Path, chosen: Sequence[mutants.Mutant]) -> int:
     """Prints what is recorded of the chosen mutants; 0 if all of them are killed."""
-    found = recorded(out.read_text(encoding="utf-8") if out.exists() else "", sources)
+    found = recorded(out.read_text(encoding="utf-8") if out.exists() else "")
     results = [found[key(mutant)] for mutant in chosen if key(mutant) in found]
     number = counts(results)
     rest = "".join(f", {number[name]} {name}" for name in (OUT_OF_TIME, "not judged") if number[name])
@@ -227,6 +259,15 @@ def about_this_run() -> dict[str, Any]:
     return {name: everything[name] for name in ABOUT}
 
 
+def run_all(waiting: Sequence[mutants.Mutant], out: Path, about: dict[str, Any]) -> None:
+    with locked_copy(), contextlib.ExitStack() as runners:
+        copy_tree()
+        build()
+        ready = {name: runners.enter_context(contextlib.closing(Runner(name))) for name in {m.backend for m in waiting}}
+        for mutant in waiting:
+            add_result(out, judge(ready[mutant.backend], mutant), about)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     global COPY
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -239,20 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part, parts = map(int, given.part.split("/"))
     chosen = [m for m in mutants.MUTANTS if given.only in f"{m.file} {m.what}"][part::parts]
     about = about_this_run()
-    known = recorded(given.out.read_text(encoding="utf-8") if given.out.exists() else "", about["sources"])
+    known = recorded(given.out.read_text(encoding="utf-8") if given.out.exists() else "")
     waiting = [m for m in chosen if known.get(key(m), {}).get("status") != "killed"]
     waiting.sort(key=lambda m: m.is_compiled)  # those that need a build are the last
     if waiting:
-        copy_tree()
-        build()
-    runners = {name: Runner(name) for name in {m.backend for m in waiting}}
-    try:
-        for mutant in waiting:
-            add_result(given.out, judge(runners[mutant.backend], mutant), about)
-    finally:
-        for runner in runners.values():
-            runner.close()
-    return report(given.out, chosen, about["sources"])
+        run_all(waiting, given.out, about)
+    return report(given.out, chosen)
 
 
 if __name__ == "__main__":

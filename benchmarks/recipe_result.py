@@ -2,8 +2,8 @@
 
     python benchmarks/recipe_result.py runs/demo_r1
 
-writes benchmarks/results/recipe/demo_r1.json, from which README's picture and table are made. Collect a run in the tree
-and on the machine that ran it, right after it: date, device, versions and sources are those of this process.
+writes benchmarks/results/recipe/demo_r1.json, from which README's picture and table are made. Date, device, versions
+and sources are those that the trainer noted in the manifest of the run.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from r1kernels.bench.results import Results
 from r1kernels.train.chain import read_manifest
 from r1kernels.train.log import METRICS, read_lines
 
 FOLDER = Path(__file__).resolve().parent / "results" / "recipe"
-ABOUT = ("date", "device", "instruction_set", "r1kernels", "torch", "sources", "commit")
+# What must be the same in all stages. The date and the commit are those of the last one.
+SAME = ("device", "instruction_set", "threads", "r1kernels", "torch", "transformers", "sources")
 # Of the stages of recipes/demo_r1.yaml, for readers who do not know their names.
 LABELS = {
     "base": "base", "r1_zero": "R1-Zero", "cold_start": "cold start", "reasoning": "reasoning RL", "sft": "SFT",
@@ -47,18 +46,34 @@ def stage(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def origin(run_dir: Path, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What all stages ran with. Raises SystemExit if a stage does not say it, or if two differ."""
+    unknown = [name for name, record in records.items() if not record.get("origin")]
+    if unknown:
+        raise SystemExit(f"{run_dir}: the manifest does not say what stages {', '.join(unknown)} ran with ('origin' is "
+                         "missing); run them again")
+    origins = [(name, each) for name, record in records.items() for each in record["origin"]]
+    _, last = max(origins, key=lambda item: item[1]["date"])
+    different = [f"{name}: {field} is {each[field]!r}" for name, each in origins for field in SAME
+                 if each[field] != last[field]]
+    if different:
+        wanted = ", ".join(f"{field} {last[field]!r}" for field in SAME)
+        raise SystemExit(f"{run_dir}: stages ran with different things ({'; '.join(different)}); expected those of the "
+                         f"last one ({wanted}) everywhere; run the stages again")
+    return {name: last[name] for name in ("date", *SAME, "commit")}
+
+
 def collect(run_dir: Path) -> dict[str, Any]:
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     records = read_manifest(run_dir)
     unfinished = [name for name in config["stages"] if records.get(name, {}).get("status") != "finished"]
     if unfinished:
         raise SystemExit(f"{run_dir}: stages {', '.join(unfinished)} are not finished; run the recipe to its end")
-    about = Results(torch.device("cpu"), "default").about
     kinds = {name: settings["kind"] for name, settings in config["stages"].items()}
     return {
         "format": 1, "recipe": f"recipes/{run_dir.name}.yaml",
-        "seed": config["seed"], **{name: about[name] for name in ABOUT},
-        "threads": config["threads"] or about["threads"], "precision": config["precision"],
+        "seed": config["seed"], **origin(run_dir, {name: records[name] for name in kinds}),
+        "precision": config["precision"],
         "curves": {name: curve(read_lines(run_dir / name / METRICS)) for name, kind in kinds.items() if kind == "grpo"},
         "stages": [stage(name, kind, records[name]) for name, kind in kinds.items() if records[name].get("evaluation")],
     }
@@ -72,10 +87,6 @@ def main() -> None:
     result = collect(given.run)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{given.name or given.run.name}.json"
-    if path.exists():  # the same run, collected again: what ran it stays as it was noted
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["curves"] == result["curves"]:
-            result |= {name: before[name] for name in ABOUT}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 

@@ -13,16 +13,17 @@ teacher's logits.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import saving
 import torch
 from torch import Tensor
 
 import r1kernels
+from r1kernels.bench.clock import HostClock
+from r1kernels.bench.turns import times
 
 K = 64
 Run = Callable[[Tensor, Tensor, int], Tensor]  # (hidden, weight, rows of them) -> loss
@@ -98,15 +99,9 @@ def measure(problem: Problem, rounds: int) -> dict[str, float]:
     for name, run in runs.items():
         problem.check(name, run)
         problem.step(run)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            gc.collect()
-            problem.step(run)  # gets back the memory that the system took when the run before gave it up
-            begin = time.perf_counter()
-            problem.step(run)
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    steps = {name: partial(problem.step, run) for name, run in runs.items()}
+    taken = times(steps, dict.fromkeys(steps, rounds), HostClock())
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,8 @@ from torch import Tensor
 
 import r1kernels
 from r1kernels import _dispatch, testing
+from r1kernels.bench.clock import HostClock
+from r1kernels.bench.turns import times
 
 TOKENS, WIDTH, CHECKED = 2048, 1024, 16
 BARS = {64: 0.15, 512: 0.4}
@@ -55,18 +56,6 @@ def check(hidden: Tensor, weight: Tensor, token_ids: Tensor, support: Sets) -> N
     testing.assert_within(got, testing.token_stats(logits, token_ids).logprobs, 2e-5)
 
 
-def medians(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds. A run that is not timed gets back the memory that the system took when the one before gave it up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            run()
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(vocab: int, dtype: torch.dtype, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     rng = testing.generator(0)
     hidden = torch.randn(TOKENS, WIDTH, generator=rng).to(dtype).requires_grad_()
@@ -87,16 +76,17 @@ def measure(vocab: int, dtype: torch.dtype, sizes: list[int], rounds: int) -> li
             support = sets_of(token_ids, vocab, size, kind == "shared")
             check(hidden, weight, token_ids, support)
             candidates[f"{size} {kind}"] = step(support)
-    times = medians(candidates, rounds)
+    taken = times(candidates, dict.fromkeys(candidates, rounds), HostClock())
+    medians = {name: statistics.median(values) for name, values in taken.items()}
     rows = []
-    for name, seconds in times.items():
+    for name, seconds in medians.items():
         if name == "dense":
             continue
         size, kind = name.split()
         rows.append({
             "tokens": TOKENS, "width": WIDTH, "vocab": vocab, "dtype": str(dtype).removeprefix("torch."),
-            "ids": int(size), "sets": kind, "seconds": seconds, "dense_seconds": times["dense"],
-            "ratio": seconds / times["dense"], "bar": BARS.get(int(size)),
+            "ids": int(size), "sets": kind, "seconds": seconds, "dense_seconds": medians["dense"],
+            "ratio": seconds / medians["dense"], "bar": BARS.get(int(size)),
         })
     return rows
 

@@ -21,8 +21,8 @@ import torch
 import r1kernels
 from r1kernels import _library
 from r1kernels._dispatch import OPS, TABLE, explain, faster_in_cuda, requested
+from r1kernels._origin import sources_hash
 from r1kernels._schemas import CUDA_OPERATORS
-from r1kernels.bench.machine import sources_hash
 from r1kernels.ops import grpo_step
 from r1kernels.ops.linear.gemm import route
 from r1kernels.triton.sources import kernel_sources_hash
@@ -148,12 +148,13 @@ def cuda_sources_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _age(result: Any, kernels: str, csrc: str, cuda: str, package: str) -> str:
+def _age(result: Any, kernels: str, csrc: str, cuda: str, *package: str) -> str:
     """Whether a result file names the hash of the current kernel sources. `sources` are those of operations and kernels
-    in results of `r1kernels bench`, and those of the Triton kernels in what was compiled ahead of time."""
+    in results of `r1kernels bench`, with the trainer in results of recipes, and those of the Triton kernels in what was
+    compiled ahead of time."""
     named = result if isinstance(result, dict) else {}
     if compiled := named.get("kernels") or named.get("sources"):
-        same = compiled in (kernels, f"{kernels}-{cuda}", package)
+        same = compiled in (kernels, f"{kernels}-{cuda}", *package)
     elif compiled := named.get("cuda_sources"):
         same = compiled == cuda
     elif not named.get("csrc_tree"):
@@ -172,7 +173,8 @@ def _results() -> list[str]:
     if not paths:
         return []
     root = folder.parents[1]
-    hashes = kernel_sources_hash(), _csrc_tree(root), cuda_sources_hash(root), sources_hash()
+    hashes = (kernel_sources_hash(), _csrc_tree(root), cuda_sources_hash(root), sources_hash(),
+              sources_hash(trainer=True))
     lines = []
     for path in paths:
         try:

@@ -4,6 +4,7 @@ On busy cores a second thread mostly waits: the same tests take 60 times as long
 nothing, has tests of its own.
 """
 
+import gc
 import importlib.util
 import itertools
 import sys
@@ -97,6 +98,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left := [item for item in items if item.nodeid not in kept]:
         config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item.nodeid in kept]
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has made stays until the end, so that no collection of garbage needs to visit it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

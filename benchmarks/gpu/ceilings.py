@@ -9,39 +9,42 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from gpu.inputs import make_head, normal
 from gpu.setting import COPY, Candidate, Case, Setting, head_shape
 from gpu.timing import Timed
+from r1kernels.bench import ceilings
 from r1kernels.ops.linear import gemm
 
 PRODUCTS = ("h W^T", "dlogits W", "dlogits^T h")
+
+
+def copy_of(tensor: Tensor) -> Candidate:
+    return Candidate(Timed(ceilings.copy(tensor)))
+
+
+def bare_products(hidden: Tensor, weight: Tensor) -> Candidate:
+    """The three of a head, one after the other."""
+    return Candidate(Timed(ceilings.all_products(hidden, weight)))
 
 
 def copy_case(setting: Setting) -> Case:
     """Bytes are those read and those written."""
     size = 1 << 20 if setting.small else 1 << 32
     source = normal(size // 2, device=setting.device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
     return Case(
-        "ceiling", "copy", f"{size >> 20} MiB", source.dtype, {COPY: Candidate(Timed(lambda: target.copy_(source)))},
-        bytes=2 * source.nbytes,
+        "ceiling", "copy", f"{size >> 20} MiB", source.dtype, {COPY: copy_of(source)}, bytes=2 * source.nbytes
     )
 
 
 def product_cases(setting: Setting) -> Iterator[Case]:
-    """On random data: products of zeros run faster."""
+    """On random data: products of zeros run faster. The first product gives the others their logits."""
     shape = head_shape(setting)
     hidden, weight = make_head(shape, setting.device)
-    logits = torch.mm(hidden, weight.T)
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    other = torch.empty_like(logits)
-    runs = {
-        PRODUCTS[0]: lambda: torch.mm(hidden, weight.T, out=other),
-        PRODUCTS[1]: lambda: torch.mm(logits, weight, out=grad_hidden),
-        PRODUCTS[2]: lambda: torch.mm(logits.T, hidden, out=grad_weight),
-    }
-    candidates = {name: Candidate(Timed(run)) for name, run in runs.items()}
+    runs = ceilings.products(hidden, weight)
+    runs[0]()
+    candidates = {name: Candidate(Timed(run)) for name, run in zip(PRODUCTS, runs, strict=True)}
     yield Case(
         "ceiling", "bfloat16 products", str(shape), hidden.dtype, candidates,
         flop=2 * shape.tokens * shape.width * shape.vocab,

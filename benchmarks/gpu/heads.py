@@ -1,7 +1,6 @@
 """Linear heads of other libraries: (hidden (N, H), weight (V, H), token_ids (N,)) -> (log-probs, entropy).
 
-Each loader imports its library and may fail. The calls are those of Liger 0.8.5, TRL 1.16, verl 0.9.1, QuACK 0.6.5,
-torch 2.13 and cut-cross-entropy 25.1.
+Each loader imports its library and may fail. Those that `r1kernels bench` has too are in `r1kernels.bench.peers`.
 """
 
 from __future__ import annotations
@@ -11,21 +10,14 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from r1kernels.bench import peers
+from r1kernels.bench.peers import named
 
 PolicyHead = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CrossEntropyHead = Callable[[Tensor, Tensor, Tensor], Tensor]  # to the mean over tokens
-
-TRL_TILE = 32_768  # entries of the vocabulary in a tile, as TRL's trainers set it
-QUACK_CHUNK = 4_096  # tokens
-
-
-def named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
 
 
 def without_init(*packages: str) -> None:
@@ -60,22 +52,9 @@ def liger_scaled() -> PolicyHead:
     return head
 
 
-def trl_chunked() -> PolicyHead:
-    """What `add_fused_lm_head` runs."""
-    function = named("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
-
-    def head(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        bias, temperature, softcap, scale = None, 1.0, None, 1.0
-        return function.apply(
-            hidden, weight, bias, token_ids, temperature, TRL_TILE, softcap, scale, ("log_probs", "entropy")
-        )[:2]
-
-    return head
-
-
 def verl_torch() -> PolicyHead:
     without_init("verl", "verl.utils", "verl.utils.experimental")
-    return named("verl.utils.experimental.torch_functional", "FusedLinearForPPO")(impl_backend="torch")
+    return peers.verl_head()
 
 
 def verl_triton() -> PolicyHead:
@@ -91,7 +70,7 @@ def verl_triton() -> PolicyHead:
 
 
 POLICY_HEADS = {
-    "Liger scaled cross-entropy": liger_scaled, "TRL chunked": trl_chunked, "verl torch": verl_torch,
+    "Liger scaled cross-entropy": liger_scaled, "TRL chunked": peers.trl_head, "verl torch": verl_torch,
     "verl Triton": verl_triton,
 }
 
@@ -99,55 +78,20 @@ POLICY_HEADS = {
 # ---- cross-entropy -------------------------------------------------------------------------------------------
 
 
-def liger() -> CrossEntropyHead:
-    function = named("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-    return lambda hidden, weight, targets: function(hidden, weight, targets)
-
-
 def liger_cute() -> CrossEntropyHead:
     function = named("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
     return lambda hidden, weight, targets: function.apply(hidden, weight, targets).mean()
 
 
-def quack() -> CrossEntropyHead:
-    function = named("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-    return lambda hidden, weight, targets: function(hidden, weight, targets, chunk_size=QUACK_CHUNK)
-
-
-def torch_reference() -> CrossEntropyHead:
-    return lambda hidden, weight, targets: F.linear_cross_entropy(hidden, weight, targets)
-
-
 def torch_chunked() -> CrossEntropyHead:
+    function = peers.torch_linear_cross_entropy()
     options = named("torch.nn", "LinearCrossEntropyOptions")()
-    return lambda hidden, weight, targets: F.linear_cross_entropy(hidden, weight, targets, options=options)
-
-
-def trl_cross_entropy() -> CrossEntropyHead:
-    function = named("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
-    return lambda hidden, weight, targets: -function.apply(
-        hidden, weight, None, targets, 1.0, TRL_TILE, None, 1.0, ("log_probs",)
-    )[0].mean()
-
-
-def apple() -> CrossEntropyHead:
-    """Its default leaves out gradients that it takes for too small."""
-    function = named("cut_cross_entropy", "linear_cross_entropy")
-    return lambda hidden, weight, targets: function(hidden, weight, targets, impl="cce")
-
-
-def _torch_has_it(load: Callable[[], CrossEntropyHead]) -> Callable[[], CrossEntropyHead]:
-    def loaded() -> CrossEntropyHead:
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ImportError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
-        return load()
-
-    return loaded
+    return lambda hidden, weight, targets: function(hidden, weight, targets, options=options)
 
 
 CROSS_ENTROPY_HEADS = {
-    "Liger": liger, "Liger scaled cross-entropy": liger_cute, "QuACK": quack,
-    "torch linear_cross_entropy": _torch_has_it(torch_reference),
-    "torch linear_cross_entropy, chunks": _torch_has_it(torch_chunked), "TRL chunked": trl_cross_entropy,
-    "cut-cross-entropy": apple,
+    "Liger": peers.liger_linear_cross_entropy, "Liger scaled cross-entropy": liger_cute,
+    "QuACK": peers.quack_linear_cross_entropy, peers.TORCH_HEAD: peers.torch_linear_cross_entropy,
+    f"{peers.TORCH_HEAD}, chunks": torch_chunked, "TRL chunked": peers.trl_linear_cross_entropy,
+    "cut-cross-entropy": peers.cce_linear_cross_entropy,
 }

@@ -12,12 +12,14 @@ from torch import Tensor
 import r1kernels
 from gpu.setting import OURS, Candidate, Case, Setting, with_cuda
 from gpu.timing import Timed
+from r1kernels.bench.check import distances
+from r1kernels.bench.peers import COMPILED, EAGER, compiled
+from r1kernels.bench.tasks import BOTH, results
 
 LossFunction = Callable[..., Tensor]
 PEER_TOLERANCE = 0.05  # peers round logits or gradients to 16 bits on the way
 # A log-prob is a difference of numbers near 16: a loss has their rounding, however small its error in plain torch is.
 LOSS_ROUNDINGS = 16
-COMPILED = "torch.compile"
 
 
 class Problem(NamedTuple):
@@ -56,17 +58,14 @@ class Problem(NamedTuple):
         })
 
 
-def gradients(function: LossFunction, problem: Problem) -> tuple[Tensor, ...]:
-    """(loss, gradients of the leaves): nothing is left behind, so that memory can be measured."""
-    leaves = {name: problem.inputs[name].detach().requires_grad_() for name in problem.leaves}
-    loss = function(**(problem.inputs | leaves))
-    return loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))
+def gradients(function: LossFunction, problem: Problem) -> list[Tensor]:
+    """The loss, and the gradients of the leaves."""
+    return results(function, problem, BOTH)
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
     """|found - exact| / |exact|; NaN where anything is."""
-    found, exact = found.double(), exact.double()
-    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
+    return distances(found, exact)[0]
 
 
 def compare(name: str, found: Tensor, exact: Tensor, tolerance: float) -> None:
@@ -81,16 +80,16 @@ class Truth:
 
     def __init__(self, problem: Problem, exact: LossFunction, ours: LossFunction, few: int) -> None:
         self.problem, self.exact, self.ours, self.few = problem, exact, ours, few
-        self.known: list[tuple[slice, tuple[Tensor, ...], list[float]]] = []
+        self.known: list[tuple[slice, list[Tensor], list[float]]] = []
 
-    def parts(self) -> list[tuple[slice, tuple[Tensor, ...], list[float]]]:
+    def parts(self) -> list[tuple[slice, list[Tensor], list[float]]]:
         """(which rows, loss and gradients, errors allowed)."""
         count = self.problem.count
         if not self.known:
             self.known = [self._part(slice(0, self.few)), self._part(slice(count - self.few, count))]
         return self.known
 
-    def _part(self, where: slice) -> tuple[slice, tuple[Tensor, ...], list[float]]:
+    def _part(self, where: slice) -> tuple[slice, list[Tensor], list[float]]:
         part = self.problem.part(where)
         expected = gradients(self.exact, part.double())
         with r1kernels.backend("reference"):
@@ -137,9 +136,12 @@ def loss_case(
     return Case(op, case, str(shape), dtype, candidates | (extra or {}), **numbers)
 
 
-def with_eager(eager: LossFunction, setting: Setting, compiled: bool = False) -> dict[str, LossFunction]:
+def with_eager(eager: LossFunction, setting: Setting, also_compiled: bool = False) -> dict[str, LossFunction]:
     """Plain torch, and the same compiled, unless the setting is lean."""
     if setting.lean:
         return {}
-    functions = {"torch eager": eager}
-    return functions | ({COMPILED: torch.compile(eager, dynamic=False)} if compiled and setting.compiled else {})
+    return {EAGER: eager} | (with_compiled(eager) if also_compiled and setting.compiled else {})
+
+
+def with_compiled(function: LossFunction) -> dict[str, LossFunction]:
+    return {COMPILED: compiled(function).load()}

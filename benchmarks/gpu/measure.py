@@ -10,6 +10,7 @@ import torch
 
 from gpu.setting import COPY, PRODUCTS, Candidate, Case, LeftOut
 from gpu.timing import GRAPH_CALLS, Clock, Measured, Timed, in_turns
+from r1kernels.bench.peers import one_line
 
 Row = dict[str, Any]
 Ceilings = dict[str, float]  # "copy": bytes per second, "gemm": flop per second
@@ -20,9 +21,7 @@ class DeviceLost(RuntimeError):
 
 
 def failure(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    name = "left out" if isinstance(error, LeftOut) else type(error).__name__
-    return f"{name}: {lines[0] if lines else ''}"[:300]
+    return f"left out: {error}"[:300] if isinstance(error, LeftOut) else one_line(error)
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -76,8 +75,12 @@ def run(
         except Exception as error:
             failed |= dict.fromkeys(ready, failure(error))
             lost = error if _is_lost(error) else None
-    judged = rows(case, measured, extra, ceilings, getattr(clock, "hides_us", None))
+    judged = rows(case, measured, extra, ceilings, hides_us(clock))
     return [*judged, *(_failed(case, *item) for item in failed.items())], lost
+
+
+def hides_us(clock: Clock) -> float | None:
+    return None if clock.hides_s is None else clock.hides_s * 1e6
 
 
 def _failed(case: Case, name: str, error: str) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from gpu import bars, launches, published, records
 from gpu.setting import COPY, OURS, PRODUCTS, quietly
 from gpu.timing import GRAPH_CALLS
+from r1kernels.bench.results import finite, write_json, write_text
 
 Row = dict[str, Any]
 STAGES = "stages.tsv"
@@ -171,17 +171,10 @@ def write(
     rows = [{name: value for name, value in row.items() if name != "kernels"} for row in bars.mark(results, goals)]
     judged = [{**goal._asdict(), "met": goal.met} for goal in goals]
     result = {**header, "bars": judged, "launches": launched, "results": rows}
-    replace(folder / "results.json", json.dumps(result, indent=1) + "\n")
-    replace(folder / "report.md", markdown(header, rows, goals, launched, stages(folder)))
+    write_json(finite(result), folder / "results.json")
+    write_text(markdown(header, rows, goals, launched, stages(folder)), folder / "report.md")
     if plotted:
         title = f"{header.get('device', '')}, r1kernels {header.get('r1kernels', '')}"
         drawn = plot(rows, title, folder / "roofline.png")
         print(f"results.json, report.md{', roofline.png' if drawn else ' (no matplotlib: no plots)'} in {folder}")
     return goals
-
-
-def replace(path: Path, text: str) -> None:
-    """A command that is killed meanwhile leaves the older file."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)

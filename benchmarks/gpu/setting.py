@@ -11,8 +11,8 @@ import torch
 import r1kernels
 from gpu.timing import Timed
 from r1kernels import _library
+from r1kernels.bench.tasks import OURS, name_of  # ours: by Triton's kernels, on a GPU
 
-OURS = "r1kernels"  # by Triton's kernels, on a GPU
 CUDA = f"{OURS}, cuda"  # by those in CUDA C++
 COPY = "copy"  # of the bytes that count in a case of bandwidth
 PRODUCTS = "bare products"
@@ -116,10 +116,6 @@ class Head(NamedTuple):
 
     def __str__(self) -> str:
         return f"N {self.tokens}, H {self.width}, V {self.vocab}"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def logits_shapes(setting: Setting) -> list[Logits]:

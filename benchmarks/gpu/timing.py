@@ -1,19 +1,20 @@
-"""Time of candidates in turns, and the memory they take beyond what was there before."""
+"""Time and memory of candidates in turns, by the clocks of `r1kernels.bench`, and replays of CUDA graphs."""
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-FLUSHED_BYTES = 1 << 30  # about 250 microseconds of an H200
+from r1kernels.bench import clock as clocks
+from r1kernels.bench.turns import in_turns as take_turns
+from r1kernels.bench.turns import rounds_of
+
 GRAPH_CALLS = 10  # in one graph: its launch, some microseconds, is shared by so many
-MIN_ROUNDS, MAX_ROUNDS, SLOW_ROUNDS = 5, 50, 3
-SLOW = 8.0  # times the fastest: such a candidate takes part in few rounds
+LEAST_ROUNDS = 5  # of candidates that are not slow
 
 
 class Timed(NamedTuple):
@@ -35,62 +36,11 @@ class Measured(NamedTuple):
     host_us: float | None = None
 
 
-class Clock(Protocol):
-    host_us: float | None  # of the last run
-    hides_us: float | None  # host time up to this is not in the numbers
-
-    def microseconds(self, run: Callable[[], object]) -> float: ...
-
-    def peak_extra_bytes(self, run: Callable[[], object]) -> int | None: ...
-
+class Clock(clocks.Clock, Protocol):
     def graph(self, run: Callable[[], object]) -> Timed: ...
 
 
-class DeviceClock:
-    """CUDA events around a run that finds nothing in the cache.
-
-    The flush also keeps the device busy while the host queues the run, so that the host's time is in no number unless
-    it is longer than the flush (`hides_us`). It reads: what it leaves in the cache need not be written back, which
-    would take part of the run's bandwidth.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self.host_us: float | None = None
-        self.hides_us: float | None = None
-        self.hides_us = min(self._flush_us() for _ in range(5))
-
-    def _flush_us(self) -> float:
-        start, end = self.events
-        start.record()
-        self.flush.sum()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    def microseconds(self, run: Callable[[], object]) -> float:
-        start, end = self.events
-        self.flush.sum()
-        start.record()
-        before = time.perf_counter()
-        run()
-        self.host_us = (time.perf_counter() - before) * 1e6
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    def peak_extra_bytes(self, run: Callable[[], object]) -> int:
-        gc.collect()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        result = run()
-        torch.cuda.synchronize(self.device)
-        del result
-        return torch.cuda.max_memory_allocated(self.device) - before
-
+class DeviceClock(clocks.DeviceClock):
     def graph(self, run: Callable[[], object]) -> Timed:
         """Replays of `GRAPH_CALLS` calls, all but the first of which may find their inputs in the cache."""
         aside = torch.cuda.Stream(self.device)
@@ -110,19 +60,8 @@ class DeviceClock:
         return Timed(replay, calls=GRAPH_CALLS)
 
 
-class HostClock:
+class HostClock(clocks.HostClock):
     """For rehearsals on the CPU."""
-
-    host_us: float | None = None
-    hides_us: float | None = None
-
-    def microseconds(self, run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        run()
-        return (time.perf_counter() - started) * 1e6
-
-    def peak_extra_bytes(self, run: Callable[[], object]) -> None:
-        run()
 
     def graph(self, run: Callable[[], object]) -> Timed:
         return Timed(lambda: [run() for _ in range(GRAPH_CALLS)], calls=GRAPH_CALLS)
@@ -132,35 +71,31 @@ def clock_of(device: torch.device) -> Clock:
     return HostClock() if device.type == "cpu" else DeviceClock(device)
 
 
-def _once(candidate: Timed, clock: Clock) -> float:
-    candidate.prepare()
-    return clock.microseconds(candidate.run)
-
-
 def in_turns(candidates: dict[str, Timed], clock: Clock, seconds: float) -> dict[str, Measured]:
-    """Times the candidates round by round for about `seconds`: what drifts, drifts for all of them."""
-    memory, estimate = {}, {}
+    """Times the candidates round by round. Those that are not slow take about `seconds`."""
+    host: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def turn(name: str) -> float:
+        candidate = candidates[name]
+        candidate.prepare()
+        taken = clock.seconds(candidate.run, 1)
+        if clock.host_s is not None:
+            host[name].append(clock.host_s)
+        return taken
+
+    memory, estimates = {}, {}
     for name, candidate in candidates.items():
         for _ in range(2):
-            _once(candidate, clock)
+            turn(name)
         candidate.prepare()
         memory[name] = clock.peak_extra_bytes(candidate.run)
-        estimate[name] = _once(candidate, clock)
-    fastest = min(estimate.values(), default=1.0)
-    slow = {name for name, each in estimate.items() if each > SLOW * fastest}
-    budget = seconds * 1e6 - SLOW_ROUNDS * sum(estimate[name] for name in slow)
-    each_round = sum(each for name, each in estimate.items() if name not in slow)
-    rounds = int(min(max(budget / max(each_round, 1e-3), MIN_ROUNDS), MAX_ROUNDS))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    host: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds):
-        for name, candidate in candidates.items():
-            if name not in slow or number < SLOW_ROUNDS:
-                times[name].append(_once(candidate, clock) / candidate.calls)
-                host[name] += [] if clock.host_us is None else [clock.host_us]
+        estimates[name] = turn(name)
+        host[name].clear()
+    turns = {name: partial(turn, name) for name in candidates}
     results = {}
-    for name, taken in times.items():
-        low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
-        queued = statistics.median(host[name]) if host[name] else None
+    for name, taken in take_turns(turns, rounds_of(estimates, seconds, LEAST_ROUNDS)).items():
+        micro = [each / candidates[name].calls * 1e6 for each in taken]
+        low, median, high = statistics.quantiles(micro, n=4, method="inclusive")
+        queued = statistics.median(host[name]) * 1e6 if host[name] else None
         results[name] = Measured(median, high - low, len(taken), memory[name], queued)
     return results

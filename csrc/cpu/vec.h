@@ -271,7 +271,7 @@ inline Exp2 exp2_scaled(VecF d, const Exp2Scale& scale, Extra... extra) {
   } else {
     r = rest + multiply_add(d, scale.lo, (extra + ...));
   }
-  const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + 127) << 23);
+  const VecF power = bit_cast<VecF>((bit_cast<VecU>(shifted) + 127u) << 23);  // unsigned, for any NaN
   return {exp2_fraction(r) * r, power, underflow};
 }
 

@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
                          f"{' and '.join(left)}, or --save-results")
     import torch
 
-    from r1kernels.bench import machine, run
+    from r1kernels import _origin
+    from r1kernels.bench import run
     from r1kernels.bench.tasks import Setting
 
     for name in given.only:
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             reader.error(f"argument --only: {name!r}: expected some of {', '.join(run.NAMES)}")
     if given.device == "cuda" and not torch.cuda.is_available():
         reader.error("argument --device: 'cuda': torch finds no CUDA device; expected one, or --device cpu")
-    if given.save_results and not machine.in_source_tree():
+    if given.save_results and not _origin.in_source_tree():
         reader.error("argument --save-results: results are saved in a source tree only; use --out")
     if why := check_out(given.out):
         reader.error(f"argument --out: {str(given.out)!r}: {why}")

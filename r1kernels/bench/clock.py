@@ -18,12 +18,14 @@ import r1kernels
 Run = Callable[[], object]
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-SMALLEST_FLUSH = 256 << 20
+FLUSHED_BYTES = 1 << 30  # about 250 microseconds of an H200
 
 
 class Clock(Protocol):
     no_memory: str  # why peak memory is not measured, or ""
     shortest: float  # seconds of one measurement: shorter calls are repeated
+    host_s: float | None  # until the host had queued the calls of the last measurement
+    hides_s: float | None  # host time up to this is not in the numbers
 
     def seconds(self, run: Run, calls: int) -> float: ...
 
@@ -41,6 +43,8 @@ class HostClock:
     """Wall-clock time; memory is the high-water mark of the process, which Linux can reset."""
 
     shortest: float = 1e-3
+    host_s: float | None = None
+    hides_s: float | None = None
 
     def __init__(self) -> None:
         self.no_memory: str = ""
@@ -76,8 +80,9 @@ class HostClock:
 class DeviceClock:
     """CUDA events around calls that find nothing in the L2 cache.
 
-    The flush reads memory and leaves nothing to write back. It also keeps the device busy while the host queues the
-    first call, so that the time of the host is not in the number.
+    The flush reads memory: what it leaves in the cache need not be written back, which would take part of the
+    bandwidth. It also keeps the device busy while the host queues the calls, so that the host's time is in no number
+    unless it is longer than the flush (`hides_s`).
     """
 
     no_memory: str = ""
@@ -85,17 +90,27 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        size = max(SMALLEST_FLUSH, 4 * cache)
-        self.flush: torch.Tensor = torch.zeros(size // 4, dtype=torch.float32, device=device)
+        self.flush: torch.Tensor = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.float32, device=device)
         self.events: list[torch.cuda.Event] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.host_s: float | None = None
+        self.hides_s: float | None = min(self._flush_seconds() for _ in range(5))
+
+    def _flush_seconds(self) -> float:
+        start, end = self.events
+        start.record()
+        self.flush.sum()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def seconds(self, run: Run, calls: int) -> float:
         start, end = self.events
         self.flush.sum()
         start.record()
+        before = time.perf_counter()
         for _ in range(calls):
             run()
+        self.host_s = time.perf_counter() - before
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls

@@ -44,12 +44,26 @@ def over_support(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, ids, logits.gather(-1, ids))
 
 
-def clipped_loss(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
-    """The mean over sequences of the mean over their tokens, of (B, T)."""
+def finite_logprobs_and_entropy(
+    logits: Tensor, token_ids: Tensor, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As trainers write it: a pass less than above, and an entropy of NaN where a logit is -inf."""
+    log_p = wide(logits).log_softmax(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def clipped_terms(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    """The loss of each token, (B, T)."""
     ratio = (logprobs - old_logprobs).exp()
     advantages = advantages.reshape(len(ratio), -1)
-    terms = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    return terms.mean(1).mean()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+
+
+def clipped_loss(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
+    """The mean over sequences of the mean over their tokens, of (B, T)."""
+    return clipped_terms(logprobs, advantages, old_logprobs).mean(1).mean()
 
 
 def grpo_loss(logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -60,11 +74,8 @@ def grpo_loss_and_entropy(
     logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """With the mean entropy as a metric, from the same log_softmax."""
-    log_p = wide(logits).log_softmax(-1)
-    logprobs = log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-    return clipped_loss(logprobs, advantages, old_logprobs), entropy
+    logprobs, entropy = finite_logprobs_and_entropy(logits, token_ids)
+    return clipped_loss(logprobs, advantages, old_logprobs), entropy.mean()
 
 
 def linear_grpo_loss(

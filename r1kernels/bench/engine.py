@@ -21,12 +21,11 @@ from r1kernels.bench.peers import Peer
 from r1kernels.bench.results import Results
 from r1kernels.bench.tasks import OURS, Function, Setting, Task, name_of
 from r1kernels.bench.tasks import results as results_of
+from r1kernels.bench.turns import LEAST, rounds_of, times
 
 ALL = "all implementations"
-MOST_ROUNDS, LEAST_ROUNDS = 50, 3
-LONG = 10.0, 2  # seconds of one run, and the rounds that such a candidate takes part in
 SHORT = 0.5  # seconds: one more run, to know the time better, costs nothing
-SLOW = 6.0  # times the fastest: such a candidate takes part in the least rounds only
+SLOW_FROM = 0.1  # seconds of a turn: many rounds of a shorter one cost little, and its time varies
 MARGIN = 1.25  # estimates from shapes leave out small buffers and what an allocator keeps
 RESERVE = 512 << 20, 0.05  # bytes, and share of all memory, that are left alone
 
@@ -43,7 +42,7 @@ class Engine:
         # Of time.monotonic: after it, few rounds are enough.
         self.deadline: float = math.inf if deadline is None else deadline
         self.seconds: float = setting.pick(0.1, 1.0, 5.0)
-        self.least_rounds: int = setting.pick(LEAST_ROUNDS, LEAST_ROUNDS, 5)
+        self.least_rounds: int = setting.pick(LEAST, LEAST, 5)
         self.trouble: bool = False
         self.unusable: set[str] = set()  # implementations that cannot work in any case
 
@@ -90,12 +89,12 @@ class Engine:
                 memory[name], errors[name], runs[name] = None, Held(0.0, 0.0), make(problem)
                 self.clock.seconds(runs[name], 1)
                 estimates[name] = self.clock.seconds(runs[name], 1)
-            times = self._in_turns(runs, estimates)
+            seconds = self._in_turns(runs, estimates)
         except Exception as error:  # such as memory that another process has taken since the checks
             self._failed(ALL, task, error)
             return []
-        return [self._row(task, name, taken, times[OURS], memory[name], errors[name])
-                for name, taken in times.items()]
+        return [self._row(task, name, taken, seconds[OURS], memory[name], errors[name])
+                for name, taken in seconds.items()]
 
     # ---- what can run ---------------------------------------------------------------------------------------
 
@@ -174,24 +173,11 @@ class Engine:
     def _in_turns(
         self, runs: dict[str, Callable[[], object]], estimates: dict[str, float]
     ) -> dict[str, list[float]]:
-        """Seconds of each round. Before each measurement there is one run without: a system may have taken back memory
-        that others gave up, and whoever comes next would pay for it."""
-        fastest = min(estimates.values())
-        slow = {name for name, each in estimates.items() if each > SLOW * fastest and each > 0.05}
+        """Seconds of each round."""
         calls = {name: max(1, math.ceil(self.clock.shortest / max(each, 1e-7))) for name, each in estimates.items()}
-        one_round = sum(each * (calls[name] + 1) for name, each in estimates.items() if name not in slow)
-        rounds = int(min(max(self.seconds / one_round, self.least_rounds), MOST_ROUNDS))
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        most = {name: LONG[1] if each > LONG[0] else LEAST_ROUNDS if name in slow else rounds
-                for name, each in estimates.items()}
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and time.monotonic() > self.deadline:
-                break
-            for name, run in runs.items():
-                if number < most[name]:
-                    run()
-                    times[name].append(self.clock.seconds(run, calls[name]))
-        return times
+        costs = {name: each * (calls[name] + 1) for name, each in estimates.items()}
+        rounds = rounds_of(costs, self.seconds, self.least_rounds, SLOW_FROM)
+        return times(runs, rounds, self.clock, calls, self.deadline)
 
     def _row(
         self, task: Task, name: str, taken: list[float], base: list[float], memory: int | None, held: Held

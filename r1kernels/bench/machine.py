@@ -1,65 +1,16 @@
-"""What is known about the device, its memory, the installed peers and the sources that are measured."""
+"""The memory of the device, and the name of the folder of its results."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).parents[1]
-ROOT = PACKAGE.parent  # of a source tree
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
-CPUINFO = Path("/proc/cpuinfo")
-
-
-def in_source_tree() -> bool:
-    return (ROOT / "csrc").is_dir() and (ROOT / "pyproject.toml").is_file()
-
-
-def sources_hash() -> str:
-    """Sixteen digits of the SHA-256 over what a measurement runs: the operations, their kernels, and csrc/ in a source
-    tree. An installed package has no csrc/: there, its compiled extension takes part instead."""
-    found = [*PACKAGE.glob("*.py"), *(PACKAGE / "ops").rglob("*.py"), *(PACKAGE / "triton").rglob("*.py")]
-    paths = sorted(path for path in found if path.name not in ("__init__.py", "__main__.py", "_command.py"))
-    if in_source_tree():
-        folder = ROOT / "csrc"
-        paths += sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    else:
-        paths += sorted(PACKAGE.glob("_C.*"))
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\n" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def commit() -> str | None:
-    """The short hash of the last commit of a source tree, or None."""
-    if not in_source_tree():
-        return None
-    try:
-        completed = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
-                                   text=True)
-    except OSError:
-        return None
-    return completed.stdout.strip() or None
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU, or that of the processor and the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = "CPU"
-    with contextlib.suppress(OSError):
-        if match := re.search(r"model name\s*:\s*(.+)", CPUINFO.read_text()):
-            model = match.group(1).strip()
-    threads = torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def folder_name(name: str, instruction_set: str | None) -> str:

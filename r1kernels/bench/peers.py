@@ -140,7 +140,12 @@ def quack_cross_entropy() -> Function:
 def torch_linear_cross_entropy() -> Function:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
-    return lambda hidden, weight, targets: F.linear_cross_entropy(hidden, weight, targets)
+    return lambda hidden, weight, targets, **given: F.linear_cross_entropy(hidden, weight, targets, **given)
+
+
+def trl_linear_cross_entropy() -> Function:
+    head = trl_head(())
+    return lambda hidden, weight, targets: -head(hidden, weight, targets)[0].mean()
 
 
 def liger_linear_cross_entropy() -> Function:

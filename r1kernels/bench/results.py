@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import json
 import math
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import r1kernels
-from r1kernels import testing
+from r1kernels import _origin
 from r1kernels.bench import machine
 from r1kernels.bench.peers import DISTRIBUTIONS
 
@@ -27,12 +24,8 @@ class Results:
 
     def __init__(self, device: torch.device, size: str) -> None:
         self.about: dict[str, Any] = {
-            "format": FORMAT, "date": datetime.date.today().isoformat(), "r1kernels": r1kernels.__version__,
-            "torch": torch.__version__, "python": platform.python_version(), "peers": {},
-            "device": machine.device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
-            "instruction_set": testing.instruction_set() if device.type == "cpu" else None,
-            "memory_bytes": machine.memory_bytes(device), "sources": machine.sources_hash(),
-            "commit": machine.commit(), "size": size,
+            "format": FORMAT, **_origin.origin(device), "peers": {}, "memory_bytes": machine.memory_bytes(device),
+            "size": size,
         }
         self.ceilings: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
@@ -71,8 +64,12 @@ def finite(value: Any) -> Any:
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
+    write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
     """Writes a neighbour and renames it, so that the file is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from r1kernels import _origin
 from r1kernels.bench import ceilings, fidelity, machine, table
 from r1kernels.bench.cases import CASES
 from r1kernels.bench.clock import Clock, clock_of
@@ -129,8 +130,8 @@ class Run:
     # ---- results --------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any] | None:
-        """Writes the document and returns it. Earlier results are renamed first; a run that measured nothing leaves them
-        alone and returns None."""
+        """Writes the document and returns it. Earlier results are renamed first; a run that measured nothing leaves
+        them alone and returns None."""
         path = self.options.out / FILE
         if not self.saved and path.exists():
             if not self.results.rows and not self.results.fidelity:
@@ -165,7 +166,7 @@ class Run:
 def results_path(results: Results) -> Path:
     about = results.about
     folder = machine.folder_name(about["device"], about["instruction_set"])
-    return machine.ROOT / "benchmarks" / "results" / folder / FILE
+    return _origin.ROOT / "benchmarks" / "results" / folder / FILE
 
 
 def keep_earlier(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -92,6 +92,11 @@ class Task:
     def all_peers(self) -> list[Peer]:
         """With torch.compile as the last one."""
         return [*self.peers, *([peers.compiled(self.exact)] if self.compiled else [])]
+
+
+def in_both_passes(make: Callable[..., Task]) -> Iterator[Task]:
+    """A task of the forward pass, and one of forward and backward."""
+    return (make(passes=passes) for passes in (FORWARD, BOTH))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -24,11 +24,11 @@ def _choose(n: Tensor, k: int) -> Tensor:
     return torch.where(valid, log, -torch.inf)
 
 
-def _sums_after(values: Tensor, groups: Tensor, position: Tensor) -> Tensor:
-    """The sum of the values after each one in its group. Groups are consecutive, and do not share partial sums, so
-    that the others do not change the bits of a group."""
+def _sums_after(values: Tensor, groups: Tensor, position: Tensor, largest: int) -> Tensor:
+    """The sum of the values after each one in its group of at most `largest`. Groups are consecutive, and do not share
+    partial sums, so that the others do not change the bits of a group."""
     total, step = values, 1
-    while step < len(values):
+    while step < largest:
         ahead = position + step
         inside = ahead < len(values)
         ahead = torch.where(inside, ahead, position)
@@ -75,7 +75,8 @@ def reference(rewards: Tensor, group_ids: Tensor | None, group_size: int, k: int
     std = expected((r - mean).square()).sqrt()
     with_it = _choose(n - 1, k - 1)
     later = torch.where(counts, (_choose(rank - 2, k - 2) - with_it).exp() * r, 0)
-    best = (_choose(rank - 1, k - 1) - with_it).exp() * r + _sums_after(later, groups, position)
+    best = (_choose(rank - 1, k - 1) - with_it).exp() * r + _sums_after(
+        later, groups, position, len(r) if group_ids is not None else group_size)
     best = best[_last_of_equals(r, groups, position)]
     advantages = torch.where(counts, (best - mean) / (torch.where(counts, std, 1) + eps), 0)
     return torch.empty_like(advantages).scatter(0, order, advantages)

@@ -50,9 +50,10 @@ class Sequences:
             self.count = len(cu_seqlens) - 1
             self.index = torch.searchsorted(cu_seqlens[1:], torch.arange(n, device=device), right=True)
         else:
-            length = logprobs.shape[-1]
             self.count: int = logprobs.shape[:-1].numel()
-            self.index: Tensor = torch.arange(n, device=device) // max(length, 1)
+            # Repeated, because dividing the integers below n takes ten times as long.
+            self.index: Tensor = torch.arange(self.count, device=device)[:, None].expand(
+                self.count, logprobs.shape[-1]).reshape(-1)
 
     def per_token(self, value: Tensor, shape: torch.Size) -> Tensor:
         """The values, flattened; a value per sequence is repeated. If S = N (packed), the values are per sequence."""

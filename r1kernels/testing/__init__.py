@@ -1,6 +1,7 @@
 """Inputs, float64 oracles and the error budget of the tests."""
 
 from r1kernels import _library
+from r1kernels._origin import instruction_set
 from r1kernels.testing.advantages import (
     group_advantages,
     importance_weights,
@@ -43,11 +44,6 @@ from r1kernels.testing.top_k import TopKExpected, top_k_divergence
 
 # The kernels under test: the compiled ones, or GPU kernels that the Triton interpreter runs on the CPU.
 KERNELS = "triton" if _library.INTERPRETED else "cuda" if _library.EMULATED else "cpu"
-
-
-def instruction_set() -> str | None:
-    """The instruction set that the compiled CPU kernels use here, or None without them."""
-    return None if _library.extension is None else _library.extension.cpu_isa()
 
 
 __all__ = [

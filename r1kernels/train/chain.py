@@ -6,7 +6,6 @@ stay the same. When it runs again, its old directory is deleted first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import filelock
 
 import r1kernels
+from r1kernels._origin import content_hash, note_origin, origin
 from r1kernels.train import evaluate, grpo, reject, reward_model, supervised
 from r1kernels.train.checkpoint import MODEL, latest_checkpoint, write_file
 from r1kernels.train.errors import ConfigError, Interrupt, naming
@@ -32,7 +32,6 @@ RUN: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "pretrain": supervised.run_pretrain, "sft": supervised.run_sft, "distill": supervised.run_distill,
     "grpo": lambda stage: grpo.GRPOTrainer(stage).run(), "reject": reject.run, "preference": reward_model.run,
 }
-HASHED_SIZE = 2**24  # larger files count by their size and the time of their last change
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, dict[str, Any]]:
@@ -49,6 +48,7 @@ class Chain:
     run_dir: Path
     records: dict[str, dict[str, Any]]
     forced: set[str | None]
+    origin: dict[str, Any]
 
     def __init__(self, recipe: Recipe, *, start: str | None = None) -> None:
         self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
@@ -73,6 +73,7 @@ class Chain:
         first(self.plan)  # raises before any work
         self._write()
         first(lambda: write_file(self.run_dir / CONFIG, dump_recipe(self.recipe)))
+        self.origin = first(lambda: origin(self.recipe.device, trainer=True))
         console.say(f"device {self.recipe.device}, models compute in {self.recipe.dtype}")
         for number, (name, settings) in enumerate(self.recipe.stages.items(), start=1):
             check(interrupt)
@@ -93,10 +94,10 @@ class Chain:
             self._write()  # first, so that after a kill the old directory is not taken for the new one
             first(lambda: (shutil.rmtree(stage.directory, ignore_errors=True), stage.directory.mkdir()))
             self.records[name] = {
-                "kind": kind, "status": "running", "version": r1kernels.__version__, "output": None,
+                "kind": kind, "status": "running", "origin": [], "output": None,
                 "settings": first(lambda: self._inputs(stage.settings, self._named_by(name))), "summary": {},
                 "seconds": 0.0, "evaluation": None}
-            self._write()
+        self._note_origin(name)
         record, started = self.records[name], time.monotonic()
         try:
             summary = RUN[kind](stage)
@@ -111,11 +112,16 @@ class Chain:
         self.forced.discard(name)
         self._write()
 
+    def _note_origin(self, name: str) -> None:
+        note_origin(self.records[name]["origin"], self.origin)
+        self._write()
+
     def _evaluate(self, stage: Stage) -> None:
         """Measures the model that a stage left, unless that was done with the same settings."""
         name, settings = stage.settings.name, self._eval_settings()
         if (self.records[name]["evaluation"] or {}).get("settings") != settings:
             stage.console.say(f"{name}: evaluating")
+            self._note_origin(name)
             started, found = time.monotonic(), evaluate.evaluate_model(stage, name)
             self.records[name]["evaluation"] = found | {"settings": settings, "seconds": time.monotonic() - started}
             self._write()
@@ -142,9 +148,10 @@ class Chain:
                               f"continue, or use --from {name} to run it again")
         if why:
             return "rerun", why
-        if record["version"] != r1kernels.__version__:
-            raise ConfigError(f"r1kernels {record['version']} ran stage '{name}', and this is {r1kernels.__version__}; "
-                              f"install that version to continue, or use --from {name} to run it again")
+        version = (record.get("origin") or [{}])[-1].get("r1kernels", "of an unknown version")
+        if version != r1kernels.__version__:
+            raise ConfigError(f"r1kernels {version} ran stage '{name}', and this is {r1kernels.__version__}; install "
+                              f"that version to continue, or use --from {name} to run it again")
         if not finished:
             return "continue", "it was interrupted"
         if self._output(name) != record["output"]:
@@ -186,16 +193,6 @@ class Chain:
     def _write_manifest(self) -> None:
         content = {"order": list(self.recipe.stages), "stages": self.records}
         write_file(self.run_dir / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def content_hash(path: str | Path) -> str:
-    """A hash of a file or of the files of a directory; if neither exists, of the name itself."""
-    found: dict[str, Any] = {}
-    for file in sorted(file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()):
-        size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        content = hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_SIZE else [size, changed]
-        found[str(file.relative_to(path))] = content
-    return hashlib.sha256(json.dumps(found or str(path)).encode()).hexdigest()[:16]
 
 
 def claim(recipe: Recipe) -> filelock.AcquireReturnProxy[Any]:

@@ -1,11 +1,10 @@
-"""The benchmarks of a GPU where there is none: timing with a clock of our own, inputs, rows, bars, and the report."""
+"""The benchmarks of a GPU where there is none: timing with a made-up clock, inputs, rows, bars, and the report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from gpu.losses import gradients
 from gpu.setting import COPY, FLOAT32_PRODUCT, FLUSHED, OURS, PRODUCTS, Candidate, Case, LeftOut, Logits, Setting, peers
 from gpu.timing import Timed
 
+from r1kernels.bench.turns import LEAST
+
 SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
 HASH = "5678"
 
@@ -23,12 +24,13 @@ HASH = "5678"
 class FakeClock:
     """A run returns the microseconds it took. The host needs a tenth to queue it."""
 
-    host_us: float | None = None
-    hides_us = 20.0
+    host_s: float | None = None
+    hides_s = 20e-6
 
-    def microseconds(self, run: Callable[[], object]) -> float:
-        taken = float(run())
-        self.host_us = taken / 10
+    def seconds(self, run: Callable[[], object], calls: int) -> float:
+        assert calls == 1
+        taken = float(run()) * 1e-6
+        self.host_s = taken / 10
         return taken
 
     def peak_extra_bytes(self, run: Callable[[], object]) -> int:
@@ -54,62 +56,29 @@ def case(candidates: dict[str, Candidate], **given: Any) -> Case:
 # ---- timing -------------------------------------------------------------------------------------------------
 
 
-def test_candidates_take_turns_and_slow_ones_only_a_few() -> None:
+def test_numbers_are_microseconds_and_slow_candidates_have_few_rounds() -> None:
     log: list[str] = []
     candidates = {name: taking(us, log, name) for name, us in (("a", 100.0), ("b", 200.0), ("slow", 10_000.0))}
-    measured = timing.in_turns(candidates, FakeClock(), seconds=0.0331)
-    assert {name: (each.median_us, each.spread_us) for name, each in measured.items()} == {
-        "a": (100, 0), "b": (200, 0), "slow": (10_000, 0)
-    }
-    assert measured["slow"].rounds == timing.SLOW_ROUNDS and measured["a"].rounds == measured["b"].rounds == 10
-    assert log[-4:] == ["a", "b", "a", "b"]
-    assert log[-(2 * 10 + 3):][:6] == ["a", "b", "slow", "a", "b", "slow"]
+    measured = timing.in_turns(candidates, FakeClock(), seconds=0.00301)
+    assert {name: each.median_us for name, each in measured.items()} == pytest.approx(
+        {"a": 100, "b": 200, "slow": 10_000})
+    assert {name: each.rounds for name, each in measured.items()} == {"a": 10, "b": 10, "slow": LEAST}
+    assert all(each.spread_us == 0 and each.host_us == pytest.approx(each.median_us / 10)
+               for each in measured.values())
+    assert log[-(2 * 10 + LEAST):][:6] == ["a", "b", "slow", "a", "b", "slow"] and log[-4:] == ["a", "b", "a", "b"]
 
 
 def test_preparation_comes_before_every_run_and_a_graph_is_divided_by_its_calls() -> None:
     log: list[str] = []
     given = Timed(lambda: log.append("run") or 50.0, prepare=lambda: log.append("prepare"), calls=10)
-    assert timing.in_turns({"a": given}, FakeClock(), seconds=0)["a"].median_us == 5
+    assert timing.in_turns({"a": given}, FakeClock(), seconds=0)["a"].median_us == pytest.approx(5)
     assert "run" in log and all(log[i - 1] == "prepare" for i, what in enumerate(log) if what == "run")
-
-
-def test_the_device_clock_converts_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            calls.append("record")
-
-        def synchronize(self) -> None:
-            calls.append("wait")
-
-        def elapsed_time(self, other: Event) -> float:
-            return 1.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
-    sizes: list[int] = []
-
-    def zeros(size: int, dtype: torch.dtype, **_: Any) -> SimpleNamespace:
-        sizes.append(size * dtype.itemsize)
-        return SimpleNamespace(sum=lambda: calls.append("flush"))
-
-    monkeypatch.setattr(timing.torch, "zeros", zeros)
-    clock = timing.DeviceClock(torch.device("cpu"))
-    assert sizes == [1 << 30] and clock.hides_us == 1500
-    assert calls[:4] == ["record", "flush", "record", "wait"]
-    calls.clear()
-    assert clock.microseconds(lambda: calls.append("run")) == 1500
-    assert calls == ["flush", "record", "run", "record", "wait"] and clock.host_us >= 0
 
 
 def test_rows_tell_whether_the_hosts_time_is_in_their_numbers() -> None:
     given = {OURS: Candidate(taking(100)), "slow": Candidate(taking(300)), "graph": Candidate(taking(100), graph=True)}
     rows, _ = measure.run(case(given), FakeClock(), 0, {})
-    told = {row["candidate"]: (row["timing"], row["host_us"], row["host_hidden"]) for row in rows}
+    told = {row["candidate"]: (row["timing"], round(row["host_us"], 6), row["host_hidden"]) for row in rows}
     assert told == {
         OURS: ("one call", 10, True), "slow": ("one call", 30, False), "graph": ("CUDA graph of 10 calls", 100, False),
     }

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,19 @@ class Event:
 
 def test_events_are_around_the_calls_and_the_flush_is_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     Event.ticks, Event.seen = iter(range(100)), []
-    monkeypatch.setattr(clock, "SMALLEST_FLUSH", 1 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 10))
+    sizes: list[int] = []
+
+    def zeros(size: int, dtype: torch.dtype, **_: Any) -> SimpleNamespace:
+        sizes.append(size * dtype.itemsize)
+        return SimpleNamespace(sum=lambda: Event.seen.append("flush"))
+
+    monkeypatch.setattr(clock.torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     found = clock.DeviceClock(torch.device("cpu"))
-    assert found.flush.nbytes == 4 << 10
-    found.flush = SimpleNamespace(sum=lambda: Event.seen.append("flush"))
-    assert found.seconds(lambda: Event.seen.append("call"), 2) == pytest.approx(0.0025)
+    assert sizes == [1 << 30] and found.hides_s == pytest.approx(0.005)
+    assert Event.seen[:4] == ["event", "flush", "event", "synchronize"]
+    Event.seen.clear()
+    assert found.seconds(lambda: Event.seen.append("call"), 2) == pytest.approx(0.0025) and found.host_s >= 0
     assert Event.seen == ["flush", "event", "call", "call", "event", "synchronize"]
 
 

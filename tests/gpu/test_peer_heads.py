@@ -13,8 +13,11 @@ import torch
 from gpu import eager, heads, published
 from gpu.cases import linear_policy_head
 from gpu.heads import CROSS_ENTROPY_HEADS, POLICY_HEADS
-from gpu.losses import COMPILED, distance, gradients
+from gpu.losses import distance, gradients
 from gpu.setting import OURS, PRODUCTS, Head, Setting
+
+from r1kernels.bench.eager import linear_cross_entropy
+from r1kernels.bench.peers import COMPILED, named
 
 SMALL = Setting(torch.device("cpu"), small=True, compiled=False)
 ON_CPU = {
@@ -49,7 +52,7 @@ def test_cross_entropy_heads_give_the_loss_of_torch(name: str) -> None:
               "targets": problem.inputs["token_ids"].flatten()}
     problem = problem._replace(inputs=inputs, rows=("hidden", "targets"))
     for value, true in zip(
-        gradients(head, problem), gradients(eager.linear_cross_entropy, problem.double()), strict=True
+        gradients(head, problem), gradients(linear_cross_entropy, problem.double()), strict=True
     ):
         assert distance(value, true) < 0.02
 
@@ -64,7 +67,7 @@ def test_packages_whose_init_fails_can_be_used(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     try:
         heads.without_init("heavy_peer", "heavy_peer.kernels")
-        assert heads.named("heavy_peer.kernels.head", "value") == 7
+        assert named("heavy_peer.kernels.head", "value") == 7
         with pytest.raises(ModuleNotFoundError, match="no_such_peer"):
             heads.without_init("no_such_peer")
     finally:

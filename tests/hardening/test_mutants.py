@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mutants
+import mutants_training
 import mutation
 import pytest
 from backends import host_code
@@ -29,7 +30,7 @@ def test_mutants_differ_and_name_tests_that_exist() -> None:
     assert not [m.what for m in mutants.MUTANTS if m.old == m.new]
     paths = {test.partition("::")[0] for m in mutants.MUTANTS for test in m.tests}
     assert not [path for path in paths if not (ROOT / path).exists()]
-    for name in ("r1kernels/ops/", "csrc/", "r1kernels/triton/"):
+    for name in ("r1kernels/ops/", "csrc/", "r1kernels/triton/", "r1kernels/train/", "r1kernels/rewards/"):
         assert len([m for m in mutants.MUTANTS if m.file.startswith(name)]) >= 12, name
 
 
@@ -46,11 +47,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     """Runs the script on a small formula: its exit status, and what it has recorded."""
     tree, out = tmp_path / "tree", tmp_path / "out.json"
     (tree / "benchmarks").mkdir(parents=True)
-    shutil.copy(mutants.__file__, tree / "benchmarks")
+    for module in (mutants, mutants_training):
+        shutil.copy(module.__file__, tree / "benchmarks")
     (tree / "formula.py").write_text(FORMULA)
     listed = mutants.of_file("formula.py", ("test_formula.py",), *CHANGES)
     monkeypatch.setattr(mutants, "MUTANTS", listed)
     monkeypatch.setattr(mutation, "COPY", tree)
+    monkeypatch.setattr(mutation, "ROOT", tree)
     monkeypatch.setattr(mutation, "build", lambda: None)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     runner = mutation.Runner
@@ -79,10 +82,32 @@ def test_the_script_tells_kills_from_survivors_and_time_outs(run: Any, capsys: p
     assert run("", "wrong")[0] == 0  # what was killed is not run again
     better = CHECKS + "    import inspect, formula\n    assert '2 * x' in inspect.getsource(formula)\n"
     status, found = run(better, "equal")
-    assert status == 0 and found["killed"] == 3
+    assert status == 0
+    assert found["killed"] == 1 and found["run"] == 1  # the test changed, so earlier results do not hold
+    assert {"date", "sources", "of"} <= found["results"][0].keys()
+
+
+@pytest.mark.parametrize("changed", ["the formula", "the test", "another test", "the mutant"])
+def test_a_result_holds_until_its_mutant_its_file_or_its_test_changes(
+        run: Any, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(CHECKS, "wrong")
+    assert len(mutation.recorded(run.out.read_text())) == 1
+    if changed == "the mutant":
+        others = [("2 * x", "4 * x", "wrong"), *CHANGES[1:]]
+        monkeypatch.setattr(mutants, "MUTANTS", mutants.of_file("formula.py", ("test_formula.py",), *others))
+    else:
+        more = {"the formula": "# more", "the test": "    assert double(0) == 0", "another test": "def test_b(): pass"}
+        with (mutation.ROOT / ("formula.py" if changed == "the formula" else "test_formula.py")).open("a") as file:
+            file.write(more[changed] + "\n")
+    assert len(mutation.recorded(run.out.read_text())) == (changed == "another test")
 
 
 def test_a_test_that_fails_without_a_mutant_judges_none(run: Any) -> None:
     with pytest.raises(RuntimeError, match="test_formula"):
         run(CHECKS.replace("== 6", "== 7"), "crashes")
     assert not run.out.exists()
+
+
+def test_two_runs_cannot_share_a_copy(run: Any) -> None:
+    with mutation.locked_copy(), pytest.raises(SystemExit, match=rf"--copy is {mutation.COPY}"):
+        run(CHECKS, "wrong")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import compiles, reference_only, registration_only, without_cuda_kernels
+from backends import compiles, reference_only, registration_only, slow_interpreted, without_cuda_kernels
 from divergence_cases import BETAS, DTYPES, KINDS, check
 from torch import Tensor
 
@@ -188,6 +188,7 @@ def test_a_student_who_is_the_teacher_is_at_distance_0(kind: str, dtype: torch.d
     testing.assert_within(grad, torch.zeros(5, 3000), 16 * slack)
 
 
+@slow_interpreted
 def test_the_same_distribution_in_another_dtype_or_shifted_is_at_distance_0() -> None:
     logits = testing.random_logits(5, 3000, dtype=torch.bfloat16)
     with backend(testing.KERNELS):

@@ -180,6 +180,15 @@ def test_gradients_of_logits_of_any_size() -> None:
                 testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g_used, eta_used, temperature))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_a_common_offset_costs_no_gradient(offset: float) -> None:
+    logits, ids, (g, eta) = testing.random_logits(4, 300) + offset, testing.random_ids(4, vocab=300), weights(4)
+    with backend(testing.KERNELS):
+        for g_used, eta_used in ((g, eta), (0 * g, eta)):
+            *_, grad = gradients(logits, ids, g_used, eta_used)
+            testing.assert_within(grad, testing.token_stats_gradient(logits, ids, g_used, eta_used))
+
+
 @reference_only
 def test_float64_logits_give_float64_results(recwarn: pytest.WarningsRecorder) -> None:
     with backend("reference"):

@@ -10,15 +10,8 @@ from linear_policy_cases import EVERYTHING, make, run
 from policy_cases import OBJECTIVES
 from torch import Tensor
 
-from r1kernels import (
-    Objective,
-    backend,
-    linear_cross_entropy,
-    linear_grpo_loss,
-    linear_token_logprobs,
-    linear_token_logprobs_and_entropy,
-    testing,
-)
+import r1kernels
+from r1kernels import Objective, backend, testing
 from r1kernels.ops.linear import sums, walk
 from r1kernels.ops.linear.grpo_loss import TokenObjective
 
@@ -55,7 +48,7 @@ def test_rows_with_one_of_two_gradients_take_part(implementation: str) -> None:
     slopes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64).repeat(2, 1)
     g, eta = (column.view(2, 4) for column in slopes.unbind(1))
     (_, entropy), grads = cases.gradients(
-        linear_token_logprobs_and_entropy, case, lambda r: (g.float() * r[0] + eta.float() * r[1]).sum())
+        r1kernels.linear_token_logprobs_and_entropy, case, lambda r: (g.float() * r[0] + eta.float() * r[1]).sum())
     assert entropy.requires_grad
     cases.assert_gradients(grads, cases.exact(case, g, eta), 1e-5)
     assert grads["hidden"].any(-1).tolist() == [[True, True, True, False]] * 2
@@ -183,12 +176,12 @@ def test_the_gradient_is_that_of_a_batch_without_the_still_rows(
         if function == "grpo":
             given = policy if kept is None else {name: value[kept] for name, value in policy.items()}
             objective = Objective(aggregate="token_mean")
-            return linear_grpo_loss(**case, **given, objective=objective, normalizer=35.0).loss
+            return r1kernels.linear_grpo_loss(**case, **given, objective=objective, normalizer=35.0).loss
         ids = case.pop("token_ids")
         if function == "logprobs":
             weight = policy["advantages"] if kept is None else policy["advantages"][kept]
-            return (weight * linear_token_logprobs(token_ids=ids, **case)).sum()
-        return linear_cross_entropy(targets=ids if kept is not None else ids.masked_fill(~keep, -100), **case)
+            return (weight * r1kernels.linear_token_logprobs(token_ids=ids, **case)).sum()
+        return r1kernels.linear_cross_entropy(targets=ids if kept is not None else ids.masked_fill(~keep, -100), **case)
 
     results = [cases.gradients(loss_of, inputs, lambda loss: loss, kept=kept) for kept in (None, keep)]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
@@ -222,7 +215,9 @@ def test_everything_clipped(implementation: str) -> None:
 # ---- capacity -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [linear_grpo_loss, linear_token_logprobs, linear_cross_entropy])
+@pytest.mark.parametrize("function", [
+    r1kernels.linear_grpo_loss, r1kernels.linear_token_logprobs, r1kernels.linear_cross_entropy,
+])
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_capacity_too_small_raises(function: Any, graph: bool, implementation: str) -> None:
     case = cases.make("plain", 3, 5)
@@ -232,9 +227,9 @@ def test_a_capacity_too_small_raises(function: Any, graph: bool, implementation:
     for given, count in ((mask, 11), (None, 15)):
         keywords: dict[str, Any] = {} if given is None else {"mask": given}
         arguments = dict(case)
-        if function is linear_grpo_loss:
+        if function is r1kernels.linear_grpo_loss:
             keywords["advantages"] = torch.ones(3)
-        elif function is linear_cross_entropy:
+        elif function is r1kernels.linear_cross_entropy:
             ids = arguments.pop("token_ids")
             keywords = {"targets": ids if given is None else ids.masked_fill(~given, -100)}
         with pytest.raises(ValueError, match=rf"capacity \({count - 1}\) .*\({count}\)"):
@@ -245,11 +240,11 @@ def test_a_capacity_too_small_raises(function: Any, graph: bool, implementation:
 def test_a_capacity_bounds_tokens_that_move_not_the_batch() -> None:
     inputs = make("plain", "holes")
     keep = int((inputs["mask"] & (inputs["advantages"] != 0)[:, None]).sum())
-    linear_grpo_loss(**inputs, capacity=keep)
+    r1kernels.linear_grpo_loss(**inputs, capacity=keep)
     with pytest.raises(ValueError, match=rf"capacity \({keep - 1}\) .*\({keep}\)"):
-        linear_grpo_loss(**inputs, capacity=keep - 1)
+        r1kernels.linear_grpo_loss(**inputs, capacity=keep - 1)
     with pytest.raises(ValueError, match=rf"capacity \({keep}\) .*\({int(inputs['mask'].sum())}\)"):
-        linear_grpo_loss(**inputs, capacity=keep, objective=Objective(**EVERYTHING))
+        r1kernels.linear_grpo_loss(**inputs, capacity=keep, objective=Objective(**EVERYTHING))
 
 
 def test_the_padding_row_of_a_capacity_is_not_looked_up() -> None:
@@ -259,7 +254,7 @@ def test_the_padding_row_of_a_capacity_is_not_looked_up() -> None:
     case["token_ids"][5], case["hidden"][5], case["temperature"][5] = 2**40, torch.nan, torch.nan
     with backend(testing.KERNELS):
         results = [
-            cases.gradients(linear_token_logprobs, case, lambda logprobs: logprobs.square().sum(), mask=mask, **more)
+            cases.gradients(r1kernels.linear_token_logprobs, case, lambda x: x.square().sum(), mask=mask, **more)
             for more in ({}, {"capacity": 5})
         ]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
@@ -295,7 +290,7 @@ def test_the_row_that_stands_in_for_padding_may_hold_any_id(implementation: str)
     grads = []
     for capacity in (None, 4, 6):
         leaf = weight.clone().requires_grad_()
-        linear_cross_entropy(hidden, leaf, targets, capacity=capacity).backward()
+        r1kernels.linear_cross_entropy(hidden, leaf, targets, capacity=capacity).backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(grads[1], grads[0])
     torch.testing.assert_close(grads[2], grads[0])

@@ -154,6 +154,7 @@ def test_metrics_and_loss_do_not_need_gradients(extra: str, implementation: str)
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("more", [{}, EVERYTHING])
+@slow_interpreted
 def test_packed_equals_padded(name: str, more: dict[str, float], implementation: str) -> None:
     lengths = testing.random_lengths(5, 7)
     inputs = make("temperatures", "plain")

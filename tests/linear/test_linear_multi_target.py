@@ -175,6 +175,7 @@ def test_rows_of_all_depths_are_in_one_walk(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("capacity", [None, 10, 40])
 @pytest.mark.parametrize("shared", [False, True])
+@slow_interpreted
 def test_nothing_behind_the_masks_matters(
     shared: bool, capacity: int | None, head: str, implementation: str
 ) -> None:

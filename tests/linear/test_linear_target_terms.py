@@ -6,7 +6,7 @@ import linear_cases as cases
 import pytest
 import target_cases
 import torch
-from backends import compiles, reference_only, without_cuda_kernels
+from backends import compiles, reference_only, slow_interpreted, without_cuda_kernels
 from target_cases import TERMS
 
 from r1kernels import backend, cross_entropy, linear_cross_entropy, testing
@@ -74,6 +74,7 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@slow_interpreted
 def test_agrees_with_torch_and_with_cross_entropy(smoothing: float, implementation: str) -> None:
     case = batch()
     targets = case.pop("token_ids")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import slow_interpreted
 from linear_policy_cases import head_of, make
 
 from r1kernels import linear_grpo_loss, linear_token_logprobs_and_entropy, objectives
@@ -14,6 +15,7 @@ def shape_of(inputs: dict) -> torch.Size:
 @pytest.mark.parametrize("objective", [objectives.grpo(), objectives.gspo(), objectives.vespo(),
                                        objectives.grpo(entropy_coef=0.1)])
 @pytest.mark.parametrize("gradients", [True, False])
+@slow_interpreted
 def test_are_those_of_all_tokens_that_count(objective, gradients: bool, implementation: str) -> None:
     inputs = make("everything", "holes")
     expected = linear_token_logprobs_and_entropy(**head_of(inputs), mask=inputs["mask"])

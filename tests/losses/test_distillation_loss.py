@@ -156,6 +156,7 @@ def test_a_longer_list_is_a_closer_lower_bound(kind: str, implementation: str) -
     assert losses[0] < full
 
 
+@slow_interpreted
 def test_order_of_the_list_and_absent_entries_do_not_matter(implementation: str) -> None:
     student, teacher = testing.random_pair(5, 60)
     ids, logprobs = testing.random_topk(teacher, 8)

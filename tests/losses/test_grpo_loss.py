@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, shapes_only
+from backends import checks_only, compiles, reference_only, shapes_only, slow_interpreted
 from policy_cases import OBJECTIVES
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -90,6 +90,7 @@ def test_values_and_gradients(dtype: torch.dtype, name: str, temperature: float)
 
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.parametrize("name", OBJECTIVES)
+@slow_interpreted
 def test_is_the_composition_bit_for_bit(name: str, implementation: str) -> None:
     inputs = batch() | {"mask": testing.random_ids(5, 7, vocab=3) > 0}
     objective = Objective(**OBJECTIVES[name], **EVERYTHING)
@@ -124,6 +125,7 @@ def test_the_users_twelve_lines(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@slow_interpreted
 def test_packed_equals_padded(name: str) -> None:
     lengths = testing.random_lengths(5, 7)
     mask = testing.length_mask(lengths, 7)
@@ -140,6 +142,7 @@ def test_packed_equals_padded(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OBJECTIVES)
+@slow_interpreted
 def test_nothing_behind_the_mask_matters(dtype: torch.dtype, name: str, implementation: str) -> None:
     inputs = batch(dtype)
     mask = testing.random_ids(5, 7, vocab=2) == 1
@@ -202,6 +205,7 @@ def test_no_tokens(shape: tuple[int, int], implementation: str) -> None:
     assert loss == 0 and logits.grad.shape == logits.shape
 
 
+@slow_interpreted
 def test_a_custom_objective_from_logits(implementation: str) -> None:
     inputs = batch()
     custom = evaluate(inputs, objective=lambda logprobs, batch: -batch.advantages * logprobs)

@@ -91,6 +91,7 @@ def test_micro_batches_with_the_global_normalizer(
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @given(name=st.sampled_from(list(OBJECTIVES)), lengths=LENGTHS, seed=SEED, order=SEQUENCES)
+@slow_interpreted
 def test_row_order(aggregate: str, name: str, lengths: list[int], seed: int, order: list[int]) -> None:
     batch, objective = make_batch(seed, lengths), make_objective(name, aggregate)
     whole = gradient(batch, objective, lambda whole: [whole])
@@ -149,6 +150,7 @@ def test_threads_change_no_bit(name: str, on_threads: Callable[[int], None]) -> 
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@slow_interpreted
 def test_a_sequence_does_not_depend_on_the_others(name: str, implementation: str) -> None:
     """Bit for bit, once the normalizer is given: also beside a sequence that is NaN."""
     batch, objective = make_batch(3, [5, 3, 5, 1, 4, 2]), make_objective(name, "sequence_mean")

@@ -53,6 +53,15 @@ def test_a_clipped_token_far_away_is_finite_with_gradient_zero(log_ratio: float,
     assert metrics["nonfinite_tokens"] == 0
 
 
+def test_a_clipped_token_with_an_entropy_gradient_is_active(implementation: str) -> None:
+    logprobs = torch.tensor([[-1.0, -2.0]])
+    inputs = {"logprobs": logprobs, "old_logprobs": logprobs - 1, "advantages": torch.tensor([1.0]),
+              "entropy": torch.tensor([[1.0, 2.0]])}
+    result, grad, grad_entropy = evaluate(inputs, objectives.grpo(entropy_coef=0.1))
+    assert not grad.any() and grad_entropy.all()
+    assert result.metrics["clip_high_fraction"] == result.metrics["active_fraction"] == 1
+
+
 @pytest.mark.parametrize("log_ratio", [-89.0, -1000.0])
 def test_a_ratio_that_underflows(log_ratio: float, implementation: str) -> None:
     loss, grad, metrics = one_token(log_ratio, -1.0, objectives.grpo())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import checks_only, compiles, reference_only, shapes_only, without_cuda_kernels
+from backends import checks_only, compiles, reference_only, shapes_only, slow_interpreted, without_cuda_kernels
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -90,6 +90,7 @@ def test_values_and_gradients(dtype: torch.dtype, reduction: str, temperature: f
 
 
 @pytest.mark.parametrize("terms", TERMS)
+@slow_interpreted
 def test_nothing_of_an_ignored_target_matters(terms: str, implementation: str) -> None:
     logits, targets = batch()
     poisoned = testing.poisoned(logits, targets != -100)

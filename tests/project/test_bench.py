@@ -20,6 +20,7 @@ from r1kernels.bench.cases import CASES
 from r1kernels.bench.engine import Engine
 from r1kernels.bench.peers import Peer
 from r1kernels.bench.tasks import OURS, SIZES, Problem, Setting, Task, results
+from r1kernels.bench.turns import LEAST, in_turns, rounds_of
 
 # Public functions that compute nothing of a loss.
 NO_OPERATIONS = {"backend", "has_fast_bf16", "linear_loss_bytes", "release_workspace"}
@@ -278,6 +279,18 @@ def test_rounds_of_slow_candidates(engine: Engine) -> None:
     engine.seconds, engine.least_rounds = 0.0, 5
     times = engine._in_turns(dict.fromkeys("abc", lambda: None), {"a": 0.1, "b": 9.0, "c": 11.0})
     assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 3, "c": 2}
+
+
+def test_candidates_take_turns_within_the_time() -> None:
+    """The slow one in few rounds, unless all turns are short."""
+    costs = {"a": 0.02, "b": 0.03, "slow": 0.9}
+    assert rounds_of(costs, seconds=0.5) == {"a": 10, "b": 10, "slow": LEAST}
+    assert rounds_of(costs, seconds=0.5, least=20) == {"a": 20, "b": 20, "slow": LEAST}
+    assert rounds_of({"a": 0.01, "b": 0.09}, seconds=1.0, slow_from=0.1) == {"a": 10, "b": 10}
+    log: list[str] = []
+    turns = {name: lambda name=name: log.append(name) or float(len(log)) for name in "abc"}
+    assert in_turns(turns, {"a": 3, "b": 1, "c": 2}) == {"a": [1, 4, 6], "b": [2], "c": [3, 5]}
+    assert log == ["a", "b", "c", "a", "c", "a"]
 
 
 def test_pass_at_k_in_plain_torch_is_that_of_all_subsets() -> None:

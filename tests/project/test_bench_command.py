@@ -18,8 +18,8 @@ import pytest
 import torch
 from bench_cases import assert_document
 
-from r1kernels import _command
-from r1kernels.bench import cli, machine, run, table
+from r1kernels import _command, _origin
+from r1kernels.bench import cli, run, table
 
 
 def test_a_few_cases_end_to_end(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_few_cases_end_to_end(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert_document(found)
     assert found["size"] == "small" and found["threads"] == 1 and found["device_type"] == "cpu"
-    assert found["sources"] == machine.sources_hash()
+    assert found["sources"] == _origin.sources_hash()
     assert {row["case"] for row in found["rows"]} == set(names)
     assert {"r1kernels", "torch eager", "ceiling: copy"} <= {row["implementation"] for row in found["rows"]}
     for row in found["rows"]:
@@ -105,7 +105,7 @@ def test_a_gpu_that_is_absent(
 def test_results_are_saved_in_a_source_tree_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "in_source_tree", lambda: False)
+    monkeypatch.setattr(_origin, "in_source_tree", lambda: False)
     assert "--save-results" in refusal(capsys, "--out", tmp_path, "--save-results")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bench_cases import SMALL, a_task, assert_document
 
+from r1kernels import _origin
 from r1kernels.bench import machine, run
 from r1kernels.bench.tasks import OURS, Setting, Task
 
@@ -84,15 +85,15 @@ def test_a_wrong_result_of_ours_gives_status_1_and_is_not_saved(
 ) -> None:
     cases["last"] = lambda setting: iter([a_task(functions={OURS: wrong_values})])
     saving = run.Options(tmp_path, save_results=True)
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    monkeypatch.setattr(machine, "sources_hash", lambda: "0123456789abcdef")
+    monkeypatch.setattr(_origin, "ROOT", tmp_path)
+    monkeypatch.setattr(_origin, "sources_hash", lambda trainer: "0123456789abcdef")
     assert run.Run(SMALL, saving).go() == 1 and not list(tmp_path.glob("benchmarks/**/bench.json"))
     assert {row["case"] for row in document(tmp_path)["rows"]} == {"first"}
 
 
 def test_results_of_a_source_tree(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    monkeypatch.setattr(machine, "sources_hash", lambda: "0123456789abcdef")
+    monkeypatch.setattr(_origin, "ROOT", tmp_path)
+    monkeypatch.setattr(_origin, "sources_hash", lambda trainer: "0123456789abcdef")
     assert run.Run(SMALL, run.Options(tmp_path / "out", only=("last",), save_results=True)).go() == 0
     (saved,) = tmp_path.glob("benchmarks/results/*/bench.json")
     assert json.loads(saved.read_text()) == document(tmp_path / "out")

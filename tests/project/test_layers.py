@@ -19,6 +19,7 @@ LAYERS = [
     ("registry", ("r1kernels._library", "r1kernels.objectives")),
     ("dispatch", ("r1kernels._dispatch",)),
     ("operations", ("r1kernels.ops",)),
+    ("origin", ("r1kernels._origin",)),
     ("users", ("r1kernels.train", "r1kernels.integrations", "r1kernels.testing")),
     ("measurements", ("r1kernels.bench",)),
     ("entry", ("r1kernels._command",)),
@@ -26,8 +27,8 @@ LAYERS = [
     ("public", ("r1kernels",)),
 ]
 HEIGHT = {"rewards": 0, "kernels": 0, "tables": 0, "registry": 1, "dispatch": 2, "operations": 3, "public": 4,
-          "users": 5, "measurements": 6, "entry": 7, "command": 8}
-# The benchmarks also use the inputs and oracles of the tests.
+          "origin": 5, "users": 6, "measurements": 7, "entry": 8, "command": 9}
+# They also say where a result came from, and the benchmarks use the inputs and oracles of the tests.
 PUBLIC_ONLY = ("r1kernels.train", "r1kernels.integrations", "r1kernels.bench")
 
 
@@ -85,8 +86,8 @@ def test_imports_point_downwards() -> None:
 
 
 def hidden_names(module: str) -> Iterator[str]:
-    """What a module uses of this package that is neither public, nor its own, nor of the rewards."""
-    public = {*r1kernels.__all__, "rewards", *(["testing"] if module.startswith("r1kernels.bench") else [])}
+    """What a module uses of this package that is neither public, nor its own, nor of rewards and origin."""
+    public = {*r1kernels.__all__, "rewards", "_origin", *(["testing"] if module.startswith("r1kernels.bench") else [])}
     for target, name in imports(module):
         if target == "r1kernels":
             if name is not None and name not in public:

@@ -129,7 +129,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(__main__, "kernel_sources_hash", lambda: "5678")
     monkeypatch.setattr(__main__, "_csrc_tree", lambda root: "abcdef")
     monkeypatch.setattr(__main__, "cuda_sources_hash", lambda root: "9012")
-    monkeypatch.setattr(__main__, "sources_hash", lambda: "3456")
+    monkeypatch.setattr(__main__, "sources_hash", lambda trainer=False: "3456" + "78" * trainer)
     return folder
 
 
@@ -149,6 +149,7 @@ def test_results_of_other_kernels_are_called_older(results: Path) -> None:
     (results / "some-device" / "cut.json").write_text('{"kernels": ')
     (results / "aot.json").write_text(json.dumps({"sources": "1234"}))  # compiled, on no device
     (results / "bench.json").write_text(json.dumps({"format": 1, "sources": "3456"}))
+    (results / "recipe.json").write_text(json.dumps({"format": 1, "sources": "345678"}))
     (results / "older_bench.json").write_text(json.dumps({"format": 1, "sources": "3457"}))
     (results / "ptxas.json").write_text(json.dumps({"cuda_sources": "9012"}))
     (results / "older_ptxas.json").write_text(json.dumps({"cuda_sources": "5678"}))
@@ -158,7 +159,7 @@ def test_results_of_other_kernels_are_called_older(results: Path) -> None:
         "older_csrc.json": "older than the kernels", "nothing.json": unknown, "newer.json": unknown,
         "cut.json": "is not JSON", "aot.json": "older than the kernels", "ptxas.json": "of these kernels",
         "older_ptxas.json": "older than the kernels", "bench.json": "of these kernels",
-        "older_bench.json": "older than the kernels",
+        "older_bench.json": "older than the kernels", "recipe.json": "of these kernels",
     }
 
 

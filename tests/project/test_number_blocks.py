@@ -48,3 +48,29 @@ def test_every_stage_of_the_recipe_that_is_shown_has_a_label() -> None:
     head = re.split(r" \| ", table.splitlines()[0].strip("| "))
     assert head[1:] == [*recipe_result.LABELS.values(), "my stage"]
     assert {"R1-Zero", "PPO, lambda 0.95", "PPO, lambda 1", "RL instead of distillation"} < set(head)
+
+
+def origins(*changes: dict) -> dict[str, dict]:
+    """Records of stages whose origins differ from one of an example."""
+    fine = {"date": "2026-01-01", "device": "Example, 1 thread", "threads": 1, "instruction_set": "avx2",
+            "r1kernels": "0.2.0", "torch": "2.13.0", "transformers": "5.0", "sources": "0123456789abcdef",
+            "commit": "a1"}
+    return {f"stage {number}": {"origin": [fine | change]} for number, change in enumerate(changes)}
+
+
+def test_a_result_of_a_recipe_has_the_origin_of_its_stages() -> None:
+    records = origins({}, {"date": "2026-01-02", "commit": "b2"}, {})
+    found = recipe_result.origin(Path("runs/a"), records)
+    assert (found["date"], found["commit"], found["torch"]) == ("2026-01-02", "b2", "2.13.0")
+
+
+@pytest.mark.parametrize("field, value", [("torch", "2.11.0"), ("device", "Other"), ("sources", "fedcba9876543210")])
+def test_a_recipe_that_ran_with_different_things_is_refused(field: str, value: str) -> None:
+    with pytest.raises(SystemExit, match=f"stage 1.*{field}.*{value}"):
+        recipe_result.origin(Path("runs/a"), origins({}, {field: value}, {"date": "2026-01-02"}))
+
+
+def test_a_recipe_whose_origin_is_unknown_is_refused() -> None:
+    records = origins({}, {}) | {"stage 1": {"status": "finished"}}
+    with pytest.raises(SystemExit, match="stage 1"):
+        recipe_result.origin(Path("runs/a"), records)

@@ -107,6 +107,7 @@ def sampled() -> int:
     return len(sampling.pairwise([dict(zip("abc", v, strict=True)) for v in itertools.product(range(5), repeat=3)]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("full", [False, True])
 def test_full_runs_the_whole_product(tree: Path, full: bool) -> None:
     completed = backends.run_room("kernels", {"PYTHONPATH": str(ROOT), "R1KERNELS_BACKEND": ""}, full=full, tests=tree)

@@ -24,17 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from r1kernels import (
-    linear_cross_entropy,
-    linear_distillation_loss,
-    linear_grpo_loss,
-    linear_logits,
-    linear_multi_target,
-    linear_token_logprobs,
-    linear_token_logprobs_and_entropy,
-    linear_token_statistics,
-    objectives,
-)
+import r1kernels
+from r1kernels import objectives
 
 WORLD = 4
 
@@ -59,14 +50,14 @@ class FunctionalTraffic(TorchDispatchMode):
 
 def statistics(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     g, eta = (value[rows] for value in cases.weights_of(*LEAD))
-    logprobs, entropy = linear_token_logprobs_and_entropy(**case, mask=mask()[rows], **options)
+    logprobs, entropy = r1kernels.linear_token_logprobs_and_entropy(**case, mask=mask()[rows], **options)
     return (g * logprobs + eta * entropy).sum().float()
 
 
 def policy(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     tokens = {name: value[rows] for name, value in batch().items()}
     objective = options.pop("objective", objectives.grpo(kl_coef=0.1, entropy_coef=0.02))
-    return linear_grpo_loss(**case, **tokens, objective=objective, normalizer=LEAD[0], **options).loss
+    return r1kernels.linear_grpo_loss(**case, **tokens, objective=objective, normalizer=LEAD[0], **options).loss
 
 
 def two_phases(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
@@ -76,14 +67,14 @@ def two_phases(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
 def linear_nll(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     case = case | {"targets": torch.where(mask()[rows], case["token_ids"], -100)}
     del case["token_ids"]
-    return linear_cross_entropy(**case, reduction="sum", **options)
+    return r1kernels.linear_cross_entropy(**case, reduction="sum", **options)
 
 
 def distillation(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     student = {f"student_{name}": case[name] for name in ("hidden", "weight")}
     teacher = {"teacher_hidden": case["hidden"].detach().flip(-1), "teacher_weight": case["weight"]}
     others = {name: value for name, value in case.items() if name not in ("hidden", "weight", "token_ids")}
-    return linear_distillation_loss(
+    return r1kernels.linear_distillation_loss(
         **student, **teacher, **others, mask=mask()[rows], divergence="jsd", normalizer=10, **options
     ).loss
 
@@ -93,11 +84,12 @@ def two_targets(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
     ids = case.pop("token_ids")
     ids = torch.stack([ids, case["weight"].shape[0] - 1 - ids])
     masks = mask()[rows].expand(ids.shape)
-    return linear_multi_target(**case, token_ids=ids, masks=masks, normalizer=10, label_smoothing=0.1, **options).sum()
+    given = {"token_ids": ids, "masks": masks, "normalizer": 10, "label_smoothing": 0.1, **options}
+    return r1kernels.linear_multi_target(**case, **given).sum()
 
 
 def more_statistics(case: dict[str, Any], rows: slice, **options: Any) -> Tensor:
-    values = linear_token_statistics(**case, mask=mask()[rows], **options)
+    values = r1kernels.linear_token_statistics(**case, mask=mask()[rows], **options)
     return (values.logprobs + values.lse + values.entropy + values.sum_sq_probs).sum().float()
 
 
@@ -191,7 +183,7 @@ def bad_calls(flat: DeviceMesh, grid: DeviceMesh, rank: int) -> Iterator[tuple[s
     weight = case["weight"]
 
     def call(weight: Any, **changes: Any) -> Callable[[], Any]:
-        return lambda: linear_token_logprobs(**arguments | {"weight": weight} | changes)
+        return lambda: r1kernels.linear_token_logprobs(**arguments | {"weight": weight} | changes)
 
     everywhere = distribute_tensor(weight, grid, [Replicate(), Replicate()])
     columns = distribute_tensor(weight, grid, [Replicate(), Shard(1)])
@@ -299,7 +291,7 @@ def results_of(rank: int) -> dict[str, Any]:
         results[f"error {name}"] = error_of(call)
     case = make("bias")
     spread = {key: distribute_tensor(case[key], flat, [Shard(0)]) for key in ("weight", "bias")}
-    results["logits"] = linear_logits(case["hidden"], **spread)
+    results["logits"] = r1kernels.linear_logits(case["hidden"], **spread)
     return results
 
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 from checkpoint_cases import Files
 
+from r1kernels import _origin
+from r1kernels._origin import content_hash, origin
 from r1kernels.train import chain
-from r1kernels.train.chain import Chain, content_hash, read_manifest
+from r1kernels.train.chain import Chain, read_manifest
 from r1kernels.train.checkpoint import latest_checkpoint, save_checkpoint
 from r1kernels.train.errors import ConfigError, Interrupt, Interrupted
 from r1kernels.train.log import Console
@@ -213,6 +217,44 @@ def test_an_interrupted_stage_of_another_version(world, monkeypatch):
     assert world.actions(start="first") == "rerun run run run"
 
 
+def test_the_manifest_names_everything_that_worked_on_a_stage(world, monkeypatch):
+    """Another torch, or another device, adds an entry; another day does not."""
+    now = {"date": "2026-01-01", "r1kernels": chain.r1kernels.__version__, "torch": "1.0", "device": "Example"}
+    monkeypatch.setattr(chain, "origin", lambda device, trainer: dict(now))
+    world.stop("middle")
+    world.stop("side")
+    first = dict(now)
+    now["date"] = "2026-01-02"
+    world.stop("side")
+    assert {name: record["origin"] for name, record in read_manifest(world.run_dir).items()} == {
+        "first": [first], "middle": [first], "side": [first]}
+    now["torch"] = "2.0"
+    second = dict(now)
+    world.run()
+    assert {name: record["origin"] for name, record in read_manifest(world.run_dir).items()} == {
+        "first": [first], "middle": [first], "side": [first, second], "last": [second]}
+    now["device"] = "Other"
+    assert world.run("eval.samples=9") == "first? middle? side? last?"
+    assert read_manifest(world.run_dir)["first"]["origin"] == [first, dict(now)]
+
+
+def test_a_stage_says_what_ran_it(done):
+    (found,) = read_manifest(done.run_dir)["first"]["origin"]
+    assert found == origin("cpu", trainer=True)
+    assert found["torch"] == torch.__version__ and found["transformers"] == transformers.__version__
+    assert len(found["sources"]) == 16 and found["sources"] != origin("cpu")["sources"]
+
+
+def test_a_stage_without_an_origin_is_not_taken_for_one_of_this_version(done):
+    path = done.run_dir / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["stages"]["first"]["origin"]
+    path.write_text(json.dumps(content))
+    message = done.refused()
+    assert "'first'" in message and chain.r1kernels.__version__ in message
+    assert done.actions(start="first") == "rerun rerun skip rerun"
+
+
 def test_an_interrupted_evaluation_is_repeated(world):
     world.stop("middle?")
     record = read_manifest(world.run_dir)["middle"]
@@ -298,7 +340,7 @@ def test_a_pretrained_model_counts_by_its_files(tmp_path, monkeypatch):
     hashes = []
     for text, limit in (("one", 2**24), ("two", 2**24), ("two", 0)):
         (directory / "weights").write_text(text)
-        monkeypatch.setattr(chain, "HASHED_SIZE", limit)
+        monkeypatch.setattr(_origin, "HASHED_SIZE", limit)
         hashes.append(content_hash(directory))
     assert len({*hashes, content_hash("Qwen/Qwen2.5-0.5B")}) == 4
     assert content_hash(directory.rename(tmp_path / "moved")) == hashes[-1]

@@ -130,6 +130,29 @@ def test_each_epoch_asks_every_question_once(tmp_path):
     assert all(len(set(asked[first : first + 8])) == 8 for first in (0, 8, 16)) and asked[:8] != asked[8:16]
 
 
+def test_each_pass_over_each_rollout_has_other_minibatches(tmp_path):
+    trainer, seen = GRPOTrainer(stage_of(tmp_path)), set()
+    for trainer.step, epoch in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        parts = trainer.minibatches(epoch)
+        assert [len(part) for part in parts] == [8, 8] and sorted(torch.cat(parts).tolist()) == list(range(16))
+        seen.add(tuple(torch.cat(parts).tolist()))
+    assert len(seen) == 4
+
+
+def test_the_reference_is_new_every_so_many_steps(tmp_path, monkeypatch):
+    trainer, seen = GRPOTrainer(stage_of(tmp_path, ["steps=2", "ref_refresh_every=2"])), []
+    monkeypatch.setattr(trainer.reference, "refresh", lambda policy: seen.append((trainer.step, policy)))
+    trainer.run()
+    assert seen == [(2, trainer.policy)]
+
+
+def test_samples_are_drawn_and_trained_at_the_temperature_of_the_recipe(tmp_path):
+    stage = stage_of(tmp_path, ["temperature=0.5", "steps=1"])
+    GRPOTrainer(stage).run()
+    line = read_lines(stage.directory / "metrics.jsonl")[0]
+    assert line["logprob_gap_max"] < 1e-4 and line["first_ratio_deviation"] < 1e-4
+
+
 def test_open_problems_are_asked_where_something_judges_them(tmp_path):
     (tmp_path / "open.jsonl").write_text("".join(f'{{"question": "Say {n}", "kind": "open"}}\n' for n in range(3)))
     given = [f".data.open={{kind: jsonl, path: {tmp_path}/open.jsonl}}", "problems=[sums, open]"]
@@ -254,6 +277,17 @@ def test_what_cannot_be_scored_is_counted_and_teaches_nothing(tmp_path, capsys, 
 def some(completions, **columns):
     """None for some of them."""
     return [None if text[:1] < "M" else value for text, value in zip(completions, parity(completions), strict=True)]
+
+
+def test_rewards_of_functions_and_of_reward_models_are_added(tmp_path, monkeypatch):
+    stage = stage_of(tmp_path, ['rewards={"test_grpo:always": 1.0}', "advantage_scale=none"])
+    trainer, preference = GRPOTrainer(stage), torch.arange(16, dtype=torch.float64)
+    monkeypatch.setattr(trainer, "preference_rewards", lambda *given: (preference, {"reward_scores": 7.5}))
+    trainer.step, trainer.scorer = 1, stage.scorer(trainer.settings.rewards)
+    trainer.sampler.update(trainer.policy)
+    rollout, metrics = trainer.roll_out()
+    assert rollout.advantages.view(4, 4).tolist() == [[-1.5, -0.5, 0.5, 1.5]] * 4
+    assert (metrics["reward"], metrics["reward_test_grpo:always"], metrics["reward_scores"]) == (8.5, 1.0, 7.5)
 
 
 @pytest.mark.parametrize("broken", ["loss", "ratio"])

@@ -50,6 +50,22 @@ def test_the_reference_is_the_model_without_its_adapters(tmp_path):
     assert torch.equal(logits(trainer.policy), policy) and not torch.equal(policy, plain)
 
 
+def test_reference_log_probs_of_a_rollout_are_those_without_adapters(tmp_path):
+    stage = stage_of(tmp_path, [LORA, "steps=1"])
+    trainer = GRPOTrainer(stage)
+    trainer.run()
+    trainer.scorer = stage.scorer(trainer.settings.rewards)
+    rollout, _ = trainer.roll_out()
+    assert rollout.prompt_mask.all()
+    ids, first = torch.cat([rollout.prompt_ids, rollout.token_ids], dim=1), rollout.prompt_ids.shape[1]
+    with torch.no_grad():
+        plain = make_model(make_tokenizer(), end_scale=1.5)(ids).logits[:, first - 1 : -1].log_softmax(-1)
+    expected = plain.gather(-1, rollout.token_ids[..., None])[..., 0]
+    mask = rollout.mask
+    torch.testing.assert_close(rollout.ref_logprobs[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    assert (rollout.old_logprobs - rollout.ref_logprobs).abs().max() > 1e-3
+
+
 def test_a_reference_that_changes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"'ref_refresh_every' is 2; .* the 3 'steps'"):
         stage_of(tmp_path, [LORA]).check()

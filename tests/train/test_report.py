@@ -33,8 +33,8 @@ def grpo_lines(count):
 
 
 def record(kind, **more):
-    return {"kind": kind, "status": "finished", "version": "9.8.7", "settings": {}, "inputs": {}, "output": "ab",
-            "summary": {}, "seconds": 1.0, "evaluation": None, **more}
+    return {"kind": kind, "status": "finished", "origin": [{"r1kernels": "9.8.7", "torch": "8.6"}], "settings": {},
+            "inputs": {}, "output": "ab", "summary": {}, "seconds": 1.0, "evaluation": None, **more}
 
 
 BASE = {"kind": "model", "path": "m"}
@@ -118,7 +118,7 @@ def test_files_and_numbers(run):
     assert page.row("r1", "10") == ["r1", "10", "0", "20", "0", "7"] and page.row("kept", NONE)[2] == "3"
     assert page.row("wrong") == ["wrong", "42"] and page.row("loop") == ["loop", "17"]
     text = " ".join(" ".join(page.text).split())
-    for shown in ("3 of 4 stages", "12.5 % \u2192 87.5 %", "base to r1", "16 questions", "9.8.7",
+    for shown in ("3 of 4 stages", "12.5 % \u2192 87.5 %", "base to r1", "16 questions", "9.8.7", "torch 8.6",
                   "parameters 1,234,567", "Before: wrong I guess 4", "After: right <think>1+2</think>", "path: m"):
         assert shown in text
 
@@ -142,7 +142,7 @@ def test_hostile_text_stays_text(tmp_path):
     stages = {"base": {"kind": "model", "path": HOSTILE.replace("\ud800", "")}}
     samples = {"base": [{"step": 0, **example}]}
     lines = {"base": [{"step": 0, f"reward_{HOSTILE}": 1.0, "timing": {HOSTILE: 1.0}}]}
-    records = {"base": record(HOSTILE, version=HOSTILE, evaluation=evaluation, summary=summary)}
+    records = {"base": record(HOSTILE, origin=[{"r1kernels": HOSTILE}], evaluation=evaluation, summary=summary)}
     write_report(make_run(tmp_path / "run<b>", stages, records, lines, samples))
     page = Page(tmp_path / "run<b>" / "report.html")
     assert not page.tags & {"script", "b"} and not [name for name in page.attributes if name.startswith("on")]
@@ -166,7 +166,7 @@ def test_an_unfinished_run_is_reported_as_it_is(tmp_path):
     assert Page(waiting / "report.html").row("r1", "grpo", "base", "not started")
     samples = [{"step": step, "question": "1+2?", "answer": "3", "completion": f"at step {step}", "accuracy": None}
                for step in range(3)]
-    records = {"base": record("model"), "r1": record("grpo", status="running", seconds=0.0, version=None)}
+    records = {"base": record("model"), "r1": record("grpo", status="running", seconds=0.0, origin=[])}
     started = make_run(tmp_path / "started", stages, records, {"r1": grpo_lines(100)}, {"r1": samples})
     with open(started / "r1" / "metrics.jsonl", "a") as file:
         file.write('{"step": 100, "rew')

@@ -254,6 +254,13 @@ def test_random_numbers_are_uniform_and_independent():
         assert torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1].abs() < 5 / math.sqrt(count)
 
 
+def test_every_token_of_a_row_has_its_own_random_number(model, tokenizer):
+    """At this temperature all tokens are about as likely, so that one number would draw one token again and again."""
+    drawn = TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(1e4, 12))
+    distinct = [len(set(ids[mask].tolist())) for ids, mask in zip(drawn.token_ids, drawn.mask, strict=True)]
+    assert sum(distinct) > 0.7 * drawn.mask.sum()
+
+
 def drawn_with(scores, uniform, top_p):
     return draw(*kept_weights(scores, Sampling(1.0, 1, top_p)), uniform)
 

@@ -76,9 +76,11 @@ def by_place(hidden, mask):
 def exact_logprobs(model, rollout):
     """Log-probs (N,) over the sets of a rollout in float64, from the logits of each whole text."""
     found = []
-    for row, (ids, counts) in enumerate(rollout.supports):
+    for row in range(len(rollout.mask)):
         prompt, tokens = rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.token_ids[row][rollout.mask[row]]
         logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        ids, counts = rollout.supports[row] if rollout.supports else (
+            torch.arange(logits.shape[-1]).repeat(len(tokens)), torch.full((len(tokens),), logits.shape[-1]))
         for line, kept, token in zip(logits, ids.long().split(counts.tolist()), tokens, strict=True):
             found.append(line[token] - line[kept].logsumexp(-1))
     return torch.stack(found)
@@ -110,6 +112,42 @@ def test_with_replay_the_policy_is_scored_over_what_sampling_kept(model, policy,
     (-(weights * exact_logprobs(double, done)).sum()).backward()
     expected = torch.cat([weight.grad.flatten() for weight in double.parameters()]).float()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("preset", "options"), [
+    ("grpo", {}), ("bnpo", {}), ("dr_grpo", {"max_length": 12})], ids=["sequence_mean", "token_mean", "constant"])
+def test_the_gradient_and_metrics_of_a_minibatch_are_those_of_the_formulas(rollout, policy, tokenizer, preset, options):
+    """In float64. The minibatch is a part of the rollout, in micro-batches of different sizes; no inputs are equal."""
+    double, batches = make_model(tokenizer, hidden_size=32, num_hidden_layers=2).double(), list(ROWS[1:6].split(4))
+    some = rollout.rows(torch.cat(batches))
+    own, generator = exact_logprobs(double, some), torch.Generator().manual_seed(0)
+    old, ref, weights = own.detach() + 0.05, own.detach().clone(), torch.rand(own.shape, generator=generator)
+    old[::3] += 0.4  # a ratio below the lower bound is farther from 1 than all others
+    ref -= 0.5 * torch.rand(own.shape, generator=generator)
+
+    def placed(values):
+        place = torch.zeros(rollout.mask.shape, dtype=torch.bool)
+        place[torch.cat(batches), : some.mask.shape[1]] = some.mask
+        return torch.full(rollout.mask.shape, NAN).masked_scatter(place, values.float())
+
+    given = dataclasses.replace(rollout, old_logprobs=placed(old), ref_logprobs=placed(ref),
+                                importance_weights=placed(weights))
+    objective = getattr(r1kernels.objectives, preset)(kl_coef=0.3, **options)
+    found, metrics = gradient(policy, given, objective, batches)
+    lengths = some.mask.sum(-1)
+    advantages = some.advantages.double().repeat_interleave(lengths)
+    ratio, kl = (own - old).exp(), (ref - own).exp() - (ref - own) - 1
+    per_token = -weights * torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.3 * kl
+    share = {"grpo": 1 / lengths.repeat_interleave(lengths) / len(lengths), "bnpo": 1 / len(own),
+             "dr_grpo": 1 / len(lengths) / 12}[preset]
+    loss = (per_token * share).sum()
+    loss.backward()
+    expected = torch.cat([weight.grad.flatten() for weight in double.parameters()]).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert metrics["ratio_deviation"] == pytest.approx((ratio - 1).abs().max().item(), rel=1e-4)
+    assert ratio.max() - 1 < (1 - ratio).max()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
 from gpu.cases.token_stats import GRADIENT_FLOP, STATISTICS_FLOP
 from gpu.inputs import make_logits, uniform_ids
 from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Setting, logits_shapes, peers
+from r1kernels.bench import eager
+from r1kernels.bench.peers import liger_cross_entropy
 
 
 def ours(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def ours(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _liger() -> LossFunction:
     """Writes the gradient over its logits: a copy keeps them."""
-    loss = __import__("liger_kernel.transformers.functional", fromlist=["functional"]).liger_cross_entropy
+    loss = liger_cross_entropy()
     return lambda logits, targets: loss(logits.clone(), targets)
 
 
@@ -31,7 +32,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         targets = uniform_ids(shape.tokens, shape.vocab, setting.device)
         problem = Problem({"logits": logits, "targets": targets}, leaves=("logits",), rows=("logits", "targets"))
         functions = {
-            OURS: ours, **with_eager(eager.cross_entropy, setting, compiled=True),
+            OURS: ours, **with_eager(eager.cross_entropy, setting, also_compiled=True),
             **peers(setting, {"Liger (copies the logits)": _liger}),
         }
         yield loss_case(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
 from gpu.inputs import make_logits
 from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Logits, Setting, peers
+from r1kernels.bench import eager
+from r1kernels.bench.peers import named
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 FLOP = 20  # of an entry, forward and backward
@@ -24,7 +25,7 @@ def ours(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 def _liger() -> LossFunction:
     """Takes log-probs of both and gives KL(second || first) / rows at beta 0; so do trainers that use it."""
-    loss = __import__("liger_kernel.transformers.functional", fromlist=["functional"]).liger_jsd
+    loss = named("liger_kernel.transformers.functional", "liger_jsd")
     return lambda student, teacher: loss(
         student.float().log_softmax(-1), teacher.float().log_softmax(-1), beta=0.5
     )
@@ -36,7 +37,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     teacher = (student * 0.7 + 0.7 * make_logits(shape, torch.bfloat16, setting.device, seed=1)).to(student.dtype)
     problem = Problem({"student": student, "teacher": teacher}, leaves=("student",), rows=("student", "teacher"))
     for kind in KINDS:
-        plain = partial(eager.distillation_loss, divergence=kind)
+        plain = partial(eager.divergence, kind=kind)
         functions = {
             OURS: partial(ours, divergence=kind),
             **with_eager(plain, setting, kind == "forward_kl"),

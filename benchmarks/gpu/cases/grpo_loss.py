@@ -11,6 +11,7 @@ from torch import Tensor
 import r1kernels
 from gpu import eager
 from gpu.cases.token_stats import GRADIENT_FLOP, STATISTICS_FLOP
+from gpu.ceilings import copy_of
 from gpu.inputs import (
     alternating,
     completion_mask,
@@ -24,6 +25,8 @@ from gpu.losses import LossFunction, Problem, Truth, check, compare, loss_case, 
 from gpu.setting import COPY, OURS, Candidate, Case, Logits, Setting, logits_shapes, peers, step_shapes, with_cuda
 from gpu.step import IN_PLACE, STEP, loss_by_operator, step
 from gpu.timing import Timed
+from r1kernels.bench.eager import CLIP
+from r1kernels.bench.peers import named
 
 FACTOR = 0.5  # of the loss, where a gradient is multiplied by it afterwards
 FLOP = STATISTICS_FLOP + GRADIENT_FLOP
@@ -41,13 +44,13 @@ def ours(
 
 def _liger() -> LossFunction:
     """Takes logits of one position more than tokens, and drops the last."""
-    loss = __import__("liger_kernel.transformers.grpo_loss", fromlist=["grpo_loss"]).triton_grpo_loss
+    loss = named("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
 
     def run(logits: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
         longer = torch.cat([logits, logits[:, :1]], 1)
         return loss(
-            longer, old_logprobs, None, token_ids, advantages, temperature=1.0, beta=0.0, eps_low=eager.CLIP,
-            eps_high=eager.CLIP, inplace=False, loss_type="grpo", reduce=True,
+            longer, old_logprobs, None, token_ids, advantages, temperature=1.0, beta=0.0, eps_low=CLIP,
+            eps_high=CLIP, inplace=False, loss_type="grpo", reduce=True,
         )[0]
 
     return run
@@ -98,11 +101,6 @@ def by_operator(problem: Problem, plain: LossFunction) -> dict[str, Candidate]:
     }
 
 
-def copy_of(logits: Tensor) -> Candidate:
-    target = torch.empty_like(logits)
-    return Candidate(Timed(lambda: target.copy_(logits)))
-
-
 def scaled_case(setting: Setting, logits: Tensor, shape: Logits) -> Case:
     """What the backward of the fused step adds where the loss has a factor."""
     factor, out = torch.tensor(FACTOR, device=logits.device), torch.empty_like(logits)
@@ -141,7 +139,7 @@ def cases(setting: Setting) -> Iterator[Case]:
             if dtype != torch.bfloat16 or shape not in logits_shapes(setting):
                 return {}
             liger = peers(setting, {"Liger (copies the logits)": _liger})
-            return liger | with_eager(eager.grpo_loss, setting, compiled=shape.main)
+            return liger | with_eager(eager.grpo_loss, setting, also_compiled=shape.main)
 
         yield _case(setting, shape, dtype, ALL, others)
         if shape.main and dtype == torch.bfloat16:

@@ -12,6 +12,7 @@ from gpu import eager
 from gpu.inputs import make_head
 from gpu.losses import LossFunction, Problem, loss_case, with_eager
 from gpu.setting import OURS, Case, Head, Setting, peers
+from r1kernels.bench.peers import named
 
 SHARED = 0.7  # of the student's hidden states in the teacher's
 
@@ -25,7 +26,7 @@ def ours(
 
 
 def _liger() -> LossFunction:
-    loss = __import__("liger_kernel.transformers.functional", fromlist=["functional"]).liger_fused_linear_jsd
+    loss = named("liger_kernel.transformers.functional", "liger_fused_linear_jsd")
     return lambda student_hidden, student_weight, teacher_hidden, teacher_weight: loss(
         student_hidden, student_weight, teacher_hidden, teacher_weight, jsd_beta=0.5
     )
@@ -44,7 +45,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         leaves=("student_hidden", "student_weight"), rows=("student_hidden", "teacher_hidden"),
     )
     for kind in ("forward_kl", "jsd"):
-        plain = partial(eager.linear_distillation_loss, divergence=kind)
+        plain = partial(eager.linear_divergence, kind=kind)
         functions = {
             OURS: partial(ours, divergence=kind), **with_eager(plain, setting),
             **(peers(setting, {"Liger": _liger}) if kind == "jsd" else {}),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
+from gpu.ceilings import bare_products
 from gpu.inputs import NEAR, alternating, generator, make_head, noise_like, sampled_ids, sequences
-from gpu.losses import LossFunction, Problem, loss_case, with_eager
-from gpu.setting import OURS, PRODUCTS, Candidate, Case, Head, Setting, head_shape, peers
-from gpu.timing import Timed
+from gpu.losses import Problem, loss_case, with_eager
+from gpu.setting import OURS, PRODUCTS, Case, Head, Setting, head_shape, peers
+from r1kernels.bench import eager
+from r1kernels.bench.peers import LIGER, liger_grpo
 
 ACTIVE = 0.4
 ALL, KNOWN, CLIPPED = "all tokens active", "60 % known inactive", "60 % clipped"
@@ -20,31 +22,6 @@ ALL, KNOWN, CLIPPED = "all tokens active", "60 % known inactive", "60 % clipped"
 
 def ours(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
     return r1kernels.linear_grpo_loss(hidden, weight, token_ids, advantages, old_logprobs=old_logprobs).loss
-
-
-def _liger() -> LossFunction:
-    module = __import__("liger_kernel.chunked_loss", fromlist=["chunked_loss"])
-    head = module.LigerFusedLinearGRPOLoss(beta=0.0, compiled=True, use_ref_model=False, loss_type="grpo")
-
-    def run(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor) -> Tensor:
-        mask = torch.ones_like(old_logprobs)
-        return head(hidden, weight, token_ids, mask, advantages, old_per_token_logps=old_logprobs)[0]
-
-    return run
-
-
-def bare_products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
-    """h W^T, dlogits W and dlogits^T h, each in 16 bits into memory that is there: the least an exact head does."""
-    hidden = hidden.flatten(0, -2)
-    logits = hidden.new_empty(len(hidden), len(weight))
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.T, hidden, out=grad_weight)
-
-    return run
 
 
 def problems(shape: Head, setting: Setting) -> Iterator[tuple[str, Problem]]:
@@ -90,10 +67,11 @@ def cases(setting: Setting) -> Iterator[Case]:
         hidden, weight = problem.inputs["hidden"], problem.inputs["weight"]
         functions = {OURS: ours}
         if case == ALL:
-            functions |= peers(setting, {"Liger": _liger}) | with_eager(eager.linear_grpo_loss, setting, compiled=True)
+            functions |= peers(setting, {LIGER: partial(liger_grpo, True)})
+            functions |= with_eager(eager.linear_grpo_loss, setting, also_compiled=True)
         yield loss_case(
             "linear_grpo_loss", case, shape, hidden.dtype, problem, functions, eager.linear_grpo_loss, few=1,
-            extra={PRODUCTS: Candidate(Timed(bare_products(hidden, weight)))}, cuda=setting,
+            extra={PRODUCTS: bare_products(hidden, weight)}, cuda=setting,
             flop=6 * shape.tokens * shape.width * shape.vocab,
             bytes=3 * (hidden.nbytes + weight.nbytes),
             inherent_bytes=hidden.nbytes + weight.nbytes + 4 * weight.numel(),

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
 from gpu.inputs import make_head, sampled_ids, uniform_ids
-from gpu.losses import COMPILED, PEER_TOLERANCE, compare
+from gpu.losses import PEER_TOLERANCE, compare, with_compiled
 from gpu.setting import (
     FLOAT32_PRODUCT,
     FLUSHED,
@@ -32,6 +31,8 @@ from gpu.setting import (
 )
 from gpu.tiles import forced, kernel_device
 from gpu.timing import Timed
+from r1kernels.bench import eager
+from r1kernels.bench.peers import EAGER
 
 NO_ROUNDING = 1e-3  # nats: a log-prob that is off by more is wrong
 CHECKED_ROWS, BLOCK = 2048, 256
@@ -40,7 +41,7 @@ Function = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def plain(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    return eager.logprobs_and_entropy(F.linear(hidden, weight), ids)
+    return eager.finite_logprobs_and_entropy(F.linear(hidden, weight), ids)
 
 
 def is_sampled(ids: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def with_float32_product(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[T
     else:
         logits = hidden.float() @ weight.T.float()
     parts = [
-        eager.logprobs_and_entropy(block.double(), i)
+        eager.finite_logprobs_and_entropy(block.double(), i)
         for block, i in zip(logits.split(BLOCK), ids.split(BLOCK), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -125,11 +126,11 @@ def cases(setting: Setting) -> Iterator[Case]:
     drawn = sampled_ids(hidden, weight)
     ids = torch.where(is_sampled(drawn), drawn, uniform_ids(shape.tokens, shape.vocab, setting.device))
     functions: dict[str, Function] = {
-        OURS: r1kernels.linear_token_logprobs_and_entropy, **with_flushed_tile(setting), "torch eager": plain,
+        OURS: r1kernels.linear_token_logprobs_and_entropy, **with_flushed_tile(setting), EAGER: plain,
         FLOAT32_PRODUCT: with_float32_product,
     }
     if setting.compiled:
-        functions[COMPILED] = torch.compile(plain, dynamic=False)
+        functions |= with_compiled(plain)
 
     def run(function: Function) -> Any:
         with torch.no_grad():

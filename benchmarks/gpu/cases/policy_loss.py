@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
 from gpu.inputs import generator, noise_like
-from gpu.losses import COMPILED, PEER_TOLERANCE, compare, distance
+from gpu.losses import PEER_TOLERANCE, compare, distance, with_compiled
 from gpu.setting import OURS, Candidate, Case, Setting, policy_shapes, with_cuda
 from gpu.timing import Timed
+from r1kernels.bench import eager
+from r1kernels.bench.peers import EAGER
 
 GROUP = 8
 
@@ -32,7 +33,7 @@ def ours(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor) -> Tensor:
 
 
 def plain(logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor) -> Tensor:
-    return eager.policy_loss(logprobs, eager.group_advantages(rewards).flatten(), old_logprobs)
+    return eager.clipped_loss(logprobs, eager.group_advantages(rewards).flatten(), old_logprobs)
 
 
 def kl_case(setting: Setting, logprobs: Tensor, ref_logprobs: Tensor, tokens: str) -> Case:
@@ -41,7 +42,7 @@ def kl_case(setting: Setting, logprobs: Tensor, ref_logprobs: Tensor, tokens: st
                 eager.kl_estimate(logprobs.double(), ref_logprobs.double()), tolerance)
 
     ours = r1kernels.kl_estimate, 4 * torch.finfo(torch.float32).eps
-    functions = {OURS: ours, "torch eager": (eager.kl_estimate, PEER_TOLERANCE)}
+    functions = {OURS: ours, EAGER: (eager.kl_estimate, PEER_TOLERANCE)}
     candidates = {
         name: Candidate(Timed(partial(function, logprobs, ref_logprobs)), partial(check, function, tolerance), True)
         for name, (function, tolerance) in functions.items()
@@ -75,9 +76,9 @@ def of_tokens(setting: Setting, inputs: tuple[Tensor, ...]) -> Iterator[Case]:
         if not abs(loss - expected) <= tolerance:
             raise AssertionError(f"the loss is {loss}, expected {expected}")
 
-    functions: dict[str, Callable[..., Tensor]] = {OURS: ours, "torch eager": plain}
+    functions: dict[str, Callable[..., Tensor]] = {OURS: ours, EAGER: plain}
     if setting.compiled:
-        functions[COMPILED] = torch.compile(plain, dynamic=False)
+        functions |= with_compiled(plain)
     tokens = f"{leaf.shape[0]} x {leaf.shape[1]} tokens"
     for case, make, graph in (
         ("forward, graph", forward, True), ("forward + backward, graph", both, True),

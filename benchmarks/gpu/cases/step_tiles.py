@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gpu.cases.grpo_loss import ALL, FLOP, MASKED, by_operator, copy_of, make_problem, moved_bytes
+from gpu.cases.grpo_loss import ALL, FLOP, MASKED, by_operator, make_problem, moved_bytes
+from gpu.ceilings import copy_of
 from gpu.losses import LOSS_ROUNDINGS, compare
 from gpu.setting import COPY, CUDA, Candidate, Case, LeftOut, Logits, Setting, logits_shapes
 from gpu.step import CLUSTERS, step, tile_of

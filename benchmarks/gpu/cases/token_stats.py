@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from gpu import eager
+from gpu.ceilings import copy_of
 from gpu.inputs import make_logits, noise_like, uniform_ids
 from gpu.losses import PEER_TOLERANCE, compare, distance, with_eager
 from gpu.setting import COPY, OURS, Candidate, Case, Logits, Setting, logits_shapes, peers, with_cuda
 from gpu.timing import Timed
+from r1kernels.bench import eager
+from r1kernels.bench.peers import named
 from r1kernels.ops import token_stats
 
 Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -24,12 +26,12 @@ STATISTICS_FLOP, GRADIENT_FLOP = 6, 4  # of an entry
 
 
 def _trl() -> Function:
-    utils = __import__("trl.trainer.utils", fromlist=["utils"])
-    return lambda logits, ids: utils.selective_log_softmax_and_entropy(logits, ids, entropy_requires_grad=False)
+    function = named("trl.trainer.utils", "selective_log_softmax_and_entropy")
+    return lambda logits, ids: function(logits, ids, entropy_requires_grad=False)
 
 
 def _functions(setting: Setting, main: bool) -> dict[str, Function]:
-    plain = with_eager(eager.logprobs_and_entropy, setting, compiled=main)
+    plain = with_eager(eager.finite_logprobs_and_entropy, setting, also_compiled=main)
     return {OURS: r1kernels.token_logprobs_and_entropy, **plain, **peers(setting, {"TRL": _trl})}
 
 
@@ -47,8 +49,8 @@ def check_statistics(name: str, function: Function, logits: Tensor, ids: Tensor)
     rows = _edges(len(ids)).to(ids.device)
     with torch.no_grad():
         found = function(logits, ids)
-        exact = eager.logprobs_and_entropy(logits[rows].double(), ids[rows])
-        plain = eager.logprobs_and_entropy(logits[rows], ids[rows])
+        exact = eager.finite_logprobs_and_entropy(logits[rows].double(), ids[rows])
+        plain = eager.finite_logprobs_and_entropy(logits[rows], ids[rows])
     for what, got, same_dtype, true in zip(("log-probs", "entropies"), found, plain, exact, strict=True):
         compare(what, got[rows], true, _tolerance(name, same_dtype, true, torch.float32))
 
@@ -56,7 +58,7 @@ def check_statistics(name: str, function: Function, logits: Tensor, ids: Tensor)
 def _gradient(logits: Tensor, ids: Tensor, g: Tensor) -> Tensor:
     """g (1[j = y] - p_j), in the arithmetic of `eager`."""
     leaf = logits.detach().requires_grad_()
-    return torch.autograd.grad(eager.logprobs_and_entropy(leaf, ids)[0], leaf, g.to(eager.wide(leaf).dtype))[0]
+    return torch.autograd.grad(eager.finite_logprobs_and_entropy(leaf, ids)[0], leaf, g.to(eager.wide(leaf).dtype))[0]
 
 
 def check_gradient(
@@ -80,8 +82,7 @@ def forward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor) -
         for name, function in _functions(setting, shape.main).items()
     }
     candidates = with_cuda(candidates, setting)
-    target = torch.empty_like(logits)
-    candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
+    candidates[COPY] = copy_of(logits)
     flop = STATISTICS_FLOP * logits.numel()
     return Case("token_stats", "statistics", str(shape), logits.dtype, candidates, bytes=logits.nbytes, flop=flop)
 
@@ -101,8 +102,7 @@ def backward_case(setting: Setting, shape: Logits, logits: Tensor, ids: Tensor, 
 
     functions = _functions(setting, shape.main)
     candidates = with_cuda({name: candidate(name, function) for name, function in functions.items()}, setting)
-    target = torch.empty_like(logits)
-    candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
+    candidates[COPY] = copy_of(logits)
     return Case(
         "token_stats", "gradient", str(shape), logits.dtype, candidates, bytes=2 * logits.nbytes,
         flop=GRADIENT_FLOP * logits.numel(), inherent_bytes=logits.nbytes,
@@ -128,9 +128,8 @@ def in_place_case(
 
     timed = Timed(run, prepare=lambda: work.copy_(logits))
     check = partial(check_gradient, OURS, prepared, logits, ids, g, dtype)
-    target = torch.empty_like(logits)
     candidates = with_cuda({OURS: Candidate(timed, check)}, setting)
-    candidates[COPY] = Candidate(Timed(lambda: target.copy_(logits)))
+    candidates[COPY] = copy_of(logits)
     moved = logits.numel() * (logits.itemsize + dtype.itemsize)
     case = "gradient in place" if dtype == logits.dtype else "gradient in place, narrowed to 16 bits"
     return Case(

@@ -13,7 +13,7 @@ from torch import Tensor
 import r1kernels
 from r1kernels.bench import eager, peers
 from r1kernels.bench.peers import Peer
-from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task
+from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task, in_both_passes
 
 DEPTHS = 2
 
@@ -38,9 +38,10 @@ def make(setting: Setting, targets: str = "token_ids", depths: int = 0) -> Probl
 
 def task(
     setting: Setting, op: str, ours: Callable[..., Any], of_logits: Callable[..., Any], passes: str = BOTH, *,
-    make_inputs: Callable[[], Problem] | None = None, targets: str = "token_ids", **rest: Any,
+    make_inputs: Callable[[], Problem] | None = None, targets: str = "token_ids", compiled: bool = False, **rest: Any,
 ) -> Task:
-    """`of_logits`: the same from logits, in plain torch."""
+    """`of_logits`: the same from logits, in plain torch. `compiled`: torch.compile takes part if there is a backward
+    pass."""
     tokens, vocab, width = shape(setting)
     size, head = tokens * vocab, vocab * width
     gradients = 2 * (head + tokens * width)
@@ -56,22 +57,21 @@ def task(
         input_bytes=2 * (head + tokens * width),
         bytes={OURS: needed, peers.EAGER: 30 * size + gradients, peers.COMPILED: 14 * size + gradients},
         bytes_moved=gradients * (2 if passes == BOTH else 1),
-        flops=2 * tokens * head * (3 if passes == BOTH else 1),
-        **rest,
+        flops=2 * tokens * head * (3 if passes == BOTH else 1), compiled=compiled and passes == BOTH, **rest,
     )
 
 
 def linear_token_logprobs(setting: Setting) -> Iterator[Task]:
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "linear_token_logprobs", r1kernels.linear_token_logprobs, eager.logprobs, passes,
-                   compiled=passes == BOTH, peers=(Peer(peers.TRL, partial(peers.trl_head, ())),))
+    return in_both_passes(partial(
+        task, setting, "linear_token_logprobs", r1kernels.linear_token_logprobs, eager.logprobs, compiled=True,
+        peers=(Peer(peers.TRL, partial(peers.trl_head, ())),)))
 
 
 def linear_token_logprobs_and_entropy(setting: Setting) -> Iterator[Task]:
     others = (Peer(peers.TRL, peers.trl_head), Peer(peers.VERL, peers.verl_head))
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "linear_token_logprobs_and_entropy", r1kernels.linear_token_logprobs_and_entropy,
-                   eager.logprobs_and_entropy, passes, peers=others)
+    return in_both_passes(partial(
+        task, setting, "linear_token_logprobs_and_entropy", r1kernels.linear_token_logprobs_and_entropy,
+        eager.logprobs_and_entropy, peers=others))
 
 
 def linear_token_statistics(setting: Setting) -> Iterator[Task]:
@@ -84,12 +84,8 @@ def linear_token_statistics(setting: Setting) -> Iterator[Task]:
 
 
 def linear_cross_entropy(setting: Setting) -> Iterator[Task]:
-    def trl() -> peers.Function:
-        head = peers.trl_head(())
-        return lambda hidden, weight, targets: -head(hidden, weight, targets)[0].mean()
-
     others = (
-        Peer(peers.TORCH_HEAD, peers.torch_linear_cross_entropy), Peer(peers.TRL, trl),
+        Peer(peers.TORCH_HEAD, peers.torch_linear_cross_entropy), Peer(peers.TRL, peers.trl_linear_cross_entropy),
         Peer(peers.LIGER, peers.liger_linear_cross_entropy, only_cuda=True),
         Peer(peers.CCE, peers.cce_linear_cross_entropy, only_cuda=True),
         Peer(peers.QUACK, peers.quack_linear_cross_entropy, only_cuda=True),

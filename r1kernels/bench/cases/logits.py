@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels.bench import eager, peers
+from r1kernels.bench import ceilings, eager, peers
 from r1kernels.bench.peers import Peer
-from r1kernels.bench.tasks import BOTH, FORWARD, OURS, Problem, Setting, Task
+from r1kernels.bench.tasks import BOTH, OURS, Problem, Setting, Task, in_both_passes
 
 SMOOTHED = {"z_loss_coef": 1e-4, "label_smoothing": 0.1}
 SET = 64
@@ -29,13 +29,6 @@ def make(setting: Setting, tokens: int, vocab: int, name: str = "token_ids") -> 
     return Problem({"logits": logits, name: ids}, ("logits",))
 
 
-def copy(problem: Problem) -> Callable[[], object]:
-    """One read and one write of the logits, into memory that is already mapped."""
-    logits = problem.inputs["logits"]
-    target = torch.empty_like(logits)
-    return lambda: target.copy_(logits)
-
-
 def task(
     setting: Setting, op: str, ours: Callable[..., Any], exact: Callable[..., Any], passes: str = BOTH, *,
     reads: int = 3, make_inputs: Callable[[], Problem] | None = None, targets: str = "token_ids", **rest: Any,
@@ -46,7 +39,8 @@ def task(
     return Task(
         case=op, op=op, shape={"N": tokens, "V": vocab}, dtype=torch.bfloat16, passes=passes,
         make=make_inputs or partial(make, setting, tokens, vocab, targets),
-        functions={OURS: ours, peers.EAGER: exact}, exact=exact, ceilings={"ceiling: copy": copy},
+        functions={OURS: ours, peers.EAGER: exact}, exact=exact,
+        ceilings={"ceiling: copy": lambda problem: ceilings.copy(problem.inputs["logits"])},
         input_bytes=2 * size, bytes={OURS: 2 * size + 128 * tokens, peers.EAGER: 20 * size, peers.COMPILED: 10 * size},
         bytes_moved=2 * size * (reads if passes == BOTH else 1),
         **{"compiled": passes == BOTH} | rest,
@@ -55,8 +49,8 @@ def task(
 
 def token_logprobs(setting: Setting) -> Iterator[Task]:
     others = (Peer(peers.TRL, peers.trl_logprobs), Peer(peers.VERL, peers.verl_logprobs))
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_logprobs", r1kernels.token_logprobs, eager.logprobs, passes, peers=others)
+    yield from in_both_passes(partial(
+        task, setting, "token_logprobs", r1kernels.token_logprobs, eager.logprobs, peers=others))
 
     def with_sets() -> Problem:
         tokens, vocab = shape(setting)
@@ -79,14 +73,13 @@ def token_logprobs(setting: Setting) -> Iterator[Task]:
 def token_logprobs_and_entropy(setting: Setting) -> Iterator[Task]:
     """The gradient comes from both results."""
     others = (Peer(peers.TRL, peers.trl_logprobs_and_entropy), Peer(peers.VERL, peers.verl_entropy))
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_logprobs_and_entropy", r1kernels.token_logprobs_and_entropy,
-                   eager.logprobs_and_entropy, passes, peers=others)
+    return in_both_passes(partial(
+        task, setting, "token_logprobs_and_entropy", r1kernels.token_logprobs_and_entropy, eager.logprobs_and_entropy,
+        peers=others))
 
 
 def token_statistics(setting: Setting) -> Iterator[Task]:
-    for passes in (FORWARD, BOTH):
-        yield task(setting, "token_statistics", r1kernels.token_statistics, eager.statistics, passes)
+    return in_both_passes(partial(task, setting, "token_statistics", r1kernels.token_statistics, eager.statistics))
 
 
 def cross_entropy(setting: Setting) -> Iterator[Task]:

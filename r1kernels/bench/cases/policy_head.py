@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from r1kernels.bench import eager, peers
+from r1kernels.bench import ceilings, eager, peers
 from r1kernels.bench.check import OTHERS
+from r1kernels.bench.clock import Run
 from r1kernels.bench.peers import Peer
 from r1kernels.bench.tasks import OURS, Problem, Setting, Task
 
@@ -77,35 +78,18 @@ def make(setting: Setting, tokens: int, width: int, vocab: int, active: float = 
     return Problem(inputs, ("hidden", "weight"))
 
 
-def products(problem: Problem) -> Callable[[], None]:
-    """Three products into memory that is already mapped: the least that any exact head does.
-
-    Of bfloat16, or of float32 copies that exist before: on some CPUs those are faster.
-    """
-    if problem.inputs["hidden"].device.type != "cpu":
-        return three_products(problem, torch.bfloat16)
-    return min((three_products(problem, dtype) for dtype in (torch.bfloat16, torch.float32)), key=seconds_of)
+def products(problem: Problem) -> Run:
+    """Those of bfloat16, or of float32 copies that exist before: on some CPUs these are faster."""
+    hidden, weight = (problem.inputs[name].detach() for name in ("hidden", "weight"))
+    dtypes = (torch.bfloat16, torch.float32) if hidden.device.type == "cpu" else (torch.bfloat16,)
+    return min((ceilings.all_products(hidden.to(dtype), weight.to(dtype)) for dtype in dtypes), key=seconds_of)
 
 
-def seconds_of(run: Callable[[], None]) -> float:
+def seconds_of(run: Run) -> float:
     run()
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def three_products(problem: Problem, dtype: torch.dtype) -> Callable[[], None]:
-    hidden, weight = (problem.inputs[name].detach().to(dtype) for name in ("hidden", "weight"))
-    hidden = hidden.flatten(0, 1)
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.t(), hidden, out=grad_weight)
-
-    return run
 
 
 def task(
