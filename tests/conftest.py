@@ -106,6 +106,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise Triton's library reports leaks at the end
+
+
 @pytest.fixture
 def on_threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads for the rest of a test."""
