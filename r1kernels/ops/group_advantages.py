@@ -34,7 +34,7 @@ def groups_of(rewards: Tensor, group_ids: Tensor | None, group_size: int) -> tup
     """The number of the group of each reward (B,), and an upper bound of these numbers, without a synchronisation."""
     if group_ids is None:
         count = len(rewards) // max(group_size, 1)
-        return torch.arange(count, device=rewards.device)[:, None].expand(count, group_size).reshape(-1), count
+        return torch.arange(count, device=rewards.device).unsqueeze(1).expand(count, group_size).reshape(-1), count
     ordered, order = group_ids.sort()
     begins = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0))[: len(ordered)]
     return torch.empty_like(order).scatter(0, order, begins.cumsum(0)), len(rewards)

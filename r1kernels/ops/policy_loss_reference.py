@@ -52,7 +52,7 @@ class Sequences:
         else:
             self.count: int = logprobs.shape[:-1].numel()
             # Repeated, because dividing the integers below n takes ten times as long.
-            self.index: Tensor = torch.arange(self.count, device=device)[:, None].expand(
+            self.index: Tensor = torch.arange(self.count, device=device).unsqueeze(1).expand(
                 self.count, logprobs.shape[-1]).reshape(-1)
 
     def per_token(self, value: Tensor, shape: torch.Size) -> Tensor:
