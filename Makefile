@@ -1,5 +1,5 @@
-# Verbs: demo, test, bench, wheel, docs; for maintainers also release, types, coverage, sanitize, test-wheel, test-real. The
-# first one that runs prepares .venv; later ones re-use it.
+# Verbs: demo, test, bench, wheel, docs; for maintainers also test-all (what CI runs), release, types, coverage, sanitize,
+# test-wheel, test-real. The first one that runs prepares .venv; later ones re-use it.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,21 +12,30 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-verl test-real test-wheel sanitize bench wheel docs release types coverage FORCE
+.PHONY: build demo test test-all test-gpu-kernels test-verl test-real test-wheel sanitize bench wheel docs release types coverage FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
 	$(if $(filter 2,$(shell grep -cs '"status": "finished"' runs/demo/manifest.json)),$(RM) -r runs/demo)
 	$(BIN)/r1kernels train recipes/demo.yaml
 
-# Each of two processes begins with half of the tests, and one that is done takes over tests of the other. All cases and
-# the emulators' full suites: make test TEST_OPTIONS="-n 2 --full".
-TEST_OPTIONS ?= -n 2 --dist worksteal
+# Each process begins with a share of the tests, and one that is done takes over tests of the others. All cases: make
+# test-all TEST_OPTIONS="-n 2 --full".
+TEST_OPTIONS ?= -n 3 --dist worksteal
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(BIN)/python -m pytest $(TEST_OPTIONS) -m "not rooms"
+
+# All that CI runs.
+test-all:
+	$(MAKE) test
+	$(MAKE) test-gpu-kernels
 	$(MAKE) test-verl
+
+# The tests of the operations once more, on the kernels of GPUs: Triton's in its interpreter, CUDA's in an emulator.
+test-gpu-kernels: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/python -m pytest $(TEST_OPTIONS) -m rooms tests/emulator
 
 # verl asks for older transformers and packaging than constraints.txt, so it is in a folder of its own, 220 MB.
 VERL := build/verl

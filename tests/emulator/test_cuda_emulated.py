@@ -22,6 +22,7 @@ def environment() -> dict[str, str]:
     return {"R1KERNELS_CUDA_EMULATOR": str(cuda_emulation.operators()), "R1KERNELS_BACKEND": "cuda"}
 
 
+@pytest.mark.rooms
 @pytest.mark.parametrize("room", backends.ROOMS)
 def test_the_tests_of_a_room_pass_on_the_cuda_kernels(
     room: str, environment: dict[str, str], request: pytest.FixtureRequest
