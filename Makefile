@@ -12,7 +12,7 @@ DIST := dist
 SAY_CUDA = @$(BIN)/python csrc/cuda/nvcc.py
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-all test-gpu-kernels test-verl test-real test-wheel sanitize bench wheel docs release types coverage FORCE
+.PHONY: build demo test test-all test-verl test-real test-wheel sanitize bench wheel docs release types coverage FORCE
 
 # A run that was interrupted is continued; a finished one (both of its stages are finished) is run again.
 demo: $(VENV)/train.stamp $(VENV)/build.stamp
@@ -25,17 +25,13 @@ TEST_OPTIONS ?= -n 3 --dist worksteal
 
 test: $(VENV)/dev.stamp $(VENV)/build.stamp
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(TEST_OPTIONS) -m "not rooms"
+	$(BIN)/python -m pytest $(TEST_OPTIONS) -m "not slow"
 
-# All that CI runs.
-test-all:
-	$(MAKE) test
-	$(MAKE) test-gpu-kernels
+# What CI runs.
+test-all: $(VENV)/dev.stamp $(VENV)/build.stamp
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(TEST_OPTIONS)
 	$(MAKE) test-verl
-
-# The tests of the operations once more, on the kernels of GPUs: Triton's in its interpreter, CUDA's in an emulator.
-test-gpu-kernels: $(VENV)/dev.stamp $(VENV)/build.stamp
-	$(BIN)/python -m pytest $(TEST_OPTIONS) -m rooms tests/emulator
 
 # verl asks for older transformers and packaging than constraints.txt, so it is in a folder of its own, 220 MB.
 VERL := build/verl

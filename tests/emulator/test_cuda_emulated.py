@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
     return {"R1KERNELS_CUDA_EMULATOR": str(cuda_emulation.operators()), "R1KERNELS_BACKEND": "cuda"}
 
 
-@pytest.mark.rooms
+@pytest.mark.slow(reason="minutes; needed after changes of operations and kernels")
 @pytest.mark.parametrize("room", backends.ROOMS)
 def test_the_tests_of_a_room_pass_on_the_cuda_kernels(
     room: str, environment: dict[str, str], request: pytest.FixtureRequest
@@ -30,6 +30,7 @@ def test_the_tests_of_a_room_pass_on_the_cuda_kernels(
     backends.check(backends.run_room(room, environment, full=request.config.getoption("--full")))
 
 
+@pytest.mark.slow(reason="compiles all CUDA kernels for the emulator")
 def test_the_process_uses_these_kernels(environment: dict[str, str]) -> None:
     program = (
         "import torch; from r1kernels import _dispatch, _library;"

@@ -15,6 +15,7 @@ from r1kernels.ops.group_advantages import SCALES
 from r1kernels.ops.policy_loss import METRICS
 
 pytestmark = [
+    pytest.mark.slow(reason="compiles kernels for the emulator"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which builds the extension too"),
     pytest.mark.few(4),  # each takes a second or more in the emulator
 ]

@@ -80,6 +80,7 @@ MISTAKES = {
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.slow(reason="compiles kernels with mistakes")
 def test_mistakes_are_noticed(mistake: str) -> None:
     name, text, instead, noticed = MISTAKES[mistake]
     changed = {each: (CUDA / each).read_text(encoding="utf-8") for each in {"grpo_step.cu", name}}

@@ -15,7 +15,7 @@ import pytest
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton"}
 
 
-@pytest.mark.rooms
+@pytest.mark.slow(reason="minutes; needed after changes of operations and kernels")
 @pytest.mark.parametrize("room", backends.ROOMS)
 def test_the_tests_of_a_room_pass_on_the_triton_kernels(room: str, request: pytest.FixtureRequest) -> None:
     backends.check(backends.run_room(room, ENVIRONMENT, full=request.config.getoption("--full")))

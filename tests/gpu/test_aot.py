@@ -111,10 +111,12 @@ def listed(rows: list[Row], arch: str, wrong: Callable[[Row, Any], str], table: 
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_every_kernel_compiles(table: dict[str, Any], rows: list[Row], arch: str) -> None:
     assert not (wrong := listed(rows, arch, failure, table)), wrong
 
 
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_little_is_spilled_on_sm_90(table: dict[str, Any], rows: list[Row]) -> None:
     for arch in ARCHES:
         print(listed(rows, arch, spilling, table))
@@ -122,15 +124,18 @@ def test_little_is_spilled_on_sm_90(table: dict[str, Any], rows: list[Row]) -> N
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_programs_fit_into_shared_memory(table: dict[str, Any], rows: list[Row], arch: str) -> None:
     assert not (wrong := listed(rows, arch, excess, table)), wrong
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_the_instructions_meant_are_there(table: dict[str, Any], rows: list[Row], arch: str) -> None:
     assert not (wrong := listed(rows, arch, lacking, table)), wrong
 
 
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_no_compilation_is_named_twice(rows: list[Row]) -> None:
     names = [key_of(row) for row in rows]
     assert not (twice := sorted({name for name in names if names.count(name) > 1})), twice
@@ -146,6 +151,7 @@ def declared() -> set[str]:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_no_kernel_is_left_out(rows: list[Row], arch: str) -> None:
     assert declared()
     assert declared() == {row["kernel"] for row in rows if row["arch"] == arch}
@@ -155,6 +161,7 @@ def test_no_kernel_is_left_out(rows: list[Row], arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_faults_are_found(table: dict[str, Any], arch: str) -> None:
     faulty = {
         row["kernel"].removeprefix("faulty_kernels."): row
@@ -206,6 +213,7 @@ def test_little_is_spilled(version: str, arch: str) -> None:
     assert not (wrong := listed(committed["rows"], arch, spilling, committed)), wrong
 
 
+@pytest.mark.slow(reason="compiles kernels for GPUs")
 def test_what_is_compiled_is_what_the_table_says(table: dict[str, Any]) -> None:
     if table["triton"] != aot.triton.__version__:
         pytest.skip(f"there is no table of Triton {aot.triton.__version__}")

@@ -150,6 +150,7 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], set[str]]] = {
 
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", MACHINE_CODE)
+@pytest.mark.slow(reason="reads the machine code of all kernels")
 def test_the_instructions_meant_are_there(objects: list[nvcc.Object], arch: str) -> None:
     sources = {compiled.source.name: compiled for compiled in objects}
     expected = [(file, name, patterns) for (file, name), (archs, patterns) in EXPECTED.items() if arch in archs]

@@ -11,7 +11,10 @@ import pytest
 import torch
 from backends import host_code
 
-pytestmark = [host_code, pytest.mark.skipif(not leaks.AVAILABLE, reason="needs mallinfo2 of glibc 2.33 and /proc")]
+pytestmark = [
+    host_code, pytest.mark.slow(reason="hundreds of calls of every operation"),
+    pytest.mark.skipif(not leaks.AVAILABLE, reason="needs mallinfo2 of glibc 2.33 and /proc"),
+]
 FEW = process_cases.leaves(2, 5, 3)
 NAMES = sorted(process_cases.calls(FEW))
 

@@ -163,6 +163,7 @@ def plain_losses(config: Any, share: Any, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow(reason="starts three programs")
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")

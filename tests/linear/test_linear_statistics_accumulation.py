@@ -87,6 +87,7 @@ def test_random_products_are_as_close_to_float64() -> None:
 
 @compiled
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.slow(reason="compiles large tiles")
 def test_the_tile_compiles_with_few_spills(arch: str) -> None:
     """None on sm_90. Triton 3.9 spills some on sm_100, once a tile."""
     device = aot.DEVICES[arch]

@@ -15,7 +15,10 @@ MIB = 1 << 20
 # MiB, beside other processes; a second tensor of full width would be 150 more.
 ALLOCATOR = 40 * MIB
 
-pytestmark = [pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"), host_code]
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"), host_code,
+    pytest.mark.slow(reason="starts a process for each case"),
+]
 
 CHILD = """
 import ctypes, gc, json, re, sys

@@ -87,6 +87,7 @@ def counted(completed: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.slow(reason="starts pytest")
 def test_a_new_test_runs_on_the_triton_kernels(tree: Path, full: bool) -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's, which is not installed")
     environment = {"TRITON_INTERPRET": "1", "R1KERNELS_BACKEND": "triton", "PYTHONPATH": str(ROOT)}
@@ -109,6 +110,7 @@ def sampled() -> int:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.slow(reason="starts pytest")
 def test_full_runs_the_whole_product(tree: Path, full: bool) -> None:
     completed = backends.run_room("kernels", {"PYTHONPATH": str(ROOT), "R1KERNELS_BACKEND": ""}, full=full, tests=tree)
     assert counted(completed).startswith(f"{6 + (125 if full else sampled())} passed"), completed.stdout

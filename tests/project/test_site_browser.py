@@ -89,6 +89,7 @@ def found(page: Any, words: str) -> int:
     return page.locator(".md-search-result__item").count()
 
 
+@pytest.mark.slow(reason="opens all pages")
 def test_every_page_opens_without_a_fault(browser: Any, address: str, site: Path) -> None:
     page, faults = watched(browser, address)
     paths = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))

@@ -64,11 +64,13 @@ def archive(dist: Path) -> Path:
     return archive
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_wheel_serves_every_python_and_many_linuxes(wheel: Path) -> None:
     assert re.fullmatch(r"r1kernels-[\d.]+-cp310-abi3-manylinux_2_28_\w+\.whl", wheel.name)
     assert wheel.stat().st_size < LARGEST
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_wheel_holds_the_package_and_no_library_of_others(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"r1kernels/_C.abi3.so", "r1kernels/py.typed", "r1kernels/tables/cuda_faster.json"} <= set(names)
@@ -112,6 +114,7 @@ def test_functions_of_newer_versions_are_told_apart() -> None:
     assert "torch_newer" in declared(header, (2, 11))
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_extension_asks_torch_for_nothing_that_its_oldest_version_lacks(wheel: Path, tmp_path: Path) -> None:
     extension = zipfile.ZipFile(wheel).extract("r1kernels/_C.abi3.so", tmp_path)
     wanted = {line.split()[-1] for line in run("nm", "-D", "--undefined-only", extension, cwd=tmp_path).splitlines()}
@@ -144,6 +147,7 @@ def install(wheel: Path, folder: Path, *options: object) -> Path:
     return python
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_wheel_is_used_from_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     """In an environment that finds torch, and what torch needs, in this one."""
     python = install(wheel, tmp_path, "--no-deps")
@@ -162,6 +166,7 @@ def test_the_wheel_is_used_from_where_it_is_installed(wheel: Path, tmp_path: Pat
         assert missing == "" or "driver" in missing or "sm_" in missing
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(
     wheel: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -179,11 +184,13 @@ def test_the_wheel_is_used_with_another_torch_than_it_was_built_with(
 # ---- the two files themselves -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_metadata_is_what_an_index_takes(wheel: Path, archive: Path) -> None:
     assert release.built(wheel.parent) == (archive, wheel)
     assert release.wrong_metadata(archive, wheel, r1kernels.__version__) == []
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_the_source_distribution_holds_what_the_build_reads_and_no_binary(archive: Path) -> None:
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
@@ -193,6 +200,7 @@ def test_the_source_distribution_holds_what_the_build_reads_and_no_binary(archiv
     assert not [name for name in names if name.startswith(("tests/", "build/"))]
 
 
+@pytest.mark.slow(reason="makes a wheel")
 def test_a_clean_environment_builds_the_source_distribution(
     archive: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -114,12 +114,14 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_ends_the_same_bit_for_bit(ru
 
 
 @pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.slow(reason="several runs")
 def test_it_goes_on_with_another_number_of_ranks(runs, stopped, full, ranks, tensor):
     if ranks > 1 and not full:
         pytest.skip("with --full only: more of the same")
     assert_same_training(runs.whole(1) / "rl", resumed(runs, stopped, ranks, f"parallel.tensor={tensor}"))
 
 
+@pytest.mark.slow(reason="waits for time limits")
 def test_a_rank_that_is_killed_ends_the_others_with_its_name_and_the_run_continues(runs):
     """By a real torchrun, which stops the other ranks too."""
     output = runs.folder / "killed.out"
@@ -134,6 +136,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_its_name_and_the_run_continu
     assert [name for name in expected if not equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow(reason="waits for time limits")
 def test_a_rank_that_hangs_is_named_with_what_it_does(runs):
     codes, texts = runs(runs.folder / "hangs", 2, "parallel.timeout_s=10", R1K_WHAT="hang", R1K_RANK="1", R1K_CALL="2")
     assert codes[0] == 1 and codes[1] < 0  # which was killed
