@@ -56,6 +56,7 @@ def test_a_process_that_is_forked_after_use_computes_the_same_bits() -> None:
     assert answer("fork") == {"same": [True, True], "codes": [0, 0]}
 
 
+@pytest.mark.slow(reason="imports everything again")
 def test_a_spawned_process_computes_the_same_bits() -> None:
     assert answer("spawn") == {"same": [True], "codes": [0]}
 

@@ -216,6 +216,7 @@ def test_the_forward_that_parallelize_wrapped_is_kept() -> None:
     assert vars(model.lm_head)["forward"] is wrapped
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_a_vocabulary_that_tensor_parallelism_shards(tmp_path: Path) -> None:
     import torchtitan_ranks
 

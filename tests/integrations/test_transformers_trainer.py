@@ -250,6 +250,7 @@ def test_accelerate(precision: str) -> None:
     accelerate.state.AcceleratorState._reset_state(True)
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_fsdp2_and_ddp_on_two_ranks(tmp_path: Path) -> None:
     """Gradients of log-probs and of the loss, on both ranks, are those of the model's own forward."""
     for results in run_ranks(transformers_ranks, tmp_path):

@@ -105,6 +105,7 @@ def bar(
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])  # one pass and two phases
+@pytest.mark.slow(reason="starts a process for each case")
 def test_peak_memory(loss: str) -> None:
     """The dense computation takes 512 MiB for its float32 logits and their gradient here."""
     extra = peak(loss=loss)["extra"]
@@ -133,6 +134,7 @@ def test_a_scaled_loss_takes_no_more_memory(into: str) -> None:
     assert extra <= allowed, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
+@pytest.mark.slow(reason="starts a process for each case")
 def test_memory_follows_the_budget_and_not_the_batch() -> None:
     """With a frozen head, from 2,048 to 16,384 tokens: the gradient of hidden and 64 bytes a token, nothing else."""
     few, many = (

@@ -151,6 +151,7 @@ def test_compile_fullgraph(loss: str, served_by: str) -> None:
 @compiles
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("loss", ["logprobs", "cross_entropy", "grpo"])
+@pytest.mark.slow(reason="compiles again and again")
 def test_compile_with_lengths_and_temperatures_that_change(loss: str) -> None:
     def loss_of(policy: dict[str, Any], temperature: float, **arguments: Any) -> Tensor:
         return LOSSES[loss](policy, temperature=temperature, **arguments)

@@ -84,6 +84,7 @@ def test_one_graph_for_all_numbers(loss: str) -> None:
 @pytest.mark.not_on("cuda", "triton", reason="the reference runs")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("loss", ["policy", "policy, sapo", "policy, cispo", "distillation"])
+@pytest.mark.slow(reason="compiles each objective")
 def test_one_graph_of_the_reference(loss: str) -> None:
     with backend("reference"):
         compiled_numbers.check(LOSSES[loss], testing.random_logits(3, 4, 33))

@@ -254,6 +254,7 @@ def test_compile_fullgraph(compiler: str) -> None:
 @pytest.mark.not_on("cuda", reason="the fused step runs here, which rounds in another order than composed operators")
 @pytest.mark.filterwarnings(testing.DYNAMO_WARNING)
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.slow(reason="compiles again and again")
 def test_compile_with_lengths_and_temperatures_that_change(packed: bool, implementation: str) -> None:
     def loss_of(temperature: float, **inputs: Tensor) -> Tensor:
         return grpo_loss(**inputs, temperature=temperature).loss

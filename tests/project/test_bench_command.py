@@ -22,6 +22,7 @@ from r1kernels import _command, _origin
 from r1kernels.bench import cli, run, table
 
 
+@pytest.mark.slow(reason="measures")
 def test_a_few_cases_end_to_end(tmp_path: Path) -> None:
     names = ["cross_entropy", "group_advantages"]
     command = [sys.executable, "-m", "r1kernels", "bench", "--size", "small", "--threads", "1", "--device", "cpu",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import io
 import math
 import os
@@ -48,6 +49,7 @@ class Block(NamedTuple):
     code: str
 
 
+@functools.cache
 def blocks(page: str) -> list[Block]:
     """All blocks of a page, in their order, also those in lists."""
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -226,6 +226,7 @@ print(number, interrupted)
 """
 
 
+@pytest.mark.slow(reason="starts a process for each moment")
 def test_a_kill_at_any_moment_leaves_the_latest_checkpoint_complete(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=900, check=False,

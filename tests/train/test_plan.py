@@ -50,6 +50,7 @@ def kept_for_backward(model):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.slow(reason="runs models of three architectures")
 def test_activations_are_what_autograd_keeps(family, dtype, checkpointed):
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype).eval()
     if checkpointed:

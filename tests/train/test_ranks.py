@@ -82,6 +82,7 @@ def test_more_ranks_train_the_same_model(runs, full, ranks, tensor):
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("stage", ["cold", "scores", "ppo", "lora"])
+@pytest.mark.slow(reason="several runs")
 def test_every_kind_of_training_is_the_same_on_more_ranks(runs, stage):
     if stage == "lora":
         pytest.importorskip("peft", reason="adapters need the package peft")
