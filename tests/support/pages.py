@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(sorted(path.relative_to(ROOT).as_posix() for pattern in (
@@ -50,11 +51,15 @@ class Block(NamedTuple):
 
 
 @functools.cache
+def parsed(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").parse(text)
+
+
 def blocks(page: str) -> list[Block]:
     """All blocks of a page, in their order, also those in lists."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = []
-    for token in MarkdownIt("commonmark").parse(text):
+    for token in parsed(text):
         if token.type == "fence":
             language = (token.info.split() or [""])[0]
             found.append(Block(page, token.map[0] + 2, language, token.content))
