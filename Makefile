@@ -132,6 +132,7 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp pyproject.toml | build/cuda-kernels
 	$(SAY_CUDA)
 	$(BIN)/python tools/requirements.py dev > build/dev-requirements.txt
 	$(BIN)/python setup.py --quiet build_ext & compiling=$$!; \
+	  trap 'kill $$compiling 2>/dev/null' EXIT; trap 'exit 1' INT TERM; \
 	  $(INSTALL) -c constraints.txt -r build/dev-requirements.txt && wait $$compiling
 	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[dev]'
 	# torchtitan asks for an older version of datasets, which its losses do not need.

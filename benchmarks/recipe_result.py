@@ -53,7 +53,7 @@ def origin(run_dir: Path, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
         raise SystemExit(f"{run_dir}: the manifest does not say what stages {', '.join(unknown)} ran with ('origin' is "
                          "missing); run them again")
     origins = [(name, each) for name, record in records.items() for each in record["origin"]]
-    _, last = max(origins, key=lambda item: item[1]["date"])
+    _, last = max(reversed(origins), key=lambda item: item[1]["date"])  # of one day, the last
     different = [f"{name}: {field} is {each[field]!r}" for name, each in origins for field in SAME
                  if each[field] != last[field]]
     if different:

@@ -36,7 +36,8 @@ def sources_hash(trainer: bool = False) -> str:
     extension takes part instead."""
     rooms = (*KERNELS, *(TRAINER if trainer else ()))
     found = [*PACKAGE.glob("*.py"), *(path for room in rooms for path in (PACKAGE / room).rglob("*.py"))]
-    paths = sorted(path for path in found if path.name not in ("__init__.py", "__main__.py", "_command.py"))
+    others = ("__init__.py", "__main__.py", "_command.py", "_origin.py")
+    paths = sorted(path for path in found if path.name not in others)
     if in_source_tree():
         folder = ROOT / "csrc"
         paths += sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
@@ -100,6 +101,7 @@ def origin(device: torch.device | str, trainer: bool = False) -> dict[str, Any]:
 
 
 def note_origin(origins: list[dict[str, Any]], now: dict[str, Any]) -> None:
-    """Adds the origin `now` to those before it, unless only the date differs from the last one."""
-    if not origins or origins[-1] | {"date": None} != now | {"date": None}:
+    """Adds the origin `now` to those before it, unless only the date or the commit differs from the last one."""
+    same = {"date": None, "commit": None}  # a commit may change documents alone; the sources have a hash
+    if not origins or origins[-1] | same != now | same:
         origins.append(now)

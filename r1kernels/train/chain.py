@@ -148,7 +148,10 @@ class Chain:
                               f"continue, or use --from {name} to run it again")
         if why:
             return "rerun", why
-        version = (record.get("origin") or [{}])[-1].get("r1kernels", "of an unknown version")
+        if not record.get("origin"):
+            raise ConfigError(f"{self.run_dir / MANIFEST} does not say which version ran stage '{name}'; use --from "
+                              f"{name} to run it again with r1kernels {r1kernels.__version__}")
+        version = record["origin"][-1]["r1kernels"]
         if version != r1kernels.__version__:
             raise ConfigError(f"r1kernels {version} ran stage '{name}', and this is {r1kernels.__version__}; install "
                               f"that version to continue, or use --from {name} to run it again")

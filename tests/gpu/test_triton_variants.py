@@ -37,7 +37,6 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((once(tmp_path_factory, "launches", make) / "launches.json").read_text())
 
 
-@pytest.mark.slow(reason="interprets every kernel")
 def test_every_launcher_is_called(launches: dict[str, Any]) -> None:
     """A launcher has the name of an operator, or of its module."""
     names = {name.removeprefix("r1kernels::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}

@@ -309,7 +309,6 @@ def test_bfloat16_instructions_are_used_where_they_are() -> None:
     [(1, 1, 1), (16, 32, 16), (17, 33, 15), (32, 64, 32), (33, 1, 47), (5, 1025, 3), (130, 31, 20), (3, 40, 530)],
 )
 @pytest.mark.parametrize("layouts", [(x, y) for x in LAYOUTS for y in LAYOUTS])
-@pytest.mark.slow(reason="compiles the emulator of tiles")
 def test_emulated_tiles(m: int, k: int, n: int, layouts: tuple[str, str]) -> None:
     a = lay_out(random_matrix(m, k, torch.bfloat16, 1), layouts[0])
     b = lay_out(random_matrix(k, n, torch.bfloat16, 2), layouts[1])

@@ -134,7 +134,7 @@ def test_a_scaled_loss_takes_no_more_memory(into: str) -> None:
     assert extra <= allowed, f"{extra / MIB:.1f} MiB, allowed {allowed / MIB:.1f}"
 
 
-@pytest.mark.slow(reason="starts a process for each case")
+@pytest.mark.slow(reason="starts three processes")
 def test_memory_follows_the_budget_and_not_the_batch() -> None:
     """With a frozen head, from 2,048 to 16,384 tokens: the gradient of hidden and 64 bytes a token, nothing else."""
     few, many = (

@@ -62,6 +62,7 @@ def test_a_result_of_a_recipe_has_the_origin_of_its_stages() -> None:
     records = origins({}, {"date": "2026-01-02", "commit": "b2"}, {})
     found = recipe_result.origin(Path("runs/a"), records)
     assert (found["date"], found["commit"], found["torch"]) == ("2026-01-02", "b2", "2.13.0")
+    assert recipe_result.origin(Path("runs/a"), origins({}, {"commit": "b2"}))["commit"] == "b2"
 
 
 @pytest.mark.parametrize("field, value", [("torch", "2.11.0"), ("device", "Other"), ("sources", "fedcba9876543210")])

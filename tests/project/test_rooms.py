@@ -119,7 +119,7 @@ def test_full_runs_the_whole_product(tree: Path, full: bool) -> None:
 
 @pytest.mark.parametrize("mark", [
     pytest.mark.not_on("triton"), pytest.mark.not_on(reason="nowhere"), pytest.mark.slow_on("tritonn", reason="x"),
-    pytest.mark.long, pytest.mark.long("x"),
+    pytest.mark.long, pytest.mark.long("x"), pytest.mark.slow, pytest.mark.slow("x"),
 ])
 def test_a_marker_without_a_backend_or_a_reason_is_an_error(mark: pytest.MarkDecorator) -> None:
     class Item:

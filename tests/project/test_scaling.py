@@ -37,7 +37,7 @@ def model_of(config):
 @pytest.mark.few(8)
 @pytest.mark.parametrize("pass_", ["trained", "scored", "trained, checkpointed", "scored, checkpointed"])
 @pytest.mark.parametrize("layout", scaling_ranks.LAYOUTS, ids=str)
-@pytest.mark.slow(reason="starts four processes")
+@pytest.mark.slow(reason="its fixture starts four processes")
 def test_the_bytes_of_each_axis_are_those_that_ranks_send(counts, layout, pass_):
     model, at, tokens = model_of(scaling_ranks.CONFIG), scaling.Layout(*layout), scaling_ranks.TOKENS
     step, trained = scaling.Step(checkpointing="checkpointed" in pass_), pass_.startswith("trained")

@@ -41,10 +41,10 @@ without_cuda_kernels = pytest.mark.not_on("cuda", reason="there is no CUDA kerne
 
 def skip_reason(item: pytest.Item, kernels: str, full: bool) -> str:
     """Why a test does not run on these kernels, or "" if it does. A case of the reference counts as its own backend."""
-    for mark in item.iter_markers("long"):
+    for mark in (*item.iter_markers("slow"), *item.iter_markers("long")):
         if mark.args or not mark.kwargs.get("reason"):
-            raise pytest.UsageError(f"{item.nodeid}: long needs a reason, not {mark}")
-        if not full:
+            raise pytest.UsageError(f"{item.nodeid}: {mark.name} needs a reason, not {mark}")
+        if mark.name == "long" and not full:
             return f"with --full only: {mark.kwargs['reason']}"
     values = item.callspec.params if hasattr(item, "callspec") else {}
     if "reference" in (values.get("implementation"), values.get("served_by")):

@@ -147,10 +147,16 @@ def test_the_reference_is_new_every_so_many_steps(tmp_path, monkeypatch):
 
 
 def test_samples_are_drawn_and_trained_at_the_temperature_of_the_recipe(tmp_path):
-    stage = stage_of(tmp_path, ["temperature=0.5", "steps=1"])
-    GRPOTrainer(stage).run()
-    line = read_lines(stage.directory / "metrics.jsonl")[0]
-    assert line["logprob_gap_max"] < 1e-4 and line["first_ratio_deviation"] < 1e-4
+    entropies = []
+    for temperature in (0.5, 1.0):
+        folder = tmp_path / str(temperature)
+        folder.mkdir()
+        stage = stage_of(folder, [f"temperature={temperature}", "steps=1"])
+        GRPOTrainer(stage).run()
+        line = read_lines(stage.directory / "metrics.jsonl")[0]
+        assert line["logprob_gap_max"] < 1e-4 and line["first_ratio_deviation"] < 1e-4
+        entropies.append(line["entropy"])
+    assert entropies[0] < 0.9 * entropies[1]
 
 
 def test_open_problems_are_asked_where_something_judges_them(tmp_path):

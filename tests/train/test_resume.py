@@ -82,7 +82,7 @@ def whole(server, tmp_path_factory) -> dict[str, Any]:
     return {"found": found, "seconds": time.monotonic() - started}
 
 
-@pytest.mark.slow(reason="a chain of all stages")
+@pytest.mark.slow(reason="runs a chain of all stages again and again")
 def test_stopped_at_random_moments(whole, server, tmp_path, full):
     """While it lasts, one run is stopped and continues; if it ends before the last stop, another begins. Files of data
     are known by their content, so the other folder changes nothing.
