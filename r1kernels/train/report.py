@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from r1kernels.train import recipe_file
 from r1kernels.train.chain import CONFIG, read_manifest
 from r1kernels.train.checkpoint import write_file
 from r1kernels.train.log import METRICS, SAMPLES, printable, read_lines
-from r1kernels.train.recipe_file import load_recipe
 
 COLUMNS = 4  # panels of a figure side by side
 
@@ -22,7 +22,7 @@ COLUMNS = 4  # panels of a figure side by side
 def write_report(run_dir: str | Path) -> None:
     """Writes the report of a run, finished or not."""
     run_dir = Path(run_dir)
-    recipe, records, stages = load_recipe(run_dir / CONFIG), read_manifest(run_dir), []
+    recipe, records, stages = recipe_file.load_recipe(run_dir / CONFIG), read_manifest(run_dir), []
     for name, settings in recipe.stages.items():
         lines, samples = (read_lines(run_dir / name / file) for file in (METRICS, SAMPLES))
         figure = _figure(lines)
